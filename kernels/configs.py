@@ -1,0 +1,89 @@
+"""Which launch configuration a kernel takes, and how its shipped configurations are compiled without a GPU.
+
+Every kernel file has a frozen ``…Config`` dataclass (block sizes, warps, pipeline stages) and a ``default_config`` that
+maps a shape and an *architecture* to one.  An architecture is the compiler's own name for a chip generation:
+``sm_80`` (A100), ``sm_89`` (Ada), ``sm_90`` (Hopper), ``sm_100`` (Blackwell), ``gfx942`` (MI300), ``gfx950`` (MI350), or
+``interpreter``.  Every kernel file also lists, as :class:`CompileSpec`, how its default configurations are launched, so
+that registers, spills and instructions can be read from a compile on any machine.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+__all__ = ["ARCHITECTURES", "SHARED_MEMORY_LIMIT", "TRITON_TYPES", "CompileSpec", "architecture", "nearest_architecture"]
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+
+SHARED_MEMORY_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
+"""Bytes of shared memory (LDS on AMD) that one program may use."""
+
+TRITON_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+"""How a kernel signature spells a torch dtype; a pointer to it has a ``*`` in front."""
+
+
+@dataclass(frozen=True)
+class CompileSpec:
+    """One launch of one kernel, described well enough to compile it for a chip that is not there."""
+
+    name: str
+    """What it is, in a table: kernel, dtype, the shape that matters, the block sizes."""
+    kernel: Any
+    """The ``@triton.jit`` function."""
+    signature: dict[str, str]
+    """Run-time argument → Triton type, e.g. ``"*bf16"``, ``"i32"``, ``"fp32"``."""
+    constants: dict[str, Any]
+    """Compile-time argument → value; ``None`` for an absent pointer."""
+    divisible_by_16: tuple[str, ...]
+    """Integer arguments known to be multiples of 16, as the launcher would find them; pointers always are."""
+    num_warps: int
+    num_stages: int
+    tensor_core: bool
+    """Whether tensor-core instructions must appear in the disassembly."""
+    elements: int
+    """Output elements of one program's main loop body, or scores for attention: the unit of instructions per element."""
+
+
+def nearest_architecture(name: str) -> str:
+    """The known architecture whose defaults suit ``name`` best: the newest of the same vendor that is not newer."""
+    if name in ARCHITECTURES or name == "interpreter":
+        return name
+    vendor = "sm_" if name.startswith("sm_") else "gfx"
+    known = [candidate for candidate in ARCHITECTURES if candidate.startswith(vendor)]
+
+    def generation(candidate: str) -> int:
+        return int("".join(filter(str.isdigit, candidate)) or 0)
+
+    older = [candidate for candidate in known if generation(candidate) <= generation(name)]
+    return older[-1] if older else known[0]
+
+
+@lru_cache
+def _device_architecture(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return nearest_architecture(str(properties.gcnArchName).split(":")[0])
+    return nearest_architecture(f"sm_{properties.major}{properties.minor}")
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture of ``device`` among :data:`ARCHITECTURES`; ``"interpreter"`` for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    return _device_architecture(torch.cuda.current_device() if device.index is None else device.index)

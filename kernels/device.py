@@ -1,0 +1,46 @@
+"""Device functions that several kernels share."""
+
+from ._triton import INTERPRETED, tl, triton
+
+INTERPRET = tl.constexpr(INTERPRETED)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+QUICK_GELU_SLOPE = tl.constexpr(1.702)
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+TANH_GELU_SLOPE = tl.constexpr(1.5957691216057308)  # 2·√(2/π): ½(1 + tanh u) is sigmoid(2u)
+TANH_GELU_CUBIC = tl.constexpr(0.044715)
+
+
+@triton.jit
+def dot(a, b, accumulator=None):
+    """``a @ b (+ accumulator)`` in fp32: tensor cores for 16-bit operands, true fp32 products for fp32 ones."""
+    if INTERPRET:
+        # numpy has no bf16; the products of two 16-bit floats are exact in fp32, so nothing changes but the carrier.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def times_sigmoid(x, argument):
+    """``x · sigmoid(argument)`` in fp32, finite wherever ``x`` is: an overflowing exponential takes ``x`` to zero."""
+    # 1/d as (1/√d)²: one instruction and two products, within 2 ulp.  A division, whichever way Triton spells it, costs
+    # two instructions more on NVIDIA (it guards a denominator beyond 2¹²⁶) and nine more on AMD.
+    root = tl.rsqrt(1.0 + tl.exp2(argument * -LOG2_E))
+    return x * root * root
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The activation named ``ACTIVATION`` of an fp32 block: none, quick_gelu, gelu (erf), gelu_tanh, or silu."""
+    if ACTIVATION == "none":
+        return x
+    elif ACTIVATION == "quick_gelu":
+        return times_sigmoid(x, x * QUICK_GELU_SLOPE)
+    elif ACTIVATION == "silu":
+        return times_sigmoid(x, x)
+    elif ACTIVATION == "gelu_tanh":
+        return times_sigmoid(x, (x + (x * x * x) * TANH_GELU_CUBIC) * TANH_GELU_SLOPE)
+    else:
+        tl.static_assert(ACTIVATION == "gelu")
+        return 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))

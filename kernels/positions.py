@@ -1,0 +1,269 @@
+"""Where the patches stand, and the rotation angles that follow from it.
+
+``merge_block_positions`` gives each patch's row and column.  ``axial_frequencies`` gives the rotary frequencies of the two
+axes.  ``rotary_table`` puts both together: row ``n`` of its tables holds the cosines and sines of
+``[h·f_h[0], …, h·f_h[hd/4-1], w·f_w[0], …, w·f_w[hd/4-1]]`` with ``(h, w) = positions[n]``.
+
+Shapes: positions ``[N, 2]`` int32, frequencies ``[hd/4]`` fp32 each, tables ``[N, hd/2]`` fp32.  An angle can be as large
+as the grid's side in radians, and a GPU's fast sine is not accurate there, so the kernel does no trigonometry: torch
+computes the ``side × hd/4`` distinct values of each axis, and one program gathers ``rows`` rows from them.  It writes
+``4·N·hd`` bytes in all and reads its small tables out of cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import torch
+
+from . import configs
+from ._triton import tl, triton
+from .configs import CompileSpec
+from .dispatch import runs_kernel
+
+__all__ = [
+    "FrequencyLayout",
+    "RotaryTableConfig",
+    "axial_frequencies",
+    "compile_specs",
+    "default_config",
+    "launch_rotary_table",
+    "merge_block_positions",
+    "rotary_table",
+    "rotary_table_reference",
+]
+
+FrequencyLayout = Literal["halves", "alternating"]
+
+
+def axial_frequencies(head_dim: int, theta: float, layout: FrequencyLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotary frequencies of the vertical and the horizontal axis, ``[head_dim/4]`` fp32 on the CPU each.
+
+    Args:
+        head_dim: width of a head, a multiple of 4.
+        theta: base of the geometric series.
+        layout: ``"halves"`` (Qwen-VL): both axes take ``θ^(-2i/(hd/2))``; ``"alternating"`` (Pixtral): of the series
+            ``θ^(-2j/hd)`` the vertical axis takes the even j, the horizontal axis the odd ones.
+
+    Raises:
+        ValueError: a head width that is no positive multiple of 4, or an unknown layout.
+    """
+    if head_dim <= 0 or head_dim % 4:
+        raise ValueError(f"head_dim is {head_dim}; two axes of cosine and sine pairs need a positive multiple of 4")
+    if layout not in get_args(FrequencyLayout):
+        raise ValueError(f"unknown frequency layout {layout!r}; known are {', '.join(get_args(FrequencyLayout))}")
+    width = head_dim // 2 if layout == "halves" else head_dim
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width)
+    if layout == "halves":
+        return frequencies, frequencies
+    return frequencies[0::2].contiguous(), frequencies[1::2].contiguous()
+
+
+@lru_cache(maxsize=256)
+def _frame_positions(height: int, width: int, merge: int) -> torch.Tensor:
+    """One frame's positions: block raster, then the raster inside each ``merge × merge`` block."""
+    raster = torch.arange(height * width, dtype=torch.int32, device="cpu")
+    blocks = raster.view(height // merge, merge, width // merge, merge).transpose(1, 2).reshape(-1)
+    return torch.stack((blocks // width, blocks % width), dim=1)
+
+
+def merge_block_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> torch.Tensor:
+    """Row and column of every patch, ``[N, 2]`` int32 on the CPU, in the order in which the towers hold them.
+
+    Args:
+        grids: frames, rows and columns of patches of each picture or video.
+        merge: side of the square blocks whose patches follow each other; 1 is plain raster order.
+
+    Raises:
+        ValueError: a ``merge`` below 1, a negative grid, or one whose sides ``merge`` does not divide.
+    """
+    if merge < 1:
+        raise ValueError(f"merge is {merge}; blocks have a side of at least 1")
+    for grid in grids:
+        _, height, width = grid
+        if min(grid) < 0 or height % merge or width % merge:
+            raise ValueError(
+                f"grid {tuple(grid)} (frames, rows, columns) cannot be cut into blocks of {merge} × {merge}"
+            )
+    frames = [_frame_positions(height, width, merge).repeat(count, 1) for count, height, width in grids]
+    return torch.cat(frames) if frames else torch.empty(0, 2, dtype=torch.int32, device="cpu")
+
+
+def _axis_table(frequencies: torch.Tensor, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, ``[side, hd/4]`` each, of every coordinate on one axis; computed by torch on the CPU."""
+    angles = torch.arange(side, dtype=torch.float32, device="cpu")[:, None] * frequencies.cpu()
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotary_table_reference(
+    positions: torch.Tensor,
+    frequencies: tuple[torch.Tensor, torch.Tensor],
+    side: int,
+    out_cos: torch.Tensor,
+    out_sin: torch.Tensor,
+) -> None:
+    """Gathers from the per-axis tables: far fewer cosines than rows, and a row's bits cannot depend on the others."""
+    quarter = out_cos.shape[1] // 2
+    for axis in range(2):
+        columns = slice(axis * quarter, (axis + 1) * quarter)
+        for table, out in zip(_axis_table(frequencies[axis], side, positions.device), (out_cos, out_sin), strict=True):
+            out[:, columns] = table.index_select(0, positions[:, axis])
+
+
+@triton.jit
+def _rotary_table_kernel(
+    POSITIONS, COS_H, SIN_H, COS_W, SIN_W, OUT_COS, OUT_SIN, rows, position_stride, cos_stride, sin_stride,
+    QUARTER: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # Owns ROWS rows of both tables.
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)[None, :]
+    valid = row < rows
+    inside = valid[:, None] & (column < QUARTER)
+    for axis in tl.static_range(2):
+        position = tl.load(POSITIONS + row * position_stride + axis, mask=valid, other=0)
+        source = position[:, None] * QUARTER + column
+        target = row[:, None]
+        if axis == 0:
+            cos = tl.load(COS_H + source, mask=inside)
+            sin = tl.load(SIN_H + source, mask=inside)
+        else:
+            cos = tl.load(COS_W + source, mask=inside)
+            sin = tl.load(SIN_W + source, mask=inside)
+        tl.store(OUT_COS + target * cos_stride + axis * QUARTER + column, cos, mask=inside)
+        tl.store(OUT_SIN + target * sin_stride + axis * QUARTER + column, sin, mask=inside)
+
+
+@dataclass(frozen=True)
+class RotaryTableConfig:
+    """How many rows one program owns, and with how many warps."""
+
+    rows: int
+    num_warps: int
+
+
+def default_config(architecture: str) -> RotaryTableConfig:
+    """Small programs on a GPU; few and large ones in the interpreter, where each costs dearly."""
+    return RotaryTableConfig(rows=256 if architecture == "interpreter" else 32, num_warps=4)
+
+
+def launch_rotary_table(
+    positions: torch.Tensor,
+    frequencies: tuple[torch.Tensor, torch.Tensor],
+    side: int,
+    out_cos: torch.Tensor,
+    out_sin: torch.Tensor,
+    config: RotaryTableConfig,
+) -> None:
+    """Fills both tables for validated, non-empty positions."""
+    rows, quarter = len(positions), out_cos.shape[1] // 2
+    tables = [table for axis in frequencies for table in _axis_table(axis, side, positions.device)]
+    _rotary_table_kernel[(triton.cdiv(rows, config.rows),)](
+        positions,
+        *tables,
+        out_cos,
+        out_sin,
+        rows,
+        positions.stride(0),
+        out_cos.stride(0),
+        out_sin.stride(0),
+        **_constants(quarter, config),
+        num_warps=config.num_warps,
+    )
+
+
+def _constants(quarter: int, config: RotaryTableConfig) -> dict[str, Any]:
+    return {"QUARTER": quarter, "BLOCK": 1 << (quarter - 1).bit_length(), "ROWS": config.rows}
+
+
+def _validate(positions: torch.Tensor, frequencies: tuple[torch.Tensor, torch.Tensor], side: int) -> None:
+    if positions.dtype != torch.int32 or any(axis.dtype != torch.float32 for axis in frequencies):
+        raise TypeError(
+            f"positions are {positions.dtype} and frequencies {[axis.dtype for axis in frequencies]}; they have to be "
+            "int32 and float32"
+        )
+    if positions.dim() != 2 or positions.shape[1] != 2 or (positions.numel() and positions.stride(1) != 1):
+        raise ValueError(
+            f"positions have shape {tuple(positions.shape)} and strides {positions.stride()}; they have to be [N, 2] with "
+            "last stride 1"
+        )
+    if len(frequencies) != 2 or any(axis.dim() != 1 or axis.shape != frequencies[0].shape for axis in frequencies):
+        raise ValueError(
+            f"frequencies have shapes {[tuple(axis.shape) for axis in frequencies]}; both have to be [hd/4]"
+        )
+    if side < 1:
+        raise ValueError(f"side is {side}; it has to be one more than the largest coordinate")
+    if not positions.is_cuda and positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < side:
+        raise ValueError(
+            f"positions lie in [{int(positions.min())}, {int(positions.max())}]; with side {side} they have to lie in "
+            f"[0, {side - 1}]"
+        )
+
+
+def rotary_table(
+    positions: torch.Tensor,
+    frequencies: tuple[torch.Tensor, torch.Tensor],
+    *,
+    side: int,
+    out_cos: torch.Tensor | None = None,
+    out_sin: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every row's rotation angles; bit-equal on the CPU to Hugging Face transformers.
+
+    Args:
+        positions: ``[N, 2]`` int32, row and column of each patch.
+        frequencies: ``[hd/4]`` fp32 for rows and for columns, as from :func:`axial_frequencies`.
+        side: one more than the largest coordinate.  On a GPU it is the caller who vouches for that.
+        out_cos: ``[N, hd/2]`` fp32 to write into, last stride 1.
+        out_sin: like ``out_cos``.
+
+    Returns:
+        The two tables, ``[N, hd/2]`` fp32 on the device of ``positions``.
+
+    Raises:
+        ValueError: shapes that do not fit, or (on the CPU) a position outside ``[0, side)``.
+        TypeError: dtypes that do not fit.
+    """
+    _validate(positions, frequencies, side)
+    expected = (len(positions), 2 * len(frequencies[0]))
+    tables = []
+    for name, table in (("out_cos", out_cos), ("out_sin", out_sin)):
+        table = torch.empty(expected, dtype=torch.float32, device=positions.device) if table is None else table
+        if table.dtype != torch.float32 or table.device != positions.device:
+            raise TypeError(f"{name} is {table.dtype} on {table.device}; it has to be float32 on {positions.device}")
+        if table.shape != expected or (table.numel() and table.stride(1) != 1):
+            raise ValueError(
+                f"{name} has shape {tuple(table.shape)} and strides {table.stride()}; {len(positions)} positions and "
+                f"{len(frequencies[0])} frequencies an axis need {expected} with last stride 1"
+            )
+        tables.append(table)
+    cos, sin = tables
+    if cos.numel():
+        if runs_kernel(positions):
+            config = default_config(configs.architecture(positions.device))
+            launch_rotary_table(positions, frequencies, side, cos, sin, config)
+        else:
+            rotary_table_reference(positions, frequencies, side, cos, sin)
+    return cos, sin
+
+
+def compile_specs(architecture: str) -> list[CompileSpec]:
+    """The shipped configurations: head widths 64, 72 and 80."""
+    config = default_config(architecture)
+    strides = ("position_stride", "cos_stride", "sin_stride")
+    tables = ("COS_H", "SIN_H", "COS_W", "SIN_W", "OUT_COS", "OUT_SIN")
+    return [
+        CompileSpec(
+            name=f"rotary_table fp32 head_dim {head_dim}",
+            kernel=_rotary_table_kernel,
+            signature={"POSITIONS": "*i32"} | dict.fromkeys(tables, "*fp32") | dict.fromkeys(("rows", *strides), "i32"),
+            constants=_constants(head_dim // 4, config),
+            divisible_by_16=(),
+            num_warps=config.num_warps,
+            num_stages=1,
+            tensor_core=False,
+            elements=config.rows * head_dim,
+        )
+        for head_dim in (64, 72, 80)
+    ]

@@ -1,0 +1,75 @@
+"""Where kernels run in the tests, and what they must not get away with.
+
+Without a GPU every Triton kernel is interpreted: ``TRITON_INTERPRET`` has to be set before Triton is first imported, so
+it is set here, at import.  Tests then say which backend they mean: the ``kernel_device`` fixture for the Triton kernels
+(interpreted on a CPU, compiled on a GPU), nothing for the torch reference, which is the CPU product.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.checkpoints import save_qwen2_vl
+
+from tritontower.kernels import dispatch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects (not skips) the GPU tests on a machine without a GPU: the count then shows what really ran."""
+    if HAS_GPU:
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(autouse=True)
+def _reference_by_default() -> Iterator[None]:
+    """CPU tensors take the torch reference unless a test asks for the kernels."""
+    with dispatch.use("reference"):
+        yield
+
+
+@pytest.fixture
+def kernel_device() -> Iterator[torch.device]:
+    """The device on which operations launch Triton kernels in this test."""
+    with dispatch.use("triton" if HAS_GPU else "interpreter"):
+        yield torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes ``torch.empty`` and its kin hand out NaN (or the largest integer), so that an element never written shows."""
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, _original=original, **kwargs: poison(_original(*args, **kwargs)))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *args, **kwargs: poison(new_empty(self, *args, **kwargs))
+    )
+
+
+@pytest.fixture(scope="session")
+def qwen2_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random fp32 Qwen2-VL checkpoint."""
+    return save_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))

@@ -1,0 +1,89 @@
+"""Small random checkpoints, made by transformers itself, and pictures to show them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+TINY_VISION: dict[str, Any] = {
+    "depth": 3,
+    "embed_dim": 64,
+    "hidden_size": 48,
+    "num_heads": 4,
+    "mlp_ratio": 2,
+}
+TINY_TEXT: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160_000,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+}
+
+
+def save_qwen2_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **vision: Any) -> Path:
+    """A whole small Qwen2-VL (tower and language model) as ``save_pretrained`` writes it, with its image processor."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    torch.manual_seed(seed)
+    config = Qwen2VLConfig(vision_config={**TINY_VISION, **vision}, text_config=TINY_TEXT)
+    model = Qwen2VLForConditionalGeneration(config)
+    # Freshly made norms are exactly one and zero and biases are zero: a swapped or dropped one would not show.
+    for name, parameter in model.named_parameters():
+        if "visual" in name and parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    model.to(dtype).save_pretrained(folder)
+    sizes = {
+        "patch_size": config.vision_config.patch_size,
+        "merge_size": config.vision_config.spatial_merge_size,
+        "temporal_patch_size": config.vision_config.temporal_patch_size,
+    }
+    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056, **sizes).save_pretrained(folder)
+    return folder
+
+
+def rename_tensors(source: Path, target: Path, old: str, new: str) -> Path:
+    """A copy of a single-file checkpoint in which the prefix ``old`` of tensor names is ``new``."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix == ".json":
+            (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    renamed = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def shard(source: Path, target: Path, shards: int = 3) -> Path:
+    """A copy of a single-file checkpoint whose tensors are dealt out to several files, with an index."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.suffix == ".json":
+            (target / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {}
+    for number in range(shards):
+        file_name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[number * len(names) // shards : (number + 1) * len(names) // shards]
+        save_file({name: tensors[name] for name in part}, target / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file_name)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    return target
+
+
+def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
+    """A picture ``[height, width, 3]`` uint8: smooth colours with noise on them, different for every seed."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / (7.0 + k) + seed) * np.cos(y / (11.0 - k)) for k in range(3)]
+    picture = 127.5 + 90.0 * np.stack(waves, -1) + generator.normal(0.0, 20.0, (height, width, 3))
+    return picture.clip(0, 255).astype(np.uint8)

@@ -1,0 +1,140 @@
+"""What is shipped is what was tested: the wheel, an editable install, and the bare checkout.
+
+Everything happens in a copy of the checkout: building leaves files behind, and other tests run at the same time.
+"""
+
+import configparser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tritontower
+from tritontower.cli.env import SUPPORTED
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
+OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
+
+# Where a package and its kernels come from, as seen by a process that knows nothing of the checkout.
+WHERE = "import tritontower, tritontower.kernels.norm as norm; print(tritontower.__file__); print(norm.__file__)"
+
+
+def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    process = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, f"{process.stdout}\n{process.stderr}"
+    return process.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The files of the checkout that could be shipped, and those that must not be."""
+    copy = tmp_path_factory.mktemp("checkout") / "source"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo-output")
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    _run(*PIP, "wheel", *OFFLINE, "--wheel-dir", folder, checkout, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def shipped(wheel) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+class TestMetadata:
+    def test_versions_agree(self):
+        assert PROJECT["project"]["version"] == tritontower.__version__
+
+    def test_supported_releases_are_the_dependencies(self):
+        bounds = dict(
+            re.fullmatch(r"([\w-]+)([^;]*).*", dependency).groups() for dependency in PROJECT["project"]["dependencies"]
+        )
+        assert {name: bounds[name] for name in SUPPORTED} == SUPPORTED
+
+    def test_every_package_is_listed(self):
+        folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tritontower").glob("**/__init__.py")}
+        listed = set(PROJECT["tool"]["setuptools"]["packages"])
+        assert listed == {".".join(folder.parts) for folder in folders} | {"tritontower.kernels"}
+
+
+class TestWheel:
+    def test_holds_the_package_and_nothing_else(self, shipped):
+        roots = {name.split("/")[0] for name in shipped}
+        assert roots == {"tritontower", f"tritontower-{tritontower.__version__}.dist-info"}
+
+    def test_holds_every_file_of_the_package(self, shipped):
+        expected = {
+            path.relative_to(ROOT).as_posix()
+            for path in (ROOT / "tritontower").rglob("*.py")
+            if "kernels" not in path.relative_to(ROOT / "tritontower").parts
+        }
+        expected |= {f"tritontower/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+        assert expected <= shipped.keys()
+        assert len(expected) > 20
+
+    def test_is_typed_licensed_and_has_a_command(self, shipped):
+        information = f"tritontower-{tritontower.__version__}.dist-info"
+        assert "tritontower/py.typed" in shipped
+        assert b"Apache License" in shipped[f"{information}/licenses/LICENSE"]
+        entries = configparser.ConfigParser()
+        entries.read_string(shipped[f"{information}/entry_points.txt"].decode())
+        assert entries["console_scripts"]["tritontower"] == "tritontower.cli:main"
+        assert shipped[f"{information}/top_level.txt"].decode().split() == ["tritontower"]
+
+    def test_works_away_from_the_checkout(self, wheel, tmp_path):
+        target = tmp_path / "site"
+        _run(*PIP, "install", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel, cwd=tmp_path)
+        # -I: neither the current folder nor PYTHONPATH may help.
+        code = f"import sys; sys.path.insert(0, {str(target)!r}); {WHERE}"
+        package, norm = _run(sys.executable, "-I", "-c", code, cwd=tmp_path).split()
+        assert Path(package) == target / "tritontower" / "__init__.py"
+        assert Path(norm) == target / "tritontower" / "kernels" / "norm.py"
+
+
+class TestEditable:
+    def test_works_away_from_the_checkout(self, checkout, tmp_path):
+        environment = tmp_path / "environment"
+        _run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
+        python = environment / "bin" / "python"
+        # The fresh environment borrows pip, setuptools and torch from this one; path files there are not followed.
+        borrowed = sysconfig.get_path("purelib")
+        _run(python, *PIP[1:], "install", *OFFLINE, "--editable", checkout, cwd=tmp_path, PYTHONPATH=borrowed)
+        package, norm = _run(python, "-c", WHERE, cwd=tmp_path, PYTHONPATH=borrowed).split()
+        assert Path(package) == checkout / "tritontower" / "__init__.py"
+        assert Path(norm).resolve() == checkout / "kernels" / "norm.py"
+        command = environment / "bin" / "tritontower"
+        assert tritontower.__version__ in _run(command, "--version", cwd=tmp_path, PYTHONPATH=borrowed)
+
+
+class TestCheckout:
+    def test_works_uninstalled(self, checkout):
+        output = _run(sys.executable, "-m", "tritontower", "--help", cwd=checkout)
+        assert output.startswith("usage: tritontower")
+        package, norm = _run(sys.executable, "-c", WHERE, cwd=checkout).split()
+        assert Path(package) == checkout / "tritontower" / "__init__.py"
+        assert Path(norm).resolve() == checkout / "kernels" / "norm.py"

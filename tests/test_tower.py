@@ -1,0 +1,360 @@
+"""The whole way: pictures → embeddings, held against transformers on small random checkpoints."""
+
+import contextvars
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.checkpoints import noise, rename_tensors, save_qwen2_vl, shard
+
+from tritontower import VisionTower, has_vision
+from tritontower.errors import (
+    AspectRatioError,
+    BackendUnavailableError,
+    CheckpointIncompleteError,
+    EmptyImageError,
+    ImageTooLargeError,
+    ImageTypeError,
+    ProcessorError,
+    ShapeMismatchError,
+    TowerError,
+    TowerNotLoadedError,
+    UsageError,
+)
+from tritontower.executor import Executor
+from tritontower.fusion import fold_still_pictures, fuse, fuse_activations, fuse_residual_into_norm
+from tritontower.graph import build
+from tritontower.kernels import dispatch
+from tritontower.parity import Reference, compare, compare_nodes, relative_error
+
+SIZES = [(157, 243), (28, 28), (300, 64), (14, 700), (90, 90)]
+PICTURES = [noise(width, height, seed) for seed, (width, height) in enumerate(SIZES)]
+
+# None of these is published: the graph has to come from the configuration, not from the model's name.
+OTHER_TOWERS: dict[str, dict[str, Any]] = {
+    "one block": {"depth": 1},
+    "wide heads": {"embed_dim": 160, "num_heads": 2},
+    "merge three": {"spatial_merge_size": 3},
+    "merge one": {"spatial_merge_size": 1},
+    "small patches": {"patch_size": 8},
+    "one frame": {"temporal_patch_size": 1},
+    "three frames": {"temporal_patch_size": 3},
+    "gelu": {"hidden_act": "gelu", "mlp_ratio": 3},
+    "silu": {"hidden_act": "silu"},
+    "tanh gelu": {"hidden_act": "gelu_pytorch_tanh"},
+    "one channel more": {"hidden_size": 56},
+}
+
+
+@pytest.fixture(scope="module")
+def tower(qwen2_vl: Path) -> VisionTower:
+    return VisionTower.from_pretrained(qwen2_vl, device="cpu")
+
+
+def rows_of(embeddings: list[Any]) -> torch.Tensor:
+    return torch.cat([embedding.embeddings for embedding in embeddings])
+
+
+def reference_rows(folder: Path, pictures: list[np.ndarray], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Embeddings by transformers alone: its image processor, its model, nothing of ours in between."""
+    from transformers import AutoImageProcessor, Qwen2VLForConditionalGeneration
+
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    inputs = processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+    with torch.inference_mode():
+        return model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+
+
+def test_mixed_sizes_agree_with_transformers_end_to_end(qwen2_vl: Path, tower: VisionTower) -> None:
+    assert relative_error(rows_of(tower.encode(PICTURES)), reference_rows(qwen2_vl, PICTURES)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", OTHER_TOWERS)
+def test_other_configurations_agree_with_transformers(name: str, tmp_path: Path) -> None:
+    folder = save_qwen2_vl(tmp_path / "model", **OTHER_TOWERS[name])
+    tower = VisionTower.from_pretrained(folder, device="cpu")
+    assert relative_error(rows_of(tower.encode(PICTURES)), reference_rows(folder, PICTURES)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_transformers(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = save_qwen2_vl(tmp_path / "model", dtype=dtype, depth=8)
+    tower = VisionTower.from_pretrained(folder, device="cpu")
+    assert tower.dtype == dtype
+    parity = compare(tower, tower.preprocess(PICTURES))
+    assert parity.reference_error is not None
+    assert parity.reference_error > 1e-4
+    assert parity.passed, parity
+
+
+def test_clips_agree_with_transformers(tower: VisionTower) -> None:
+    for frames in (1, 2, 5):
+        clip = [noise(120, 80, seed) for seed in range(frames)]
+        batch = tower.preprocess_video(clip)
+        assert batch.grids[0][0] == -(-frames // 2)
+        assert batch.pixels.shape[1] == 1176
+        assert compare(tower, batch).error <= 1e-5
+        embedding = tower.encode_video(clip)
+        assert torch.equal(embedding.embeddings, tower.forward(batch))
+        assert embedding.num_tokens == batch.workload.tokens
+
+
+def test_a_clip_of_one_still_is_the_still(tower: VisionTower) -> None:
+    # The size rules of clips and pictures differ; the same bounds make the same grid.
+    bounds = {"min_pixels": 3136, "max_pixels": 100_000}
+    still = tower.encode(PICTURES[0], **bounds)[0]
+    clip = tower.encode_video([PICTURES[0]], **bounds)
+    assert clip.grid_thw == still.grid_thw
+    assert relative_error(clip.embeddings, still.embeddings) <= 1e-5
+
+
+def test_frames_of_a_clip_do_not_see_each_other(tower: VisionTower) -> None:
+    clip = [noise(120, 80, seed) for seed in range(6)]
+    other = [*clip[:4], noise(120, 80, 77), noise(120, 80, 78)]
+    first, second = (tower.encode_video(frames).embeddings for frames in (clip, other))
+    third = len(first) // 3
+    assert torch.equal(first[: 2 * third], second[: 2 * third])
+    assert not torch.equal(first[2 * third :], second[2 * third :])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_picture_alone_and_in_a_pack_of_ten_is_bitwise_the_same(tower: VisionTower, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        pack = [noise(50 + 37 * seed, 40 + 29 * seed, seed) for seed in range(9)]
+        pack.insert(4, noise(28, 28, 99))
+        # The smallest picture becomes one token: the row of a product that has no other row.
+        packed = tower.encode(pack, min_pixels=28 * 28)
+        assert packed[4].num_tokens == 1
+        for position in (0, 4, 9):
+            alone = tower.encode(pack[position], min_pixels=28 * 28)[0]
+            assert torch.equal(alone.embeddings, packed[position].embeddings), position
+        again = tower.encode(pack[::-1], min_pixels=28 * 28)[::-1]
+        assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(packed, again, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_kernel_runs_in_the_interpreter_and_agrees(qwen2_vl: Path, kernel_device: torch.device) -> None:
+    tower = VisionTower.from_pretrained(qwen2_vl, device=kernel_device)
+    pictures = [noise(90, 60, 1), noise(28, 28, 2)]
+    batch = tower.preprocess(pictures)
+    with dispatch.use("reference"):
+        expected = tower.forward(batch)
+    actual = tower.forward(batch)
+    assert relative_error(actual, expected) <= 1e-5
+    assert not torch.equal(actual, expected), "the kernels ran the reference"
+    alone = tower.forward(tower.preprocess(pictures[1]))
+    assert torch.equal(alone, actual[-len(alone) :])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_passes_leave_the_numbers_where_they_were(qwen2_vl: Path, dtype: torch.dtype) -> None:
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", dtype=dtype)
+    batch = tower.preprocess(PICTURES)
+    plain = build(tower.config)
+    sources = tower._read_weights(None)
+    graphs = {
+        "default": fuse(plain),
+        "norms": fuse(plain, (fuse_activations, fuse_residual_into_norm)),
+        "folded": fold_still_pictures(fuse(plain)),
+        "plain": plain,
+    }
+    clips = tower.preprocessor.pictures([], min_pixels=None)
+    assert clips.workload.patches == 0
+    pixels, _ = Reference(tower, dtype).inputs(batch)
+    unfolded = type(batch).pack(
+        tower.config,
+        pixels,
+        batch.grids,
+        original_sizes=batch.original_sizes,
+        content_hashes=batch.content_hashes,
+    )
+    expected = Executor(plain, sources).run(unfolded)["embeddings"].float()
+    exact = Reference(tower, torch.float32).forward(batch)
+    for name, graph in graphs.items():
+        actual = Executor(graph, sources).run(batch if name == "folded" else unfolded)["embeddings"]
+        if dtype == torch.float32:
+            assert relative_error(actual, expected) <= 2e-6, name
+        else:
+            # Fewer roundings may move the numbers, but only towards the truth, or by next to nothing.
+            assert relative_error(actual, exact) <= 1.05 * relative_error(expected, exact), name
+
+
+def test_every_node_agrees_with_its_module(tower: VisionTower) -> None:
+    found = compare_nodes(tower, tower.preprocess(PICTURES[:2]))
+    assert {line.value for line in found} >= {"patch_rows", "blocks.2.mixed", "blocks.1.mlp_hidden", "embeddings"}
+    assert all(line.error <= 1e-5 for line in found), found
+
+
+def test_a_wrong_weight_is_found_at_its_node(tower: VisionTower, qwen2_vl: Path) -> None:
+    broken = VisionTower.from_pretrained(qwen2_vl, device="cpu")
+    sources = broken._read_weights(None)
+    sources["blocks.1.mlp_up.bias"] = sources["blocks.1.mlp_up.bias"] + 0.1
+    broken._executors = {588: Executor(broken.graph, sources)}
+    found = compare_nodes(broken, broken.preprocess(PICTURES[:1]))
+    assert next(line.node for line in found if line.error > 1e-4) == "blocks.1.mlp_up"
+    assert not compare(broken, broken.preprocess(PICTURES[:1])).passed
+
+
+def test_both_prefix_generations_and_shards_give_the_same_embeddings(
+    qwen2_vl: Path, tower: VisionTower, tmp_path: Path
+) -> None:
+    expected = rows_of(tower.encode(PICTURES[:2]))
+    renamed = rename_tensors(qwen2_vl, tmp_path / "renamed", "visual.", "model.visual.")
+    for folder in (renamed, shard(qwen2_vl, tmp_path / "sharded"), shard(renamed, tmp_path / "both")):
+        again = VisionTower.from_pretrained(folder, device="cpu").encode(PICTURES[:2])
+        assert torch.equal(rows_of(again), expected)
+
+
+def test_count_tokens_is_what_encode_gives(tower: VisionTower) -> None:
+    generator = random.Random(0)
+    sizes = [(generator.randint(1, 1500), generator.randint(1, 1500)) for _ in range(2000)]
+    sizes = [(w, h) if max(w, h) <= 200 * min(w, h) else (w + 200, h + 200) for w, h in sizes]
+    processor = tower.preprocessor.processor
+    for width, height in sizes:
+        assert tower.count_tokens(width, height) == processor.get_number_of_image_patches(height, width) // 4
+    for width, height in [(w, h) for w, h in sizes if w * h < 40_000][:25]:
+        picture = np.zeros((height, width, 3), np.uint8)
+        assert tower.encode(picture)[0].num_tokens == tower.count_tokens(width, height)
+    bounds = {"min_pixels": 50_000, "max_pixels": 60_000}
+    assert tower.encode(PICTURES[0], **bounds)[0].num_tokens == tower.count_tokens(*SIZES[0], **bounds)
+    assert 50_000 <= tower.count_tokens(*SIZES[0], **bounds) * 28 * 28 <= 60_000
+
+
+def test_the_kinds_of_pictures_agree(tower: VisionTower, tmp_path: Path) -> None:
+    path = tmp_path / "picture.png"
+    Image.fromarray(PICTURES[0]).save(path)
+    tensor = torch.from_numpy(PICTURES[0])
+    kinds = [PICTURES[0], Image.fromarray(PICTURES[0]), path, path.read_bytes(), tensor]
+    embeddings = tower.encode(kinds)
+    assert all(torch.equal(embedding.embeddings, embeddings[0].embeddings) for embedding in embeddings)
+    assert len({embedding.content_hash for embedding in embeddings}) == 1
+    assert embeddings[0].original_size == SIZES[0]
+    assert embeddings[0].processed_size == (embeddings[0].grid_thw[2] * 14, embeddings[0].grid_thw[1] * 14)
+
+
+def test_no_pictures_is_no_work(tower: VisionTower) -> None:
+    assert tower.encode([]) == []
+
+
+def test_results_outlive_later_passes(tower: VisionTower) -> None:
+    first = tower.encode(PICTURES[0])[0].embeddings
+    kept = first.clone()
+    tower.encode(PICTURES[1:])
+    assert torch.equal(first, kept)
+    assert not first.requires_grad
+
+
+def test_threads_share_a_tower(tower: VisionTower) -> None:
+    expected = [tower.encode(picture)[0].embeddings for picture in PICTURES]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        order = list(range(len(PICTURES)))
+        random.Random(seed).shuffle(order)
+        for number in order:
+            if not torch.equal(tower.encode(PICTURES[number])[0].embeddings, expected[number]):
+                wrong.append(number)
+
+    # A thread starts without this test's choice of backend unless it gets a copy of its context.
+    threads = [threading.Thread(target=contextvars.copy_context().run, args=(work, seed)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_delayed_loading_answers_before_it_reads_weights(qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    original = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: opened.append(self.name) or original(self, *a, **k))
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", dtype="float32", delay_load=True)
+    assert not tower.is_loaded
+    assert tower.hidden_size == 48
+    assert tower.count_tokens(100, 100) == 16
+    assert tower.memory_plan(64).peak_bytes > 0
+    assert not [name for name in opened if name.endswith(".safetensors")]
+    with pytest.raises(TowerNotLoadedError, match="load"):
+        tower.encode(PICTURES[0])
+    seen: list[tuple[int, int]] = []
+    assert tower.load(progress=lambda done, total: seen.append((done, total))).is_loaded
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert tower.encode(PICTURES[0])[0].num_tokens == tower.count_tokens(*SIZES[0])
+
+
+def test_memory_plan_covers_what_a_pass_allocates(tower: VisionTower) -> None:
+    batch = tower.preprocess(PICTURES)
+    counts = [h * w for _, h, w in batch.grids]
+    plan = tower.memory_plan(counts)
+    assert plan.workload == batch.workload
+    tower.forward(batch)
+    executor = tower.executor_for(batch)
+    assert executor._arena.numel() >= plan.arena_bytes
+    assert plan.output_bytes >= batch.workload.tokens * 48 * 4
+    executor.release()
+    assert executor._arena.numel() == 0
+    tower.forward(batch)
+    assert executor._arena.numel() == plan.arena_bytes
+    with pytest.raises(UsageError, match="multiples of 4"):
+        tower.memory_plan(1023)
+
+
+def test_wrong_pictures_are_refused_by_name(tower: VisionTower) -> None:
+    with pytest.raises(AspectRatioError, match="5 × 2000"):
+        tower.encode(np.zeros((2000, 5, 3), np.uint8))
+    with pytest.raises(EmptyImageError):
+        tower.encode(np.zeros((0, 5, 3), np.uint8))
+    with pytest.raises(ImageTypeError, match="Path"):
+        tower.encode(["photo.jpg"])
+    with pytest.raises(ImageTooLargeError, match="max_planned_pixels"):
+        tower.encode(np.zeros((9, 9, 3), np.uint8), min_pixels=2**27, max_pixels=2**28)
+    with pytest.raises(ProcessorError, match="at least one frame"):
+        tower.encode_video([])
+    with pytest.raises(ProcessorError, match="differ in size"):
+        tower.encode_video([PICTURES[0], PICTURES[1]])
+    with pytest.raises(ProcessorError, match="in order"):
+        tower.encode(PICTURES[0], min_pixels=5000, max_pixels=4000)
+    with pytest.raises(ProcessorError, match="28 × 28"):
+        tower.encode(PICTURES[0], min_pixels=1, max_pixels=700)
+
+
+def test_wrong_arguments_are_refused(qwen2_vl: Path) -> None:
+    with pytest.raises(UsageError, match=r"int8.*allowed.*bfloat16"):
+        VisionTower.from_pretrained(qwen2_vl, dtype="int8")
+    with pytest.raises(UsageError, match="allowed"):
+        VisionTower.from_pretrained(qwen2_vl, dtype=torch.int8)
+    with pytest.raises(UsageError, match="device"):
+        VisionTower.from_pretrained(qwen2_vl, device="cuba")
+    with pytest.raises(BackendUnavailableError):
+        VisionTower.from_pretrained(qwen2_vl, device="mps")
+
+
+def test_weights_that_do_not_fit_are_refused(qwen2_vl: Path, tmp_path: Path) -> None:
+    missing = rename_tensors(qwen2_vl, tmp_path / "missing", "visual.blocks.1.", "elsewhere.blocks.1.")
+    with pytest.raises(CheckpointIncompleteError, match=r"blocks\.1\."):
+        VisionTower.from_pretrained(missing)
+    extra = rename_tensors(qwen2_vl, tmp_path / "extra", "lm_head.", "visual.lm_head.")
+    with pytest.raises(TowerError, match=r"lm_head"):
+        VisionTower.from_pretrained(extra)
+    narrow = rename_tensors(qwen2_vl, tmp_path / "narrow", "lm_head.", "head.")
+    config = (narrow / "config.json").read_text()
+    (narrow / "config.json").write_text(config.replace('"embed_dim": 64', '"embed_dim": 32'))
+    with pytest.raises(ShapeMismatchError):
+        VisionTower.from_pretrained(narrow)
+
+
+def test_has_vision(qwen2_vl: Path, tmp_path: Path) -> None:
+    assert has_vision(qwen2_vl)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    assert not has_vision(tmp_path)
+    with pytest.raises(TowerError):
+        has_vision(tmp_path / "nowhere")

@@ -1,0 +1,136 @@
+"""Encode photographs with a tower of real size, check them against transformers, and draw what the tower sees.
+
+Without --model the tower is that of Qwen2-VL-2B with random weights, made once and kept: nothing is downloaded, and the
+work is that of the real model, though what it sees is not.
+"""
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritontower.cli.options import add_dtype, add_pictures, add_pixel_limits, load_tower
+from tritontower.cli.parity import describe as describe_parity
+from tritontower.drawing import text_table
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from tritontower import ImageEmbedding, VisionTower
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "tritontower demo holiday.jpg diagram.png --output demo-output"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Pictures, a model in place of the random one, and where the drawing goes."""
+    add_pictures(parser, required=False, without="three photographs from scikit-image")
+    parser.add_argument("--model", metavar="MODEL", help="a checkpoint with real weights, a local folder or a hub id")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
+    add_dtype(parser)
+    add_pixel_limits(parser)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="FOLDER",
+        help="for the drawing (default: demo-output)",
+    )
+    parser.add_argument("--no-parity", action="store_true", help="leave transformers out of it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the demonstration; returns 1 if the parity check fails."""
+    names, pictures = _pictures(arguments.pictures)
+    if arguments.model is None:
+        from tritontower.demonstration import demonstration_checkpoint
+
+        arguments.model = demonstration_checkpoint()
+    tower = load_tower(arguments)
+    limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    print(
+        f"A tower of {tower.config.depth} blocks, {tower.config.width} wide, {tower.graph.parameters / 1e6:,.0f} M "
+        f"parameters, in {str(tower.dtype).removeprefix('torch.')} on {tower.device}\n"
+    )
+    alone = [_timed(tower, [picture], limits) for picture in pictures]
+    packed, packed_ms = _timed(tower, pictures, limits)
+    print(_table(names, packed, [milliseconds for _, milliseconds in alone]))
+    same = all(
+        one.embeddings.equal(many.embeddings) for (ones, _), many in zip(alone, packed, strict=True) for one in ones
+    )
+    print(
+        f"\nAll {len(pictures)} in one packed pass: {packed_ms:,.0f} ms, "
+        f"{'bit for bit what each gives alone' if same else 'NOT what each gives alone'}\n"
+    )
+    passed = same
+    if not arguments.no_parity:
+        from tritontower.parity import compare
+
+        parity = compare(tower, tower.preprocess(pictures, **limits))
+        passed = passed and parity.passed
+        print(describe_parity(parity) + "\n")
+    print(f"What the tower sees, as colours: {_draw(tower, names, pictures, packed, arguments.output)}")
+    return 0 if passed else 1
+
+
+def _pictures(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
+    """Names and pictures: those on the command line, or the photographs of the demonstration."""
+    if not paths:
+        from tritontower.demonstration import demonstration_pictures
+
+        photographs = demonstration_pictures()
+        return list(photographs), list(photographs.values())
+    from PIL import Image
+
+    from tritontower.images import canonical_rgb
+
+    images = [canonical_rgb(path, index=index) for index, path in enumerate(paths)]
+    return [path.name for path in paths], [Image.fromarray(image.array) for image in images]
+
+
+def _timed(
+    tower: "VisionTower", pictures: Sequence["Image.Image"], limits: Mapping[str, int | None]
+) -> tuple[list["ImageEmbedding"], float]:
+    """Embeddings on the CPU, and the milliseconds from pictures to there."""
+    start = time.perf_counter()
+    embeddings = [embedding.to("cpu") for embedding in tower.encode(pictures, **limits)]
+    return embeddings, (time.perf_counter() - start) * 1e3
+
+
+def _table(names: Sequence[str], embeddings: Sequence["ImageEmbedding"], milliseconds: Sequence[float]) -> str:
+    rows = [
+        (
+            name,
+            "{} × {}".format(*embedding.original_size),
+            "{1} × {2}".format(*embedding.grid_thw),
+            embedding.num_tokens,
+            f"{duration:,.0f}",
+        )
+        for name, embedding, duration in zip(names, embeddings, milliseconds, strict=True)
+    ]
+    return text_table("", ("picture", "size", "patches", "tokens", "ms alone"), rows)
+
+
+def _draw(
+    tower: "VisionTower",
+    names: Sequence[str],
+    pictures: Sequence["Image.Image"],
+    embeddings: Sequence["ImageEmbedding"],
+    folder: Path,
+) -> Path:
+    """Writes the pictures beside their features, as PNG; returns where."""
+    from tritontower.visualise import principal_component_picture, side_by_side
+
+    merge = tower.config.projector.merge
+    maps, titles = [], []
+    for name, embedding in zip(names, embeddings, strict=True):
+        _, rows, columns = embedding.grid_thw
+        maps.append(principal_component_picture(embedding.embeddings, rows // merge, columns // merge))
+        titles.append(f"{name}: {rows} × {columns} patches, {embedding.num_tokens} tokens")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "features.png"
+    side_by_side(pictures, maps, titles).save(path)
+    return path

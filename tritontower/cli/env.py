@@ -1,0 +1,356 @@
+"""Say what is installed, what will run where, and what is known not to work together.
+
+Exit code 1 if something here is known not to work.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tritontower import __version__
+from tritontower.cli.options import add_json
+from tritontower.drawing import text_table
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["EXAMPLE", "SUPPORTED", "Accelerator", "Environment", "Finding", "add_arguments", "find_trouble", "run"]
+
+EXAMPLE = "tritontower env --json"
+
+SUPPORTED = {
+    "torch": ">=2.11,<2.16",
+    "triton": ">=3.6,<3.10",
+    "transformers": ">=5.17,<5.24",
+    "huggingface-hub": ">=1.5,<3",
+    "safetensors": ">=0.8,<0.9",
+    "pillow": ">=12.3,<14",
+    "numpy": ">=1.26,<3",
+}
+"""The releases that the tests pass with; the same as the dependencies of the distribution."""
+
+_OPTIONAL = ("torchvision",)
+_BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16", "svebf16")
+_VECTOR_FLAGS = ("avx2", "avx512f", "amx_int8", "sve", "asimd")
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU that torch can use.
+
+    Attributes:
+        device: torch's name for it, such as ``"cuda:0"``.
+        name: the vendor's name.
+        memory_bytes: what it has.
+        architecture: ``"sm_90"``, ``"gfx942"`` and the like.
+        backend: what an operation on it takes, as :mod:`tritontower.kernels.dispatch` says.
+    """
+
+    device: str
+    name: str
+    memory_bytes: int
+    architecture: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something worth knowing.
+
+    Attributes:
+        what: what was found, and what comes of it.
+        remedy: what to do.
+        broken: whether it is known not to work, as opposed to merely being worth knowing.
+    """
+
+    what: str
+    remedy: str
+    broken: bool = True
+
+
+@dataclass(frozen=True)
+class Environment:
+    """All that the report is made of; plain values, so that any machine can be described in a test.
+
+    Attributes:
+        packages: installed release by distribution name; ``None`` where it is not installed.
+        import_errors: one line each for installed packages that fail to import.
+        accelerators: the GPUs torch sees.
+        gpu_driver: whether the machine has a GPU driver, whatever torch says.
+        cpu_backend: what an operation on a CPU tensor takes.
+        cpu_features: instruction sets that matter here, of those the machine has.
+        variables: environment variables that change what runs.
+    """
+
+    python: str
+    system: str
+    packages: Mapping[str, str | None]
+    import_errors: Mapping[str, str] = field(default_factory=dict)
+    accelerators: Sequence[Accelerator] = ()
+    gpu_driver: bool = False
+    cpu_backend: str = "unknown"
+    cpu_cores: int = 1
+    cpu_threads: int = 1
+    cpu_features: Sequence[str] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--json`` only: there is nothing to choose."""
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the report; returns 1 if something is known not to work here."""
+    environment = observe()
+    findings = find_trouble(environment)
+    broken = any(finding.broken for finding in findings)
+    if arguments.json:
+        report = {
+            "tritontower": __version__,
+            **asdict(environment),
+            "findings": [asdict(finding) for finding in findings],
+            "ok": not broken,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        print(describe(environment, findings))
+    return 1 if broken else 0
+
+
+# -- observing --------------------------------------------------------------------------------------------------------
+
+
+def observe() -> Environment:
+    """Looks at this machine.  Imports torch, triton and torchvision, each of which may fail."""
+    packages = {name: _installed(name) for name in (*SUPPORTED, *_OPTIONAL)}
+    errors = {name: error for name in ("torch", "triton", "torchvision") if (error := _import_error(name))}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = Environment(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        packages=packages,
+        import_errors=errors,
+        gpu_driver=any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/kfd")),
+        cpu_cores=cores,
+        cpu_features=_cpu_features(),
+        variables={name: value for name in ("TRITON_INTERPRET",) if (value := os.environ.get(name)) is not None},
+    )
+    return environment if "torch" in errors else _with_torch(environment)
+
+
+def _with_torch(environment: Environment) -> Environment:
+    import torch
+
+    from tritontower.kernels.dispatch import backend_for
+
+    accelerators = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        properties = torch.cuda.get_device_properties(device)
+        accelerators.append(
+            Accelerator(
+                device=str(device),
+                name=properties.name,
+                memory_bytes=properties.total_memory,
+                architecture=_architecture(properties),
+                backend=backend_for(torch.empty(0, device=device)),
+            )
+        )
+    return replace(
+        environment,
+        accelerators=tuple(accelerators),
+        cpu_backend=backend_for(torch.empty(0)),
+        cpu_threads=torch.get_num_threads(),
+    )
+
+
+def _architecture(properties: "torch.cuda._CudaDeviceProperties") -> str:
+    rocm = getattr(properties, "gcnArchName", "")
+    if rocm.startswith("gfx"):
+        return str(rocm.partition(":")[0])
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _import_error(name: str) -> str | None:
+    """Why ``import name`` fails, in one line; ``None`` if it works or nothing of that name is installed."""
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        # Torch is the only one that nothing works without.
+        return "it is not installed" if name == "torch" else None
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a binary built for another torch raises whatever it meets first
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return None
+
+
+def _cpu_features() -> tuple[str, ...]:
+    """What Linux says the processor has, of the instruction sets that matter; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return ()
+    flags: set[str] = set()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            flags.update(value.split())
+            break
+    return tuple(flag for flag in (*_VECTOR_FLAGS, *_BFLOAT16_FLAGS) if flag in flags)
+
+
+# -- judging ----------------------------------------------------------------------------------------------------------
+
+
+def find_trouble(environment: Environment) -> list[Finding]:
+    """Everything about ``environment`` that is known to matter; what is broken comes first."""
+    findings = [
+        *_missing_or_foreign_releases(environment),
+        *_broken_imports(environment),
+        *_unused_gpus(environment),
+        *_interpreter(environment),
+    ]
+    return sorted(findings, key=lambda finding: not finding.broken)
+
+
+def _missing_or_foreign_releases(environment: Environment) -> list[Finding]:
+    from packaging.specifiers import SpecifierSet
+
+    findings = []
+    for name, supported in SUPPORTED.items():
+        release = environment.packages.get(name)
+        if release is None:
+            if name == "triton" and not environment.accelerators:
+                continue  # the CPU runs the torch reference
+            findings.append(Finding(f"{name} is not installed", f'pip install "{name}{supported}"'))
+        elif not SpecifierSet(supported, prereleases=True).contains(release.partition("+")[0]):
+            findings.append(Finding(f"{name} {release} is outside {supported}", f'pip install "{name}{supported}"'))
+    return findings
+
+
+def _broken_imports(environment: Environment) -> list[Finding]:
+    findings = []
+    for name, error in environment.import_errors.items():
+        release = environment.packages.get(name)
+        if name == "torchvision":
+            findings.append(
+                Finding(
+                    f"torchvision {release} does not import beside torch {environment.packages.get('torch')} ({error}); "
+                    "transformers prefers it when it is present, so its image processors fail",
+                    "pip uninstall torchvision (it is not needed), or install the build made for this torch",
+                )
+            )
+        elif release is not None:
+            findings.append(Finding(f"{name} {release} does not import ({error})", f"reinstall {name}"))
+    return findings
+
+
+def _unused_gpus(environment: Environment) -> list[Finding]:
+    findings = []
+    if environment.gpu_driver and not environment.accelerators:
+        findings.append(
+            Finding(
+                f"this machine has a GPU driver, but torch {environment.packages.get('torch')} sees no GPU: "
+                "everything runs on the CPU",
+                "install a CUDA or ROCm build of torch, or check that the device is visible to this process",
+            )
+        )
+    for gpu in environment.accelerators:
+        if gpu.architecture.startswith("sm_") and int(gpu.architecture.removeprefix("sm_")) < 80:
+            findings.append(
+                Finding(
+                    f"{gpu.name} is {gpu.architecture}; the kernels are made for sm_80 (Ampere) and newer",
+                    "use --device cpu, or another GPU",
+                )
+            )
+    return findings
+
+
+def _interpreter(environment: Environment) -> list[Finding]:
+    """Triton's interpreter runs kernels in numpy: right for tests, thousands of times too slow for anything else."""
+    interprets = environment.variables.get("TRITON_INTERPRET") == "1"
+    findings = []
+    if interprets:
+        findings.append(
+            Finding(
+                "TRITON_INTERPRET=1 is set: kernels run in Triton's interpreter, thousands of times slower",
+                "unset TRITON_INTERPRET unless you are debugging a kernel",
+                broken=bool(environment.accelerators),
+            )
+        )
+    triton, numpy = (environment.packages.get(name) for name in ("triton", "numpy"))
+    if triton and numpy and _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        findings.append(
+            Finding(
+                f"the interpreter of triton {triton} fails with numpy {numpy}; compiled kernels are not affected",
+                'pip install "numpy<2.4" to run kernels in the interpreter',
+                broken=interprets,
+            )
+        )
+    return findings
+
+
+def _release(text: str) -> tuple[int, int]:
+    from packaging.version import Version
+
+    parsed = Version(text)
+    return parsed.major, parsed.minor
+
+
+# -- reporting --------------------------------------------------------------------------------------------------------
+
+
+def describe(environment: Environment, findings: Sequence[Finding]) -> str:
+    """The report as text."""
+    packages = [
+        (name, release or "not installed", SUPPORTED.get(name, "not needed"))
+        for name, release in environment.packages.items()
+    ]
+    where: list[Sequence[object]] = [
+        (gpu.device, gpu.name, gpu.architecture, f"{gpu.memory_bytes / 2**30:.0f} GiB", _BACKENDS[gpu.backend])
+        for gpu in environment.accelerators
+    ]
+    cores = f"{environment.cpu_cores} cores, {environment.cpu_threads} threads"
+    where.append(("cpu", cores, platform.machine(), None, _BACKENDS.get(environment.cpu_backend, "nothing")))
+    sections = [
+        f"tritontower {__version__} · Python {environment.python} · {environment.system}",
+        text_table("", ("package", "installed", "supported"), packages),
+        text_table("", ("device", "what it is", "architecture", "memory", "what runs there"), where),
+        _describe_cpu(environment.cpu_features),
+        *(f"{'PROBLEM' if finding.broken else 'note'}: {finding.what}\n  → {finding.remedy}" for finding in findings),
+    ]
+    if not findings:
+        sections.append("No known problems.")
+    return "\n\n".join(sections)
+
+
+def _describe_cpu(features: Sequence[str]) -> str:
+    if not features:
+        return "CPU instructions: unknown"
+    bfloat16 = [feature for feature in features if feature in _BFLOAT16_FLAGS]
+    vectors = [feature for feature in features if feature not in _BFLOAT16_FLAGS]
+    by = f"by {', '.join(bfloat16)}" if bfloat16 else "emulated, so that float32 may well be faster"
+    return f"CPU instructions: {', '.join(vectors)}; bfloat16 {by}"
+
+
+_BACKENDS = {
+    "triton": "Triton kernels",
+    "interpreter": "Triton kernels, interpreted",
+    "reference": "torch reference",
+}

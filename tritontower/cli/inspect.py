@@ -1,0 +1,144 @@
+"""Show what a checkpoint's tower is made of and what it costs, without reading its weights.
+
+Prints the configuration, the layer graph with shapes, parameters, operations and bytes per node, and for each picture
+size the tokens, the operations and the memory of one pass.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritontower.cli.options import (
+    add_json,
+    add_model,
+    add_pixel_limits,
+    add_placement,
+    load_tower,
+    output_file,
+    picture_size,
+)
+from tritontower.drawing import text_table
+
+if TYPE_CHECKING:
+    from tritontower import VisionTower
+    from tritontower.description import Description
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "tritontower inspect Qwen/Qwen2-VL-2B-Instruct --size 1024x768 --svg tower.svg"
+
+_SIZES = [(224, 224), (448, 448), (1024, 768), (1920, 1080)]
+
+
+@dataclass(frozen=True)
+class _PictureCost:
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    tokens: int
+    flops: int
+    peak_bytes: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, the picture sizes, and where to draw."""
+    add_model(parser)
+    parser.add_argument(
+        "--size",
+        type=picture_size,
+        action="append",
+        metavar="WIDTHxHEIGHT",
+        help="a picture size to work out the costs for; may be repeated, the first is that of the graph table "
+        "(default: 224x224, 448x448, 1024x768 and 1920x1080)",
+    )
+    parser.add_argument("--svg", type=output_file, metavar="FILE", help="draw the graph into FILE")
+    add_pixel_limits(parser)
+    add_placement(parser)
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the description and draws it where asked."""
+    from tritontower.description import Description
+
+    tower = load_tower(arguments, delay_load=True)
+    limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    costs: list[_PictureCost] = []
+    descriptions: list[Description] = []
+    for width, height in arguments.size or _SIZES:
+        _, rows, columns = tower.preprocessor.grid(width, height, **limits)
+        plan = tower.memory_plan(rows * columns)
+        description = Description(tower.graph, plan.workload, tower.dtype.itemsize)
+        descriptions.append(description)
+        tokens = tower.count_tokens(width, height, **limits)
+        costs.append(_PictureCost((width, height), (rows, columns), tokens, description.total.flops, plan.peak_bytes))
+    if arguments.svg is not None:
+        _draw(descriptions[0], arguments.svg, str(arguments.model))
+    if arguments.json:
+        print(json.dumps(_report(tower, descriptions[0], costs), indent=2))
+    else:
+        print(_text(tower, descriptions[0], costs))
+        if arguments.svg is not None:
+            print(f"\ndrawn: {arguments.svg}")
+    return 0
+
+
+def _draw(description: "Description", path: Path, model: str) -> None:
+    path.write_text(description.svg(title=f"Vision tower of {model}"), encoding="utf-8")
+
+
+def _report(tower: "VisionTower", description: "Description", costs: list[_PictureCost]) -> dict[str, Any]:
+    return {
+        "config": tower.config.to_json(),
+        "dtype": str(tower.dtype).removeprefix("torch."),
+        "weights_bytes": tower.weights_bytes,
+        "graph": description.to_json(),
+        "pictures": [
+            {
+                "width": cost.size[0],
+                "height": cost.size[1],
+                "grid": cost.grid,
+                "tokens": cost.tokens,
+                "flops": cost.flops,
+                "peak_bytes": cost.peak_bytes,
+            }
+            for cost in costs
+        ],
+    }
+
+
+def _text(tower: "VisionTower", description: "Description", costs: list[_PictureCost]) -> str:
+    dtype = str(tower.dtype).removeprefix("torch.")
+    settings = [(key, value) for key, value in _flat(tower.config.to_json())]
+    sizes = [
+        (
+            f"{cost.size[0]} × {cost.size[1]}",
+            f"{cost.grid[0]} × {cost.grid[1]}",
+            f"{cost.tokens:,}",
+            f"{cost.flops / 1e12:,.3f}",
+            f"{cost.peak_bytes / 2**20:,.1f} MiB",
+        )
+        for cost in costs
+    ]
+    return "\n\n".join(
+        [
+            text_table("Configuration", ("key", "value"), settings),
+            description.text(),
+            text_table(
+                f"One picture a pass, in {dtype}; the weights take {tower.weights_bytes / 2**20:,.0f} MiB beside it",
+                ("picture", "patches", "tokens", "TFLOP", "peak memory"),
+                sizes,
+            ),
+        ]
+    )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    flat: list[tuple[str, object]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat += _flat(value, f"{prefix}{key}.")
+        else:
+            flat.append((prefix + key, value))
+    return flat

@@ -1,0 +1,56 @@
+"""What each node of a layer graph costs: floating-point operations and bytes moved, from the graph alone.
+
+Operations count two per multiply–add of the matrix products (projections, linears, attention), as is usual; norms,
+activations and rotations are bound by their bytes and count none.  Bytes count every value and weight once per node
+that touches it, as if no cache held anything between nodes.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from .graph import Graph, Node, Workload
+
+__all__ = ["Cost", "cost_of", "total_cost"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations and bytes moved; costs add."""
+
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> "Cost":
+        return Cost(self.flops * times, self.bytes * times)
+
+
+def cost_of(graph: Graph, node: Node, workload: Workload, itemsize: int) -> Cost:
+    """The cost of one node of ``graph``.
+
+    Args:
+        graph: where the node stands.
+        node: one of its nodes.
+        workload: how many rows and attention scores there are.
+        itemsize: bytes of one activation and of one weight.
+    """
+    touched = (*node.inputs, *node.outputs, *node.scratch)
+    moved = sum(graph.values[name].size(workload, itemsize) for name in touched)
+    moved += sum(graph.weights[name].parameters * itemsize for name in node.weights.values())
+    return Cost(_flops(graph, node, workload), moved)
+
+
+def total_cost(graph: Graph, workload: Workload, itemsize: int) -> Cost:
+    """The cost of every node of ``graph`` together."""
+    return sum((cost_of(graph, node, workload, itemsize) for node in graph.nodes), Cost())
+
+
+def _flops(graph: Graph, node: Node, workload: Workload) -> int:
+    if node.kind == "attention":
+        # Scores and their weighted sum of values: two products of head_dim each, per query–key pair and head.
+        return 4 * workload.scores * int(node.attributes["heads"]) * int(node.attributes["head_dim"])
+    rows = workload.rows(graph.values[node.outputs[0]].rows)
+    matrices = (graph.weights[name].shape for name in node.weights.values() if len(graph.weights[name].shape) == 2)
+    return sum(2 * rows * prod(shape) for shape in matrices)

@@ -1,0 +1,10 @@
+"""Tables for a terminal and layered graphs for a page: plain data in, text or SVG out.
+
+Nothing here knows what a tower is.
+"""
+
+from .nodes import DrawnGroup, DrawnNode, Edge, collapse_repeats
+from .svg import graph_svg
+from .tables import text_table
+
+__all__ = ["DrawnGroup", "DrawnNode", "Edge", "collapse_repeats", "graph_svg", "text_table"]

@@ -1,0 +1,257 @@
+"""Everything this package raises on purpose, and the limits that make it raise.
+
+Every error is a :class:`TowerError`, and also the builtin that a caller most likely catches already (``ValueError``,
+``OSError``, ``RuntimeError``, ``TypeError``).  A message says what is wrong, where, what the limit is and how to change
+it.  It never holds an object's address or raw bytes: a server hands these texts to strangers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = [
+    "AspectRatioError",
+    "BackendUnavailableError",
+    "CheckpointAmbiguousError",
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "CheckpointIncompleteError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "EmptyImageError",
+    "ImageDecodeError",
+    "ImageError",
+    "ImageFormatError",
+    "ImageTooLargeError",
+    "ImageTypeError",
+    "ImageValueError",
+    "Limits",
+    "NoVisionTowerError",
+    "NonFiniteWeightsError",
+    "ProcessorError",
+    "ShapeMismatchError",
+    "TowerError",
+    "TowerNotLoadedError",
+    "UnexpectedTensorError",
+    "UnsafeFormatError",
+    "UnsafePathError",
+    "UnsupportedArchitectureError",
+    "UnsupportedDtypeError",
+    "UsageError",
+    "list_names",
+    "shorten",
+]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a picture may cost before it is refused; checked on the header, before anything is decoded.
+
+    Attributes:
+        max_image_pixels: width × height of one picture.  The default is where Pillow itself gives up.
+        max_aspect_ratio: longer side ÷ shorter side.
+        max_planned_pixels: width × height that a processor may resize one picture to.  A picture of 1 × 10000 pixels
+            weighs nothing, but scaled to a shortest edge of 224 it has 500 million.
+        image_formats: the encoded formats that are opened, by Pillow's names.  Pillow registers more than forty
+            openers, and nearly all of its advisories concern the ones left out here.
+    """
+
+    max_image_pixels: int = 178_956_970
+    max_aspect_ratio: float = 200.0
+    max_planned_pixels: int = 64 * 2**20
+    image_formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """``repr(value)`` fit for a message: one line, at most ``limit`` characters, numbers and texts only in full."""
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"{len(value)} bytes"
+    if value is None or isinstance(value, (bool, float, str)):
+        text = repr(value)
+    elif isinstance(value, int):
+        text = repr(value) if value.bit_length() < 256 else f"an integer of {value.bit_length()} bits"
+    elif isinstance(value, (list, tuple, dict, set, frozenset)):
+        text = f"a {type(value).__name__} of {len(value)}"
+    else:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def list_names(names: Sequence[str], limit: int = 10) -> str:
+    """``a, b, c (and 12 more)``: the first ``limit`` names and how many are left out."""
+    shown = ", ".join(shorten(name, 120).strip("'\"") for name in names[:limit])
+    hidden = len(names) - limit
+    return f"{shown} (and {hidden} more)" if hidden > 0 else shown
+
+
+def _rebuild(kind: type["TowerError"], arguments: tuple[Any, ...], facts: Mapping[str, Any]) -> "TowerError":
+    # Attribute lookup would find ValueError.__new__ first, which refuses the larger layout of an OSError.
+    error: TowerError = OSError.__new__(kind) if issubclass(kind, OSError) else kind.__new__(kind)
+    error.args = arguments
+    error.__dict__.update(facts)
+    return error
+
+
+class TowerError(Exception):
+    """The root of every error that this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes hand errors back by pickling them, and the default would call __init__ with the message only.
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+class UsageError(TowerError, ValueError):
+    """The call itself makes no sense: contradictory or missing arguments."""
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+class ConfigError(TowerError, ValueError):
+    """A value in ``config.json`` (or another JSON file of the checkpoint) cannot be used.
+
+    Attributes:
+        key: dotted path of the value, such as ``"vision_config.hidden_size"``; ``""`` for the file as a whole.
+        value: what stands there.
+        allowed: what may stand there, in words.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str, *, source: str = "config.json") -> None:
+        self.key, self.value, self.allowed, self.source = key, value, allowed, source
+        where = f"{source}: {key}" if key else source
+        super().__init__(f"{where} is {shorten(value)}; allowed: {allowed}")
+
+
+class UnsupportedArchitectureError(TowerError, ValueError):
+    """The checkpoint is of a model family that this package does not read."""
+
+
+class NoVisionTowerError(TowerError, ValueError):
+    """The checkpoint is of a text-only model."""
+
+
+# -- checkpoint files -------------------------------------------------------------------------------------------------
+
+
+class CheckpointError(TowerError):
+    """The root of what can be wrong with a checkpoint's files."""
+
+
+class CheckpointNotFoundError(CheckpointError, OSError):
+    """There is no such folder, hub repository, revision or file."""
+
+
+class CheckpointCorruptError(CheckpointError, ValueError):
+    """A file is not what its name says: truncated, replaced, not a safetensors file, not JSON."""
+
+
+class CheckpointIncompleteError(CheckpointError, ValueError):
+    """Tensors or shards are missing.  Nothing is ever initialised in their place."""
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)
+        super().__init__(message)
+
+
+class CheckpointAmbiguousError(CheckpointError, ValueError):
+    """One tensor is stored more than once, and nothing says which is meant."""
+
+
+class ShapeMismatchError(CheckpointError, ValueError):
+    """A tensor does not have the shape that ``config.json`` implies."""
+
+    def __init__(self, name: str, expected: Sequence[int], found: Sequence[int], *, source: str = "") -> None:
+        self.name, self.expected, self.found = name, tuple(expected), tuple(found)
+        where = f" in {source}" if source else ""
+        super().__init__(
+            f"tensor {name}{where} has shape {list(self.found)}, but config.json implies {list(self.expected)}; "
+            "the configuration and the weights belong to different models"
+        )
+
+
+class UnexpectedTensorError(CheckpointError, ValueError):
+    """The checkpoint holds vision tensors that the tower would not use."""
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)
+        super().__init__(message)
+
+
+class UnsupportedDtypeError(CheckpointError, ValueError):
+    """A vision tensor is stored in a type (quantised, integer) that cannot be used as it is."""
+
+
+class UnsafePathError(CheckpointError, ValueError):
+    """A shard's name or symbolic link points outside the checkpoint."""
+
+
+class UnsafeFormatError(CheckpointError, ValueError):
+    """The weights exist only as pickles, which can run code when they are read."""
+
+
+class NonFiniteWeightsError(CheckpointError, ValueError):
+    """A tensor holds NaN or infinity, or would after the conversion to the wanted type."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        super().__init__(f"tensor {name} {reason}")
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+class ImageError(TowerError, ValueError):
+    """The root of what can be wrong with a picture.
+
+    Attributes:
+        index: position of the picture in the caller's list, where there is one.
+        source: what kind of input it was, or the path it was read from.
+    """
+
+    def __init__(self, reason: str, *, index: int | None = None, source: str | None = None) -> None:
+        self.reason, self.index, self.source = reason, index, source
+        name = "picture" if index is None else f"picture {index}"
+        super().__init__(f"{name} ({source}): {reason}" if source else f"{name}: {reason}")
+
+
+class ImageDecodeError(ImageError, OSError):
+    """The bytes are not a picture, or a damaged one, or the file cannot be read."""
+
+
+class ImageFormatError(ImageError):
+    """A picture in an encoded format that is not opened."""
+
+
+class ImageTooLargeError(ImageError):
+    """More pixels than :class:`Limits` allow."""
+
+
+class EmptyImageError(ImageError):
+    """A side of zero pixels."""
+
+
+class AspectRatioError(ImageError):
+    """Longer than :class:`Limits` allow for its height, or the other way round."""
+
+
+class ImageValueError(ImageError):
+    """Pixel values, a shape or a channel order that cannot be read as a picture without guessing."""
+
+
+class ImageTypeError(ImageError, TypeError):
+    """An object that is not a picture; a plain ``str`` above all."""
+
+
+class ProcessorError(TowerError, ValueError):
+    """The checkpoint's image processor cannot be used, or it refused the pictures."""
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+class BackendUnavailableError(TowerError, RuntimeError):
+    """The device or the kernel backend that was asked for does not exist here."""
+
+
+class TowerNotLoadedError(TowerError, RuntimeError):
+    """The tower was opened without its weights (``delay_load=True``) and ``load()`` was not called."""

@@ -1,0 +1,127 @@
+"""Passes over the layer graph: each takes a graph and returns one with fewer nodes and the same numbers.
+
+A pass knows node kinds, never models.  Each moves rounding points only towards fewer of them: what the plain graph
+rounds between two nodes, a fused node keeps in fp32.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from .graph import Graph, Node, Value, Weight
+
+__all__ = [
+    "DEFAULT_PASSES",
+    "Pass",
+    "fold_still_pictures",
+    "fuse",
+    "fuse_activations",
+    "fuse_residual_into_linear",
+    "fuse_residual_into_norm",
+]
+
+Pass = Callable[[Graph], Graph]
+
+
+def fuse_activations(graph: Graph) -> Graph:
+    """``linear`` → ``activation`` becomes a ``linear`` with the activation in its epilogue.
+
+    The rows before the activation then never reach memory: for an MLP four times as wide as the tower that is the
+    largest value of the block, written once and read once less.
+    """
+
+    def fused(first: Node, second: Node) -> Node | None:
+        if first.kind != "linear" or second.kind != "activation" or first.attributes["activation"] is not None:
+            return None
+        return replace(first, outputs=second.outputs, attributes={**first.attributes, **second.attributes})
+
+    return _merge_pairs(graph, fused)
+
+
+def fuse_residual_into_linear(graph: Graph) -> Graph:
+    """``linear`` → ``add`` becomes a ``linear`` that adds the residual in its epilogue, before its one rounding."""
+
+    def fused(first: Node, second: Node) -> Node | None:
+        if first.kind != "linear" or second.kind != "add" or len(first.inputs) > 1:
+            return None
+        (residual,) = (name for name in second.inputs if name != first.outputs[0])
+        return replace(first, inputs=(*first.inputs, residual), outputs=second.outputs)
+
+    return _merge_pairs(graph, fused)
+
+
+def fuse_residual_into_norm(graph: Graph) -> Graph:
+    """``add`` → ``norm`` becomes a ``norm`` that also writes the sum, which the next residual needs.
+
+    The sum is rounded as the ``add`` rounded it, and that rounded sum is what is normalised.
+    """
+    nodes = list(graph.nodes)
+    for add in [node for node in nodes if node.kind == "add"]:
+        readers = [node for node in nodes if add.outputs[0] in node.inputs]
+        norm = next((node for node in readers if node.kind == "norm" and node.inputs == add.outputs), None)
+        if norm is None or readers[0] is not norm:
+            continue
+        fused = replace(norm, inputs=add.inputs, outputs=(*norm.outputs, *add.outputs))
+        nodes[nodes.index(norm)] = fused
+        nodes.remove(add)
+    return graph.with_nodes(nodes)
+
+
+def fold_still_pictures(graph: Graph) -> Graph:
+    """The graph for still pictures: all the frames that a patch spans are the same frame.
+
+    ``[frame, frame] @ [W₀, W₁]ᵀ = frame @ (W₀ + W₁)ᵀ``: the projection's inner dimension shrinks by the number of
+    frames (1176 → 588 for Qwen2-VL), and so do the pixels that are prepared, moved and read.  A tower whose patches
+    span one frame is returned as it is.
+    """
+    nodes, weights, values = list(graph.nodes), dict(graph.weights), dict(graph.values)
+    for position, node in enumerate(nodes):
+        if node.kind != "patch_projection":
+            continue
+        weight, pixels = weights[node.weights["weight"]], values[node.inputs[0]]
+        temporal = weight.source_shape[2]
+        if temporal == 1 or weight.transform == "fold_temporal":
+            continue
+        inner = pixels.width // temporal
+        folded = Weight(
+            f"{weight.name}.folded", (weight.shape[0], inner), weight.source, weight.source_shape, "fold_temporal"
+        )
+        del weights[weight.name]
+        weights[folded.name] = folded
+        values[pixels.name] = Value(pixels.name, pixels.rows, inner, pixels.dtype)
+        nodes[position] = replace(node, weights={**node.weights, "weight": folded.name})
+    return replace(graph, nodes=tuple(nodes), weights=weights, values=values)
+
+
+DEFAULT_PASSES: tuple[Pass, ...] = (fuse_activations, fuse_residual_into_linear, fuse_residual_into_norm)
+"""What every graph goes through.  The residual goes into the product's epilogue wherever a product writes it, which
+moves one value less than adding it in the norm; the norm takes the additions that are left."""
+
+
+def fuse(graph: Graph, passes: Sequence[Pass] = DEFAULT_PASSES) -> Graph:
+    """``graph`` after ``passes``, in order."""
+    for apply in passes:
+        graph = apply(graph)
+    return graph
+
+
+def _merge_pairs(graph: Graph, fused: Callable[[Node, Node], Node | None]) -> Graph:
+    """Replaces a node and the only reader of its only output by ``fused(node, reader)``, where that is a node.
+
+    The fused node stands where the reader stood, so that everything the reader waited for is there.
+    """
+    readers: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for name in node.inputs:
+            readers.setdefault(name, []).append(node)
+    replaced: dict[str, Node] = {}
+    dropped: set[str] = set()
+    for node in graph.nodes:
+        following = readers.get(node.outputs[0], [])
+        if len(node.outputs) > 1 or len(following) != 1 or node.outputs[0] in graph.outputs:
+            continue
+        # A reader takes one node in; a sum of two products keeps the second as it is.
+        merged = None if following[0].name in replaced else fused(node, following[0])
+        if merged is not None:
+            replaced[following[0].name] = merged
+            dropped.add(node.name)
+    return graph.with_nodes([replaced.get(node.name, node) for node in graph.nodes if node.name not in dropped])

@@ -1,0 +1,220 @@
+"""Reads machine code: what a cubin disassembles to (NVIDIA) and what the AMD assembler was given.
+
+Both readers return the same :class:`MachineCode`.  The NVIDIA tools come with Triton itself.  Loops are found in the
+control flow graph, not in the order of the text: compilers move the retry of a wait out of line, behind the last
+instruction of the kernel, and jump back into the loop from there.
+"""
+
+import itertools
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Instruction", "MachineCode", "hot_loop", "read_amd", "read_nvidia"]
+
+_TENSOR_CORE = re.compile(r"HMMA|HGMMA|IMMA|QMMA|QGMMA|DMMA|UTC\w*MMA|v_s?mfmac?_")
+_SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(?:\.\w+)*([^;]*);")
+_SASS_LABEL = re.compile(r"^(\.L\w+):")
+_SASS_TARGET = re.compile(r"\((\.L\w+)\)")
+_AMD_LINE = re.compile(r"^\s+((?:s|v|ds|buffer|global|flat|scratch)_\w+)\s*([^;]*)")
+_AMD_LABEL = re.compile(r"^(\.LBB\w+):")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, as far as control flow and counting are concerned."""
+
+    opcode: str
+    label: str | None = None
+    """The label that stands right before it."""
+    target: str | None = None
+    """The label it may jump to."""
+    falls_through: bool = True
+    """Whether the next instruction may follow it."""
+
+    @property
+    def is_tensor_core(self) -> bool:
+        """Whether it multiplies matrices."""
+        return _TENSOR_CORE.match(self.opcode) is not None
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """The facts of one compiled kernel."""
+
+    registers: int
+    spills: int
+    stack: int
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def tensor_core(self) -> dict[str, int]:
+        """Opcode of each kind of tensor-core instruction → how often it stands in the code."""
+        return dict(Counter(each.opcode for each in self.instructions if each.is_tensor_core))
+
+
+def hot_loop(instructions: tuple[Instruction, ...]) -> int | None:
+    """Length of the innermost loop that feeds the tensor cores; ``None`` where there is none.
+
+    Among natural loops, the shortest with more than half as many tensor-core instructions as the richest has: the wait
+    for a single instruction is not it, nor is a loop around the loop.
+    """
+    loops = [[instructions[index] for index in body] for body in _natural_loops(instructions)]
+    weights = [sum(each.is_tensor_core for each in body) for body in loops]
+    most = max(weights, default=0)
+    return min((len(body) for body, weight in zip(loops, weights, strict=True) if 2 * weight > most), default=None)
+
+
+def _natural_loops(instructions: tuple[Instruction, ...]) -> list[list[int]]:
+    """The instruction indices of every natural loop (Aho, Lam, Sethi and Ullman, *Compilers*, section 9.6)."""
+    blocks = _basic_blocks(instructions)
+    block_at = {instructions[block[0]].label: number for number, block in enumerate(blocks)}
+    successors: list[set[int]] = []
+    for number, block in enumerate(blocks):
+        last = instructions[block[-1]]
+        following = {number + 1} if last.falls_through and number + 1 < len(blocks) else set()
+        if last.target in block_at and last.target is not None:
+            following.add(block_at[last.target])
+        successors.append(following)
+    predecessors: list[set[int]] = [set() for _ in blocks]
+    for number, following in enumerate(successors):
+        for successor in following:
+            predecessors[successor].add(number)
+
+    dominators = _dominators(predecessors)
+    members: dict[int, set[int]] = {}
+    for number, following in enumerate(successors):
+        for header in following & dominators[number]:
+            members.setdefault(header, {header}).update(_reaching(number, header, predecessors))
+    return [[index for number in sorted(loop) for index in blocks[number]] for loop in members.values()]
+
+
+def _basic_blocks(instructions: tuple[Instruction, ...]) -> list[range]:
+    """Runs of instructions entered only at the first and left only after the last."""
+    starts = {0} | {
+        index
+        for index in range(1, len(instructions))
+        if instructions[index].label or instructions[index - 1].target or not instructions[index - 1].falls_through
+    }
+    bounds = [*sorted(starts), len(instructions)]
+    return [range(first, last) for first, last in itertools.pairwise(bounds) if first < last]
+
+
+def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
+    """For each block those that every way from the entry to it passes, itself included."""
+    everything = set(range(len(predecessors)))
+    dominators = [{0}] + [set(everything) for _ in predecessors[1:]]
+    changed = True
+    while changed:
+        changed = False
+        for number in range(1, len(predecessors)):
+            before = [dominators[predecessor] for predecessor in predecessors[number]]
+            found = {number} | (set.intersection(*before) if before else everything)
+            if found != dominators[number]:
+                dominators[number] = found
+                changed = True
+    return dominators
+
+
+def _reaching(latch: int, header: int, predecessors: list[set[int]]) -> set[int]:
+    """The blocks from which ``latch`` is reached without passing ``header``."""
+    found = {header}
+    waiting = [latch]
+    while waiting:
+        block = waiting.pop()
+        if block not in found:
+            found.add(block)
+            waiting.extend(predecessors[block])
+    return found
+
+
+def read_nvidia(cubin: bytes) -> MachineCode:
+    """The facts of a cubin, through ``cuobjdump`` and ``nvdisasm`` of Triton's own package.
+
+    Raises:
+        subprocess.CalledProcessError: the tool rejects the cubin.
+        ValueError: its output lacks the register count.
+    """
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool_output([str(tools / "cuobjdump"), "-res-usage", file.name])
+        listing = _tool_output([str(tools / "nvdisasm"), "-c", "-hex", file.name])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise ValueError(f"no register count in the output of cuobjdump: {usage[:200]!r}")
+    instructions = _parse_sass(listing)
+    spills = sum(each.opcode in ("LDL", "STL") for each in instructions)
+    return MachineCode(int(found[1]), spills, int(found[2]), instructions)
+
+
+def _tool_output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _parse_sass(listing: str) -> tuple[Instruction, ...]:
+    instructions: list[Instruction] = []
+    label: str | None = None
+    renamed: dict[str, str] = {}
+    for line in listing.splitlines():
+        if found := _SASS_LABEL.match(line):
+            # Several labels may stand before one instruction: all become the first.
+            label = label or found[1]
+            renamed[found[1]] = label
+        elif found := _SASS_LINE.match(line):
+            predicate, opcode, operands = found.groups()
+            # BRA.U takes its predicate as an operand; a jump or an exit without one is taken always.
+            conditional = predicate is not None or re.search(r"\bU?P\d", operands) is not None
+            target = _SASS_TARGET.search(operands) if opcode == "BRA" else None
+            falls_through = conditional or opcode not in ("BRA", "EXIT", "RET")
+            instructions.append(Instruction(opcode, label, target and target[1], falls_through))
+            label = None
+    return _with_targets(instructions, renamed)
+
+
+def read_amd(assembly: str) -> MachineCode:
+    """The facts of AMD assembly text with its metadata block.
+
+    Raises:
+        ValueError: the metadata lacks a count.
+    """
+
+    def count(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        if found is None:
+            raise ValueError(f"no {name} in the metadata of the assembly")
+        return int(found[1])
+
+    spills = count("vgpr_spill_count") + count("sgpr_spill_count")
+    # .vgpr_count includes the accumulation registers of the unified file (gfx90a and later).
+    return MachineCode(count("vgpr_count"), spills, count("private_segment_fixed_size"), _parse_amd(assembly))
+
+
+def _parse_amd(assembly: str) -> tuple[Instruction, ...]:
+    instructions: list[Instruction] = []
+    label: str | None = None
+    renamed: dict[str, str] = {}
+    for line in assembly.splitlines():
+        if found := _AMD_LABEL.match(line):
+            label = label or found[1]
+            renamed[found[1]] = label
+        elif found := _AMD_LINE.match(line):
+            opcode, operands = found[1], found[2].strip()
+            target = operands if opcode.startswith(("s_branch", "s_cbranch")) else None
+            instructions.append(Instruction(opcode, label, target, opcode not in ("s_branch", "s_endpgm")))
+            label = None
+    return _with_targets(instructions, renamed)
+
+
+def _with_targets(instructions: list[Instruction], renamed: dict[str, str]) -> tuple[Instruction, ...]:
+    """The instructions with every jump pointing at a label that is kept; one out of the code loses its target."""
+    return tuple(
+        Instruction(each.opcode, each.label, renamed.get(each.target) if each.target else None, each.falls_through)
+        for each in instructions
+    )

@@ -1,0 +1,351 @@
+"""What a kernel compiles to, read without a GPU: registers, spills, shared memory, occupancy, tensor-core instructions.
+
+Triton carries its compilers with it, so the shipped launch configurations (``compile_specs`` of every kernel file) can
+be compiled ahead of time for any chip and their machine code read.  A configuration that spills registers or misses
+the tensor cores is found here, before anybody meets it on hardware.
+
+Compilation runs in child processes, for two reasons: a failed assertion inside the compiler ends its process, and a
+parent that *interprets* Triton (``TRITON_INTERPRET=1``) cannot compile in the same process.
+
+Command line: ``python -m tritontower.tuning.static --architecture sm_90 --kernel flash_attention`` prints the table;
+``--write`` regenerates ``kernels/STATIC.md``.  Exit codes: 0 all is well, 1 a configuration breaks a rule, 2 bad usage.
+"""
+
+import argparse
+import base64
+import importlib
+import json
+import os
+import pickle
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import tritontower
+import tritontower.kernels
+from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT, CompileSpec
+from tritontower.tuning.disassembly import MachineCode, hot_loop, read_amd, read_nvidia
+
+__all__ = ["StaticReport", "compile_ahead", "discover", "kernel_modules", "main", "problems", "table"]
+
+TENSOR_CORE_PREFIX = {
+    "sm_80": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTC",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+}
+"""How the instructions begin that use a chip's tensor cores as they are meant to be used."""
+
+_MARK = "static report: "
+"""Tells a child's reports from whatever else a compiler prints."""
+
+_CHILD = "from tritontower.tuning.static import _serve; _serve()"
+
+
+@dataclass(frozen=True)
+class StaticReport:
+    """What one :class:`CompileSpec` became on one architecture."""
+
+    kernel: str
+    """The kernel file, e.g. ``"flash_attention"``."""
+    name: str
+    architecture: str
+    triton: str
+    """Version of the compiler."""
+    wants_tensor_core: bool
+    num_warps: int
+    registers: int = 0
+    """Per thread; on AMD vector registers, accumulation registers included."""
+    spills: int = 0
+    """Instructions that move registers to and from local memory (on AMD: registers so moved)."""
+    stack: int = 0
+    """Bytes of local memory per thread."""
+    shared_memory: int = 0
+    """Bytes per program."""
+    occupancy: int = 0
+    """Programs that fit one multiprocessor at the same time."""
+    tensor_core: dict[str, int] = field(default_factory=dict)
+    """Opcode → how often it stands in the code."""
+    instructions: int = 0
+    loop_instructions: int | None = None
+    """Length of the hot loop: the innermost one with tensor-core instructions."""
+    instructions_per_element: float | None = None
+    """Thread instructions for each element: of the hot loop where there is one, else of the whole program."""
+    error: str | None = None
+    """Why there is nothing to report: the compiler's message, or how it died."""
+
+
+def kernel_modules() -> list[str]:
+    """The kernel files that list compile specifications, by module name without the package."""
+    names = sorted(module.name for module in pkgutil.iter_modules(tritontower.kernels.__path__))
+    return [name for name in names if hasattr(_kernel_module(name), "compile_specs")]
+
+
+def discover(architecture: str, kernels: Sequence[str] | None = None) -> list[CompileSpec]:
+    """The compile specifications of ``kernels`` (all kernel files by default) for ``architecture``.
+
+    Raises:
+        ValueError: a kernel file of that name does not exist or lists none.
+    """
+    available = kernel_modules()
+    unknown = [name for name in kernels or () if name not in available]
+    if unknown:
+        raise ValueError(
+            f"no kernel file {unknown[0]!r} lists compile specifications; there are {', '.join(available)}"
+        )
+    wanted = available if kernels is None else kernels
+    return [spec for name in wanted for spec in _kernel_module(name).compile_specs(architecture)]
+
+
+def compile_ahead(specs: Iterable[CompileSpec], architecture: str, *, workers: int = 1) -> list[StaticReport]:
+    """Compiles ``specs`` for ``architecture`` in ``workers`` child processes and reports on each, in order.
+
+    Never raises for a specification that fails to compile, not even when it takes the compiler down with it: its
+    report carries the ``error``.
+
+    Raises:
+        ValueError: ``architecture`` is not one of ``configs.ARCHITECTURES``.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
+    todo = list(specs)
+    shares = [todo[first::workers] for first in range(min(workers, len(todo)))]
+    with ThreadPoolExecutor(max(1, len(shares))) as pool:
+        answers = list(pool.map(lambda share: _compile_share(share, architecture), shares))
+    return [answers[index % workers][index // workers] for index in range(len(todo))]
+
+
+def problems(report: StaticReport) -> list[str]:
+    """The rules that a report breaks, as sentences; empty when the configuration may ship."""
+    if report.error is not None:
+        return [f"does not compile: {report.error}"]
+    broken = []
+    if report.spills or report.stack:
+        broken.append(f"spills registers ({report.spills} instructions, {report.stack} bytes of stack)")
+    limit = SHARED_MEMORY_LIMIT[report.architecture]
+    if report.shared_memory > limit:
+        broken.append(f"takes {report.shared_memory} bytes of shared memory, the limit is {limit}")
+    prefix = TENSOR_CORE_PREFIX[report.architecture]
+    if report.wants_tensor_core and not any(opcode.startswith(prefix) for opcode in report.tensor_core):
+        broken.append(f"has no {prefix} instruction")
+    return broken
+
+
+def table(reports: Iterable[StaticReport]) -> str:
+    """The reports as a Markdown table, one line each, in the order given."""
+    lines = [
+        "| architecture | kernel | configuration | registers | spills | shared memory | programs per SM "
+        "| tensor-core instructions | instructions per element |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for report in reports:
+        head = f"| {report.architecture} | {report.kernel} | {report.name} "
+        if report.error is not None:
+            lines.append(f"{head}| {report.error} | | | | | |")
+            continue
+        opcodes = ", ".join(f"{count} {opcode}" for opcode, count in sorted(report.tensor_core.items())) or "–"
+        per_element = "–" if report.instructions_per_element is None else f"{report.instructions_per_element:.2f}"
+        lines.append(
+            f"{head}| {report.registers} | {report.spills} | {report.shared_memory} | {report.occupancy} "
+            f"| {opcodes} | {per_element} |"
+        )
+    return "\n".join(lines)
+
+
+def _kernel_module(name: str) -> Any:
+    return importlib.import_module(f"tritontower.kernels.{name}")
+
+
+def _function(kernel: Any) -> Any:
+    """The Python function under ``@triton.jit``, compiled or interpreted."""
+    return getattr(kernel, "fn", kernel)
+
+
+def _compile_share(specs: list[CompileSpec], architecture: str) -> list[StaticReport]:
+    """Compiles one worker's specifications; a child that dies costs the one it was at, and a new child goes on."""
+    reports: list[StaticReport] = []
+    while len(reports) < len(specs):
+        remaining = specs[len(reports) :]
+        finished, cause = _run_child(remaining, architecture)
+        reports += finished
+        if len(finished) < len(remaining):
+            reports.append(_blank(remaining[len(finished)], architecture, error=cause))
+    return reports
+
+
+def _run_child(specs: list[CompileSpec], architecture: str) -> tuple[list[StaticReport], str]:
+    """The reports that one child process lived to write, and how it ended."""
+    portable = [
+        replace(spec, kernel=(_function(spec.kernel).__module__, _function(spec.kernel).__name__)) for spec in specs
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(Path(tritontower.__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        input=base64.b64encode(pickle.dumps((portable, architecture))).decode(),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    reports = [
+        StaticReport(**json.loads(line.removeprefix(_MARK)))
+        for line in child.stdout.split("\n")
+        if line.startswith(_MARK)
+    ]
+    last_words = child.stderr.strip().splitlines()[-1:] or ["without a word"]
+    return reports, f"the compiler's process ended with {child.returncode}: {last_words[0][:200]}"
+
+
+def _serve() -> None:
+    """The child: reads specifications, writes one line of JSON for each as soon as it is compiled."""
+    specs, architecture = pickle.loads(base64.b64decode(sys.stdin.read()))
+    for spec in specs:
+        module, name = spec.kernel
+        loaded = replace(spec, kernel=getattr(importlib.import_module(module), name))
+        try:
+            report = _compile(loaded, architecture)
+        except Exception as error:
+            report = _blank(
+                loaded, architecture, error=f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
+            )
+        print(_MARK + json.dumps(asdict(report)), flush=True)
+
+
+def _blank(spec: CompileSpec, architecture: str, error: str | None = None) -> StaticReport:
+    import triton
+
+    return StaticReport(
+        kernel=_function(spec.kernel).__module__.rpartition(".")[2],
+        name=spec.name,
+        architecture=architecture,
+        triton=triton.__version__,
+        wants_tensor_core=spec.tensor_core,
+        num_warps=spec.num_warps,
+        error=error,
+    )
+
+
+def _compile(spec: CompileSpec, architecture: str) -> StaticReport:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    arguments = spec.kernel.arg_names
+    signature = {name: "constexpr" if name in spec.constants else spec.signature[name] for name in arguments}
+    divisible = [
+        index
+        for index, name in enumerate(arguments)
+        if name not in spec.constants and (signature[name].startswith("*") or name in spec.divisible_by_16)
+    ]
+    source = ASTSource(
+        spec.kernel,
+        signature,
+        constexprs=dict(spec.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in divisible},
+    )
+    amd = architecture.startswith("gfx")
+    target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    compiled = triton_compile(
+        source, target=target, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    )
+    code = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
+    shared_memory = int(compiled.metadata.shared)
+    loop = hot_loop(code.instructions) if spec.tensor_core else None
+    length = len(code.instructions) if loop is None else loop
+    return replace(
+        _blank(spec, architecture),
+        registers=code.registers,
+        spills=code.spills,
+        stack=code.stack,
+        shared_memory=shared_memory,
+        occupancy=_occupancy(code, shared_memory, spec.num_warps, architecture),
+        tensor_core=code.tensor_core,
+        instructions=len(code.instructions),
+        loop_instructions=loop,
+        instructions_per_element=length * spec.num_warps * target.warp_size / spec.elements,
+    )
+
+
+def _occupancy(code: MachineCode, shared_memory: int, num_warps: int, architecture: str) -> int:
+    """Programs at once on one multiprocessor, by registers, shared memory and warps (CUDA and CDNA 3 manuals)."""
+    if architecture.startswith("gfx"):
+        # Four SIMDs of 512 vector registers per lane (given out in eights) and at most 8 waves each.
+        waves = 4 * min(8, 512 // max(8, -(-code.registers // 8) * 8))
+        by_memory = SHARED_MEMORY_LIMIT[architecture] // max(1, shared_memory)
+        return min(waves // num_warps, by_memory)
+    capacity = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228}[architecture] * 1024
+    warps = 48 if architecture == "sm_89" else 64
+    registers_per_warp = -(-code.registers * 32 // 256) * 256
+    # The system keeps 1 KB of shared memory for each program.
+    return min(65536 // (registers_per_warp * num_warps), capacity // (shared_memory + 1024), warps // num_warps, 32)
+
+
+HEADER = """\
+# What the shipped configurations compile to
+
+Compiled ahead of time with Triton {triton}; nothing here was measured on hardware. Regenerate with
+`python -m tritontower.tuning.static --write`; `tests/test_ahead_of_time.py` keeps the table honest.
+
+Registers are per thread, shared memory in bytes per program. *Instructions per element* counts thread instructions of
+the hot loop (attention: for each score; GEMM: for each output element and loop iteration), or of the whole program
+where no loop feeds the tensor cores.
+"""
+
+
+def document(reports: Sequence[StaticReport]) -> str:
+    """The text of ``kernels/STATIC.md``."""
+    return HEADER.format(triton=reports[0].triton) + "\n" + table(reports) + "\n"
+
+
+def document_path() -> Path:
+    """Where the repository keeps that table."""
+    return Path(next(iter(tritontower.kernels.__path__))).resolve() / "STATIC.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tritontower.tuning.static",
+        description="Compile the shipped kernel configurations without a GPU and show what became of them.",
+        epilog="example: python -m tritontower.tuning.static --architecture sm_90 --kernel flash_attention",
+    )
+    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="may be repeated; default: all")
+    parser.add_argument(
+        "--kernel", action="append", help="a file of kernels/ without .py; may be repeated; default: all"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="compiler processes at once (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--write", action="store_true", help="rewrite kernels/STATIC.md (all kernels, all architectures)"
+    )
+    options = parser.parse_args(arguments)
+    if options.write and (options.architecture or options.kernel):
+        parser.error("--write regenerates the whole table; leave out --architecture and --kernel")
+    try:
+        reports = [
+            report
+            for architecture in options.architecture or ARCHITECTURES
+            for report in compile_ahead(discover(architecture, options.kernel), architecture, workers=options.workers)
+        ]
+    except ValueError as error:
+        parser.error(str(error))
+    if options.write:
+        document_path().write_text(document(reports), encoding="utf-8")
+    print(json.dumps([asdict(report) for report in reports], indent=2) if options.json else table(reports))
+    broken = [(report, problem) for report in reports for problem in problems(report)]
+    for report, problem in broken:
+        print(f"{report.architecture} {report.kernel}: {report.name}: {problem}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
