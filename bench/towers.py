@@ -12,7 +12,6 @@ over what the process held before loading, and set against the weights and the m
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +85,12 @@ def memory_of(folder: Path, dtype: str, patches: int) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The largest resident set of this process so far.
+
+    ``getrusage`` would not do: its figure survives ``exec`` and starts at the parent's.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def _memory_in_child(arguments: argparse.Namespace, patches: int) -> dict[str, Any]:
@@ -123,15 +127,14 @@ def main() -> None:
     rows = [compare_times(tower, reference, still(tower, count), arguments.repeats) for count in patches]
     document = {"bench": "towers", "dtype": arguments.dtype, **provenance(device), "rows": rows, "memory": memory}
     _print_tables(document)
-    text = json.dumps(document)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    print(text)
+    print(json.dumps(document))
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (
             f"{row['patches']:,}",
             f"{row['tokens']:,}",

@@ -98,19 +98,21 @@ def _product(
     combine: tuple[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``f(x Wᵀ + b)``, or ``x Wᵀ + b`` added to or multiplied by another tensor; one rounding where oneDNN does it."""
+    y: torch.Tensor
     if _onednn_multiplies(x.dtype):
         pointwise = torch.ops.mkldnn._linear_pointwise
         if combine is not None:
-            return pointwise.binary(x, combine[1], weight, bias, combine[0])
-        fused = activation in _POST_OPERATIONS
-        attribute, algorithm = _POST_OPERATIONS[activation if fused else None]
+            y = pointwise.binary(x, combine[1], weight, bias, combine[0])
+            return y
+        attribute, algorithm = _POST_OPERATIONS.get(activation, _POST_OPERATIONS[None])
         y = pointwise(x, weight, bias, attribute, [], algorithm)
+        if activation in _POST_OPERATIONS:
+            return y
     else:
-        fused = activation is None
         y = torch.nn.functional.linear(x, weight, bias)
         if combine is not None:
             return y.add_(combine[1]) if combine[0] == "add" else y.mul_(combine[1])
-    return y if fused else activation_reference(y, activation, out=y)
+    return y if activation is None else activation_reference(y, activation, out=y)
 
 
 def _rows_reference(
@@ -150,7 +152,8 @@ def linear_reference(
     out = x.new_empty(rows, columns) if out is None else out
     compute = _compute_dtype(dtype) if x.device.type == "cpu" else dtype
     fewest = _fewest_rows(compute) if x.device.type == "cpu" else 1
-    weight = weight.to(compute)
+    # oneDNN multiplies by padded weight rows as well, but many times slower than it copies them.
+    weight = weight.to(compute).contiguous()
     bias = None if bias is None else bias.to(compute)
     for chunk in _row_chunks(rows, fewest):
         part, added = x[chunk], None if residual is None else residual[chunk]
@@ -413,8 +416,7 @@ def launch_linear(
     per_part = triton.cdiv(triton.cdiv(inner, config.block_inner), config.split) * config.block_inner
     parts = triton.cdiv(inner, per_part)
     if parts == 1:
-        grid = (row_tiles * triton.cdiv(columns, config.block_columns),)
-        _linear_kernel[grid](
+        _linear_kernel[(row_tiles * triton.cdiv(columns, config.block_columns),)](
             x, weight, bias, residual, out, rows, columns, inner,
             x.stride(0), weight.stride(0), residual_stride, out.stride(0),
             ACTIVATION=kind, EVEN=even, **walk, **options,
@@ -424,8 +426,7 @@ def launch_linear(
     _partial_kernel[(row_tiles * triton.cdiv(width, config.block_columns), parts)](
         x, weight, partial, rows, width, inner, per_part, x.stride(0), weight.stride(0), EVEN=even, **walk, **options
     )
-    grid = (triton.cdiv(rows, _REDUCE_ROWS), triton.cdiv(columns, _REDUCE_COLUMNS))
-    _reduce_kernel[grid](
+    _reduce_kernel[(triton.cdiv(rows, _REDUCE_ROWS), triton.cdiv(columns, _REDUCE_COLUMNS))](
         partial, bias, residual, out, rows, columns, parts, residual_stride, out.stride(0),
         ACTIVATION=kind, BLOCK_ROWS=_REDUCE_ROWS, BLOCK_COLUMNS=_REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip
@@ -485,12 +486,12 @@ def split_specs(dtype: torch.dtype, config: LinearConfig) -> list[CompileSpec]:
         tensor_core=dtype != torch.float32,
         elements=config.block_rows * config.block_columns,
     )
-    sizes = ("rows", "columns", "parts", "residual_stride", "out_stride")
+    reduce_sizes = ("rows", "columns", "parts", "residual_stride", "out_stride")
     pointers = dict.fromkeys(("BIAS", "RESIDUAL", "OUT"), f"*{element}")
     reduce = CompileSpec(
         name=f"linear {element} reduce gelu residual {_REDUCE_ROWS}x{_REDUCE_COLUMNS}",
         kernel=_reduce_kernel,
-        signature={"PARTIAL": "*fp32"} | pointers | dict.fromkeys(sizes, "i32"),
+        signature={"PARTIAL": "*fp32"} | pointers | dict.fromkeys(reduce_sizes, "i32"),
         constants={"ACTIVATION": "gelu", "BLOCK_ROWS": _REDUCE_ROWS, "BLOCK_COLUMNS": _REDUCE_COLUMNS},
         divisible_by_16=("columns", "residual_stride", "out_stride"),
         num_warps=4,
@@ -554,7 +555,8 @@ def linear(
 ) -> torch.Tensor:
     """``f(x Wᵀ + b) + r``: ``torch.nn.functional.linear``, an activation, and an addition, with one rounding.
 
-    (The CPU reference rounds once more before ``quick_gelu`` and ``silu_gated``, as transformers does.)
+    (The CPU reference rounds once more before ``quick_gelu``, before the product of ``silu_gated``, and between an
+    activation and a residual, where transformers rounds too.)
 
     Args:
         x: ``[M, K]`` float32, float16 or bfloat16; rows any distance apart, last stride 1.
@@ -578,6 +580,8 @@ def linear(
         raise TypeError(f"x is {x.dtype}; this operation takes float32, float16 and bfloat16")
     _check_matrix("x", x, x, (None, None), "it has to be [M, K]")
     rows, inner = x.shape
+    if not inner:
+        raise ValueError(f"x has shape {(rows, inner)}; it has to be [M, K] with K at least 1")
     _check_matrix("weight", weight, x, (None, inner), f"x has {tuple(x.shape)} = [M, K], so it has to be [N, {inner}]")
     columns = weight.shape[0]
     if bias is not None:

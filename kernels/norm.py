@@ -17,7 +17,7 @@ that with a residual) and writes as much; about 8 FLOPs an element.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -372,7 +372,7 @@ def norm(
         raise ValueError(f"row_index asks for {rows} rows, but x is {tuple(x.shape)}: it has none")
 
     if rows:
-        arguments = {
+        arguments: dict[str, Any] = {
             "kind": kind,
             "eps": eps,
             "rounding": rounding,

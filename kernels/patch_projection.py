@@ -81,9 +81,8 @@ def fold_normalisation(
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; weight has {tuple(weight.shape)} = [D, K], so it has to be [D]"
         )
-    options = {"dtype": torch.float64, "device": weight.device}
-    deviations = torch.tensor(std, **options)
-    centre = (PIXEL_CENTRE * rescale_factor - torch.tensor(mean, **options)) / deviations
+    means, deviations = torch.tensor([list(mean), list(std)], dtype=torch.float64, device=weight.device)
+    centre = (PIXEL_CENTRE * rescale_factor - means) / deviations
     planes = weight.double().view(weight.shape[0], channels, -1)
     folded = planes * (rescale_factor / deviations)[None, :, None]
     constant = planes.sum(2) @ centre
@@ -304,6 +303,8 @@ def patch_projection(
     device, dtype = patches.device, weight.dtype
     _check("patches", patches, patches.dtype, device, (None, None))
     rows, inner = patches.shape
+    if not inner:
+        raise ValueError(f"patches has shape {(rows, inner)}; a patch has to have at least one pixel")
     _check("weight", weight, dtype, device, (None, inner))
     columns = weight.shape[0]
     if bias is not None:

@@ -90,10 +90,20 @@ def merge_block_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> 
     return torch.cat(frames) if frames else torch.empty(0, 2, dtype=torch.int32, device="cpu")
 
 
-def _axis_table(frequencies: torch.Tensor, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, ``[side, hd/4]`` each, of every coordinate on one axis; computed by torch on the CPU."""
-    angles = torch.arange(side, dtype=torch.float32, device="cpu")[:, None] * frequencies.cpu()
+@lru_cache(maxsize=64)
+def _memoised_axis_table(
+    frequencies: tuple[float, ...], side: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.arange(side, dtype=torch.float32, device="cpu")[:, None] * torch.tensor(frequencies, device="cpu")
     return angles.cos().to(device), angles.sin().to(device)
+
+
+def _axis_table(frequencies: torch.Tensor, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine, ``[at least side, hd/4]`` each, of every coordinate on one axis; computed by torch on the CPU.
+
+    They are kept, and the side is rounded up so that few are: no copy to the GPU then stands in a forward pass.
+    """
+    return _memoised_axis_table(tuple(frequencies.tolist()), max(64, 1 << (side - 1).bit_length()), device)
 
 
 def rotary_table_reference(
@@ -213,7 +223,7 @@ def rotary_table(
 
     Args:
         positions: ``[N, 2]`` int32, row and column of each patch.
-        frequencies: ``[hd/4]`` fp32 for rows and for columns, as from :func:`axial_frequencies`.
+        frequencies: ``[hd/4]`` fp32 on the CPU for rows and for columns, as from :func:`axial_frequencies`.
         side: one more than the largest coordinate.  On a GPU it is the caller who vouches for that.
         out_cos: ``[N, hd/2]`` fp32 to write into, last stride 1.
         out_sin: like ``out_cos``.

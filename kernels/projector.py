@@ -146,15 +146,17 @@ def launch_projector(
 def compile_specs(architecture: str) -> list[CompileSpec]:
     """The products of Qwen2-VL's merger (5120 → 5120 → 3584, bf16) at 4096, 256 and 64 tokens; norms: see :mod:`.norm`."""
     dtype = torch.bfloat16
-    specs = []
+    specs: dict[str, CompileSpec] = {}
     for tokens in (4096, 256, 64):
         config = default_config(
             tokens, 1280, 5120, 5120, 3584, dtype=dtype, activation="gelu", architecture=architecture
         )
         for stage, activation in ((config.first, "gelu"), (config.second, None)):
             parts = [compile_spec(dtype, activation, stage)] if stage.split == 1 else split_specs(dtype, stage)
-            specs += [replace(spec, name=f"projector, {tokens} tokens: {spec.name}") for spec in parts]
-    return specs
+            for part in parts:
+                name = f"projector, {tokens} tokens: {part.name}"
+                specs[name] = replace(part, name=name)
+    return list(specs.values())
 
 
 def _check(

@@ -223,14 +223,15 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
 
 def _bind_projector(node: Node, weights: Weights) -> Step:
     (rows,), (tokens,), (normed, hidden) = node.inputs, node.outputs, node.scratch
-    names = ("norm_weight", "norm_bias", "weight_1", "bias_1", "weight_2", "bias_2")
-    bound = _roles(node, weights, *names)
+    norm_weight, norm_bias, *products = _roles(
+        node, weights, "norm_weight", "norm_bias", "weight_1", "bias_1", "weight_2", "bias_2"
+    )
     how = _norm_attributes(node, "norm_kind")
-    merge, kind = node.attributes["merge"], node.attributes["activation"]
+    how |= {"merge": node.attributes["merge"], "activation": node.attributes["activation"]}
 
     def step(tensors: Tensors, batch: PackedBatch) -> None:
-        scratch = {"normed": tensors[normed], "hidden": tensors[hidden]}
-        projector_mlp(tensors[rows], *bound, merge=merge, activation=kind, **how, **scratch, out=tensors[tokens])
+        where: dict[str, Any] = {"normed": tensors[normed], "hidden": tensors[hidden], "out": tensors[tokens]}
+        projector_mlp(tensors[rows], norm_weight, norm_bias, *products, **how, **where)
 
     return step
 

@@ -95,9 +95,7 @@ class Reference:
     def __init__(self, tower: VisionTower, dtype: torch.dtype) -> None:
         import transformers
 
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()
-        try:
+        with _quiet(transformers.utils.logging):
             config = transformers.AutoConfig.from_pretrained(
                 str(tower.folder), local_files_only=True, trust_remote_code=False
             )
@@ -112,8 +110,6 @@ class Reference:
                 local_files_only=True,
                 output_loading_info=True,
             )
-        finally:
-            transformers.logging.set_verbosity(verbosity)
         if report["missing_keys"]:
             raise ProcessorError(f"transformers misses {sorted(report['missing_keys'])[:10]} in {tower.folder}")
         self.model.to(tower.device).eval()
@@ -204,6 +200,20 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     difference = (actual.double() - expected.double()).norm().item()
     scale = expected.double().norm().item()
     return float(difference / scale if scale else difference)
+
+
+@contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Silences transformers while it reads a tower out of a whole model: it reports every tensor that it leaves out."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _timed(function: Any, batch: PackedBatch, device: torch.device) -> tuple[torch.Tensor, float]:

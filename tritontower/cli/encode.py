@@ -19,6 +19,7 @@ from tritontower.cli.options import (
     output_file,
 )
 from tritontower.drawing import text_table
+from tritontower.errors import UsageError
 
 if TYPE_CHECKING:
     from tritontower import ImageEmbedding
@@ -76,9 +77,14 @@ def _facts(path: Path, embedding: "ImageEmbedding") -> dict[str, Any]:
 
 
 def _write(path: Path, embeddings: list["ImageEmbedding"], facts: list[dict[str, Any]]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     names = [f"picture.{index}" for index in range(len(embeddings))]
     # Rows of one packed result share its memory, which the format does not allow.
     tensors = {name: embedding.embeddings.cpu().clone() for name, embedding in zip(names, embeddings, strict=True)}
-    save_file(tensors, path, metadata={name: json.dumps(fact) for name, fact in zip(names, facts, strict=True)})
+    metadata = {name: json.dumps(fact) for name, fact in zip(names, facts, strict=True)}
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from tritontower.parity import NodeParity, Parity
 
-__all__ = ["EXAMPLE", "add_arguments", "describe", "run", "synthetic_pictures"]
+__all__ = ["EXAMPLE", "add_arguments", "describe", "hide_reference_progress", "run", "synthetic_pictures"]
 
 EXAMPLE = "tritontower parity Qwen/Qwen2-VL-2B-Instruct cat.jpg --dtype float32 --per-node"
 
@@ -42,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compares, prints, and returns 1 if the tower is not as close as it must be."""
     from tritontower.parity import compare, compare_nodes
 
+    hide_reference_progress()
     tower = load_tower(arguments)
     batch = tower.preprocess(
         arguments.pictures or synthetic_pictures(), min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
@@ -87,6 +88,13 @@ def _report(parity: "Parity", nodes: list["NodeParity"]) -> dict[str, object]:
             {"node": node.node, "value": node.value, "reference": node.reference, "error": node.error} for node in nodes
         ],
     }
+
+
+def hide_reference_progress() -> None:
+    """Keeps transformers from drawing a progress bar for every time that it reads the checkpoint."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def synthetic_pictures() -> list["Image.Image"]:

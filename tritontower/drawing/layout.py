@@ -151,6 +151,7 @@ def _place_boxes(
     """Sets x and y of every box; returns the right edge of the main column and the bottom of the lowest layer."""
     rows = [[box for box in boxes if box.layer == layer] for layer in sorted({box.layer for box in boxes})]
     width = max(_row_width([box for box in row if not box.aside]) for row in rows)
+    aside_width = max((box.width for box in boxes if box.aside), default=0.0)
     y = top
     for row in rows:
         spine, aside = [box for box in row if not box.aside], [box for box in row if box.aside]
@@ -162,7 +163,7 @@ def _place_boxes(
             x += box.width + COLUMN_GAP
         stack_y = y + (height - _stack_height(aside)) / 2
         for box in aside:
-            box.x, box.y = aside_left, stack_y
+            box.x, box.y = aside_left + (aside_width - box.width) / 2, stack_y
             stack_y += box.height + STACK_GAP
         y += height + ROW_GAP + sum(FRAME_PADDING for _, high in spans if high == row[0].layer)
     return left + width, y - ROW_GAP

@@ -31,7 +31,18 @@ import tritontower.kernels
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT, CompileSpec
 from tritontower.tuning.disassembly import MachineCode, hot_loop, read_amd, read_nvidia
 
-__all__ = ["StaticReport", "compile_ahead", "discover", "kernel_modules", "main", "problems", "table"]
+__all__ = [
+    "StaticReport",
+    "compile_ahead",
+    "discover",
+    "document",
+    "document_path",
+    "kernel_modules",
+    "kernel_name",
+    "main",
+    "problems",
+    "table",
+]
 
 TENSOR_CORE_PREFIX = {
     "sm_80": "HMMA",
@@ -163,6 +174,11 @@ def _kernel_module(name: str) -> Any:
     return importlib.import_module(f"tritontower.kernels.{name}")
 
 
+def kernel_name(spec: CompileSpec) -> str:
+    """The kernel file of ``spec``, e.g. ``"flash_attention"``."""
+    return str(_function(spec.kernel).__module__).rpartition(".")[2]
+
+
 def _function(kernel: Any) -> Any:
     """The Python function under ``@triton.jit``, compiled or interpreted."""
     return getattr(kernel, "fn", kernel)
@@ -224,7 +240,7 @@ def _blank(spec: CompileSpec, architecture: str, error: str | None = None) -> St
     import triton
 
     return StaticReport(
-        kernel=_function(spec.kernel).__module__.rpartition(".")[2],
+        kernel=kernel_name(spec),
         name=spec.name,
         architecture=architecture,
         triton=triton.__version__,
