@@ -6,6 +6,7 @@ because :mod:`.dispatch` sends such tensors to the reference.
 """
 
 import os
+from importlib import import_module
 from typing import Any
 
 __all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]
@@ -24,16 +25,18 @@ class _MissingTriton:
         return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
 
 
-triton: Any
-tl: Any
-try:
-    import triton
-    import triton.language as tl
+def _import(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError:
+        return _MissingTriton()
 
-    HAS_TRITON = True
-except ImportError:
-    triton = tl = _MissingTriton()
-    HAS_TRITON = False
+
+triton = _import("triton")
+tl = _import("triton.language")
+
+HAS_TRITON = not isinstance(triton, _MissingTriton)
+"""Whether kernels can be launched at all."""
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Whether Triton runs its kernels in numpy on the CPU; Triton reads the variable when a kernel is *defined*, so do we."""

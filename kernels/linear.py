@@ -45,8 +45,9 @@ __all__ = [
 EPILOGUES = (*ACTIVATIONS, "silu_gated")
 """What ``activation`` may be, besides ``None``."""
 
-# Rows that the reference carries through product and epilogue at a time: the intermediate result stays in cache.
-_CHUNK_ROWS = 512
+# How much of the product the reference carries to the epilogue at a time: it stays in the last cache, and its memory is
+# used again for the next rows instead of being asked of the system.
+_CHUNK_BYTES = 8 * 2**20
 
 # oneDNN's name of each activation it applies to the fp32 sums: (attribute, algorithm).
 _POST_OPERATIONS = {None: ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
@@ -81,11 +82,11 @@ def _fewest_rows(dtype: torch.dtype) -> int:
     return 2 if _onednn_multiplies(dtype) else 8 * torch.get_num_threads()
 
 
-def _row_chunks(rows: int, fewest: int) -> Iterator[slice]:
+def _row_chunks(rows: int, step: int, fewest: int) -> Iterator[slice]:
+    """Cuts ``range(rows)`` into ``step`` rows each; a rest of less than ``fewest`` rows joins the chunk before it."""
     start = 0
     while start < rows:
-        stop = start + max(_CHUNK_ROWS, fewest)
-        stop = rows if rows - stop < fewest else stop
+        stop = start + step if rows - start - step >= fewest else rows
         yield slice(start, stop)
         start = stop
 
@@ -155,7 +156,8 @@ def linear_reference(
     # oneDNN multiplies by padded weight rows as well, but many times slower than it copies them.
     weight = weight.to(compute).contiguous()
     bias = None if bias is None else bias.to(compute)
-    for chunk in _row_chunks(rows, fewest):
+    step = max(fewest, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
+    for chunk in _row_chunks(rows, step, fewest):
         part, added = x[chunk], None if residual is None else residual[chunk]
         count = part.shape[0]
         if count < fewest:

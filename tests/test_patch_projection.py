@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error, tolerance
 
+from tritontower.kernels import patch_projection as patch_projection_module
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from tritontower.kernels.linear import LinearConfig
 from tritontower.kernels.patch_projection import (
@@ -138,7 +139,8 @@ def test_still_pictures_fold_their_two_equal_frames(dtype):
 @pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("inner", [77, 588])
-def test_reference_row_alone_has_the_bits_it_has_in_a_pack(kind, dtype, inner):
+def test_reference_row_alone_has_the_bits_it_has_in_a_pack(monkeypatch, kind, dtype, inner):
+    monkeypatch.setattr(patch_projection_module, "_CHUNK_ROWS", 512)
     weight, bias, table = weights(34, inner, dtype)
     patches = pixels(1025, inner, kind)
     index = torch.arange(1025, dtype=torch.int32) % 5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.checkpoints import noise
-from transformers import AutoImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tritontower import VisionTower
 from tritontower.errors import ConfigError, ProcessorError, TowerError

@@ -62,7 +62,8 @@ def rows_of(embeddings: list[Any]) -> torch.Tensor:
 
 def reference_rows(folder: Path, pictures: list[np.ndarray], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Embeddings by transformers alone: its image processor, its model, nothing of ours in between."""
-    from transformers import AutoImageProcessor, Qwen2VLForConditionalGeneration
+    from transformers import Qwen2VLForConditionalGeneration
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()

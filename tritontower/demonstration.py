@@ -7,7 +7,6 @@ from pathlib import Path
 
 from filelock import FileLock
 from PIL import Image
-from platformdirs import user_cache_path
 
 from .errors import UsageError
 from .random_checkpoint import write_random_checkpoint
@@ -20,8 +19,10 @@ PHOTOGRAPHS = {"astronaut": (512, 512), "chelsea": (451, 300), "coffee": (392, 2
 
 
 def cache_folder() -> Path:
-    """Where things are kept between runs: ``$TRITONTOWER_CACHE``, else the user's cache folder."""
-    return Path(os.environ.get("TRITONTOWER_CACHE") or user_cache_path("tritontower"))
+    """Where things are kept between runs: ``$TRITONTOWER_CACHE``, else ``tritontower`` in the user's cache folder."""
+    if own := os.environ.get("TRITONTOWER_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritontower"
 
 
 def demonstration_checkpoint() -> Path:

@@ -223,15 +223,15 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
 
 def _bind_projector(node: Node, weights: Weights) -> Step:
     (rows,), (tokens,), (normed, hidden) = node.inputs, node.outputs, node.scratch
-    norm_weight, norm_bias, *products = _roles(
-        node, weights, "norm_weight", "norm_bias", "weight_1", "bias_1", "weight_2", "bias_2"
-    )
+    norm_weight, norm_bias = _roles(node, weights, "norm_weight", "norm_bias")
+    first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
     how = _norm_attributes(node, "norm_kind")
     how |= {"merge": node.attributes["merge"], "activation": node.attributes["activation"]}
 
     def step(tensors: Tensors, batch: PackedBatch) -> None:
         where: dict[str, Any] = {"normed": tensors[normed], "hidden": tensors[hidden], "out": tensors[tokens]}
-        projector_mlp(tensors[rows], norm_weight, norm_bias, *products, **how, **where)
+        x = tensors[rows]
+        projector_mlp(x, norm_weight, norm_bias, first, first_bias, second, second_bias, **how, **where)
 
     return step
 

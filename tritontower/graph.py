@@ -285,7 +285,8 @@ def _rotary_table(builder: _Builder, positions: str) -> tuple[str, str]:
 def _block(builder: _Builder, rows: str, cosines: str, sines: str) -> str:
     """One pre-norm transformer block: attention and MLP, each added to the rows it read."""
     config = builder.config
-    width, heads = config.width, {"heads": config.heads, "head_dim": config.head_dim}
+    width = config.width
+    heads: dict[str, Any] = {"heads": config.heads, "head_dim": config.head_dim}
 
     normed = builder.norm("norm1", rows)
     qkv = builder.linear("qkv", normed, width, 3 * width, bias=config.qkv_bias)

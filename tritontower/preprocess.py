@@ -221,7 +221,8 @@ class Preprocessor:
         return least, greatest
 
     def _load(self) -> Any:
-        from transformers import AutoImageProcessor
+        # From its own module: the name at the top of transformers 5.17 asks for torchvision, whatever the backend.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         least, greatest = self.picture_area
         try:

@@ -145,7 +145,7 @@ def read_nvidia(cubin: bytes) -> MachineCode:
         file.write(cubin)
         file.flush()
         usage = _tool_output([str(tools / "cuobjdump"), "-res-usage", file.name])
-        listing = _tool_output([str(tools / "nvdisasm"), "-c", "-hex", file.name])
+        listing = _tool_output([str(tools / "nvdisasm"), "-c", "-ndf", file.name])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"no register count in the output of cuobjdump: {usage[:200]!r}")

@@ -1,0 +1,145 @@
+"""The commands over a small checkpoint: what they print, write and return, and what a newcomer's mistakes get."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from tritontower import VisionTower, cli
+from tritontower import parity as parity_module
+from tritontower.cli.parity import synthetic_pictures
+from tritontower.random_checkpoint import QWEN2_VL_2B, write_random_checkpoint
+
+SMALL = {**QWEN2_VL_2B["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    return write_random_checkpoint(folder, {**QWEN2_VL_2B, "vision_config": SMALL}, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for index, picture in enumerate(synthetic_pictures()[:2]):
+        paths.append(folder / f"{index}.png")
+        picture.save(paths[-1])
+    return paths
+
+
+def _run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+class TestInspect:
+    def test_counts_what_encoding_gives(self, model, pictures, capsys):
+        assert _run("inspect", model, "--json", "--size", "350x120") == 0
+        report = json.loads(capsys.readouterr().out)
+        (embedding,) = VisionTower.from_pretrained(model, device="cpu").encode([pictures[1]])
+        (picture,) = report["pictures"]
+        assert picture["tokens"] == embedding.num_tokens
+        assert picture["grid"] == list(embedding.grid_thw[1:])
+        assert report["dtype"] == "float32"
+        assert report["config"]["depth"] == 2
+
+    def test_text_and_drawing(self, model, tmp_path, capsys):
+        assert _run("inspect", model, "--svg", tmp_path / "tower.svg", "--dtype", "bfloat16") == 0
+        output = capsys.readouterr().out
+        assert "1920 × 1080" in output
+        assert "in bfloat16" in output
+        texts = [element.text for element in ElementTree.parse(tmp_path / "tower.svg").iter() if element.text]
+        assert "blocks 0–1  × 2" in texts
+        assert "attention" in texts
+
+
+class TestEncode:
+    def test_writes_what_the_tower_gives(self, model, pictures, tmp_path, capsys):
+        output = tmp_path / "embeddings.safetensors"
+        assert _run("encode", model, *pictures, "-o", output, "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        expected = VisionTower.from_pretrained(model, device="cpu").encode(pictures)
+        with safe_open(output, "pt") as file:
+            metadata = file.metadata()
+            for index, embedding in enumerate(expected):
+                assert torch.equal(file.get_tensor(f"picture.{index}"), embedding.embeddings)
+                assert json.loads(metadata[f"picture.{index}"]) == report["pictures"][index]
+                assert report["pictures"][index]["picture"] == str(pictures[index])
+
+    def test_pixel_limits(self, model, pictures, tmp_path, capsys):
+        assert _run("encode", model, pictures[0], "-o", tmp_path / "e", "--json", "--max-pixels", 112 * 112) == 0
+        (picture,) = json.loads(capsys.readouterr().out)["pictures"]
+        assert picture["processed_size"] == [112, 112]
+
+
+class TestParity:
+    def test_passes(self, model, capsys):
+        assert _run("parity", model, "--per-node", "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["passed"]
+        assert 0 < report["error"] <= report["limit"] == 1e-5
+        assert report["nodes"][-1]["value"] == "embeddings"
+
+    def test_a_difference_is_exit_code_1(self, model, pictures, monkeypatch, capsys):
+        monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
+        assert _run("parity", model, pictures[0]) == 1
+        assert "FAIL" in capsys.readouterr().out
+
+
+class TestDemo:
+    @pytest.mark.parametrize(("parity", "compared"), [("smallest", "1.png"), ("all", "0.png, 1.png"), ("none", None)])
+    def test_shows_checks_and_draws(self, parity, compared, model, pictures, tmp_path, capsys):
+        assert _run("demo", *pictures, "--model", model, "--output", tmp_path / "out", "--parity", parity) == 0
+        output = capsys.readouterr().out
+        assert "0.png" in output
+        assert "bit for bit what each gives alone" in output
+        assert ("\npass:" in output) == (compared is not None)
+        assert compared is None or f"(compared: {compared})" in output
+        with Image.open(tmp_path / "out" / "features.png") as drawing:
+            assert drawing.height > drawing.width / 3
+
+    def test_a_difference_is_exit_code_1(self, model, pictures, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
+        assert _run("demo", pictures[0], "--model", model, "--output", tmp_path) == 1
+        assert "FAIL" in capsys.readouterr().out
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["encode", "https://example.org/model", "{picture}"], "is a URL"),
+            (["encode", "{folder}/absent", "{picture}"], "neither a local folder nor a hub id"),
+            (["encode", "{model}", "https://example.org/a.png"], "is a URL; download the picture"),
+            (["encode", "{model}", "{folder}/absent.png"], "is no file"),
+            (["encode", "{model}", "{folder}/corrupt.png"], "corrupt.png"),
+            (["encode", "{model}", "{folder}/notes.txt"], "not a picture"),
+            (["encode", "{model}", "{picture}", "--device", "gpu"], "'gpu' is not one of torch's"),
+            (["inspect", "{folder}"], "config.json"),
+            (["inspect", "{folder}/text-only"], "vision"),
+        ],
+    )
+    def test_each_gets_one_line_and_exit_code_2(self, arguments, message, model, pictures, tmp_path, capsys):
+        (tmp_path / "corrupt.png").write_bytes(pictures[0].read_bytes()[:200])
+        (tmp_path / "notes.txt").write_text("no picture")
+        (tmp_path / "text-only").mkdir()
+        (tmp_path / "text-only" / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
+        words = [word.format(model=model, folder=tmp_path, picture=pictures[0]) for word in arguments]
+        if words[0] == "encode":
+            words += ["-o", str(tmp_path / "out.safetensors")]
+        assert cli.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("tritontower: error: ")
+        assert message in captured.err
+        assert not (tmp_path / "out.safetensors").exists()
+
+    def test_an_output_that_cannot_be_written(self, model, pictures, capsys):
+        assert _run("encode", model, pictures[0], "-o", "/proc/embeddings") == 2
+        assert "/proc/embeddings cannot be written" in capsys.readouterr().err
