@@ -7,13 +7,21 @@ maps a shape and an *architecture* to one.  An architecture is the compiler's ow
 that registers, spills and instructions can be read from a compile on any machine.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-__all__ = ["ARCHITECTURES", "SHARED_MEMORY_LIMIT", "TRITON_TYPES", "CompileSpec", "architecture", "nearest_architecture"]
+__all__ = [
+    "ARCHITECTURES",
+    "SHARED_MEMORY_LIMIT",
+    "TRITON_TYPES",
+    "CompileSpec",
+    "architecture",
+    "nearest_architecture",
+]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
 
@@ -58,6 +66,8 @@ class CompileSpec:
     """Whether tensor-core instructions must appear in the disassembly."""
     elements: int
     """Output elements of one program's main loop body, or scores for attention: the unit of instructions per element."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options of the launch, e.g. ``enable_fp_fusion``."""
 
 
 def nearest_architecture(name: str) -> str:

@@ -345,7 +345,8 @@ def _tile(dtype: torch.dtype, activation: str | None, architecture: str, *, few:
     gated = activation == "silu_gated"
     if dtype == torch.float32:
         # True fp32 products run on the ordinary units, whose operands are registers: small tiles.
-        return LinearConfig(64, 32 if gated else 64, 32, group_rows=8, num_warps=4, num_stages=3 if nvidia else 2)
+        columns, inner = (32, 16) if gated else (64, 32)
+        return LinearConfig(64, columns, inner, group_rows=8, num_warps=4, num_stages=3 if nvidia else 2)
     if not nvidia:
         columns = 64 if gated else 128
         return LinearConfig(64 if few else 128, columns, 64, group_rows=8, num_warps=4 if few else 8, num_stages=2)

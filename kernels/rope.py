@@ -135,10 +135,14 @@ def launch_rope(
         *(stride // unit for stride in strides),
         **_constants(head_dim, unit, rotation_dtype, config),
         num_warps=config.num_warps,
-        # The compiler knows that rounding the fp32 product of two bf16 values is a bf16 product, and would fuse that into
-        # the sum: one rounding fewer than the definition has.
-        enable_fp_fusion=rotation_dtype == torch.float32,
+        **_options(rotation_dtype),
     )
+
+
+def _options(rotation_dtype: torch.dtype) -> dict[str, Any]:
+    # The compiler knows that rounding the fp32 product of two bf16 values is a bf16 product, and would fuse that into the
+    # sum: one rounding fewer than the definition has.
+    return {"enable_fp_fusion": rotation_dtype == torch.float32}
 
 
 def _constants(head_dim: int, unit: int, rotation_dtype: torch.dtype, config: RopeConfig) -> dict[str, Any]:
@@ -241,4 +245,5 @@ def _compile_spec(dtype: torch.dtype, rotation_dtype: torch.dtype, head_dim: int
         num_stages=1,
         tensor_core=False,
         elements=2 * config.rows * config.heads * head_dim,
+        options=_options(rotation_dtype),
     )

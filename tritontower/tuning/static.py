@@ -270,9 +270,8 @@ def _compile(spec: CompileSpec, architecture: str) -> StaticReport:
     )
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    compiled = triton_compile(
-        source, target=target, options={"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
+    compiled = triton_compile(source, target=target, options=options)
     code = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
     shared_memory = int(compiled.metadata.shared)
     loop = hot_loop(code.instructions) if spec.tensor_core else None
