@@ -17,18 +17,17 @@ epilogue.  No atomics, so the result does not depend on timing.
 The bits of a row depend on the configuration (above all on ``split``), never on the other rows.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
 from . import configs
 from ._triton import tl, triton
 from .configs import TRITON_TYPES, CompileSpec
+from .cpu import compute_dtype, fewest_rows, product, row_chunks
 from .device import activate, dot
 from .dispatch import runs_kernel
-from .elementwise import ACTIVATIONS, activation_reference
+from .elementwise import ACTIVATIONS
 
 __all__ = [
     "EPILOGUES",
@@ -49,72 +48,6 @@ EPILOGUES = (*ACTIVATIONS, "silu_gated")
 # used again for the next rows instead of being asked of the system.
 _CHUNK_BYTES = 8 * 2**20
 
-# oneDNN's name of each activation it applies to the fp32 sums: (attribute, algorithm).
-_POST_OPERATIONS = {None: ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
-
-
-@lru_cache
-def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch's fused oneDNN linear exists here and is right for ``dtype`` (fp16 needs a recent CPU)."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-4, 5, (16, 16), generator=generator).to(dtype) for _ in range(2))
-    expected = x.float() @ weight.float().T
-    try:
-        plain = torch.ops.mkldnn._linear_pointwise(x, weight, x[0], "none", [], "")
-        added = torch.ops.mkldnn._linear_pointwise.binary(x, weight, weight, None, "add")
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    # Small integers: every sum is exact, in whatever order.
-    return torch.equal(plain.float(), (expected + x[0].float()).to(dtype).float()) and torch.equal(
-        added.float(), (expected + weight.float()).to(dtype).float()
-    )
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to multiply in: fp32 for 16-bit floats the CPU has no fast product for (conversion costs far less)."""
-    if _onednn_multiplies(dtype) or not _onednn_multiplies(torch.float32):
-        return dtype
-    return torch.float32
-
-
-def _fewest_rows(dtype: torch.dtype) -> int:
-    """Below this many rows the CPU libraries take another route (matrix × vector, narrow tiles) with other bits."""
-    return 2 if _onednn_multiplies(dtype) else 8 * torch.get_num_threads()
-
-
-def _row_chunks(rows: int, step: int, fewest: int) -> Iterator[slice]:
-    """Cuts ``range(rows)`` into ``step`` rows each; a rest of less than ``fewest`` rows joins the chunk before it."""
-    start = 0
-    while start < rows:
-        stop = start + step if rows - start - step >= fewest else rows
-        yield slice(start, stop)
-        start = stop
-
-
-def _product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str | None = None,
-    combine: tuple[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """``f(x Wᵀ + b)``, or ``x Wᵀ + b`` added to or multiplied by another tensor; one rounding where oneDNN does it."""
-    y: torch.Tensor
-    if _onednn_multiplies(x.dtype):
-        pointwise = torch.ops.mkldnn._linear_pointwise
-        if combine is not None:
-            y = pointwise.binary(x, combine[1], weight, bias, combine[0])
-            return y
-        attribute, algorithm = _POST_OPERATIONS.get(activation, _POST_OPERATIONS[None])
-        y = pointwise(x, weight, bias, attribute, [], algorithm)
-        if activation in _POST_OPERATIONS:
-            return y
-    else:
-        y = torch.nn.functional.linear(x, weight, bias)
-        if combine is not None:
-            return y.add_(combine[1]) if combine[0] == "add" else y.mul_(combine[1])
-    return y if activation is None else activation_reference(y, activation, out=y)
-
 
 def _rows_reference(
     x: torch.Tensor,
@@ -124,14 +57,14 @@ def _rows_reference(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     if activation is None and residual is not None:
-        return _product(x, weight, bias, combine=("add", residual))
+        return product(x, weight, bias, combine=("add", residual))
     if activation == "silu_gated":
         half = weight.shape[0] // 2
         gate_bias, up_bias = (None, None) if bias is None else (bias[:half], bias[half:])
-        gate = _product(x, weight[:half], gate_bias, "silu")
-        y = _product(x, weight[half:], up_bias, combine=("mul", gate))
+        gate = product(x, weight[:half], gate_bias, "silu")
+        y = product(x, weight[half:], up_bias, combine=("mul", gate))
     else:
-        y = _product(x, weight, bias, activation)
+        y = product(x, weight, bias, activation)
     return y if residual is None else y.add_(residual)
 
 
@@ -151,13 +84,13 @@ def linear_reference(
     rows, dtype = x.shape[0], x.dtype
     columns = weight.shape[0] // 2 if activation == "silu_gated" else weight.shape[0]
     out = x.new_empty(rows, columns) if out is None else out
-    compute = _compute_dtype(dtype) if x.device.type == "cpu" else dtype
-    fewest = _fewest_rows(compute) if x.device.type == "cpu" else 1
+    compute = compute_dtype(dtype) if x.device.type == "cpu" else dtype
+    fewest = fewest_rows(compute) if x.device.type == "cpu" else 1
     # oneDNN multiplies by padded weight rows as well, but many times slower than it copies them.
     weight = weight.to(compute).contiguous()
     bias = None if bias is None else bias.to(compute)
     step = max(fewest, _CHUNK_BYTES // (weight.shape[0] * weight.element_size()))
-    for chunk in _row_chunks(rows, step, fewest):
+    for chunk in row_chunks(rows, step, fewest):
         part, added = x[chunk], None if residual is None else residual[chunk]
         count = part.shape[0]
         if count < fewest:

@@ -1,5 +1,7 @@
 """Attention within segments: both backends against fp64, memory safety, and independence of what else is packed."""
 
+import contextlib
+import functools
 import itertools
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +10,7 @@ import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error
 
-from tritontower.kernels import configs, dispatch
+from tritontower.kernels import configs, cpu, dispatch, flash_attention
 from tritontower.kernels.flash_attention import (
     FlashAttentionConfig,
     default_config,
@@ -40,6 +42,17 @@ def fused_projection(segments, head_dim, dtype, *, heads=2, device="cpu", seed=0
     return qkv.unbind(1)
 
 
+@pytest.fixture(params=["kernel", "fused", "products"])
+def backend(request, monkeypatch):
+    """Where to run: the Triton kernel, torch's fused attention, or the separate products that suit some CPUs better."""
+    if request.param == "kernel":
+        return contextlib.nullcontext
+    monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: request.param == "products")
+    monkeypatch.setattr(flash_attention, "LENGTH_FOR_PRODUCTS", 1)
+    monkeypatch.setattr(flash_attention, "_SCORES_BYTES", 1)
+    return functools.partial(dispatch.use, "reference")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 20, 36, 64, 72, 80, 88, 96, 104, 128])
 def test_kernel_against_fp64(kernel_device, poisoned_empty, head_dim, dtype):
@@ -51,7 +64,10 @@ def test_kernel_against_fp64(kernel_device, poisoned_empty, head_dim, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 36, 72, 80, 128])
-def test_reference_against_fp64(poisoned_empty, head_dim, dtype):
+@pytest.mark.parametrize("by_products", [False, True])
+def test_reference_against_fp64(monkeypatch, poisoned_empty, head_dim, dtype, by_products):
+    monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: by_products)
+    monkeypatch.setattr(flash_attention, "LENGTH_FOR_PRODUCTS", 1)
     segments = Segments([1, 64, 64, 77, 0, 64, 150])
     q, k, v = fused_projection(segments, head_dim, dtype)
     out = flash_attention_varlen(q, k, v, segments)
@@ -74,7 +90,6 @@ def test_explicit_configurations(kernel_device, poisoned_empty, config):
     assert relative_error(out, attention_fp64(q, k, v, RAGGED)) <= TOLERANCE[torch.bfloat16]
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("head_dim", [40, 72, 104])
 def test_only_the_segments_own_elements_are_read(kernel_device, backend, head_dim):
     """NaN lies around every head, before the first row and after the last; one read of it would reach the result."""
@@ -87,28 +102,26 @@ def test_only_the_segments_own_elements_are_read(kernel_device, backend, head_di
         return view
 
     q, k, v = (surrounded(seed) for seed in range(3))
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(q)):
+    with backend():
         out = flash_attention_varlen(q, k, v, RAGGED)
     assert relative_error(out, attention_fp64(q, k, v, RAGGED)) <= TOLERANCE[torch.float16]
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 def test_out_may_be_a_strided_view_and_nothing_else_is_written(kernel_device, backend):
     q, k, v = fused_projection(RAGGED, 72, torch.bfloat16, device=kernel_device)
     buffer = torch.full((RAGGED.total, 3, 96), 7.0, dtype=torch.bfloat16, device=kernel_device)
     out = buffer[:, 1:, 8:80]
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(q)):
+    with backend():
         assert flash_attention_varlen(q, k, v, RAGGED, out=out) is out
     assert relative_error(out, attention_fp64(q, k, v, RAGGED)) <= TOLERANCE[torch.bfloat16]
     out.fill_(7.0)
     assert bool((buffer == 7.0).all())
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 def test_out_may_be_q(kernel_device, backend):
     q, k, v = fused_projection(RAGGED, 80, torch.float16, device=kernel_device)
     expected = attention_fp64(q, k, v, RAGGED)
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(q)):
+    with backend():
         flash_attention_varlen(q, k, v, RAGGED, out=q)
     assert relative_error(q, expected) <= TOLERANCE[torch.float16]
 
@@ -129,7 +142,6 @@ def test_separate_strides(kernel_device, poisoned_empty, dtype):
     assert relative_error(out, attention_fp64(q, k, v, RAGGED)) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["large", "equal", "one huge", "all very negative"])
 def test_adversarial_scores(kernel_device, case, dtype, backend):
@@ -146,7 +158,7 @@ def test_adversarial_scores(kernel_device, case, dtype, backend):
     else:
         q[:] = q[3].abs() + 1
         k[:] = -q * 8 + k
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(q)):
+    with backend():
         out = flash_attention_varlen(q, k, v, segments)
     # Scores of magnitude S carry an absolute error of about S · 2⁻²⁴ in fp32, which the exponential makes relative.
     largest = max((q[i].float() @ k[i].float().T).abs().max().item() for i in range(len(q))) * 64**-0.5
@@ -154,16 +166,14 @@ def test_adversarial_scores(kernel_device, case, dtype, backend):
     assert relative_error(out, attention_fp64(q, k, v, segments)) <= tolerance
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("scale", [1e-30, 0.05, 1.0])
 def test_scale(kernel_device, scale, backend):
     q, k, v = fused_projection(RAGGED, 32, torch.float32, device=kernel_device)
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(q)):
+    with backend():
         out = flash_attention_varlen(q, k, v, RAGGED, scale=scale)
     assert relative_error(out, attention_fp64(q, k, v, RAGGED, scale)) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 33, 64, 100])
 def test_a_segment_does_not_feel_its_neighbours(kernel_device, length, dtype, backend):
@@ -176,7 +186,7 @@ def test_a_segment_does_not_feel_its_neighbours(kernel_device, length, dtype, ba
         for start in starts[1:]:
             tensor[start : start + length] = tensor[:length]
         tensor[segments.cu_seqlens[5] : segments.cu_seqlens[6]] = float("nan")
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(q)):
+    with backend():
         alone = flash_attention_varlen(q[:length], k[:length], v[:length], Segments([length]))
         packed = flash_attention_varlen(q, k, v, segments)
     assert bool(torch.isfinite(alone).all())
@@ -185,8 +195,10 @@ def test_a_segment_does_not_feel_its_neighbours(kernel_device, length, dtype, ba
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 31, 64, 200, 513])
-def test_reference_grouping_is_invisible(length, dtype):
+@pytest.mark.parametrize("length", [1, 31, 64, 200, 513, 700])
+@pytest.mark.parametrize("by_products", [False, True])
+def test_reference_grouping_is_invisible(monkeypatch, length, dtype, by_products):
+    monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: by_products)
     """A batch of equal segments goes to torch as one call; every member keeps the bits it has alone."""
     segments = Segments([length] * 10)
     q, k, v = fused_projection(segments, 80, dtype, heads=3)
@@ -254,7 +266,6 @@ def test_split_covers_every_head_dim(dtype):
         assert all(part & (part - 1) == 0 and (part == 0 or part >= 16) for part in (main, tail))
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 def test_rows_further_apart_than_int32_reaches(kernel_device, tmp_path: Path, backend):
     """The third row lies 2³¹ elements behind the first, in a file that is all hole."""
     if kernel_device.type != "cpu":
@@ -270,18 +281,17 @@ def test_rows_further_apart_than_int32_reaches(kernel_device, tmp_path: Path, ba
         tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(seed)))
     segments = Segments([1, 2])
     expected = attention_fp64(q, k, v, segments)
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(q)):
+    with backend():
         out = flash_attention_varlen(q, k, v, segments)
         flash_attention_varlen(q, k, v, segments, out=v)
     assert relative_error(out, expected) <= TOLERANCE[torch.bfloat16]
     assert torch.equal(v, out)
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("shape", [(0, 2, 64), (3, 0, 64)])
 def test_nothing_in_nothing_out(kernel_device, shape, backend):
     empty = torch.empty(shape, device=kernel_device)
-    with dispatch.use("reference" if backend == "reference" else dispatch.backend_for(empty)):
+    with backend():
         assert flash_attention_varlen(empty, empty, empty, Segments([0, shape[0]])).shape == shape
 
 

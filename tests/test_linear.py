@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error, tolerance
 
+from tritontower.kernels import cpu
 from tritontower.kernels import linear as linear_module
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from tritontower.kernels.linear import (
@@ -133,7 +134,7 @@ def threads(request):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference_row_alone_has_the_bits_it_has_in_a_pack(monkeypatch, threads, dtype, activation, fused):
     if not fused:
-        monkeypatch.setattr(linear_module, "_onednn_multiplies", lambda dtype: False)
+        monkeypatch.setattr(cpu, "onednn_multiplies", lambda dtype: False)
     monkeypatch.setattr(linear_module, "_CHUNK_BYTES", 500 * 34 * 4)
     x, weight, bias, residual = inputs(1030, 34, 588, dtype, activation)
 
