@@ -199,6 +199,19 @@ def test_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     assert grown < 20 * 2**20, "40 tensors of 4 MiB were kept, though the caller kept none"
 
 
+def test_loads_into_one_allocation_what_it_would_yield(tmp_path: Path) -> None:
+    tensors = {**vision_tensors(), "visual.odd": torch.randn(3, 7, 5), "visual.scalar": torch.tensor(2.5)}
+    single(tmp_path, tensors)
+    with Checkpoint.open(tmp_path, prefixes=["visual."]) as checkpoint:
+        checkpoint.expect({n.removeprefix("visual."): tuple(t.shape) for n, t in tensors.items()}, ignored=["scalar"])
+        loaded = checkpoint.load(torch.bfloat16)
+        yielded = dict(checkpoint.iterate(torch.bfloat16))
+    assert loaded.keys() == yielded.keys()
+    assert all(torch.equal(loaded[name], yielded[name]) for name in yielded)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in loaded.values()}) == 1
+    assert all(tensor.storage_offset() % 128 == 0 for tensor in loaded.values())
+
+
 def run_python(script: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(

@@ -32,6 +32,9 @@ from .weight_files import INDEX_NAME, Prefixes, WeightFiles, explained, open_saf
 
 __all__ = ["Checkpoint", "Progress", "TensorHeader"]
 
+_ALIGNMENT = 128
+"""Elements; 256 bytes or more in every dtype, as much as any vector load asks for."""
+
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after every tensor."""
 
@@ -223,6 +226,29 @@ class Checkpoint:
             done += header.nbytes
             if progress is not None:
                 progress(done, total)
+
+    def load(
+        self, dtype: torch.dtype, device: torch.device | str = "cpu", *, progress: Progress | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Everything that :meth:`iterate` would yield, side by side in one allocation; it raises what that raises.
+
+        Tensors allocated one at a time, between the buffers that they are read through, leave a hole behind each: on a
+        CPU that cost a third of the weights' size in memory that nothing could use.
+        """
+        names = [name for name in self.tensors if self._expected is None or name in self._expected]
+        places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in names:
+            count = math.prod(self.tensors[name].shape)
+            places[name] = (end, count)
+            end += -(-count // _ALIGNMENT) * _ALIGNMENT
+        block = torch.empty(end, dtype=dtype, device=device)
+        loaded = {}
+        for name, tensor in self.iterate(dtype, device, names=names, progress=progress):
+            start, count = places[name]
+            loaded[name] = block[start : start + count].view(tensor.shape).copy_(tensor)
+            del tensor
+        return loaded
 
     def _read_tensor(
         self, header: TensorHeader, dtype: torch.dtype, device: torch.device, check_finite: bool

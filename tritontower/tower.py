@@ -135,10 +135,8 @@ class VisionTower:
             if self._dtype is None:
                 self._dtype = checkpoint.dtype
             ours_of = {theirs: ours for ours, theirs in names.items()}
-            return {
-                ours_of[theirs]: tensor
-                for theirs, tensor in checkpoint.iterate(dtype=self._dtype, device=self._device, progress=progress)
-            }
+            loaded = checkpoint.load(self._dtype, self._device, progress=progress)
+            return {ours_of[theirs]: tensor for theirs, tensor in loaded.items()}
 
     def _checkpoint(self) -> Checkpoint:
         self._fetch(self.folder, self.family.PREFIXES)
