@@ -16,11 +16,16 @@ from tritontower.cli.parity import hide_reference_progress
 from tritontower.drawing import text_table
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
-    from tritontower import ImageEmbedding, VisionTower
+    from tritontower import ImageEmbedding, PackedBatch, VisionTower
+    from tritontower.graph import Node
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
+
+PACK_TOLERANCE = 1e-2
+"""How far, on a GPU, a picture's embedding may be from the one it has in a pack; a few 16-bit roundings."""
 
 EXAMPLE = "tritontower demo holiday.jpg diagram.png --output demo-output"
 
@@ -43,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parity",
         choices=("smallest", "all", "none"),
-        default="smallest",
-        help="which pictures to hold against transformers, which takes longer than all the rest (default: smallest)",
+        default="all",
+        help="which pictures to hold against transformers, which takes longer than all the rest (default: all)",
     )
 
 
@@ -61,20 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
         f"A tower of {tower.config.depth} blocks, {tower.config.width} wide, {tower.graph.parameters / 1e6:,.0f} M "
         f"parameters, in {str(tower.dtype).removeprefix('torch.')} on {tower.device}\n"
     )
-    tower.encode(
-        [picture.resize((56, 56)) for picture in pictures[:1]]
-    )  # the first pass pays for what is loaded lazily
+    # The first pass pays for what is loaded lazily.
+    tower.encode([picture.resize((56, 56)) for picture in pictures[:1]])
     alone = [_timed(tower, [picture], limits) for picture in pictures]
     packed, packed_ms = _timed(tower, pictures, limits)
     print(_table(names, packed, [milliseconds for _, milliseconds in alone]))
-    same = all(
-        one.embeddings.equal(many.embeddings) for (ones, _), many in zip(alone, packed, strict=True) for one in ones
-    )
-    print(
-        f"\nAll {len(pictures)} in one packed pass: {packed_ms:,.0f} ms, "
-        f"{'bit for bit what each gives alone' if same else 'NOT what each gives alone'}\n"
-    )
-    passed = same
+    difference = max(_difference(one, many) for (ones, _), many in zip(alone, packed, strict=True) for one in ones)
+    agreement = f"{difference:.1e} from" if difference else "bit for bit"
+    print(f"\nAll {len(pictures)} in one packed pass: {packed_ms:,.0f} ms, {agreement} what each gives alone\n")
+    # A GPU may cut the products of a few rows into parts, and then adds them up in another order.
+    passed = difference == 0.0 or (tower.device.type != "cpu" and difference < PACK_TOLERANCE)
     if arguments.parity != "none":
         from tritontower.parity import compare
 
@@ -84,7 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
         parity = compare(tower, tower.preprocess([pictures[index] for index in chosen], **limits))
         passed = passed and parity.passed
         print(f"{describe_parity(parity)} (compared: {', '.join(names[index] for index in chosen)})\n")
-    print(f"What the tower sees, as colours: {_draw(tower, names, pictures, packed, arguments.output)}")
+    batch = tower.preprocess(pictures, **limits)
+    print(f"What the tower sees, as colours: {_draw(names, pictures, _patch_features(tower, batch), arguments.output)}")
     return 0 if passed else 1
 
 
@@ -126,22 +128,48 @@ def _table(names: Sequence[str], embeddings: Sequence["ImageEmbedding"], millise
     return text_table("", ("picture", "size", "patches", "tokens", "ms alone"), rows)
 
 
+def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
+    """Relative L2 distance of two embeddings; exactly zero if they are the same bit for bit."""
+    from tritontower.parity import relative_error
+
+    return relative_error(first.embeddings, second.embeddings)
+
+
+def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.Tensor"]:
+    """What the last block gives for every patch, ``[rows, columns, width]`` for each picture."""
+    import torch
+
+    (last,) = (node.inputs[0] for node in tower.graph.nodes if node.kind == "projector")
+    kept: list[torch.Tensor] = []
+
+    def keep(node: "Node", tensors: Mapping[str, "torch.Tensor"]) -> None:
+        if last in node.outputs:
+            # A later node may write over these rows.
+            kept.append(tensors[last].to("cpu", torch.float32, copy=True))
+
+    tower.executor_for(batch).run(batch.to(tower.device), keep)
+    counts = [rows * columns for _, rows, columns in batch.grids]
+    maps = []
+    for grid, features, places in zip(
+        batch.grids, kept[0].split(counts), batch.positions.long().split(counts), strict=True
+    ):
+        in_place = features.new_empty(*grid[1:], features.shape[1])
+        in_place[places[:, 0], places[:, 1]] = features
+        maps.append(in_place)
+    return maps
+
+
 def _draw(
-    tower: "VisionTower",
-    names: Sequence[str],
-    pictures: Sequence["Image.Image"],
-    embeddings: Sequence["ImageEmbedding"],
-    folder: Path,
+    names: Sequence[str], pictures: Sequence["Image.Image"], features: Sequence["torch.Tensor"], folder: Path
 ) -> Path:
-    """Writes the pictures beside their features, as PNG; returns where."""
+    """Writes the pictures beside the features of their patches, as PNG; returns where."""
     from tritontower.visualise import principal_component_picture, side_by_side
 
-    merge = tower.config.projector.merge
-    maps, titles = [], []
-    for name, embedding in zip(names, embeddings, strict=True):
-        _, rows, columns = embedding.grid_thw
-        maps.append(principal_component_picture(embedding.embeddings, rows // merge, columns // merge))
-        titles.append(f"{name}: {rows} × {columns} patches, {embedding.num_tokens} tokens")
+    maps = [principal_component_picture(part.flatten(0, 1), *part.shape[:2]) for part in features]
+    titles = [
+        f"{name}: {rows} × {columns} patches"
+        for name, (rows, columns, _) in zip(names, [part.shape for part in features], strict=True)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "features.png"
     side_by_side(pictures, maps, titles).save(path)
