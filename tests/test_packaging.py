@@ -121,8 +121,13 @@ class TestEditable:
         environment = tmp_path / "environment"
         _run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
         python = environment / "bin" / "python"
-        # The fresh environment borrows pip, setuptools and torch from this one; path files there are not followed.
-        borrowed = sysconfig.get_path("purelib")
+        # The fresh environment borrows pip, setuptools and torch from this one, but not an installation of this project:
+        # the finder of an editable one has the same module name as the one under test.
+        borrowed = tmp_path / "borrowed"
+        borrowed.mkdir()
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if "tritontower" not in entry.name:
+                (borrowed / entry.name).symlink_to(entry)
         _run(python, *PIP[1:], "install", *OFFLINE, "--editable", checkout, cwd=tmp_path, PYTHONPATH=borrowed)
         package, norm = _run(python, "-c", WHERE, cwd=tmp_path, PYTHONPATH=borrowed).split()
         assert Path(package) == checkout / "tritontower" / "__init__.py"
