@@ -82,9 +82,8 @@ def _rope_kernel(
     # Owns ROWS rows of HEADS heads of q and of k.  Strides come in units of UNIT elements: what the compiler can so
     # prove about addresses is how wide its loads get (a head of 72 is 4.5 times 16, but 18 times 4).
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    valid = row < rows
     column = tl.arange(0, BLOCK)
-    inside = valid[:, None] & (column < HALF)[None, :]
+    inside = (row < rows)[:, None] & (column < HALF)[None, :]
     cos = tl.load(COS + row[:, None] * cos_stride * UNIT + column[None, :], mask=inside, other=0.0)
     sin = tl.load(SIN + row[:, None] * sin_stride * UNIT + column[None, :], mask=inside, other=0.0)
     cos = _rounded(cos, DTYPE)
@@ -92,7 +91,8 @@ def _rope_kernel(
     first_head = tl.program_id(1) * HEADS
     for offset in tl.static_range(HEADS):
         head = (first_head + offset).to(tl.int64)
-        present = valid & (head < heads)
+        # As a limit on rows: Triton 3.9's interpreter does not take the conjunction with a scalar for a mask.
+        present = row < tl.where(head < heads, rows, 0)
         _rotate(Q, cos, sin, row * q_row_stride * UNIT, head * q_head_stride * UNIT, present, HALF, BLOCK, DTYPE)
         _rotate(K, cos, sin, row * k_row_stride * UNIT, head * k_head_stride * UNIT, present, HALF, BLOCK, DTYPE)
 

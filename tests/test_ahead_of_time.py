@@ -116,7 +116,7 @@ def test_a_compiler_that_dies_costs_only_the_specification_it_was_at(monkeypatch
     first, dead, last = compile_ahead([good, replace(good, name="deadly"), good], "sm_80")
     assert first == last
     assert first.registers > 0
-    assert dead.error == "the compiler's process ended with 134: without a word"
+    assert dead.error.startswith("the compiler's process ended with 134: ")
 
 
 def test_workers_keep_the_order():
