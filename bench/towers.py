@@ -12,6 +12,7 @@ over what the process held before loading, and set against the weights and the m
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON document here")
     parser.add_argument("--memory-of", type=int, metavar="PATCHES", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it")
     torch.set_num_threads(arguments.threads)
     arguments.model = arguments.model or demonstration_checkpoint()
     if arguments.memory_of is not None:

@@ -106,22 +106,10 @@ def _load_block(
 
 @triton.jit
 def _attend(
-    query,
-    query_tail,
-    accumulator,
-    accumulator_tail,
-    row_maximum,
-    row_sum,
-    key_pointers,
-    value_pointers,
-    keys_left,
-    score_scale,
-    HEAD_DIM: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    MASK_KEYS: tl.constexpr,
-):
+    query, query_tail, accumulator, accumulator_tail, row_maximum, row_sum,
+    key_pointers, value_pointers, keys_left, score_scale,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK_KEYS: tl.constexpr,
+):  # fmt: skip
     # One block of keys for one tile of queries: scores, their softmax so far, and the values they weigh.
     keys = tl.arange(0, BLOCK_KEYS)
     columns = tl.arange(0, MAIN)
@@ -136,23 +124,13 @@ def _attend(
         tail_columns = MAIN + tl.arange(0, TAIL)
         PARTIAL_TAIL: tl.constexpr = HEAD_DIM < MAIN + TAIL
         key_tail = _load_block(
-            key_pointers + tail_columns[:, None],
-            keys[None, :],
-            keys_left,
-            tail_columns[:, None],
-            HEAD_DIM,
-            MASK_KEYS,
-            PARTIAL_TAIL,
-        )
+            key_pointers + tail_columns[:, None], keys[None, :], keys_left, tail_columns[:, None],
+            HEAD_DIM, MASK_KEYS, PARTIAL_TAIL,
+        )  # fmt: skip
         value_tail = _load_block(
-            value_pointers + tail_columns[None, :],
-            keys[:, None],
-            keys_left,
-            tail_columns[None, :],
-            HEAD_DIM,
-            MASK_KEYS,
-            PARTIAL_TAIL,
-        )
+            value_pointers + tail_columns[None, :], keys[:, None], keys_left, tail_columns[None, :],
+            HEAD_DIM, MASK_KEYS, PARTIAL_TAIL,
+        )  # fmt: skip
         scores = dot(query, key, dot(query_tail, key_tail))
     else:
         scores = dot(query, key)
@@ -173,29 +151,12 @@ def _attend(
 
 @triton.jit
 def _flash_attention_kernel(
-    query_pointer,
-    key_pointer,
-    value_pointer,
-    out_pointer,
-    cu_seqlens_pointer,
-    tiles_pointer,
-    tile_count,
-    score_scale,
-    query_token_stride,
-    query_head_stride,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    out_token_stride,
-    out_head_stride,
-    HEAD_DIM: tl.constexpr,
-    MAIN: tl.constexpr,
-    TAIL: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
+    query_pointer, key_pointer, value_pointer, out_pointer, cu_seqlens_pointer, tiles_pointer, tile_count, score_scale,
+    query_token_stride, query_head_stride, key_token_stride, key_head_stride,
+    value_token_stride, value_head_stride, out_token_stride, out_head_stride,
+    HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
     # One program owns one tile of query rows (a line of the tile list) of one head, and every key of its segment.
     program = tl.program_id(0)
     head = (program // tile_count).to(tl.int64)
@@ -220,14 +181,9 @@ def _flash_attention_kernel(
         tail_columns = MAIN + tl.arange(0, TAIL)
         PARTIAL_TAIL: tl.constexpr = HEAD_DIM < MAIN + TAIL
         query_tail = _load_block(
-            query_pointers + tail_columns[None, :],
-            rows[:, None],
-            length,
-            tail_columns[None, :],
-            HEAD_DIM,
-            True,
-            PARTIAL_TAIL,
-        )
+            query_pointers + tail_columns[None, :], rows[:, None], length, tail_columns[None, :],
+            HEAD_DIM, True, PARTIAL_TAIL,
+        )  # fmt: skip
         accumulator_tail = tl.zeros([BLOCK_QUERIES, TAIL], tl.float32)
     else:
         # Stand-ins that nothing reads: the two forms of the kernel then share one signature of the loop.
@@ -248,42 +204,16 @@ def _flash_attention_kernel(
     whole = length // BLOCK_KEYS * BLOCK_KEYS
     for _ in tl.range(0, whole, BLOCK_KEYS):
         accumulator, accumulator_tail, row_maximum, row_sum = _attend(
-            query,
-            query_tail,
-            accumulator,
-            accumulator_tail,
-            row_maximum,
-            row_sum,
-            key_pointers,
-            value_pointers,
-            BLOCK_KEYS,
-            score_scale,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            BLOCK_KEYS,
-            False,
-        )
+            query, query_tail, accumulator, accumulator_tail, row_maximum, row_sum,
+            key_pointers, value_pointers, BLOCK_KEYS, score_scale, HEAD_DIM, MAIN, TAIL, BLOCK_KEYS, False,
+        )  # fmt: skip
         key_pointers += key_step
         value_pointers += value_step
     if whole < length:
         accumulator, accumulator_tail, row_maximum, row_sum = _attend(
-            query,
-            query_tail,
-            accumulator,
-            accumulator_tail,
-            row_maximum,
-            row_sum,
-            key_pointers,
-            value_pointers,
-            length - whole,
-            score_scale,
-            HEAD_DIM,
-            MAIN,
-            TAIL,
-            BLOCK_KEYS,
-            True,
-        )
+            query, query_tail, accumulator, accumulator_tail, row_maximum, row_sum,
+            key_pointers, value_pointers, length - whole, score_scale, HEAD_DIM, MAIN, TAIL, BLOCK_KEYS, True,
+        )  # fmt: skip
 
     normaliser = (1.0 / row_sum)[:, None]
     out_pointers = out_pointer + tl.multiple_of(head * out_head_stride, ALIGNMENT)
