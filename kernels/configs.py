@@ -70,15 +70,24 @@ class CompileSpec:
     """Further options of the launch, e.g. ``enable_fp_fusion``."""
 
 
+# Newer than a chip of the table, yet with the shared memory and the tensor cores of an older one.
+_KINDRED = {"sm_86": "sm_89", "sm_87": "sm_89", "sm_120": "sm_89", "sm_121": "sm_89"}
+
+
 def nearest_architecture(name: str) -> str:
-    """The known architecture whose defaults suit ``name`` best: the newest of the same vendor that is not newer."""
+    """The known architecture whose defaults suit ``name`` best: as a rule the newest of its vendor that is not newer."""
     if name in ARCHITECTURES or name == "interpreter":
         return name
+    if name in _KINDRED:
+        return _KINDRED[name]
+    if name.startswith("gfx") and not name.startswith("gfx9"):
+        # AMD's gaming chips have 64 KB of local memory, like the smallest of its accelerators.
+        return "gfx942"
     vendor = "sm_" if name.startswith("sm_") else "gfx"
     known = [candidate for candidate in ARCHITECTURES if candidate.startswith(vendor)]
 
     def generation(candidate: str) -> int:
-        return int("".join(filter(str.isdigit, candidate)) or 0)
+        return int(candidate.removeprefix(vendor), 16)
 
     older = [candidate for candidate in known if generation(candidate) <= generation(name)]
     return older[-1] if older else known[0]
