@@ -12,18 +12,21 @@ on the CPU, with          ``"interpreter"``: the kernel, run by Triton's interpr
 :func:`use` overrides the choice for a block of code; tests compare backends with it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from functools import wraps
+from typing import Concatenate, Literal, ParamSpec
 
 import torch
 
 from ._triton import HAS_TRITON, INTERPRETED
 
-__all__ = ["Backend", "backend_for", "runs_kernel", "use"]
+__all__ = ["Backend", "backend_for", "on_device_of_first", "runs_kernel", "use"]
 
 Backend = Literal["triton", "interpreter", "reference"]
+
+Parameters = ParamSpec("Parameters")
 
 _override: ContextVar[Backend | None] = ContextVar("tritontower_backend", default=None)
 
@@ -51,6 +54,19 @@ def backend_for(tensor: torch.Tensor) -> Backend:
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Whether an operation on ``tensor`` launches its Triton kernel (compiled or interpreted)."""
     return backend_for(tensor) != "reference"
+
+
+def on_device_of_first(
+    launcher: Callable[Concatenate[torch.Tensor, Parameters], None],
+) -> Callable[Concatenate[torch.Tensor, Parameters], None]:
+    """Makes the device of a launcher's first tensor the current one: Triton launches there, wherever the tensors lie."""
+
+    @wraps(launcher)
+    def guarded(first: torch.Tensor, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> None:
+        with torch.cuda.device_of(first):
+            launcher(first, *arguments, **options)
+
+    return guarded
 
 
 @contextmanager

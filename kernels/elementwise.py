@@ -24,7 +24,7 @@ from . import configs
 from ._triton import tl, triton
 from .configs import CompileSpec
 from .device import activate
-from .dispatch import runs_kernel
+from .dispatch import on_device_of_first, runs_kernel
 
 __all__ = [
     "ACTIVATIONS",
@@ -164,14 +164,19 @@ def default_config(architecture: str) -> ElementwiseConfig:
     return ElementwiseConfig(block=2048 if architecture.startswith("gfx") else 1024, num_warps=4)
 
 
+# The kernels count the blocks of a row in 32 bits, and round up before they divide.
+_LONGEST_ROW = 2**31 - 2**16
+
+
 def _rows_and_columns(*tensors: torch.Tensor) -> tuple[int, int]:
-    """How the kernels walk the tensors: as one long row where none of them has gaps."""
+    """How the kernels walk the tensors: as one long row where none of them has gaps and 32 bits count its elements."""
     rows, columns = tensors[0].shape
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if rows * columns <= _LONGEST_ROW and all(tensor.is_contiguous() for tensor in tensors):
         return 1, rows * columns
     return rows, columns
 
 
+@on_device_of_first
 def launch_activation(x: torch.Tensor, out: torch.Tensor, kind: str, config: ElementwiseConfig) -> None:
     """``out = f(x)`` for validated, non-empty tensors."""
     rows, columns = _rows_and_columns(x, out)
@@ -181,6 +186,7 @@ def launch_activation(x: torch.Tensor, out: torch.Tensor, kind: str, config: Ele
     )
 
 
+@on_device_of_first
 def launch_add(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, config: ElementwiseConfig) -> None:
     """``out = x + y`` for validated, non-empty tensors."""
     rows, columns = _rows_and_columns(x, y, out)

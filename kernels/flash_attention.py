@@ -314,6 +314,7 @@ def default_config(
     raise ValueError(f"head_dim {head_dim} exceeds the limit of {LARGEST_HEAD_DIM}")
 
 
+@dispatch.on_device_of_first
 def launch_flash_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -26,7 +26,7 @@ from ._triton import tl, triton
 from .configs import TRITON_TYPES, CompileSpec
 from .cpu import compute_dtype, fewest_rows, product, row_chunks
 from .device import activate, dot
-from .dispatch import runs_kernel
+from .dispatch import on_device_of_first, runs_kernel
 from .elementwise import ACTIVATIONS
 
 __all__ = [
@@ -330,6 +330,7 @@ def default_config(
     return replace(config, split=_split(rows, width, inner, config, programs))
 
 
+@on_device_of_first
 def launch_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

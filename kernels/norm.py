@@ -24,7 +24,7 @@ import torch
 from . import configs
 from ._triton import tl, triton
 from .configs import CompileSpec
-from .dispatch import runs_kernel
+from .dispatch import on_device_of_first, runs_kernel
 
 __all__ = [
     "MAX_WIDTH",
@@ -212,11 +212,13 @@ def default_config(width: int, architecture: str) -> NormConfig:
     if architecture == "interpreter":
         return NormConfig(rows=16, num_warps=4)
     lanes = 64 if architecture.startswith("gfx") else 32
-    rows = max(1, 1024 // held)
+    # A power of two, as every block is: 1024 // 48 is none.
+    rows = 1 << max(0, (1024 // held).bit_length() - 1)
     warps = min(16, max(4, held // (lanes * 16)))
     return NormConfig(rows=rows, num_warps=1 << (warps.bit_length() - 1))
 
 
+@on_device_of_first
 def launch_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -334,7 +336,7 @@ def norm(
         eps: added to the variance or to the mean square.
         rounding: ``"before_weight"`` rounds the normalised row to ``x``'s dtype before it is multiplied by ``weight``.
         residual: ``[N, D]``, added to ``x`` first; the sum is rounded to ``x``'s dtype.
-        residual_out: ``[N, D]``, where that sum goes; may be ``x`` or ``residual`` itself.
+        residual_out: ``[N, D]``, where that sum goes; neither ``x`` nor ``residual``, which other threads may still read.
         row_index: ``[M]`` int32, the input row of each output row; a permutation when there is a ``residual``.
         out: ``[M, D]`` (``[N, D]`` without ``row_index``), last stride 1; may be ``x`` itself unless rows are gathered.
         config: launch configuration of the kernel; the default for ``D`` and the device if not given.
@@ -366,6 +368,8 @@ def norm(
         _validate_rows("residual", residual, x, x.shape[0])
         residual_out = x.new_empty(x.shape) if residual_out is None else residual_out
         _validate_rows("residual_out", residual_out, x, x.shape[0])
+        if x.numel() and residual_out.data_ptr() in (x.data_ptr(), residual.data_ptr()):
+            raise ValueError("residual_out is x or residual; the sum needs rows of its own")
     elif residual_out is not None:
         raise ValueError("residual_out was given without a residual: there is no sum to store")
     if rows and x.shape[0] == 0:

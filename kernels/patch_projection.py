@@ -23,7 +23,7 @@ import torch
 from . import configs
 from ._triton import tl, triton
 from .configs import TRITON_TYPES, CompileSpec
-from .dispatch import runs_kernel
+from .dispatch import on_device_of_first, runs_kernel
 from .linear import LinearConfig, accumulate, grouped_tile, linear_reference
 
 __all__ = [
@@ -179,6 +179,7 @@ def default_config(*, dtype: torch.dtype, architecture: str) -> LinearConfig:
     return LinearConfig(128, 128, inner, group_rows=8, num_warps=8, num_stages=stages)
 
 
+@on_device_of_first
 def launch_patch_projection(
     patches: torch.Tensor,
     weight: torch.Tensor,

@@ -20,7 +20,7 @@ import torch
 from . import configs
 from ._triton import tl, triton
 from .configs import CompileSpec
-from .dispatch import runs_kernel
+from .dispatch import on_device_of_first, runs_kernel
 
 __all__ = [
     "FrequencyLayout",
@@ -158,6 +158,7 @@ def default_config(architecture: str) -> RotaryTableConfig:
     return RotaryTableConfig(rows=256 if architecture == "interpreter" else 32, num_warps=4)
 
 
+@on_device_of_first
 def launch_rotary_table(
     positions: torch.Tensor,
     frequencies: tuple[torch.Tensor, torch.Tensor],

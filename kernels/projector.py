@@ -24,7 +24,7 @@ import torch
 from . import configs
 from . import norm as norms
 from .configs import CompileSpec
-from .dispatch import runs_kernel
+from .dispatch import on_device_of_first, runs_kernel
 from .linear import EPILOGUES, LinearConfig, compile_spec, launch_linear, linear_reference, split_specs
 from .linear import default_config as linear_config
 from .norm import NormKind, Rounding
@@ -109,6 +109,7 @@ def default_config(
     )
 
 
+@on_device_of_first
 def launch_projector(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,

@@ -22,7 +22,7 @@ import torch
 from . import configs
 from ._triton import tl, triton
 from .configs import TRITON_TYPES, CompileSpec
-from .dispatch import runs_kernel
+from .dispatch import on_device_of_first, runs_kernel
 
 __all__ = ["RopeConfig", "compile_specs", "default_config", "launch_rope", "rope_", "rope_reference_"]
 
@@ -113,6 +113,7 @@ def default_config(architecture: str) -> RopeConfig:
     return RopeConfig(rows=32 if architecture.startswith("gfx") else 16, heads=4, num_warps=4)
 
 
+@on_device_of_first
 def launch_rope(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -1,6 +1,7 @@
 """The commands over a small checkpoint: what they print, write and return, and what a newcomer's mistakes get."""
 
 import json
+import os
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -47,6 +48,15 @@ class TestInspect:
         assert picture["grid"] == list(embedding.grid_thw[1:])
         assert report["dtype"] == "float32"
         assert report["config"]["depth"] == 2
+
+    def test_needs_no_weights(self, model, tmp_path, capsys):
+        for file in model.glob("*.json"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        assert _run("inspect", tmp_path, "--json") == 0
+        without = json.loads(capsys.readouterr().out)
+        assert without["dtype"] == "bfloat16"
+        assert _run("inspect", model, "--json", "--dtype", "bfloat16") == 0
+        assert without == json.loads(capsys.readouterr().out)
 
     def test_text_and_drawing(self, model, tmp_path, capsys):
         assert _run("inspect", model, "--svg", tmp_path / "tower.svg", "--dtype", "bfloat16") == 0
@@ -143,3 +153,29 @@ class TestMistakes:
     def test_an_output_that_cannot_be_written(self, model, pictures, capsys):
         assert _run("encode", model, pictures[0], "-o", "/proc/embeddings") == 2
         assert "/proc/embeddings cannot be written" in capsys.readouterr().err
+
+    def test_an_interrupted_write_leaves_the_file_that_was_there(self, model, pictures, tmp_path, monkeypatch, capsys):
+        output = tmp_path / "out.safetensors"
+        output.write_bytes(b"before")
+
+        def interrupted(_tensors, path, **_):
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+        assert _run("encode", model, pictures[0], "-o", output) == 130
+        assert [path.name for path in tmp_path.iterdir()] == [output.name]
+        assert output.read_bytes() == b"before"
+
+    def test_an_output_that_is_no_ordinary_file(self, model, pictures, tmp_path, capsys):
+        os.mkfifo(tmp_path / "pipe")  # a device would do as well, until a failing test replaced it by a file
+        assert _run("encode", model, pictures[0], "-o", tmp_path / "pipe") == 2
+        assert "not an ordinary file" in capsys.readouterr().err
+        assert (tmp_path / "pipe").is_fifo()
+
+    def test_a_report_is_json_even_where_numbers_overflow(self, model, pictures, monkeypatch, capsys):
+        monkeypatch.setattr(parity_module, "relative_error", lambda *_: float("nan"))
+        assert _run("parity", model, pictures[0], "--json") == 1
+        report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert report["error"] is None
+        assert not report["passed"]

@@ -259,3 +259,12 @@ def test_real_hub_offline_says_so_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="not in the local cache") as caught:
         locate(MODEL, cache_dir=tmp_path, local_files_only=True)
     assert str(caught.value).isprintable()
+
+
+def test_failure_of_the_transport_is_one_of_ours(hub: FakeHub) -> None:
+    class ReadTimeout(Exception):  # as the hub's HTTP library has it: neither an OSError nor the hub's own
+        pass
+
+    hub.failure = ReadTimeout("0x7f00")
+    with pytest.raises(CheckpointNotFoundError, match=r"cannot be fetched \(ReadTimeout\)"):
+        locate(MODEL)

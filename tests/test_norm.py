@@ -85,24 +85,25 @@ def device(request):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_residual_is_added_rounded_and_returned(device, dtype, gathered, in_place):
+def test_residual_is_added_rounded_and_returned(device, dtype, gathered, given):
     x, weight, _ = inputs(37, 320, dtype, "rms_norm", device)
     residual, _, _ = inputs(37, 320, dtype, "rms_norm", device, seed=1)
     order = torch.randperm(37, generator=torch.Generator().manual_seed(0)).to(device, torch.int32) if gathered else None
     total = x + residual
+    place = torch.empty_like(x) if given else None
     y, summed = norm(
         x,
         weight,
         kind="rms_norm",
         eps=EPS,
         residual=residual,
-        residual_out=residual if in_place else None,
+        residual_out=place,
         row_index=order,
     )
     assert torch.equal(summed, total)
-    assert (summed is residual) == in_place
+    assert (summed is place) == given
     ordered = total if order is None else total[order.long()]
     # What is normalised is the rounded sum, as if it had gone through memory.
     assert torch.equal(y, norm(ordered, weight, kind="rms_norm", eps=EPS))
@@ -209,7 +210,9 @@ def check_distant_rows(storage, stride, width):
     weight = torch.ones(width, device=x.device)
     near = x.clone()
     residual = torch.ones_like(near)
-    _, summed = norm(x, weight, kind="rms_norm", eps=EPS, residual=residual, residual_out=x, out=near.clone())
+    assert relative_error(norm(x, weight, kind="rms_norm", eps=EPS), expected(near, weight, None, "rms_norm")) <= 2e-6
+    _, summed = norm(near, weight, kind="rms_norm", eps=EPS, residual=residual, residual_out=x)
+    assert summed is x
     assert torch.equal(summed, near + 1)
     norm(x, weight, kind="rms_norm", eps=EPS, out=x)
     assert relative_error(x, expected(near + 1, weight, None, "rms_norm")) <= TOLERANCE[torch.float32]
@@ -259,6 +262,7 @@ INDEX = torch.zeros(4, dtype=torch.int32)
         ({"rounding": "before_weight"}, ValueError, "layer_norm rounds once"),
         ({"residual": torch.zeros(3, 8)}, ValueError, r"residual has shape \(3, 8\)"),
         ({"residual_out": X}, ValueError, "without a residual"),
+        ({"residual": torch.zeros(4, 8), "residual_out": X}, ValueError, "rows of its own"),
         ({"out": torch.zeros(4, 9)}, ValueError, r"out has shape \(4, 9\)"),
         ({"out": torch.zeros(4, 8, dtype=torch.float16)}, TypeError, "out is torch.float16"),
         ({"row_index": INDEX.long()}, TypeError, "int64"),

@@ -1,8 +1,10 @@
 """The whole way: pictures → embeddings, held against transformers on small random checkpoints."""
 
 import contextvars
+import pickle
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from tritontower.errors import (
 )
 from tritontower.executor import Executor
 from tritontower.fusion import fold_still_pictures, fuse, fuse_activations, fuse_residual_into_norm
-from tritontower.graph import build
+from tritontower.graph import Workload, build
 from tritontower.kernels import dispatch
 from tritontower.parity import Reference, compare, compare_nodes, relative_error
 
@@ -274,6 +276,79 @@ def test_threads_share_a_tower(tower: VisionTower) -> None:
     assert wrong == []
 
 
+def test_threads_that_load_at_once_read_the_weights_once(qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True)
+    reads: list[int] = []
+    original = VisionTower._read_weights
+    together = threading.Barrier(4)
+
+    def read(self: VisionTower, progress: Any) -> dict[str, torch.Tensor]:
+        reads.append(1)
+        time.sleep(0.05)
+        return original(self, progress)
+
+    def work() -> None:
+        together.wait()
+        tower.load()
+
+    monkeypatch.setattr(VisionTower, "_read_weights", read)
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert reads == [1]
+    assert tower.is_loaded
+
+
+def test_an_interrupted_pass_leaves_the_tower_usable(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tower.encode(PICTURES[0])[0].embeddings
+    batch = tower.preprocess(PICTURES[0])
+    executor = tower.executor_for(batch)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        executor.run(batch, interrupt)
+    assert torch.equal(tower.forward(batch), expected)
+    executor.release()
+    plan = executor.plan(batch.workload)
+    with monkeypatch.context() as patch:  # while the arena is being laid out
+        patch.setattr(Workload, "rows", interrupt)
+        patch.setattr(executor, "_allocate", lambda *_: torch.empty(batch.workload.tokens, 48))
+        patch.setattr(executor, "plan", lambda _: plan)
+        with pytest.raises(KeyboardInterrupt):
+            executor.run(batch)
+    assert torch.equal(tower.forward(batch), expected)
+
+
+def test_several_pictures_come_in_any_iterable(tower: VisionTower) -> None:
+    expected = rows_of(tower.encode(PICTURES[:2]))
+    for several in (tuple(PICTURES[:2]), iter(PICTURES[:2]), dict(enumerate(PICTURES[:2])).values()):
+        assert torch.equal(rows_of(tower.encode(several)), expected)
+    frames = [PICTURES[0], PICTURES[0][::-1]]
+    clip = tower.encode_video(frames).embeddings
+    assert torch.equal(tower.encode_video(np.stack(frames)).embeddings, clip)
+    assert torch.equal(tower.encode_video(frame for frame in frames).embeddings, clip)
+
+
+def test_an_embedding_is_an_ordinary_tensor_of_its_own(tower: VisionTower) -> None:
+    batch = tower.preprocess(PICTURES)
+    assert not tower.forward(batch).is_inference()
+    for embedding in tower.encode(PICTURES):
+        rows = embedding.embeddings
+        assert not rows.is_inference()
+        assert rows.untyped_storage().nbytes() == rows.nbytes
+        copy = pickle.loads(pickle.dumps(embedding))
+        assert torch.equal(copy.embeddings, rows)
+        assert copy != embedding
+        assert embedding == embedding
+    again = pickle.loads(pickle.dumps(batch))
+    assert torch.equal(tower.forward(again), tower.forward(batch))
+    assert again != batch
+
+
 def test_delayed_loading_answers_before_it_reads_weights(qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
     original = Path.open
@@ -326,6 +401,30 @@ def test_wrong_pictures_are_refused_by_name(tower: VisionTower) -> None:
         tower.encode(PICTURES[0], min_pixels=5000, max_pixels=4000)
     with pytest.raises(ProcessorError, match="28 × 28"):
         tower.encode(PICTURES[0], min_pixels=1, max_pixels=700)
+    with pytest.raises(ProcessorError, match="whole numbers"):
+        tower.encode(PICTURES[0], max_pixels="5000")
+    for single in (PICTURES[0], torch.from_numpy(PICTURES[0]), Image.fromarray(PICTURES[0]), Path("clip.mp4"), None):
+        with pytest.raises(UsageError, match="list of the clip's frames"):
+            tower.encode_video(single)
+
+
+@pytest.mark.parametrize("size", [("1", 2), (float("nan"), 3), (1.5, 2)])
+def test_sizes_that_are_no_whole_numbers_are_refused(tower: VisionTower, size: tuple[Any, Any]) -> None:
+    with pytest.raises(UsageError, match="whole numbers"):
+        tower.count_tokens(*size)
+
+
+@pytest.mark.parametrize("patches", [4.0, "4", None, [4, "a"]])
+def test_patches_that_are_no_whole_numbers_are_refused(tower: VisionTower, patches: Any) -> None:
+    with pytest.raises(UsageError, match="whole number"):
+        tower.memory_plan(patches)
+    assert tower.memory_plan(np.int64(8)) == tower.memory_plan(8)
+
+
+def test_a_batch_of_another_tower_is_refused(tower: VisionTower, tmp_path: Path) -> None:
+    other = VisionTower.from_pretrained(save_qwen2_vl(tmp_path, depth=1, patch_size=8), device="cpu", delay_load=True)
+    with pytest.raises(UsageError, match="another tower's"):
+        tower.forward(other.preprocess(PICTURES[0]))
 
 
 def test_wrong_arguments_are_refused(qwen2_vl: Path) -> None:
@@ -335,6 +434,10 @@ def test_wrong_arguments_are_refused(qwen2_vl: Path) -> None:
         VisionTower.from_pretrained(qwen2_vl, dtype=torch.int8)
     with pytest.raises(UsageError, match="device"):
         VisionTower.from_pretrained(qwen2_vl, device="cuba")
+    with pytest.raises(UsageError, match="device"):
+        VisionTower.from_pretrained(qwen2_vl, device=[])
+    with pytest.raises(UsageError, match="model is None"):
+        VisionTower.from_pretrained(None)
     with pytest.raises(BackendUnavailableError):
         VisionTower.from_pretrained(qwen2_vl, device="mps")
 

@@ -21,7 +21,7 @@ Grid = tuple[int, int, int]
 """Temporal patches, rows and columns of patches of one picture or clip."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class PackedBatch:
     """Pictures or clips, as rows of patches.
 

@@ -9,7 +9,7 @@ from .batch import Grid
 __all__ = ["ImageEmbedding"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class ImageEmbedding:
     """The embeddings of one picture or clip, and what an engine needs to place them.
 

@@ -7,6 +7,7 @@ nowhere here.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from threading import Lock
 from typing import Any
 
@@ -60,9 +61,10 @@ class Executor:
 
     def plan(self, workload: Workload) -> MemoryPlan:
         """The memory layout of a pass over ``workload``."""
-        if self._plan is None or self._plan.workload != workload:
+        plan = self._plan
+        if plan is None or plan.workload != workload:
             return plan_memory(self.graph, workload, self.dtype.itemsize)
-        return self._plan
+        return plan
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch, observer: Observer | None = None) -> Tensors:
@@ -79,8 +81,8 @@ class Executor:
         outputs = {name: self._allocate(graph.values[name], workload) for name in graph.outputs}
         if workload.patches == 0:
             return outputs
-        # The arena serves one pass at a time.
-        with self._lock:
+        # The arena serves one pass at a time; Triton launches on the current GPU, wherever the tensors are.
+        with self._lock, torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             tensors = {**self._arena_views(workload), **outputs}
             tensors |= zip(graph.inputs, (batch.pixels, batch.positions), strict=True)
             for node, step in self._steps:
@@ -97,7 +99,9 @@ class Executor:
 
     def _allocate(self, value: Value, workload: Workload) -> torch.Tensor:
         dtype = DTYPES.get(value.dtype, self.dtype)
-        return torch.empty(workload.rows(value.rows), value.width, dtype=dtype, device=self.device)
+        # An ordinary tensor, not one of inference mode, which its owner could neither change nor train behind.
+        with torch.inference_mode(False):
+            return torch.empty(workload.rows(value.rows), value.width, dtype=dtype, device=self.device)
 
     def _arena_views(self, workload: Workload) -> Tensors:
         """Every value inside the pass as a view of the arena; kept for the next pass of the same size."""
@@ -109,13 +113,14 @@ class Executor:
             self._views, self._plan = {}, None
             self._arena = self._arena.new_empty(0)
             self._arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=self.device)
-        self._plan, self._views = plan, {}
+        views: Tensors = {}
         for name, offset in plan.offsets.items():
             value = self.graph.values[name]
             rows, dtype = workload.rows(value.rows), DTYPES.get(value.dtype, self.dtype)
             flat = self._arena[offset : offset + rows * value.width * dtype.itemsize].view(dtype)
-            self._views[name] = flat.view(rows, value.width)
-        return self._views
+            views[name] = flat.view(rows, value.width)
+        self._plan, self._views = plan, views
+        return views
 
 
 _TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -9,6 +9,7 @@ last frame repeated until the patches come out even) is done here.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from .batch import Grid, PackedBatch
 from .config import TowerConfig
-from .errors import ConfigError, ImageTooLargeError, Limits, ProcessorError
+from .errors import ConfigError, ImageTooLargeError, Limits, ProcessorError, UsageError, shorten
 from .families import Family
 from .images import CanonicalImage, check_size
 from .reader import ConfigReader, read_json
@@ -93,7 +94,11 @@ class Preprocessor:
 
         Raises:
             EmptyImageError, AspectRatioError, ImageTooLargeError: no picture of this size can be encoded.
+            UsageError: a side that is not a whole number.
+            ProcessorError: bounds of the area that allow nothing.
         """
+        if not (isinstance(width, Integral) and isinstance(height, Integral)):
+            raise UsageError(f"width {shorten(width)} and height {shorten(height)} must be whole numbers of pixels")
         area = self._bounded(self.picture_area, min_pixels, max_pixels)
         return self._grid(width, height, 1, area)
 
@@ -179,6 +184,11 @@ class Preprocessor:
     def _bounded(self, area: Area, min_pixels: int | None, max_pixels: int | None) -> Area:
         least = area[0] if min_pixels is None else min_pixels
         greatest = area[1] if max_pixels is None else max_pixels
+        if not (isinstance(least, Integral) and isinstance(greatest, Integral)):
+            raise ProcessorError(
+                f"min_pixels = {shorten(least)} and max_pixels = {shorten(greatest)} must be whole numbers of pixels"
+            )
+        least, greatest = int(least), int(greatest)
         if not 1 <= least <= greatest:
             raise ProcessorError(
                 f"min_pixels = {least} and max_pixels = {greatest} must be positive and in order; the checkpoint's own "

@@ -1,11 +1,15 @@
 """The vision tower: pictures in, language-model-ready embeddings out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, cast
 
+import numpy as np
 import torch
+from PIL import Image
 
 from .batch import PackedBatch
 from .checkpoint import Checkpoint, Progress
@@ -18,6 +22,7 @@ from .errors import (
     TowerNotLoadedError,
     UnsupportedArchitectureError,
     UsageError,
+    shorten,
 )
 from .executor import Executor
 from .families import Family, family_of
@@ -69,6 +74,7 @@ class VisionTower:
         self._clip_graph: Graph = fuse(build(config))
         self.graph: Graph = fold_still_pictures(self._clip_graph)
         self._executors: dict[int, Executor] | None = None
+        self._load_lock = Lock()
 
     @classmethod
     def from_pretrained(
@@ -119,12 +125,15 @@ class VisionTower:
 
     def load(self, progress: Progress | None = None) -> "VisionTower":
         """Reads the weights, if they are not there yet; returns the tower."""
-        if self._executors is None:
-            sources = self._read_weights(progress)
-            patch = self.config.patch
-            self._executors = {patch.still_inner: Executor(self.graph, sources)}
-            if patch.temporal > 1:
-                self._executors[patch.inner] = Executor(self._clip_graph, sources)
+        with self._load_lock:
+            if self._executors is None:
+                sources = self._read_weights(progress)
+                patch = self.config.patch
+                executors = {patch.still_inner: Executor(self.graph, sources)}
+                if patch.temporal > 1:
+                    executors[patch.inner] = Executor(self._clip_graph, sources)
+                # Not before both are there: another thread may already be asking.
+                self._executors = executors
         return self
 
     def _read_weights(self, progress: Progress | None) -> dict[str, torch.Tensor]:
@@ -154,7 +163,11 @@ class VisionTower:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of weights and activations; before :meth:`load`, with ``dtype="auto"``, the checkpoint's header says."""
+        """The dtype of weights and activations.
+
+        With ``dtype="auto"`` and before :meth:`load` the headers of the weight files say, which a hub's checkpoint has
+        to fetch first.
+        """
         if self._dtype is None:
             with self._checkpoint() as checkpoint:
                 self._dtype = checkpoint.dtype
@@ -173,7 +186,7 @@ class VisionTower:
     # -- pictures to embeddings -----------------------------------------------------------------------------------
 
     def encode(
-        self, pictures: Sequence[Picture] | Picture, *, min_pixels: int | None = None, max_pixels: int | None = None
+        self, pictures: Iterable[Picture] | Picture, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> list[ImageEmbedding]:
         """Encodes still pictures of any mix of sizes in one packed pass; the order is kept.
 
@@ -183,7 +196,7 @@ class VisionTower:
             min_pixels, max_pixels: bounds of a resized picture's area, instead of the checkpoint's.
 
         Returns:
-            An :class:`~tritontower.embedding.ImageEmbedding` per picture, on the tower's device.
+            An :class:`~tritontower.embedding.ImageEmbedding` per picture, on the tower's device, in memory of its own.
 
         Raises:
             ImageError: a picture cannot be used; the message says which one and why.
@@ -193,10 +206,11 @@ class VisionTower:
         return self._split(self.forward(batch), batch)
 
     def encode_video(
-        self, frames: Sequence[Picture], *, min_pixels: int | None = None, max_pixels: int | None = None
+        self, frames: Iterable[Picture], *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ImageEmbedding:
         """Encodes the frames of one clip, in order and all of one size; see :meth:`encode` for what a frame may be.
 
+        A clip in one array has four dimensions, the first of them time.
         A patch spans ``config.patch.temporal`` frames; the last frame is repeated until they come out even.
         """
         batch = self.preprocess_video(frames, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -204,19 +218,23 @@ class VisionTower:
         return embedding
 
     def preprocess(
-        self, pictures: Sequence[Picture] | Picture, *, min_pixels: int | None = None, max_pixels: int | None = None
+        self, pictures: Iterable[Picture] | Picture, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> PackedBatch:
         """The first half of :meth:`encode`, on the CPU: pictures → packed batch."""
+        several = [pictures] if _is_one(pictures) else cast("Iterable[Picture]", pictures)
         images = [
-            canonical_rgb(picture, index=index, limits=self.preprocessor.limits)
-            for index, picture in enumerate(pictures if isinstance(pictures, (list, tuple)) else [pictures])
+            canonical_rgb(cast("Picture", picture), index=index, limits=self.preprocessor.limits)
+            for index, picture in enumerate(several)
         ]
         return self.preprocessor.pictures(images, min_pixels=min_pixels, max_pixels=max_pixels)
 
     def preprocess_video(
-        self, frames: Sequence[Picture], *, min_pixels: int | None = None, max_pixels: int | None = None
+        self, frames: Iterable[Picture], *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> PackedBatch:
         """The first half of :meth:`encode_video`, on the CPU: frames → packed batch."""
+        # The rows of a single picture would pass for grey frames.
+        if _is_one(frames) and getattr(frames, "ndim", 0) != 4:
+            raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the clip's frames, in order")
         images = [
             canonical_rgb(frame, index=index, limits=self.preprocessor.limits) for index, frame in enumerate(frames)
         ]
@@ -233,10 +251,17 @@ class VisionTower:
         """What runs ``batch``: still pictures and clips have a graph each, over the same weights."""
         if self._executors is None:
             raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
-        return self._executors[batch.pixels.shape[1]]
+        executor = self._executors.get(batch.pixels.shape[1])
+        if executor is None or batch.rows_per_token != self.config.projector.rows_per_token:
+            raise UsageError(
+                f"a batch with {batch.pixels.shape[1]} pixel values a patch and {batch.rows_per_token} patches a token is "
+                f"another tower's; this one takes {sorted(self._executors)} and {self.config.projector.rows_per_token}"
+            )
+        return executor
 
     def _split(self, rows: torch.Tensor, batch: PackedBatch) -> list[ImageEmbedding]:
-        parts = rows.split(batch.token_counts)
+        # A view would keep, and take along when it is pickled, the rows of the whole pack.
+        parts = [part.clone() for part in rows.split(batch.token_counts)] if len(batch) > 1 else [rows][: len(batch)]
         return [
             ImageEmbedding(part, grid, original, processed, content_hash)
             for part, grid, original, processed, content_hash in zip(
@@ -254,13 +279,16 @@ class VisionTower:
         return rows * columns // self.config.projector.rows_per_token
 
     def memory_plan(self, patches: int | Sequence[int]) -> MemoryPlan:
-        """What one pass takes beside the weights, in bytes; needs no weights.
+        """What one pass takes beside the weights, in bytes; needs no weights, but see :attr:`dtype` for ``"auto"``.
 
         Args:
             patches: patches of one still picture, or of each of several in one pass.
         """
-        counts = [patches] if isinstance(patches, int) else list(patches)
+        counts = list(patches) if isinstance(patches, Iterable) and not isinstance(patches, str) else [patches]
         per_token = self.config.projector.rows_per_token
+        if not all(isinstance(count, Integral) for count in counts):
+            raise UsageError(f"patches is {shorten(patches)}; allowed: a whole number, or a list of them")
+        counts = [int(count) for count in counts]
         if any(count < 0 or count % per_token for count in counts):
             raise UsageError(f"patches {counts} must be multiples of {per_token}, the patches of one token")
         workload = Workload(sum(counts), sum(counts) // per_token, sum(count * count for count in counts))
@@ -292,17 +320,27 @@ def has_vision(
     return True
 
 
+def _is_one(pictures: object) -> bool:
+    """Whether this is a picture and not several; what is neither counts as one, for its error message."""
+    alone = (Image.Image, np.ndarray, torch.Tensor, bytes, bytearray, memoryview, Path, str)
+    return isinstance(pictures, alone) or not isinstance(pictures, Iterable)
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         where = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"device {str(device)!r} is not one of torch's; use 'cpu' or 'cuda', 'cuda:1', …") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             f"device {str(device)!r} was asked for, but torch {torch.__version__} sees no GPU here; use device='cpu', or "
             "see what `tritontower env` reports"
+        )
+    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+        raise BackendUnavailableError(
+            f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs here, counted from 0"
         )
     if where.type not in ("cpu", "cuda"):
         raise BackendUnavailableError(f"device {str(device)!r} is not supported; allowed: 'cpu', 'cuda'")

@@ -7,6 +7,7 @@ picture.1, ...); the file's metadata says, as JSON under the same names, which p
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tritontower.cli.options import (
@@ -77,14 +78,21 @@ def _facts(path: Path, embedding: "ImageEmbedding") -> dict[str, Any]:
 
 
 def _write(path: Path, embeddings: list["ImageEmbedding"], facts: list[dict[str, Any]]) -> None:
+    """Writes the file whole or not at all: an interrupted run leaves what was there before."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     names = [f"picture.{index}" for index in range(len(embeddings))]
-    # Rows of one packed result share its memory, which the format does not allow.
-    tensors = {name: embedding.embeddings.cpu().clone() for name, embedding in zip(names, embeddings, strict=True)}
+    tensors = {name: embedding.embeddings.cpu() for name, embedding in zip(names, embeddings, strict=True)}
     metadata = {name: json.dumps(fact) for name, fact in zip(names, facts, strict=True)}
+    target = path.resolve()
+    if target.exists() and not target.is_file():
+        raise UsageError(f"{path} cannot be written: it is not an ordinary file")
     try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise UsageError(f"{path} cannot be written: {error}") from error
+        with TemporaryDirectory(prefix=".tritontower-", dir=target.parent) as folder:
+            finished = Path(folder, target.name)
+            save_file(tensors, finished, metadata=metadata)
+            finished.replace(target)
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{path} cannot be written: {reason}") from error

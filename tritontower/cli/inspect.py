@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritontower.cli.options import (
+    DTYPES,
     add_json,
     add_model,
     add_pixel_limits,
@@ -63,6 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     from tritontower.description import Description
 
     tower = load_tower(arguments, delay_load=True)
+    if arguments.dtype == "auto" and (declared := _declared_dtype(tower)):
+        # The weights are not here to be asked, and those of a hub's checkpoint would be fetched for it.
+        arguments.dtype = declared
+        tower = load_tower(arguments, delay_load=True)
     limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
     costs: list[_PictureCost] = []
     descriptions: list[Description] = []
@@ -82,6 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.svg is not None:
             print(f"\ndrawn: {arguments.svg}")
     return 0
+
+
+def _declared_dtype(tower: "VisionTower") -> str | None:
+    """What ``config.json`` names as the precision, if no weights are here that know better and towers run in it."""
+    from tritontower.reader import read_json
+
+    if any(tower.folder.glob("*.safetensors")):
+        return None
+    values = read_json(tower.folder / "config.json")
+    name = values.get("dtype") or values.get("torch_dtype")
+    return name if name in DTYPES and name != "auto" else None
 
 
 def _draw(description: "Description", path: Path, model: str) -> None:

@@ -6,6 +6,7 @@ transformers in float32, and the tower's error may be at most 1.10 times transfo
 
 import argparse
 import json
+import math
 from typing import TYPE_CHECKING
 
 from tritontower.cli.options import (
@@ -78,16 +79,22 @@ def _report(parity: "Parity", nodes: list["NodeParity"]) -> dict[str, object]:
     return {
         "passed": parity.passed,
         "dtype": str(parity.dtype).removeprefix("torch."),
-        "error": parity.error,
-        "limit": parity.limit,
-        "worst_picture": parity.worst_picture,
-        "reference_error": parity.reference_error,
+        "error": _finite(parity.error),
+        "limit": _finite(parity.limit),
+        "worst_picture": _finite(parity.worst_picture),
+        "reference_error": _finite(parity.reference_error),
         "seconds": parity.seconds,
         "reference_seconds": parity.reference_seconds,
         "nodes": [
-            {"node": node.node, "value": node.value, "reference": node.reference, "error": node.error} for node in nodes
+            {"node": node.node, "value": node.value, "reference": node.reference, "error": _finite(node.error)}
+            for node in nodes
         ],
     }
+
+
+def _finite(distance: float | None) -> float | None:
+    """``distance``; ``None`` for what JSON has no number for, as when a tower overflows in float16."""
+    return distance if distance is not None and math.isfinite(distance) else None
 
 
 def hide_reference_progress() -> None:

@@ -1,0 +1,243 @@
+"""Every launch of the kernel library through Triton's own launch path, on a machine without the device.
+
+    python -m support.launches sm_90
+
+A stand-in for the driver names the chip, tensors of the CPU (or of no device, where gigabytes are at stake) take the
+place of the device's, and ``JITFunction.run`` does all it does before the device is needed: it binds the arguments,
+specialises the kernel on them (integers equal to 1 or divisible by 16, alignment of pointers, ``None``) and compiles.
+Prints one line of JSON per launch.  Runs as a process of its own, without ``TRITON_INTERPRET``.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from tritontower.kernels import configs, dispatch
+from tritontower.kernels.elementwise import ACTIVATIONS, activation, add
+from tritontower.kernels.flash_attention import flash_attention_varlen
+from tritontower.kernels.linear import EPILOGUES, linear
+from tritontower.kernels.norm import norm
+from tritontower.kernels.patch_projection import patch_projection
+from tritontower.kernels.positions import axial_frequencies, rotary_table
+from tritontower.kernels.projector import projector_mlp
+from tritontower.kernels.rope import rope_
+from tritontower.kernels.segments import Segments
+from tritontower.tuning.disassembly import read_amd, read_nvidia
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WIDTH, HEADS, HEAD_DIM, HIDDEN, MERGED = 1280, 16, 80, 5120, 5120
+LONG = 2**31 + 16
+"""A distance between rows that 32 bits do not hold."""
+
+Case = tuple[str, Callable[[], Any]]
+
+
+class StandInDriver:
+    """What ``JITFunction.run`` asks a driver for until a kernel is compiled."""
+
+    def __init__(self, architecture: str) -> None:
+        amd = architecture.startswith("gfx")
+        self.target = (
+            GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+        )
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def rows_of(count: int, width: int, dtype: torch.dtype = BF16, gap: int = 0) -> torch.Tensor:
+    """``count`` rows, ``gap`` elements of nothing behind each; nobody writes them, so they take no memory."""
+    return torch.empty(count, width + gap, dtype=dtype)[:, :width]
+
+
+def far_apart(count: int, width: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """Rows that lie ``LONG`` elements apart, on no device."""
+    return torch.empty_strided((count, width), (LONG, 1), dtype=dtype, device="meta")
+
+
+def heads_of(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
+    """q, k and v as views of a fused projection."""
+    return torch.empty(patches, 3, heads, head_dim, dtype=dtype).unbind(1)
+
+
+def project(tokens: int, columns: int, dtype: torch.dtype = BF16, merge: int = 4, gathered: bool = False) -> Any:
+    return projector_mlp(
+        rows_of(tokens * merge, MERGED // merge, dtype),
+        *(torch.empty(MERGED // merge, dtype=dtype) for _ in range(2)),
+        rows_of(HIDDEN, MERGED, dtype),
+        torch.empty(HIDDEN, dtype=dtype),
+        rows_of(columns, HIDDEN, dtype),
+        torch.empty(columns, dtype=dtype),
+        merge=merge,
+        row_index=torch.zeros(tokens * merge, dtype=torch.int32) if gathered else None,
+    )
+
+
+def product(
+    patches: int, inner: int, columns: int, kind: str | None = None, added: bool = False, dtype: torch.dtype = BF16
+) -> Any:
+    """A layer whose residual is overwritten; rows are padded to 16 elements, as the towers pad them."""
+    width = columns // 2 if kind == "silu_gated" else columns
+    residual = rows_of(patches, width, dtype) if added else None
+    return linear(
+        rows_of(patches, inner, dtype, -inner % 16),
+        rows_of(columns, inner, dtype, -inner % 16),
+        torch.empty(columns, dtype=dtype),
+        activation=kind,
+        residual=residual,
+        out=residual,
+    )
+
+
+def project_patches(patches: int, inner: int, pixels: torch.dtype, dtype: torch.dtype = BF16, **positions: Any) -> Any:
+    gap = -inner % 16
+    return patch_projection(
+        rows_of(patches, inner, pixels, gap),
+        rows_of(WIDTH, inner, dtype, gap),
+        torch.empty(WIDTH, dtype=dtype),
+        **positions,
+    )
+
+
+def normalise(patches: int, width: int, kind: Any = "layer_norm", dtype: torch.dtype = BF16, **options: Any) -> Any:
+    bias = torch.empty(width, dtype=dtype) if kind == "layer_norm" else None
+    return norm(rows_of(patches, width, dtype), torch.empty(width, dtype=dtype), bias, kind=kind, eps=1e-6, **options)
+
+
+def rotate(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16, within: torch.dtype = FP32) -> None:
+    q, k, _ = heads_of(patches, heads, head_dim, dtype)
+    cos, sin = rotary_table(
+        torch.zeros(patches, 2, dtype=torch.int32), axial_frequencies(head_dim, 10000.0, "halves"), side=4
+    )
+    rope_(q, k, cos, sin, rotation_dtype=within)
+
+
+def attend(lengths: list[int], heads: int = HEADS, head_dim: int = HEAD_DIM, dtype: torch.dtype = BF16) -> Any:
+    return flash_attention_varlen(*heads_of(sum(lengths), heads, head_dim, dtype), Segments.from_lengths(lengths))
+
+
+def production() -> Iterator[Case]:
+    """Qwen2-VL in bf16, from one small picture to a full pack."""
+    for patches in (4, 256, 1024, 4096):
+        here = f"{patches} patches"
+        residual = {"residual": rows_of(patches, WIDTH), "residual_out": rows_of(patches, WIDTH)}
+        yield f"norm, {here}", lambda p=patches: normalise(p, WIDTH)
+        yield f"norm residual, {here}", lambda p=patches, r=residual: normalise(p, WIDTH, **r)
+        yield f"qkv, {here}", lambda p=patches: product(p, WIDTH, 3 * WIDTH)
+        yield f"attention output, {here}", lambda p=patches: product(p, WIDTH, WIDTH, added=True)
+        yield f"mlp in, {here}", lambda p=patches: product(p, WIDTH, HIDDEN, "quick_gelu")
+        yield f"mlp out, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True)
+        yield f"rotation, {here}", lambda p=patches: rotate(p, HEADS, HEAD_DIM)
+        yield f"attention, {here}", lambda p=patches: attend([p])
+        for inner in (588, 1176):
+            yield f"patches of {inner}, {here}", lambda p=patches, k=inner: project_patches(p, k, torch.uint8)
+        for columns in (1536, 3584):
+            yield f"projector to {columns}, {here}", lambda p=patches, n=columns: project(p // 4, n)
+
+
+def boundaries() -> Iterator[Case]:
+    """Sizes of 1, odd sizes and strides, absent operands, other dtypes, rows gigabytes apart."""
+    for dtype in (BF16, FP16, FP32):
+        yield f"norm {dtype}", lambda d=dtype: normalise(1, 1152, dtype=d)
+        yield f"linear {dtype}", lambda d=dtype: product(300, 96, 48, "gelu", dtype=d)
+        yield f"linear split {dtype}", lambda d=dtype: product(1, 2048, 64, "silu_gated", added=True, dtype=d)
+        yield f"patch projection {dtype}", lambda d=dtype: project_patches(1, 588, torch.uint8, d)
+        yield f"attention {dtype}", lambda d=dtype: attend([1, 0, 3], 1, 72, d)
+        yield f"rotation {dtype}", lambda d=dtype: rotate(1, 1, 72, d, d)
+        yield f"add {dtype}", lambda d=dtype: add(rows_of(1, 1, d), rows_of(1, 1, d))
+        yield f"activation {dtype}", lambda d=dtype: activation(rows_of(3, 5, d, 3), "gelu")
+        yield f"projector {dtype}", lambda d=dtype: project(1, 1, d, gathered=True)
+    for kind in ACTIVATIONS:
+        yield f"activation {kind}", lambda k=kind: activation(rows_of(3, 1280), k)
+    for kind in EPILOGUES:
+        yield f"linear {kind}", lambda k=kind: product(4096, 1280, 2560, k)
+    yield "linear of one element", lambda: linear(rows_of(1, 1), rows_of(1, 1))
+    yield "linear, odd rows", lambda: linear(rows_of(7, 33), rows_of(17, 33), residual=rows_of(7, 17, gap=2))
+    yield "linear, long rows", lambda: linear(far_apart(3, 64), far_apart(64, 64), out=far_apart(3, 64))
+    yield "patch projection of floats", lambda: project_patches(7, 588, FP32)
+    yield (
+        "patch projection with positions",
+        lambda: project_patches(
+            5, 768, FP32, position_table=rows_of(9, WIDTH), position_index=torch.zeros(5, dtype=torch.int32)
+        ),
+    )
+    yield (
+        "patch projection, positions in order",
+        lambda: project_patches(5, 768, BF16, position_table=rows_of(5, WIDTH)),
+    )
+    for width in (1, 48, 80, 160, 320, 1000, 1152, 16384):
+        yield f"norm of {width}", lambda w=width: normalise(3, w, "rms_norm")
+    yield "norm gathered", lambda: normalise(3, 1280, row_index=torch.zeros(5, dtype=torch.int32))
+    yield (
+        "norm rounded before the weight",
+        lambda: normalise(2, 1280, "rms_norm", rounding="before_weight", residual=rows_of(2, 1280)),
+    )
+    yield "norm, long rows", lambda: norm(far_apart(2, 64), far_apart(1, 64)[0], kind="gemma_rms_norm", eps=1e-6)
+    yield "add, long rows", lambda: add(far_apart(2, 64), far_apart(2, 64))
+    for head_dim in (40, 64, 104, 128):
+        yield f"attention, heads of {head_dim}", lambda h=head_dim: attend([5, 200], 3, h)
+        yield f"rotation, heads of {head_dim}", lambda h=head_dim: rotate(5, 3, h)
+    yield "attention, unaligned views", lambda: attend_unaligned()
+    yield "attention, long rows", lambda: attend_far_apart()
+
+
+def attend_unaligned() -> Any:
+    q, k, v = (torch.empty(5, 3 * 83 + 1, dtype=BF16)[:, 1:].view(5, 3, 83)[..., 2:82] for _ in range(3))
+    return flash_attention_varlen(q, k, v, Segments.from_lengths([4, 1]))
+
+
+def attend_far_apart() -> Any:
+    q = torch.empty_strided((3, 2, 80), (LONG, 80, 1), dtype=BF16, device="meta")
+    return flash_attention_varlen(q, q, q, Segments.from_lengths([3]))
+
+
+def read(compiled: Any, architecture: str) -> dict[str, int]:
+    """Registers and spills of a compiled kernel."""
+    amd = architecture.startswith("gfx")
+    code = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
+    return {"registers": code.registers, "spills": code.spills, "stack": code.stack}
+
+
+def main(architecture: str, wanted: str) -> None:
+    """Prints what every launch of every case compiled to."""
+    driver.set_active(StandInDriver(architecture))
+    configs.architecture = lambda device: architecture
+    launches: list[tuple[str, tuple[int, ...], Any]] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
+        launches.append((self.fn.__name__, grid, compiled))
+        return compiled
+
+    JITFunction.run = record
+    dispatch.backend_for = lambda tensor: "triton"
+    seen: dict[str, dict[str, int]] = {}
+    cases = {"production": production, "boundaries": boundaries}[wanted]
+    for name, launch in cases():
+        launches.clear()
+        try:
+            launch()
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"[:2000]
+            print(json.dumps({"case": name, "kernel": "", "error": failure}), flush=True)
+        for kernel, grid, compiled in launches:
+            if compiled.hash not in seen:
+                seen[compiled.hash] = read(compiled, architecture)
+            print(json.dumps({"case": name, "kernel": kernel, "grid": grid, **seen[compiled.hash]}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
