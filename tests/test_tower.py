@@ -384,6 +384,14 @@ def test_memory_plan_covers_what_a_pass_allocates(tower: VisionTower) -> None:
         tower.memory_plan(1023)
 
 
+def test_description_is_of_the_graph_that_runs(tower: VisionTower) -> None:
+    description = tower.describe([16, 24])
+    assert description.graph is tower.graph
+    assert description.workload == tower.memory_plan([16, 24]).workload
+    assert description.workload.scores == 16**2 + 24**2
+    assert "40 patches → 10 tokens" in description.text()
+
+
 def test_wrong_pictures_are_refused_by_name(tower: VisionTower) -> None:
     with pytest.raises(AspectRatioError, match="5 × 2000"):
         tower.encode(np.zeros((2000, 5, 3), np.uint8))

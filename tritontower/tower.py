@@ -14,6 +14,7 @@ from PIL import Image
 from .batch import PackedBatch
 from .checkpoint import Checkpoint, Progress
 from .config import TowerConfig
+from .description import Description
 from .embedding import ImageEmbedding
 from .errors import (
     BackendUnavailableError,
@@ -283,7 +284,20 @@ class VisionTower:
 
         Args:
             patches: patches of one still picture, or of each of several in one pass.
+
+        Raises:
+            UsageError: a count is no multiple of the patches that make one token.
         """
+        return plan_memory(self.graph, self._workload(patches), self.dtype.itemsize)
+
+    def describe(self, patches: int | Sequence[int]) -> Description:
+        """The layer graph with shapes, parameters, operations and bytes, as text, JSON or a drawing.
+
+        Takes, needs and raises what :meth:`memory_plan` does.
+        """
+        return Description(self.graph, self._workload(patches), self.dtype.itemsize)
+
+    def _workload(self, patches: int | Sequence[int]) -> Workload:
         counts = list(patches) if isinstance(patches, Iterable) and not isinstance(patches, str) else [patches]
         per_token = self.config.projector.rows_per_token
         if not all(isinstance(count, Integral) for count in counts):
@@ -291,8 +305,7 @@ class VisionTower:
         counts = [int(count) for count in counts]
         if any(count < 0 or count % per_token for count in counts):
             raise UsageError(f"patches {counts} must be multiples of {per_token}, the patches of one token")
-        workload = Workload(sum(counts), sum(counts) // per_token, sum(count * count for count in counts))
-        return plan_memory(self.graph, workload, self.dtype.itemsize)
+        return Workload(sum(counts), sum(counts) // per_token, sum(count * count for count in counts))
 
 
 def has_vision(

@@ -61,8 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the description and draws it where asked."""
-    from tritontower.description import Description
-
     tower = load_tower(arguments, delay_load=True)
     if arguments.dtype == "auto" and (declared := _declared_dtype(tower)):
         # The weights are not here to be asked, and those of a hub's checkpoint would be fetched for it.
@@ -74,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     for width, height in arguments.size or _SIZES:
         _, rows, columns = tower.preprocessor.grid(width, height, **limits)
         plan = tower.memory_plan(rows * columns)
-        description = Description(tower.graph, plan.workload, tower.dtype.itemsize)
+        description = tower.describe(rows * columns)
         descriptions.append(description)
         tokens = tower.count_tokens(width, height, **limits)
         costs.append(_PictureCost((width, height), (rows, columns), tokens, description.total.flops, plan.peak_bytes))
