@@ -47,7 +47,7 @@ class Command(Protocol):
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Does the work and returns the exit code."""
-        raise NotImplementedError
+        ...
 
 
 class _Parser(argparse.ArgumentParser):
