@@ -25,6 +25,7 @@ from tritontower.batch import PackedBatch
 from tritontower.costs import total_cost
 from tritontower.demonstration import demonstration_checkpoint
 from tritontower.drawing import text_table
+from tritontower.layout import PictureLayout
 from tritontower.parity import Reference, relative_error
 
 from .measuring import interleaved, provenance
@@ -41,9 +42,13 @@ def still(tower: VisionTower, patches: int) -> PackedBatch:
     """One square still picture of about ``patches`` patches, of random pixels."""
     side = 2 * max(1, round(patches**0.5 / 2))
     pixels = torch.randn(side * side, tower.config.patch.still_inner, generator=torch.Generator().manual_seed(patches))
-    size = (side * tower.config.patch.size,) * 2
+    layout = PictureLayout.of_one_view((1, side, side), tower.config.patch.size)
     return PackedBatch.pack(
-        tower.config, pixels, [(1, side, side)], original_sizes=[size], content_hashes=[f"random-{patches}"]
+        tower.config,
+        pixels,
+        [layout],
+        original_sizes=[layout.processed_size],
+        content_hashes=[f"random-{patches}"],
     )
 
 
@@ -54,7 +59,8 @@ def compare_times(tower: VisionTower, reference: Reference, batch: PackedBatch, 
     limit = AGREEMENT[str(tower.dtype).removeprefix("torch.")]
     if not distance <= limit:
         raise SystemExit(f"the embeddings differ by {distance:.2e} (limit {limit:.0e}): nothing to time")
-    candidates = {"ours": lambda: tower.forward(batch), "theirs": lambda: reference.forward(batch)}
+    inputs = reference.inputs(batch)
+    candidates = {"ours": lambda: tower.forward(batch), "theirs": lambda: reference.outputs(inputs)}
     times = interleaved(candidates, repeats=repeats, device=tower.device)
     ours, theirs = times["ours"], times["theirs"]
     flops = total_cost(tower.graph, batch.workload, tower.dtype.itemsize).flops

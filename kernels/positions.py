@@ -1,7 +1,9 @@
 """Where the patches stand, and the rotation angles that follow from it.
 
-``merge_block_positions`` gives each patch's row and column.  ``axial_frequencies`` gives the rotary frequencies of the two
-axes.  ``rotary_table`` puts both together: row ``n`` of its tables holds the cosines and sines of
+``merge_block_positions`` gives each patch's row and column, ``window_order`` an order in which the patches of a square
+window stand side by side, ``bilinear_taps`` the four rows of a learned table that a place between its rows is made of.
+``axial_frequencies`` gives the rotary frequencies of the two axes.  ``rotary_table`` puts positions and frequencies
+together: row ``n`` of its tables holds the cosines and sines of
 ``[h·f_h[0], …, h·f_h[hd/4-1], w·f_w[0], …, w·f_w[hd/4-1]]`` with ``(h, w) = positions[n]``.
 
 Shapes: positions ``[N, 2]`` int32, frequencies ``[hd/4]`` fp32 each, tables ``[N, hd/2]`` fp32.  An angle can be as large
@@ -26,12 +28,14 @@ __all__ = [
     "FrequencyLayout",
     "RotaryTableConfig",
     "axial_frequencies",
+    "bilinear_taps",
     "compile_specs",
     "default_config",
     "launch_rotary_table",
     "merge_block_positions",
     "rotary_table",
     "rotary_table_reference",
+    "window_order",
 ]
 
 FrequencyLayout = Literal["halves", "alternating"]
@@ -68,6 +72,17 @@ def _frame_positions(height: int, width: int, merge: int) -> torch.Tensor:
     return torch.stack((blocks // width, blocks % width), dim=1)
 
 
+def _check_grids(grids: Sequence[tuple[int, int, int]], merge: int) -> None:
+    if merge < 1:
+        raise ValueError(f"merge is {merge}; blocks have a side of at least 1")
+    for grid in grids:
+        _, height, width = grid
+        if min(grid) < 0 or height % merge or width % merge:
+            raise ValueError(
+                f"grid {tuple(grid)} (frames, rows, columns) cannot be cut into blocks of {merge} × {merge}"
+            )
+
+
 def merge_block_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> torch.Tensor:
     """Row and column of every patch, ``[N, 2]`` int32 on the CPU, in the order in which the towers hold them.
 
@@ -78,16 +93,91 @@ def merge_block_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> 
     Raises:
         ValueError: a ``merge`` below 1, a negative grid, or one whose sides ``merge`` does not divide.
     """
-    if merge < 1:
-        raise ValueError(f"merge is {merge}; blocks have a side of at least 1")
-    for grid in grids:
-        _, height, width = grid
-        if min(grid) < 0 or height % merge or width % merge:
-            raise ValueError(
-                f"grid {tuple(grid)} (frames, rows, columns) cannot be cut into blocks of {merge} × {merge}"
-            )
+    _check_grids(grids, merge)
     frames = [_frame_positions(height, width, merge).repeat(count, 1) for count, height, width in grids]
     return torch.cat(frames) if frames else torch.empty(0, 2, dtype=torch.int32, device="cpu")
+
+
+def window_order(grids: Sequence[tuple[int, int, int]], merge: int, side: int) -> tuple[torch.Tensor, list[int]]:
+    """An order of the merge blocks in which those of every square window stand side by side.
+
+    Windows follow each other in raster order, frame by frame, and so do the blocks in each; at the right and lower edges
+    windows are smaller.  The order is that of ``get_vision_window_index`` of transformers, which pads the grid and leaves
+    the padding out again (Qwen2.5-VL).
+
+    Args:
+        grids: frames, rows and columns of patches of each picture or video.
+        merge: side of the square blocks whose patches follow each other.
+        side: side of a window, in merge blocks.
+
+    Returns:
+        ``[blocks]`` int64 on the CPU: for every place in the new order, the block's place in the old one.  And how many
+        blocks each window has, none of them 0.
+
+    Raises:
+        ValueError: a ``merge`` or ``side`` below 1, a negative grid, or one whose sides ``merge`` does not divide.
+    """
+    _check_grids(grids, merge)
+    if side < 1:
+        raise ValueError(f"side is {side}; windows have a side of at least 1")
+    orders = [torch.empty(0, dtype=torch.int64, device="cpu")]
+    lengths: list[int] = []
+    start = 0
+    for frames, height, width in grids:
+        order, frame_lengths = _frame_window_order(height // merge, width // merge, side)
+        starts = torch.arange(start, start + frames * len(order), max(len(order), 1), device="cpu")
+        orders.append((starts[:, None] + order).flatten())
+        lengths += frame_lengths * frames
+        start += frames * len(order)
+    return torch.cat(orders), lengths
+
+
+@lru_cache(maxsize=256)
+def _frame_window_order(height: int, width: int, side: int) -> tuple[torch.Tensor, list[int]]:
+    """One frame's blocks window by window, and how many each window has."""
+    raster = torch.arange(height * width, device="cpu").view(height, width)
+    windows = [part.flatten() for band in raster.split(side) for part in band.split(side, dim=1) if part.numel()]
+    return torch.cat([raster.new_empty(0), *windows]), [len(window) for window in windows]
+
+
+def bilinear_taps(
+    positions: torch.Tensor, grids: Sequence[tuple[int, int, int]], side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The four rows of a learned ``side × side`` table that the position of each patch is the weighted sum of.
+
+    Every grid is stretched over the table from corner to corner, as ``torch.nn.functional.interpolate`` does with
+    ``align_corners=True``; an axis with one patch stands at the table's beginning.  Places are worked out in fp64, so that
+    the weights carry one rounding.
+
+    Args:
+        positions: ``[N, 2]`` int32 on the CPU, row and column of each patch, picture by picture.
+        grids: frames, rows and columns of patches of each picture or video.
+        side: rows and columns of the table.
+
+    Returns:
+        ``[N, 4]`` int32, rows of the table (which is stored row by row), and ``[N, 4]`` fp32, what each of them counts.
+
+    Raises:
+        ValueError: a ``side`` below 1, or another number of positions than the grids have patches.
+    """
+    counts = [frames * height * width for frames, height, width in grids]
+    if side < 1:
+        raise ValueError(f"side is {side}; a table has a side of at least 1")
+    if positions.shape != (sum(counts), 2):
+        raise ValueError(f"positions have shape {tuple(positions.shape)}; these grids need {(sum(counts), 2)}")
+    sizes = torch.tensor([grid[1:] for grid in grids], dtype=torch.int64, device="cpu").view(-1, 2)
+    intervals = (sizes - 1).clamp(min=1).repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"), dim=0)
+    # Multiplied before it is divided: a place that is a row of the table comes out as just that row.
+    place = (positions.long() * (side - 1)).double() / intervals
+    # The last place lies at the end of the last interval, not at the beginning of one that the table does not have.
+    before = place.floor().clamp(max=max(side - 2, 0))
+    fraction = place - before
+    after = (before + 1).clamp(max=side - 1)
+    taps = torch.stack((before, after), dim=2).int()
+    shares = torch.stack((1.0 - fraction, fraction), dim=2)
+    index = taps[:, 0, :, None] * side + taps[:, 1, None, :]
+    weights = shares[:, 0, :, None] * shares[:, 1, None, :]
+    return index.flatten(1), weights.float().flatten(1)
 
 
 @lru_cache(maxsize=64)

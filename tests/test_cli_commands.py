@@ -13,15 +13,18 @@ from safetensors import safe_open
 from tritontower import VisionTower, cli
 from tritontower import parity as parity_module
 from tritontower.cli.parity import synthetic_pictures
-from tritontower.random_checkpoint import QWEN2_VL_2B, write_random_checkpoint
+from tritontower.families import qwen2_vl
+from tritontower.random_checkpoint import write_random_checkpoint
 
-SMALL = {**QWEN2_VL_2B["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
+(PUBLISHED,) = qwen2_vl.SUMMARIES
+SMALL = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint") / "small"
-    return write_random_checkpoint(folder, {**QWEN2_VL_2B, "vision_config": SMALL}, dtype=torch.float32)
+    config = {**PUBLISHED.example, "vision_config": SMALL}
+    return write_random_checkpoint(folder, config, PUBLISHED.processor, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +55,15 @@ class TestInspect:
     def test_needs_no_weights(self, model, tmp_path, capsys):
         for file in model.glob("*.json"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
+        assert _run("inspect", model, "--json") == 0
+        expected = json.loads(capsys.readouterr().out)
         assert _run("inspect", tmp_path, "--json") == 0
-        without = json.loads(capsys.readouterr().out)
-        assert without["dtype"] == "bfloat16"
-        assert _run("inspect", model, "--json", "--dtype", "bfloat16") == 0
-        assert without == json.loads(capsys.readouterr().out)
+        assert json.loads(capsys.readouterr().out) == expected
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["torch_dtype"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert _run("inspect", tmp_path, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
 
     def test_text_and_drawing(self, model, tmp_path, capsys):
         assert _run("inspect", model, "--svg", tmp_path / "tower.svg", "--dtype", "bfloat16") == 0

@@ -27,6 +27,7 @@ CONFIG = TowerConfig(
     activation="quick_gelu",
     rotary=RotaryEmbedding(10000.0, "halves"),
     segments="frame",
+    features=(32,),
     projector=Projector(LAYER_NORM, merge=2, hidden=5120, output=3584, activation="gelu", bias=True),
 )
 PICTURE = Workload(1024, 256, 1024 * 1024)
@@ -68,7 +69,7 @@ def test_cost_of_a_linear_counts_its_product_and_its_bytes() -> None:
 @pytest.mark.parametrize("passes", PASSES)
 @pytest.mark.parametrize("patches", [4, 1000, 4096])
 def test_values_that_live_at_the_same_time_never_share_memory(passes: str, patches: int) -> None:
-    graph = graph_of(passes, replace(CONFIG, depth=3))
+    graph = graph_of(passes, replace(CONFIG, depth=3, features=(3,)))
     workload = Workload(patches, patches // 4, patches**2)
     plan = plan_memory(graph, workload, 2)
     live: dict[str, list[int]] = {}
@@ -141,7 +142,7 @@ def test_a_sum_of_two_products_is_fused_once() -> None:
 
 @pytest.mark.parametrize("fault", ["unset", "twice", "lost", "idle", "absent"])
 def test_a_broken_graph_is_refused(fault: str) -> None:
-    graph = build(replace(CONFIG, depth=1))
+    graph = build(replace(CONFIG, depth=1, features=(1,)))
     nodes, values, weights = list(graph.nodes), dict(graph.values), dict(graph.weights)
     if fault == "unset":
         nodes.insert(0, nodes.pop(4))

@@ -15,12 +15,15 @@ import torch
 
 import tritontower
 from tritontower.kernels import (
+    attention_pooling,
     dispatch,
     elementwise,
     flash_attention,
+    gather,
     linear,
     norm,
     patch_projection,
+    pooling,
     positions,
     projector,
     rope,
@@ -29,12 +32,15 @@ from tritontower.kernels import (
 pytest.importorskip("triton", reason="launching needs Triton, which ships for Linux only")
 
 LAUNCHERS = [
+    attention_pooling.launch_attention_pooling,
     elementwise.launch_activation,
     elementwise.launch_add,
     flash_attention.launch_flash_attention,
+    gather.launch_gather,
     linear.launch_linear,
     norm.launch_norm,
     patch_projection.launch_patch_projection,
+    pooling.launch_mean_rows,
     positions.launch_rotary_table,
     projector.launch_projector,
     rope.launch_rope,
@@ -65,15 +71,15 @@ def failures(found: list[dict[str, Any]]) -> dict[str, str]:
 def test_every_boundary_launches(architecture):
     """Sizes of 1, odd strides, absent operands, every dtype, rows gigabytes apart."""
     found = launches(architecture, "boundaries")
-    assert len(found) > 60
+    assert len(found) > 80
     assert not failures(found)
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_production_shapes_launch_without_spills(architecture):
-    """Qwen2-VL from 4 to 4096 patches: what is launched keeps the promise that the compiled table makes."""
+    """The towers' shapes from 4 to 4096 patches: what is launched keeps the promise that the compiled table makes."""
     found = launches(architecture, "production")
-    assert len(found) > 60
+    assert len(found) > 80
     assert not failures(found)
     if architecture == "sm_90":
         assert not [launch for launch in found if launch["spills"] or launch["stack"]]

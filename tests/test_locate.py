@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from tritontower.checkpoint import Checkpoint
 from tritontower.errors import (
+    CheckpointIncompleteError,
     CheckpointNotFoundError,
     TowerError,
     UnsafeFormatError,
@@ -22,7 +23,8 @@ from tritontower.locate import fetch_shards, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "org/name"
-PREFIXES = ("visual.", "model.visual.")
+ROOTS = {"visual.": ""}
+NATIVE_ROOTS = {"vision_encoder.": "tower."}
 
 
 class FakeHub:
@@ -34,6 +36,8 @@ class FakeHub:
         self.requests: list[tuple[str, str | None]] = []
         self.options: list[dict[str, Any]] = []
         self.failure: Exception | None = None
+        self.listings: list[tuple[str | None, str | None]] = []
+        self.listing_failure: Exception | None = None
 
     @property
     def names(self) -> list[str]:
@@ -55,6 +59,12 @@ class FakeHub:
             link.symlink_to(Path("../../blobs") / filename)
         return str(link)
 
+    def list_repo_files(self, repo_id: str, *, revision: str | None, token: str | None) -> list[str]:
+        self.listings.append((revision, token))
+        if self.listing_failure is not None:
+            raise self.listing_failure
+        return list(self.files)
+
     def file_exists(self, repo_id: str, filename: str, **_: Any) -> bool:
         return filename in self.files
 
@@ -64,6 +74,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     fake = FakeHub(tmp_path / "cache")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "file_exists", fake.file_exists)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fake.list_repo_files)
     return fake
 
 
@@ -76,7 +87,7 @@ def weights(folder: Path, *names: str) -> bytes:
 def test_local_folder_asks_the_hub_for_nothing(tmp_path: Path, hub: FakeHub) -> None:
     assert locate(tmp_path) == tmp_path
     assert locate(str(tmp_path)) == tmp_path
-    fetch_shards(tmp_path, PREFIXES)
+    fetch_shards(tmp_path, ROOTS)
     assert hub.requests == []
 
 
@@ -115,29 +126,142 @@ def test_sharded_repository_gives_only_the_shards_with_vision_tensors(tmp_path: 
     assert folder.name == COMMIT
     assert hub.names == [
         "config.json",
+        "params.json",
         "preprocessor_config.json",
         "processor_config.json",
         "video_preprocessor_config.json",
         "model.safetensors.index.json",
     ]
     hub.requests.clear()
-    fetch_shards(folder, PREFIXES)
+    fetch_shards(folder, ROOTS)
     assert hub.names == ["a.safetensors", "c.safetensors"]
-    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"one", "two"}
+    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"one", "two"}
 
 
 def test_single_file_repository(tmp_path: Path, hub: FakeHub) -> None:
     hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
     folder = locate(MODEL)
     hub.requests.clear()
-    fetch_shards(folder, PREFIXES)
+    fetch_shards(folder, ROOTS)
     assert hub.names == ["model.safetensors"]
-    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"one"}
+    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"one"}
+
+
+@pytest.fixture
+def native(hub: FakeHub) -> FakeHub:
+    """A repository in Mistral's own layout, with nothing of transformers'."""
+    hub.files = {"params.json": b"{}", "tekken.json": b"{}", "README.md": b""}
+    return hub
+
+
+def test_repository_without_config_is_located_by_its_params(native: FakeHub) -> None:
+    folder = locate(MODEL, revision="main")
+    assert (folder / "params.json").is_file()
+    assert native.requests[:2] == [("config.json", "main"), ("params.json", "main")]
+    assert {revision for _, revision in native.requests[2:]} == {COMMIT}
+    assert "tekken.json" not in native.names
+
+
+def test_params_come_along_where_there_is_a_config(hub: FakeHub) -> None:
+    hub.files["params.json"] = b"{}"
+    assert (locate(MODEL) / "params.json").is_file()
+
+
+def test_repository_with_neither_names_both(hub: FakeHub) -> None:
+    hub.files = {"README.md": b""}
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"org/name: config\.json \(or params\.json\) is not in"
+    ) as caught:
+        locate(MODEL)
+    assert str(caught.value).isprintable()
+
+
+def test_native_index_gives_only_the_shards_with_vision_tensors(tmp_path: Path, native: FakeHub) -> None:
+    weight_map = {
+        "vision_encoder.one": "consolidated-00002-of-00002.safetensors",
+        "output": "consolidated-1.safetensors",
+    }
+    native.files |= {
+        "consolidated.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+        "consolidated-00002-of-00002.safetensors": weights(tmp_path, "vision_encoder.one"),
+    }
+    folder = locate(MODEL)
+    native.requests.clear()
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    assert native.names == ["consolidated.safetensors.index.json", "consolidated-00002-of-00002.safetensors"]
+    assert native.listings == []
+    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+
+
+def test_native_single_file_beside_the_files_of_transformers(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files |= {
+        "consolidated.safetensors": weights(tmp_path, "vision_encoder.one"),
+        "model.safetensors": weights(tmp_path, "visual.two"),
+    }
+    folder = locate(MODEL)
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    assert not (folder / "model.safetensors").exists()
+    assert hub.listings == []
+    fetch_shards(folder, ROOTS)
+    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"two"}
+
+
+def numbered(tmp_path: Path) -> dict[str, bytes]:
+    return {
+        "consolidated-00001-of-00002.safetensors": weights(tmp_path, "output"),
+        "consolidated-00002-of-00002.safetensors": weights(tmp_path, "vision_encoder.one"),
+    }
+
+
+def test_native_numbered_files_without_an_index_are_all_fetched(tmp_path: Path, native: FakeHub) -> None:
+    native.files |= numbered(tmp_path)
+    folder = locate(MODEL)
+    native.requests.clear()
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral", token="secret")
+    assert native.names[-2:] == ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"]
+    assert native.listings == [(COMMIT, "secret")]
+    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+
+
+@pytest.mark.parametrize("how", ["local_files_only", "offline mode"])
+def test_native_numbered_files_are_found_in_the_cache_without_the_hub(
+    tmp_path: Path, native: FakeHub, how: str
+) -> None:
+    native.files |= numbered(tmp_path)
+    folder = locate(MODEL)
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    native.listing_failure = errors.OfflineModeIsEnabled("story")
+    native.listings.clear()
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral", local_files_only=how == "local_files_only")
+    assert len(native.listings) == (how == "offline mode")
+    (folder / "consolidated-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointIncompleteError, match="1 of 2 numbered files"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral", local_files_only=True)
+
+
+def test_list_of_files_that_cannot_be_fetched(native: FakeHub) -> None:
+    native.listing_failure = ConnectionError("story")
+    folder = locate(MODEL)
+    with pytest.raises(CheckpointNotFoundError, match=r"the list of files cannot be fetched \(ConnectionError\)"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+
+
+def test_native_repository_of_pickles_and_one_without_weights(native: FakeHub) -> None:
+    folder = locate(MODEL)
+    with pytest.raises(CheckpointNotFoundError, match=r"holds neither consolidated\.safetensors nor consolidated\."):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    native.files["consolidated.00.pth"] = b""
+    with pytest.raises(UnsafeFormatError, match=r"consolidated\.00\.pth"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    native.files["model.safetensors"] = b""
+    with pytest.raises(CheckpointNotFoundError, match="holds neither"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
 
 
 def test_everything_comes_from_the_commit_of_the_configuration(tmp_path: Path, hub: FakeHub) -> None:
     hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
-    fetch_shards(locate(MODEL, revision="v1.0"), PREFIXES)
+    fetch_shards(locate(MODEL, revision="v1.0"), ROOTS)
     assert hub.requests[0] == ("config.json", "v1.0")
     assert {revision for _, revision in hub.requests[1:]} == {COMMIT}
 
@@ -145,7 +269,7 @@ def test_everything_comes_from_the_commit_of_the_configuration(tmp_path: Path, h
 def test_options_reach_every_request(tmp_path: Path, hub: FakeHub) -> None:
     hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
     folder = locate(MODEL, token="secret", cache_dir=hub.cache, local_files_only=True)
-    fetch_shards(folder, PREFIXES, token="secret", local_files_only=True)
+    fetch_shards(folder, ROOTS, token="secret", local_files_only=True)
     assert all(
         options == {"token": "secret", "cache_dir": hub.cache, "local_files_only": True} for options in hub.options
     )
@@ -155,14 +279,14 @@ def test_repository_of_pickles(hub: FakeHub) -> None:
     hub.files["pytorch_model.bin"] = b""
     folder = locate(MODEL)
     with pytest.raises(UnsafeFormatError, match=r"org/name holds its weights only as pickles \(pytorch_model\.bin\)"):
-        fetch_shards(folder, PREFIXES)
+        fetch_shards(folder, ROOTS)
     assert "pytorch_model.bin" not in hub.names
 
 
 def test_repository_without_weights(hub: FakeHub) -> None:
     folder = locate(MODEL)
     with pytest.raises(CheckpointNotFoundError, match="org/name holds neither"):
-        fetch_shards(folder, PREFIXES)
+        fetch_shards(folder, ROOTS)
 
 
 def test_unsafe_shard_name_is_never_asked_for(hub: FakeHub) -> None:
@@ -171,7 +295,7 @@ def test_unsafe_shard_name_is_never_asked_for(hub: FakeHub) -> None:
     folder = locate(MODEL)
     hub.requests.clear()
     with pytest.raises(UnsafePathError):
-        fetch_shards(folder, PREFIXES)
+        fetch_shards(folder, ROOTS)
     assert hub.requests == []
 
 

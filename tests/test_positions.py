@@ -9,10 +9,21 @@ from transformers.models.pixtral.configuration_pixtral import PixtralVisionConfi
 from transformers.models.pixtral.modeling_pixtral import PixtralVisionRotaryEmbedding
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionRotaryEmbedding
-from transformers.vision_utils import get_vision_position_ids
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from tritontower.kernels.configs import ARCHITECTURES
-from tritontower.kernels.positions import axial_frequencies, compile_specs, merge_block_positions, rotary_table
+from tritontower.kernels.positions import (
+    axial_frequencies,
+    bilinear_taps,
+    compile_specs,
+    merge_block_positions,
+    rotary_table,
+    window_order,
+)
 
 
 def random_grids(merge, seed, count=4, longest=20):
@@ -54,6 +65,175 @@ def test_positions_are_the_callers_to_change():
 def test_no_grids():
     assert merge_block_positions([], 2).shape == (0, 2)
     assert merge_block_positions([(0, 2, 2)], 2).shape == (0, 2)
+
+
+def windows_of_transformers(grids, merge, side):
+    """Order of the merge blocks and blocks per window; windows are given in pixels there, here of patches of 14."""
+    pixels = side * merge * 14
+    order, bounds = get_vision_window_index(torch.tensor(grids), merge, pixels, 14)
+    return order, (bounds.diff() // merge**2).tolist()
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("seed", range(4))
+def test_windows_are_those_of_transformers(merge, side, seed):
+    grids = random_grids(merge, seed)
+    order, lengths = window_order(grids, merge, side)
+    expected, expected_lengths = windows_of_transformers(grids, merge, side)
+    assert torch.equal(order, expected)
+    assert lengths == expected_lengths
+
+
+@pytest.mark.parametrize(
+    ("grid", "lengths"),
+    [
+        ((1, 2, 2), [1]),
+        ((1, 8, 8), [16]),
+        ((1, 16, 24), [16] * 6),
+        ((1, 10, 8), [16, 4]),
+        ((1, 8, 10), [16, 4]),
+        ((1, 10, 10), [16, 4, 4, 1]),
+        ((1, 2, 20), [4, 4, 2]),
+        ((3, 10, 4), [8, 2] * 3),
+    ],
+    ids=str,
+)
+def test_windows_at_the_edges_are_smaller(grid, lengths):
+    order, found = window_order([grid], 2, 4)
+    expected, expected_lengths = windows_of_transformers([grid], 2, 4)
+    assert found == lengths == expected_lengths
+    assert torch.equal(order, expected)
+
+
+def test_windows_of_a_small_grid():
+    order, lengths = window_order([(2, 2, 3)], 1, 2)
+    assert order.tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 9, 10, 8, 11]
+    assert lengths == [4, 2, 4, 2]
+
+
+def test_every_block_lies_in_the_square_of_its_window():
+    grids, merge, side = [(1, 22, 14), (2, 6, 30)], 2, 3
+    order, lengths = window_order(grids, merge, side)
+    assert torch.equal(order.sort().values, torch.arange(len(order)))
+    first_patches = merge_block_positions(grids, merge)[:: merge**2]
+    for blocks in order.split(lengths):
+        squares = first_patches[blocks] // (merge * side)
+        assert torch.equal(squares, squares[:1].expand_as(squares))
+
+
+def test_orders_are_the_callers_to_change():
+    order, lengths = window_order([(1, 4, 4)], 1, 2)
+    order.fill_(-1)
+    lengths.clear()
+    assert window_order([(1, 4, 4)], 1, 2)[0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert window_order([(1, 4, 4)], 1, 2)[1] == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("grids", [[], [(0, 4, 4)], [(1, 0, 4)], [(1, 4, 0)]], ids=str)
+def test_no_windows(grids):
+    order, lengths = window_order(grids, 2, 2)
+    assert order.shape == (0,)
+    assert order.dtype == torch.int64
+    assert lengths == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "merge", "side", "message"),
+    [
+        ((1, 4, 4), 2, 0, "side is 0"),
+        ((1, 4, 4), 0, 2, "merge is 0"),
+        ((1, 4, 5), 2, 2, r"\(1, 4, 5\).*2 × 2"),
+    ],
+)
+def test_window_refusals(grid, merge, side, message):
+    with pytest.raises(ValueError, match=message):
+        window_order([grid], merge, side)
+
+
+def taps_of(grids, merge, side):
+    return bilinear_taps(merge_block_positions(grids, merge), grids, side)
+
+
+def summed(index, weights, table):
+    """``[N, D]`` fp64: each row's taps, weighted and added."""
+    return (table.double()[index.long()] * weights.double()[..., None]).sum(1)
+
+
+def stretched(grids, merge, side, table):
+    """The same by ``interpolate``, in the order of the merge blocks."""
+    square = table.double().view(1, side, side, -1).permute(0, 3, 1, 2)
+    rows = []
+    for frames, height, width in grids:
+        grid = torch.nn.functional.interpolate(square, (height, width), mode="bilinear", align_corners=True)[0]
+        vertical, horizontal = merge_block_positions([(1, height, width)], merge).long().unbind(1)
+        rows.append(grid[:, vertical, horizontal].T.repeat(frames, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("side", [1, 2, 4, 48])
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_tables_are_stretched_from_corner_to_corner(side, merge, seed):
+    grids = [*random_grids(merge, seed, longest=40), (1, merge, merge), (2, merge * 24, merge)]
+    table = torch.randn(side * side, 8, generator=torch.Generator().manual_seed(seed))
+    index, weights = taps_of(grids, merge, side)
+    assert (index.dtype, weights.dtype) == (torch.int32, torch.float32)
+    assert index.min() >= 0
+    assert index.max() < side * side
+    assert weights.min() >= 0.0
+    assert relative_error(summed(index, weights, table), stretched(grids, merge, side, table)) <= 1e-7
+    theirs = get_vision_interpolation_indices_and_weights(torch.tensor(grids), side, "bilinear", True, merge)
+    # They work the places out in fp32, where one near 47 is off by up to 2e-6.
+    assert relative_error(summed(index, weights, table), summed(*theirs, table)) <= 2e-6
+
+
+def test_corners_and_whole_rows_are_the_tables_own():
+    index, weights = taps_of([(1, 48, 48)], 2, 48)
+    positions = merge_block_positions([(1, 48, 48)], 2)
+    assert torch.equal(weights.max(dim=1).values, torch.ones(48 * 48))
+    assert torch.equal(index.gather(1, weights.argmax(1, keepdim=True))[:, 0], positions[:, 0] * 48 + positions[:, 1])
+    # 95 = 2 · 47 + 1: every other place of the larger grid is a row of the table, to the last bit.
+    index, weights = taps_of([(1, 95, 95)], 1, 48)
+    whole = (merge_block_positions([(1, 95, 95)], 1) % 2 == 0).all(1)
+    assert torch.equal(weights[whole].max(dim=1).values, torch.ones(48 * 48))
+    assert torch.equal(
+        index[whole].gather(1, weights[whole].argmax(1, keepdim=True))[:, 0].int(), torch.arange(48 * 48)
+    )
+    assert weights[~whole].max() == 0.5
+
+
+def test_half_pixel_centres_would_show():
+    table = torch.arange(16.0)[:, None]
+    index, weights = taps_of([(1, 6, 6)], 1, 4)
+    found = summed(index, weights, table)
+    assert torch.equal(found[[0, 5, 30, 35], 0], torch.tensor([0.0, 3.0, 12.0, 15.0], dtype=torch.float64))
+    square = table.view(1, 1, 4, 4)
+    centred = torch.nn.functional.interpolate(square, (6, 6), mode="bilinear", align_corners=False)
+    assert relative_error(found, centred.view(-1, 1)) > 1e-2
+
+
+def test_a_patchs_taps_do_not_depend_on_the_pack():
+    grids = [(1, 6, 10), (2, 14, 4), (1, 2, 2)]
+    packed = taps_of(grids, 2, 48)
+    alone = [taps_of([grid], 2, 48) for grid in grids]
+    assert torch.equal(packed[0], torch.cat([index for index, _ in alone]))
+    assert torch.equal(packed[1], torch.cat([weights for _, weights in alone]))
+
+
+def test_no_taps():
+    index, weights = taps_of([], 2, 48)
+    assert index.shape == weights.shape == (0, 4)
+    assert (index.dtype, weights.dtype) == (torch.int32, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "side", "message"),
+    [(16, 0, "side is 0"), (15, 4, r"\(15, 2\); these grids need \(16, 2\)"), (17, 4, r"\(17, 2\)")],
+)
+def test_tap_refusals(rows, side, message):
+    with pytest.raises(ValueError, match=message):
+        bilinear_taps(torch.zeros(rows, 2, dtype=torch.int32), [(1, 4, 4)], side)
 
 
 def qwen(head_dim, theta):

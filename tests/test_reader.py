@@ -163,6 +163,23 @@ def test_lists_are_checked_element_by_element() -> None:
             config.get_list(int, key)
 
 
+def test_lists_of_lists_are_checked_element_by_element() -> None:
+    config = reader(sizes=[[336, 672], [672, 336]], ragged=[[1, 2], [3]], flat=[1, 2], mixed=[[1, 2], [3, "4"]], size=4)
+    assert config.get_rows(int, "vision_config.sizes", length=2, minimum=1) == ((336, 672), (672, 336))
+    assert config.get_rows(int, "vision_config.missing", [[1, 2]], length=2) == ((1, 2),)
+    with pytest.raises(ConfigError, match=r"sizes\[0\]\[0\] is 336"):
+        config.get_rows(int, "vision_config.sizes", length=2, minimum=337)
+    with pytest.raises(ConfigError, match=r"ragged\[1\] is .*a list of 2"):
+        config.get_rows(int, "vision_config.ragged", length=2)
+    with pytest.raises(ConfigError, match=r"flat\[0\] is 1.*a list of 2"):
+        config.get_rows(int, "vision_config.flat", length=2)
+    with pytest.raises(ConfigError, match=r"mixed\[1\]\[1\] is '4'"):
+        config.get_rows(int, "vision_config.mixed", length=2)
+    for key in ("vision_config.size", "vision_config.missing"):
+        with pytest.raises(ConfigError, match="a list of lists of 2, each element an integer"):
+            config.get_rows(int, key, length=2)
+
+
 @pytest.mark.parametrize(
     "key", ["auto_map", "_attn_implementation", "attn_implementation", "_attn_implementation_internal"]
 )

@@ -7,9 +7,23 @@ A file in :mod:`tritontower.families` reads a checkpoint's ``config.json`` into 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-__all__ = ["Activation", "Normalisation", "PatchEmbedding", "Projector", "RotaryEmbedding", "TowerConfig"]
+__all__ = [
+    "Activation",
+    "Normalisation",
+    "PatchEmbedding",
+    "Pooling",
+    "PositionTable",
+    "Projector",
+    "RotaryEmbedding",
+    "TowerConfig",
+    "Windows",
+]
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
+
+PADDED_TO = 64
+"""What the inner width of a gated MLP is padded to a multiple of: rows of 3420 values (Qwen2.5-VL) start at addresses
+that no 16-byte load can take, and a GEMM's last block would be masked."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +75,43 @@ class RotaryEmbedding:
 
 
 @dataclass(frozen=True)
-class Projector:
-    """Norm → join ``merge``² neighbouring patches → linear → activation → linear: patches to language-model tokens."""
+class PositionTable:
+    """Learned positions: a row for every place of a square grid, added to the projected patches."""
 
-    norm: Normalisation
+    side: int
+    """Rows and columns of the grid; the table has ``side²`` rows (and one for the class token, where there is one)."""
+    sampling: Literal["exact", "bilinear"]
+    """``exact``: every view has just this grid; ``bilinear``: any grid, stretched over the table corner to corner."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Attention within square windows, in all blocks but a few."""
+
+    side: int
+    """Tokens along one side of a window: ``merge`` times as many patches.  Windows at the edge are smaller."""
+    full_blocks: tuple[int, ...]
+    """Blocks, counted from 0, that attend over the whole segment all the same."""
+
+
+@dataclass(frozen=True)
+class Projector:
+    """Patches to language-model tokens: norm, join ``merge``² neighbours, one linear or two with an activation between."""
+
+    norm: Normalisation | None
     merge: int
     """Side of the square of patches that one token stands for."""
-    hidden: int
+    hidden: int | None
+    """Width between the two linears; ``None`` where there is only one."""
     output: int
     activation: Activation
+    """Of the two linears; without meaning where there is only one."""
     bias: bool
+    join: Literal["concatenate", "mean"] = "concatenate"
+    norm_over: Literal["patch", "token"] = "patch"
+    """Whether the norm comes before the patches are joined or after."""
+    merging_linear: bool = False
+    """A linear without bias that takes the joined patches back to the tower's width, before the others."""
 
     @property
     def rows_per_token(self) -> int:
@@ -79,14 +120,30 @@ class Projector:
 
 
 @dataclass(frozen=True)
+class Pooling:
+    """One vector for a whole picture, beside its tokens."""
+
+    kind: Literal["class_token", "attention"]
+    """``class_token``: that token, through the output norm; ``attention``: a learned query attends to all rows behind the
+    output norm, then an MLP as wide as a block's."""
+    norm: Normalisation | None = None
+    """In front of that MLP."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """A pre-norm transformer over picture patches, with a projector behind it."""
+    """A pre-norm transformer over picture patches, with a projector behind it.
+
+    Raises:
+        ValueError: fields that contradict each other.
+    """
 
     family: str
     """Which file of :mod:`tritontower.families` read it; for messages, never for decisions."""
     patch: PatchEmbedding
     width: int
     depth: int
+    """Blocks of the checkpoint; those behind the last one that is needed are neither built nor read."""
     heads: int
     norm: Normalisation
     qkv_bias: bool
@@ -95,10 +152,53 @@ class TowerConfig:
     mlp_hidden: int
     mlp_bias: bool
     activation: Activation
-    rotary: RotaryEmbedding
-    segments: Literal["frame", "picture"]
-    """How far a patch sees: its own temporal patch of a video, or everything of its picture or clip."""
-    projector: Projector
+    gated: bool = False
+    """Whether the MLP is ``down(f(gate(x)) · up(x))`` instead of ``down(f(up(x)))``; f is then silu."""
+    rotary: RotaryEmbedding | None = None
+    position_table: PositionTable | None = None
+    class_token: bool = False
+    """Whether a learned row stands before the patches of every view."""
+    keep_class_token: bool = False
+    """Whether that row becomes a token."""
+    input_norm: Normalisation | None = None
+    """Before the first block."""
+    output_norm: Normalisation | None = None
+    """Behind the last block; read only by what asks for it: ``features_normed``, ``pooling``."""
+    features_normed: bool = False
+    """Whether the features of the last block are those behind the output norm."""
+    segments: Literal["frame", "picture"] = "picture"
+    """How far a patch sees: its own temporal patch of a video, or everything of its view or clip."""
+    windows: Windows | None = None
+    features: tuple[int, ...]
+    """Blocks behind which the rows are taken: ``depth`` for the last, 0 for what enters the first.  Several are put side
+    by side.  Only the last goes through ``output_norm``."""
+    deepstack: tuple[int, ...] = ()
+    """Blocks, counted from 0, behind which a projector of its own makes extra rows for the language model's first layers."""
+    deepstack_projector: Projector | None = None
+    projector: Projector | None = None
+    pooling: Pooling | None = None
+    newline: bool = False
+    """Whether a picture is cut into tiles, whose tokens are put together with a learned embedding at the end of every row."""
+    assembly_taps: int = 1
+    """Rows of the tiles that one token is a weighted sum of: 4 where a large picture's tokens are shrunk."""
+
+    def __post_init__(self) -> None:
+        if self.class_token and (self.patch.bias or self.merge != 1):
+            raise ValueError("a class token needs a patch embedding without bias and a projector that joins no patches")
+        if self.gated and self.activation != "silu":
+            raise ValueError(f"a gated MLP has the activation silu, not {self.activation}")
+        if self.newline and self.keep_class_token:
+            raise ValueError("class tokens have no place among the tokens of tiles")
+        if self.output_norm is None and (self.features_normed or self.pooling is not None):
+            raise ValueError("normed features and pooling need an output norm")
+        if self.pooling is not None and (self.pooling.kind == "attention") != (self.pooling.norm is not None):
+            raise ValueError("pooling by attention has a norm of its own, pooling by the class token has none")
+        if bool(self.deepstack) != (self.deepstack_projector is not None):
+            raise ValueError("deepstack blocks and their projector come together")
+        if not self.features or not all(0 <= feature <= self.depth for feature in self.features):
+            raise ValueError(f"features {self.features} must be some of 0 … {self.depth}")
+        if self.windows is not None and self.rotary is None:
+            raise ValueError("windows need positions that do not depend on the order of the rows: a rotary embedding")
 
     @property
     def head_dim(self) -> int:
@@ -106,9 +206,52 @@ class TowerConfig:
         return self.width // self.heads
 
     @property
+    def merge(self) -> int:
+        """Side of the square of patches that one token stands for."""
+        return 1 if self.projector is None else self.projector.merge
+
+    @property
+    def rows_per_token(self) -> int:
+        """Patches that one token stands for."""
+        return self.merge * self.merge
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the rows that enter the projector."""
+        return self.width * len(self.features)
+
+    @property
     def hidden_size(self) -> int:
-        """Width of the embeddings: the language model's."""
-        return self.projector.output
+        """Width of the embeddings: the language model's, or the tower's own where there is no projector."""
+        return self.feature_width if self.projector is None else self.projector.output
+
+    @property
+    def blocks_needed(self) -> int:
+        """How many blocks have to run for everything that is asked for."""
+        if self.pooling is not None:
+            return self.depth
+        return max((*self.features, *(block + 1 for block in self.deepstack)))
+
+    @property
+    def normed_features(self) -> bool:
+        """Whether any feature is one behind the output norm."""
+        return self.features_normed and self.depth in self.features
+
+    @property
+    def selects(self) -> bool:
+        """Whether the rows that make the tokens are others than the blocks' rows, or in another order."""
+        return self.windows is not None or self.newline or (self.class_token and not self.keep_class_token)
+
+    @property
+    def num_patches(self) -> int | None:
+        """Patches of one view, where every view has as many; ``None`` where the picture decides."""
+        table = self.position_table
+        return None if table is None or table.sampling != "exact" else table.side**2
+
+    @property
+    def mlp_padded(self) -> int:
+        """``mlp_hidden`` as the weights are held: a gated MLP's is padded with zeros, which change nothing."""
+        return -(-self.mlp_hidden // PADDED_TO) * PADDED_TO if self.gated else self.mlp_hidden
 
     def to_json(self) -> dict[str, Any]:
         """The description as plain JSON values."""

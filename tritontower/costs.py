@@ -12,6 +12,8 @@ from .graph import Graph, Node, Workload
 
 __all__ = ["Cost", "cost_of", "total_cost"]
 
+PRODUCTS = ("patch_projection", "linear", "projector")
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -49,8 +51,12 @@ def total_cost(graph: Graph, workload: Workload, itemsize: int) -> Cost:
 
 def _flops(graph: Graph, node: Node, workload: Workload) -> int:
     if node.kind == "attention":
-        # Scores and their weighted sum of values: two products of head_dim each, per query–key pair and head.
-        return 4 * workload.scores * int(node.attributes["heads"]) * int(node.attributes["head_dim"])
-    rows = workload.rows(graph.values[node.outputs[0]].rows)
-    matrices = (graph.weights[name].shape for name in node.weights.values() if len(graph.weights[name].shape) == 2)
-    return sum(2 * rows * prod(shape) for shape in matrices)
+        scores = workload.window_scores if node.attributes["windows"] else workload.scores
+    elif node.kind == "attention_pooling":
+        scores = workload.patches  # one query a view
+    else:
+        rows = workload.rows(graph.values[node.outputs[0]].rows)
+        shapes = (graph.weights[name].shape for role, name in node.weights.items() if role.startswith("weight"))
+        return sum(2 * rows * prod(shape) for shape in shapes if len(shape) == 2 and node.kind in PRODUCTS)
+    # Scores and their weighted sum of values: two products of head_dim each, per query–key pair and head.
+    return 4 * scores * int(node.attributes["heads"]) * int(node.attributes["head_dim"])

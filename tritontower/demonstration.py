@@ -9,6 +9,7 @@ from filelock import FileLock
 from PIL import Image
 
 from .errors import UsageError
+from .families import qwen2_vl
 from .random_checkpoint import write_random_checkpoint
 
 __all__ = ["cache_folder", "demonstration_checkpoint", "demonstration_pictures"]
@@ -36,8 +37,9 @@ def demonstration_checkpoint() -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             unfinished = Path(tempfile.mkdtemp(prefix=f"{CHECKPOINT_NAME}-", dir=folder.parent))
+            (example,) = qwen2_vl.SUMMARIES
             try:
-                write_random_checkpoint(unfinished).rename(folder)
+                write_random_checkpoint(unfinished, example.example, example.processor).rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -35,7 +35,7 @@ class Description:
 
     def text(self) -> str:
         """A table with a line per node; repeated blocks are shown once, their numbers for one block."""
-        rows = [self._row(node, repeats) for node, repeats in self._shown()]
+        rows = [self._row(node, blocks) for node, blocks in self._shown()]
         workload, total = self.workload, self.total
         title = (
             f"{len(self.graph.nodes)} nodes, {self.graph.parameters / 1e6:,.1f} M parameters; "
@@ -78,14 +78,31 @@ class Description:
         )
         return graph_svg(nodes, edges, groups, title=title, subtitle=subtitle)
 
-    def _shown(self) -> list[tuple[Node, int]]:
-        """The nodes outside blocks and those of the first block, each with how often it stands in the graph."""
-        blocks = len({node.block for node in self.graph.nodes if node.block is not None})
-        return [(node, 1 if node.block is None else blocks) for node in self.graph.nodes if node.block in (None, 0)]
+    def _shown(self) -> list[tuple[Node, Sequence[int]]]:
+        """The nodes outside blocks and those of the first block of each kind, with the blocks that are alike."""
+        blocks: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            if node.block is not None:
+                blocks.setdefault(node.block, []).append(node)
+        alike: dict[object, list[int]] = {}
+        for block, nodes in blocks.items():
+            alike.setdefault(tuple((node.kind, str(node.attributes)) for node in nodes), []).append(block)
+        firsts = {group[0]: group for group in alike.values()}
+        shown: list[tuple[Node, Sequence[int]]] = []
+        for node in self.graph.nodes:
+            if node.block is None:
+                shown.append((node, ()))
+            elif node.block in firsts:
+                shown.append((node, firsts[node.block]))
+        return shown
 
-    def _row(self, node: Node, repeats: int) -> Sequence[object]:
+    def _row(self, node: Node, blocks: Sequence[int]) -> Sequence[object]:
         cost = cost_of(self.graph, node, self.workload, self.itemsize)
-        name = node.name if node.block is None else f"{node.name.replace('blocks.0.', 'blocks.*.')} ×{repeats}"
+        name = node.name
+        if node.block is not None:
+            every = len(blocks) == 1 + max(other.block for other in self.graph.nodes if other.block is not None)
+            which = "*" if every else _ranges(blocks)
+            name = f"{name.replace(f'blocks.{node.block}.', f'blocks.{which}.')} ×{len(blocks)}"
         return (
             name,
             " + ".join((node.kind, *self._epilogue(node))),
@@ -113,7 +130,11 @@ class Description:
         }
 
     def _epilogue(self, node: Node) -> list[str]:
-        """What a linear does besides its product."""
+        """What a node does besides what its kind says."""
+        if node.kind == "attention" and node.attributes["windows"]:
+            return ["windows"]
+        if node.kind == "patch_projection" and len(node.inputs) > 1:
+            return ["positions"]
         if node.kind != "linear":
             return []
         kind = node.attributes["activation"]
@@ -136,6 +157,17 @@ class Description:
     def _dimensions(self, name: str) -> list[int]:
         value = self.graph.values[name]
         return [self.workload.rows(value.rows), value.width]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers, runs of them as first–last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _inputs_first(drawn: Sequence[DrawnNode]) -> list[DrawnNode]:

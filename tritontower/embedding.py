@@ -19,6 +19,10 @@ class ImageEmbedding:
         original_size: width and height as the picture came, pixels.
         processed_size: width and height after resizing, pixels.
         content_hash: digest of the pixels as they came; equal pictures have equal ones.
+        deepstack: ``[num_tokens, hidden_size]`` each, which the language model adds to the picture's rows behind its first,
+            second … layer (Qwen3-VL); empty for other towers.
+        pooled: ``[views, width]``, one vector for the picture (for each of its tiles or crops, where it has several);
+            ``None`` for towers without.
     """
 
     embeddings: torch.Tensor
@@ -26,6 +30,8 @@ class ImageEmbedding:
     original_size: tuple[int, int]
     processed_size: tuple[int, int]
     content_hash: str
+    deepstack: tuple[torch.Tensor, ...] = ()
+    pooled: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -34,4 +40,9 @@ class ImageEmbedding:
 
     def to(self, device: torch.device | str) -> "ImageEmbedding":
         """The same embedding with its rows on ``device``."""
-        return replace(self, embeddings=self.embeddings.to(device))
+        return replace(
+            self,
+            embeddings=self.embeddings.to(device),
+            deepstack=tuple(level.to(device) for level in self.deepstack),
+            pooled=None if self.pooled is None else self.pooled.to(device),
+        )

@@ -246,6 +246,10 @@ class ProcessorError(TowerError, ValueError):
     """The checkpoint's image processor cannot be used, or it refused the pictures."""
 
 
+class ReferenceModelError(TowerError, ValueError):
+    """transformers has no implementation of the tower to hold it against, or cannot load its checkpoint."""
+
+
 # -- running ----------------------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,14 @@ import torch
 
 from .batch import PackedBatch
 from .graph import Graph, Node, NodeKind, Value, Workload
+from .kernels.attention_pooling import attention_pooling
 from .kernels.elementwise import activation, add
 from .kernels.flash_attention import flash_attention_varlen
+from .kernels.gather import gather_rows
 from .kernels.linear import linear
 from .kernels.norm import norm
 from .kernels.patch_projection import fold_temporal, patch_projection
+from .kernels.pooling import mean_rows
 from .kernels.positions import axial_frequencies, rotary_table
 from .kernels.projector import projector_mlp
 from .kernels.rope import rope_
@@ -40,7 +43,7 @@ class Executor:
 
     Args:
         graph: what to run.
-        sources: canonical name → checkpoint tensor, all of one dtype and on one device.
+        sources: name → canonical tensor, all of one dtype and on one device.
 
     Raises:
         KeyError: a tensor that the graph is made from is missing.
@@ -84,7 +87,7 @@ class Executor:
         # The arena serves one pass at a time; Triton launches on the current GPU, wherever the tensors are.
         with self._lock, torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             tensors = {**self._arena_views(workload), **outputs}
-            tensors |= zip(graph.inputs, (batch.pixels, batch.positions), strict=True)
+            tensors |= {name: getattr(batch, name) for name in graph.inputs}
             for node, step in self._steps:
                 step(tensors, batch)
                 if observer is not None:
@@ -136,11 +139,27 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def _bind_patch_projection(node: Node, weights: Weights) -> Step:
-    (pixels,), (rows,) = node.inputs, node.outputs
-    weight, bias = _roles(node, weights, "weight", "bias")
+    pixels, *index = node.inputs
+    (rows,) = node.outputs
+    weight, bias, table = _roles(node, weights, "weight", "bias", "position_table")
 
     def step(tensors: Tensors, batch: PackedBatch) -> None:
-        patch_projection(tensors[pixels], weight, bias, out=tensors[rows])
+        places: dict[str, Any] = {}
+        if index:
+            places = {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
+        patch_projection(tensors[pixels], weight, bias, **places, out=tensors[rows])
+
+    return step
+
+
+def _bind_add_positions(node: Node, weights: Weights) -> Step:
+    rows, index, *share = node.inputs
+    (result,) = node.outputs
+    (table,) = _roles(node, weights, "position_table")
+
+    def step(tensors: Tensors, batch: PackedBatch) -> None:
+        counted = tensors[share[0]] if share else None
+        gather_rows(table, tensors[index], counted, residual=tensors[rows], out=tensors[result])
 
     return step
 
@@ -176,11 +195,11 @@ def _bind_linear(node: Node, weights: Weights) -> Step:
     rows, *residual = node.inputs
     (result,) = node.outputs
     weight, bias = _roles(node, weights, "weight", "bias")
-    kind = node.attributes["activation"]
+    kind, joined = node.attributes["activation"], node.attributes["joined"]
 
     def step(tensors: Tensors, batch: PackedBatch) -> None:
         added = tensors[residual[0]] if residual else None
-        linear(tensors[rows], weight, bias, activation=kind, residual=added, out=tensors[result])
+        linear(_joined(tensors[rows], joined), weight, bias, activation=kind, residual=added, out=tensors[result])
 
     return step
 
@@ -221,24 +240,87 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
 
     def step(tensors: Tensors, batch: PackedBatch) -> None:
         q, k, v = tensors[qkv].unflatten(1, (3, heads, head_dim)).unbind(1)
-        flash_attention_varlen(q, k, v, batch.segments, out=tensors[mixed].unflatten(1, (heads, head_dim)))
+        segments = batch.windows if node.attributes["windows"] and batch.windows is not None else batch.segments
+        flash_attention_varlen(q, k, v, segments, out=tensors[mixed].unflatten(1, (heads, head_dim)))
+
+    return step
+
+
+def _bind_select(node: Node, weights: Weights) -> Step:
+    features, index = node.inputs[: node.attributes["features"]], node.inputs[node.attributes["features"] :]
+    (result,) = node.outputs
+
+    def step(tensors: Tensors, batch: PackedBatch) -> None:
+        columns = tensors[result].tensor_split(len(features), dim=1)
+        for feature, out in zip(features, columns, strict=True):
+            if index:
+                gather_rows(tensors[feature], tensors[index[0]], out=out)
+            else:
+                out.copy_(tensors[feature])
+
+    return step
+
+
+def _bind_pool(node: Node, weights: Weights) -> Step:
+    (rows,), (result,) = node.inputs, node.outputs
+
+    def step(tensors: Tensors, batch: PackedBatch) -> None:
+        mean_rows(tensors[rows], node.attributes["count"], out=tensors[result])
 
     return step
 
 
 def _bind_projector(node: Node, weights: Weights) -> Step:
-    (rows,), (tokens,), (normed, hidden) = node.inputs, node.outputs, node.scratch
+    rows, *index = node.inputs
+    (tokens,), (hidden, *normed) = node.outputs, node.scratch
     norm_weight, norm_bias = _roles(node, weights, "norm_weight", "norm_bias")
     first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
-    how = _norm_attributes(node, "norm_kind")
-    how |= {"merge": node.attributes["merge"], "activation": node.attributes["activation"]}
+    merge, over_token = node.attributes["merge"], node.attributes["over_token"]
+    how: dict[str, Any] = {"merge": 1 if over_token else merge, "activation": node.attributes["activation"]}
+    if norm_weight is not None:
+        how |= _norm_attributes(node, "norm_kind")
 
     def step(tensors: Tensors, batch: PackedBatch) -> None:
-        where: dict[str, Any] = {"normed": tensors[normed], "hidden": tensors[hidden], "out": tensors[tokens]}
-        x = tensors[rows]
+        where: dict[str, Any] = {"hidden": tensors[hidden], "out": tensors[tokens]}
+        if normed:
+            where["normed"] = tensors[normed[0]]
+        if index:
+            where["row_index"] = tensors[index[0]].squeeze(1)
+        x = _joined(tensors[rows], merge) if over_token else tensors[rows]
         projector_mlp(x, norm_weight, norm_bias, first, first_bias, second, second_bias, **how, **where)
 
     return step
+
+
+def _bind_assemble(node: Node, weights: Weights) -> Step:
+    rows, index, share = node.inputs
+    (tokens,) = node.outputs
+    (newline,) = _roles(node, weights, "newline")
+
+    def step(tensors: Tensors, batch: PackedBatch) -> None:
+        counted = tensors[share] if tensors[share].shape[1] > 1 else None
+        gather_rows(tensors[rows], tensors[index], counted, fill=newline, out=tensors[tokens])
+
+    return step
+
+
+def _bind_attention_pooling(node: Node, weights: Weights) -> Step:
+    (keys_values,), (mixed,) = node.inputs, node.outputs
+    probe, weight, bias = _roles(node, weights, "probe", "weight", "bias")
+    heads = (node.attributes["heads"], node.attributes["head_dim"])
+    # The query is learned, hence the same in every pass.
+    query = linear(probe, weight, bias).view(heads)
+
+    def step(tensors: Tensors, batch: PackedBatch) -> None:
+        parts = tensors[keys_values].unflatten(1, (2, *heads))
+        attention_pooling(query, parts, batch.views, out=tensors[mixed].unflatten(1, heads))
+
+    return step
+
+
+def _joined(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` neighbouring rows side by side."""
+    return rows if count == 1 else rows.view(-1, count * rows.shape[1])
 
 
 def _roles(node: Node, weights: Weights, *roles: str) -> list[Any]:
@@ -252,6 +334,7 @@ def _norm_attributes(node: Node, kind: str) -> dict[str, Any]:
 
 _BINDINGS: dict[NodeKind, Callable[[Node, Weights], Step]] = {
     "patch_projection": _bind_patch_projection,
+    "add_positions": _bind_add_positions,
     "rotary_table": _bind_rotary_table,
     "norm": _bind_norm,
     "linear": _bind_linear,
@@ -259,5 +342,9 @@ _BINDINGS: dict[NodeKind, Callable[[Node, Weights], Step]] = {
     "add": _bind_add,
     "rope": _bind_rope,
     "attention": _bind_attention,
+    "select": _bind_select,
+    "pool": _bind_pool,
     "projector": _bind_projector,
+    "assemble": _bind_assemble,
+    "attention_pooling": _bind_attention_pooling,
 }

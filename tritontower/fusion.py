@@ -15,8 +15,10 @@ __all__ = [
     "fold_still_pictures",
     "fuse",
     "fuse_activations",
+    "fuse_positions",
     "fuse_residual_into_linear",
     "fuse_residual_into_norm",
+    "fuse_selection",
 ]
 
 Pass = Callable[[Graph], Graph]
@@ -58,12 +60,45 @@ def fuse_residual_into_norm(graph: Graph) -> Graph:
     for add in [node for node in nodes if node.kind == "add"]:
         readers = [node for node in nodes if add.outputs[0] in node.inputs]
         norm = next((node for node in readers if node.kind == "norm" and node.inputs == add.outputs), None)
-        if norm is None or readers[0] is not norm:
+        # Where nothing but the norm reads the sum, there is nothing to write beside it.
+        if norm is None or readers[0] is not norm or len(readers) == 1:
             continue
         fused = replace(norm, inputs=add.inputs, outputs=(*norm.outputs, *add.outputs))
         nodes[nodes.index(norm)] = fused
         nodes.remove(add)
     return graph.with_nodes(nodes)
+
+
+def fuse_positions(graph: Graph) -> Graph:
+    """``patch_projection`` → ``add_positions`` becomes a projection that adds the table's row in its epilogue.
+
+    Only where a position is one row of the table; a weighted sum of several stays a node of its own.
+    """
+
+    def fused(first: Node, second: Node) -> Node | None:
+        if first.kind != "patch_projection" or second.kind != "add_positions" or len(second.inputs) > 2:
+            return None
+        inputs = (*first.inputs, *second.inputs[1:])
+        return replace(first, inputs=inputs, outputs=second.outputs, weights={**first.weights, **second.weights})
+
+    return _merge_pairs(graph, fused)
+
+
+def fuse_selection(graph: Graph) -> Graph:
+    """``select`` → ``projector`` becomes a projector that reads the selected rows where they are.
+
+    With a norm in front of the products, the norm gathers as it reads, and the selected rows never reach memory.
+    """
+
+    def fused(first: Node, second: Node) -> Node | None:
+        if first.kind != "select" or second.kind != "projector" or len(first.inputs) != 2 or len(second.inputs) > 1:
+            return None
+        if second.attributes["over_token"] or first.attributes["features"] != 1:
+            return None
+        scratch = second.scratch if len(second.scratch) > 1 else (*second.scratch, *first.outputs)
+        return replace(second, inputs=first.inputs, scratch=scratch)
+
+    return _merge_pairs(graph, fused)
 
 
 def fold_still_pictures(graph: Graph) -> Graph:
@@ -92,7 +127,13 @@ def fold_still_pictures(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes), weights=weights, values=values)
 
 
-DEFAULT_PASSES: tuple[Pass, ...] = (fuse_activations, fuse_residual_into_linear, fuse_residual_into_norm)
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    fuse_positions,
+    fuse_activations,
+    fuse_residual_into_linear,
+    fuse_residual_into_norm,
+    fuse_selection,
+)
 """What every graph goes through.  The residual goes into the product's epilogue wherever a product writes it, which
 moves one value less than adding it in the norm; the norm takes the additions that are left."""
 

@@ -5,19 +5,24 @@ tower: one node per step of the reference implementation.  The passes in :mod:`t
 nodes with the same numbers.  Because a graph is data, its cost (:mod:`tritontower.costs`), its memory
 (:mod:`tritontower.memory`) and its description (:mod:`tritontower.description`) follow from it without running it.
 
-======================  ==================================  =============================================
-node kind               inputs → outputs                    weights
-======================  ==================================  =============================================
-``patch_projection``    pixels → rows                       weight, bias
+======================  ============================================  ================================================
+node kind               inputs → outputs                              weights
+======================  ============================================  ================================================
+``patch_projection``    pixels [, position_index] → rows              weight, bias, position_table
+``add_positions``       rows, position_index [, weights] → rows       position_table
 ``rotary_table``        positions → cosines, sines
-``norm``                rows [, residual] → rows [, sum]    weight, bias
-``linear``              rows [, residual] → rows            weight, bias
+``norm``                rows [, residual] → rows [, sum]              weight, bias
+``linear``              rows [, residual] → rows                      weight, bias
 ``activation``          rows → rows
 ``add``                 rows, rows → rows
-``rope``                qkv, cosines, sines → qkv           (rotates in place)
+``rope``                qkv, cosines, sines → qkv                     (rotates in place)
 ``attention``           qkv → rows
-``projector``           rows → tokens                       norm_*, weight_1, bias_1, weight_2, bias_2
-======================  ==================================  =============================================
+``select``              rows …, selection → rows side by side
+``pool``                rows → means of neighbouring rows
+``projector``           rows [, selection] → tokens                   norm_*, weight_1, bias_1, weight_2, bias_2
+``assemble``            rows, index, weights → tokens                 newline
+``attention_pooling``   keys and values → a row per view              probe, weight, bias
+======================  ============================================  ================================================
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,12 +30,13 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
-from .config import Normalisation, TowerConfig
+from .config import Normalisation, PositionTable, Projector, RotaryEmbedding, TowerConfig
 
 __all__ = ["Dtype", "Graph", "Node", "NodeKind", "Rows", "Transform", "Value", "Weight", "Workload", "build"]
 
 NodeKind = Literal[
     "patch_projection",
+    "add_positions",
     "rotary_table",
     "norm",
     "linear",
@@ -38,9 +44,13 @@ NodeKind = Literal[
     "add",
     "rope",
     "attention",
+    "select",
+    "pool",
     "projector",
+    "assemble",
+    "attention_pooling",
 ]
-Rows = Literal["patches", "tokens"]
+Rows = Literal["patches", "selected", "merged", "tokens", "views"]
 Dtype = Literal["activation", "float32", "int32"]
 Transform = Literal["as_is", "flatten", "fold_temporal"]
 
@@ -50,13 +60,26 @@ class Workload:
     """How much there is to do in one pass; every size in a graph is a multiple of one of these."""
 
     patches: int
+    """Rows that the blocks work on; a class token counts as a patch."""
     tokens: int
     scores: int
     """Query–key pairs of one head: the sum of the squared segment lengths."""
+    window_scores: int = 0
+    """The same in a block that attends within windows."""
+    selected: int | None = None
+    """Rows that enter the projector; ``None``: all."""
+    merged: int | None = None
+    """Rows that leave the projector; ``None``: as many as tokens."""
+    views: int = 0
+    """Pictures, tiles and crops."""
 
     def rows(self, dimension: Rows) -> int:
         """The number of rows along ``dimension``."""
-        return self.patches if dimension == "patches" else self.tokens
+        if dimension == "selected":
+            return self.patches if self.selected is None else self.selected
+        if dimension == "merged":
+            return self.tokens if self.merged is None else self.merged
+        return {"patches": self.patches, "tokens": self.tokens, "views": self.views}[dimension]
 
 
 @dataclass(frozen=True)
@@ -75,20 +98,28 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the graph, and the checkpoint tensor that it is made from."""
+    """A weight of the graph, and the canonical tensor that it is made from."""
 
     name: str
     shape: tuple[int, ...]
     """Shape as the node uses it."""
     source: str
-    """Canonical name of the checkpoint tensor; several weights may be made from one."""
+    """Name of the canonical tensor; several weights may be made from one."""
     source_shape: tuple[int, ...]
+    """Shape of the canonical tensor, without padding."""
     transform: Transform = "as_is"
+    padded_shape: tuple[int, ...] | None = None
+    """Shape in which the canonical tensor is held, zeros behind its numbers; ``None``: without padding."""
 
     @property
     def parameters(self) -> int:
         """Numbers in the weight as the node uses it."""
         return prod(self.shape)
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Shape of the canonical tensor in memory."""
+        return self.padded_shape or self.source_shape
 
 
 @dataclass(frozen=True)
@@ -151,12 +182,17 @@ class Graph:
 
     @property
     def sources(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name → shape of every checkpoint tensor that the graph is made from."""
+        """Name → shape of every canonical tensor that the graph is made from."""
         return {weight.source: weight.source_shape for weight in self.weights.values()}
 
     @property
+    def held_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape in memory of every canonical tensor, with its padding."""
+        return {weight.source: weight.held_shape for weight in self.weights.values()}
+
+    @property
     def parameters(self) -> int:
-        """Numbers in the checkpoint tensors that the graph is made from."""
+        """Numbers in the canonical tensors that the graph is made from."""
         return sum(prod(shape) for shape in self.sources.values())
 
     def consumers(self, value: str) -> list[Node]:
@@ -164,7 +200,7 @@ class Graph:
         return [node for node in self.nodes if value in node.inputs]
 
     def with_nodes(self, nodes: Sequence[Node]) -> "Graph":
-        """This graph with other nodes; values that none of them names any more are dropped."""
+        """This graph with other nodes; values and inputs that none of them names any more are dropped."""
         named = {name for node in nodes for name in (*node.inputs, *node.outputs, *node.scratch)}
         kept = {name: value for name, value in self.values.items() if name in named}
         return replace(self, nodes=tuple(nodes), values=kept)
@@ -178,19 +214,36 @@ class _Builder:
         self.nodes: list[Node] = []
         self.values: dict[str, Value] = {}
         self.weights: dict[str, Weight] = {}
+        self.inputs: list[str] = []
         self.block: int | None = None
 
     def scoped(self, name: str) -> str:
         return name if self.block is None else f"blocks.{self.block}.{name}"
 
+    def input(self, name: str, width: int, rows: Rows = "patches", dtype: Dtype = "int32") -> str:
+        """What the batch brings under this name; listed once, however many nodes read it."""
+        if name not in self.values:
+            self.values[name] = Value(name, rows, width, dtype)
+            self.inputs.append(name)
+        return name
+
     def value(self, name: str, width: int, rows: Rows = "patches", dtype: Dtype = "activation") -> str:
         self.values[name] = Value(name, rows, width, dtype)
         return name
 
-    def weight(self, name: str, *shape: int, source_shape: tuple[int, ...] | None = None) -> str:
+    def weight(
+        self,
+        name: str,
+        *shape: int,
+        source_shape: tuple[int, ...] | None = None,
+        unpadded: tuple[int, ...] | None = None,
+    ) -> str:
         name = self.scoped(name)
-        transform: Transform = "as_is" if source_shape is None else "flatten"
-        self.weights[name] = Weight(name, shape, name, source_shape or shape, transform)
+        if unpadded is not None and unpadded != shape:
+            self.weights[name] = Weight(name, shape, name, unpadded, padded_shape=shape)
+        else:
+            transform: Transform = "as_is" if source_shape is None else "flatten"
+            self.weights[name] = Weight(name, shape, name, source_shape or shape, transform)
         return name
 
     def node(
@@ -199,38 +252,46 @@ class _Builder:
         kind: NodeKind,
         inputs: Sequence[str],
         *outputs: tuple[str, int],
+        rows: Rows = "patches",
         weights: Mapping[str, str] | None = None,
         **attributes: Any,
     ) -> tuple[str, ...]:
-        written = tuple(self.value(self.scoped(output), width) for output, width in outputs)
+        written = tuple(self.value(self.scoped(output), width, rows) for output, width in outputs)
         self.nodes.append(
             Node(self.scoped(name), kind, tuple(inputs), written, weights or {}, attributes, block=self.block)
         )
         return written
 
-    def norm(self, name: str, rows: str) -> str:
-        norm = self.config.norm
+    def norm(self, name: str, rows: str, norm: Normalisation) -> str:
+        value = self.values[rows]
+        weights = self.norm_weights(name, norm, value.width)
         (normed,) = self.node(
-            name,
-            "norm",
-            [rows],
-            (f"{name}_rows", self.config.width),
-            weights=self.norm_weights(name, norm),
-            **_of(norm),
+            name, "norm", [rows], (f"{name}_rows", value.width), rows=value.rows, weights=weights, **_of(norm)
         )
         return normed
 
-    def norm_weights(self, name: str, norm: Normalisation, role: str = "") -> dict[str, str]:
-        weights = {f"{role}weight": self.weight(f"{name}.weight", self.config.width)}
+    def norm_weights(self, name: str, norm: Normalisation, width: int, role: str = "") -> dict[str, str]:
+        weights = {f"{role}weight": self.weight(f"{name}.weight", width)}
         if norm.bias:
-            weights[f"{role}bias"] = self.weight(f"{name}.bias", self.config.width)
+            weights[f"{role}bias"] = self.weight(f"{name}.bias", width)
         return weights
 
-    def linear(self, name: str, rows: str, inner: int, width: int, *, bias: bool) -> str:
-        weights = {"weight": self.weight(f"{name}.weight", width, inner)}
+    def linear(self, name: str, rows: str, width: int, *, bias: bool, joined: int = 1) -> str:
+        """A product with rows as they are, or with ``joined`` neighbours put side by side."""
+        value = self.values[rows]
+        weights = {"weight": self.weight(f"{name}.weight", width, value.width * joined)}
         if bias:
             weights["bias"] = self.weight(f"{name}.bias", width)
-        (result,) = self.node(name, "linear", [rows], (f"{name}_rows", width), weights=weights, activation=None)
+        (result,) = self.node(
+            name,
+            "linear",
+            [rows],
+            (f"{name}_rows", width),
+            rows=value.rows if joined == 1 else "merged",
+            weights=weights,
+            activation=None,
+            joined=joined,
+        )
         return result
 
 
@@ -245,25 +306,48 @@ def build(config: TowerConfig) -> Graph:
         config: the tower's description.
 
     Returns:
-        A graph with the inputs ``pixels`` (a row per patch; columns channel, frame, row, column of the patch) and
-        ``positions`` (row and column of each patch in its picture) and the output ``embeddings`` (a row per token).
+        A graph whose inputs carry the names of what a :class:`~tritontower.batch.PackedBatch` holds: ``pixels`` (a row
+        per patch; columns channel, frame, row, column of the patch), ``positions`` and whatever else the tower needs.
+        Its outputs are ``embeddings`` (a row per token), ``deepstack.0``, ``deepstack.1`` … and ``pooled`` (a row per
+        view), as far as the tower has them.
     """
     builder = _Builder(config)
-    pixels = builder.value("pixels", config.patch.inner, dtype="float32")
-    positions = builder.value("positions", 2, dtype="int32")
+    rows = _patch_projection(builder)
+    if config.position_table is not None:
+        rows = _add_positions(builder, rows, config.position_table)
+    if config.input_norm is not None:
+        rows = builder.norm("input_norm", rows, config.input_norm)
+    table = None if config.rotary is None else _rotary_table(builder, config.rotary)
 
-    rows = _patch_projection(builder, pixels)
-    cosines, sines = _rotary_table(builder, positions)
-    for block in range(config.depth):
+    after = {0: rows}
+    deepstack: list[str] = []
+    for block in range(config.blocks_needed):
         builder.block = block
-        rows = _block(builder, rows, cosines, sines)
-    builder.block = None
-    embeddings = _projector(builder, rows)
-    return Graph(tuple(builder.nodes), builder.values, builder.weights, (pixels, positions), (embeddings,))
+        rows = _block(builder, rows, table, whole=config.windows is None or block in config.windows.full_blocks)
+        builder.block = None
+        after[block + 1] = rows
+        if block in config.deepstack and config.deepstack_projector is not None:
+            name = f"deepstack.{config.deepstack.index(block)}"
+            selected = _select(builder, [rows], f"{name}.features")
+            deepstack.append(_project(builder, name, name, selected, config.deepstack_projector))
+    normed = None
+    pools_all = config.pooling is not None and config.pooling.kind == "attention"
+    if config.output_norm is not None and (config.normed_features or pools_all):
+        normed = builder.norm("output_norm", rows, config.output_norm)
+    if config.normed_features and normed is not None:
+        after[config.depth] = normed
+    outputs = [_embeddings(builder, [after[feature] for feature in config.features]), *deepstack]
+    if config.pooling is not None and config.output_norm is not None:
+        if normed is not None and config.pooling.norm is not None:
+            outputs.append(_attention_pooling(builder, normed, config.pooling.norm))
+        else:
+            outputs.append(_class_token_pooling(builder, rows, config.output_norm))
+    return Graph(tuple(builder.nodes), builder.values, builder.weights, tuple(builder.inputs), tuple(outputs))
 
 
-def _patch_projection(builder: _Builder, pixels: str) -> str:
+def _patch_projection(builder: _Builder) -> str:
     config, patch = builder.config, builder.config.patch
+    pixels = builder.input("pixels", patch.inner, dtype="float32")
     kernel = (config.width, patch.channels, patch.temporal, patch.size, patch.size)
     weights = {"weight": builder.weight("patch_projection.weight", config.width, patch.inner, source_shape=kernel)}
     if patch.bias:
@@ -274,52 +358,240 @@ def _patch_projection(builder: _Builder, pixels: str) -> str:
     return rows
 
 
-def _rotary_table(builder: _Builder, positions: str) -> tuple[str, str]:
-    config, rotary = builder.config, builder.config.rotary
-    table = tuple(builder.value(name, config.head_dim // 2, dtype="float32") for name in ("cosines", "sines"))
-    attributes = {"head_dim": config.head_dim, "theta": rotary.theta, "layout": rotary.layout}
+def _add_positions(builder: _Builder, rows: str, table: PositionTable) -> str:
+    places = table.side**2 + (1 if builder.config.class_token else 0)
+    taps = 1 if table.sampling == "exact" else 4
+    inputs = [rows, builder.input("position_index", taps)]
+    if taps > 1:
+        inputs.append(builder.input("position_weights", taps, dtype="float32"))
+    width = builder.config.width
+    weights = {"position_table": builder.weight("position_table.weight", places, width)}
+    (placed,) = builder.node("add_positions", "add_positions", inputs, ("placed_rows", width), weights=weights)
+    return placed
+
+
+def _rotary_table(builder: _Builder, rotary: RotaryEmbedding) -> tuple[str, str]:
+    head_dim = builder.config.head_dim
+    positions = builder.input("positions", 2)
+    table = tuple(builder.value(name, head_dim // 2, dtype="float32") for name in ("cosines", "sines"))
+    attributes = {"head_dim": head_dim, "theta": rotary.theta, "layout": rotary.layout}
     builder.nodes.append(Node("rotary_table", "rotary_table", (positions,), table, attributes=attributes))
     return table[0], table[1]
 
 
-def _block(builder: _Builder, rows: str, cosines: str, sines: str) -> str:
+def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole: bool) -> str:
     """One pre-norm transformer block: attention and MLP, each added to the rows it read."""
     config = builder.config
     width = config.width
     heads: dict[str, Any] = {"heads": config.heads, "head_dim": config.head_dim}
 
-    normed = builder.norm("norm1", rows)
-    qkv = builder.linear("qkv", normed, width, 3 * width, bias=config.qkv_bias)
-    (rotated,) = builder.node(
-        "rope", "rope", [qkv, cosines, sines], ("rotated", 3 * width), **heads, rotation=config.rotary.rotation
-    )
-    (mixed,) = builder.node("attention", "attention", [rotated], ("mixed", width), **heads)
-    projected = builder.linear("attention_output", mixed, width, width, bias=config.attention_bias)
+    normed = builder.norm("norm1", rows, config.norm)
+    qkv = builder.linear("qkv", normed, 3 * width, bias=config.qkv_bias)
+    if config.rotary is not None and table is not None:
+        (qkv,) = builder.node(
+            "rope", "rope", [qkv, *table], ("rotated", 3 * width), **heads, rotation=config.rotary.rotation
+        )
+    (mixed,) = builder.node("attention", "attention", [qkv], ("mixed", width), **heads, windows=not whole)
+    projected = builder.linear("attention_output", mixed, width, bias=config.attention_bias)
     (rows,) = builder.node("attention_residual", "add", [projected, rows], ("attended", width))
 
-    normed = builder.norm("norm2", rows)
-    hidden = builder.linear("mlp_up", normed, width, config.mlp_hidden, bias=config.mlp_bias)
-    (hidden,) = builder.node(
-        "mlp_activation", "activation", [hidden], ("mlp_hidden", config.mlp_hidden), activation=config.activation
-    )
-    projected = builder.linear("mlp_down", hidden, config.mlp_hidden, width, bias=config.mlp_bias)
+    normed = builder.norm("norm2", rows, config.norm)
+    hidden = _gated_hidden(builder, normed) if config.gated else _hidden(builder, normed)
+    projected = _mlp_down(builder, hidden)
     (rows,) = builder.node("mlp_residual", "add", [projected, rows], ("block_rows", width))
     return rows
 
 
-def _projector(builder: _Builder, rows: str) -> str:
-    config, projector = builder.config, builder.config.projector
-    joined = config.width * projector.rows_per_token
-    weights = builder.norm_weights("projector.norm", projector.norm, role="norm_")
-    for number, (inner, width) in enumerate(((joined, projector.hidden), (projector.hidden, projector.output)), 1):
-        weights[f"weight_{number}"] = builder.weight(f"projector.linear_{number}.weight", width, inner)
-        if projector.bias:
-            weights[f"bias_{number}"] = builder.weight(f"projector.linear_{number}.bias", width)
-    scratch = (
-        builder.value("projector.normed", config.width),
-        builder.value("projector.hidden", projector.hidden, "tokens"),
+def _hidden(builder: _Builder, normed: str) -> str:
+    config = builder.config
+    hidden = builder.linear("mlp_up", normed, config.mlp_hidden, bias=config.mlp_bias)
+    (hidden,) = builder.node(
+        "mlp_activation", "activation", [hidden], ("mlp_hidden", config.mlp_hidden), activation=config.activation
     )
-    embeddings = builder.value("embeddings", projector.output, "tokens")
-    attributes = {"merge": projector.rows_per_token, "activation": projector.activation, **_of(projector.norm)}
-    builder.nodes.append(Node("projector", "projector", (rows,), (embeddings,), weights, attributes, scratch))
-    return embeddings
+    return hidden
+
+
+def _gated_hidden(builder: _Builder, normed: str) -> str:
+    """``silu(gate(x)) · up(x)``: one product with ``[gate; up]``, whose two halves meet in its epilogue."""
+    config = builder.config
+    hidden, padded, width = config.mlp_hidden, config.mlp_padded, config.width
+    weights = {"weight": builder.weight("mlp_gate_up.weight", 2 * padded, width, unpadded=(2 * hidden, width))}
+    if config.mlp_bias:
+        weights["bias"] = builder.weight("mlp_gate_up.bias", 2 * padded, unpadded=(2 * hidden,))
+    (result,) = builder.node(
+        "mlp_gate_up", "linear", [normed], ("mlp_hidden", padded), weights=weights, activation="silu_gated", joined=1
+    )
+    return result
+
+
+def _mlp_down(builder: _Builder, hidden: str) -> str:
+    config = builder.config
+    width = config.width
+    weights = {
+        "weight": builder.weight("mlp_down.weight", width, config.mlp_padded, unpadded=(width, config.mlp_hidden))
+    }
+    if config.mlp_bias:
+        weights["bias"] = builder.weight("mlp_down.bias", width)
+    (result,) = builder.node(
+        "mlp_down", "linear", [hidden], ("mlp_down_rows", width), weights=weights, activation=None, joined=1
+    )
+    return result
+
+
+def _select(builder: _Builder, features: Sequence[str], name: str) -> str:
+    """The rows that the tokens are made of, in the order of the picture, several features side by side."""
+    selects = builder.config.selects
+    if len(features) == 1 and not selects:
+        return features[0]
+    index = [builder.input("selection", 1, "selected")] if selects else []
+    width = sum(builder.values[feature].width for feature in features)
+    (selected,) = builder.node(
+        name, "select", [*features, *index], (name, width), rows="selected", features=len(features)
+    )
+    return selected
+
+
+def _embeddings(builder: _Builder, features: Sequence[str]) -> str:
+    config = builder.config
+    if config.projector is None:
+        index = [builder.input("selection", 1, "selected")] if config.selects else []
+        (embeddings,) = builder.node(
+            "features",
+            "select",
+            [*features, *index],
+            ("embeddings", config.hidden_size),
+            rows="tokens",
+            features=len(features),
+        )
+        return embeddings
+    selected = _select(builder, features, "features")
+    if not config.newline:
+        return _project(builder, "projector", "embeddings", selected, config.projector)
+    return _assemble(builder, _project(builder, "projector", "projected", selected, config.projector))
+
+
+def _project(builder: _Builder, name: str, result: str, rows: str, projector: Projector) -> str:
+    """Rows → tokens, by one ``projector`` node where its form allows it, else step by step."""
+    norm, per_token = projector.norm, projector.rows_per_token
+    if projector.join == "mean" and per_token > 1:
+        width = builder.values[rows].width
+        (rows,) = builder.node(
+            f"{name}.pool", "pool", [rows], (f"{name}.pooled", width), rows="merged", count=per_token
+        )
+        per_token = 1
+    if norm is not None and (projector.hidden is None or projector.merging_linear):
+        rows = builder.norm(f"{name}.norm", rows, norm)
+        norm = None
+    if projector.merging_linear:
+        width = builder.values[rows].width
+        rows = builder.linear(f"{name}.merging", rows, width, bias=False, joined=per_token)
+        per_token = 1
+    if projector.hidden is None:
+        value = builder.values[rows]
+        weights = {"weight": builder.weight(f"{name}.linear.weight", projector.output, value.width * per_token)}
+        if projector.bias:
+            weights["bias"] = builder.weight(f"{name}.linear.bias", projector.output)
+        (tokens,) = builder.node(
+            name,
+            "linear",
+            [rows],
+            (result, projector.output),
+            rows="merged",
+            weights=weights,
+            activation=None,
+            joined=per_token,
+        )
+        return tokens
+    return _projector_node(builder, name, result, rows, projector, norm, per_token)
+
+
+def _projector_node(
+    builder: _Builder,
+    name: str,
+    result: str,
+    rows: str,
+    projector: Projector,
+    norm: Normalisation | None,
+    per_token: int,
+) -> str:
+    hidden = projector.hidden or projector.output
+    width = builder.values[rows].width
+    over_token = norm is not None and projector.norm_over == "token"
+    scratch: tuple[str, ...] = (builder.value(f"{name}.hidden", hidden, "merged"),)
+    weights: dict[str, str] = {}
+    attributes: dict[str, Any] = {"merge": per_token, "activation": projector.activation, "over_token": over_token}
+    if norm is not None:
+        normed_width = width * per_token if over_token else width
+        weights = builder.norm_weights(f"{name}.norm", norm, normed_width, role="norm_")
+        normed = builder.value(f"{name}.normed", normed_width, "merged" if over_token else "selected")
+        scratch += (normed,)
+        attributes |= _of(norm)
+    for number, (inner, out) in enumerate(((width * per_token, hidden), (hidden, projector.output)), 1):
+        weights[f"weight_{number}"] = builder.weight(f"{name}.linear_{number}.weight", out, inner)
+        if projector.bias:
+            weights[f"bias_{number}"] = builder.weight(f"{name}.linear_{number}.bias", out)
+    tokens = builder.value(result, projector.output, "merged")
+    builder.nodes.append(Node(name, "projector", (rows,), (tokens,), weights, attributes, scratch))
+    return tokens
+
+
+def _assemble(builder: _Builder, rows: str) -> str:
+    """Tokens out of the rows of all views, and the newline embedding between them."""
+    config = builder.config
+    index = builder.input("assembly_index", config.assembly_taps, "tokens")
+    share = builder.input("assembly_weights", config.assembly_taps, "tokens", "float32")
+    weights = {"newline": builder.weight("newline", config.hidden_size)}
+    (tokens,) = builder.node(
+        "assemble", "assemble", [rows, index, share], ("embeddings", config.hidden_size), rows="tokens", weights=weights
+    )
+    return tokens
+
+
+def _class_token_pooling(builder: _Builder, rows: str, norm: Normalisation) -> str:
+    """The class token of every view, normalised."""
+    config = builder.config
+    index = builder.input("class_rows", 1, "views")
+    (first,) = builder.node(
+        "class_token", "select", [rows, index], ("class_token", config.width), rows="views", features=1
+    )
+    weights = builder.norm_weights("output_norm", norm, config.width)
+    (pooled,) = builder.node(
+        "pooled", "norm", [first], ("pooled", config.width), rows="views", weights=weights, **_of(norm)
+    )
+    return pooled
+
+
+def _attention_pooling(builder: _Builder, rows: str, norm: Normalisation) -> str:
+    """A learned query attends to a view's rows; then a projection and an MLP, whose result is added to what it read."""
+    config = builder.config
+    width = config.width
+    keys_values = builder.linear("pooling.keys_values", rows, 2 * width, bias=True)
+    weights = {
+        "probe": builder.weight("pooling.probe", 1, width),
+        "weight": builder.weight("pooling.query.weight", width, width),
+        "bias": builder.weight("pooling.query.bias", width),
+    }
+    heads: dict[str, Any] = {"heads": config.heads, "head_dim": config.head_dim}
+    (mixed,) = builder.node(
+        "pooling.attention",
+        "attention_pooling",
+        [keys_values],
+        ("pooling.mixed", width),
+        rows="views",
+        weights=weights,
+        **heads,
+    )
+    attended = builder.linear("pooling.attention_output", mixed, width, bias=True)
+    hidden = builder.norm("pooling.norm", attended, norm)
+    hidden = builder.linear("pooling.mlp_up", hidden, config.mlp_hidden, bias=True)
+    (hidden,) = builder.node(
+        "pooling.mlp_activation",
+        "activation",
+        [hidden],
+        ("pooling.mlp_hidden", config.mlp_hidden),
+        rows="views",
+        activation=config.activation,
+    )
+    projected = builder.linear("pooling.mlp_down", hidden, width, bias=True)
+    (pooled,) = builder.node("pooling.residual", "add", [projected, attended], ("pooled", width), rows="views")
+    return pooled

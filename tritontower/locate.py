@@ -2,7 +2,7 @@
 
 From the hub come the configuration files and, of the weights, only the shards that hold vision tensors: 1.3 of the 16
 gigabytes of a 7B model, where its shards are cut that way.  Everything is fetched at the one commit that the revision
-stood for when ``config.json`` was fetched.
+stood for when ``config.json`` (or ``params.json``, in repositories that have only Mistral's own files) was fetched.
 """
 
 import re
@@ -10,16 +10,26 @@ from pathlib import Path
 from typing import Final
 
 from .errors import CheckpointNotFoundError, UsageError, shorten
-from .weight_files import INDEX_NAME, SINGLE_NAME, Prefixes, refuse_pickles, shards_with_prefix
+from .weight_files import (
+    INDEX_NAMES,
+    SINGLE_NAMES,
+    Layout,
+    Roots,
+    numbered_files,
+    refuse_pickles,
+    shards_with_prefix,
+)
 
 __all__ = ["fetch_shards", "locate"]
 
 CONFIG_NAME: Final = "config.json"
+MISTRAL_CONFIG_NAME: Final = "params.json"
 _OPTIONAL_NAMES: Final = (
+    MISTRAL_CONFIG_NAME,
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    INDEX_NAME,
+    INDEX_NAMES["hf"],
 )
 _PICKLE_NAMES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
@@ -34,6 +44,8 @@ def locate(
     local_files_only: bool = False,
 ) -> Path:
     """The folder with the checkpoint's configuration; its weights may still have to come, by :func:`fetch_shards`.
+
+    That is ``config.json``, or ``params.json`` in a repository that has only Mistral's own files.
 
     Args:
         model: a local folder, or a hub id such as ``"Qwen/Qwen2-VL-2B-Instruct"``.  A folder that exists wins over a
@@ -65,25 +77,31 @@ def locate(
             f"model {shorten(text)} is neither a local folder nor a hub id such as 'org/name'"
         )
     hub = _Hub(text, revision, token, cache_dir, local_files_only)
-    folder = hub.fetch(CONFIG_NAME).parent
+    folder = hub.fetch_first(CONFIG_NAME, MISTRAL_CONFIG_NAME).parent
     hub = _Hub(text, _commit(folder) or revision, token, cache_dir, local_files_only)
     for name in _OPTIONAL_NAMES:
         hub.fetch_if_there(name)
     return folder
 
 
-def fetch_shards(folder: Path, prefixes: Prefixes, *, token: str | None = None, local_files_only: bool = False) -> None:
+def fetch_shards(
+    folder: Path, roots: Roots, *, layout: Layout = "hf", token: str | None = None, local_files_only: bool = False
+) -> None:
     """Fetches the weight files of ``folder`` that hold vision tensors, if it lies in the hub's cache; else does nothing.
+
+    Mistral's numbered files without an index are all fetched, since nothing says which of them hold the tower.
 
     Args:
         folder: what :func:`locate` returned.
-        prefixes: as for :meth:`tritontower.checkpoint.Checkpoint.open`.
+        roots: as for :meth:`tritontower.checkpoint.Checkpoint.open`.
+        layout: whose names the weight files have, as there.
         token, local_files_only: as in ``huggingface_hub``.
 
     Raises:
         CheckpointNotFoundError: a file cannot be fetched.
         UnsafeFormatError: the repository has only pickles.
         UnsafePathError, CheckpointIncompleteError, CheckpointCorruptError: the index cannot be used.
+        CheckpointAmbiguousError: numbered files of several sets.
     """
     commit = _commit(folder)
     if commit is None:
@@ -92,12 +110,27 @@ def fetch_shards(folder: Path, prefixes: Prefixes, *, token: str | None = None, 
     if kind != "models" or not parts:
         return
     hub = _Hub("/".join(parts), commit, token, folder.parents[2], local_files_only)
-    if (folder / INDEX_NAME).is_file():
-        for shard in shards_with_prefix(folder / INDEX_NAME, prefixes):
+    if (folder / INDEX_NAMES[layout]).is_file() or (layout != "hf" and hub.fetch_if_there(INDEX_NAMES[layout])):
+        for shard in shards_with_prefix(folder, roots, layout):
             hub.fetch(shard)
-    elif hub.fetch_if_there(SINGLE_NAME) is None:
-        refuse_pickles(hub.repository, [name for name in _PICKLE_NAMES if hub.has(name)])
-        raise CheckpointNotFoundError(f"{hub.repository} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+    elif hub.fetch_if_there(SINGLE_NAMES[layout]) is None:
+        _fetch_unlisted(hub, folder, layout)
+
+
+def _fetch_unlisted(hub: "_Hub", folder: Path, layout: Layout) -> None:
+    """Fetches what has neither an index nor the name of a single file, or says what the repository has instead."""
+    if layout == "mistral":
+        names = hub.list_files() or [entry.name for entry in folder.iterdir()]
+        numbered = numbered_files(hub.repository, names)
+        for name in numbered:
+            hub.fetch(name)
+        if numbered:
+            return
+        pickles = [] if any(name.endswith(".safetensors") for name in names) else names
+    else:
+        pickles = [name for name in _PICKLE_NAMES if hub.has(name)]
+    refuse_pickles(hub.repository, pickles)
+    raise CheckpointNotFoundError(f"{hub.repository} holds neither {SINGLE_NAMES[layout]} nor {INDEX_NAMES[layout]}")
 
 
 def _commit(folder: Path) -> str | None:
@@ -152,6 +185,38 @@ class _Hub:
             if isinstance(error.__cause__, EntryNotFoundError):
                 return None
             raise
+
+    def fetch_first(self, name: str, otherwise: str) -> Path:
+        """As :meth:`fetch`, but of the file ``otherwise`` where there is no ``name``."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return self.fetch(name)
+        except CheckpointNotFoundError as error:
+            if not isinstance(error.__cause__, EntryNotFoundError):
+                raise
+            path = self.fetch_if_there(otherwise)
+            if path is None:
+                reason = _reason(error.__cause__)
+                raise CheckpointNotFoundError(f"{self._at()}: {name} (or {otherwise}) {reason}") from error.__cause__
+            return path
+
+    def list_files(self) -> list[str]:
+        """The repository's files; none where the hub is not to be reached.
+
+        Raises:
+            CheckpointNotFoundError: it is to be reached, and cannot be.
+        """
+        from huggingface_hub import errors, list_repo_files
+
+        if self._local_files_only:
+            return []
+        try:
+            return list_repo_files(self.repository, revision=self.revision, token=self._token)
+        except errors.OfflineModeIsEnabled:
+            return []
+        except Exception as error:  # as in fetch
+            raise CheckpointNotFoundError(f"{self._at()}: the list of files {_reason(error)}") from error
 
     def has(self, name: str) -> bool:
         """Whether the repository has the file ``name``; ``False`` where that cannot be found out."""

@@ -7,7 +7,7 @@ each other than from the truth, so each is held against transformers in fp32, an
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +15,17 @@ from typing import Any
 import torch
 
 from .batch import PackedBatch
-from .errors import ProcessorError
+from .errors import ReferenceModelError
 from .executor import Observer
 from .graph import Node
+from .reference import ModuleValue, ReferenceModel
 from .tower import VisionTower
 
 __all__ = [
     "FLOAT32_TOLERANCE",
     "HALF_TOLERANCE",
     "NodeParity",
+    "OutputParity",
     "Parity",
     "Reference",
     "compare",
@@ -38,36 +40,65 @@ HALF_TOLERANCE = 1.10
 
 
 @dataclass(frozen=True)
+class OutputParity:
+    """How close one output of a tower comes to transformers'.
+
+    Attributes:
+        error: relative L2 distance of the tower's rows from transformers' in fp32.
+        reference_error: the same distance of transformers in the tower's dtype; ``None`` for fp32, where it is zero.
+    """
+
+    error: float
+    reference_error: float | None
+
+    @property
+    def limit(self) -> float:
+        """The largest error that passes."""
+        return FLOAT32_TOLERANCE if self.reference_error is None else HALF_TOLERANCE * self.reference_error
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output is as close as it must be."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
 class Parity:
     """How close a tower comes to transformers, over a whole batch.
 
     Attributes:
         dtype: the tower's.
-        error: relative L2 distance of the tower's embeddings from transformers' in fp32.
-        worst_picture: the largest such distance of one picture.
-        reference_error: the same distance of transformers in the tower's dtype; ``None`` for fp32, where it is zero.
+        outputs: per output (``embeddings``, and whatever else the tower has), how close it is.
+        worst_picture: the largest distance of one picture's embeddings.
         seconds: wall time of the tower's pass.
         reference_seconds: wall time of transformers' pass in the tower's dtype.
     """
 
     dtype: torch.dtype
-    error: float
+    outputs: Mapping[str, OutputParity]
     worst_picture: float
-    reference_error: float | None
     seconds: float
     reference_seconds: float
 
     @property
+    def error(self) -> float:
+        """Distance of the embeddings."""
+        return self.outputs["embeddings"].error
+
+    @property
+    def reference_error(self) -> float | None:
+        """Distance of transformers' embeddings in the tower's dtype; ``None`` for fp32."""
+        return self.outputs["embeddings"].reference_error
+
+    @property
     def limit(self) -> float:
-        """The largest error that passes."""
-        if self.reference_error is None:
-            return FLOAT32_TOLERANCE
-        return HALF_TOLERANCE * self.reference_error
+        """The largest error of the embeddings that passes."""
+        return self.outputs["embeddings"].limit
 
     @property
     def passed(self) -> bool:
-        """Whether the tower is as close as it must be."""
-        return self.error <= self.limit
+        """Whether every output is as close as it must be."""
+        return all(output.passed for output in self.outputs.values())
 
 
 @dataclass(frozen=True)
@@ -82,71 +113,76 @@ class NodeParity:
 
 
 class Reference:
-    """transformers' vision tower of a checkpoint, read by transformers itself.
+    """transformers' implementation of a tower, read by transformers itself from the same checkpoint.
 
     Args:
         tower: whose checkpoint and pictures it shall share.
         dtype: in which it computes.
 
     Raises:
-        ProcessorError: transformers finds tensors missing, which it would otherwise fill with random numbers.
+        ReferenceModelError: transformers has no such model, cannot load it, or finds tensors missing.
     """
 
     def __init__(self, tower: VisionTower, dtype: torch.dtype) -> None:
-        import transformers
-
-        with _quiet(transformers.utils.logging):
-            config = transformers.AutoConfig.from_pretrained(
-                str(tower.folder), local_files_only=True, trust_remote_code=False
+        implementation = tower.family.reference
+        if implementation is None:
+            raise ReferenceModelError(
+                f"transformers reads no checkpoint in the format of {tower.folder}; compare the same model's checkpoint in "
+                "transformers' format"
             )
-            model_class = tower.family.reference_class()
-            # `from_pretrained(dtype=…)`, not `.to(dtype)`: the latter would round the rotary frequencies as well.
-            self.model, report = model_class.from_pretrained(
-                str(tower.folder),
-                config=config.vision_config,
-                key_mapping={rf"^{prefix.replace('.', '[.]')}": "" for prefix in tower.family.PREFIXES},
-                dtype=dtype,
-                attn_implementation="sdpa",
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        if report["missing_keys"]:
-            raise ProcessorError(f"transformers misses {sorted(report['missing_keys'])[:10]} in {tower.folder}")
-        self.model.to(tower.device).eval()
+        self.implementation: ReferenceModel = implementation
+        self.model: Any = implementation.load(tower.folder, dtype).to(tower.device)
         self.tower = tower
         self.dtype = dtype
 
-    def inputs(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch as transformers takes it: pixels of all the frames that a patch spans, and the grids."""
-        patch = self.tower.config.patch
-        pixels = batch.pixels
-        if pixels.shape[1] == patch.still_inner:
-            pixels = pixels.unflatten(1, (patch.channels, 1, -1)).expand(-1, -1, patch.temporal, -1).flatten(1)
-        return pixels.to(self.tower.device), torch.tensor(batch.grids, device=self.tower.device)
+    def inputs(self, batch: PackedBatch) -> Any:
+        """The batch in the form that transformers takes: what it costs is not transformers' time."""
+        return self.implementation.inputs(self.model, batch.to(self.tower.device), self.tower.config)
 
     @torch.inference_mode()
+    def outputs(self, inputs: Any) -> Mapping[str, torch.Tensor]:
+        """The tower's outputs by name, for :meth:`inputs`."""
+        return self.implementation.outputs(self.model, inputs, self.tower.config)
+
+    def run(self, batch: PackedBatch) -> Mapping[str, torch.Tensor]:
+        """The tower's outputs by name, as :meth:`VisionTower.run` gives them."""
+        return self.outputs(self.inputs(batch))
+
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """``[tokens, hidden_size]``, as :meth:`VisionTower.forward`."""
-        return self.tower.family.reference_embeddings(self.model(*self.inputs(batch)))
+        return self.run(batch)["embeddings"]
 
     @contextmanager
-    def recorded(self, names: Mapping[str, tuple[str, str]]) -> Iterator[dict[str, torch.Tensor]]:
-        """Collects, while the model runs, the inputs and outputs of the modules that ``names`` points to."""
-        found: dict[str, torch.Tensor] = {}
+    def recorded(self, names: Mapping[str, ModuleValue]) -> Iterator[Callable[[str], torch.Tensor | None]]:
+        """Collects, while the model runs, what goes into and comes out of the modules that ``names`` points to.
+
+        Yields:
+            Value of the graph → its rows inside transformers; ``None`` if the model did not run through the modules.
+        """
+        found: dict[tuple[str, str], torch.Tensor] = {}
         handles = []
-        for value, (path, side) in names.items():
+        for path, side in sorted({(path, value.side) for value in names.values() for path in value.paths}):
             module = self.model.get_submodule(path)
 
-            def keep_input(_module: Any, inputs: Any, value: str = value) -> None:
-                found[value] = inputs[0].detach().flatten(0, -2)
+            def keep_input(_module: Any, inputs: Any, key: tuple[str, str] = (path, side)) -> None:
+                found[key] = _rows(inputs[0])
 
-            def keep_output(_module: Any, _inputs: Any, output: Any, value: str = value) -> None:
-                found[value] = output.detach().flatten(0, -2)
+            def keep_output(_module: Any, _inputs: Any, output: Any, key: tuple[str, str] = (path, side)) -> None:
+                found[key] = _rows(output[0] if isinstance(output, tuple) else output)
 
             hook = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
             handles.append(hook(keep_input if side == "input" else keep_output))
+
+        def value(name: str) -> torch.Tensor | None:
+            if name not in names:
+                return None
+            parts = [found.get((path, names[name].side)) for path in names[name].paths]
+            return (
+                None if any(part is None for part in parts) else torch.cat([p for p in parts if p is not None], dim=1)
+            )
+
         try:
-            yield found
+            yield value
         finally:
             for handle in handles:
                 handle.remove()
@@ -154,19 +190,26 @@ class Reference:
 
 def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
     """Runs ``tower`` and transformers over ``batch`` and holds them against each other."""
-    ours, seconds = _timed(tower.forward, batch, tower.device)
-    reference_error: float | None = None
-    exact, reference_seconds = _timed(Reference(tower, torch.float32).forward, batch, tower.device)
+    ours, seconds = _timed(tower.run, batch, tower.device)
+    exact, reference_seconds = _reference_timed(tower, torch.float32, batch)
     gc.collect()
+    theirs: Mapping[str, torch.Tensor] | None = None
     if tower.dtype != torch.float32:
-        theirs, reference_seconds = _timed(Reference(tower, tower.dtype).forward, batch, tower.device)
-        reference_error = relative_error(theirs, exact)
-    parts = zip(ours.split(batch.token_counts), exact.split(batch.token_counts), strict=True)
+        theirs, reference_seconds = _reference_timed(tower, tower.dtype, batch)
+    if absent := sorted(ours.keys() ^ exact.keys()):
+        raise ReferenceModelError(f"only one of the tower and transformers has the outputs {', '.join(absent)}")
+    outputs = {
+        name: OutputParity(
+            relative_error(rows, exact[name]),
+            None if theirs is None else relative_error(theirs[name], exact[name]),
+        )
+        for name, rows in ours.items()
+    }
+    parts = zip(*(rows["embeddings"].split(batch.token_counts) for rows in (ours, exact)), strict=True)
     return Parity(
         dtype=tower.dtype,
-        error=relative_error(ours, exact),
+        outputs=outputs,
         worst_picture=max((relative_error(mine, true) for mine, true in parts), default=0.0),
-        reference_error=reference_error,
         seconds=seconds,
         reference_seconds=reference_seconds,
     )
@@ -177,22 +220,53 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
 
     The first line whose error jumps is where the two part; everything behind it carries that error on.
     """
-    names = tower.family.reference_values(tower.config)
     reference = Reference(tower, tower.dtype)
-    with reference.recorded(names) as theirs:
-        reference.forward(batch)
+    names = reference.implementation.values(tower.config)
+    raster = _raster_order(batch) if reference.implementation.row_order == "raster" else None
+    executor = tower.executor_for(batch)
+    with reference.recorded(names) as value:
+        reference.run(batch)
     found: list[NodeParity] = []
 
     def observe(node: Node, tensors: Mapping[str, torch.Tensor]) -> None:
-        for value in (*node.scratch, *node.outputs):
-            if value in theirs:
-                path, side = names[value]
-                error = relative_error(tensors[value], theirs[value].reshape(tensors[value].shape))
-                found.append(NodeParity(node.name, value, f"{path} ({side})", error))
+        for name in (*node.scratch, *node.outputs):
+            theirs = value(name)
+            if theirs is None:
+                continue
+            ours, rows = tensors[name], executor.graph.values[name].rows
+            theirs = theirs.reshape(len(ours), -1)
+            if raster is not None and len(ours) == len(raster):
+                ours = ours[raster]
+            elif batch.windows is not None and batch.selection is not None and rows != "patches":
+                # transformers projects in window order, and puts only the result in order.
+                theirs = theirs[_picture_order(batch, len(ours))]
+            # A padded MLP is wider; what is beyond is zero.
+            error = relative_error(ours[:, : theirs.shape[1]], theirs)
+            found.append(NodeParity(node.name, name, str(names[name]), error))
 
     watch: Observer = observe
-    tower.executor_for(batch).run(batch.to(tower.device), watch)
+    executor.run(batch.to(tower.device), watch)
     return found
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().flatten(0, -2)
+
+
+def _picture_order(batch: PackedBatch, rows: int) -> torch.Tensor:
+    """Where each patch, or each token if there are only as many ``rows``, stands in window order."""
+    selection = batch.selection
+    if selection is None or rows == len(selection):
+        return torch.arange(rows) if selection is None else selection.squeeze(1).long()
+    per_token = len(selection) // rows
+    return selection.view(rows, per_token)[:, 0].long() // per_token
+
+
+def _raster_order(batch: PackedBatch) -> torch.Tensor:
+    """The rows of each view by their row and column in it."""
+    view = torch.arange(batch.views.count).repeat_interleave(torch.tensor(batch.views.lengths))
+    row, column = batch.positions.long().unbind(1)
+    return ((view * batch.side + row) * batch.side + column).argsort(stable=True)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -202,25 +276,20 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference / scale if scale else difference)
 
 
-@contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Silences transformers while it reads a tower out of a whole model: it reports every tensor that it leaves out."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def _reference_timed(
+    tower: VisionTower, dtype: torch.dtype, batch: PackedBatch
+) -> tuple[Mapping[str, torch.Tensor], float]:
+    reference = Reference(tower, dtype)
+    return _timed(reference.outputs, reference.inputs(batch), tower.device)
 
 
-def _timed(function: Any, batch: PackedBatch, device: torch.device) -> tuple[torch.Tensor, float]:
+def _timed(
+    function: Callable[[Any], Mapping[str, torch.Tensor]], argument: Any, device: torch.device
+) -> tuple[Mapping[str, torch.Tensor], float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    result: torch.Tensor = function(batch)
+    result = function(argument)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return result, time.perf_counter() - start

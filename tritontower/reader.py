@@ -203,6 +203,33 @@ class ConfigReader:
             for position, element in enumerate(value)
         )
 
+    def get_rows(
+        self,
+        kind: type[T],
+        key: str,
+        default: Sequence[Sequence[T]] | _Required = REQUIRED,
+        *,
+        length: int,
+        minimum: float | None = None,
+    ) -> tuple[tuple[T, ...], ...]:
+        """The list of lists under ``key``, each of ``length`` elements, every element checked as in :meth:`get`."""
+        value = self._find(key)
+        if value is _ABSENT and not isinstance(default, _Required):
+            return tuple(map(tuple, default))
+        each = f"{length}, each element {_allowed(kind, minimum, None, None)}"
+        if not isinstance(value, list):
+            raise self.error(key, None if value is _ABSENT else value, f"a list of lists of {each}")
+        for position, row in enumerate(value):
+            if not isinstance(row, list) or len(row) != length:
+                raise self.error(f"{key}[{position}]", row, f"a list of {each}")
+        return tuple(
+            tuple(
+                self._checked(kind, f"{key}[{position}][{place}]", element, minimum, None, None)
+                for place, element in enumerate(row)
+            )
+            for position, row in enumerate(value)
+        )
+
     def error(self, key: str, value: object, allowed: str) -> ConfigError:
         """A :class:`ConfigError` about ``key``, for checks that concern several values at once."""
         return ConfigError(self._full(key), value, allowed, source=self.source)

@@ -1,20 +1,24 @@
 """The files of a safetensors checkpoint: which there are, which may be opened, and what is wrong with one that is not.
 
-A checkpoint is a folder with ``model.safetensors.index.json`` and its shards, or with one ``model.safetensors``.
+A checkpoint is a folder with ``model.safetensors.index.json`` and its shards, or with one ``model.safetensors``.  Mistral
+publishes its own layout, often beside that one and with other tensor names: ``consolidated.safetensors.index.json`` and
+its shards, or one ``consolidated.safetensors``, or numbered files without an index.
 
 Files are read with ``pread``: a memory-mapped file that shrinks while it is read (an interrupted download, a network
 file system) kills the process with SIGBUS, this way it is an ordinary error.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from safetensors import SafetensorError, safe_open
 
 from .errors import (
+    CheckpointAmbiguousError,
     CheckpointCorruptError,
     CheckpointIncompleteError,
     CheckpointNotFoundError,
@@ -27,23 +31,41 @@ from .errors import (
 from .reader import read_json
 
 __all__ = [
-    "INDEX_NAME",
-    "SINGLE_NAME",
-    "Prefixes",
+    "INDEX_NAMES",
+    "SINGLE_NAMES",
+    "Layout",
+    "Roots",
     "WeightFiles",
     "check_shard_name",
     "explained",
+    "numbered_files",
     "open_safetensors",
     "refuse_pickles",
     "shards_with_prefix",
     "strip_prefix",
 ]
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+Layout = Literal["hf", "mistral"]
+"""Whose names the files have: those of Hugging Face transformers, or Mistral's own."""
 
-Prefixes = Sequence[str] | Mapping[str, str]
-"""Which stored names belong to the vision tower: prefixes to strip, or prefix → replacement."""
+INDEX_NAMES: Final[Mapping[Layout, str]] = {
+    "hf": "model.safetensors.index.json",
+    "mistral": "consolidated.safetensors.index.json",
+}
+"""Layout → the file that says which shard holds which tensor."""
+
+SINGLE_NAMES: Final[Mapping[Layout, str]] = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
+"""Layout → the file that holds everything, where there are no shards."""
+
+Roots = Mapping[str, str]
+"""Which stored names belong to the vision tower: how they begin → what that becomes.  ``""`` takes what nothing else does."""
+
+_WRAPPERS = frozenset({"model", "module", "base_model", "_orig_mod"})
+"""Components that training, compiling and saving put before a name: transformers, DataParallel, PEFT, torch.compile."""
+
+_LANGUAGE_MODEL = "language_model"
+
+_NUMBERED = re.compile(r"consolidated(?:-(?P<part>\d{5})-of-(?P<parts>\d{5})|\.(?P<rank>\d{2}))\.safetensors", re.ASCII)
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -54,17 +76,33 @@ _CONVERSION_HINT = (
 )
 
 
-def strip_prefix(name: str, prefixes: Prefixes) -> str | None:
-    """``name`` without the longest of ``prefixes`` that it begins with (or with its replacement); ``None`` if none."""
-    for prefix in sorted(prefixes, key=len, reverse=True):
-        if name.startswith(prefix):
-            replacement = prefixes[prefix] if isinstance(prefixes, Mapping) else ""
-            return replacement + name[len(prefix) :]
-    return None
+def strip_prefix(name: str, roots: Roots) -> str | None:
+    """``name`` with its root replaced, wherever wrappers put it; ``None`` if it is not of the vision tower.
+
+    Wrappers (``model.``, ``module.``, ``base_model.``, ``_orig_mod.``) are dropped from the front, one after the other,
+    until a root fits; of several the longest.  A root may itself begin with such a word.  The root ``""`` takes what is
+    left of any other name when no more can be dropped, but never what belongs to a language model.
+
+    Example: with ``{"vision_tower.": "tower."}`` both ``vision_tower.norm.weight`` and
+    ``model.module.vision_tower.norm.weight`` become ``tower.norm.weight``.
+    """
+    rest = name
+    while True:
+        fitting = [root for root in roots if root and rest.startswith(root)]
+        if fitting:
+            root = max(fitting, key=len)
+            return roots[root] + rest[len(root) :]
+        wrapper, _, behind = rest.partition(".")
+        if wrapper not in _WRAPPERS or not behind:
+            break
+        rest = behind
+    if "" not in roots or wrapper == _LANGUAGE_MODEL:
+        return None
+    return roots[""] + rest
 
 
-def check_shard_name(name: object) -> str:
-    """``name`` if it is a plain file name that ends in ``.safetensors``.
+def check_shard_name(name: object, index: str = INDEX_NAMES["hf"]) -> str:
+    """``name`` if it is a plain file name that ends in ``.safetensors``; ``index`` is the file that has it.
 
     Raises:
         UnsafePathError: it is a path, or not a text at all.
@@ -76,20 +114,21 @@ def check_shard_name(name: object) -> str:
         or not name.isprintable()
     ):
         raise UnsafePathError(
-            f"{INDEX_NAME} names the shard {shorten(name)}; allowed is a file name without folders that ends in "
-            ".safetensors"
+            f"{index} names the shard {shorten(name)}; allowed is a file name without folders that ends in .safetensors"
         )
     return name
 
 
-def shards_with_prefix(index: Path, prefixes: Prefixes) -> dict[str, list[str]]:
-    """Shard → stored names of the vision tensors that the index file places there, in the index's order.
+def shards_with_prefix(folder: Path, roots: Roots, layout: Layout = "hf") -> dict[str, list[str]]:
+    """Shard → stored names of the vision tensors that the folder's index places there, in the index's order.
 
     Raises:
+        CheckpointNotFoundError: no index of this layout.
         CheckpointCorruptError: not a JSON object.
         CheckpointIncompleteError: no ``weight_map`` in it.
         UnsafePathError: any shard's name is a path.
     """
+    index = folder / INDEX_NAMES[layout]
     try:
         weight_map = read_json(index).get("weight_map")
     except ConfigError as error:
@@ -98,10 +137,42 @@ def shards_with_prefix(index: Path, prefixes: Prefixes) -> dict[str, list[str]]:
         raise CheckpointIncompleteError(f"{index} has no weight_map, which says where each tensor is")
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
-        check_shard_name(shard)
-        if strip_prefix(name, prefixes) is not None:
+        check_shard_name(shard, index.name)
+        if strip_prefix(name, roots) is not None:
             shards.setdefault(shard, []).append(name)
     return shards
+
+
+def numbered_files(where: object, names: Iterable[str]) -> list[str]:
+    """Those of the file ``names`` that are Mistral's numbered ones, in order: for where there is no index to list them.
+
+    They are ``consolidated-00001-of-00002.safetensors`` and so on, or ``consolidated.00.safetensors`` and so on.
+
+    Raises:
+        CheckpointIncompleteError: a number is left out.
+        CheckpointAmbiguousError: they are of two sets.
+    """
+    sets: dict[str, dict[int, str]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            sets.setdefault(match["parts"] or "", {})[int(match["part"] or match["rank"])] = name
+    if not sets:
+        return []
+    if len(sets) > 1:
+        examples = list_names(sorted(min(files.values()) for files in sets.values()))
+        raise CheckpointAmbiguousError(
+            f"{where} holds numbered files of {len(sets)} sets ({examples}); keep one of them"
+        )
+    ((parts, files),) = sets.items()
+    numbers = range(1, int(parts) + 1) if parts else range(max(files) + 1)
+    if len(numbers) != len(files) or any(number not in files for number in numbers):
+        # Counted, not listed: the number of parts is a file's name, which may say anything.
+        raise CheckpointIncompleteError(
+            f"{where} holds {len(files)} of {len(numbers)} numbered files ({list_names(sorted(files.values()), 3)}); "
+            "download the others"
+        )
+    return [files[number] for number in numbers]
 
 
 def refuse_pickles(where: object, names: Iterable[str]) -> None:
@@ -120,10 +191,12 @@ class WeightFiles:
     folder: Path
     allow_symlinks: bool
 
-    def with_prefix(self, prefixes: Prefixes) -> dict[str, list[str]]:
-        """File → names that it must hold, of the files that hold vision tensors."""
-        if (self.folder / INDEX_NAME).exists():
-            shards = shards_with_prefix(self.path(INDEX_NAME), prefixes)
+    def with_prefix(self, roots: Roots, layout: Layout = "hf") -> dict[str, list[str]]:
+        """File → names that it must hold, of the files that hold vision tensors, or may where no index says which."""
+        index, single = INDEX_NAMES[layout], SINGLE_NAMES[layout]
+        if (self.folder / index).exists():
+            self.path(index)
+            shards = shards_with_prefix(self.folder, roots, layout)
             missing = sorted(shard for shard in shards if not (self.folder / shard).is_file())
             if missing:
                 raise CheckpointIncompleteError(
@@ -132,14 +205,17 @@ class WeightFiles:
                     missing,
                 )
             return shards
-        if (self.folder / SINGLE_NAME).exists():
-            return {SINGLE_NAME: []}
+        if (self.folder / single).exists():
+            return {single: []}
         names = [entry.name for entry in self.folder.iterdir()]
+        numbered = numbered_files(self.folder, names) if layout == "mistral" else []
+        if numbered:
+            return {name: [] for name in numbered}
         others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
         if not others:
             refuse_pickles(self.folder, names)
         hint = f"; it holds {list_names(others, 3)}, which is another layout" if others else ""
-        raise CheckpointNotFoundError(f"{self.folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}{hint}")
+        raise CheckpointNotFoundError(f"{self.folder} holds neither {single} nor {index}{hint}")
 
     def path(self, name: str) -> Path:
         """The path of the file ``name``, if neither it nor a link that it is leads away."""

@@ -1,6 +1,7 @@
 """Small random checkpoints, made by transformers itself, and pictures to show them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,23 +51,36 @@ def save_qwen2_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int
 
 def rename_tensors(source: Path, target: Path, old: str, new: str) -> Path:
     """A copy of a single-file checkpoint in which the prefix ``old`` of tensor names is ``new``."""
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.suffix == ".json":
-            (target / file.name).write_bytes(file.read_bytes())
+    return rename_all(source, target, [(old, new)])
+
+
+def rename_all(source: Path, target: Path, prefixes: Sequence[tuple[str, str]]) -> Path:
+    """A copy of a single-file checkpoint in which names begin with ``new`` instead of ``old``; the first pair that fits."""
+    _copy_settings(source, target)
     tensors = load_file(source / "model.safetensors")
-    renamed = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in tensors.items()}
+    renamed = {_renamed(name, prefixes): tensor for name, tensor in tensors.items()}
     assert renamed.keys() != tensors.keys()
     save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
     return target
 
 
-def shard(source: Path, target: Path, shards: int = 3) -> Path:
-    """A copy of a single-file checkpoint whose tensors are dealt out to several files, with an index."""
+def _renamed(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _copy_settings(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for file in source.iterdir():
         if file.suffix == ".json":
             (target / file.name).write_bytes(file.read_bytes())
+
+
+def shard(source: Path, target: Path, shards: int = 3) -> Path:
+    """A copy of a single-file checkpoint whose tensors are dealt out to several files, with an index."""
+    _copy_settings(source, target)
     tensors = load_file(source / "model.safetensors")
     names = sorted(tensors)
     weight_map = {}

@@ -19,11 +19,14 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from tritontower.kernels import configs, dispatch
+from tritontower.kernels.attention_pooling import attention_pooling
 from tritontower.kernels.elementwise import ACTIVATIONS, activation, add
 from tritontower.kernels.flash_attention import flash_attention_varlen
+from tritontower.kernels.gather import MAX_TAPS, gather_rows
 from tritontower.kernels.linear import EPILOGUES, linear
 from tritontower.kernels.norm import norm
 from tritontower.kernels.patch_projection import patch_projection
+from tritontower.kernels.pooling import mean_rows
 from tritontower.kernels.positions import axial_frequencies, rotary_table
 from tritontower.kernels.projector import projector_mlp
 from tritontower.kernels.rope import rope_
@@ -128,8 +131,28 @@ def attend(lengths: list[int], heads: int = HEADS, head_dim: int = HEAD_DIM, dty
     return flash_attention_varlen(*heads_of(sum(lengths), heads, head_dim, dtype), Segments.from_lengths(lengths))
 
 
+def gather(
+    rows: int, width: int, taps: int = 1, dtype: torch.dtype = BF16, filled: bool = False, added: bool = False
+) -> Any:
+    """Rows of a table, into the rows that they are added to where there are any."""
+    residual = rows_of(rows, width, dtype) if added else None
+    return gather_rows(
+        rows_of(9, width, dtype),
+        torch.zeros(rows, taps, dtype=torch.int32),
+        torch.zeros(rows, taps) if taps > 1 else None,
+        fill=torch.empty(width, dtype=dtype) if filled else None,
+        residual=residual,
+        out=residual,
+    )
+
+
+def pool(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = BF16) -> Any:
+    kv = torch.empty(sum(lengths), 2, heads, head_dim, dtype=dtype)
+    return attention_pooling(torch.empty(heads, head_dim, dtype=dtype), kv, Segments.from_lengths(lengths))
+
+
 def production() -> Iterator[Case]:
-    """Qwen2-VL in bf16, from one small picture to a full pack."""
+    """Qwen2-VL in bf16, from one small picture to a full pack, and what other towers do between their layers."""
     for patches in (4, 256, 1024, 4096):
         here = f"{patches} patches"
         residual = {"residual": rows_of(patches, WIDTH), "residual_out": rows_of(patches, WIDTH)}
@@ -143,6 +166,15 @@ def production() -> Iterator[Case]:
         yield f"attention, {here}", lambda p=patches: attend([p])
         for inner in (588, 1176):
             yield f"patches of {inner}, {here}", lambda p=patches, k=inner: project_patches(p, k, torch.uint8)
+        for width in (1024, 1152, 1280, 4096, 5120):
+            yield f"rows of {width}, {here}", lambda p=patches, w=width: gather(p, w)
+        yield f"learned positions, {here}", lambda p=patches: gather(p, 1024, added=True)
+        yield f"interpolated positions, {here}", lambda p=patches: gather(p, 1152, 4, added=True)
+        yield f"tiles and newlines, {here}", lambda p=patches: gather(p, 4096, filled=True)
+        yield f"tiles shrunk, {here}", lambda p=patches: gather(p, 3584, 4, filled=True)
+        yield f"mean of squares, {here}", lambda p=patches: mean_rows(rows_of(16 * p, 1152), 16)
+        for heads, head_dim in ((12, 64), (16, 72)):
+            yield f"pooled heads of {head_dim}, {here}", lambda p=patches, n=heads, h=head_dim: pool([p], n, h)
         for columns in (1536, 3584):
             yield f"projector to {columns}, {here}", lambda p=patches, n=columns: project(p // 4, n)
 
@@ -159,6 +191,10 @@ def boundaries() -> Iterator[Case]:
         yield f"add {dtype}", lambda d=dtype: add(rows_of(1, 1, d), rows_of(1, 1, d))
         yield f"activation {dtype}", lambda d=dtype: activation(rows_of(3, 5, d, 3), "gelu")
         yield f"projector {dtype}", lambda d=dtype: project(1, 1, d, gathered=True)
+        yield f"rows {dtype}", lambda d=dtype: gather(1, 48, dtype=d)
+        yield f"rows weighed, filled and added {dtype}", lambda d=dtype: gather(3, 72, MAX_TAPS, d, True, True)
+        yield f"means {dtype}", lambda d=dtype: mean_rows(rows_of(27, 72, d, 3), 9)
+        yield f"pooling {dtype}", lambda d=dtype: pool([1, 3], 16, 72, d)
     for kind in ACTIVATIONS:
         yield f"activation {kind}", lambda k=kind: activation(rows_of(3, 1280), k)
     for kind in EPILOGUES:
@@ -186,11 +222,39 @@ def boundaries() -> Iterator[Case]:
     )
     yield "norm, long rows", lambda: norm(far_apart(2, 64), far_apart(1, 64)[0], kind="gemma_rms_norm", eps=1e-6)
     yield "add, long rows", lambda: add(far_apart(2, 64), far_apart(2, 64))
+    yield "rows of one element", lambda: gather(1, 1)
+    yield "weighed rows of one element", lambda: gather(1, 1, 2, filled=True, added=True)
+    yield "rows, odd and far apart", lambda: gather_far_apart()
+    yield "mean of one row of one element", lambda: mean_rows(rows_of(1, 1), 1)
+    yield "mean of many rows", lambda: mean_rows(rows_of(729, 48), 729)
+    yield "means, long rows", lambda: mean_rows(far_apart(8, 64), 4, out=far_apart(2, 64))
+    yield "pooling of one element", lambda: pool([1], 1, 1)
+    yield "pooling, unaligned views", lambda: pool_unaligned()
+    yield "pooling, long rows", lambda: pool_far_apart()
     for head_dim in (40, 64, 104, 128):
+        yield f"pooling, heads of {head_dim}", lambda h=head_dim: pool([5, 200], 3, h)
         yield f"attention, heads of {head_dim}", lambda h=head_dim: attend([5, 200], 3, h)
         yield f"rotation, heads of {head_dim}", lambda h=head_dim: rotate(5, 3, h)
     yield "attention, unaligned views", lambda: attend_unaligned()
     yield "attention, long rows", lambda: attend_far_apart()
+
+
+def gather_far_apart() -> Any:
+    index = torch.empty(3, 4, dtype=torch.int32, device="meta")
+    weights = torch.empty(3, 4, device="meta")
+    fill = torch.empty(33, dtype=BF16, device="meta")
+    rows = far_apart(3, 33)
+    return gather_rows(far_apart(5, 33), index, weights, fill=fill, residual=rows, out=rows)
+
+
+def pool_unaligned() -> Any:
+    kv = torch.empty(5, 2 * 3 * 83 + 1, dtype=BF16)[:, 1:].view(5, 2, 3, 83)[..., 2:82]
+    return attention_pooling(torch.empty(3, 83, dtype=BF16)[:, 3:], kv, Segments.from_lengths([4, 1]))
+
+
+def pool_far_apart() -> Any:
+    kv = torch.empty_strided((3, 2, 2, 72), (LONG, LONG // 2, 72, 1), dtype=BF16, device="meta")
+    return attention_pooling(torch.empty(2, 72, dtype=BF16, device="meta"), kv, Segments.from_lengths([3]))
 
 
 def attend_unaligned() -> Any:

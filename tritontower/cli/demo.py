@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritontower.cli.options import add_dtype, add_pictures, add_pixel_limits, load_tower
+from tritontower.cli.options import add_bounds, add_dtype, add_pictures, bounds_of, load_tower
 from tritontower.cli.parity import describe as describe_parity
 from tritontower.cli.parity import hide_reference_progress
 from tritontower.drawing import text_table
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tritontower import ImageEmbedding, PackedBatch, VisionTower
     from tritontower.graph import Node
+    from tritontower.preprocessing import Bounds
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
     add_dtype(parser)
-    add_pixel_limits(parser)
+    add_bounds(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -61,15 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
 
         arguments.model = demonstration_checkpoint()
     tower = load_tower(arguments)
-    limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    bounds = bounds_of(arguments)
     print(
         f"A tower of {tower.config.depth} blocks, {tower.config.width} wide, {tower.graph.parameters / 1e6:,.0f} M "
         f"parameters, in {str(tower.dtype).removeprefix('torch.')} on {tower.device}\n"
     )
     # The first pass pays for what is loaded lazily.
     tower.encode([picture.resize((56, 56)) for picture in pictures[:1]])
-    alone = [_timed(tower, [picture], limits) for picture in pictures]
-    packed, packed_ms = _timed(tower, pictures, limits)
+    alone = [_timed(tower, [picture], bounds) for picture in pictures]
+    packed, packed_ms = _timed(tower, pictures, bounds)
     print(_table(names, packed, [milliseconds for _, milliseconds in alone]))
     difference = max(_difference(one, many) for (ones, _), many in zip(alone, packed, strict=True) for one in ones)
     agreement = f"{difference:.1e} from" if difference else "bit for bit"
@@ -82,10 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
         hide_reference_progress()
         smallest = min(range(len(pictures)), key=lambda index: packed[index].num_tokens)
         chosen = [smallest] if arguments.parity == "smallest" else range(len(pictures))
-        parity = compare(tower, tower.preprocess([pictures[index] for index in chosen], **limits))
+        parity = compare(tower, tower.preprocess([pictures[index] for index in chosen], **bounds))
         passed = passed and parity.passed
         print(f"{describe_parity(parity)} (compared: {', '.join(names[index] for index in chosen)})\n")
-    batch = tower.preprocess(pictures, **limits)
+    batch = tower.preprocess(pictures, **bounds)
     print(f"What the tower sees, as colours: {_draw(names, pictures, _patch_features(tower, batch), arguments.output)}")
     return 0 if passed else 1
 
@@ -106,11 +107,11 @@ def _pictures(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
 
 
 def _timed(
-    tower: "VisionTower", pictures: Sequence["Image.Image"], limits: Mapping[str, int | None]
+    tower: "VisionTower", pictures: Sequence["Image.Image"], bounds: "Bounds"
 ) -> tuple[list["ImageEmbedding"], float]:
     """Embeddings on the CPU, and the milliseconds from pictures to there."""
     start = time.perf_counter()
-    embeddings = [embedding.to("cpu") for embedding in tower.encode(pictures, **limits)]
+    embeddings = [embedding.to("cpu") for embedding in tower.encode(pictures, **bounds)]
     return embeddings, (time.perf_counter() - start) * 1e3
 
 

@@ -11,11 +11,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tritontower.cli.options import (
+    add_bounds,
     add_json,
     add_model,
     add_pictures,
-    add_pixel_limits,
     add_placement,
+    bounds_of,
     load_tower,
     output_file,
 )
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=output_file, required=True, metavar="FILE", help="the safetensors file to write"
     )
-    add_pixel_limits(parser)
+    add_bounds(parser)
     add_placement(parser)
     add_json(parser)
 
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Encodes all pictures in one packed pass."""
     tower = load_tower(arguments)
-    embeddings = tower.encode(arguments.pictures, min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels)
+    embeddings = tower.encode(arguments.pictures, **bounds_of(arguments))
     facts = [_facts(path, embedding) for path, embedding in zip(arguments.pictures, embeddings, strict=True)]
     _write(arguments.output, embeddings, facts)
     if arguments.json:

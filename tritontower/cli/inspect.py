@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritontower.cli.options import (
-    DTYPES,
+    add_bounds,
     add_json,
     add_model,
-    add_pixel_limits,
     add_placement,
+    bounds_of,
     load_tower,
     output_file,
     picture_size,
@@ -37,6 +37,7 @@ _SIZES = [(224, 224), (448, 448), (1024, 768), (1920, 1080)]
 class _PictureCost:
     size: tuple[int, int]
     grid: tuple[int, int]
+    views: int
     tokens: int
     flops: int
     peak_bytes: int
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 224x224, 448x448, 1024x768 and 1920x1080)",
     )
     parser.add_argument("--svg", type=output_file, metavar="FILE", help="draw the graph into FILE")
-    add_pixel_limits(parser)
+    add_bounds(parser)
     add_placement(parser)
     add_json(parser)
 
@@ -62,20 +63,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints the description and draws it where asked."""
     tower = load_tower(arguments, delay_load=True)
-    if arguments.dtype == "auto" and (declared := _declared_dtype(tower)):
-        # The weights are not here to be asked, and those of a hub's checkpoint would be fetched for it.
-        arguments.dtype = declared
+    if arguments.dtype == "auto" and not _knows_its_dtype(tower):
+        arguments.dtype = "bfloat16"
         tower = load_tower(arguments, delay_load=True)
-    limits = {"min_pixels": arguments.min_pixels, "max_pixels": arguments.max_pixels}
+    bounds = bounds_of(arguments)
     costs: list[_PictureCost] = []
     descriptions: list[Description] = []
     for width, height in arguments.size or _SIZES:
-        _, rows, columns = tower.preprocessor.grid(width, height, **limits)
-        plan = tower.memory_plan(rows * columns)
-        description = tower.describe(rows * columns)
+        layout = tower.preprocessor.layout(width, height, **bounds)
+        workload = tower.workload([(width, height)], **bounds)
+        plan, description = tower.memory_plan(workload), tower.describe(workload)
         descriptions.append(description)
-        tokens = tower.count_tokens(width, height, **limits)
-        costs.append(_PictureCost((width, height), (rows, columns), tokens, description.total.flops, plan.peak_bytes))
+        costs.append(
+            _PictureCost(
+                size=(width, height),
+                grid=layout.grid[1:],
+                views=len(layout.views),
+                tokens=workload.tokens,
+                flops=description.total.flops,
+                peak_bytes=plan.peak_bytes,
+            )
+        )
     if arguments.svg is not None:
         _draw(descriptions[0], arguments.svg, str(arguments.model))
     if arguments.json:
@@ -87,15 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _declared_dtype(tower: "VisionTower") -> str | None:
-    """What ``config.json`` names as the precision, if no weights are here that know better and towers run in it."""
-    from tritontower.reader import read_json
+def _knows_its_dtype(tower: "VisionTower") -> bool:
+    """Whether the configuration declares a precision, or there are weights here that have one."""
+    from tritontower.errors import CheckpointNotFoundError
 
-    if any(tower.folder.glob("*.safetensors")):
-        return None
-    values = read_json(tower.folder / "config.json")
-    name = values.get("dtype") or values.get("torch_dtype")
-    return name if name in DTYPES and name != "auto" else None
+    try:
+        return tower.dtype is not None
+    except CheckpointNotFoundError:
+        return False
 
 
 def _draw(description: "Description", path: Path, model: str) -> None:
@@ -113,6 +120,7 @@ def _report(tower: "VisionTower", description: "Description", costs: list[_Pictu
                 "width": cost.size[0],
                 "height": cost.size[1],
                 "grid": cost.grid,
+                "views": cost.views,
                 "tokens": cost.tokens,
                 "flops": cost.flops,
                 "peak_bytes": cost.peak_bytes,

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tritontower import VisionTower
+    from tritontower.preprocessing import Bounds
 
 __all__ = [
     "DTYPES",
+    "add_bounds",
     "add_json",
     "add_model",
     "add_pictures",
-    "add_pixel_limits",
     "add_placement",
+    "bounds_of",
     "load_tower",
     "output_file",
     "picture_size",
@@ -64,8 +66,8 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pixel_limits(parser: argparse.ArgumentParser) -> None:
-    """``--min-pixels`` and ``--max-pixels``: what a picture is scaled to before it is cut into patches."""
+def add_bounds(parser: argparse.ArgumentParser) -> None:
+    """``--min-pixels``, ``--max-pixels``, ``--longest-edge``: what a picture is scaled to before it is cut into patches."""
     for bound, effect in (("min", "up to at least"), ("max", "down to at most")):
         parser.add_argument(
             f"--{bound}-pixels",
@@ -73,6 +75,21 @@ def add_pixel_limits(parser: argparse.ArgumentParser) -> None:
             metavar="N",
             help=f"scale pictures {effect} N = width x height pixels (default: as the checkpoint says)",
         )
+    parser.add_argument(
+        "--longest-edge",
+        type=positive_integer,
+        metavar="N",
+        help="scale pictures down until no side is longer than N pixels (default: as the checkpoint says)",
+    )
+
+
+def bounds_of(arguments: argparse.Namespace) -> "Bounds":
+    """The bounds that were given; a tower refuses those that its resizing rule does not have."""
+    return {
+        "min_pixels": arguments.min_pixels,
+        "max_pixels": arguments.max_pixels,
+        "longest_edge": arguments.longest_edge,
+    }
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

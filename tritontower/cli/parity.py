@@ -10,11 +10,12 @@ import math
 from typing import TYPE_CHECKING
 
 from tritontower.cli.options import (
+    add_bounds,
     add_json,
     add_model,
     add_pictures,
-    add_pixel_limits,
     add_placement,
+    bounds_of,
     load_tower,
 )
 from tritontower.drawing import text_table
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_pictures(parser, required=False, without="three drawn ones of different sizes")
     parser.add_argument("--per-node", action="store_true", help="also compare every value that both compute on the way")
-    add_pixel_limits(parser)
+    add_bounds(parser)
     add_placement(parser)
     add_json(parser)
 
@@ -45,9 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     hide_reference_progress()
     tower = load_tower(arguments)
-    batch = tower.preprocess(
-        arguments.pictures or synthetic_pictures(), min_pixels=arguments.min_pixels, max_pixels=arguments.max_pixels
-    )
+    batch = tower.preprocess(arguments.pictures or synthetic_pictures(), **bounds_of(arguments))
     parity = compare(tower, batch)
     nodes = compare_nodes(tower, batch) if arguments.per_node else []
     if arguments.json:

@@ -1,92 +1,166 @@
-"""The families of towers: one file each, found by the ``model_type`` of a checkpoint's ``config.json``.
+"""The families of towers: one file each, found by what a checkpoint's ``config.json`` says it is.
 
-A family file says how its checkpoints spell what a :class:`~tritontower.config.TowerConfig` holds, what its tensors are
-called, and which grid of patches a picture of a given size becomes.  It declares itself by its ``MODEL_TYPES``; adding a
-family is adding a file.
+A family file reads a configuration into one :class:`Family`: what the tower is, how the checkpoint spells its weights,
+how pictures are prepared for it, and which model of transformers it is held against.  It declares itself by its
+``MODEL_TYPES``; adding a family is adding a file.  Files whose names begin with an underscore hold what several share.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, Protocol, cast
-
-import torch
+from typing import Any, Literal, Protocol, cast
 
 from tritontower.config import TowerConfig
-from tritontower.errors import NoVisionTowerError, UnsupportedArchitectureError
+from tritontower.errors import Limits, NoVisionTowerError, UnsupportedArchitectureError
+from tritontower.preprocessing import Preprocessor
 from tritontower.reader import ConfigReader
+from tritontower.recipes import Recipe
+from tritontower.reference import ReferenceModel
 
-__all__ = ["Family", "family_of", "model_types"]
+__all__ = [
+    "MISTRAL_FORMAT",
+    "Family",
+    "FamilyFile",
+    "FamilySummary",
+    "family_files",
+    "has_tower",
+    "model_types",
+    "read_family",
+]
+
+MISTRAL_FORMAT = "params.json"
+"""What stands for a ``model_type`` where a checkpoint has Mistral's own configuration file."""
+
+MakePreprocessor = Callable[[TowerConfig, Path, Limits, Any, Mapping[str, Any]], Preprocessor]
+"""Tower, checkpoint folder, limits, an explicit image processor or ``None``, options → preprocessor."""
 
 
-class Family(Protocol):
+@dataclass(frozen=True)
+class Family:
+    """One checkpoint's tower, as its family file reads it.
+
+    Attributes:
+        config: what the tower is.
+        roots: beginnings of the stored names that belong to it → what they become
+            (:func:`tritontower.weight_files.strip_prefix`).
+        tensors: name of a weight of the layer graph → how it is stored, under names stripped by ``roots``.  Weights that
+            the graph turns out not to need (blocks behind the last one, pooling heads) are listed as well, and may be
+            missing from the checkpoint.
+        ignored: :mod:`fnmatch` patterns of stripped names that hold nothing the tower needs.
+        preprocessors: how pictures may be prepared: ``"hf"`` as transformers does it, and other ways by name.
+        reference: transformers' implementation; ``None`` where it reads no such checkpoint.
+        layout: whose file names the weights have.
+        settle: called with the stripped names that the checkpoint really holds, where they decide what the
+            configuration leaves open.
+    """
+
+    config: TowerConfig
+    roots: Mapping[str, str]
+    tensors: Mapping[str, Recipe]
+    preprocessors: Mapping[str, MakePreprocessor]
+    reference: ReferenceModel | None
+    ignored: Sequence[str] = ()
+    layout: Literal["hf", "mistral"] = "hf"
+    settle: Callable[["Family", Collection[str]], "Family"] | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class FamilySummary:
+    """A family in one row of a table.
+
+    Attributes:
+        title: what people call it.
+        checkpoints: models that it loads, by name.
+        pictures: to which sizes it resizes pictures, in words.
+        video: whether it takes clips.
+        tokens: tokens per picture, in words or as a formula.
+        example: a published ``config.json`` (or ``params.json``), as far as it concerns the tower.
+        processor: the processor file published with it; empty where there is none.
+    """
+
+    title: str
+    checkpoints: str
+    pictures: str
+    video: bool
+    tokens: str
+    example: Mapping[str, Any]
+    processor: Mapping[str, Any]
+
+
+class FamilyFile(Protocol):
     """What a family file provides."""
 
     MODEL_TYPES: tuple[str, ...]
-    """Values of ``model_type`` in ``config.json``."""
-    PREFIXES: tuple[str, ...]
-    """Prefixes under which published checkpoints keep the tower's tensors, longest first."""
-    IGNORED: tuple[str, ...]
-    """Patterns (:mod:`fnmatch`) of tensors under a prefix that hold nothing the tower needs."""
-    SHRINKS_VIDEO_TO: tuple[int, int]
-    """Default least and greatest area of one video frame, pixels."""
+    """``model_type`` in ``config.json``, or, where the tower decides, ``model_type/vision_config.model_type``."""
+    SUMMARIES: tuple[FamilySummary, ...]
+    """What it loads, for the documentation."""
 
-    def read_config(self, reader: ConfigReader) -> TowerConfig:
-        """Reads ``config.json``; raises :class:`~tritontower.errors.ConfigError` on what it does not understand."""
-        ...
-
-    def tensor_names(self, config: TowerConfig) -> Mapping[str, str]:
-        """Weight of the layer graph → tensor of the checkpoint, without its prefix."""
-        ...
-
-    def resized(self, width: int, height: int, factor: int, area: tuple[int, int]) -> tuple[int, int]:
-        """Width and height, pixels, to which a picture is resized: multiples of ``factor``, its area within ``area``."""
-        ...
-
-    def reference_class(self) -> Any:
-        """The class of transformers that is the tower's reference."""
-        ...
-
-    def reference_embeddings(self, output: Any) -> torch.Tensor:
-        """The embeddings in what the reference returns."""
-        ...
-
-    def reference_values(self, config: TowerConfig) -> Mapping[str, tuple[str, str]]:
-        """Value of the layer graph → module of the reference, and which side of it: ``"input"`` or ``"output"``."""
+    def read(self, reader: ConfigReader) -> Family:
+        """Reads a configuration; raises :class:`~tritontower.errors.ConfigError` on what it does not understand."""
         ...
 
 
 @lru_cache
-def _families() -> dict[str, Family]:
-    found: dict[str, Family] = {}
+def family_files() -> Mapping[str, FamilyFile]:
+    """Model type → the file that reads it."""
+    found: dict[str, FamilyFile] = {}
     for module_info in iter_modules(__path__):
-        module = cast("Family", import_module(f"{__name__}.{module_info.name}"))
+        if module_info.name.startswith("_"):
+            continue
+        module = cast("FamilyFile", import_module(f"{__name__}.{module_info.name}"))
         found.update(dict.fromkeys(module.MODEL_TYPES, module))
     return found
 
 
 def model_types() -> Sequence[str]:
-    """Every ``model_type`` that can be loaded."""
-    return sorted(_families())
+    """Every model type that can be loaded, as in :attr:`FamilyFile.MODEL_TYPES`."""
+    return sorted(family_files())
 
 
-def family_of(reader: ConfigReader) -> Family:
-    """The family that a checkpoint's ``config.json`` belongs to.
+def read_family(reader: ConfigReader) -> Family:
+    """The tower that a checkpoint's configuration describes.
 
     Raises:
-        UnsupportedArchitectureError: its ``model_type`` is not among :func:`model_types`.
+        UnsupportedArchitectureError: its model type is not among :func:`model_types`.
         NoVisionTowerError: it describes a model without a vision tower.
+        ConfigError: a value cannot be right.
     """
-    model_type = reader.get(str, "model_type", default="")
-    family = _families().get(model_type)
-    if family is not None:
-        return family
-    if not reader.has("vision_config"):
+    return _file_for(reader).read(reader)
+
+
+def has_tower(reader: ConfigReader) -> bool:
+    """Whether the configuration names a tower that can be loaded; its values are not looked at."""
+    try:
+        _file_for(reader)
+    except (NoVisionTowerError, UnsupportedArchitectureError):
+        return False
+    return True
+
+
+def _file_for(reader: ConfigReader) -> FamilyFile:
+    files, name = family_files(), _type_of(reader)
+    if name in files:
+        return files[name]
+    known = f"supported are {', '.join(model_types())}"
+    model_type, _, tower = name.partition("/")
+    if not (reader.has("vision_config") or reader.has("vision_encoder")):
         raise NoVisionTowerError(
             f"{reader.source}: model_type {model_type!r} has no `vision_config`: this checkpoint holds no vision tower; "
-            f"supported are {', '.join(model_types())}"
+            f"{known}"
         )
-    raise UnsupportedArchitectureError(
-        f"{reader.source}: model_type {model_type!r} is not supported; supported are {', '.join(model_types())}"
-    )
+    what = f"model_type {model_type!r}" + (f" with a tower {tower!r}" if tower else "")
+    raise UnsupportedArchitectureError(f"{reader.source}: {what} is not supported; {known}")
+
+
+def _type_of(reader: ConfigReader) -> str:
+    """The name under which a family file would claim the configuration."""
+    model_type = reader.get(str, "model_type", default="")
+    if reader.source == MISTRAL_FORMAT and reader.has("vision_encoder"):
+        return MISTRAL_FORMAT
+    tower = reader.get(str, "vision_config.model_type", default="")
+    # Some models come with several towers, and the tower decides; others only repeat their own name there.
+    several = any(claimed.startswith(f"{model_type}/") for claimed in family_files())
+    return f"{model_type}/{tower}" if tower and several else model_type

@@ -9,26 +9,17 @@ and ``vision_config`` says ``model_type: qwen2_vl`` or nothing), the new one nes
 ``vision_config``.  The tower's part reads the same in both.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
-import torch
-
-from tritontower.config import Activation, Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
+from tritontower.config import Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
+from tritontower.preprocessing import SmartResize
 from tritontower.reader import ConfigReader
 
-MODEL_TYPES = ("qwen2_vl",)
-PREFIXES = ("model.visual.", "visual.")
-IGNORED = ("rotary_pos_emb.inv_freq",)
-SHRINKS_VIDEO_TO = (128 * 28 * 28, 768 * 28 * 28)
+from . import Family, FamilySummary
+from ._qwen import ROOTS, QwenReference, stored_blocks
+from ._reading import activation, positive, rotary_theta, whole_heads
 
-ACTIVATIONS: Mapping[str, Activation] = {
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-}
+MODEL_TYPES = ("qwen2_vl",)
 
 BLOCK_TENSORS = {
     "norm1.weight": "norm1.weight",
@@ -74,104 +65,96 @@ OTHER_VALUES = {
     "embeddings": ("merger", "output"),
 }
 
+SUMMARIES = (
+    FamilySummary(
+        title="Qwen2-VL",
+        checkpoints="Qwen2-VL 2B, 7B, 72B",
+        pictures="any size, to multiples of 28 pixels within an area",
+        video=True,
+        tokens="width/28 × height/28",
+        example={
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "hidden_size": 1536,
+            "torch_dtype": "bfloat16",
+            "vision_config": {
+                "depth": 32,
+                "embed_dim": 1280,
+                "hidden_act": "quick_gelu",
+                "hidden_size": 1536,
+                "in_channels": 3,
+                "mlp_ratio": 4,
+                "model_type": "qwen2_vl",
+                "num_heads": 16,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+        },
+        processor={
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "max_pixels": 12845056,
+            "merge_size": 2,
+            "min_pixels": 3136,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+        },
+    ),
+)
 
-def read_config(reader: ConfigReader) -> TowerConfig:
+
+def read(reader: ConfigReader) -> Family:
     """Reads ``vision_config``; what a sparse file leaves out has the defaults of ``Qwen2VLVisionConfig``.
 
     Only ``hidden_size`` (the language model's width) must be there: its default fits the 7B model alone.
     """
+    config = read_config(reader)
+    return Family(
+        config=config,
+        roots=ROOTS,
+        tensors=stored_blocks(config, BLOCK_TENSORS, OTHER_TENSORS),
+        ignored=("rotary_pos_emb.inv_freq",),
+        preprocessors={"hf": partial(SmartResize, frame_budget="per_frame")},
+        reference=QwenReference(BLOCK_VALUES, OTHER_VALUES),
+    )
 
-    def positive(key: str, default: int | None = None) -> int:
-        if default is None:
-            return reader.get(int, f"vision_config.{key}", minimum=1)
-        return reader.get(int, f"vision_config.{key}", default=default, minimum=1)
 
-    reader.get(str, "vision_config.model_type", default="qwen2_vl", choices=("qwen2_vl", "qwen2_vl_vision"))
-    width = positive("embed_dim", 1280)
-    heads = positive("num_heads", 16)
-    if width % heads or (width // heads) % 4:
-        allowed = f"a number that divides embed_dim ({width}) into heads whose width is a multiple of 4"
-        raise reader.error("vision_config.num_heads", heads, allowed)
-    merge = positive("spatial_merge_size", 2)
-    activation = reader.get(str, "vision_config.hidden_act", default="quick_gelu", choices=tuple(ACTIVATIONS))
-    reader.get(str, "vision_config.rope_parameters.rope_type", default="axial", choices=("axial", "default"))
-    theta = reader.get(float, "vision_config.rope_parameters.rope_theta", default=10000.0, minimum=1.0)
+def read_config(reader: ConfigReader) -> TowerConfig:
+    """The tower of ``vision_config``."""
+    vision = reader.section("vision_config", optional=True)
+    vision.get(str, "model_type", default="qwen2_vl", choices=("qwen2_vl", "qwen2_vl_vision"))
+    width = positive(vision, "embed_dim", 1280)
+    merge = positive(vision, "spatial_merge_size", 2)
     norm = Normalisation("layer_norm", eps=1e-6)
+    depth = positive(vision, "depth", 32)
     return TowerConfig(
         family="qwen2_vl",
         patch=PatchEmbedding(
-            channels=positive("in_channels", 3),
-            size=positive("patch_size", 14),
-            temporal=positive("temporal_patch_size", 2),
+            channels=positive(vision, "in_channels", 3),
+            size=positive(vision, "patch_size", 14),
+            temporal=positive(vision, "temporal_patch_size", 2),
             bias=False,
         ),
         width=width,
-        depth=positive("depth", 32),
-        heads=heads,
+        depth=depth,
+        heads=whole_heads(vision, "num_heads", width, positive(vision, "num_heads", 16), multiple=4),
         norm=norm,
         qkv_bias=True,
         attention_bias=True,
-        mlp_hidden=width * positive("mlp_ratio", 4),
+        mlp_hidden=width * positive(vision, "mlp_ratio", 4),
         mlp_bias=True,
-        activation=ACTIVATIONS[activation],
-        rotary=RotaryEmbedding(theta=theta, layout="halves"),
+        activation=activation(vision, "hidden_act", "quick_gelu"),
+        rotary=RotaryEmbedding(theta=rotary_theta(vision), layout="halves"),
         segments="frame",
+        features=(depth,),
         projector=Projector(
             norm=norm,
             merge=merge,
             hidden=width * merge * merge,
-            output=positive("hidden_size"),
+            output=positive(vision, "hidden_size"),
             activation="gelu",
             bias=True,
         ),
     )
-
-
-def tensor_names(config: TowerConfig) -> Mapping[str, str]:
-    """Weight of the layer graph → tensor of the checkpoint, without its prefix."""
-    names = dict(OTHER_TENSORS)
-    for block in range(config.depth):
-        names |= {f"blocks.{block}.{ours}": f"blocks.{block}.{theirs}" for ours, theirs in BLOCK_TENSORS.items()}
-    return names
-
-
-def resized(width: int, height: int, factor: int, area: tuple[int, int]) -> tuple[int, int]:
-    """The ``smart_resize`` rule: round both sides to ``factor``, then scale into ``area``, keeping the aspect ratio.
-
-    The rule of ``transformers.models.qwen2_vl.image_processing_qwen2_vl``; rounding is to the nearest even multiple on
-    ties, and the scale comes from the original sides, not from the rounded ones.
-    """
-    least, greatest = area
-    rounded_width, rounded_height = round(width / factor) * factor, round(height / factor) * factor
-    if rounded_width * rounded_height > greatest:
-        shrink = math.sqrt(width * height / greatest)
-        return (
-            max(factor, math.floor(width / shrink / factor) * factor),
-            max(factor, math.floor(height / shrink / factor) * factor),
-        )
-    if rounded_width * rounded_height < least:
-        grow = math.sqrt(least / (width * height))
-        return math.ceil(width * grow / factor) * factor, math.ceil(height * grow / factor) * factor
-    return rounded_width, rounded_height
-
-
-def reference_class() -> Any:
-    """The class of transformers that is the tower's reference."""
-    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
-
-    return Qwen2VisionTransformerPretrainedModel
-
-
-def reference_embeddings(output: Any) -> torch.Tensor:
-    """The merged rows; ``last_hidden_state`` holds the rows before the merger."""
-    embeddings: torch.Tensor = output.pooler_output
-    return embeddings
-
-
-def reference_values(config: TowerConfig) -> Mapping[str, tuple[str, str]]:
-    """Value of the layer graph → module of the reference, and which side of it."""
-    values = dict(OTHER_VALUES)
-    for block in range(config.depth):
-        for ours, (path, side) in BLOCK_VALUES.items():
-            values[f"blocks.{block}.{ours}"] = (f"blocks.{block}.{path}".rstrip("."), side)
-    return values

@@ -1,23 +1,22 @@
-"""Reading config.json: both generations, sparse files, and values that cannot be right."""
+"""Qwen2-VL: both generations of its config.json, sparse files, and values that cannot be right."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
 from support.checkpoints import TINY_VISION
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from tritontower.config import TowerConfig
 from tritontower.errors import ConfigError, NoVisionTowerError, UnsupportedArchitectureError
-from tritontower.families import family_of, model_types, qwen2_vl
+from tritontower.families import model_types, qwen2_vl, read_family
 from tritontower.graph import build
-from tritontower.random_checkpoint import QWEN2_VL_2B
 from tritontower.reader import ConfigReader
 
+(PUBLISHED,) = qwen2_vl.SUMMARIES
 
-def read(values: dict) -> object:
-    reader = ConfigReader(values)
-    return family_of(reader).read_config(reader)
+
+def read(values: dict) -> TowerConfig:
+    return read_family(ConfigReader(values)).config
 
 
 def test_flat_and_nested_generations_read_the_same(qwen2_vl: Path) -> None:
@@ -36,14 +35,14 @@ def test_vision_model_type_may_be_old_new_or_absent(model_type: str | None) -> N
 
 
 def test_published_2b_has_its_published_size() -> None:
-    config = read(dict(QWEN2_VL_2B))
+    config = read(dict(PUBLISHED.example))
     assert (config.width, config.depth, config.heads, config.head_dim, config.mlp_hidden) == (1280, 32, 16, 80, 5120)
     assert build(config).parameters == 665_271_296
 
 
 @pytest.mark.parametrize(("output", "millions"), [(1536, 665.3), (3584, 675.8), (8192, 699.4)])
 def test_parameters_of_all_published_sizes(output: int, millions: float) -> None:
-    values = {**QWEN2_VL_2B, "vision_config": {**QWEN2_VL_2B["vision_config"], "hidden_size": output}}
+    values = {**PUBLISHED.example, "vision_config": {**PUBLISHED.example["vision_config"], "hidden_size": output}}
     assert round(build(read(values)).parameters / 1e6, 1) == millions
 
 
@@ -82,15 +81,3 @@ def test_a_text_model_and_an_unknown_model_are_told_apart() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"'moondream' is not supported; supported are .*qwen2_vl"):
         read({"model_type": "moondream", "vision_config": {}})
     assert "qwen2_vl" in model_types()
-
-
-def test_resizing_rule_is_that_of_transformers() -> None:
-    generator = random.Random(0)
-    areas = [(3136, 12845056), (3136, 1003520), (100352, 602112), (3136, 3136), (28 * 28, 28 * 28)]
-    for _ in range(5000):
-        width, height = generator.randint(1, 4000), generator.randint(1, 4000)
-        if max(width, height) > 200 * min(width, height):
-            continue
-        least, greatest = generator.choice(areas)
-        expected = smart_resize(height, width, factor=28, min_pixels=least, max_pixels=greatest)
-        assert qwen2_vl.resized(width, height, 28, (least, greatest)) == expected[::-1]

@@ -1,0 +1,160 @@
+"""Pixtral and Mistral 3 in transformers' format: one tower, two projectors."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import TowerCase
+
+TEXT: dict[str, Any] = {
+    "model_type": "mistral",
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "vocab_size": 64,
+    "rms_norm_eps": 1e-5,
+}
+VISION: dict[str, Any] = {
+    "model_type": "pixtral",
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "hidden_act": "silu",
+}
+TOP: dict[str, dict[str, Any]] = {
+    "llava": {
+        "image_token_index": 10,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "multimodal_projector_bias": True,
+        "projector_hidden_act": "gelu",
+    },
+    "mistral3": {"vision_feature_layer": -1, "multimodal_projector_bias": False, "projector_hidden_act": "gelu"},
+}
+PATCH = {"llava": 16, "mistral3": 14}
+LONGEST_EDGE = {"llava": 160, "mistral3": 168}
+
+
+def save(
+    kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, depth: int = 3, **changes: Any
+) -> Path:
+    """A whole small model (tower, projector and language model) as ``save_pretrained`` writes it, with its processor.
+
+    Args:
+        kind: ``"llava"`` or ``"mistral3"``.
+        folder: where it goes.
+        dtype: of the weights.
+        seed: of the random numbers.
+        depth: vision blocks.
+        **changes: keys of ``text_config`` (with ``text_`` before them), of the top level, or of ``vision_config``.
+    """
+    from transformers import (
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+    )
+    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+
+    torch.manual_seed(seed)
+    longest_edge = changes.pop("longest_edge", LONGEST_EDGE[kind])
+    top = {key: changes.pop(key) for key in (*TOP[kind], "spatial_merge_size") if key in changes}
+    text = {key.removeprefix("text_"): changes.pop(key) for key in list(changes) if key.startswith("text_")}
+    vision = {**VISION, "patch_size": PATCH[kind], "image_size": longest_edge, "num_hidden_layers": depth, **changes}
+    parts = {"vision_config": vision, "text_config": {**TEXT, **text}}
+    model: Any
+    if kind == "llava":
+        model = LlavaForConditionalGeneration(LlavaConfig(**parts, **{**TOP[kind], **top}))
+    else:
+        model = Mistral3ForConditionalGeneration(Mistral3Config(**parts, **{**TOP[kind], **top}))
+    # As they are made, matrices this narrow add next to nothing to what they read, norms are exactly one and biases zero:
+    # a swapped or dropped one would not show.
+    for name, parameter in model.named_parameters():
+        if "vision_tower" in name or "multi_modal_projector" in name:
+            if parameter.ndim == 1:
+                parameter.data.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.data.mul_(5.0)
+    model.to(dtype).save_pretrained(folder)
+    processor = PixtralImageProcessorPil(size={"longest_edge": longest_edge}, patch_size=vision["patch_size"])
+    processor.save_pretrained(folder)
+    return folder
+
+
+def by_transformers(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The projected rows of each picture."""
+    from transformers import AutoModel
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    # As PixtralProcessor calls it: sides have to come out as multiples of what one token covers.
+    side = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    inputs = processor(
+        images=[Image.fromarray(picture) for picture in pictures],
+        patch_size={"height": side, "width": side},
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        features = model.get_image_features(
+            pixel_values=inputs["pixel_values"],
+            image_sizes=inputs["image_sizes"],
+            vision_feature_layer=model.config.vision_feature_layer,
+        )
+    return list(features.pooler_output)
+
+
+# None of these is published: the graph has to come from the configuration, not from the model's name.
+OTHERS: dict[str, dict[str, Any]] = {
+    "one block": {"depth": 1},
+    "heads of 72": {"hidden_size": 144, "num_attention_heads": 2},
+    "heads of 104": {"hidden_size": 208, "num_attention_heads": 2},
+    "odd mlp": {"intermediate_size": 77},
+    "small patches": {"patch_size": 8, "longest_edge": 96},
+    "another base": {"rope_parameters": {"rope_type": "axial", "rope_theta": 500.0}},
+    "quick gelu behind": {"projector_hidden_act": "quick_gelu"},
+    "silu behind": {"projector_hidden_act": "silu", "text_hidden_size": 56},
+    "an inner layer": {"vision_feature_layer": -2},
+}
+
+GENERATIONS = [
+    [(part, before + part) for part in ("vision_tower.", "multi_modal_projector.", "language_model.")]
+    for before in ("model.", "module.model.")
+]
+
+CASES = [
+    TowerCase(
+        name="pixtral",
+        save=partial(save, "llava"),
+        reference=by_transformers,
+        others={
+            **OTHERS,
+            "no biases": {"multimodal_projector_bias": False},
+            "two layers": {"vision_feature_layer": [-1, 1]},
+            "the first rows": {"vision_feature_layer": [0, -1]},
+        },
+        prefixes=GENERATIONS,
+    ),
+    TowerCase(
+        name="mistral3",
+        save=partial(save, "mistral3"),
+        reference=by_transformers,
+        others={
+            **OTHERS,
+            "biases": {"multimodal_projector_bias": True},
+            "merge one": {"spatial_merge_size": 1},
+            "merge three": {"spatial_merge_size": 3, "patch_size": 8, "longest_edge": 144},
+            "loose epsilon": {"text_rms_norm_eps": 0.05},
+            "one layer in a list": {"vision_feature_layer": [2]},
+        },
+        prefixes=GENERATIONS,
+    ),
+]

@@ -1,0 +1,134 @@
+"""Small random models around the encoders of CLIP and SigLIP, and what transformers alone makes of pictures with them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+__all__ = [
+    "ENCODERS",
+    "PREFIXES_IN_MODEL",
+    "TINY_TEXT",
+    "by_encoder",
+    "by_llava",
+    "perturb",
+    "tiny_vision",
+    "write_processor",
+]
+
+ENCODERS: Mapping[str, Mapping[str, Any]] = {
+    "one block": {"depth": 1},
+    "heads of 72": {"vision": {"hidden_size": 144, "num_attention_heads": 2}},
+    "heads of 80": {"vision": {"hidden_size": 80, "num_attention_heads": 1}},
+    "heads of 104": {"vision": {"hidden_size": 208, "num_attention_heads": 2}},
+    "narrow MLP": {"vision": {"intermediate_size": 40}},
+    "small patches": {"vision": {"patch_size": 8, "image_size": 40}},
+    "a picture of no whole patches": {"vision": {"patch_size": 16, "image_size": 55}},
+    "one patch": {"vision": {"image_size": 14}},
+    "erf": {"vision": {"hidden_act": "gelu"}},
+    "large epsilon": {"vision": {"layer_norm_eps": 0.1}},
+}
+"""Changes of an encoder that nobody has published."""
+PREFIXES_IN_MODEL = (
+    (("vision_tower.", "vision_tower.vision_model."), ("multi_modal_projector.", "multi_modal_projector.")),
+    (("vision_tower.", "model.vision_tower.vision_model."), ("multi_modal_projector.", "model.multi_modal_projector.")),
+    (("vision_tower.", "model.vision_tower."), ("multi_modal_projector.", "model.multi_modal_projector.")),
+    (
+        ("vision_tower.", "module.model.vision_tower."),
+        ("multi_modal_projector.", "module.model.multi_modal_projector."),
+    ),
+)
+"""Generations of the names in a vision-language model: what is saved now → what published files have."""
+
+TINY_TEXT: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+
+CLIP_COLOURS = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def tiny_vision(kind: str, depth: int, changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The configuration of a small encoder; SigLIP's picture is no multiple of its patches."""
+    return {
+        "model_type": f"{kind}_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": depth,
+        "num_attention_heads": 4,
+        "image_size": 56 if kind == "clip" else 60,
+        "patch_size": 14,
+        **(changes or {}),
+    }
+
+
+def perturb(model: Any) -> Any:
+    """Gives what is freshly made as one, zero or nearly nothing values of its own, so that a swapped or dropped one shows."""
+    for name, parameter in model.named_parameters():
+        if "language_model" in name or "text_model" in name:
+            continue
+        if parameter.ndim == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.2)
+        elif "position_embedding" in name or "probe" in name:
+            parameter.data.add_(torch.randn_like(parameter) * 0.5)
+        else:
+            # Wide enough apart that an activation's curvature is met, and that softmax prefers some keys.
+            parameter.data.mul_(1.5)
+    return model
+
+
+def write_processor(folder: Path, kind: str, side: int, **changes: Any) -> None:
+    """The file of the image processor that goes with an encoder, in the form of old checkpoints."""
+    settings: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+    square = {"height": side, "width": side}
+    if kind == "clip":
+        settings |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}, **CLIP_COLOURS}
+        settings |= {"do_center_crop": True, "crop_size": square, "do_convert_rgb": True}
+    else:
+        settings |= {"image_processor_type": "SiglipImageProcessor", "size": square, **HALF}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **changes}))
+
+
+def _processor(folder: Path) -> Any:
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+
+
+def by_encoder(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """``last_hidden_state`` of each picture."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    inputs = _processor(folder)(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+    with torch.inference_mode():
+        return list(getattr(model, "vision_model", model)(inputs["pixel_values"]).last_hidden_state)
+
+
+def by_llava(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The rows that each picture's place in a prompt takes, one prompt per picture."""
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    processor = _processor(folder)
+    found = []
+    for picture in pictures:
+        inputs = processor(images=[Image.fromarray(picture)], return_tensors="pt")
+        tiles = {name: inputs[name] for name in ("image_sizes", "batch_num_images") if name in inputs}
+        with torch.inference_mode():
+            output = model.model.get_image_features(inputs["pixel_values"], **tiles)
+        found += list(output.pooler_output)
+    return found

@@ -1,0 +1,112 @@
+"""Towers of published size: ``tritontower inspect`` on a folder without weights says what is known of them.
+
+The numbers in ``tests/support/published.py`` come from elsewhere.  Nothing here reads a weight or decodes a picture.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.published import PUBLISHED, PublishedTower, write_published
+
+from tritontower import cli
+
+each_tower = pytest.mark.parametrize("tower", PUBLISHED, ids=lambda tower: tower.name)
+EACH_PICTURE = [(tower, picture) for tower in PUBLISHED for picture in tower.pictures]
+each_picture = pytest.mark.parametrize(
+    ("tower", "picture"), EACH_PICTURE, ids=[f"{tower.name}-{picture.side}" for tower, picture in EACH_PICTURE]
+)
+
+
+@pytest.fixture
+def inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command on a folder with the configuration and the processor file, and nothing else."""
+
+    def run(tower: PublishedTower, side: int = 448) -> dict[str, Any]:
+        folder = write_published(tmp_path / tower.name, tower)
+        assert cli.main(["inspect", str(folder), "--json", "--size", f"{side}x{side}"]) == 0
+        assert not list(folder.glob("*.safetensors"))
+        report: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return report
+
+    return run
+
+
+def nodes_of(report: dict[str, Any], *, projector: bool) -> list[dict[str, Any]]:
+    return [node for node in report["graph"]["nodes"] if node["name"].startswith("projector") == projector]
+
+
+def rounded_as(text: str, millions: float) -> str:
+    """``millions`` with as many decimals as ``text`` has."""
+    return f"{millions:.{len(text.partition('.')[2])}f}"
+
+
+@each_tower
+def test_parameters_are_the_published_ones(tower: PublishedTower, inspect: Any) -> None:
+    report = inspect(tower)
+    graph, depth = report["graph"], report["config"]["depth"]
+    blocks = {node["block"] for node in graph["nodes"]} - {None}
+    # A block behind the last that is needed is published, and not part of the graph.
+    unbuilt = depth - len(blocks)
+    published = graph["parameters"] + unbuilt * sum(n["parameters"] for n in graph["nodes"] if n["block"] == 0)
+    projector = sum(node["parameters"] for node in nodes_of(report, projector=True))
+    assert unbuilt == (1 if report["config"]["family"] == "llava" and report["config"]["class_token"] else 0)
+    if not tower.projector_millions:
+        assert rounded_as(tower.tower_millions, published / 1e6) == tower.tower_millions
+        return
+    assert rounded_as(tower.projector_millions, projector / 1e6) == tower.projector_millions
+    assert rounded_as(tower.tower_millions, (published - projector) / 1e6) == tower.tower_millions
+
+
+@each_picture
+def test_patches_and_tokens_are_the_known_ones(tower: PublishedTower, picture: Any, inspect: Any) -> None:
+    report = inspect(tower, picture.side)
+    workload = report["graph"]["workload"]
+    class_rows = picture.views if report["config"]["class_token"] else 0
+    assert (workload["patches"] - class_rows, workload["views"]) == (picture.patches, picture.views)
+    assert workload["tokens"] == report["pictures"][0]["tokens"] == picture.tokens
+
+
+@each_picture
+def test_operations_are_the_known_ones(tower: PublishedTower, picture: Any, inspect: Any) -> None:
+    """Within one per cent.
+
+    What is left is rounding of the known numbers, the second frame of a still picture, which is folded into the first (up
+    to −0.1 %), and the padding of a gated MLP (+0.6 %).
+    """
+    report = inspect(tower, picture.side)
+    flops = report["graph"]["flops"]
+    assert flops == report["pictures"][0]["flops"]
+    if picture.views > 1:
+        flops = sum(node["flops"] for node in nodes_of(report, projector=False)) / picture.views
+    assert flops / 1e12 == pytest.approx(float(picture.tera), rel=0.01)
+
+
+def test_a_gated_mlp_is_padded_in_its_operations_alone(inspect: Any) -> None:
+    """3420 columns are computed as 3456: one per cent of an MLP's products, and no parameters."""
+    (tower,) = [tower for tower in PUBLISHED if tower.name == "Qwen2.5-VL-7B-Instruct"]
+    report = inspect(tower)
+    assert report["config"]["mlp_hidden"] == 3420
+    products = [
+        node for node in report["graph"]["nodes"] if node["name"] in ("blocks.0.mlp_gate_up", "blocks.0.mlp_down")
+    ]
+    assert sum(node["flops"] for node in products) == 3 * 2 * 1024 * 1280 * 3456
+    assert report["graph"]["parameters"] < 677e6
+
+
+def test_only_the_blocks_that_are_needed_are_counted_as_work(inspect: Any) -> None:
+    """LLaVA takes the rows behind block 23 of 24: 290.9 of the 303.5 million published parameters are built."""
+    (tower,) = [tower for tower in PUBLISHED if tower.name == "llava-1.5-7b-hf"]
+    report = inspect(tower)
+    built = report["graph"]["parameters"] - sum(node["parameters"] for node in nodes_of(report, projector=True))
+    assert rounded_as("290.9", built / 1e6) == "290.9"
+    assert {node["block"] for node in report["graph"]["nodes"]} - {None} == set(range(23))
+
+
+def test_the_native_and_the_converted_checkpoint_are_one_tower(inspect: Any) -> None:
+    converted, native = (inspect(tower) for tower in PUBLISHED if tower.name.lower().startswith("pixtral-12b"))
+    for report in (native, converted):
+        del report["config"]["family"]
+    assert native["graph"]["parameters"] == converted["graph"]["parameters"]
+    assert native["pictures"] == converted["pictures"]

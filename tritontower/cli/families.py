@@ -1,0 +1,47 @@
+"""List the families of towers that can be loaded, with the tokens that each makes of a picture.
+
+Token counts are those of a published example of each family; `tritontower inspect MODEL` knows those of a checkpoint.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from tritontower.drawing import text_table
+
+if TYPE_CHECKING:
+    from tritontower.catalogue import CatalogueEntry
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "tritontower families --markdown"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--json`` or ``--markdown``."""
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the report as JSON")
+    form.add_argument("--markdown", action="store_true", help="print the table of the documentation")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the catalogue."""
+    from tritontower.catalogue import catalogue, families_table, weight_formats
+
+    if arguments.markdown:
+        print(families_table())
+    elif arguments.json:
+        print(json.dumps([asdict(entry) for entry in catalogue()], indent=2))
+    else:
+        print(f"{_text(catalogue())}\n\n{weight_formats()}")
+    return 0
+
+
+def _text(entries: "list[CatalogueEntry]") -> str:
+    rows = [
+        (entry.title, entry.checkpoints, "yes" if entry.video else None, *(f"{n:,}" for n in entry.counted.values()))
+        for entry in entries
+    ]
+    counted = [f"tokens at {side}²" for side in entries[0].counted]
+    return text_table("", ("family", "checkpoints", "video", *counted), rows)

@@ -1,0 +1,97 @@
+"""PaliGemma (Beyer et al. 2024, arXiv 2407.07726) and PaliGemma 2 (Steiner et al. 2024, arXiv 2412.03555).
+
+A SigLIP encoder for one size of picture (224, 448 or 896 pixels), its output norm, and one linear: a token per patch.  The
+reference is ``PaliGemmaModel`` of ``transformers.models.paligemma.modeling_paligemma``.  Old releases of transformers divided
+the projected rows by the root of their width, for the language model to multiply them again; the embeddings here are those
+of the supported releases, which do neither.
+"""
+
+from tritontower.config import Projector, TowerConfig
+from tritontower.preprocessing import FixedSize
+from tritontower.reader import ConfigReader
+from tritontower.recipes import Stored
+
+from . import Family, FamilySummary
+from ._gemma import GemmaReference, read_siglip, with_projector
+from ._reading import positive
+from ._vit import IGNORED, ROOTS_IN_MODEL, encoder_tensors
+
+MODEL_TYPES = ("paligemma",)
+
+PROJECTOR_TENSORS = {f"projector.linear.{role}": Stored(f"projector.linear.{role}") for role in ("weight", "bias")}
+
+# Value of the layer graph → module of the reference's projector and side of it.
+PROJECTOR_VALUES = {"embeddings": ("linear", "output")}
+
+SUMMARIES = (
+    FamilySummary(
+        title="PaliGemma",
+        checkpoints="PaliGemma 3B and PaliGemma 2 3B, 10B, 28B, for 224, 448 and 896 pixels",
+        pictures="squashed to one size: 224 × 224, 448 × 448 or 896 × 896",
+        video=False,
+        tokens="side/14 × side/14: 256, 1024 or 4096",
+        example={
+            "architectures": ["PaliGemmaForConditionalGeneration"],
+            "hidden_size": 2048,
+            "model_type": "paligemma",
+            "projection_dim": 2048,
+            "text_config": {"hidden_size": 2048, "model_type": "gemma", "num_image_tokens": 256},
+            "torch_dtype": "float32",
+            "vision_config": {
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "model_type": "siglip_vision_model",
+                "num_attention_heads": 16,
+                "num_hidden_layers": 27,
+                "num_image_tokens": 256,
+                "patch_size": 14,
+                "projection_dim": 2048,
+                "projector_hidden_act": "gelu_fast",
+                "vision_use_head": False,
+            },
+        },
+        processor={
+            "do_convert_rgb": None,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "SiglipImageProcessor",
+            "image_seq_length": 256,
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 3,
+            "rescale_factor": 0.00392156862745098,
+            "size": {"height": 224, "width": 224},
+        },
+    ),
+)
+
+
+def read(reader: ConfigReader) -> Family:
+    """Reads ``vision_config`` and ``projection_dim``.
+
+    What a sparse ``vision_config`` leaves out has the defaults of ``SiglipVisionConfig``: 224 pixels, for one.
+    """
+    config = read_config(reader)
+    return Family(
+        config=config,
+        roots=ROOTS_IN_MODEL,
+        tensors={**encoder_tensors(config), **PROJECTOR_TENSORS},
+        ignored=IGNORED,
+        preprocessors={"hf": FixedSize},
+        reference=GemmaReference(PROJECTOR_VALUES),
+    )
+
+
+def read_config(reader: ConfigReader) -> TowerConfig:
+    """The tower."""
+    projector = Projector(
+        norm=None,
+        merge=1,
+        hidden=None,
+        # The twin inside `vision_config` is overwritten with this one by the reference.
+        output=positive(reader, "projection_dim", 2048),
+        activation="gelu",
+        bias=True,
+    )
+    return with_projector(read_siglip(reader, family="paligemma"), projector)

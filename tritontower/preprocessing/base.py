@@ -1,0 +1,326 @@
+"""What every resizing rule has in common: settings, limits, the processor's call, the cut into patches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from numbers import Integral
+from pathlib import Path
+from typing import Any, ClassVar, TypedDict, Unpack, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tritontower.batch import PackedBatch
+from tritontower.config import TowerConfig
+from tritontower.errors import (
+    ImageError,
+    ImageTooLargeError,
+    Limits,
+    ProcessorError,
+    UsageError,
+    list_names,
+    shorten,
+)
+from tritontower.images import CanonicalImage, check_size
+from tritontower.layout import PictureLayout
+
+from .settings import IMAGE_FILES, Settings
+
+__all__ = ["Bounds", "Preprocessor", "cut_into_patches"]
+
+PIXEL_OPTIONS = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+"""Settings that change pixels and no size; every rule hands them to the processor as they are."""
+
+
+class Bounds(TypedDict, total=False):
+    """How large a picture may become, where the caller says so; ``None`` leaves it to the checkpoint.
+
+    A rule knows some of the three, and refuses the others.
+    """
+
+    min_pixels: int | None
+    """Least area of a resized picture, pixels."""
+    max_pixels: int | None
+    """Greatest area of a resized picture, pixels."""
+    longest_edge: int | None
+    """Greatest side of a resized picture, pixels."""
+
+
+def cut_into_patches(picture: torch.Tensor, patch: int, merge: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Views → rows of patches: view by view, block by block, the patches of a block in raster order.
+
+    Args:
+        picture: ``[views, channels, height, width]``.  What is left of a side that is no multiple of ``patch``, right
+            and bottom, is left out, as by a convolution without padding.
+        patch: side of a patch, pixels.
+        merge: side of a block, patches; 1 is plain raster order.
+        out: where to write.
+
+    Returns:
+        ``[patches, channels · patch²]``, of ``out``'s dtype if that is given, else of the picture's.
+
+    Raises:
+        ValueError: rows or columns of patches that ``merge`` does not divide, or an ``out`` of another shape.
+    """
+    views, channels, height, width = picture.shape
+    rows, columns = height // patch, width // patch
+    if rows % merge or columns % merge:
+        raise ValueError(f"{rows} × {columns} patches cannot be cut into blocks of {merge} × {merge}")
+    shape = (views * rows * columns, channels * patch * patch)
+    if out is None:
+        out = torch.empty(shape, dtype=picture.dtype)
+    elif out.shape != shape:
+        raise ValueError(f"out has shape {list(out.shape)}; the picture makes {list(shape)}")
+    blocks = picture[:, :, : rows * patch, : columns * patch].reshape(
+        views, channels, rows // merge, merge, patch, columns // merge, merge, patch
+    )
+    blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
+    out.view(blocks.shape).copy_(blocks)
+    return out
+
+
+@dataclass(frozen=True)
+class Preprocessor(ABC):
+    """Turns canonical pictures into packed batches for one tower; safe to share between threads.
+
+    Attributes:
+        config: the tower.
+        folder: the checkpoint.
+        limits: what a picture may cost.
+        given: an image processor of transformers to use instead of the checkpoint's.
+        options: settings to use instead of those in the checkpoint's file.
+
+    Raises:
+        UsageError: an option that the rule does not have.
+    """
+
+    BOUNDS: ClassVar[tuple[str, ...]] = ()
+    """Which of :class:`Bounds` the rule has."""
+    WITHOUT_BOUNDS: ClassVar[str] = "its pictures all have one size"
+    """Why it has no others; ends a message."""
+    OPTIONS: ClassVar[tuple[str, ...]] = PIXEL_OPTIONS
+    """Names that ``options`` may have."""
+
+    config: TowerConfig
+    folder: Path
+    limits: Limits
+    given: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = self._known_options
+        if unknown := sorted(set(self.options) - set(known)):
+            raise UsageError(
+                f"the image processor of {self.folder} has no option {list_names(unknown)}; "
+                f"known are {', '.join(known) or 'none'}"
+            )
+
+    # -- what an engine asks --------------------------------------------------------------------------------------
+
+    def layout(self, width: int, height: int, **bounds: Unpack[Bounds]) -> PictureLayout:
+        """What a picture of ``width`` × ``height`` pixels becomes: arithmetic on the settings, nothing is decoded.
+
+        Raises:
+            EmptyImageError, AspectRatioError, ImageTooLargeError: no picture of this size can be encoded.
+            UsageError: a side that is not a whole number, or a bound that the rule does not have.
+            ProcessorError, ConfigError: settings or bounds that allow nothing, or that do not fit the tower.
+        """
+        self._refuse_foreign(bounds)
+        if not (isinstance(width, Integral) and isinstance(height, Integral)):
+            raise UsageError(f"width {shorten(width)} and height {shorten(height)} must be whole numbers of pixels")
+        check_size(int(width), int(height), limits=self.limits)
+        return self._plan(int(width), int(height), bounds)
+
+    def pictures(self, images: Sequence[CanonicalImage], **bounds: Unpack[Bounds]) -> PackedBatch:
+        """Packs still pictures, in order; see :meth:`layout` for the errors, which name the picture."""
+        self._refuse_foreign(bounds)
+        layouts = [self._layout_of(image, index, bounds) for index, image in enumerate(images)]
+        return PackedBatch.pack(
+            self.config,
+            self._patches(images, layouts, bounds),
+            layouts,
+            original_sizes=[(image.width, image.height) for image in images],
+            content_hashes=[image.digest for image in images],
+        )
+
+    def clip(self, frames: Sequence[CanonicalImage], **bounds: Unpack[Bounds]) -> PackedBatch:
+        """Packs one clip, where the tower takes clips.
+
+        Raises:
+            UsageError: it does not.
+        """
+        raise UsageError(
+            f"this tower takes no video: the {self.config.family} family encodes still pictures only; "
+            "encode the frames one by one"
+        )
+
+    # -- what a rule says -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _plan(self, width: int, height: int, bounds: Bounds) -> PictureLayout:
+        """The layout of a picture whose size is within the limits."""
+
+    @abstractmethod
+    def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
+        """The settings in the spelling that transformers takes, for the processor and for every call of it."""
+
+    def _views(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
+        """``[views, channels, height, width]``: the picture's views, resized and normalised."""
+        pixels: torch.Tensor = self._processed(image.array, **self._arguments(bounds))["pixel_values"]
+        return pixels
+
+    @property
+    def _known_options(self) -> Sequence[str]:
+        return self.OPTIONS
+
+    def _expected(self) -> Mapping[str, Any]:
+        """Attributes that the processor has to have, and their values."""
+        return {"do_resize": True}
+
+    # -- what all rules share -------------------------------------------------------------------------------------
+
+    @cached_property
+    def settings(self) -> Settings:
+        """What the processor's file, or the given processor, says; ``options`` in place of it."""
+        if self.given is not None:
+            settings = Settings.of_processor(self.given)
+        else:
+            settings = Settings.of_files(self.folder, IMAGE_FILES, "image_processor")
+        return settings.changed(self.options)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The image processor of transformers, on its PIL backend.
+
+        Raises:
+            ProcessorError: it cannot be loaded, or it belongs to another tower.
+        """
+        processor = self.given if self.given is not None else self._load()
+        for name, value in self._expected().items():
+            if (found := getattr(processor, name, None)) != value:
+                raise ProcessorError(
+                    f"the image processor of {self.folder} has {name} = {found!r}, but the tower needs {value!r}; "
+                    "the processor's file and config.json belong to different models"
+                )
+        return processor
+
+    def _load(self) -> Any:
+        # From its own module: the name at the top of transformers 5.17 asks for torchvision, whatever the backend.
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        # Some published files spell a size in a way that transformers refuses; this one it takes.
+        arguments = self._arguments(Bounds())
+        try:
+            return AutoImageProcessor.from_pretrained(
+                str(self.folder), backend="pil", local_files_only=True, trust_remote_code=False, **arguments
+            )
+        except Exception as error:  # whatever the libraries below it raise about a file
+            raise ProcessorError(
+                f"transformers cannot load the image processor of {self.folder}: {_reason(error)}"
+            ) from error
+
+    def _processed(self, array: NDArray[np.uint8], **arguments: Any) -> Any:
+        """What the processor makes of ``array``, ``[height, width, 3]`` uint8 RGB."""
+        processor = self.processor
+        pixel_options = {name: value for name, value in self.options.items() if name in PIXEL_OPTIONS}
+        try:
+            return processor(
+                images=[array],
+                input_data_format="channels_last",
+                do_convert_rgb=False,  # it is RGB; some files leave this open
+                return_tensors="pt",
+                **pixel_options,
+                **arguments,
+            )
+        except MemoryError:
+            raise
+        except (
+            Exception
+        ) as error:  # transformers checks arguments with classes of other libraries, and these with theirs
+            height, width = array.shape[:2]
+            raise ProcessorError(
+                f"the image processor of {self.folder} refused a picture of {width} × {height} pixels: {_reason(error)}"
+            ) from error
+
+    def _patches(
+        self, images: Sequence[CanonicalImage], layouts: Sequence[PictureLayout], bounds: Bounds
+    ) -> torch.Tensor:
+        """``[patches, channels · patch²]`` fp32: all views of all pictures, cut into patches in merge-block order."""
+        counts = [layout.patches for layout in layouts]
+        pixels = torch.empty(sum(counts), self.config.patch.still_inner)
+        for image, layout, out in zip(images, layouts, pixels.split(counts), strict=True):
+            self._fill(out, image, layout, bounds)
+        return pixels
+
+    def _fill(self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds) -> None:
+        """Writes the patches of one picture."""
+        views = self._views(image, bounds)
+        patch = self.config.patch
+        made = [(1, views.shape[2] // patch.size, views.shape[3] // patch.size)] * len(views)
+        self._check_made(made, layout)
+        if views.shape[1] != patch.channels:
+            raise ProcessorError(
+                f"the image processor of {self.folder} makes pictures of {views.shape[1]} channels, "
+                f"but the tower takes {patch.channels}"
+            )
+        cut_into_patches(views, patch.size, self.config.merge, out)
+
+    def _check_made(self, made: Sequence[Sequence[int]], layout: PictureLayout) -> None:
+        if [tuple(grid) for grid in made] != list(layout.views):
+            raise ProcessorError(
+                f"the image processor of {self.folder} made grids {list(made)} where {list(layout.views)} were "
+                "planned; its resizing rule is not the tower's"
+            )
+
+    def _check_planned(self, original: tuple[int, int], planned: tuple[int, int], views: int, advice: str) -> None:
+        """Raises unless ``views`` pictures of the ``planned`` width and height are within the limits."""
+        if planned[0] * planned[1] * views > self.limits.max_planned_pixels:
+            times = "" if views == 1 else f"{views} times "
+            raise ImageTooLargeError(
+                f"{original[0]} × {original[1]} pixels would be resized to {times}{planned[0]} × {planned[1]}, the "
+                f"limit is {self.limits.max_planned_pixels} pixels; {advice}, or pass Limits(max_planned_pixels=...)"
+            )
+
+    def _check_grid(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
+        """Raises unless a tower whose views all have one grid has this one."""
+        patches, merge = self.config.num_patches, self.config.merge
+        if (patches is not None and (grid[0] != grid[1] or grid[0] * grid[1] != patches)) or any(
+            side < 1 or side % merge for side in grid
+        ):
+            wanted = f"{patches} patches in a square" if patches is not None else f"multiples of {merge}"
+            raise ProcessorError(
+                f"the image processor of {self.folder} makes pictures of {size[0]} × {size[1]} pixels, {grid[0]} × "
+                f"{grid[1]} patches, but the tower needs {wanted}; the processor's file and config.json belong to "
+                "different models"
+            )
+
+    def _layout_of(self, image: CanonicalImage, index: int, bounds: Bounds) -> PictureLayout:
+        try:
+            return self.layout(image.width, image.height, **bounds)
+        except ImageError as error:
+            raise type(error)(error.reason, index=index, source=image.source) from error
+
+    def _refuse_foreign(self, bounds: Bounds) -> None:
+        foreign = [name for name, value in bounds.items() if value is not None and name not in self.BOUNDS]
+        if foreign:
+            has = f"it has {' and '.join(self.BOUNDS)}, because" if self.BOUNDS else "it has none, because"
+            raise UsageError(
+                f"the resizing rule of the {self.config.family} family has no bound {list_names(foreign)}; "
+                f"{has} {self.WITHOUT_BOUNDS}"
+            )
+
+    def _whole(self, bounds: Bounds, name: str, default: int) -> int:
+        """The bound ``name`` as a number of pixels."""
+        value = cast("Mapping[str, object]", bounds).get(name)
+        if value is None:
+            return default
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ProcessorError(f"{name} = {shorten(value)} must be a whole number of pixels")
+        return int(value)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
