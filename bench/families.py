@@ -12,6 +12,7 @@ preprocessing is not timed.
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from tritontower import VisionTower
 from tritontower.batch import PackedBatch
 from tritontower.drawing import text_table
+from tritontower.errors import ReferenceModelError
 from tritontower.families import FamilySummary, family_files
 from tritontower.parity import Reference
 from tritontower.random_checkpoint import write_random_checkpoint
@@ -52,9 +54,9 @@ def summaries() -> dict[str, FamilySummary]:
 def shallow(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
     """``config`` with at most ``depth`` vision blocks, and without what it says of blocks behind them."""
     vision: dict[str, Any] = dict(config.get("vision_config") or config)
-    key = next((key for key in DEPTH_KEYS if key in vision), None)
-    if depth and key is not None:
-        vision[key] = min(depth, vision[key])
+    key = next((key for key in DEPTH_KEYS if key in vision), DEPTH_KEYS[-1])
+    if depth:
+        vision[key] = min(depth, vision.get(key, depth))
         if "deepstack_visual_indexes" in vision:
             vision["deepstack_visual_indexes"] = [
                 level for level in vision["deepstack_visual_indexes"] if level < depth
@@ -76,9 +78,9 @@ def measure(summary: FamilySummary, arguments: argparse.Namespace) -> list[dict[
         checkpoint = write_random_checkpoint(Path(folder), config, summary.processor, dtype=dtype)
         tower = VisionTower.from_pretrained(checkpoint, device=arguments.device)
         reference = Reference(tower, tower.dtype)
+        batches = {pack: packed(tower, PACKS[pack]) for pack in arguments.pack}
     rows = []
-    for pack in arguments.pack:
-        batch = packed(tower, PACKS[pack])
+    for pack, batch in batches.items():
         facts = {"family": summary.title, "blocks": tower.config.blocks_needed, "pack": pack}
         rows.append(facts | compare_times(tower, reference, batch, arguments.repeats))
     return rows
@@ -101,7 +103,12 @@ def main() -> None:
         parser.error("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it")
     torch.set_num_threads(arguments.threads)
     arguments.pack = arguments.pack or ["448"]
-    rows = [row for title in arguments.family or known for row in measure(known[title], arguments)]
+    rows = []
+    for title in arguments.family or known:
+        try:
+            rows += measure(known[title], arguments)
+        except ReferenceModelError as error:
+            print(f"{title} is left out: {error}", file=sys.stderr)
     facts = provenance(torch.device(arguments.device))
     document = {"bench": "families", "dtype": arguments.dtype, "depth": arguments.depth, **facts, "rows": rows}
     print(_table(document))

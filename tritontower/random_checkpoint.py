@@ -6,16 +6,17 @@ files, and the numbers may be anything.  Only the tower's tensors are written.
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from .families import read_family
+from .families import Family, read_family
 from .graph import build
 from .reader import ConfigReader
-from .weights import stored_shapes
+from .recipes import Shape
 
 __all__ = ["write_random_checkpoint"]
 
@@ -38,7 +39,7 @@ def write_random_checkpoint(
     prefix = {inner: root for root, inner in family.roots.items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in stored_shapes(build(family.config), family.tensors).items():
+    for name, shape in _published_shapes(family).items():
         tensor = torch.empty(shape).normal_(0.0, 0.02, generator=generator)
         if len(shape) == 1 and name.endswith("weight"):
             tensor += 1.0
@@ -51,3 +52,20 @@ def write_random_checkpoint(
     if processor:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def _published_shapes(family: Family) -> dict[str, Shape]:
+    """What a published checkpoint holds: also the blocks and the norm behind the last feature, which no tower reads."""
+    config = family.config
+    whole = replace(
+        config,
+        features=(config.depth,) * len(config.features),
+        output_norm=config.output_norm or config.norm,
+        features_normed=True,
+    )
+    sources = {name: shape for name, shape in build(whole).sources.items() if name in family.tensors}
+    sources |= build(config).sources
+    shapes: dict[str, Shape] = {}
+    for name, shape in sources.items():
+        shapes |= family.tensors[name].stored(shape)
+    return shapes

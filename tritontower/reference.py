@@ -20,6 +20,12 @@ from .errors import ReferenceModelError, TowerError, list_names, shorten
 __all__ = ["ModuleValue", "ReferenceModel", "flat_patches", "view_pictures"]
 
 
+BESIDE_THE_TOWER = frozenset(
+    ("language_model", "text_model", "lm_head", "text_projection", "visual_projection", "logit_scale", "logit_bias")
+)
+"""Parts of models that no tower needs, by their names in transformers."""
+
+
 @dataclass(frozen=True)
 class ModuleValue:
     """A value inside transformers: the input or the output of a module, or of several, side by side."""
@@ -88,7 +94,7 @@ class ReferenceModel(ABC):
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise ReferenceModelError(f"transformers cannot load {folder}: {shorten(reason[0], 200)}") from error
         mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
-        wrong = sorted(name for name in (*report["missing_keys"], *mismatched) if not _is_text(name))
+        wrong = sorted(name for name in (*report["missing_keys"], *mismatched) if not _is_beside_the_tower(name))
         if wrong:
             raise ReferenceModelError(f"transformers finds no weights in {folder} for {list_names(wrong)}")
         model.eval()
@@ -147,8 +153,8 @@ def _without_language_model(config: Any) -> None:
         text.layer_types = []
 
 
-def _is_text(name: str) -> bool:
-    return any(part in ("language_model", "text_model", "lm_head") for part in name.split("."))
+def _is_beside_the_tower(name: str) -> bool:
+    return not BESIDE_THE_TOWER.isdisjoint(name.split("."))
 
 
 @contextmanager
