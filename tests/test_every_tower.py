@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from support.checkpoints import noise, rename_all, shard
 from support.towers import TowerCase, all_cases
 
-from tritontower import VisionTower
+from tritontower import VisionTower, cli
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import CheckpointIncompleteError, UsageError
 from tritontower.executor import Executor
@@ -235,3 +236,16 @@ def test_the_whole_description_is_json(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case), delay_load=True)
     assert json.loads(json.dumps(tower.config.to_json()))["family"] == tower.config.family
     assert tower.describe(tower.workload([(64, 64)])).svg().startswith("<svg")
+
+
+@each_case
+def test_the_demonstration_runs_on_it(
+    case: TowerCase, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = []
+    for index, picture in enumerate(pictures_of(case, 2)):
+        paths.append(str(tmp_path / f"{index}.png"))
+        Image.fromarray(picture).save(paths[-1])
+    assert cli.main(["demo", *paths, "--model", str(saved(case)), "--device", "cpu", "--output", str(tmp_path)]) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert (tmp_path / "features.png").is_file()

@@ -137,10 +137,10 @@ def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
 
 
 def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.Tensor"]:
-    """What the last block gives for every patch, ``[rows, columns, width]`` for each picture."""
+    """What the last block gives for every patch, ``[rows, columns, width]`` for the first view of each picture."""
     import torch
 
-    (last,) = (node.inputs[0] for node in tower.graph.nodes if node.kind == "projector")
+    last = f"blocks.{tower.config.blocks_needed - 1}.block_rows"
     kept: list[torch.Tensor] = []
 
     def keep(node: "Node", tensors: Mapping[str, "torch.Tensor"]) -> None:
@@ -149,14 +149,16 @@ def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.T
             kept.append(tensors[last].to("cpu", torch.float32, copy=True))
 
     tower.executor_for(batch).run(batch.to(tower.device), keep)
-    counts = [rows * columns for _, rows, columns in batch.grids]
-    maps = []
-    for grid, features, places in zip(
-        batch.grids, kept[0].split(counts), batch.positions.long().split(counts), strict=True
-    ):
+    class_rows = 1 if tower.config.class_token else 0
+    lengths = batch.views.lengths
+    views = list(zip(batch.view_grids, kept[0].split(lengths), batch.positions.long().split(lengths), strict=True))
+    maps, first = [], 0
+    for count in batch.view_counts:
+        grid, features, places = views[first]
         in_place = features.new_empty(*grid[1:], features.shape[1])
-        in_place[places[:, 0], places[:, 1]] = features
+        in_place[places[class_rows:, 0], places[class_rows:, 1]] = features[class_rows:]
         maps.append(in_place)
+        first += count
     return maps
 
 
