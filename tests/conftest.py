@@ -16,7 +16,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,15 @@ def kernel_device() -> Iterator[torch.device]:
         yield torch.device("cuda" if HAS_GPU else "cpu")
 
 
+@pytest.fixture(params=["kernel", "reference"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each backend in turn, and where it runs."""
+    if request.param == "kernel":
+        kernel_device: torch.device = request.getfixturevalue("kernel_device")
+        return kernel_device
+    return torch.device("cpu")
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes ``torch.empty`` and its kin hand out NaN (or the largest integer), so that an element never written shows."""
@@ -67,6 +76,29 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.Tensor, "new_empty", lambda self, *args, **kwargs: poison(new_empty(self, *args, **kwargs))
     )
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Puts the number of torch's threads back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def distant_storage(device: torch.device, tmp_path: Path) -> Callable[[int], torch.Tensor]:
+    """Makes fp32 storage of many elements on the test's ``device``: on a CPU in a sparse file, whose untouched pages take none."""
+
+    def make(elements: int) -> torch.Tensor:
+        if device.type == "cuda":
+            return torch.empty(elements, dtype=torch.float32, device=device)
+        path = tmp_path / "sparse"
+        with path.open("wb") as file:
+            file.truncate(elements * 4)
+        return torch.from_file(str(path), shared=True, size=elements, dtype=torch.float32)
+
+    return make
 
 
 @pytest.fixture(scope="session")

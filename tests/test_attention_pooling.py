@@ -1,8 +1,5 @@
 """One query's attention to each segment: both backends against fp64 and against the pooling head of transformers."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error
@@ -37,14 +34,6 @@ def expected(query, kv, segments, scale=None):
         scores = torch.einsum("hd,lhd->hl", query.cpu().double(), rows[:, 0]) * scale
         pooled.append(torch.einsum("hl,lhd->hd", scores.softmax(1), rows[:, 1]))
     return torch.stack(pooled)
-
-
-@pytest.fixture(params=["kernel", "reference"])
-def device(request):
-    """Each backend in turn."""
-    if request.param == "kernel":
-        return request.getfixturevalue("kernel_device")
-    return torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -238,20 +227,10 @@ def check_distant_rows(storage, stride, head_dim):
     assert torch.equal(out, near[:, 1])
 
 
-def test_offsets_beyond_32_bits(device):
-    # The third row begins beyond element 2³¹ of a sparse file: only the pages touched exist.
+def test_offsets_beyond_32_bits(distant_storage):
+    # The third row begins beyond element 2³¹.
     stride, head_dim = 2**30 + 64, 64
-    if device.type == "cuda":
-        check_distant_rows(torch.empty(3 * stride, dtype=torch.float32, device=device), stride, head_dim)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "sparse")
-        path.touch()
-        with path.open("r+b") as file:
-            file.truncate(3 * stride * 4)
-        storage = torch.from_file(str(path), shared=True, size=3 * stride, dtype=torch.float32)
-        check_distant_rows(storage, stride, head_dim)
-        del storage
+    check_distant_rows(distant_storage(3 * stride), stride, head_dim)
 
 
 def test_nothing_to_do(device):

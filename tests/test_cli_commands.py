@@ -8,11 +8,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from support.towers.qwen3_vl import save_of
+from support.towers.siglip import save_siglip
 
 from tritontower import VisionTower, cli
 from tritontower import parity as parity_module
 from tritontower.cli.parity import synthetic_pictures
+from tritontower.embedding import load_embeddings
 from tritontower.families import qwen2_vl
 from tritontower.random_checkpoint import write_random_checkpoint
 
@@ -81,12 +83,23 @@ class TestEncode:
         assert _run("encode", model, *pictures, "-o", output, "--json") == 0
         report = json.loads(capsys.readouterr().out)
         expected = VisionTower.from_pretrained(model, device="cpu").encode(pictures)
-        with safe_open(output, "pt") as file:
-            metadata = file.metadata()
-            for index, embedding in enumerate(expected):
-                assert torch.equal(file.get_tensor(f"picture.{index}"), embedding.embeddings)
-                assert json.loads(metadata[f"picture.{index}"]) == report["pictures"][index]
-                assert report["pictures"][index]["picture"] == str(pictures[index])
+        for index, (written, embedding) in enumerate(zip(load_embeddings(output), expected, strict=True)):
+            assert torch.equal(written.embeddings, embedding.embeddings)
+            assert (written.grid_thw, written.content_hash) == (embedding.grid_thw, embedding.content_hash)
+            assert report["pictures"][index]["num_tokens"] == embedding.num_tokens
+            assert report["pictures"][index]["content_hash"] == embedding.content_hash
+            assert report["pictures"][index]["picture"] == str(pictures[index])
+
+    @pytest.mark.parametrize(("save", "outputs"), [(save_of("qwen3_vl"), "deepstack"), (save_siglip, "pooled")])
+    def test_writes_every_output(self, save, outputs, pictures, tmp_path):
+        output = tmp_path / "embeddings.safetensors"
+        folder = save(tmp_path / "model")
+        assert _run("encode", folder, pictures[0], "-o", output) == 0
+        (written,) = load_embeddings(output)
+        (expected,) = VisionTower.from_pretrained(folder, device="cpu").encode(pictures[0])
+        assert any(name.startswith(outputs) for name in written.tensors)
+        assert written.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(written.tensors[name], rows) for name, rows in expected.tensors.items())
 
     def test_pixel_limits(self, model, pictures, tmp_path, capsys):
         assert _run("encode", model, pictures[0], "-o", tmp_path / "e", "--json", "--max-pixels", 112 * 112) == 0

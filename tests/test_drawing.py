@@ -91,6 +91,24 @@ class TestCollapse:
         assert ("blocks.0.mlp", "blocks.3.norm") in edges
         assert ("blocks.3.mlp", "tap3") in edges
 
+    @pytest.mark.parametrize(
+        ("full_blocks", "titles"),
+        [
+            ((2, 5, 8), [("blocks 0–1, 3–4, 6–7", 6), ("blocks 2, 5, 8", 3)]),
+            ((2, 8), [("blocks 0–1, 3–7", 7), ("blocks 2, 8", 2)]),
+            ((2, 5), [("blocks 0–1, 3–4", 4), ("blocks 2, 5", 2), ("blocks 6–8", 3)]),
+        ],
+    )
+    def test_kinds_that_take_turns_are_drawn_once(self, full_blocks, titles):
+        nodes, edges = _tower(9, full_blocks)
+        nodes = [node for node in nodes if node.kind != "tap"]
+        nodes, edges, groups = collapse_repeats(nodes, [edge for edge in edges if "tap" not in "".join(edge)])
+        assert [(group.title, group.repeats) for group in groups] == titles
+        assert ("blocks.0.mlp", "blocks.2.norm") in edges
+        assert ("blocks.2.mlp", "blocks.0.norm") not in edges
+        last = f"blocks.{2 if len(titles) == 2 else 6}.mlp"
+        assert [edge for edge in edges if edge[1] == "projector"] == [(last, "projector")]
+
     def test_title_of_the_caller(self):
         assert collapse_repeats(*_tower(2), "layers")[2][0].title == "layers 0–1"
 
@@ -152,6 +170,15 @@ class TestDrawing:
             level = boxes[source].aside and boxes[source].layer == boxes[target].layer
             assert level or boxes[source].bottom < boxes[target].y, (source, target)
         assert boxes["table"].aside
+
+    def test_what_a_reader_below_a_frame_reads_stands_beside_the_reader(self):
+        nodes, edges = _tower(4)
+        nodes = [*nodes[:-1], DrawnNode("selection", "input"), DrawnNode("other", "select"), nodes[-1]]
+        edges = [("blocks.3.mlp", "other"), *edges, ("selection", "projector")]
+        boxes = lay_out(*collapse_repeats(nodes, edges), top=0).boxes
+        assert boxes["selection"].layer == boxes["other"].layer == boxes["projector"].layer
+        assert boxes["other"].right < boxes["selection"].x
+        assert boxes["selection"].right < boxes["projector"].x
 
     def test_edges_that_skip_layers_at_the_same_height_take_different_lanes(self):
         nodes = [DrawnNode(name, "add") for name in "abcd"]

@@ -30,14 +30,6 @@ def matrix(rows, columns, dtype, device="cpu", seed=0):
     return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 3).to(device, dtype)
 
 
-@pytest.fixture(params=["kernel", "reference"])
-def device(request):
-    """Each backend in turn."""
-    if request.param == "kernel":
-        return request.getfixturevalue("kernel_device")
-    return torch.device("cpu")
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1280), (7, 333), (40, 1152)])
@@ -85,13 +77,6 @@ def test_activation_of_row_views_and_in_place(device, kind, dtype):
     contiguous = matrix(9, 200, dtype, device)
     assert activation(contiguous, kind, out=contiguous) is contiguous
     assert torch.equal(contiguous, want)
-
-
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])

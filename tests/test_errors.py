@@ -32,6 +32,12 @@ EXAMPLES: list[TowerError] = [
     errors.ProcessorError("a"),
     errors.BackendUnavailableError("a"),
     errors.TowerNotLoadedError("a"),
+    errors.TowerOutOfMemoryError("a"),
+    errors.NonFiniteOutputError("a"),
+    errors.EmbeddingFileError("a"),
+    errors.PromptError("a"),
+    errors.TokenSpaceExhaustedError("a"),
+    errors.HostRefusalError("a", "b", "c", "d"),
 ]
 
 

@@ -311,7 +311,7 @@ def test_has_vision_looks_for_the_encoder(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "params.json").write_text(json.dumps(values))
         assert has_vision(folder) == expected, name
-    with pytest.raises(NoVisionTowerError, match=r"params\.json"):
+    with pytest.raises(NoVisionTowerError, match=r"params\.json: there is no `vision_encoder`"):
         load(tmp_path / "text")
     # Another file with that key is no such configuration.
     (tmp_path / "text" / "config.json").write_text(json.dumps({"vision_encoder": {}}))

@@ -9,8 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
-from support.probing import row_of, tokens_moved_by, values_of
-from support.towers.qwen2_5_vl import by_transformers
+from support.probing import (
+    assert_angles_are_fp32,
+    assert_frames_do_not_see_each_other,
+    row_of,
+    tokens_moved_by,
+    values_of,
+)
+from support.qwen import by_transformers
 from support.towers.qwen3_vl import DEEPSTACK, TINY_VISION, save_qwen3
 
 from tritontower import VisionTower
@@ -195,13 +201,7 @@ def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> 
     tower = towers(dtype=torch.bfloat16)
     batch = tower.preprocess(noise(32, 4800))
     assert batch.side == 300
-    rotation = Qwen3VLVisionRotaryEmbedding(Qwen3VLVisionConfig(hidden_size=64, num_heads=4))
-    expected = rotation(torch.zeros(0), batch.positions)
-    for table, wanted in zip(values_of(tower, batch, "cosines", "sines"), expected, strict=True):
-        assert table.dtype == torch.float32
-        assert torch.equal(table.repeat(1, 2), wanted)
-    rounded = (batch.positions[..., None].bfloat16() * rotation.inv_freq.bfloat16()).float().flatten(1)
-    assert (rounded.cos() - expected[0][:, :8]).abs().max() > 0.1
+    assert_angles_are_fp32(tower, batch, Qwen3VLVisionRotaryEmbedding(Qwen3VLVisionConfig(hidden_size=64, num_heads=4)))
 
 
 # -- deepstack ------------------------------------------------------------------------------------------------------------
@@ -273,12 +273,8 @@ def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
 def test_frames_of_a_clip_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
     tower = towers()
     batch = tower.preprocess_video([noise(160, 96, seed) for seed in range(6)], min_pixels=2048)
-    (grid,) = batch.grids
-    patches, tokens = grid[1] * grid[2], grid[1] * grid[2] // 4
-    assert grid[0] == 3
-    for frame in range(3):
-        moved = tokens_moved_by(tower, batch, frame * patches + 1)
-        assert moved == set(range(frame * tokens, (frame + 1) * tokens))
+    assert batch.grids[0][0] == 3
+    assert_frames_do_not_see_each_other(tower, batch)
 
 
 def test_a_clips_frames_share_one_budget(towers: Callable[..., VisionTower]) -> None:

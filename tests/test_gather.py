@@ -1,8 +1,5 @@
 """Rows picked, weighed, summed and added: both backends against fp64, exact where nothing is computed."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error, tolerance
@@ -38,14 +35,6 @@ def expected(source, index, weights=None, fill=None, residual=None):
     elif weights is not None:
         rows = rows * weights.double()[:, None]
     return rows if residual is None else rows + residual.double()
-
-
-@pytest.fixture(params=["kernel", "reference"])
-def device(request):
-    """Each backend in turn."""
-    if request.param == "kernel":
-        return request.getfixturevalue("kernel_device")
-    return torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -230,13 +219,6 @@ def test_nothing_to_do(device, shape):
     assert gather_rows(source, taps, torch.zeros(rows, 4, device=device)).shape == shape
 
 
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("restore_threads")
@@ -298,20 +280,10 @@ def check_distant_rows(storage, stride, width):
     assert torch.equal(gather_rows(near, order, out=far), swapped)
 
 
-def test_offsets_beyond_32_bits(device):
-    # The third row begins beyond element 2³¹ of a sparse file: only the pages touched exist.
+def test_offsets_beyond_32_bits(distant_storage):
+    # The third row begins beyond element 2³¹.
     stride, width = 2**30 + 64, 64
-    if device.type == "cuda":
-        check_distant_rows(torch.empty(3 * stride, dtype=torch.float32, device=device), stride, width)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "sparse")
-        path.touch()
-        with path.open("r+b") as file:
-            file.truncate(3 * stride * 4)
-        storage = torch.from_file(str(path), shared=True, size=3 * stride, dtype=torch.float32)
-        check_distant_rows(storage, stride, width)
-        del storage
+    check_distant_rows(distant_storage(3 * stride), stride, width)
 
 
 SOURCE = torch.zeros(4, 8)

@@ -1,14 +1,31 @@
 """The layer graph as data: structure, validation, costs, memory, description."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
-from tritontower.config import Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
+from tritontower.config import (
+    Normalisation,
+    PatchEmbedding,
+    Pooling,
+    PositionTable,
+    Projector,
+    RotaryEmbedding,
+    TowerConfig,
+    Windows,
+)
 from tritontower.costs import cost_of, total_cost
 from tritontower.description import Description
-from tritontower.fusion import fold_still_pictures, fuse, fuse_activations, fuse_residual_into_norm
+from tritontower.fusion import (
+    fold_still_pictures,
+    fuse,
+    fuse_activations,
+    fuse_positions,
+    fuse_residual_into_norm,
+    fuse_selection,
+)
 from tritontower.graph import Graph, Node, Value, Workload, build
 from tritontower.memory import plan_memory
 
@@ -31,6 +48,61 @@ CONFIG = TowerConfig(
     projector=Projector(LAYER_NORM, merge=2, hidden=5120, output=3584, activation="gelu", bias=True),
 )
 PICTURE = Workload(1024, 256, 1024 * 1024)
+
+TWO_LINEARS = Projector(None, merge=1, hidden=96, output=48, activation="gelu", bias=True)
+WINDOWED = replace(CONFIG, depth=3, features=(3,), windows=Windows(side=4, full_blocks=(1,)))
+DEEP = replace(
+    CONFIG,
+    depth=3,
+    features=(3,),
+    position_table=PositionTable(side=48, sampling="bilinear"),
+    deepstack=(0, 2),
+    deepstack_projector=Projector(LAYER_NORM, 2, 5120, 3584, "gelu", bias=True, norm_over="token"),
+)
+CLIP = replace(
+    CONFIG,
+    patch=PatchEmbedding(channels=3, size=14, temporal=1, bias=False),
+    rotary=None,
+    width=64,
+    depth=4,
+    heads=4,
+    mlp_hidden=96,
+    position_table=PositionTable(side=4, sampling="exact"),
+    class_token=True,
+    input_norm=LAYER_NORM,
+    output_norm=LAYER_NORM,
+    features=(3,),
+    projector=TWO_LINEARS,
+)
+SIGLIP = replace(
+    CLIP,
+    class_token=False,
+    input_norm=None,
+    features=(4,),
+    features_normed=True,
+    projector=None,
+    pooling=Pooling("attention", LAYER_NORM),
+)
+GEMMA_NORM = Normalisation("gemma_rms_norm", 1e-6)
+GEMMA = replace(
+    SIGLIP,
+    pooling=None,
+    projector=Projector(GEMMA_NORM, 2, None, 48, "gelu", bias=False, join="mean", norm_over="token"),
+)
+TOWERS = {
+    "plain": replace(CONFIG, depth=3, features=(3,)),
+    "windows": WINDOWED,
+    "deepstack": DEEP,
+    "class token": CLIP,
+    "pooled class token": replace(CLIP, keep_class_token=True, pooling=Pooling("class_token"), projector=None),
+    "attention pooling": SIGLIP,
+    "means": GEMMA,
+    "tiles": replace(CLIP, newline=True, assembly_taps=4),
+    "several layers": replace(CLIP, features=(0, 2, 3)),
+    "merging linear": replace(CONFIG, depth=2, features=(2,), projector=replace(CONFIG.projector, merging_linear=True)),
+    "gated": replace(CONFIG, depth=2, features=(2,), mlp_hidden=3420, activation="silu", gated=True),
+}
+each_tower = pytest.mark.parametrize("tower", TOWERS)
 PASSES = {"plain": (), "default": None, "norms": (fuse_activations, fuse_residual_into_norm)}
 
 
@@ -51,6 +123,75 @@ def test_plain_graph_is_one_node_per_step() -> None:
     ]
 
 
+def outside_the_blocks(graph: Graph) -> list[str]:
+    return [node.kind for node in graph.nodes if node.block is None]
+
+
+def node_of(graph: Graph, name: str) -> Node:
+    (node,) = [node for node in graph.nodes if node.name == name]
+    return node
+
+
+SIGLIP_HEAD = ["linear", "attention_pooling", "linear", "norm", "linear", "activation", "linear", "add"]
+
+
+@pytest.mark.parametrize(
+    ("tower", "kinds"),
+    {
+        "windows": ["patch_projection", "rotary_table", "select", "projector"],
+        "deepstack": ["patch_projection", "add_positions", "rotary_table", "projector", "projector", "projector"],
+        "class token": ["patch_projection", "add_positions", "norm", "select", "projector"],
+        "pooled class token": ["patch_projection", "add_positions", "norm", "select", "select", "norm"],
+        "attention pooling": ["patch_projection", "add_positions", "norm", "select", *SIGLIP_HEAD],
+        "means": ["patch_projection", "add_positions", "norm", "pool", "norm", "linear"],
+        "tiles": ["patch_projection", "add_positions", "norm", "select", "projector", "assemble"],
+        "merging linear": ["patch_projection", "rotary_table", "norm", "linear", "projector"],
+    }.items(),
+)
+def test_every_part_of_a_tower_is_a_node_outside_the_blocks(tower: str, kinds: list[str]) -> None:
+    assert outside_the_blocks(build(TOWERS[tower])) == kinds
+
+
+def test_deepstack_rows_leave_right_behind_their_block() -> None:
+    graph = build(DEEP)
+    assert graph.outputs == ("embeddings", "deepstack.0", "deepstack.1")
+    names = [node.name for node in graph.nodes]
+    for level, block in enumerate(DEEP.deepstack):
+        node = node_of(graph, f"deepstack.{level}")
+        assert names[names.index(node.name) - 1] == f"blocks.{block}.mlp_residual"
+        assert node.inputs == (f"blocks.{block}.block_rows",)
+        assert graph.weights[node.weights["norm_weight"]].shape == (4 * 1280,)
+        assert graph.values[f"deepstack.{level}.normed"].rows == "merged"
+    assert graph.weights[node_of(graph, "projector").weights["norm_weight"]].shape == (1280,)
+
+
+def test_blocks_behind_the_last_feature_are_not_built() -> None:
+    assert {node.block for node in build(CLIP).nodes} == {None, 0, 1, 2}
+    assert {node.block for node in build(replace(CLIP, features=(0,))).nodes} == {None}
+    assert {node.block for node in build(replace(DEEP, features=(1,))).nodes} == {None, 0, 1, 2}
+    assert {node.block for node in build(replace(CLIP, pooling=Pooling("class_token"))).nodes} == {None, 0, 1, 2, 3}
+
+
+def test_several_features_stand_side_by_side() -> None:
+    graph = build(TOWERS["several layers"])
+    node = node_of(graph, "features")
+    assert node.inputs == ("input_norm_rows", "blocks.1.block_rows", "blocks.2.block_rows", "selection")
+    assert node.attributes["features"] == 3
+    assert graph.values["features"].width == 3 * 64
+    assert graph.sources["projector.linear_1.weight"] == (96, 3 * 64)
+
+
+def test_a_gated_mlp_is_held_wider_than_it_is_stored() -> None:
+    graph = build(TOWERS["gated"])
+    name = "blocks.0.mlp_gate_up.weight"
+    assert (graph.sources[name], graph.held_shapes[name]) == ((2 * 3420, 1280), (2 * 3456, 1280))
+    name = "blocks.0.mlp_down.weight"
+    assert (graph.sources[name], graph.held_shapes[name]) == ((1280, 3420), (1280, 3456))
+    wide = build(replace(TOWERS["gated"], mlp_hidden=3456))
+    # Weights of 36 columns more in two blocks of three matrices, and the biases of gate and up.
+    assert wide.parameters - graph.parameters == 2 * 36 * (3 * 1280 + 2)
+
+
 def test_flops_are_those_of_the_published_tower() -> None:
     # Twice the multiply-adds of 1024 patches through the 7B tower: 1.49 TFLOP.
     assert total_cost(build(CONFIG), PICTURE, 2).flops / 1e12 == pytest.approx(1.49, abs=0.005)
@@ -66,11 +207,34 @@ def test_cost_of_a_linear_counts_its_product_and_its_bytes() -> None:
     assert cost.bytes == 2 * (1024 * 1280 + 1024 * 5120 + 5120 * 1280 + 5120)
 
 
+def test_attention_costs_what_its_windows_hold() -> None:
+    graph, workload = build(WINDOWED), Workload(1024, 256, scores=1024**2, window_scores=16 * 64**2)
+    costs = [cost_of(graph, node_of(graph, f"blocks.{block}.attention"), workload, 2) for block in range(3)]
+    assert [cost.flops for cost in costs] == [4 * scores * 1280 for scores in (16 * 64**2, 1024**2, 16 * 64**2)]
+    assert len({cost.bytes for cost in costs}) == 1
+
+
+def test_pooling_by_attention_costs_one_query_a_view() -> None:
+    graph, workload = build(SIGLIP), Workload(32, 32, 2 * 16**2, views=2)
+    assert cost_of(graph, node_of(graph, "pooling.attention"), workload, 2).flops == 4 * 32 * 64
+    assert cost_of(graph, node_of(graph, "pooling.mlp_up"), workload, 2).flops == 2 * 2 * 64 * 96
+    assert cost_of(graph, node_of(graph, "pooling.keys_values"), workload, 2).flops == 2 * 32 * 64 * 128
+
+
+def test_only_selected_rows_are_projected_and_only_tokens_leave() -> None:
+    graph = build(TOWERS["tiles"])
+    workload = Workload(85, 40, 5 * 17**2, selected=30, merged=30, views=5)
+    assert cost_of(graph, node_of(graph, "projector"), workload, 2).flops == 2 * 30 * (64 * 96 + 96 * 48)
+    # Four rows and their shares in, one row out, for each of 40 tokens; the 30 rows and the newline count once.
+    assert cost_of(graph, node_of(graph, "assemble"), workload, 2).bytes == 2 * 48 * (30 + 40 + 1) + 40 * 4 * (4 + 4)
+
+
+@each_tower
 @pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("patches", [4, 1000, 4096])
-def test_values_that_live_at_the_same_time_never_share_memory(passes: str, patches: int) -> None:
-    graph = graph_of(passes, replace(CONFIG, depth=3, features=(3,)))
-    workload = Workload(patches, patches // 4, patches**2)
+@pytest.mark.parametrize("patches", [4, 1000])
+def test_values_that_live_at_the_same_time_never_share_memory(passes: str, patches: int, tower: str) -> None:
+    graph = graph_of(passes, TOWERS[tower])
+    workload = Workload(patches, patches // 4, patches**2, selected=patches, merged=patches // 4, views=2)
     plan = plan_memory(graph, workload, 2)
     live: dict[str, list[int]] = {}
     for step, node in enumerate(graph.nodes):
@@ -123,6 +287,78 @@ def test_residual_into_norm_leaves_only_the_last_addition() -> None:
     assert len(norms) == 63
 
 
+def test_a_position_of_one_row_is_added_by_the_projection() -> None:
+    plain, graph = build(CLIP), fuse(build(CLIP), (fuse_positions,))
+    first = graph.nodes[0]
+    assert (first.kind, first.inputs, first.outputs) == (
+        "patch_projection",
+        ("pixels", "position_index"),
+        ("placed_rows",),
+    )
+    assert set(first.weights) == {"weight", "position_table"}
+    assert len(graph.nodes) == len(plain.nodes) - 1
+    assert "patch_rows" not in graph.values
+    assert graph.sources == plain.sources
+
+
+def test_a_position_of_four_weighted_rows_stays_a_node() -> None:
+    assert fuse(build(DEEP), (fuse_positions,)) == build(DEEP)
+
+
+@pytest.mark.parametrize("tower", ["windows", "class token"])
+def test_a_projector_reads_the_selected_rows_where_they_are(tower: str) -> None:
+    plain, graph = build(TOWERS[tower]), fuse(build(TOWERS[tower]), (fuse_selection,))
+    rows, index = node_of(plain, "features").inputs
+    projector = node_of(graph, "projector")
+    assert projector.inputs == (rows, index)
+    assert "select" not in outside_the_blocks(graph)
+    # Without a norm that gathers as it reads, the selected rows need a place.
+    place = "features" if tower == "class token" else "projector.normed"
+    assert projector.scratch == ("projector.hidden", place)
+    assert graph.values[place].rows == "selected"
+    assert ("features" in graph.values) == (tower == "class token")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TOWERS["several layers"],
+        replace(WINDOWED, projector=DEEP.deepstack_projector),
+        replace(CONFIG, depth=3, features=(1, 3)),
+    ],
+    ids=["several layers", "norm over tokens", "no selection"],
+)
+def test_a_projector_that_cannot_gather_is_left_as_it_is(config: TowerConfig) -> None:
+    assert fuse(build(config), (fuse_selection,)) == build(config)
+
+
+MEAN, TOKEN = {"join": "mean"}, {"norm_over": "token"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: replace(CLIP, windows=WINDOWED.windows, rotary=CONFIG.rotary), "no place in windows"),
+        (lambda: replace(CLIP, patch=replace(CLIP.patch, bias=True)), "without bias"),
+        (lambda: replace(CLIP, projector=CONFIG.projector), "joins no patches"),
+        (lambda: replace(CLIP, newline=True, keep_class_token=True), "among the tokens of tiles"),
+        (lambda: replace(CLIP, features=(5,)), "some of 0 … 4"),
+        (lambda: replace(CLIP, features=()), "some of 0 … 4"),
+        (lambda: replace(CLIP, gated=True), "not quick_gelu"),
+        (lambda: replace(SIGLIP, output_norm=None), "need an output norm"),
+        (lambda: replace(SIGLIP, pooling=Pooling("attention")), "norm of its own"),
+        (lambda: replace(SIGLIP, windows=WINDOWED.windows), "rotary embedding"),
+        (lambda: replace(DEEP, deepstack_projector=None), "come together"),
+        (lambda: replace(CONFIG.projector, **MEAN), "must be 'token'"),
+        (lambda: replace(CONFIG.projector, **TOKEN, hidden=None), "must be 'patch'"),
+        (lambda: replace(CONFIG.projector, **TOKEN, merging_linear=True), "must be 'patch'"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(change: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        change()
+
+
 def test_a_sum_of_two_products_is_fused_once() -> None:
     values = {name: Value(name, "patches", 8) for name in ("x", "a", "b", "c")}
     weights = build(CONFIG).weights
@@ -172,3 +408,9 @@ def test_description_adds_up() -> None:
     svg = description.svg()
     assert svg.startswith("<svg")
     assert "32" in svg
+
+
+def test_features_in_front_of_the_first_block_need_no_angles() -> None:
+    graph = build(replace(CONFIG, features=(0,)))
+    assert "positions" not in graph.inputs
+    assert [node.kind for node in graph.nodes] == ["patch_projection", "projector"]

@@ -27,6 +27,7 @@ from tritontower.kernels import (
     positions,
     projector,
     rope,
+    splice,
 )
 
 pytest.importorskip("triton", reason="launching needs Triton, which ships for Linux only")
@@ -44,6 +45,7 @@ LAUNCHERS = [
     positions.launch_rotary_table,
     projector.launch_projector,
     rope.launch_rope,
+    splice.launch_splice,
 ]
 
 

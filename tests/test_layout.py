@@ -22,6 +22,7 @@ LAYERS = (
     ("images", "visualise", "checkpoint", "dequantise", "locate", "layout", "graph"),
     ("batch", "costs", "memory", "fusion", "weights"),
     ("description", "embedding", "executor", "preprocessing", "reference"),
+    ("cache", "encoding", "merging", "mrope", "prompt", "token_space"),
     ("families",),
     ("features", "random_checkpoint"),
     ("tower", "demonstration", "tuning"),

@@ -1,8 +1,5 @@
 """LayerNorm, RMSNorm and Gemma's RMSNorm: both backends against fp64, and against what transformers computes."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error, tolerance
@@ -73,14 +70,6 @@ def test_many_rows(kernel_device, kind, rounding, dtype):
     x, weight, bias = inputs(16384, 1280, dtype, kind, kernel_device)
     y = norm(x, weight, bias, kind=kind, eps=EPS, rounding=rounding)
     assert relative_error(y, expected(x, weight, bias, kind)) <= allowed(x, rounding)
-
-
-@pytest.fixture(params=["kernel", "reference"])
-def device(request):
-    """Each backend in turn."""
-    if request.param == "kernel":
-        return request.getfixturevalue("kernel_device")
-    return torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -187,21 +176,10 @@ def test_variance_survives_a_large_mean(device):
     assert relative_error(y, expected(x, weight, None, "layer_norm")) <= 1e-3
 
 
-def test_offsets_beyond_32_bits(device):
-    # The third row begins beyond element 2³¹ of a sparse file: only the pages touched exist.
+def test_offsets_beyond_32_bits(distant_storage):
+    # The third row begins beyond element 2³¹.
     stride, width = 2**30 + 64, 64
-    if device.type == "cuda":
-        storage = torch.empty(3 * stride, dtype=torch.float32, device=device)
-        check_distant_rows(storage, stride, width)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "sparse")
-        path.touch()
-        with path.open("r+b") as file:
-            file.truncate(3 * stride * 4)
-        storage = torch.from_file(str(path), shared=True, size=3 * stride, dtype=torch.float32)
-        check_distant_rows(storage, stride, width)
-        del storage
+    check_distant_rows(distant_storage(3 * stride), stride, width)
 
 
 def check_distant_rows(storage, stride, width):

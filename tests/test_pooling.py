@@ -1,8 +1,5 @@
 """Averages of rows: both backends against fp64, against each other, and against AvgPool2d."""
 
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
 from support.numbers import relative_error, tolerance
@@ -22,14 +19,6 @@ def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
 def expected(x, count):
     """The formula in fp64."""
     return x.double().view(-1, count, x.shape[1]).mean(1)
-
-
-@pytest.fixture(params=["kernel", "reference"])
-def device(request):
-    """Each backend in turn."""
-    if request.param == "kernel":
-        return request.getfixturevalue("kernel_device")
-    return torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,13 +83,6 @@ def test_views_are_read_and_written(device, dtype, count):
     assert bool((wide == 7.0).all())
 
 
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.usefixtures("restore_threads")
@@ -141,20 +123,10 @@ def check_distant_rows(storage, stride, width):
     assert torch.equal(far, near)
 
 
-def test_offsets_beyond_32_bits(device):
-    # The last row begins beyond element 2³¹ of a sparse file: only the pages touched exist.
+def test_offsets_beyond_32_bits(distant_storage):
+    # The last row begins beyond element 2³¹.
     stride, width = 2**30 + 64, 64
-    if device.type == "cuda":
-        check_distant_rows(torch.empty(4 * stride, dtype=torch.float32, device=device), stride, width)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "sparse")
-        path.touch()
-        with path.open("r+b") as file:
-            file.truncate(4 * stride * 4)
-        storage = torch.from_file(str(path), shared=True, size=4 * stride, dtype=torch.float32)
-        check_distant_rows(storage, stride, width)
-        del storage
+    check_distant_rows(distant_storage(4 * stride), stride, width)
 
 
 @pytest.mark.parametrize("shape", [(0, 48), (32, 0)])

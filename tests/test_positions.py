@@ -35,14 +35,6 @@ def random_grids(merge, seed, count=4, longest=20):
     ]
 
 
-@pytest.fixture(params=["kernel", "reference"])
-def device(request):
-    """Each backend in turn."""
-    if request.param == "kernel":
-        return request.getfixturevalue("kernel_device")
-    return torch.device("cpu")
-
-
 @pytest.mark.parametrize("merge", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(5))
 def test_positions_are_those_of_transformers(merge, seed):

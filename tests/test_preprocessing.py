@@ -301,7 +301,7 @@ def test_pixel_options_reach_the_processor(tmp_path: Path) -> None:
 def test_options_of_a_wrong_type_are_the_processors_refusal(tmp_path: Path) -> None:
     smart = one_of_each(tmp_path)[0]
     wrong = SmartResize(smart.config, smart.folder, LIMITS, None, {"rescale_factor": "a lot"})
-    with pytest.raises(ProcessorError, match=r"refused a picture of 50 × 40 pixels"):
+    with pytest.raises(ProcessorError, match=r"refused a picture of 50 × 40 pixels: .*'rescale_factor'.*got str"):
         patches_of(wrong, [blank(50, 40)])
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,13 @@ def test_bounds_that_allow_nothing_are_refused(tmp_path: Path, bounds: dict[str,
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     with pytest.raises(ProcessorError, match=message):
         preprocessor.layout(100, 100, **bounds)
+
+
+def test_a_tower_of_other_channels_is_refused(tmp_path: Path) -> None:
+    grey = replace(QWEN2, patch=replace(QWEN2.patch, channels=1))
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()}, config=grey)
+    with pytest.raises(ProcessorError, match="pictures of 3 channels, but the tower takes 1"):
+        preprocessor.pictures([canonical(noise(56, 84))])
 
 
 def test_ratios_that_the_rule_does_not_know_are_refused_whatever_the_limits(tmp_path: Path) -> None:

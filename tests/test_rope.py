@@ -32,14 +32,6 @@ def inputs(rows, heads, head_dim, dtype, device="cpu", seed=0):
     return qkv, angles.cos().to(device), angles.sin().to(device)
 
 
-@pytest.fixture(params=["kernel", "reference"])
-def device(request):
-    """Each backend in turn."""
-    if request.param == "kernel":
-        return request.getfixturevalue("kernel_device")
-    return torch.device("cpu")
-
-
 @pytest.mark.parametrize(("dtype", "rotation"), ROTATIONS)
 @pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 16, 80), (67, 3, 72), (5, 1, 64), (7, 2, 6), (70, 5, 2)])
 @pytest.mark.usefixtures("poisoned_empty")

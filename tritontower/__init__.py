@@ -16,31 +16,53 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EmbeddingCache": "cache",
     "ImageEmbedding": "embedding",
+    "ItemError": "encoding",
     "Limits": "errors",
     "PackedBatch": "batch",
+    "TokenSpace": "token_space",
     "TowerConfig": "config",
     "TowerError": "errors",
     "VisionTower": "tower",
+    "encode_prompt": "prompt",
     "has_vision": "tower",
+    "load_embeddings": "embedding",
+    "merge_embeddings": "merging",
+    "mrope_positions": "mrope",
+    "save_embeddings": "embedding",
 }
 
 __all__ = [
+    "EmbeddingCache",
     "ImageEmbedding",
+    "ItemError",
     "Limits",
     "PackedBatch",
+    "TokenSpace",
     "TowerConfig",
     "TowerError",
     "VisionTower",
     "__version__",
+    "encode_prompt",
     "has_vision",
+    "load_embeddings",
+    "merge_embeddings",
+    "mrope_positions",
+    "save_embeddings",
 ]
 
 if TYPE_CHECKING:
     from .batch import PackedBatch
+    from .cache import EmbeddingCache
     from .config import TowerConfig
-    from .embedding import ImageEmbedding
+    from .embedding import ImageEmbedding, load_embeddings, save_embeddings
+    from .encoding import ItemError
     from .errors import Limits, TowerError
+    from .merging import merge_embeddings
+    from .mrope import mrope_positions
+    from .prompt import encode_prompt
+    from .token_space import TokenSpace
     from .tower import VisionTower, has_vision
 
 

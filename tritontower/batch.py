@@ -184,9 +184,7 @@ def _arranged(config: TowerConfig, layouts: Sequence[PictureLayout]) -> tuple[Pa
         original_sizes=tuple(layout.processed_size for layout in layouts),
         processed_sizes=tuple(layout.processed_size for layout in layouts),
         content_hashes=("",) * len(layouts),
-        class_rows=torch.tensor([0, *views[:-1]][: len(views)], dtype=torch.int32).cumsum(0, dtype=torch.int32)[
-            :, None
-        ],
+        class_rows=_first_rows(views),
         position_index=None if index is None else _placed(index, places, rows),
         position_weights=None if weights is None else _placed(weights, places, rows),
         selection=selection,
@@ -211,6 +209,12 @@ def _check(config: TowerConfig, pixels: torch.Tensor, grids: Sequence[Grid]) -> 
             raise ValueError(
                 f"grid {(t, h, w)} must be {(1, table.side, table.side)}: the tower has no other positions"
             )
+
+
+def _first_rows(lengths: Sequence[int]) -> torch.Tensor:
+    """``[runs, 1]`` int32: where each of several runs of rows begins."""
+    counts = torch.tensor(lengths, dtype=torch.int32)
+    return (counts.cumsum(0, dtype=torch.int32) - counts).unsqueeze(1)
 
 
 def _of_patches(blocks: torch.Tensor, rows: int) -> torch.Tensor:

@@ -186,6 +186,10 @@ class Checkpoint:
         originals = (self._decoder(group).original for group in quantised)
         return next((original for original in originals if original is not None), torch.bfloat16)
 
+    def can_read(self, name: str) -> bool:
+        """Whether the tensor with this stripped name is plain, or quantised in a way that can be undone."""
+        return self._groups[name].is_supported
+
     @property
     def total_bytes(self) -> int:
         """Stored bytes of all tensors that can be loaded."""

@@ -96,7 +96,11 @@ class Windows:
 
 @dataclass(frozen=True)
 class Projector:
-    """Patches to language-model tokens: norm, join ``merge``² neighbours, one linear or two with an activation between."""
+    """Patches to language-model tokens: norm, join ``merge``² neighbours, one linear or two with an activation between.
+
+    Raises:
+        ValueError: a norm that would stand on the other side of the join than it is said to.
+    """
 
     norm: Normalisation | None
     merge: int
@@ -112,6 +116,14 @@ class Projector:
     """Whether the norm comes before the patches are joined or after."""
     merging_linear: bool = False
     """A linear without bias that takes the joined patches back to the tower's width, before the others."""
+
+    def __post_init__(self) -> None:
+        if self.norm is None or self.merge == 1:
+            return
+        if self.join == "mean" and self.norm_over == "patch":
+            raise ValueError("patches are averaged before their norm; norm_over must be 'token'")
+        if self.join == "concatenate" and self.norm_over == "token" and (self.hidden is None or self.merging_linear):
+            raise ValueError("only a projector of two linears norms whole tokens; norm_over must be 'patch'")
 
     @property
     def rows_per_token(self) -> int:
@@ -185,6 +197,8 @@ class TowerConfig:
     def __post_init__(self) -> None:
         if self.class_token and (self.patch.bias or self.merge != 1):
             raise ValueError("a class token needs a patch embedding without bias and a projector that joins no patches")
+        if self.class_token and self.windows is not None:
+            raise ValueError("a class token has no place in windows")
         if self.gated and self.activation != "silu":
             raise ValueError(f"a gated MLP has the activation silu, not {self.activation}")
         if self.newline and self.keep_class_token:

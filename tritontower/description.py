@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .costs import Cost, cost_of, total_cost
-from .drawing import DrawnNode, collapse_repeats, graph_svg, text_table
+from .drawing import DrawnNode, collapse_repeats, graph_svg, number_ranges, text_table
 from .graph import Graph, Node, Workload
 from .memory import plan_memory
 
@@ -101,7 +101,7 @@ class Description:
         name = node.name
         if node.block is not None:
             every = len(blocks) == 1 + max(other.block for other in self.graph.nodes if other.block is not None)
-            which = "*" if every else _ranges(blocks)
+            which = "*" if every else ",".join(number_ranges(blocks))
             name = f"{name.replace(f'blocks.{node.block}.', f'blocks.{which}.')} ×{len(blocks)}"
         return (
             name,
@@ -157,17 +157,6 @@ class Description:
     def _dimensions(self, name: str) -> list[int]:
         value = self.graph.values[name]
         return [self.workload.rows(value.rows), value.width]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending whole numbers, runs of them as first–last."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _inputs_first(drawn: Sequence[DrawnNode]) -> list[DrawnNode]:

@@ -18,7 +18,9 @@ __all__ = [
     "CheckpointIncompleteError",
     "CheckpointNotFoundError",
     "ConfigError",
+    "EmbeddingFileError",
     "EmptyImageError",
+    "HostRefusalError",
     "ImageDecodeError",
     "ImageError",
     "ImageFormatError",
@@ -27,11 +29,15 @@ __all__ = [
     "ImageValueError",
     "Limits",
     "NoVisionTowerError",
+    "NonFiniteOutputError",
     "NonFiniteWeightsError",
     "ProcessorError",
+    "PromptError",
     "ShapeMismatchError",
+    "TokenSpaceExhaustedError",
     "TowerError",
     "TowerNotLoadedError",
+    "TowerOutOfMemoryError",
     "UnexpectedTensorError",
     "UnsafeFormatError",
     "UnsafePathError",
@@ -54,12 +60,15 @@ class Limits:
             weighs nothing, but scaled to a shortest edge of 224 it has 500 million.
         image_formats: the encoded formats that are opened, by Pillow's names.  Pillow registers more than forty
             openers, and nearly all of its advisories concern the ones left out here.
+        max_decoded_bytes: what the decoded pictures of one call of ``encode`` may take at once.  A call with more of
+            them is worked off in portions, and a picture that takes more than this is a portion of its own.
     """
 
     max_image_pixels: int = 178_956_970
     max_aspect_ratio: float = 200.0
     max_planned_pixels: int = 64 * 2**20
     image_formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+    max_decoded_bytes: int = 715_827_880
 
 
 def shorten(value: object, limit: int = 80) -> str:
@@ -93,7 +102,15 @@ def _rebuild(kind: type["TowerError"], arguments: tuple[Any, ...], facts: Mappin
 
 
 class TowerError(Exception):
-    """The root of every error that this package raises on purpose."""
+    """The root of every error that this package raises on purpose.
+
+    Attributes:
+        index: of an error about one of several pictures, its position in the caller's list.
+        completed: of an error that stopped ``encode``, the embeddings of the pictures before the one that was next.
+    """
+
+    index: int | None = None
+    completed: Sequence[Any] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes hand errors back by pickling them, and the default would call __init__ with the message only.
@@ -259,3 +276,53 @@ class BackendUnavailableError(TowerError, RuntimeError):
 
 class TowerNotLoadedError(TowerError, RuntimeError):
     """The tower was opened without its weights (``delay_load=True``) and ``load()`` was not called."""
+
+
+class TowerOutOfMemoryError(TowerError, RuntimeError):
+    """A single picture or clip does not fit into the device's memory; smaller passes were tried before.
+
+    Attributes:
+        remaining: positions in the caller's list of the pictures that were not encoded.
+    """
+
+    remaining: Sequence[int] = ()
+
+
+class NonFiniteOutputError(TowerError, ValueError):
+    """An embedding holds NaN or infinity; looked for only where ``check_output`` asks for it."""
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+class PromptError(TowerError, ValueError):
+    """A text and its pictures do not fit together: aliases, markers, token ids, or a tokenizer of another model."""
+
+
+class TokenSpaceExhaustedError(TowerError, RuntimeError):
+    """A token space has no ids left for another picture."""
+
+
+# -- embeddings in files ----------------------------------------------------------------------------------------------
+
+
+class EmbeddingFileError(TowerError, ValueError, OSError):
+    """A file of embeddings cannot be read or written, or does not hold what it says."""
+
+
+# -- other engines ----------------------------------------------------------------------------------------------------
+
+
+class HostRefusalError(TowerError, ValueError):
+    """An engine cannot take ready embeddings of this model, or not these.
+
+    Attributes:
+        host: the engine and the release that was read, such as ``"vLLM 0.33.0"``.
+        model_type: the checkpoint's model type, as in :func:`tritontower.families.model_types`.
+        reason: what the engine does with such embeddings.
+        instead: what works.
+    """
+
+    def __init__(self, host: str, model_type: str, reason: str, instead: str) -> None:
+        self.host, self.model_type, self.reason, self.instead = host, model_type, reason, instead
+        super().__init__(f"{host} cannot take these embeddings of a {shorten(model_type)} model: {reason}; {instead}")

@@ -6,8 +6,8 @@ compiled kernel, the interpreter, torch) is decided by the tensors' device, in :
 nowhere here.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
@@ -61,6 +61,7 @@ class Executor:
         self._plan: MemoryPlan | None = None
         self._views: Tensors = {}
         self._lock = Lock()
+        self._finished: torch.cuda.Event | None = None
 
     def plan(self, workload: Workload) -> MemoryPlan:
         """The memory layout of a pass over ``workload``."""
@@ -85,7 +86,7 @@ class Executor:
         if workload.patches == 0:
             return outputs
         # The arena serves one pass at a time; Triton launches on the current GPU, wherever the tensors are.
-        with self._lock, torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with self._lock, self._on_device():
             tensors = {**self._arena_views(workload), **outputs}
             tensors |= {name: getattr(batch, name) for name in graph.inputs}
             for node, step in self._steps:
@@ -99,6 +100,21 @@ class Executor:
         with self._lock:
             self._arena = self._arena.new_empty(0)
             self._plan, self._views = None, {}
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Makes the executor's GPU the current one, and this pass wait for the last, whichever stream that ran on."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            if self._finished is not None:
+                torch.cuda.current_stream().wait_event(self._finished)
+            try:
+                yield
+            finally:
+                self._finished = torch.cuda.Event()
+                self._finished.record()
 
     def _allocate(self, value: Value, workload: Workload) -> torch.Tensor:
         dtype = DTYPES.get(value.dtype, self.dtype)

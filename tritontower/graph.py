@@ -317,7 +317,7 @@ def build(config: TowerConfig) -> Graph:
         rows = _add_positions(builder, rows, config.position_table)
     if config.input_norm is not None:
         rows = builder.norm("input_norm", rows, config.input_norm)
-    table = None if config.rotary is None else _rotary_table(builder, config.rotary)
+    table = None if config.rotary is None or not config.blocks_needed else _rotary_table(builder, config.rotary)
 
     after = {0: rows}
     deepstack: list[str] = []
@@ -330,19 +330,27 @@ def build(config: TowerConfig) -> Graph:
             name = f"deepstack.{config.deepstack.index(block)}"
             selected = _select(builder, [rows], f"{name}.features")
             deepstack.append(_project(builder, name, name, selected, config.deepstack_projector))
-    normed = None
-    pools_all = config.pooling is not None and config.pooling.kind == "attention"
-    if config.output_norm is not None and (config.normed_features or pools_all):
+    embeddings, pooled = _outputs(builder, after)
+    outputs = (embeddings, *deepstack, *pooled)
+    return Graph(tuple(builder.nodes), builder.values, builder.weights, tuple(builder.inputs), outputs)
+
+
+def _outputs(builder: _Builder, after: Mapping[int, str]) -> tuple[str, list[str]]:
+    """The embeddings, and the pooled rows if there are any; ``after`` is number of blocks → the rows behind them."""
+    config, rows = builder.config, after[builder.config.blocks_needed]
+    if config.output_norm is None:
+        return _embeddings(builder, [after[feature] for feature in config.features]), []
+    normed = rows
+    if config.normed_features or (config.pooling is not None and config.pooling.kind == "attention"):
         normed = builder.norm("output_norm", rows, config.output_norm)
-    if config.normed_features and normed is not None:
-        after[config.depth] = normed
-    outputs = [_embeddings(builder, [after[feature] for feature in config.features]), *deepstack]
-    if config.pooling is not None and config.output_norm is not None:
-        if normed is not None and config.pooling.norm is not None:
-            outputs.append(_attention_pooling(builder, normed, config.pooling.norm))
-        else:
-            outputs.append(_class_token_pooling(builder, rows, config.output_norm))
-    return Graph(tuple(builder.nodes), builder.values, builder.weights, tuple(builder.inputs), tuple(outputs))
+    if config.normed_features:
+        after = {**after, config.depth: normed}
+    embeddings = _embeddings(builder, [after[feature] for feature in config.features])
+    if config.pooling is None:
+        return embeddings, []
+    if config.pooling.norm is None:
+        return embeddings, [_class_token_pooling(builder, rows, config.output_norm)]
+    return embeddings, [_attention_pooling(builder, normed, config.pooling.norm)]
 
 
 def _patch_projection(builder: _Builder) -> str:
@@ -487,22 +495,26 @@ def _project(builder: _Builder, name: str, result: str, rows: str, projector: Pr
         rows = builder.linear(f"{name}.merging", rows, width, bias=False, joined=per_token)
         per_token = 1
     if projector.hidden is None:
-        value = builder.values[rows]
-        weights = {"weight": builder.weight(f"{name}.linear.weight", projector.output, value.width * per_token)}
-        if projector.bias:
-            weights["bias"] = builder.weight(f"{name}.linear.bias", projector.output)
-        (tokens,) = builder.node(
-            name,
-            "linear",
-            [rows],
-            (result, projector.output),
-            rows="merged",
-            weights=weights,
-            activation=None,
-            joined=per_token,
-        )
-        return tokens
+        return _one_linear(builder, name, result, rows, projector, per_token)
     return _projector_node(builder, name, result, rows, projector, norm, per_token)
+
+
+def _one_linear(builder: _Builder, name: str, result: str, rows: str, projector: Projector, per_token: int) -> str:
+    width = builder.values[rows].width * per_token
+    weights = {"weight": builder.weight(f"{name}.linear.weight", projector.output, width)}
+    if projector.bias:
+        weights["bias"] = builder.weight(f"{name}.linear.bias", projector.output)
+    (tokens,) = builder.node(
+        name,
+        "linear",
+        [rows],
+        (result, projector.output),
+        rows="merged",
+        weights=weights,
+        activation=None,
+        joined=per_token,
+    )
+    return tokens
 
 
 def _projector_node(
@@ -523,7 +535,7 @@ def _projector_node(
     if norm is not None:
         normed_width = width * per_token if over_token else width
         weights = builder.norm_weights(f"{name}.norm", norm, normed_width, role="norm_")
-        normed = builder.value(f"{name}.normed", normed_width, "merged" if over_token else "selected")
+        normed = builder.value(f"{name}.normed", normed_width, "merged" if over_token else builder.values[rows].rows)
         scratch += (normed,)
         attributes |= _of(norm)
     for number, (inner, out) in enumerate(((width * per_token, hidden), (hidden, projector.output)), 1):

@@ -39,7 +39,7 @@ from .errors import (
     Limits,
 )
 
-__all__ = ["CanonicalImage", "ChannelOrder", "Picture", "canonical_rgb", "check_size"]
+__all__ = ["CanonicalImage", "ChannelOrder", "Picture", "canonical_rgb", "check_size", "decoded_bytes"]
 
 Picture = Image.Image | NDArray[Any] | torch.Tensor | bytes | bytearray | memoryview | Path
 ChannelOrder = Literal["channels_first", "channels_last"]
@@ -192,6 +192,30 @@ def check_size(
             index=index,
             source=source,
         )
+
+
+def decoded_bytes(picture: Picture, limits: Limits | None = None) -> int:
+    """Bytes that ``picture`` takes in canonical form, as far as its header or shape tells; nothing is decoded.
+
+    An estimate for planning: 0 for what cannot be read, and what :func:`canonical_rgb` would refuse is not refused here.
+    """
+    if isinstance(picture, Image.Image):
+        return 3 * picture.width * picture.height
+    if isinstance(picture, (np.ndarray, torch.Tensor)):
+        # The two longest axes are height and width, whatever the order.
+        height, width = sorted(picture.shape)[-2:] if len(picture.shape) > 1 else (0, 0)
+        return 3 * int(height) * int(width)
+    if isinstance(picture, Path) and not picture.is_file():
+        return 0
+    place = _Place(None, "", limits or Limits())
+    try:
+        with (
+            picture.open("rb") if isinstance(picture, Path) else io.BytesIO(picture) as file,
+            _open(file, place) as image,
+        ):
+            return 3 * image.width * image.height
+    except (ImageError, OSError, TypeError):
+        return 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .weight_files import (
     shards_with_prefix,
 )
 
-__all__ = ["fetch_shards", "locate"]
+__all__ = ["CONFIG_NAME", "fetch_shards", "locate"]
 
 CONFIG_NAME: Final = "config.json"
 MISTRAL_CONFIG_NAME: Final = "params.json"

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from .batch import PackedBatch
+from .checkpoint import Checkpoint
 from .errors import ReferenceModelError
 from .executor import Observer
 from .graph import Node
+from .reader import ConfigReader
 from .reference import ModuleValue, ReferenceModel
 from .tower import VisionTower
 
@@ -115,6 +117,9 @@ class NodeParity:
 class Reference:
     """transformers' implementation of a tower, read by transformers itself from the same checkpoint.
 
+    Of a quantised checkpoint it is given the weights as the tower's own reader dequantises them: transformers would
+    compute with the quantised ones, in another precision and by other libraries.
+
     Args:
         tower: whose checkpoint and pictures it shall share.
         dtype: in which it computes.
@@ -131,7 +136,7 @@ class Reference:
                 "transformers' format"
             )
         self.implementation: ReferenceModel = implementation
-        self.model: Any = implementation.load(tower.folder, dtype).to(tower.device)
+        self.model: Any = implementation.load(tower.folder, dtype, _dequantised(tower)).to(tower.device)
         self.tower = tower
         self.dtype = dtype
 
@@ -247,6 +252,18 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
     watch: Observer = observe
     executor.run(batch.to(tower.device), watch)
     return found
+
+
+def _dequantised(tower: VisionTower) -> dict[str, torch.Tensor] | None:
+    """Stored name → vision weight in fp32, of a checkpoint with anything quantised in it; ``None`` for all others."""
+    config = ConfigReader.from_file(tower.folder / "config.json")
+    declared = config.has("quantization_config") or config.has("text_config.quantization_config")
+    with Checkpoint.open(tower.folder, roots=tower.family.roots, layout=tower.family.layout) as checkpoint:
+        headers = checkpoint.tensors
+        if not declared and all(header.scheme is None for header in headers.values()):
+            return None
+        names = [name for name in headers if checkpoint.can_read(name)]
+        return {headers[name].name: tensor for name, tensor in checkpoint.iterate(torch.float32, names=names)}
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,19 @@ class Recipe(ABC):
             tensor: its numbers, in any floating type.
         """
 
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
+        """The stored tensor ``name`` as a part of ``target``'s memory, if its numbers are there in its own order.
+
+        Args:
+            target: the canonical tensor, or a larger one, in which everything was written.
+            name: one of :meth:`stored`.
+            shape: its shape, as :meth:`stored` says.
+
+        Returns:
+            A view of ``shape``, with any strides; ``None`` where there is none.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class OfOneTensor(Recipe):
@@ -78,6 +91,10 @@ class Stored(OfOneTensor):
         """Copies it."""
         target[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
+        """All of it but the padding."""
+        return target[tuple(slice(size) for size in shape)]
+
 
 @dataclass(frozen=True)
 class Stacked(Recipe):
@@ -102,10 +119,22 @@ class Stacked(Recipe):
 
     def write(self, target: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
         """Writes one part; padding stands behind each of them."""
+        for recipe, part in self._places(target, name):
+            recipe.write(part, name, tensor)
+
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
+        """That of the one part that it is in."""
+        places = self._places(target, name)
+        return places[0][0].view(places[0][1], name, shape) if len(places) == 1 else None
+
+    def _places(self, target: torch.Tensor, name: str) -> list[tuple[Recipe, torch.Tensor]]:
+        """The parts that have the stored tensor in them, and their rows of ``target``."""
         rows = target.shape[0] // len(self.parts)
-        for number, recipe in enumerate(self.parts):
-            if name in recipe.names:
-                recipe.write(target[number * rows : (number + 1) * rows], name, tensor)
+        return [
+            (recipe, target[number * rows : (number + 1) * rows])
+            for number, recipe in enumerate(self.parts)
+            if name in recipe.names
+        ]
 
 
 @dataclass(frozen=True)
@@ -120,6 +149,10 @@ class Transposed(OfOneTensor):
         """Copies it, transposed."""
         Stored(self.name).write(target, name, tensor.T)
 
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
+        """The transpose."""
+        return target[: shape[1], : shape[0]].T
+
 
 @dataclass(frozen=True)
 class OneFrame(OfOneTensor):
@@ -132,6 +165,10 @@ class OneFrame(OfOneTensor):
     def write(self, target: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
         """Copies it with one frame."""
         Stored(self.name).write(target, name, tensor.unsqueeze(2))
+
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
+        """The one frame."""
+        return Stored(self.name).view(target.select(2, 0), name, shape)
 
 
 @dataclass(frozen=True)
@@ -187,7 +224,7 @@ class ClassTokenFirst(Recipe):
         return {self.table: shape, self.token: shape[1:]}
 
     def write(self, target: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-        """Adds either one: both orders of reading give the same sum, rounded once."""
+        """Adds either one; the sum is the same in whichever order they are read."""
         place = target[: tensor.shape[0]] if name == self.table else target[0]
         place.add_(tensor.to(target.device, target.dtype))
 
@@ -221,3 +258,7 @@ class OfBatchOfOne(OfOneTensor):
     def write(self, target: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
         """Copies it without that dimension."""
         Stored(self.name).write(target, name, tensor.squeeze(0))
+
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
+        """It, behind a one."""
+        return target[tuple(slice(size) for size in shape[1:])].unsqueeze(0)

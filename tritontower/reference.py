@@ -60,34 +60,26 @@ class ReferenceModel(ABC):
     auto_class: str = "AutoModel"
     """Which of transformers' automatic classes makes the model."""
 
-    def load(self, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    def load(
+        self, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.nn.Module:
         """The model with its vision weights, in evaluation mode, on the CPU.
+
+        Args:
+            folder: the checkpoint.
+            dtype: in which the model computes.
+            weights: stored name → tensor, instead of what the folder's files hold; the model is then an unquantised one,
+                whatever ``config.json`` says.
 
         Raises:
             ReferenceModelError: transformers cannot load it, or finds vision tensors missing, which it would otherwise fill
                 with random numbers.
         """
-        import transformers
         from transformers.utils import logging
 
         with _quiet(logging):
             try:
-                config = transformers.AutoConfig.from_pretrained(
-                    str(folder), local_files_only=True, trust_remote_code=False
-                )
-                _without_language_model(config)
-                # `from_pretrained(dtype=…)`, not `.to(dtype)`: the latter would round the rotary frequencies as well.
-                model, report = getattr(transformers, self.auto_class).from_pretrained(
-                    str(folder),
-                    config=config,
-                    dtype=dtype,
-                    # Some language models refuse SDPA, even cut down to nothing.
-                    attn_implementation={"": "sdpa", "vision_config": "sdpa", "text_config": "eager"},
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                )
+                model, report = self._load(folder, dtype, weights)
             except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
                 if isinstance(error, TowerError):
                     raise
@@ -99,6 +91,33 @@ class ReferenceModel(ABC):
             raise ReferenceModelError(f"transformers finds no weights in {folder} for {list_names(wrong)}")
         model.eval()
         return cast("torch.nn.Module", model)
+
+    def _load(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None) -> tuple[Any, Any]:
+        """The model, and transformers' report of what it found no weights for."""
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        _without_language_model(config)
+        model_class: Any = getattr(transformers, self.auto_class)
+        if weights is not None:
+            _without_quantisation(config)
+            model_class = _chosen_class(model_class, config)
+        # `from_pretrained(dtype=…)`, not `.to(dtype)`: the latter would round the rotary frequencies as well.
+        return cast(
+            "tuple[Any, Any]",
+            model_class.from_pretrained(
+                str(folder) if weights is None else None,
+                config=config,
+                state_dict=None if weights is None else dict(weights),
+                dtype=dtype,
+                # Some language models refuse SDPA, even cut down to nothing.
+                attn_implementation={"": "sdpa", "vision_config": "sdpa", "text_config": "eager"},
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            ),
+        )
 
     @abstractmethod
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> Any:
@@ -151,6 +170,19 @@ def _without_language_model(config: Any) -> None:
     text.pad_token_id = None
     if getattr(text, "layer_types", None):
         text.layer_types = []
+
+
+def _chosen_class(auto_class: Any, config: Any) -> Any:
+    """The class of model behind one of the automatic ones, which themselves want a checkpoint in a folder."""
+    with torch.device("meta"):
+        return type(auto_class.from_config(config, trust_remote_code=False))
+
+
+def _without_quantisation(config: Any) -> None:
+    holders: tuple[Any, Any] = (config, getattr(config, "text_config", None))
+    for holder in holders:
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
 
 
 def _is_beside_the_tower(name: str) -> bool:

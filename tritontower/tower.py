@@ -1,35 +1,58 @@
 """The vision tower: pictures in, language-model-ready embeddings out."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
+from itertools import count
 from numbers import Integral
 from pathlib import Path
+from secrets import token_hex
 from threading import Lock
-from typing import Any, Unpack, cast, overload
+from typing import Any, Literal, Unpack, cast, overload
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .batch import PackedBatch
+from .cache import EmbeddingCache, files_identity, framed_digest, preprocessing_identity
 from .checkpoint import Checkpoint, Progress
 from .config import TowerConfig
 from .description import Description
-from .embedding import ImageEmbedding
-from .errors import BackendUnavailableError, Limits, TowerNotLoadedError, UsageError, shorten
+from .embedding import ImageEmbedding, checked_alias
+from .encoding import (
+    Call,
+    ClipTimes,
+    ItemError,
+    aliases_of,
+    canonical_pictures,
+    embeddings_of,
+    encode_clip,
+    encode_pictures,
+    patches_per_pass,
+    workers,
+)
+from .errors import BackendUnavailableError, CheckpointNotFoundError, Limits, TowerNotLoadedError, UsageError, shorten
 from .executor import Executor
 from .families import MISTRAL_FORMAT, Family, has_tower, read_family
 from .features import with_features
 from .fusion import fold_still_pictures, fuse
 from .graph import Graph, Workload, build
-from .images import Picture, canonical_rgb
-from .locate import fetch_shards, locate
+from .images import Picture
+from .locate import CONFIG_NAME, fetch_shards, locate
 from .memory import MemoryPlan, plan_memory
+from .mrope import MropeRule
 from .preprocessing import Bounds, Preprocessor, pack_views
+from .prompt import PromptLayout
 from .reader import ConfigReader
 from .weights import read_weights, stored_shapes
 
 __all__ = ["VisionTower", "has_vision"]
+
+SAMPLE_PATCHES = 4096
+"""For how many patches a plan is made from which the size of passes follows: enough that roundings do not count."""
+
+_ALIASES = count(1)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,12 +60,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 class VisionTower:
     """A vision tower of a published checkpoint; :meth:`from_pretrained` makes one.
 
-    ``encode`` is ``preprocess`` and ``forward`` in a row; an engine that schedules its own passes calls the two halves.
+    ``encode`` is ``preprocess`` and ``forward`` in a row, as often as the pictures take
+    (:mod:`tritontower.encoding`); an engine that schedules its own passes calls the two halves.
 
     Attributes:
         family: what the family file read out of the checkpoint's configuration.
         folder: the checkpoint.
         preprocessor: turns pictures into packed batches.
+        cache: embeddings of earlier calls, if they are kept.
         graph: the layer graph that runs for still pictures.
     """
 
@@ -55,13 +80,16 @@ class VisionTower:
         dtype: torch.dtype | None,
         preprocessor: Preprocessor,
         fetch: Callable[..., None],
+        cache: EmbeddingCache | None = None,
     ) -> None:
         self.folder = folder
         self.preprocessor = preprocessor
         self._device = device
         self._dtype = dtype
         self._fetch = fetch
+        self.cache = cache
         self._executors: dict[int, Executor] | None = None
+        self._weights_identity = token_hex(32)
         self._load_lock = Lock()
         self._describe(family)
 
@@ -84,6 +112,7 @@ class VisionTower:
         processor: Any = None,
         processor_options: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        cache: EmbeddingCache | None = None,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -110,6 +139,8 @@ class VisionTower:
             processor_options: settings of the image processor to use instead of those in its file, such as
                 ``{"do_pan_and_scan": True}``.
             limits: what a picture may cost before it is refused.
+            cache: keeps embeddings, so that a picture that comes again is not encoded again; by default nothing is kept.
+                Several towers may share one.
             revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
             progress: called with the bytes read so far and in all.
 
@@ -130,7 +161,7 @@ class VisionTower:
         preprocessor = make(family.config, folder, limits or Limits(), processor, processor_options or {})
         fetch = partial(fetch_shards, token=token, local_files_only=local_files_only)
         wanted = wanted or _declared_dtype(reader)
-        tower = cls(family, folder, device=where, dtype=wanted, preprocessor=preprocessor, fetch=fetch)
+        tower = cls(family, folder, device=where, dtype=wanted, preprocessor=preprocessor, fetch=fetch, cache=cache)
         if not delay_load:
             tower.load(progress=progress)
         return tower
@@ -140,20 +171,33 @@ class VisionTower:
         """What the tower is."""
         return self.family.config
 
+    @property
+    def prompt_layout(self) -> PromptLayout | None:
+        """How the language model's prompt has pictures; ``None`` for a tower that comes without a language model."""
+        return self.family.prompt
+
+    @property
+    def mrope(self) -> MropeRule | None:
+        """How the language model numbers the tokens of pictures and clips; ``None`` where it numbers them like text."""
+        return self.family.mrope
+
     # -- weights --------------------------------------------------------------------------------------------------
 
     def load(self, progress: Progress | None = None) -> "VisionTower":
         """Reads the weights, if they are not there yet; returns the tower."""
         with self._load_lock:
             if self._executors is None:
-                sources = self._read_weights(progress)
-                patch = self.config.patch
-                executors = {patch.still_inner: Executor(self.graph, sources)}
-                if patch.temporal > 1:
-                    executors[patch.inner] = Executor(self._clip_graph, sources)
-                # Not before both are there: another thread may already be asking.
-                self._executors = executors
+                self._install(self._read_weights(progress))
         return self
+
+    def _install(self, sources: Mapping[str, torch.Tensor]) -> None:
+        """Makes the tower run on ``sources``: canonical name → tensor, all of one dtype and on one device."""
+        patch = self.config.patch
+        executors = {patch.still_inner: Executor(self.graph, sources)}
+        if patch.temporal > 1:
+            executors[patch.inner] = Executor(self._clip_graph, sources)
+        # Not before both are there: another thread may already be asking.
+        self._executors = executors
 
     def _read_weights(self, progress: Progress | None) -> dict[str, torch.Tensor]:
         with self._checkpoint() as checkpoint:
@@ -170,6 +214,8 @@ class VisionTower:
     def _checkpoint(self) -> Checkpoint:
         family = self.family
         self._fetch(self.folder, family.roots, layout=family.layout)
+        # Before they are read: files that change meanwhile must not pass for what is read.
+        self._weights_identity = files_identity(self.folder)
         return Checkpoint.open(self.folder, roots=family.roots, layout=family.layout)
 
     @property
@@ -216,56 +262,183 @@ class VisionTower:
 
     # -- pictures to embeddings -----------------------------------------------------------------------------------
 
-    def encode(self, pictures: Iterable[Picture] | Picture, **bounds: Unpack[Bounds]) -> list[ImageEmbedding]:
-        """Encodes still pictures of any mix of sizes in one packed pass; the order is kept.
+    @overload
+    def encode(
+        self,
+        pictures: Iterable[Picture] | Picture,
+        *,
+        max_patches: int | None = None,
+        on_error: Literal["raise"] = "raise",
+        output_device: str | torch.device | None = None,
+        text_alias: str | Sequence[str | None] | None = None,
+        check_output: bool = False,
+        progress: bool | None = None,
+        **bounds: Unpack[Bounds],
+    ) -> list[ImageEmbedding]: ...
+
+    @overload
+    def encode(
+        self,
+        pictures: Iterable[Picture] | Picture,
+        *,
+        max_patches: int | None = None,
+        on_error: Literal["return"],
+        output_device: str | torch.device | None = None,
+        text_alias: str | Sequence[str | None] | None = None,
+        check_output: bool = False,
+        progress: bool | None = None,
+        **bounds: Unpack[Bounds],
+    ) -> list[ImageEmbedding | ItemError]: ...
+
+    def encode(
+        self,
+        pictures: Iterable[Picture] | Picture,
+        *,
+        max_patches: int | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        output_device: str | torch.device | None = None,
+        text_alias: str | Sequence[str | None] | None = None,
+        check_output: bool = False,
+        progress: bool | None = None,
+        **bounds: Unpack[Bounds],
+    ) -> list[ImageEmbedding] | list[ImageEmbedding | ItemError]:
+        """Encodes still pictures of any mix of sizes; the order is kept.
+
+        Several pictures share a pass, and a long list takes several, the next of which is preprocessed in threads while
+        the device works.  Pictures with equal pixels are encoded once.  None of this changes a number: on a CPU a
+        picture's embedding is the same, bit for bit, however a call is split.
 
         Args:
             pictures: one or several ``PIL.Image``, numpy or torch arrays (uint8, or float in 0 … 1), ``bytes`` of an
                 encoded file, or ``pathlib.Path``.  A plain ``str`` is refused, and nothing is fetched from a URL.
+            max_patches: patches of one pass, class tokens not counted; a picture with more is a pass of its own.  By
+                default as many as take 1 GiB, or half of what is free on a GPU if that is less.
+            on_error: what a picture that cannot be encoded does: ``"raise"`` ends the call, ``"return"`` leaves an
+                :class:`~tritontower.encoding.ItemError` in the picture's place and goes on.
+            output_device: where the embeddings go; by default they stay where the tower is.  From a GPU to ``"cpu"`` they
+                come in page-locked memory.
+            text_alias: what stands for the picture in a prompt; for several, a list with one, or ``None``, for each.
+            check_output: look for NaN and infinity in the embeddings, which a GPU has to be waited for.
+            progress: show a progress bar; by default for 64 pictures or more, on a terminal.
             **bounds: instead of the checkpoint's own, as far as its resizing rule has them: ``min_pixels`` and
                 ``max_pixels``, the area of a resized picture, or ``longest_edge``, its longer side in pixels.
 
         Returns:
-            An :class:`~tritontower.embedding.ImageEmbedding` per picture, on the tower's device, in memory of its own.
+            An :class:`~tritontower.embedding.ImageEmbedding` per picture, in memory of its own.
 
         Raises:
-            ImageError: a picture cannot be used; the message says which one and why.
-            UsageError: a bound that the tower's resizing rule does not have.
+            ImageError, ProcessorError: a picture cannot be used; the message or ``index`` says which one.
+            TowerOutOfMemoryError: a picture does not fit into the device's memory, not even in a pass of its own.
+            NonFiniteOutputError: with ``check_output``, an embedding holds NaN or infinity.
+            UsageError: a bound that the tower's resizing rule does not have, or another argument that makes no sense.
             TowerNotLoadedError: the tower was made with ``delay_load`` and :meth:`load` was not called.
-        """
-        batch = self.preprocess(pictures, **bounds)
-        return self._split(self.run(batch), batch)
 
-    def encode_video(self, frames: Iterable[Picture], **bounds: Unpack[Bounds]) -> ImageEmbedding:
+            ``completed`` of whatever ends a call, also of ``KeyboardInterrupt``, holds the embeddings of the pictures
+            before the first that has none.
+        """
+        several = [cast("Picture", pictures)] if _is_one(pictures) else list(cast("Iterable[Picture]", pictures))
+        aliases = aliases_of(text_alias, len(several))
+        call = self._call(bounds, output_device, max_patches, on_error, check_output)
+        embeddings = encode_pictures(call, several, progress=progress)
+        return [
+            embedding if alias is None or isinstance(embedding, ItemError) else embedding.with_alias(alias)
+            for embedding, alias in zip(embeddings, aliases, strict=True)
+        ]
+
+    def encode_video(
+        self,
+        frames: Iterable[Picture],
+        *,
+        fps: float | None = None,
+        timestamps: Sequence[float] | None = None,
+        output_device: str | torch.device | None = None,
+        text_alias: str | None = None,
+        check_output: bool = False,
+        **bounds: Unpack[Bounds],
+    ) -> ImageEmbedding:
         """Encodes the frames of one clip, in order and all of one size; see :meth:`encode` for what a frame may be.
 
         A clip in one array has four dimensions, the first of them time.
         A patch spans ``config.patch.temporal`` frames; the last frame is repeated until they come out even.
 
+        Args:
+            frames: the frames.
+            fps: how many of *these* frames make a second: the rate at which they were taken out of the video.
+            timestamps: instead of ``fps``, when each frame is shown, seconds.
+            output_device, text_alias, check_output, **bounds: as in :meth:`encode`.
+
+        Returns:
+            An embedding whose ``seconds_per_grid`` and ``timestamps`` say when its temporal patches are shown, if ``fps``
+            or ``timestamps`` do.
+
         Raises:
-            UsageError: the tower takes no video.
+            UsageError: the tower takes no video, or the times make no sense.
+            ImageError, ProcessorError, TowerOutOfMemoryError, NonFiniteOutputError, TowerNotLoadedError: as in
+                :meth:`encode`.
         """
-        batch = self.preprocess_video(frames, **bounds)
-        (embedding,) = self._split(self.run(batch), batch)
-        return embedding
+        clip = _frames(frames)
+        times = ClipTimes.of(len(clip), fps, timestamps)
+        alias = checked_alias(text_alias)
+        batch = self.preprocess_video(clip, **bounds)
+        embedding = encode_clip(self._call(bounds, output_device, None, "raise", check_output), batch)
+        return times.put_on(embedding, self.config.patch.temporal).with_alias(alias)
+
+    @overload
+    def get_image_embeddings(
+        self,
+        image: Picture,
+        text_alias: str | None = None,
+        embeddings_cpu: bool = True,
+        **bounds: Unpack[Bounds],
+    ) -> ImageEmbedding: ...
+
+    @overload
+    def get_image_embeddings(
+        self,
+        image: Sequence[Picture],
+        text_alias: Sequence[str | None] | None = None,
+        embeddings_cpu: bool = True,
+        **bounds: Unpack[Bounds],
+    ) -> list[ImageEmbedding]: ...
+
+    def get_image_embeddings(
+        self,
+        image: Picture | Sequence[Picture],
+        text_alias: str | Sequence[str | None] | None = None,
+        embeddings_cpu: bool = True,
+        **bounds: Unpack[Bounds],
+    ) -> ImageEmbedding | list[ImageEmbedding]:
+        """Encodes one picture, or a list of them, the way ExLlama's towers are called.
+
+        Args:
+            image: the picture, or a list.
+            text_alias: what stands for the picture in a prompt, or a list; where it is left out, a new one is made up,
+                such as ``<$EMB_7$>``, that no other picture of this process gets.
+            embeddings_cpu: whether the embeddings go to the CPU; otherwise they stay where the tower is.
+            **bounds: as in :meth:`encode`, which also says what is raised.
+
+        Returns:
+            One embedding for one picture, a list for a list.
+        """
+        where = "cpu" if embeddings_cpu else None
+        embeddings = [
+            embedding if embedding.text_alias is not None else embedding.with_alias(f"<$EMB_{next(_ALIASES)}$>")
+            for embedding in self.encode(image, text_alias=text_alias, output_device=where, **bounds)
+        ]
+        return embeddings[0] if _is_one(image) else embeddings
 
     def preprocess(self, pictures: Iterable[Picture] | Picture, **bounds: Unpack[Bounds]) -> PackedBatch:
-        """The first half of :meth:`encode`, on the CPU: pictures → packed batch."""
-        several = [pictures] if _is_one(pictures) else cast("Iterable[Picture]", pictures)
-        images = [
-            canonical_rgb(cast("Picture", picture), index=index, limits=self.preprocessor.limits)
-            for index, picture in enumerate(several)
-        ]
-        return self.preprocessor.pictures(images, **bounds)
+        """The first half of :meth:`encode`, on the CPU: pictures → one packed batch, whatever its size."""
+        several = [cast("Picture", pictures)] if _is_one(pictures) else list(cast("Iterable[Picture]", pictures))
+        with workers(len(several)) as each:
+            images = canonical_pictures(several, self.preprocessor.limits, each)
+            return self.preprocessor.pictures(images, each=each, **bounds)
 
     def preprocess_video(self, frames: Iterable[Picture], **bounds: Unpack[Bounds]) -> PackedBatch:
         """The first half of :meth:`encode_video`, on the CPU: frames → packed batch."""
-        # The rows of a single picture would pass for grey frames.
-        if _is_one(frames) and getattr(frames, "ndim", 0) != 4:
-            raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the clip's frames, in order")
-        images = [
-            canonical_rgb(frame, index=index, limits=self.preprocessor.limits) for index, frame in enumerate(frames)
-        ]
+        clip = _frames(frames)
+        with workers(len(clip)) as each:
+            images = canonical_pictures(clip, self.preprocessor.limits, each)
         return self.preprocessor.clip(images, **bounds)
 
     @overload
@@ -324,26 +497,66 @@ class VisionTower:
             )
         return executor
 
-    def _split(self, outputs: Mapping[str, torch.Tensor], batch: PackedBatch) -> list[ImageEmbedding]:
-        def parts(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-            # A view would keep, and take along when it is pickled, the rows of the whole pack.
-            return [part.clone() for part in rows.split(list(counts))] if len(batch) > 1 else [rows][: len(batch)]
+    def _pass(self, batch: PackedBatch) -> list[ImageEmbedding]:
+        """Packed batch → graph → embeddings, picture by picture."""
+        return embeddings_of(self.config, self.run(batch), batch, bidirectional=self.family.bidirectional_views)
 
-        tokens = {name: parts(rows, batch.token_counts) for name, rows in outputs.items() if name != "pooled"}
-        pooled = parts(outputs["pooled"], batch.view_counts) if "pooled" in outputs else None
-        levels = [tokens[f"deepstack.{level}"] for level in range(len(self.config.deepstack))]
-        return [
-            ImageEmbedding(
-                embeddings=rows,
-                grid_thw=batch.grids[index],
-                original_size=batch.original_sizes[index],
-                processed_size=batch.processed_sizes[index],
-                content_hash=batch.content_hashes[index],
-                deepstack=tuple(level[index] for level in levels),
-                pooled=None if pooled is None else pooled[index],
-            )
-            for index, rows in enumerate(tokens["embeddings"])
-        ]
+    def _call(
+        self,
+        bounds: Bounds,
+        output_device: str | torch.device | None,
+        max_patches: int | None,
+        on_error: str,
+        check_output: bool,
+    ) -> Call:
+        """What a call of :meth:`encode` or :meth:`encode_video` works with."""
+        if self._executors is None:
+            raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
+        if on_error not in ("raise", "return"):
+            raise UsageError(f"on_error is {shorten(on_error)}; allowed: 'raise', 'return'")
+        if max_patches is not None and (not isinstance(max_patches, Integral) or max_patches < 1):
+            raise UsageError(f"max_patches is {shorten(max_patches)}; allowed: a whole number ≥ 1, or None")
+        return Call(
+            preprocessor=self.preprocessor,
+            bounds=bounds,
+            run=self._pass,
+            release=self.release,
+            device=self.device,
+            output_device=self.device if output_device is None else _device(output_device),
+            max_patches=int(max_patches or patches_per_pass(self._sample_plan, self.device)),
+            raises=on_error == "raise",
+            check_output=check_output,
+            cache=self.cache,
+            key=partial(self._cache_key, bounds),
+        )
+
+    def release(self) -> None:
+        """Gives back what passes have left on the device beside the weights; the next pass takes it again."""
+        for executor in (self._executors or {}).values():
+            executor.release()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @cached_property
+    def _sample_plan(self) -> MemoryPlan:
+        unit = self.config.num_patches or self.config.rows_per_token
+        return self.memory_plan(unit * -(-SAMPLE_PATCHES // unit))
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """A digest of everything that an embedding depends on beside the picture and the call's bounds.
+
+        That is the weights (their files' paths, sizes and times of change, which is cheap and tells any two checkpoints
+        apart; weights from elsewhere count as like no others), the configuration with its features, the preprocessing, the
+        dtype and the kind of device.
+        """
+        config = json.dumps(self.config.to_json(), sort_keys=True)
+        preprocessing = preprocessing_identity(self.preprocessor)
+        return framed_digest([self._weights_identity, config, preprocessing, str(self.dtype), self.device.type])
+
+    def _cache_key(self, bounds: Bounds, content_hash: str) -> str:
+        given = sorted((name, value) for name, value in bounds.items() if value is not None)
+        return framed_digest([self._fingerprint, json.dumps(given, default=int), content_hash])
 
     # -- what it will cost ----------------------------------------------------------------------------------------
 
@@ -412,10 +625,10 @@ def _workload_of(config: TowerConfig, counts: Sequence[int]) -> Workload:
 
 def _configuration(folder: Path) -> ConfigReader:
     """The checkpoint's ``config.json``, or Mistral's own file where there is none."""
-    own = folder / MISTRAL_FORMAT
-    return ConfigReader.from_file(
-        own if own.is_file() and not (folder / "config.json").is_file() else folder / "config.json"
-    )
+    for name in (CONFIG_NAME, MISTRAL_FORMAT):
+        if (folder / name).is_file():
+            return ConfigReader.from_file(folder / name)
+    raise CheckpointNotFoundError(f"{folder} holds neither {CONFIG_NAME} nor {MISTRAL_FORMAT}")
 
 
 def has_vision(
@@ -443,6 +656,13 @@ def _is_one(pictures: object) -> bool:
     """Whether this is a picture and not several; what is neither counts as one, for its error message."""
     alone = (Image.Image, np.ndarray, torch.Tensor, bytes, bytearray, memoryview, Path, str)
     return isinstance(pictures, alone) or not isinstance(pictures, Iterable)
+
+
+def _frames(frames: Iterable[Picture]) -> list[Picture]:
+    # The rows of a single picture would pass for grey frames.
+    if _is_one(frames) and getattr(frames, "ndim", 0) != 4:
+        raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the clip's frames, in order")
+    return list(frames)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

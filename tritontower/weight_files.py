@@ -200,8 +200,8 @@ class WeightFiles:
             missing = sorted(shard for shard in shards if not (self.folder / shard).is_file())
             if missing:
                 raise CheckpointIncompleteError(
-                    f"{self.folder} lacks {len(missing)} shards with vision tensors: {list_names(missing)}; download "
-                    "them again",
+                    f"{self.folder} lacks shards with vision tensors, {len(missing)} in all: {list_names(missing)}; download "
+                    "the checkpoint again",
                     missing,
                 )
             return shards

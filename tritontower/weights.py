@@ -5,18 +5,34 @@ leaves a hole behind, which on a CPU cost a third of their size in memory that n
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 import torch
 
-from .checkpoint import Checkpoint, Progress
+from .checkpoint import Progress
 from .graph import Graph
 from .recipes import Recipe, Shape
 
-__all__ = ["read_weights", "stored_shapes"]
+__all__ = ["WeightSource", "read_weights", "stored_shapes"]
 
 _ALIGNMENT = 128
 """Elements; 256 bytes or more in every dtype, as much as any vector load asks for."""
+
+
+class WeightSource(Protocol):
+    """Where stored tensors come from: an open :class:`~tritontower.checkpoint.Checkpoint`, or a loaded model."""
+
+    def iterate(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        names: Iterable[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (name, tensor in ``dtype`` on ``device``) one by one."""
+        ...
 
 
 def stored_shapes(graph: Graph, recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
@@ -28,7 +44,7 @@ def stored_shapes(graph: Graph, recipes: Mapping[str, Recipe]) -> dict[str, Shap
 
 
 def read_weights(
-    checkpoint: Checkpoint,
+    source: WeightSource,
     graph: Graph,
     recipes: Mapping[str, Recipe],
     dtype: torch.dtype,
@@ -39,7 +55,7 @@ def read_weights(
     """The canonical tensors of ``graph``, without gradients.
 
     Args:
-        checkpoint: open, its names and shapes checked.
+        source: its names and shapes checked.
         graph: says which tensors there are, and how they are padded.
         recipes: what each is made of.
         dtype: of the weights.
@@ -62,7 +78,7 @@ def read_weights(
     for name, shape in graph.sources.items():
         for stored in recipes[name].stored(shape):
             users.setdefault(stored, []).append(name)
-    for stored, tensor in checkpoint.iterate(dtype, device, names=users, progress=progress):
+    for stored, tensor in source.iterate(dtype, device, names=users, progress=progress):
         for name in users[stored]:
             recipes[name].write(weights[name], stored, tensor)
         del tensor

@@ -31,6 +31,7 @@ from tritontower.kernels.positions import axial_frequencies, rotary_table
 from tritontower.kernels.projector import projector_mlp
 from tritontower.kernels.rope import rope_
 from tritontower.kernels.segments import Segments
+from tritontower.kernels.splice import splice_rows
 from tritontower.tuning.disassembly import read_amd, read_nvidia
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -146,6 +147,15 @@ def gather(
     )
 
 
+def splice(
+    prompt: int, width: int, text: torch.dtype = BF16, rows: torch.dtype = BF16, add: bool = False, inside: bool = True
+) -> Any:
+    """A picture's rows put into a prompt's, or added to them."""
+    target = rows_of(prompt, width, text)
+    index = torch.zeros(prompt, dtype=torch.int32)
+    return splice_rows(target, rows_of(9, width, rows), index, add=add, out=target if inside else None)
+
+
 def pool(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = BF16) -> Any:
     kv = torch.empty(sum(lengths), 2, heads, head_dim, dtype=dtype)
     return attention_pooling(torch.empty(heads, head_dim, dtype=dtype), kv, Segments.from_lengths(lengths))
@@ -175,6 +185,9 @@ def production() -> Iterator[Case]:
         yield f"mean of squares, {here}", lambda p=patches: mean_rows(rows_of(16 * p, 1152), 16)
         for heads, head_dim in ((12, 64), (16, 72)):
             yield f"pooled heads of {head_dim}, {here}", lambda p=patches, n=heads, h=head_dim: pool([p], n, h)
+        yield f"splice, {here}", lambda p=patches: splice(p, 3584)
+        yield f"splice, elsewhere, {here}", lambda p=patches: splice(p, 1536, inside=False)
+        yield f"deepstack, {here}", lambda p=patches: splice(p, 4096, add=True)
         for columns in (1536, 3584):
             yield f"projector to {columns}, {here}", lambda p=patches, n=columns: project(p // 4, n)
 
@@ -193,6 +206,8 @@ def boundaries() -> Iterator[Case]:
         yield f"projector {dtype}", lambda d=dtype: project(1, 1, d, gathered=True)
         yield f"rows {dtype}", lambda d=dtype: gather(1, 48, dtype=d)
         yield f"rows weighed, filled and added {dtype}", lambda d=dtype: gather(3, 72, MAX_TAPS, d, True, True)
+        yield f"splice {dtype}", lambda d=dtype: splice(3, 72, d)
+        yield f"splice of other rows {dtype}", lambda d=dtype: splice(1, 33, BF16, d, add=True, inside=False)
         yield f"means {dtype}", lambda d=dtype: mean_rows(rows_of(27, 72, d, 3), 9)
         yield f"pooling {dtype}", lambda d=dtype: pool([1, 3], 16, 72, d)
     for kind in ACTIVATIONS:
@@ -225,6 +240,8 @@ def boundaries() -> Iterator[Case]:
     yield "rows of one element", lambda: gather(1, 1)
     yield "weighed rows of one element", lambda: gather(1, 1, 2, filled=True, added=True)
     yield "rows, odd and far apart", lambda: gather_far_apart()
+    yield "splice of one element", lambda: splice(1, 1)
+    yield "splice, long rows", lambda: splice_far_apart()
     yield "mean of one row of one element", lambda: mean_rows(rows_of(1, 1), 1)
     yield "mean of many rows", lambda: mean_rows(rows_of(729, 48), 729)
     yield "means, long rows", lambda: mean_rows(far_apart(8, 64), 4, out=far_apart(2, 64))
@@ -245,6 +262,11 @@ def gather_far_apart() -> Any:
     fill = torch.empty(33, dtype=BF16, device="meta")
     rows = far_apart(3, 33)
     return gather_rows(far_apart(5, 33), index, weights, fill=fill, residual=rows, out=rows)
+
+
+def splice_far_apart() -> Any:
+    text = far_apart(3, 33)
+    return splice_rows(text, far_apart(5, 33), torch.empty(3, dtype=torch.int32, device="meta"), add=True, out=text)
 
 
 def pool_unaligned() -> Any:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from tritontower import VisionTower
 from tritontower.batch import PackedBatch
 from tritontower.graph import Node
 
-__all__ = ["row_of", "tokens_moved_by", "values_of"]
+__all__ = ["assert_angles_are_fp32", "assert_frames_do_not_see_each_other", "row_of", "tokens_moved_by", "values_of"]
 
 
 def row_of(batch: PackedBatch, place: tuple[int, int]) -> int:
@@ -35,3 +36,22 @@ def values_of(tower: VisionTower, batch: PackedBatch, *names: str) -> list[torch
 
     tower.executor_for(batch).run(batch, keep)
     return [found[name] for name in names]
+
+
+def assert_angles_are_fp32(tower: VisionTower, batch: PackedBatch, rotation: Any) -> None:
+    """The table of angles is that of ``rotation``, transformers' module, in fp32, where bf16 would be far off."""
+    expected = rotation(torch.zeros(0), batch.positions)
+    for table, wanted in zip(values_of(tower, batch, "cosines", "sines"), expected, strict=True):
+        assert table.dtype == torch.float32
+        assert torch.equal(table.repeat(1, 2), wanted)
+    rounded = (batch.positions[..., None].bfloat16() * rotation.inv_freq.bfloat16()).float().flatten(1)
+    assert (rounded.cos() - expected[0][:, : rounded.shape[1]]).abs().max() > 0.1
+
+
+def assert_frames_do_not_see_each_other(tower: VisionTower, batch: PackedBatch) -> None:
+    """A patch of one temporal patch of a clip moves the tokens of that one alone, and all of them."""
+    ((frames, height, width),) = batch.grids
+    tokens = height * width // batch.rows_per_token
+    for frame in range(frames):
+        moved = tokens_moved_by(tower, batch, frame * height * width + 1)
+        assert moved == set(range(frame * tokens, (frame + 1) * tokens))

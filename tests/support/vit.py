@@ -16,6 +16,7 @@ __all__ = [
     "by_encoder",
     "by_llava",
     "perturb",
+    "save_encoder",
     "tiny_vision",
     "write_processor",
 ]
@@ -54,6 +55,16 @@ TINY_TEXT: dict[str, Any] = {
     "vocab_size": 64,
 }
 
+TINY_TEXT_HALF = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
 CLIP_COLOURS = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
@@ -88,6 +99,42 @@ def perturb(model: Any) -> Any:
             # Wide enough apart that an activation's curvature is met, and that softmax prefers some keys.
             parameter.data.mul_(1.5)
     return model
+
+
+def save_encoder(
+    kind: str,
+    folder: Path,
+    *,
+    whole: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    depth: int = 3,
+    vision: Mapping[str, Any] | None = None,
+) -> Path:
+    """An encoder alone, the names of whose tensors begin with nothing, or the ``whole`` contrastive model.
+
+    Args:
+        kind: ``"clip"`` or ``"siglip"``.
+        folder: where it goes.
+        whole: whether with the text half.
+        dtype: of the weights.
+        seed: of the random numbers.
+        depth: vision blocks.
+        vision: changes of the encoder's configuration.
+    """
+    import transformers
+
+    torch.manual_seed(seed)
+    name, encoder = {"clip": "CLIP", "siglip": "Siglip"}[kind], tiny_vision(kind, depth, vision)
+    if whole:
+        config = getattr(transformers, f"{name}Config")(vision_config=encoder, text_config=TINY_TEXT_HALF)
+        model = getattr(transformers, f"{name}Model")(config)
+    else:
+        config = getattr(transformers, f"{name}VisionConfig")(**encoder)
+        model = getattr(transformers, f"{name}VisionModel")(config)
+    perturb(model).to(dtype).save_pretrained(folder)
+    write_processor(folder, kind, encoder["image_size"])
+    return folder
 
 
 def write_processor(folder: Path, kind: str, side: int, **changes: Any) -> None:

@@ -1,13 +1,13 @@
 """Turn pictures into embeddings and write them to a safetensors file.
 
-The file holds one tensor [tokens, hidden_size] per picture, named by its place on the command line (picture.0,
-picture.1, ...); the file's metadata says, as JSON under the same names, which picture that was, its grid and its sizes.
+The file holds all that the tower makes of a picture, under its place on the command line: 0.embeddings [tokens,
+hidden_size], 0.deepstack.0 ..., 0.pooled, 1.embeddings ...; the file's metadata says each one's grid and sizes.  In Python,
+tritontower.embedding.load_embeddings reads it.
 """
 
 import argparse
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tritontower.cli.options import (
@@ -21,7 +21,6 @@ from tritontower.cli.options import (
     output_file,
 )
 from tritontower.drawing import text_table
-from tritontower.errors import UsageError
 
 if TYPE_CHECKING:
     from tritontower import ImageEmbedding
@@ -44,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Encodes all pictures in one packed pass."""
+    """Encodes all pictures in one call."""
+    from tritontower.embedding import save_embeddings
+
     tower = load_tower(arguments)
     embeddings = tower.encode(arguments.pictures, **bounds_of(arguments))
     facts = [_facts(path, embedding) for path, embedding in zip(arguments.pictures, embeddings, strict=True)]
-    _write(arguments.output, embeddings, facts)
+    save_embeddings(arguments.output, embeddings)
     if arguments.json:
         print(json.dumps({"output": str(arguments.output), "pictures": facts}, indent=2))
     else:
@@ -76,24 +77,3 @@ def _facts(path: Path, embedding: "ImageEmbedding") -> dict[str, Any]:
         "processed_size": list(embedding.processed_size),
         "content_hash": embedding.content_hash,
     }
-
-
-def _write(path: Path, embeddings: list["ImageEmbedding"], facts: list[dict[str, Any]]) -> None:
-    """Writes the file whole or not at all: an interrupted run leaves what was there before."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    names = [f"picture.{index}" for index in range(len(embeddings))]
-    tensors = {name: embedding.embeddings.cpu() for name, embedding in zip(names, embeddings, strict=True)}
-    metadata = {name: json.dumps(fact) for name, fact in zip(names, facts, strict=True)}
-    target = path.resolve()
-    if target.exists() and not target.is_file():
-        raise UsageError(f"{path} cannot be written: it is not an ordinary file")
-    try:
-        with TemporaryDirectory(prefix=".tritontower-", dir=target.parent) as folder:
-            finished = Path(folder, target.name)
-            save_file(tensors, finished, metadata=metadata)
-            finished.replace(target)
-    except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{path} cannot be written: {reason}") from error

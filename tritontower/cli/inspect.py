@@ -137,6 +137,7 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_Picture
         (
             f"{cost.size[0]} × {cost.size[1]}",
             f"{cost.grid[0]} × {cost.grid[1]}",
+            cost.views,
             f"{cost.tokens:,}",
             f"{cost.flops / 1e12:,.3f}",
             f"{cost.peak_bytes / 2**20:,.1f} MiB",
@@ -149,7 +150,7 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_Picture
             description.text(),
             text_table(
                 f"One picture a pass, in {dtype}; the weights take {tower.weights_bytes / 2**20:,.0f} MiB beside it",
-                ("picture", "patches", "tokens", "TFLOP", "peak memory"),
+                ("picture", "patches", "views", "tokens", "TFLOP", "peak memory"),
                 sizes,
             ),
         ]

@@ -105,7 +105,7 @@ def lay_out(nodes: Sequence[DrawnNode], edges: Sequence[Edge], groups: Sequence[
     aside_left = MARGIN + _lanes_width(left_lanes)
     aside_width = max((box.width + COLUMN_GAP for box in boxes.values() if box.aside), default=0.0)
     left = aside_left + aside_width + (FRAME_PADDING if groups else 0.0)
-    right, bottom = _place_boxes(list(boxes.values()), spans, aside_left, left, top)
+    right, bottom = _place_boxes(_in_order(boxes, edges), spans, aside_left, left, top)
     lanes = {name: right + (1 + lane) * LANE_WIDTH for name, lane in right_lanes.items()}
     lanes |= {name: aside_left - (1 + lane) * LANE_WIDTH for name, lane in left_lanes.items()}
     frame_right = right + _lanes_width(right_lanes) + FRAME_PADDING
@@ -125,24 +125,36 @@ def _layers(nodes: Sequence[DrawnNode], edges: Sequence[Edge], group_of: Mapping
     layers: dict[str, int] = {}
     for node in nodes:
         layers[node.name] = max((layers[writer] + 1 for writer in writers[node.name]), default=0)
-    entries: dict[int, int] = {}
+    members: dict[int, list[int]] = {}
     for name, group in group_of.items():
-        entries[group] = min(layers[name], entries.get(group, layers[name]))
+        members.setdefault(group, []).append(layers[name])
+    framed = {layer for span in members.values() for layer in range(min(span), max(span) + 1)}
 
     # Inputs, and what is computed from inputs alone, move down to their first reader: just above it, or level with it
-    # if it stands in the middle of a frame.
+    # if it stands in the middle of a frame or right below one.
     for node in reversed(nodes):
         from_inputs = all(len(readers[writer]) == 1 for writer in writers[node.name])
         if node.name in group_of or not readers[node.name] or not from_inputs:
             continue
         reader = min(readers[node.name], key=layers.__getitem__)
-        within = reader in group_of and layers[reader] > entries[group_of[reader]]
-        layers[node.name] = max(layers[node.name], layers[reader] - (0 if within else 1))
+        above = layers[reader] - 1
+        below_frame = above in framed and layers[reader] not in framed
+        beside = above >= min(members[group_of[reader]]) if reader in group_of else below_frame
+        layers[node.name] = max(layers[node.name], layers[reader] if beside else above)
     return layers
 
 
 def _span(layers: Sequence[int]) -> tuple[int, int]:
     return min(layers), max(layers)
+
+
+def _in_order(boxes: Mapping[str, Box], edges: Sequence[Edge]) -> list[Box]:
+    """The boxes as they stand in each layer from left to right: what reads, behind what it reads beside it, then the rest."""
+    ordered: dict[str, Box] = {}
+    for target in dict.fromkeys(target for _, target in edges):
+        beside = [source for source, reader in edges if reader == target and boxes[source].layer == boxes[target].layer]
+        ordered |= {name: boxes[name] for name in (*beside, target)}
+    return list({**ordered, **boxes}.values())
 
 
 def _place_boxes(

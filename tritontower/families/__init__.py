@@ -6,7 +6,7 @@ how pictures are prepared for it, and which model of transformers it is held aga
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,9 @@ from typing import Any, Literal, Protocol, cast
 
 from tritontower.config import TowerConfig
 from tritontower.errors import Limits, NoVisionTowerError, UnsupportedArchitectureError
+from tritontower.mrope import MropeRule
 from tritontower.preprocessing import Preprocessor
+from tritontower.prompt import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Recipe
 from tritontower.reference import ReferenceModel
@@ -33,6 +35,19 @@ __all__ = [
 
 MISTRAL_FORMAT = "params.json"
 """What stands for a ``model_type`` where a checkpoint has Mistral's own configuration file."""
+
+SIGNS_OF_A_TOWER = (
+    "vision_config",
+    "vision_encoder",
+    "vision_tower",
+    "mm_vision_tower",
+    "vlm_config",
+    "thinker_config",
+    "visual",
+    "image_size",
+    "patch_size",
+)
+"""Keys of which a configuration of a model with a tower, or of a tower alone, has at least one."""
 
 MakePreprocessor = Callable[[TowerConfig, Path, Limits, Any, Mapping[str, Any]], Preprocessor]
 """Tower, checkpoint folder, limits, an explicit image processor or ``None``, options → preprocessor."""
@@ -53,8 +68,13 @@ class Family:
         preprocessors: how pictures may be prepared: ``"hf"`` as transformers does it, and other ways by name.
         reference: transformers' implementation; ``None`` where it reads no such checkpoint.
         layout: whose file names the weights have.
+        mrope: how the language model numbers the tokens of pictures and clips; ``None`` where they have one position each,
+            like text.
+        prompt: how the language model's prompt has pictures; ``None`` for a tower that comes without one.
+        bidirectional_views: whether the language model lets the rows of a view attend to each other in both directions.
         settle: called with the stripped names that the checkpoint really holds, where they decide what the
             configuration leaves open.
+        model_type: whose file it is, as in :func:`model_types`: what other engines go by; :func:`read_family` fills it in.
     """
 
     config: TowerConfig
@@ -64,7 +84,11 @@ class Family:
     reference: ReferenceModel | None
     ignored: Sequence[str] = ()
     layout: Literal["hf", "mistral"] = "hf"
+    mrope: MropeRule | None = None
+    prompt: PromptLayout | None = None
+    bidirectional_views: bool = False
     settle: Callable[["Family", Collection[str]], "Family"] | None = field(default=None)
+    model_type: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +152,7 @@ def read_family(reader: ConfigReader) -> Family:
         NoVisionTowerError: it describes a model without a vision tower.
         ConfigError: a value cannot be right.
     """
-    return _file_for(reader).read(reader)
+    return replace(_file_for(reader).read(reader), model_type=_type_of(reader))
 
 
 def has_tower(reader: ConfigReader) -> bool:
@@ -146,11 +170,13 @@ def _file_for(reader: ConfigReader) -> FamilyFile:
         return files[name]
     known = f"supported are {', '.join(model_types())}"
     model_type, _, tower = name.partition("/")
-    if not (reader.has("vision_config") or reader.has("vision_encoder")):
-        raise NoVisionTowerError(
-            f"{reader.source}: model_type {model_type!r} has no `vision_config`: this checkpoint holds no vision tower; "
-            f"{known}"
+    if not any(reader.has(key) for key in SIGNS_OF_A_TOWER):
+        lacking = (
+            "there is no `vision_encoder`"
+            if reader.source == MISTRAL_FORMAT
+            else f"model_type {model_type!r} has no `vision_config` or the like"
         )
+        raise NoVisionTowerError(f"{reader.source}: {lacking}: this checkpoint holds no vision tower; {known}")
     what = f"model_type {model_type!r}" + (f" with a tower {tower!r}" if tower else "")
     raise UnsupportedArchitectureError(f"{reader.source}: {what} is not supported; {known}")
 

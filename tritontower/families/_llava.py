@@ -19,7 +19,9 @@ from ._reading import activation, feature_layers, text_width
 from ._vit import TOWER_TYPES, encoder_pixels, encoder_tensors, encoder_values, read_encoder
 
 __all__ = [
-    "CLIP_LARGE_336",
+    "CLIP_LARGE_336_EXAMPLE",
+    "CLIP_LARGE_336_PROCESSOR",
+    "LLAVA_DEFAULTS",
     "ClassDefaults",
     "LlavaReference",
     "claimed",
@@ -37,6 +39,29 @@ CLIP_LARGE_336: Mapping[str, int] = {
     "patch_size": 14,
 }
 """The encoder of a LLaVA or LLaVA-NeXT whose file says nothing at all about it."""
+
+CLIP_LARGE_336_EXAMPLE = {
+    **CLIP_LARGE_336,
+    "model_type": "clip_vision_model",
+    "projection_dim": 768,
+    "vocab_size": 32000,
+}
+"""The same encoder, as published files of the two have it in their ``vision_config``."""
+
+CLIP_LARGE_336_PROCESSOR = {
+    "crop_size": {"height": 336, "width": 336},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+    "size": {"shortest_edge": 336},
+}
+"""What their processor files have in common."""
 
 STRATEGY = "vision_feature_select_strategy"
 
@@ -58,6 +83,12 @@ class ClassDefaults:
     text: str
     layer: int
     strategy: str
+
+
+LLAVA_DEFAULTS = ClassDefaults(
+    tower="clip_vision_model", vision=CLIP_LARGE_336, text="llama", layer=-2, strategy="default"
+)
+"""Of ``LlavaConfig`` and ``LlavaNextConfig``."""
 
 
 def claimed(model_type: str) -> tuple[str, ...]:

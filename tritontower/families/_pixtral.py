@@ -31,6 +31,7 @@ __all__ = [
     "TowerSize",
     "block_tensors",
     "preprocessors",
+    "processor_example",
     "projector_tensors",
     "read_tower_size",
     "tower_config",
@@ -83,7 +84,7 @@ def read_tower_size(vision: ConfigReader) -> TowerSize:
     vision.get(str, "model_type", default="pixtral", choices=("pixtral",))
     vision.get(str, "hidden_act", choices=("silu",))
     width = positive(vision, "hidden_size", 1024)
-    heads = whole_heads(vision, "num_attention_heads", width, positive(vision, "num_attention_heads", 16), multiple=4)
+    heads = whole_heads(vision, "num_attention_heads", width, 16)
     if positive(vision, "head_dim", width // heads) != width // heads:
         said = positive(vision, "head_dim")
         raise vision.error("head_dim", said, f"{width // heads}: hidden_size divided by num_attention_heads")
@@ -169,6 +170,18 @@ def projector_tensors(first: str, second: str) -> dict[str, Recipe]:
         f"projector.{ours}.{role}": Stored(f"projector.{theirs}.{role}")
         for ours, theirs in (("linear_1", first), ("linear_2", second))
         for role in ("weight", "bias")
+    }
+
+
+def processor_example(longest_edge: int, patch: int | Mapping[str, int]) -> dict[str, Any]:
+    """A processor file as it is published with such a tower; ``patch`` is spelt in two ways."""
+    return {
+        "image_processor_type": "PixtralImageProcessor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "patch_size": patch,
+        "resample": 3,
+        "size": {"longest_edge": longest_edge},
     }
 
 

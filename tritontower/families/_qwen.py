@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from tritontower.batch import PackedBatch
-from tritontower.config import Normalisation, PatchEmbedding, Projector, TowerConfig
+from tritontower.config import Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Recipe, Stored
 from tritontower.reference import ModuleValue, ReferenceModel, flat_patches
 
-from ._reading import positive
+from ._reading import positive, rotary_theta, whole_heads
 
 __all__ = [
     "ATTENTION",
@@ -32,6 +32,7 @@ __all__ = [
     "parameters",
     "read_merger",
     "read_patch",
+    "read_tower",
     "stored_blocks",
 ]
 
@@ -138,6 +139,31 @@ def read_merger(vision: ConfigReader, norm: Normalisation, width: int, output_ke
         output=positive(vision, output_key),
         activation="gelu",
         bias=True,
+    )
+
+
+def read_tower(vision: ConfigReader, width: int, depth: int, **own: Any) -> TowerConfig:
+    """A tower with what all of them have in common: biases, a rotary embedding, frames that do not see each other.
+
+    Args:
+        vision: ``vision_config``.
+        width: of the rows.
+        depth: blocks; the features are taken behind the last.
+        **own: the other fields of the configuration.
+    """
+    # transformers knows the number under either name.
+    heads = "num_attention_heads" if vision.has("num_attention_heads") else "num_heads"
+    return TowerConfig(
+        width=width,
+        depth=depth,
+        heads=whole_heads(vision, heads, width, 16),
+        qkv_bias=True,
+        attention_bias=True,
+        mlp_bias=True,
+        rotary=RotaryEmbedding(theta=rotary_theta(vision), layout="halves"),
+        segments="frame",
+        features=(depth,),
+        **own,
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from tritontower.config import Activation
 from tritontower.errors import ConfigError
+from tritontower.kernels.flash_attention import LARGEST_HEAD_DIM
 from tritontower.reader import ConfigReader
 
 __all__ = [
@@ -23,6 +24,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
 }
 """transformers' names of activations → ours."""
+
+HEAD_MULTIPLE = 4
+"""Two axes turn pairs of a head's columns; towers without rotary embedding keep to it as well, for aligned loads."""
 
 TEXT_WIDTHS: Mapping[str, int] = {
     "gemma": 3072,
@@ -53,14 +57,25 @@ def activation(reader: ConfigReader, key: str, default: str) -> Activation:
     return ACTIVATIONS[reader.get(str, key, default=default, choices=tuple(ACTIVATIONS))]
 
 
-def whole_heads(reader: ConfigReader, key: str, width: int, heads: int, *, multiple: int) -> int:
-    """``heads``, if the width divides into them and a head's width is a multiple of ``multiple``.
+def whole_heads(reader: ConfigReader, key: str, width: int, default: int | None = None) -> int:
+    """The number of heads, as wide as the kernels take them: a multiple of 4, and at most 128.
+
+    Args:
+        reader: of the section that holds the number.
+        key: under which it stands.
+        width: of all heads together.
+        default: where the key is left out; it has to be there where this is ``None``.
 
     Raises:
-        ConfigError: it does not, or is not.
+        ConfigError: the width does not divide into so many heads, or they are not of such a width.
     """
-    if width % heads or (width // heads) % multiple:
-        allowed = f"a number that divides the width ({width}) into heads whose width is a multiple of {multiple}"
+    heads = positive(reader, key, default)
+    head_dim, left = divmod(width, heads)
+    if left or head_dim % HEAD_MULTIPLE or not 0 < head_dim <= LARGEST_HEAD_DIM:
+        allowed = (
+            f"a number that divides the width ({width}) into heads whose width is a multiple of {HEAD_MULTIPLE} and at most "
+            f"{LARGEST_HEAD_DIM}"
+        )
         raise reader.error(key, heads, allowed)
     return heads
 

@@ -28,6 +28,8 @@ __all__ = [
     "ROOTS_IN_CONTRASTIVE_MODEL",
     "ROOTS_IN_MODEL",
     "ROOTS_OF_ENCODER",
+    "SIGLIP_PROCESSOR",
+    "SIGLIP_SO400M",
     "TOWER_TYPES",
     "EncoderReference",
     "Kind",
@@ -85,6 +87,27 @@ CLASS_DEFAULTS: Mapping[Kind, Mapping[str, Any]] = {
 }
 """What a key that a file leaves out means: the defaults of ``CLIPVisionConfig`` and ``SiglipVisionConfig``."""
 
+SIGLIP_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+"""The encoder that most models with a SigLIP have, for one picture size or another."""
+
+SIGLIP_PROCESSOR = {
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_processor_type": "SiglipImageProcessor",
+    "image_std": [0.5, 0.5, 0.5],
+    "resample": 3,
+    "rescale_factor": 0.00392156862745098,
+}
+"""What the processor files of such models have in common."""
+
 NORMS = {"norm1": "layer_norm1", "norm2": "layer_norm2"}
 LINEARS = {"attention_output": "self_attn.out_proj", "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -136,7 +159,7 @@ def read_encoder(
         raise vision.error("image_size", image, f"at least one patch of {patch} pixels (patch_size)")
     eps = vision.get(float, "layer_norm_eps", default=usual["layer_norm_eps"], minimum=0.0, maximum=1.0)
     norm = Normalisation("layer_norm", eps=eps)
-    heads = whole_heads(vision, "num_attention_heads", width, number("num_attention_heads"), multiple=4)
+    heads = whole_heads(vision, "num_attention_heads", width, usual["num_attention_heads"])
     return TowerConfig(
         family=family,
         patch=PatchEmbedding(

@@ -14,13 +14,15 @@ from math import isqrt
 
 from tritontower.config import Normalisation, Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
+from tritontower.prompt import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Stored, Transposed
 
 from . import Family, FamilySummary
 from ._gemma import GemmaReference, read_siglip, with_projector
+from ._prompt import token
 from ._reading import positive, text_width
-from ._vit import IGNORED, ROOTS_IN_MODEL, encoder_tensors
+from ._vit import IGNORED, ROOTS_IN_MODEL, SIGLIP_PROCESSOR, SIGLIP_SO400M, encoder_tensors
 
 MODEL_TYPES = ("gemma3", "shieldgemma2")
 
@@ -48,28 +50,19 @@ EXAMPLE = {
     "text_config": {"hidden_size": 2560, "model_type": "gemma3_text"},
     "torch_dtype": "bfloat16",
     "vision_config": {
-        "hidden_size": 1152,
+        **SIGLIP_SO400M,
         "image_size": 896,
-        "intermediate_size": 4304,
         "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "patch_size": 14,
         "vision_use_head": False,
     },
 }
 PROCESSOR = {
+    **SIGLIP_PROCESSOR,
     "do_convert_rgb": None,
-    "do_normalize": True,
     "do_pan_and_scan": None,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.5, 0.5],
     "image_processor_type": "Gemma3ImageProcessor",
     "image_seq_length": 256,
-    "image_std": [0.5, 0.5, 0.5],
     "resample": 2,
-    "rescale_factor": 0.00392156862745098,
     "size": {"height": 896, "width": 896},
 }
 
@@ -112,6 +105,20 @@ def read(reader: ConfigReader) -> Family:
         ignored=IGNORED,
         preprocessors={"hf": partial(FixedSize, pan_and_scan=True)},
         reference=REFERENCES[reader.get(str, "model_type", choices=MODEL_TYPES)],
+        prompt=read_prompt(reader),
+        bidirectional_views=True,
+    )
+
+
+def read_prompt(reader: ConfigReader) -> PromptLayout:
+    """Empty lines and two tokens round the rows of every view; crops come with an explanation."""
+    begin = token(reader, "boi", 255_999)
+    return PromptLayout(
+        placeholder=token(reader, "image", 262_144),
+        marker=begin,
+        view_before=("\n\n", begin),
+        view_after=(token(reader, "eoi", 256_000), "\n\n"),
+        between_views=("Here is the original image ", " and here are some crops to help you see better ", " "),
     )
 
 

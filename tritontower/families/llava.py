@@ -9,12 +9,19 @@ from tritontower.preprocessing import FixedSize
 from tritontower.reader import ConfigReader
 
 from . import Family, FamilySummary
-from ._llava import CLIP_LARGE_336, ClassDefaults, LlavaReference, claimed, llava_tensors, read_llava
+from ._llava import (
+    CLIP_LARGE_336_EXAMPLE,
+    CLIP_LARGE_336_PROCESSOR,
+    LLAVA_DEFAULTS,
+    LlavaReference,
+    claimed,
+    llava_tensors,
+    read_llava,
+)
+from ._prompt import placeholder_prompt
 from ._vit import IGNORED, ROOTS_IN_MODEL
 
 MODEL_TYPES = claimed("llava")
-
-DEFAULTS = ClassDefaults(tower="clip_vision_model", vision=CLIP_LARGE_336, text="llama", layer=-2, strategy="default")
 
 SUMMARIES = (
     FamilySummary(
@@ -36,35 +43,15 @@ SUMMARIES = (
                 "vocab_size": 32064,
             },
             "torch_dtype": "float16",
-            "vision_config": {
-                "hidden_size": 1024,
-                "image_size": 336,
-                "intermediate_size": 4096,
-                "model_type": "clip_vision_model",
-                "num_attention_heads": 16,
-                "num_hidden_layers": 24,
-                "patch_size": 14,
-                "projection_dim": 768,
-                "vocab_size": 32000,
-            },
+            "vision_config": CLIP_LARGE_336_EXAMPLE,
             "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
             "vocab_size": 32064,
         },
         processor={
-            "crop_size": {"height": 336, "width": 336},
-            "do_center_crop": True,
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            **CLIP_LARGE_336_PROCESSOR,
             "image_processor_type": "CLIPImageProcessor",
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
             "processor_class": "LlavaProcessor",
-            "resample": 3,
-            "rescale_factor": 0.00392156862745098,
-            "size": {"shortest_edge": 336},
         },
     ),
 )
@@ -72,7 +59,7 @@ SUMMARIES = (
 
 def read(reader: ConfigReader) -> Family:
     """Reads encoder, features and projector; what a sparse file leaves out has the defaults of ``LlavaConfig``."""
-    config = read_llava(reader, "llava", DEFAULTS)
+    config = read_llava(reader, "llava", LLAVA_DEFAULTS)
     return Family(
         config=config,
         roots=ROOTS_IN_MODEL,
@@ -80,4 +67,5 @@ def read(reader: ConfigReader) -> Family:
         ignored=IGNORED,
         preprocessors={"hf": FixedSize},
         reference=LlavaReference(),
+        prompt=placeholder_prompt(reader, 32000),
     )

@@ -13,19 +13,20 @@ from tritontower.reader import ConfigReader
 
 from . import Family, FamilySummary
 from ._llava import (
-    CLIP_LARGE_336,
-    ClassDefaults,
+    CLIP_LARGE_336_EXAMPLE,
+    CLIP_LARGE_336_PROCESSOR,
+    LLAVA_DEFAULTS,
     LlavaReference,
     claimed,
     llava_tensors,
     read_llava,
     refuse_class_token,
 )
+from ._prompt import placeholder_prompt
 from ._vit import IGNORED, ROOTS_IN_MODEL
 
 MODEL_TYPES = claimed("llava_next")
 
-DEFAULTS = ClassDefaults(tower="clip_vision_model", vision=CLIP_LARGE_336, text="llama", layer=-2, strategy="default")
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """The canvases of a file that names none."""
 
@@ -39,7 +40,7 @@ SUMMARIES = (
         example={
             "architectures": ["LlavaNextForConditionalGeneration"],
             "model_type": "llava_next",
-            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+            "image_grid_pinpoints": [list(canvas) for canvas in PINPOINTS],
             "image_token_index": 32000,
             "projector_hidden_act": "gelu",
             "text_config": {
@@ -53,37 +54,17 @@ SUMMARIES = (
             },
             "torch_dtype": "float16",
             "use_image_newline_parameter": True,
-            "vision_config": {
-                "hidden_size": 1024,
-                "image_size": 336,
-                "intermediate_size": 4096,
-                "model_type": "clip_vision_model",
-                "num_attention_heads": 16,
-                "num_hidden_layers": 24,
-                "patch_size": 14,
-                "projection_dim": 768,
-                "vocab_size": 32000,
-            },
+            "vision_config": CLIP_LARGE_336_EXAMPLE,
             "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
             "vocab_size": 32064,
         },
         processor={
+            **CLIP_LARGE_336_PROCESSOR,
             "aspect_ratio_setting": "anyres",
-            "crop_size": {"height": 336, "width": 336},
-            "do_center_crop": True,
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_grid_pinpoints": [list(canvas) for canvas in PINPOINTS],
             "image_processor_type": "LlavaNextImageProcessor",
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
             "processor_class": "LlavaNextProcessor",
-            "resample": 3,
-            "rescale_factor": 0.00392156862745098,
-            "size": {"shortest_edge": 336},
         },
     ),
 )
@@ -91,7 +72,7 @@ SUMMARIES = (
 
 def read(reader: ConfigReader) -> Family:
     """Reads encoder, features, projector and canvases; what is left out has the defaults of ``LlavaNextConfig``."""
-    config = read_llava(reader, "llava_next", DEFAULTS)
+    config = read_llava(reader, "llava_next", LLAVA_DEFAULTS)
     refuse_class_token(reader, config)
     config = replace(config, newline=True)
     pinpoints = reader.get_rows(int, "image_grid_pinpoints", PINPOINTS, length=2, minimum=1)
@@ -102,4 +83,5 @@ def read(reader: ConfigReader) -> Family:
         ignored=IGNORED,
         preprocessors={"hf": partial(AnyResolution, pinpoints=pinpoints)},
         reference=LlavaReference(),
+        prompt=placeholder_prompt(reader, 32000),
     )

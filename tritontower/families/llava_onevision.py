@@ -15,20 +15,14 @@ from tritontower.reader import ConfigReader
 
 from . import Family, FamilySummary
 from ._llava import ClassDefaults, LlavaReference, claimed, llava_tensors, read_llava, refuse_class_token
-from ._vit import IGNORED, ROOTS_IN_MODEL
+from ._prompt import placeholder_prompt
+from ._vit import IGNORED, ROOTS_IN_MODEL, SIGLIP_PROCESSOR, SIGLIP_SO400M
 
 MODEL_TYPES = claimed("llava_onevision")
 
 DEFAULTS = ClassDefaults(
     tower="siglip_vision_model",
-    vision={
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
+    vision={**SIGLIP_SO400M, "num_hidden_layers": 26, "image_size": 384},
     text="qwen2",
     layer=-1,
     strategy="full",
@@ -55,31 +49,20 @@ SUMMARIES = (
             "video_token_index": 151647,
             "vision_aspect_ratio": "anyres_max_9",
             "vision_config": {
-                "hidden_size": 1152,
-                "image_size": 384,
-                "intermediate_size": 4304,
+                **DEFAULTS.vision,
                 "model_type": "siglip_vision_model",
-                "num_attention_heads": 16,
-                "num_hidden_layers": 26,
-                "patch_size": 14,
                 "vision_use_head": False,
             },
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         },
         processor={
+            **SIGLIP_PROCESSOR,
             "do_convert_rgb": True,
-            "do_normalize": True,
             "do_pad": True,
-            "do_rescale": True,
-            "do_resize": True,
             "image_grid_pinpoints": [list(canvas) for canvas in PINPOINTS],
-            "image_mean": [0.5, 0.5, 0.5],
             "image_processor_type": "LlavaOnevisionImageProcessor",
-            "image_std": [0.5, 0.5, 0.5],
             "processor_class": "LlavaOnevisionProcessor",
-            "resample": 3,
-            "rescale_factor": 0.00392156862745098,
             "size": {"height": 384, "width": 384},
         },
     ),
@@ -100,6 +83,7 @@ def read(reader: ConfigReader) -> Family:
         ignored=IGNORED,
         preprocessors={"hf": partial(AnyResolution, pinpoints=pinpoints, shrink_limit=_most_tiles(reader))},
         reference=LlavaReference(),
+        prompt=placeholder_prompt(reader, 151646),
     )
 
 

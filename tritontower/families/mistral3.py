@@ -16,11 +16,13 @@ from ._pixtral import (
     ROOTS,
     PixtralReference,
     preprocessors,
+    processor_example,
     projector_tensors,
     read_tower_size,
     tower_config,
     tower_tensors,
 )
+from ._prompt import pixtral_prompt
 from ._reading import activation, feature_layers, positive, text_width
 
 MODEL_TYPES = ("mistral3", "mistral3/pixtral")
@@ -65,14 +67,7 @@ SUMMARIES = (
             },
             "vision_feature_layer": -1,
         },
-        processor={
-            "image_processor_type": "PixtralImageProcessor",
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "patch_size": 14,
-            "resample": 3,
-            "size": {"longest_edge": 1540},
-        },
+        processor=processor_example(1540, 14),
     ),
 )
 
@@ -110,6 +105,7 @@ def read(reader: ConfigReader) -> Family:
         ignored=IGNORED,
         preprocessors=preprocessors(size.longest_edge),
         reference=PixtralReference(PROJECTOR_VALUES, merges=True),
+        prompt=pixtral_prompt(reader, config, 10),
     )
 
 

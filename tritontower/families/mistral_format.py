@@ -15,11 +15,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from tritontower.config import Projector, TowerConfig
+from tritontower.prompt import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import ChannelMajor, InterleavedRotary, Recipe, Stacked, Stored
 
 from . import MISTRAL_FORMAT, Family, FamilySummary
 from ._pixtral import NORM, TowerSize, block_tensors, preprocessors, projector_tensors, tower_config
+from ._prompt import token
 from ._reading import positive, whole_heads
 
 MODEL_TYPES = (MISTRAL_FORMAT,)
@@ -33,6 +35,17 @@ ROOTS = {
 }
 BIASES = ("projector.w_in.bias", "projector.w_out.bias")
 
+ENCODER_EXAMPLE = {
+    "hidden_size": 1024,
+    "num_channels": 3,
+    "rope_theta": 10000.0,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_token_id": 10,
+    "image_break_token_id": 12,
+    "image_end_token_id": 13,
+}
 SUMMARIES = (
     FamilySummary(
         title="Pixtral, Mistral's own format",
@@ -43,17 +56,9 @@ SUMMARIES = (
         example={
             "dim": 5120,
             "vision_encoder": {
-                "hidden_size": 1024,
-                "num_channels": 3,
+                **ENCODER_EXAMPLE,
                 "image_size": 1024,
                 "patch_size": 16,
-                "rope_theta": 10000.0,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_token_id": 10,
-                "image_break_token_id": 12,
-                "image_end_token_id": 13,
             },
         },
         processor={},
@@ -67,22 +72,14 @@ SUMMARIES = (
         example={
             "dim": 5120,
             "vision_encoder": {
-                "hidden_size": 1024,
-                "num_channels": 3,
+                **ENCODER_EXAMPLE,
                 "image_size": 1540,
                 "max_image_size": 1540,
                 "patch_size": 14,
-                "rope_theta": 10000.0,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
                 "adapter_bias": False,
                 "mm_projector_id": PATCH_MERGE,
                 "spatial_merge_size": 2,
                 "add_pre_mm_projector_layer_norm": True,
-                "image_token_id": 10,
-                "image_break_token_id": 12,
-                "image_end_token_id": 13,
             },
         },
         processor={},
@@ -108,7 +105,18 @@ def read(reader: ConfigReader) -> Family:
         preprocessors=preprocessors(size.longest_edge, without_file=processor),
         reference=None,
         layout="mistral",
+        prompt=_prompt(vision, config),
         settle=_settle,
+    )
+
+
+def _prompt(vision: ConfigReader, config: TowerConfig) -> PromptLayout:
+    """As transformers has it, but the configuration knows every token."""
+    return PromptLayout(
+        placeholder=token(vision, "image", 10),
+        merge=config.merge,
+        row_break=token(vision, "image_break", 12),
+        row_end=token(vision, "image_end", 13),
     )
 
 
@@ -120,7 +128,7 @@ def _read_size(vision: ConfigReader) -> TowerSize:
         patch=positive(vision, "patch_size"),
         width=width,
         depth=positive(vision, "num_hidden_layers"),
-        heads=whole_heads(vision, "num_attention_heads", width, positive(vision, "num_attention_heads"), multiple=4),
+        heads=whole_heads(vision, "num_attention_heads", width),
         mlp_hidden=positive(vision, "intermediate_size"),
         theta=vision.get(float, "rope_theta", default=10000.0, minimum=1.0),
         longest_edge=positive(vision, edge),

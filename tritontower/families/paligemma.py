@@ -8,13 +8,15 @@ of the supported releases, which do neither.
 
 from tritontower.config import Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
+from tritontower.prompt import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Stored
 
 from . import Family, FamilySummary
 from ._gemma import GemmaReference, read_siglip, with_projector
+from ._prompt import token
 from ._reading import positive
-from ._vit import IGNORED, ROOTS_IN_MODEL, encoder_tensors
+from ._vit import IGNORED, ROOTS_IN_MODEL, SIGLIP_PROCESSOR, SIGLIP_SO400M, encoder_tensors
 
 MODEL_TYPES = ("paligemma",)
 
@@ -32,35 +34,26 @@ SUMMARIES = (
         tokens="side/14 × side/14: 256, 1024 or 4096",
         example={
             "architectures": ["PaliGemmaForConditionalGeneration"],
+            "bos_token_id": 2,
             "hidden_size": 2048,
+            "image_token_index": 257152,
             "model_type": "paligemma",
             "projection_dim": 2048,
             "text_config": {"hidden_size": 2048, "model_type": "gemma", "num_image_tokens": 256},
             "torch_dtype": "float32",
             "vision_config": {
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
+                **SIGLIP_SO400M,
                 "model_type": "siglip_vision_model",
-                "num_attention_heads": 16,
-                "num_hidden_layers": 27,
                 "num_image_tokens": 256,
-                "patch_size": 14,
                 "projection_dim": 2048,
                 "projector_hidden_act": "gelu_fast",
                 "vision_use_head": False,
             },
         },
         processor={
+            **SIGLIP_PROCESSOR,
             "do_convert_rgb": None,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "SiglipImageProcessor",
             "image_seq_length": 256,
-            "image_std": [0.5, 0.5, 0.5],
-            "resample": 3,
-            "rescale_factor": 0.00392156862745098,
             "size": {"height": 224, "width": 224},
         },
     ),
@@ -80,6 +73,17 @@ def read(reader: ConfigReader) -> Family:
         ignored=IGNORED,
         preprocessors={"hf": FixedSize},
         reference=GemmaReference(PROJECTOR_VALUES),
+        prompt=read_prompt(reader),
+    )
+
+
+def read_prompt(reader: ConfigReader) -> PromptLayout:
+    """Pictures first, then the beginning of the text, which ends in a line break (section 3.2 of the paper)."""
+    return PromptLayout(
+        placeholder=token(reader, "image", 256_000),
+        behind_pictures=(reader.get(int, "bos_token_id", default=2, minimum=0),),
+        ending="\n",
+        special_tokens=False,
     )
 
 

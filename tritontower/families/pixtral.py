@@ -13,11 +13,13 @@ from ._pixtral import (
     ROOTS,
     PixtralReference,
     preprocessors,
+    processor_example,
     projector_tensors,
     read_tower_size,
     tower_config,
     tower_tensors,
 )
+from ._prompt import pixtral_prompt
 from ._reading import activation, feature_layers, text_width
 
 MODEL_TYPES = ("llava/pixtral",)
@@ -33,6 +35,7 @@ SUMMARIES = (
         tokens="⌈width/16⌉ × ⌈height/16⌉",
         example={
             "architectures": ["LlavaForConditionalGeneration"],
+            "image_token_index": 10,
             "model_type": "llava",
             "multimodal_projector_bias": True,
             "projector_hidden_act": "gelu",
@@ -49,14 +52,7 @@ SUMMARIES = (
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         },
-        processor={
-            "image_processor_type": "PixtralImageProcessor",
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "patch_size": {"height": 16, "width": 16},
-            "resample": 3,
-            "size": {"longest_edge": 1024},
-        },
+        processor=processor_example(1024, {"height": 16, "width": 16}),
     ),
 )
 
@@ -87,4 +83,5 @@ def read(reader: ConfigReader) -> Family:
         ignored=IGNORED,
         preprocessors=preprocessors(size.longest_edge),
         reference=PixtralReference(PROJECTOR_VALUES, merges=False),
+        prompt=pixtral_prompt(reader, config, 32000),
     )

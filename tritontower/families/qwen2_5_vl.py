@@ -11,55 +11,49 @@ read by nobody.
 
 from functools import partial
 
-from tritontower.config import Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig, Windows
+from tritontower.config import Normalisation, TowerConfig, Windows
+from tritontower.mrope import MropeRule
 from tritontower.preprocessing import SmartResize
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Recipe, Stacked
 
 from . import Family, FamilySummary
-from ._qwen import ROOTS, QwenReference, stored_blocks
-from ._reading import positive, rotary_theta, whole_heads
+from ._prompt import qwen_prompt
+from ._qwen import (
+    ATTENTION,
+    IGNORED,
+    NORMS,
+    QWEN2_MERGER,
+    QWEN2_PROCESSOR,
+    ROOTS,
+    QwenReference,
+    block_values,
+    merger_tensors,
+    merger_values,
+    parameters,
+    read_merger,
+    read_patch,
+    read_tower,
+    stored_blocks,
+)
+from ._reading import positive
 
 MODEL_TYPES = ("qwen2_5_vl",)
 
-BLOCK_TENSORS = {
-    "norm1.weight": "norm1.weight",
-    "qkv.weight": "attn.qkv.weight",
-    "qkv.bias": "attn.qkv.bias",
-    "attention_output.weight": "attn.proj.weight",
-    "attention_output.bias": "attn.proj.bias",
-    "norm2.weight": "norm2.weight",
-    "mlp_down.weight": "mlp.down_proj.weight",
-    "mlp_down.bias": "mlp.down_proj.bias",
-}
+BLOCK_TENSORS = parameters(NORMS, ("weight",)) | parameters({**ATTENTION, "mlp_down": "mlp.down_proj"})
 OTHER_TENSORS = {
     "patch_projection.weight": "patch_embed.proj.weight",
-    "projector.norm.weight": "merger.ln_q.weight",
-    "projector.linear_1.weight": "merger.mlp.0.weight",
-    "projector.linear_1.bias": "merger.mlp.0.bias",
-    "projector.linear_2.weight": "merger.mlp.2.weight",
-    "projector.linear_2.bias": "merger.mlp.2.bias",
+    **merger_tensors("projector", "merger", QWEN2_MERGER, norm_kinds=("weight",)),
 }
 
 # Value of the layer graph → module of the reference and side of it.
-BLOCK_VALUES = {
-    "norm1_rows": ("norm1", "output"),
-    "qkv_rows": ("attn.qkv", "output"),
-    "mixed": ("attn.proj", "input"),
-    "attention_output_rows": ("attn.proj", "output"),
-    "attended": ("norm2", "input"),
-    "norm2_rows": ("norm2", "output"),
-    "mlp_hidden": ("mlp.down_proj", "input"),
-    "mlp_down_rows": ("mlp.down_proj", "output"),
-    "block_rows": ("", "output"),
-}
+BLOCK_VALUES = block_values(down="mlp.down_proj")
 # The reference puts its rows into the order of the windows behind ``patch_embed``: the projected patches are compared where
 # they enter the first block.
 OTHER_VALUES = {
     "patch_rows": ("blocks.0.norm1", "input"),
-    "projector.normed": ("merger.ln_q", "output"),
-    "projector.hidden": ("merger.mlp.2", "input"),
     "embeddings": ("merger", "output"),
+    **merger_values("projector", "merger", QWEN2_MERGER),
 }
 
 SUMMARIES = (
@@ -91,16 +85,7 @@ SUMMARIES = (
                 "temporal_patch_size": 2,
             },
         },
-        processor={
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "max_pixels": 12845056,
-            "merge_size": 2,
-            "min_pixels": 3136,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-        },
+        processor=QWEN2_PROCESSOR,
     ),
 )
 
@@ -112,13 +97,16 @@ def read(reader: ConfigReader) -> Family:
     model alone and the width of none.
     """
     config = read_config(reader)
+    per_second = positive(reader.section("vision_config", optional=True), "tokens_per_second", 4)
     return Family(
         config=config,
         roots=ROOTS,
         tensors=stored_blocks(config, BLOCK_TENSORS, OTHER_TENSORS) | _gated(config),
-        ignored=("rotary_pos_emb.inv_freq",),
+        ignored=IGNORED,
         preprocessors={"hf": partial(SmartResize, frame_budget="per_frame")},
         reference=QwenReference(BLOCK_VALUES, OTHER_VALUES),
+        prompt=qwen_prompt(reader),
+        mrope=MropeRule(config.merge, positions_per_second=per_second),
     )
 
 
@@ -127,41 +115,23 @@ def read_config(reader: ConfigReader) -> TowerConfig:
     vision = reader.section("vision_config", optional=True)
     vision.get(str, "model_type", default="qwen2_5_vl", choices=("qwen2_5_vl", "qwen2_5_vl_vision"))
     width = positive(vision, "hidden_size")
-    patch = positive(vision, "patch_size", 14)
-    merge = positive(vision, "spatial_merge_size", 2)
+    patch = read_patch(vision, 14, bias=False)
     norm = Normalisation("rms_norm", eps=1e-6, rounding="before_weight")
+    projector = read_merger(vision, norm, width, "out_hidden_size")
     depth = positive(vision, "depth", 32)
     vision.get(str, "hidden_act", default="silu", choices=("silu",))
-    return TowerConfig(
+    return read_tower(
+        vision,
+        width,
+        depth,
         family="qwen2_5_vl",
-        patch=PatchEmbedding(
-            channels=positive(vision, "in_channels", 3),
-            size=patch,
-            temporal=positive(vision, "temporal_patch_size", 2),
-            bias=False,
-        ),
-        width=width,
-        depth=depth,
-        heads=whole_heads(vision, "num_heads", width, positive(vision, "num_heads", 16), multiple=4),
+        patch=patch,
         norm=norm,
-        qkv_bias=True,
-        attention_bias=True,
         mlp_hidden=positive(vision, "intermediate_size", 3420),
-        mlp_bias=True,
         activation="silu",
         gated=True,
-        rotary=RotaryEmbedding(theta=rotary_theta(vision), layout="halves"),
-        segments="frame",
-        windows=_windows(vision, patch * merge, depth),
-        features=(depth,),
-        projector=Projector(
-            norm=norm,
-            merge=merge,
-            hidden=width * merge * merge,
-            output=positive(vision, "out_hidden_size"),
-            activation="gelu",
-            bias=True,
-        ),
+        windows=_windows(vision, patch.size * projector.merge, depth),
+        projector=projector,
     )
 
 

@@ -11,58 +11,46 @@ and ``vision_config`` says ``model_type: qwen2_vl`` or nothing), the new one nes
 
 from functools import partial
 
-from tritontower.config import Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
+from tritontower.config import Normalisation, TowerConfig
+from tritontower.mrope import MropeRule
 from tritontower.preprocessing import SmartResize
 from tritontower.reader import ConfigReader
 
 from . import Family, FamilySummary
-from ._qwen import ROOTS, QwenReference, stored_blocks
-from ._reading import activation, positive, rotary_theta, whole_heads
+from ._prompt import qwen_prompt
+from ._qwen import (
+    ATTENTION,
+    IGNORED,
+    NORMS,
+    QWEN2_MERGER,
+    QWEN2_PROCESSOR,
+    ROOTS,
+    QwenReference,
+    block_values,
+    merger_tensors,
+    merger_values,
+    parameters,
+    read_merger,
+    read_patch,
+    read_tower,
+    stored_blocks,
+)
+from ._reading import activation, positive
 
 MODEL_TYPES = ("qwen2_vl",)
 
-BLOCK_TENSORS = {
-    "norm1.weight": "norm1.weight",
-    "norm1.bias": "norm1.bias",
-    "qkv.weight": "attn.qkv.weight",
-    "qkv.bias": "attn.qkv.bias",
-    "attention_output.weight": "attn.proj.weight",
-    "attention_output.bias": "attn.proj.bias",
-    "norm2.weight": "norm2.weight",
-    "norm2.bias": "norm2.bias",
-    "mlp_up.weight": "mlp.fc1.weight",
-    "mlp_up.bias": "mlp.fc1.bias",
-    "mlp_down.weight": "mlp.fc2.weight",
-    "mlp_down.bias": "mlp.fc2.bias",
-}
+BLOCK_TENSORS = parameters({**NORMS, **ATTENTION, "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"})
 OTHER_TENSORS = {
     "patch_projection.weight": "patch_embed.proj.weight",
-    "projector.norm.weight": "merger.ln_q.weight",
-    "projector.norm.bias": "merger.ln_q.bias",
-    "projector.linear_1.weight": "merger.mlp.0.weight",
-    "projector.linear_1.bias": "merger.mlp.0.bias",
-    "projector.linear_2.weight": "merger.mlp.2.weight",
-    "projector.linear_2.bias": "merger.mlp.2.bias",
+    **merger_tensors("projector", "merger", QWEN2_MERGER),
 }
 
 # Value of the layer graph → module of the reference and side of it.
-BLOCK_VALUES = {
-    "norm1_rows": ("norm1", "output"),
-    "qkv_rows": ("attn.qkv", "output"),
-    "mixed": ("attn.proj", "input"),
-    "attention_output_rows": ("attn.proj", "output"),
-    "attended": ("norm2", "input"),
-    "norm2_rows": ("norm2", "output"),
-    "mlp_up_rows": ("mlp.fc1", "output"),
-    "mlp_hidden": ("mlp.fc2", "input"),
-    "mlp_down_rows": ("mlp.fc2", "output"),
-    "block_rows": ("", "output"),
-}
+BLOCK_VALUES = block_values(up="mlp.fc1", down="mlp.fc2")
 OTHER_VALUES = {
     "patch_rows": ("patch_embed", "output"),
-    "projector.normed": ("merger.ln_q", "output"),
-    "projector.hidden": ("merger.mlp.2", "input"),
     "embeddings": ("merger", "output"),
+    **merger_values("projector", "merger", QWEN2_MERGER),
 }
 
 SUMMARIES = (
@@ -91,16 +79,7 @@ SUMMARIES = (
                 "temporal_patch_size": 2,
             },
         },
-        processor={
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
-            "max_pixels": 12845056,
-            "merge_size": 2,
-            "min_pixels": 3136,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-        },
+        processor=QWEN2_PROCESSOR,
     ),
 )
 
@@ -115,9 +94,11 @@ def read(reader: ConfigReader) -> Family:
         config=config,
         roots=ROOTS,
         tensors=stored_blocks(config, BLOCK_TENSORS, OTHER_TENSORS),
-        ignored=("rotary_pos_emb.inv_freq",),
+        ignored=IGNORED,
         preprocessors={"hf": partial(SmartResize, frame_budget="per_frame")},
         reference=QwenReference(BLOCK_VALUES, OTHER_VALUES),
+        prompt=qwen_prompt(reader),
+        mrope=MropeRule(config.merge),
     )
 
 
@@ -126,35 +107,16 @@ def read_config(reader: ConfigReader) -> TowerConfig:
     vision = reader.section("vision_config", optional=True)
     vision.get(str, "model_type", default="qwen2_vl", choices=("qwen2_vl", "qwen2_vl_vision"))
     width = positive(vision, "embed_dim", 1280)
-    merge = positive(vision, "spatial_merge_size", 2)
     norm = Normalisation("layer_norm", eps=1e-6)
     depth = positive(vision, "depth", 32)
-    return TowerConfig(
+    return read_tower(
+        vision,
+        width,
+        depth,
         family="qwen2_vl",
-        patch=PatchEmbedding(
-            channels=positive(vision, "in_channels", 3),
-            size=positive(vision, "patch_size", 14),
-            temporal=positive(vision, "temporal_patch_size", 2),
-            bias=False,
-        ),
-        width=width,
-        depth=depth,
-        heads=whole_heads(vision, "num_heads", width, positive(vision, "num_heads", 16), multiple=4),
+        patch=read_patch(vision, 14, bias=False),
         norm=norm,
-        qkv_bias=True,
-        attention_bias=True,
         mlp_hidden=width * positive(vision, "mlp_ratio", 4),
-        mlp_bias=True,
         activation=activation(vision, "hidden_act", "quick_gelu"),
-        rotary=RotaryEmbedding(theta=rotary_theta(vision), layout="halves"),
-        segments="frame",
-        features=(depth,),
-        projector=Projector(
-            norm=norm,
-            merge=merge,
-            hidden=width * merge * merge,
-            output=positive(vision, "hidden_size"),
-            activation="gelu",
-            bias=True,
-        ),
+        projector=read_merger(vision, norm, width, "hidden_size"),
     )

@@ -12,57 +12,63 @@ from functools import partial
 from itertools import pairwise
 from math import isqrt
 
-from tritontower.config import Normalisation, PatchEmbedding, PositionTable, Projector, RotaryEmbedding, TowerConfig
+from tritontower.config import Normalisation, PositionTable, TowerConfig
+from tritontower.mrope import MropeRule
 from tritontower.preprocessing import SmartResize
+from tritontower.prompt import PromptLayout
 from tritontower.reader import ConfigReader
 
 from . import Family, FamilySummary
-from ._qwen import ROOTS, QwenReference, stored_blocks
-from ._reading import activation, positive, rotary_theta, whole_heads
+from ._prompt import QWEN_TOKENS, qwen_prompt
+from ._qwen import (
+    ATTENTION,
+    IGNORED,
+    NORMS,
+    ROOTS,
+    QwenReference,
+    block_values,
+    merger_tensors,
+    merger_values,
+    parameters,
+    read_merger,
+    read_patch,
+    read_tower,
+    stored_blocks,
+)
+from ._reading import activation, positive
 
 WITH_DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
-MODEL_TYPES = (*WITH_DEEPSTACK, "qwen3_5", "qwen3_5_moe")
+QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
+MODEL_TYPES = (*WITH_DEEPSTACK, *QWEN3_5)
 
-BLOCK_TENSORS = {
-    "norm1.weight": "norm1.weight",
-    "norm1.bias": "norm1.bias",
-    "qkv.weight": "attn.qkv.weight",
-    "qkv.bias": "attn.qkv.bias",
-    "attention_output.weight": "attn.proj.weight",
-    "attention_output.bias": "attn.proj.bias",
-    "norm2.weight": "norm2.weight",
-    "norm2.bias": "norm2.bias",
-    "mlp_up.weight": "mlp.linear_fc1.weight",
-    "mlp_up.bias": "mlp.linear_fc1.bias",
-    "mlp_down.weight": "mlp.linear_fc2.weight",
-    "mlp_down.bias": "mlp.linear_fc2.bias",
-}
-OTHER_TENSORS = {
-    "patch_projection.weight": "patch_embed.proj.weight",
-    "patch_projection.bias": "patch_embed.proj.bias",
-    "position_table.weight": "pos_embed.weight",
-}
-MERGER_PARTS = {"norm": "norm", "linear_1": "linear_fc1", "linear_2": "linear_fc2"}
+# As transformers' configurations of Qwen3.5 have them by default.
+QWEN3_5_TOKENS = {"image": 248056, "video": 248057, "vision_start": 248053, "vision_end": 248054}
+
+BLOCK_TENSORS = parameters({**NORMS, **ATTENTION, "mlp_up": "mlp.linear_fc1", "mlp_down": "mlp.linear_fc2"})
+OTHER_TENSORS = {**parameters({"patch_projection": "patch_embed.proj"}), "position_table.weight": "pos_embed.weight"}
+MERGER = {"norm": "norm", "linear_1": "linear_fc1", "linear_2": "linear_fc2"}
 
 # Value of the layer graph → module of the reference and side of it.
-BLOCK_VALUES = {
-    "norm1_rows": ("norm1", "output"),
-    "qkv_rows": ("attn.qkv", "output"),
-    "mixed": ("attn.proj", "input"),
-    "attention_output_rows": ("attn.proj", "output"),
-    "attended": ("norm2", "input"),
-    "norm2_rows": ("norm2", "output"),
-    "mlp_up_rows": ("mlp.linear_fc1", "output"),
-    "mlp_hidden": ("mlp.linear_fc2", "input"),
-    "mlp_down_rows": ("mlp.linear_fc2", "output"),
-    "block_rows": ("", "output"),
-}
+BLOCK_VALUES = block_values(up="mlp.linear_fc1", down="mlp.linear_fc2")
 OTHER_VALUES = {
     "patch_rows": ("patch_embed", "output"),
     "placed_rows": ("blocks.0.norm1", "input"),
     "embeddings": ("merger", "output"),
 }
 
+VISION_EXAMPLE = {
+    "depth": 27,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "in_channels": 3,
+    "initializer_range": 0.02,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "num_position_embeddings": 2304,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
 PROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessorFast",
     "image_mean": [0.5, 0.5, 0.5],
@@ -72,64 +78,42 @@ PROCESSOR = {
     "size": {"longest_edge": 16777216, "shortest_edge": 65536},
     "temporal_patch_size": 2,
 }
-SUMMARIES = (
-    FamilySummary(
-        title="Qwen3-VL",
-        checkpoints="Qwen3-VL 2B, 4B, 8B, 32B, 30B-A3B, 235B-A22B",
-        pictures="any size, to multiples of 32 pixels within an area",
-        video=True,
-        tokens="width/32 × height/32",
-        example={
-            "architectures": ["Qwen3VLForConditionalGeneration"],
+QWEN3_VL = FamilySummary(
+    title="Qwen3-VL",
+    checkpoints="Qwen3-VL 2B, 4B, 8B, 32B, 30B-A3B, 235B-A22B",
+    pictures="any size, to multiples of 32 pixels within an area",
+    video=True,
+    tokens="width/32 × height/32",
+    example={
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": {"dtype": "bfloat16", "hidden_size": 4096, "model_type": "qwen3_vl_text"},
+        "vision_config": {
+            **VISION_EXAMPLE,
+            "deepstack_visual_indexes": [8, 16, 24],
             "model_type": "qwen3_vl",
-            "text_config": {"dtype": "bfloat16", "hidden_size": 4096, "model_type": "qwen3_vl_text"},
-            "vision_config": {
-                "deepstack_visual_indexes": [8, 16, 24],
-                "depth": 27,
-                "hidden_act": "gelu_pytorch_tanh",
-                "hidden_size": 1152,
-                "in_channels": 3,
-                "initializer_range": 0.02,
-                "intermediate_size": 4304,
-                "model_type": "qwen3_vl",
-                "num_heads": 16,
-                "num_position_embeddings": 2304,
-                "out_hidden_size": 4096,
-                "patch_size": 16,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-            },
+            "out_hidden_size": 4096,
         },
-        processor=PROCESSOR,
-    ),
-    FamilySummary(
+    },
+    processor=PROCESSOR,
+)
+SUMMARIES = (
+    QWEN3_VL,
+    replace(
+        QWEN3_VL,
         title="Qwen3.5",
         checkpoints="Qwen3.5, dense (27B) and with experts (35B-A3B)",
-        pictures="any size, to multiples of 32 pixels within an area",
-        video=True,
-        tokens="width/32 × height/32",
         example={
             "architectures": ["Qwen3_5ForConditionalGeneration"],
             "model_type": "qwen3_5",
             "text_config": {"dtype": "bfloat16", "hidden_size": 5120, "model_type": "qwen3_5_text"},
             "vision_config": {
+                **VISION_EXAMPLE,
                 "deepstack_visual_indexes": [],
-                "depth": 27,
-                "hidden_act": "gelu_pytorch_tanh",
-                "hidden_size": 1152,
-                "in_channels": 3,
-                "initializer_range": 0.02,
-                "intermediate_size": 4304,
                 "model_type": "qwen3_5",
-                "num_heads": 16,
-                "num_position_embeddings": 2304,
                 "out_hidden_size": 5120,
-                "patch_size": 16,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
             },
         },
-        processor=PROCESSOR,
     ),
 )
 
@@ -143,25 +127,21 @@ def read(reader: ConfigReader) -> Family:
     mergers = {"projector": "merger"} | {
         f"deepstack.{level}": f"deepstack_merger_list.{level}" for level in range(len(config.deepstack))
     }
-    tensors = OTHER_TENSORS | {
-        f"{ours}.{part}.{kind}": f"{theirs}.{stored}.{kind}"
-        for ours, theirs in mergers.items()
-        for part, stored in MERGER_PARTS.items()
-        for kind in ("weight", "bias")
-    }
-    values = dict(OTHER_VALUES)
+    tensors, values = dict(OTHER_TENSORS), dict(OTHER_VALUES)
     for ours, theirs in mergers.items():
-        values[f"{ours}.normed"] = (f"{theirs}.norm", "output")
-        values[f"{ours}.hidden"] = (f"{theirs}.linear_fc2", "input")
+        tensors |= merger_tensors(ours, theirs, MERGER)
+        values |= merger_values(ours, theirs, MERGER)
         if ours != "projector":
             values[ours] = (theirs, "output")
     return Family(
         config=config,
         roots=ROOTS,
         tensors=stored_blocks(config, BLOCK_TENSORS, tensors),
-        ignored=("rotary_pos_emb.inv_freq",),
+        ignored=IGNORED,
         preprocessors={"hf": partial(SmartResize, frame_budget="per_clip")},
         reference=QwenReference(BLOCK_VALUES, values),
+        prompt=_prompt(reader),
+        mrope=MropeRule(config.merge, split_clips=True),
     )
 
 
@@ -171,43 +151,30 @@ def read_config(reader: ConfigReader) -> TowerConfig:
     known = [name for model_type in MODEL_TYPES for name in (model_type, f"{model_type}_vision")]
     vision.get(str, "model_type", default="qwen3_vl", choices=known)
     width = positive(vision, "hidden_size", 1152)
-    merge = positive(vision, "spatial_merge_size", 2)
     norm = Normalisation("layer_norm", eps=1e-6)
     depth = positive(vision, "depth", 27)
-    projector = Projector(
-        norm=norm,
-        merge=merge,
-        hidden=width * merge * merge,
-        output=positive(vision, "out_hidden_size"),
-        activation="gelu",
-        bias=True,
-    )
+    projector = read_merger(vision, norm, width, "out_hidden_size")
     deepstack = _deepstack(vision, depth) if reader.get(str, "model_type") in WITH_DEEPSTACK else ()
-    return TowerConfig(
+    return read_tower(
+        vision,
+        width,
+        depth,
         family="qwen3_vl",
-        patch=PatchEmbedding(
-            channels=positive(vision, "in_channels", 3),
-            size=positive(vision, "patch_size", 16),
-            temporal=positive(vision, "temporal_patch_size", 2),
-            bias=True,
-        ),
-        width=width,
-        depth=depth,
-        heads=whole_heads(vision, "num_heads", width, positive(vision, "num_heads", 16), multiple=4),
+        patch=read_patch(vision, 16, bias=True),
         norm=norm,
-        qkv_bias=True,
-        attention_bias=True,
         mlp_hidden=positive(vision, "intermediate_size", 4304),
-        mlp_bias=True,
         activation=activation(vision, "hidden_act", "gelu_pytorch_tanh"),
-        rotary=RotaryEmbedding(theta=rotary_theta(vision), layout="halves"),
         position_table=PositionTable(side=_table_side(vision), sampling="bilinear"),
-        segments="frame",
-        features=(depth,),
         deepstack=deepstack,
         deepstack_projector=replace(projector, norm_over="token") if deepstack else None,
         projector=projector,
     )
+
+
+def _prompt(reader: ConfigReader) -> PromptLayout:
+    """A clip's temporal patches stand apart, each behind the second at its middle."""
+    tokens = QWEN3_5_TOKENS if reader.get(str, "model_type") in QWEN3_5 else QWEN_TOKENS
+    return qwen_prompt(reader, time_stamp="<{:.1f} seconds>", defaults=tokens)
 
 
 def _table_side(vision: ConfigReader) -> int:

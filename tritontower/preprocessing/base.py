@@ -1,9 +1,11 @@
 """What every resizing rule has in common: settings, limits, the processor's call, the cut into patches."""
 
+import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack, cast
@@ -29,6 +31,9 @@ from tritontower.layout import PictureLayout
 from .settings import IMAGE_FILES, Settings
 
 __all__ = ["Bounds", "Preprocessor", "cut_into_patches"]
+
+Each = Callable[..., Iterable[Any]]
+"""``map``, or what works like it."""
 
 PIXEL_OPTIONS = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 """Settings that change pixels and no size; every rule hands them to the processor as they are."""
@@ -117,6 +122,11 @@ class Preprocessor(ABC):
                 f"known are {', '.join(known) or 'none'}"
             )
 
+    @property
+    def factor(self) -> int:
+        """Side of the square of pixels that one token stands for."""
+        return self.config.patch.size * self.config.merge
+
     # -- what an engine asks --------------------------------------------------------------------------------------
 
     def layout(self, width: int, height: int, **bounds: Unpack[Bounds]) -> PictureLayout:
@@ -133,13 +143,20 @@ class Preprocessor(ABC):
         check_size(int(width), int(height), limits=self.limits)
         return self._plan(int(width), int(height), bounds)
 
-    def pictures(self, images: Sequence[CanonicalImage], **bounds: Unpack[Bounds]) -> PackedBatch:
-        """Packs still pictures, in order; see :meth:`layout` for the errors, which name the picture."""
+    def pictures(self, images: Sequence[CanonicalImage], *, each: Each = map, **bounds: Unpack[Bounds]) -> PackedBatch:
+        """Packs still pictures, in order; see :meth:`layout` for the errors, which name the picture.
+
+        Args:
+            images: the pictures.
+            each: applies a function to every picture, as ``map`` does; the ``map`` of a thread pool to work on several
+                at once.
+            **bounds: how large a picture may become.
+        """
         self._refuse_foreign(bounds)
         layouts = [self._layout_of(image, index, bounds) for index, image in enumerate(images)]
         return PackedBatch.pack(
             self.config,
-            self._patches(images, layouts, bounds),
+            self._patches(images, layouts, bounds, each),
             layouts,
             original_sizes=[(image.width, image.height) for image in images],
             content_hashes=[image.digest for image in images],
@@ -236,22 +253,20 @@ class Preprocessor(ABC):
             )
         except MemoryError:
             raise
-        except (
-            Exception
-        ) as error:  # transformers checks arguments with classes of other libraries, and these with theirs
+        except Exception as error:  # other libraries check the arguments, and raise errors of their own
             height, width = array.shape[:2]
             raise ProcessorError(
                 f"the image processor of {self.folder} refused a picture of {width} × {height} pixels: {_reason(error)}"
             ) from error
 
     def _patches(
-        self, images: Sequence[CanonicalImage], layouts: Sequence[PictureLayout], bounds: Bounds
+        self, images: Sequence[CanonicalImage], layouts: Sequence[PictureLayout], bounds: Bounds, each: Each = map
     ) -> torch.Tensor:
         """``[patches, channels · patch²]`` fp32: all views of all pictures, cut into patches in merge-block order."""
         counts = [layout.patches for layout in layouts]
         pixels = torch.empty(sum(counts), self.config.patch.still_inner)
-        for image, layout, out in zip(images, layouts, pixels.split(counts), strict=True):
-            self._fill(out, image, layout, bounds)
+        for _ in each(self._fill, pixels.split(counts), images, layouts, repeat(bounds)):
+            pass
         return pixels
 
     def _fill(self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds) -> None:
@@ -260,11 +275,7 @@ class Preprocessor(ABC):
         patch = self.config.patch
         made = [(1, views.shape[2] // patch.size, views.shape[3] // patch.size)] * len(views)
         self._check_made(made, layout)
-        if views.shape[1] != patch.channels:
-            raise ProcessorError(
-                f"the image processor of {self.folder} makes pictures of {views.shape[1]} channels, "
-                f"but the tower takes {patch.channels}"
-            )
+        self._check_channels(views.shape[1])
         cut_into_patches(views, patch.size, self.config.merge, out)
 
     def _check_made(self, made: Sequence[Sequence[int]], layout: PictureLayout) -> None:
@@ -272,6 +283,13 @@ class Preprocessor(ABC):
             raise ProcessorError(
                 f"the image processor of {self.folder} made grids {list(made)} where {list(layout.views)} were "
                 "planned; its resizing rule is not the tower's"
+            )
+
+    def _check_channels(self, channels: int) -> None:
+        if channels != self.config.patch.channels:
+            raise ProcessorError(
+                f"the image processor of {self.folder} makes pictures of {channels} channels, "
+                f"but the tower takes {self.config.patch.channels}"
             )
 
     def _check_planned(self, original: tuple[int, int], planned: tuple[int, int], views: int, advice: str) -> None:
@@ -322,5 +340,5 @@ class Preprocessor(ABC):
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    # On one line: transformers says on the first which setting it refuses, and on the next why.
+    return textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__

@@ -77,11 +77,6 @@ class LongestEdge(Preprocessor):
 
     without_file: Mapping[str, Any] | None = None
 
-    @property
-    def factor(self) -> int:
-        """What both sides of a resized picture are multiples of, pixels."""
-        return self.config.patch.size * self.config.merge
-
     @cached_property
     def settings(self) -> Settings:
         """What the processor's file or the given processor says, else ``without_file``; ``options`` in place of it."""

@@ -96,11 +96,6 @@ class MistralResize(Preprocessor):
                 "preprocessing of transformers"
             )
 
-    @property
-    def factor(self) -> int:
-        """What both sides of a resized picture are multiples of, pixels."""
-        return self.config.patch.size * self.config.merge
-
     @cached_property
     def processor(self) -> Any:
         """There is none; raises :class:`~tritontower.errors.UsageError`."""

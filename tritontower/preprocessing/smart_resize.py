@@ -112,11 +112,6 @@ class SmartResize(Preprocessor):
 
     frame_budget: Literal["per_frame", "per_clip"] = "per_frame"
 
-    @property
-    def factor(self) -> int:
-        """What both sides of a resized picture are multiples of, pixels."""
-        return self.config.patch.size * self.config.merge
-
     @cached_property
     def picture_area(self) -> Area:
         """The area that the checkpoint allows a still picture."""
@@ -217,6 +212,7 @@ class SmartResize(Preprocessor):
         _, rows, columns = layout.grid
         self._check_made(features["image_grid_thw"].tolist(), PictureLayout.of_one_view((1, rows, columns), 1))
         pixels: torch.Tensor = features["pixel_values"]
+        self._check_channels(pixels.shape[1] // self.config.patch.size**2)
         return pixels
 
     def _clip_patches(self, frames: Sequence[CanonicalImage], layout: PictureLayout) -> torch.Tensor:

@@ -1,12 +1,10 @@
 """Qwen2.5-VL."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from support.qwen import TINY_TEXT, by_transformers, save_model
 
 from . import TowerCase
 
@@ -19,15 +17,6 @@ TINY_VISION: dict[str, Any] = {
     "window_size": 56,
     "fullatt_block_indexes": [1],
 }
-TINY_TEXT: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-}
 
 
 def save_qwen2_5_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **vision: Any) -> Path:
@@ -36,56 +25,6 @@ def save_qwen2_5_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: i
 
     config = Qwen2_5_VLConfig(vision_config={**TINY_VISION, **vision}, text_config=TINY_TEXT)
     return save_model(folder, Qwen2_5_VLForConditionalGeneration, config, dtype=dtype, seed=seed)
-
-
-def save_model(
-    folder: Path,
-    model_class: Any,
-    config: Any,
-    *,
-    dtype: torch.dtype,
-    seed: int,
-    area: tuple[int, int] = (56 * 56, 12845056),
-    **processor: Any,
-) -> Path:
-    """Any of the Qwen-VL models with random weights, and the image processor that they share."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    torch.manual_seed(seed)
-    model = model_class(config)
-    for name, parameter in model.named_parameters():
-        if "visual" not in name:
-            continue
-        if parameter.ndim == 1:
-            # Freshly made norms are exactly one and zero and biases are zero: a swapped or dropped one would not show.
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-        else:
-            # So wide a deviation makes each branch of a block count as much as what it is added to.
-            parameter.data.normal_(0.0, 1.0 if "pos_embed" in name else parameter.flatten(1).shape[1] ** -0.5)
-    model.to(dtype).save_pretrained(folder)
-    vision = config.vision_config
-    sizes = {
-        "patch_size": vision.patch_size,
-        "merge_size": vision.spatial_merge_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "size": {"shortest_edge": area[0], "longest_edge": area[1]},
-    }
-    Qwen2VLImageProcessorPil(**sizes, **processor).save_pretrained(folder)
-    return folder
-
-
-def by_transformers(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The merged rows of each picture, by whichever of the Qwen-VL models the folder holds."""
-    from transformers import AutoModelForImageTextToText
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    inputs = processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
-    with torch.inference_mode():
-        rows = model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-    per_token = model.config.vision_config.spatial_merge_size**2
-    return list(rows.split((inputs["image_grid_thw"].prod(1) // per_token).tolist()))
 
 
 # None of these is published: the graph has to come from the configuration, not from the model's name.

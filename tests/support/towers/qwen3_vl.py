@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.qwen import TINY_TEXT, by_transformers, save_model
 
 from . import TowerCase
-from .qwen2_5_vl import by_transformers, save_model
 
 TINY_VISION: dict[str, Any] = {
     "depth": 3,
@@ -19,16 +19,6 @@ TINY_VISION: dict[str, Any] = {
     "num_position_embeddings": 49,
 }
 DEEPSTACK: dict[str, Any] = {"deepstack_visual_indexes": [0, 2]}
-TINY_TEXT: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "vocab_size": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-}
 EXPERTS: dict[str, Any] = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 HYBRID: dict[str, Any] = {
     "layer_types": ["full_attention"],
@@ -55,7 +45,7 @@ def save_qwen3(
 
     name, tower, text = MODELS[model_type]
     config = getattr(transformers, f"{name}Config")(
-        vision_config={**TINY_VISION, **tower, **vision}, text_config={**TINY_TEXT, **text}
+        vision_config={**TINY_VISION, **tower, **vision}, text_config={**TINY_TEXT, "head_dim": 12, **text}
     )
     model_class = getattr(transformers, f"{name}ForConditionalGeneration")
     half = [0.5, 0.5, 0.5]

@@ -1,0 +1,199 @@
+"""Tokenizers made on the spot, and transformers' processors of small checkpoints without what they ask to be installed."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+__all__ = ["KINDS", "clip_facts", "make_tokenizer", "processor_of", "write_token_ids"]
+
+NAMES: Mapping[str, Mapping[str, str]] = {
+    "qwen": {
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+        "vision_start": "<|vision_start|>",
+        "vision_end": "<|vision_end|>",
+    },
+    "pixtral": {"image": "[IMG]", "image_break": "[IMG_BREAK]", "image_end": "[IMG_END]"},
+    "llava": {"image": "<image>"},
+    "gemma3": {"image": "<image_soft_token>", "boi": "<start_of_image>", "eoi": "<end_of_image>"},
+    "paligemma": {"image": "<image>"},
+}
+"""Kind of prompt → what configurations call its tokens → their text."""
+
+KINDS = {
+    "qwen2_vl": "qwen",
+    "qwen2_5_vl": "qwen",
+    "qwen3_vl": "qwen",
+    "qwen3_5": "qwen",
+    "pixtral": "pixtral",
+    "mistral3": "pixtral",
+    "llava": "llava",
+    "llava_next": "llava",
+    "llava_onevision": "llava",
+    "gemma3": "gemma3",
+    "gemma3-pan-and-scan": "gemma3",
+    "shieldgemma2": "gemma3",
+    "paligemma": "paligemma",
+}
+"""Name of a tower case → kind of prompt."""
+
+CORPUS = [
+    "What is in the picture?\n\nA cat,\n and a dog.\n\n\nUser: compare them  twice\n\n\n\n",
+    "a<b>c é ü 猫 <$x$>\n",
+]
+
+
+@cache
+def _trained(style: str) -> str:
+    """A tokenizer of ``tokenizers``, as JSON: ``bytes`` like Qwen's and Mistral's, ``metaspace`` like Llama's, Gemma's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if style == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
+    elif style == "metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        # Gemma: nothing is cut, so that runs of line breaks become one token, whoever wrote them.
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=[*alphabet, *(chr(code) for code in range(32, 127)), "\n", "▁", "é", "猫"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 8, trainer)
+    if style == "metaspace":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    return str(tokenizer.to_str())
+
+
+def make_tokenizer(kind: str, style: str = "bytes") -> Any:
+    """A tokenizer of transformers with the special tokens of a kind of prompt."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    names = NAMES[kind]
+    tokenizer = Tokenizer.from_str(_trained(style))
+    # Some before the model's own, so that no id is what it happens to be in another kind.
+    texts = [*(f"<unused{number}>" for number in range(len(kind))), *names.values()]
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in texts])
+    roles = {f"{name}_token": text for name, text in names.items()} if kind == "gemma3" else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", extra_special_tokens=roles
+    )
+
+
+def write_token_ids(folder: Path, tokenizer: Any, kind: str) -> None:
+    """Makes the configuration of a checkpoint name the tokenizer's tokens."""
+    for file, section in (("config.json", None), ("params.json", "vision_encoder")):
+        path = folder / file
+        if not path.is_file():
+            continue
+        config = json.loads(path.read_text("utf-8"))
+        target = config if section is None else config[section]
+        for name, text in NAMES[kind].items():
+            spelling = f"{name}_token_index" if f"{name}_token_index" in target else f"{name}_token_id"
+            target[spelling] = tokenizer.convert_tokens_to_ids(text)
+        target["bos_token_id"] = tokenizer.bos_token_id
+        path.write_text(json.dumps(config), "utf-8")
+
+
+class StubVideoProcessor:
+    """Stands in for a video processor, all of which need torchvision: says what was found in clips, reads none."""
+
+    merge_size = 2
+    temporal_patch_size = 2
+    model_input_names: Sequence[str] = ()
+
+    def __init__(self, clips: Sequence[Mapping[str, Any]]) -> None:
+        self.clips = clips
+
+    def __call__(self, videos: Any, **options: Any) -> dict[str, Any]:
+        return {
+            "video_grid_thw": torch.tensor([clip["grid"] for clip in self.clips]),
+            "video_metadata": [clip["metadata"] for clip in self.clips],
+        }
+
+
+def clip_facts(grid: tuple[int, int, int], frames: int, fps: float) -> dict[str, Any]:
+    """What a processor of transformers would have found in a clip of which every frame is taken."""
+    metadata = SimpleNamespace(fps=fps, sampled_fps=fps, frames_indices=list(range(frames)))
+    return {"grid": list(grid), "metadata": metadata}
+
+
+def _unchecked(processor: type) -> Any:
+    """The class, which takes whatever stands in for a part of it."""
+    return type(processor.__name__, (processor,), {"check_argument_for_proper_class": lambda self, name, part: None})
+
+
+def _class_of(name: str, module: str) -> Any:
+    """A processor class of transformers, imported without torchvision."""
+    # The module beside it wants torchvision for one function that another module has as well.
+    package = "transformers.models.pixtral"
+    twin = ModuleType(f"{package}.image_processing_pixtral")
+    pil = import_module(f"{package}.image_processing_pil_pixtral")
+    twin.get_resize_output_image_size = pil.get_resize_output_image_size  # type: ignore[attr-defined]
+    with mock.patch.dict(sys.modules, {twin.__name__: twin}):
+        return _unchecked(getattr(import_module(f"transformers.models.{module}.processing_{module}"), name))
+
+
+def processor_of(case: str, folder: Path, tokenizer: Any, clips: Sequence[Mapping[str, Any]] = ()) -> Any:
+    """transformers' processor for a small checkpoint of a tower case."""
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    vision = config["vision_config"]
+    select = config.get("vision_feature_select_strategy")
+    tiles = (vision.get("image_size", 0) // vision["patch_size"]) ** 2
+    if KINDS[case] == "qwen":
+        name, module = {
+            "qwen2_vl": ("Qwen2VLProcessor", "qwen2_vl"),
+            "qwen2_5_vl": ("Qwen2_5_VLProcessor", "qwen2_5_vl"),
+        }.get(case, ("Qwen3VLProcessor", "qwen3_vl"))
+        return _class_of(name, module)(images, tokenizer, StubVideoProcessor(clips))
+    if KINDS[case] == "pixtral":
+        merge = config.get("spatial_merge_size", 1)
+        return _class_of("PixtralProcessor", "pixtral")(
+            images, tokenizer, patch_size=vision["patch_size"], spatial_merge_size=merge
+        )
+    if KINDS[case] == "gemma3":
+        processor = _class_of("Gemma3Processor", "gemma3")(
+            images, tokenizer, image_seq_length=config["mm_tokens_per_image"]
+        )
+        # The processor's own defaults would win over the file's.
+        crops = {name: value for name, value in vars(images).items() if "pan_and_scan" in name and value is not None}
+        return partial(processor, **crops)
+    if KINDS[case] == "paligemma":
+        images.image_seq_length = tiles
+        return _class_of("PaliGemmaProcessor", "paligemma")(images, tokenizer)
+    if case == "llava_onevision":
+        return _class_of("LlavaOnevisionProcessor", case)(
+            images,
+            tokenizer,
+            None,
+            num_image_tokens=tiles,
+            vision_feature_select_strategy=select,
+            vision_aspect_ratio=config["vision_aspect_ratio"],
+        )
+    name = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}[case]
+    return _class_of(name, case)(
+        images,
+        tokenizer,
+        patch_size=vision["patch_size"],
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=1 if "clip" in vision["model_type"] else 0,
+    )

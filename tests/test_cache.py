@@ -1,0 +1,327 @@
+"""The cache of embeddings: bounded by bytes, never the wrong embedding, safe between threads."""
+
+import json
+import os
+import random
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from support.checkpoints import noise, save_qwen2_vl
+
+from tritontower import VisionTower
+from tritontower.cache import CacheStats, EmbeddingCache, files_identity, framed_digest, preprocessing_identity
+from tritontower.embedding import ImageEmbedding
+from tritontower.errors import Limits, UsageError
+from tritontower.executor import Executor
+from tritontower.images import canonical_rgb
+from tritontower.preprocessing import SmartResize
+
+
+def filled(value: float, floats: int = 4) -> ImageEmbedding:
+    return ImageEmbedding(torch.full((floats, 1), float(value)), (1, 1, 1), (1, 1), (1, 1), "")
+
+
+def value_of(found: ImageEmbedding | None) -> float | None:
+    return None if found is None else float(found.embeddings[0])
+
+
+def test_what_was_not_asked_for_the_longest_goes_first() -> None:
+    cache = EmbeddingCache(3 * 16)
+    for number in range(3):
+        cache.put(str(number), filled(number))
+    assert value_of(cache.get("0")) == 0
+    cache.put("3", filled(3))
+    assert [value_of(cache.get(key)) for key in "0123"] == [0, None, 2, 3]
+    assert cache.stats == CacheStats(hits=4, misses=1, evictions=1, bytes=48, entries=3)
+    assert len(cache) == 3
+    assert "0" in cache
+    assert "1" not in cache
+    cache.clear()
+    assert cache.stats == CacheStats(hits=4, misses=1, evictions=1, bytes=0, entries=0)
+    assert cache.get("0") is None
+
+
+def test_a_key_put_again_is_replaced_and_counted_once() -> None:
+    cache = EmbeddingCache(64)
+    cache.put("a", filled(1, floats=16))
+    cache.put("a", filled(2, floats=4))
+    assert cache.stats == CacheStats(hits=0, misses=0, evictions=0, bytes=16, entries=1)
+    assert value_of(cache.get("a")) == 2
+
+
+def test_what_is_larger_than_the_cache_drives_nothing_out() -> None:
+    cache = EmbeddingCache(32)
+    cache.put("a", filled(1))
+    cache.put("b", filled(2, floats=9))
+    assert [value_of(cache.get(key)) for key in "ab"] == [1, None]
+    nothing = EmbeddingCache(0)
+    nothing.put("a", filled(1))
+    assert nothing.get("a") is None
+
+
+def test_everything_that_is_a_tensor_counts() -> None:
+    rows = torch.zeros(4, 1)
+    whole = replace(filled(0), deepstack=(rows, rows), pooled=torch.zeros(3, 1))
+    cache = EmbeddingCache(100)
+    cache.put("a", whole)
+    assert cache.stats.bytes == 3 * 16 + 12
+
+
+def test_whoever_changes_an_embedding_changes_only_theirs() -> None:
+    cache = EmbeddingCache(100)
+    original = filled(1)
+    cache.put("a", original)
+    original.embeddings.fill_(9)
+    first = cache.get("a")
+    assert value_of(first) == 1
+    first.embeddings.fill_(8)
+    assert value_of(cache.get("a")) == 1
+    assert cache.get("a", device="meta").embeddings.device.type == "meta"
+
+
+@pytest.mark.parametrize("size", [-1, 1.5, "1", None, True])
+def test_sizes_that_are_no_bytes_are_refused(size: Any) -> None:
+    with pytest.raises(UsageError, match="max_bytes"):
+        EmbeddingCache(size)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    max_bytes=st.integers(0, 200),
+    steps=st.lists(st.tuples(st.sampled_from(["put", "get", "clear"]), st.integers(0, 8), st.integers(0, 30))),
+)
+def test_it_is_a_least_recently_used_cache_within_its_bytes(max_bytes: int, steps: list[tuple[str, int, int]]) -> None:
+    cache = EmbeddingCache(max_bytes)
+    model: dict[str, tuple[float, int]] = {}  # the oldest first
+    for number, (step, key_number, floats) in enumerate(steps):
+        key = str(key_number)
+        if step == "put":
+            cache.put(key, filled(number, floats=floats + 1))
+            if 4 * (floats + 1) <= max_bytes:
+                model.pop(key, None)
+                model[key] = (number, 4 * (floats + 1))
+                while sum(size for _, size in model.values()) > max_bytes:
+                    model.pop(next(iter(model)))
+        elif step == "get":
+            expected = model.pop(key, None)
+            assert value_of(cache.get(key)) == (None if expected is None else expected[0])
+            if expected is not None:
+                model[key] = expected
+        else:
+            cache.clear()
+            model.clear()
+        stats = cache.stats
+        assert stats.bytes == sum(size for _, size in model.values()) <= max_bytes
+        assert stats.entries == len(model)
+
+
+def test_threads_share_it_and_it_never_exceeds_its_bytes() -> None:
+    cache = EmbeddingCache(40 * 16)
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        generator = random.Random(seed)
+        for _ in range(1500):
+            key = generator.randrange(80)
+            found = cache.get(str(key))
+            if found is None:
+                cache.put(str(key), filled(key))
+            elif not torch.equal(found.embeddings, torch.full((4, 1), float(key))):
+                wrong.append("another's embedding")
+            if cache.stats.bytes > cache.max_bytes:
+                wrong.append("too large")
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    stats = cache.stats
+    assert stats.hits + stats.misses == 8 * 1500
+    assert stats.bytes == 16 * stats.entries
+
+
+# -- keys -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
+def test_parts_of_a_key_cannot_run_into_each_other(first: list[bytes], second: list[bytes]) -> None:
+    assert (framed_digest(first) == framed_digest(second)) == (first == second)
+    assert len(framed_digest(first)) == 64
+
+
+def test_texts_and_their_bytes_are_the_same_part() -> None:
+    assert framed_digest(["ä"]) == framed_digest(["ä".encode()])
+    assert framed_digest(["ab", "c"]) != framed_digest(["a", "bc"])
+
+
+def test_other_weight_files_are_other_weights(qwen2_vl: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((qwen2_vl / "model.safetensors").read_bytes())
+    first = files_identity(tmp_path)
+    assert files_identity(tmp_path) == first
+    assert files_identity(qwen2_vl) != first
+    # The same size and the same header: a fine-tune of the same model.
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    os.utime(weights, ns=(1, 2))
+    second = files_identity(tmp_path)
+    assert second != first
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    assert files_identity(tmp_path) != second
+
+
+def test_other_preprocessing_has_another_identity(qwen2_vl: Path, tmp_path: Path) -> None:
+    config = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True).config
+    plain = SmartResize(config, qwen2_vl, Limits())
+    same = SmartResize(config, qwen2_vl, Limits(max_image_pixels=5))
+    assert preprocessing_identity(plain) == preprocessing_identity(same)
+    others = [
+        SmartResize(config, qwen2_vl, Limits(), frame_budget="per_clip"),
+        SmartResize(config, qwen2_vl, Limits(), options={"resample": 2}),
+        SmartResize(config, qwen2_vl, Limits(), options={"image_mean": [0.0, 0.0, 0.0]}),
+        SmartResize(config, qwen2_vl, Limits(), given=plain.processor),
+        SmartResize(config, qwen2_vl, Limits(), options={"resample": object()}),
+        SmartResize(config, tmp_path, Limits()),
+    ]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136}))
+    digests = [preprocessing_identity(other) for other in others]
+    assert len({*digests, preprocessing_identity(plain)}) == len(others) + 1
+
+
+# -- in a tower -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Patches of every pass that any tower runs."""
+    seen: list[int] = []
+    run = Executor.run
+
+    def counted(self: Executor, batch: Any, observer: Any = None) -> Any:
+        seen.append(batch.workload.patches)
+        return run(self, batch, observer)
+
+    monkeypatch.setattr(Executor, "run", counted)
+    return seen
+
+
+def test_a_picture_that_comes_again_is_not_encoded_again(qwen2_vl: Path, passes: list[int]) -> None:
+    cache = EmbeddingCache(2**20)
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
+    picture, other = noise(90, 60, 1), noise(90, 60, 2)
+    (first,) = tower.encode(picture)
+    assert len(passes) == 1
+    again, new = tower.encode([Image.fromarray(picture), other], text_alias=["<a>", None])
+    assert len(passes) == 2
+    assert passes[1] == 4 * new.num_tokens
+    assert torch.equal(again.embeddings, first.embeddings)
+    assert (again.text_alias, first.text_alias) == ("<a>", None)
+    assert again.content_hash == first.content_hash
+    # Other bounds make other rows; the same in another spelling do not.
+    tower.encode(picture, max_pixels=4000)
+    assert len(passes) == 3
+    tower.encode(picture, max_pixels=np.int64(4000), min_pixels=None)
+    assert len(passes) == 3
+    assert cache.stats.entries == 3
+    frames = [picture, other]
+    clip = tower.encode_video(frames, fps=2)
+    assert len(passes) == 4
+    known = tower.encode_video(frames, timestamps=[3.0, 5.0], text_alias="<b>")
+    assert len(passes) == 4
+    assert torch.equal(known.embeddings, clip.embeddings)
+    assert (clip.timestamps, known.timestamps) == ((0.25,), (4.0,))
+    assert (clip.text_alias, known.text_alias) == (None, "<b>")
+
+
+def test_towers_that_differ_never_share(qwen2_vl: Path, tmp_path: Path, passes: list[int]) -> None:
+    cache = EmbeddingCache(2**22)
+    picture = noise(60, 60, 1)
+    tuned = save_qwen2_vl(tmp_path / "tuned", seed=1)
+
+    def tower(folder: Path, **options: Any) -> VisionTower:
+        return VisionTower.from_pretrained(folder, device="cpu", cache=cache, **options)
+
+    towers = [
+        tower(qwen2_vl),
+        tower(qwen2_vl, dtype="bfloat16"),
+        tower(qwen2_vl, processor_options={"image_mean": [0.0, 0.0, 0.0]}),
+        tower(qwen2_vl, feature_layer=-2),
+        tower(tuned),
+    ]
+    embeddings = [one.encode(picture)[0].embeddings.float() for one in towers]
+    assert len(passes) == len(towers)
+    assert all(not torch.equal(a, b) for i, a in enumerate(embeddings) for b in embeddings[:i])
+    assert torch.equal(tower(qwen2_vl).encode(picture)[0].embeddings, embeddings[0])
+    assert len(passes) == len(towers)
+
+
+def _confusable() -> list[Image.Image]:
+    """Pictures whose stored bytes are equal, and whose pixels are not."""
+    stored = bytes(random.Random(0).randrange(256) for _ in range(3000 * 3))
+    indices = Image.frombytes("P", (30, 30), stored[:900])
+    palettes = [[channel for index in range(256) for channel in (index, 255 - index, base)] for base in (0, 200)]
+    pictures = [
+        Image.frombytes("RGB", (30, 100), stored),
+        Image.frombytes("RGB", (100, 30), stored),
+        Image.frombytes("L", (30, 30), stored[:900]),
+    ]
+    for palette in palettes:
+        picture = indices.copy()
+        picture.putpalette(palette)
+        pictures.append(picture)
+    transparent = pictures[-1].copy()
+    transparent.info["transparency"] = stored[0]
+    pictures.append(transparent)
+    for alpha in (0, 128, 255):
+        picture = pictures[0].convert("RGBA")
+        picture.putalpha(alpha)
+        pictures.append(picture)
+    return pictures
+
+
+def test_pictures_that_look_alike_in_memory_are_kept_apart(qwen2_vl: Path) -> None:
+    cache = EmbeddingCache(2**22)
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
+    plain = VisionTower.from_pretrained(qwen2_vl, device="cpu")
+    pictures = _confusable()
+    expected = plain.encode(pictures)
+    for _ in range(2):
+        for found, one in zip(tower.encode(pictures), expected, strict=True):
+            assert torch.equal(found.embeddings, one.embeddings)
+    # Fully opaque is the same picture; everything else is one of its own.
+    assert cache.stats.entries == len(pictures) - 1
+    assert len({canonical_rgb(picture).digest for picture in pictures}) == len(pictures) - 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_a_small_cache_never_mixes_two_pictures(qwen2_vl: Path, data: st.DataObject) -> None:
+    tower = _TOWER.setdefault("tower", VisionTower.from_pretrained(qwen2_vl, device="cpu"))
+    pictures = _PICTURES
+    expected = _EXPECTED or _EXPECTED.extend(tower.encode(pictures)) or _EXPECTED
+    limit = data.draw(st.integers(0, sum(one.nbytes for one in expected)))
+    tower.cache = EmbeddingCache(limit)
+    try:
+        for _ in range(data.draw(st.integers(1, 4))):
+            chosen = data.draw(st.lists(st.integers(0, len(pictures) - 1), max_size=6))
+            found = tower.encode([pictures[index] for index in chosen])
+            assert all(torch.equal(a.embeddings, expected[i].embeddings) for a, i in zip(found, chosen, strict=True))
+            assert tower.cache.stats.bytes <= limit
+    finally:
+        tower.cache = None
+
+
+_TOWER: dict[str, VisionTower] = {}
+_PICTURES = [noise(28 + 14 * (seed % 3), 28 + 14 * (seed // 3), seed) for seed in range(6)]
+_EXPECTED: list[ImageEmbedding] = []

@@ -1,0 +1,274 @@
+"""Every file of ``examples/`` runs, on a small random checkpoint, and prints what is true."""
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+from support.checkpoints import noise
+
+from tritontower import VisionTower
+from tritontower.embedding import load_embeddings
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+WORDS = ["what", "is", "in", "the", "picture", "?", "a", "cat", "USER", "ASSISTANT", ":", *(f"w{n}" for n in range(80))]
+QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+
+Run = Callable[..., str]
+
+
+def save_tokenizer(folder: Path, special: list[str], chat_template: str | None = None) -> dict[str, int]:
+    """A tokenizer that knows a few words; returns the ids of its special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<eos>", "<pad>", *special]
+    tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate([*names, *WORDS])}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(names)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        additional_special_tokens=special,
+        chat_template=chat_template,
+    )
+    fast.save_pretrained(folder)
+    return {name: fast.convert_tokens_to_ids(name) for name in special}
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} : {% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
+)
+
+
+def save_qwen(folder: Path, prefix: str, vision: dict[str, Any]) -> Path:
+    """A small Qwen-VL with a tokenizer, of widths that bitsandbytes can quantise on a CPU."""
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    ids = save_tokenizer(folder, QWEN_TOKENS, CHAT_TEMPLATE)
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{prefix}Config")(
+        vision_config={"depth": 1, "num_heads": 4, **vision},
+        text_config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 128,
+            "initializer_range": 0.2,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        },
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+    )
+    getattr(transformers, f"{prefix}ForConditionalGeneration")(config).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vision = {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    return save_qwen(tmp_path_factory.mktemp("qwen2_vl"), "Qwen2VL", vision)
+
+
+@pytest.fixture(scope="module")
+def qwen2_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    vision = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64, "fullatt_block_indexes": [0]}
+    return save_qwen(tmp_path_factory.mktemp("qwen2_5_vl"), "Qwen2_5_VL", vision)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaVA with its processor."""
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("llava")
+    ids = save_tokenizer(folder, ["<image>"])
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=56, patch_size=14, projection_dim=64),
+        text_config=LlamaConfig(
+            **sizes, num_hidden_layers=2, vocab_size=128, initializer_range=0.2, bos_token_id=None, eos_token_id=1
+        ),
+        image_token_index=ids["<image>"],
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for index, size in enumerate([(90, 60), (56, 112)]):
+        paths.append(folder / f"picture{index}.png")
+        Image.fromarray(noise(*size, seed=index)).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs an example as a script and returns what it prints."""
+
+    def run_example(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def test_all_of_them_are_short_tested_and_listed() -> None:
+    files = sorted(EXAMPLES.glob("*.py"))
+    tests = Path(__file__).read_text(encoding="utf-8")
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    assert len(files) == 6
+    for file in files:
+        assert len(file.read_text(encoding="utf-8").splitlines()) < 60, file.name
+        assert f'"{file.name}"' in tests
+        assert f"(examples/{file.name})" in readme
+
+
+def test_minimal_encode(run: Run, qwen: Path, pictures: list[Path], tmp_path: Path) -> None:
+    output = run("minimal_encode.py", *pictures, "--model", qwen, "--output", tmp_path / "rows.safetensors")
+    expected = VisionTower.from_pretrained(qwen).encode(pictures)
+    for path, embedding in zip(pictures, expected, strict=True):
+        assert re.search(rf"{path.name}: .* {embedding.num_tokens} tokens", output)
+    for found, embedding in zip(load_embeddings(tmp_path / "rows.safetensors"), expected, strict=True):
+        assert torch.equal(found.embeddings, embedding.embeddings)
+
+
+def answer_of_transformers(folder: Path, picture: Path, text: str, tokens: int) -> str:
+    """What transformers alone generates from the same prompt."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    pixels = processor(images=[Image.open(picture)], return_tensors="pt")
+    count = int(pixels["image_grid_thw"].prod()) // 4
+    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt")["input_ids"]
+    types = (ids == model.config.image_token_id).int()
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=types,
+        **pixels,
+        max_new_tokens=tokens,
+        do_sample=False,
+    )
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize(("model", "chunk"), [("qwen", 7), ("qwen", 256), ("qwen2_5", 5)])
+def test_engine_loop(run: Run, pictures: list[Path], request: pytest.FixtureRequest, model: str, chunk: int) -> None:
+    folder = request.getfixturevalue(model)
+    output = run("engine_loop.py", pictures[0], "what is in", "--model", folder, "--chunk", chunk)
+    text = "user : <|vision_start|><|image_pad|><|vision_end|>what is in ASSISTANT :"
+    expected = answer_of_transformers(folder, pictures[0], text, 32)
+    assert len(set(expected.split())) > 2
+    assert output.strip() == expected
+
+
+def test_swap_into_transformers(run: Run, llava: Path, pictures: list[Path]) -> None:
+    prompt = "USER : <image> what is in the picture ? ASSISTANT :"
+    output = run("swap_into_transformers.py", pictures[0], prompt, "--model", llava, "--tokens", 8)
+    swapped, own = re.findall(r"^with(?:out it| the tower): +(.*)$", output, re.MULTILINE)
+    assert swapped == own
+    assert len(set(own.split())) > 2
+    assert float(re.findall(r"([\d.]+) MiB of vision weights shared", output)[0]) > 0
+
+
+def test_four_bit_vlm(run: Run, qwen: Path, pictures: list[Path]) -> None:
+    pytest.importorskip("bitsandbytes")
+    output = run("four_bit_vlm.py", pictures[0], "what is in", "--model", qwen, "--tokens", 8)
+    first, answer = output.strip().splitlines()
+    # q, k, v, o and the three of the MLP, in both layers.
+    assert first == "14 linears of the language model in 4 bits, the vision part in torch.float32"
+    assert answer.split()
+
+
+def test_export_for_vllm(
+    run: Run, qwen: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file = tmp_path / "embeddings.safetensors"
+    first = run("export_for_vllm.py", "encode", *pictures, "--model", qwen, "--file", file)
+    tokens = sum(embedding.num_tokens for embedding in load_embeddings(file))
+    assert first.startswith(f"2 embeddings, {tokens} tokens")
+    second = run("export_for_vllm.py", "ask", "what is <|image_pad|> ?", "--model", qwen, "--file", file)
+    assert second.splitlines() == [
+        f"image_embeds: [{tokens}, 64] torch.float32",
+        "image_grid_thw: [2, 3] torch.int64",
+    ]
+
+
+def test_serve_threads(qwen: Path, pictures: list[Path]) -> None:
+    command = [sys.executable, EXAMPLES / "serve_threads.py", "--model", qwen, "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+
+        def post(body: bytes) -> Any:
+            with urlopen(Request(address, data=body, method="POST"), timeout=60) as response:
+                return load(response.read())["embeddings"]
+
+        expected = [embedding.embeddings for embedding in VisionTower.from_pretrained(qwen).encode(pictures)]
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(post, [path.read_bytes() for path in pictures] * 8))
+        for index, rows in enumerate(found):
+            assert torch.equal(rows, expected[index % 2])
+        with pytest.raises(HTTPError) as refused:
+            post(b"no picture")
+        assert refused.value.code == 400
+        assert b"picture 0" in refused.value.read()
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
