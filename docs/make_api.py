@@ -42,7 +42,13 @@ Made from the docstrings by `python docs/make_api.py`; edit those. Names that ar
 imported from there, all others from the module whose heading they stand under. Shapes are in square brackets.
 """
 
-SECTIONS = {"Args:": "Arguments", "Attributes:": "Attributes", "Returns:": "Returns", "Raises:": "Raises"}
+SECTIONS = {
+    "Args:": "Arguments",
+    "Attributes:": "Attributes",
+    "Returns:": "Returns",
+    "Yields:": "Yields",
+    "Raises:": "Raises",
+}
 ENTRY = re.compile(r"(?P<names>\*{0,2}\w[\w.]*(?:, \*{0,2}\w[\w.]*)*): (?P<text>.*)", re.DOTALL)
 ROLE = re.compile(r":(?:class|meth|func|attr|mod|data|exc):`~?([^`]*)`")
 CODE_OR_EMPHASIS = re.compile(r"(``.+?``|\*\w+\*)")
@@ -198,6 +204,8 @@ def _call(name: str, node: ast.FunctionDef) -> str:
     if arguments.kwarg:
         spelt.append(f"**{_argument(arguments.kwarg)}")
     returns = f" -> {_annotation(node.returns)}" if node.returns and node.name != "__init__" else ""
+    if _has(node, "contextmanager"):
+        returns = returns.replace("Iterator", "AbstractContextManager", 1)
     return _wrapped(name, spelt, returns)
 
 
@@ -233,7 +241,7 @@ def _markdown(docstring: str, known: set[str]) -> str:
     for title, lines in _sections(inspect.cleandoc(docstring).splitlines()):
         if title:
             parts.append(f"**{SECTIONS[title]}**\n")
-        is_text = title in ("", "Returns:")
+        is_text = title in ("", "Returns:", "Yields:")
         parts.append(_paragraphs(lines, known) if is_text else _entries(lines, known))
     return "\n".join(parts).strip()
 

@@ -1,7 +1,7 @@
 """Embeddings made in one process, for vLLM in another.
 
-    python examples/export_for_vllm.py encode photo.jpg page.png --file embeddings.safetensors
-    python examples/export_for_vllm.py ask "Compare <|image_pad|> with <|image_pad|>." --file embeddings.safetensors
+    python examples/export_for_vllm.py encode photo.jpg --file photo.safetensors
+    python examples/export_for_vllm.py ask "<|vision_start|><|image_pad|><|vision_end|>Title:" --file photo.safetensors
 
 The second needs vLLM, which then loads no encoder of its own; without vLLM it shows the request.
 """

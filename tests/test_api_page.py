@@ -62,6 +62,11 @@ def test_signatures_are_those_of_the_code(page: str) -> None:
     assert names == list(inspect.signature(mrope_positions).parameters)
 
 
+def test_a_context_manager_is_shown_as_one(page: str) -> None:
+    assert "vision_attention(model: torch.nn.Module) -> AbstractContextManager[list[str]]" in page
+    assert "**Yields**\n\nThe `model_type`" in page
+
+
 @pytest.mark.parametrize(
     ("docstring", "markdown"),
     [

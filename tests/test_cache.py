@@ -19,7 +19,8 @@ from support.checkpoints import noise, save_qwen2_vl
 from tritontower import VisionTower
 from tritontower.cache import CacheStats, EmbeddingCache, files_identity, framed_digest, preprocessing_identity
 from tritontower.embedding import ImageEmbedding
-from tritontower.errors import Limits, UsageError
+from tritontower.encoding import ItemError
+from tritontower.errors import Limits, NonFiniteOutputError, UsageError
 from tritontower.executor import Executor
 from tritontower.images import canonical_rgb
 from tritontower.preprocessing import SmartResize
@@ -241,7 +242,53 @@ def test_a_picture_that_comes_again_is_not_encoded_again(qwen2_vl: Path, passes:
     assert len(passes) == 4
     assert torch.equal(known.embeddings, clip.embeddings)
     assert (clip.timestamps, known.timestamps) == ((0.25,), (4.0,))
+    assert clip.is_clip
+    assert known.is_clip
+    assert not again.is_clip
     assert (clip.text_alias, known.text_alias) == (None, "<b>")
+
+
+def test_a_call_that_asks_for_it_finds_numbers_that_an_earlier_call_kept(qwen2_vl: Path) -> None:
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=EmbeddingCache(2**20))
+    forward = tower.run
+
+    def run(batch: Any) -> dict[str, torch.Tensor]:
+        return {name: rows.fill_(float("inf")) for name, rows in forward(batch).items()}
+
+    tower.run = run  # type: ignore[method-assign]
+    picture, frames = noise(60, 60, 1), [noise(60, 60, 2)] * 2
+    assert tower.encode(picture)[0].embeddings.isinf().all()
+    tower.encode_video(frames)
+    tower.run = forward  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteOutputError, match="NaN or infinity"):
+        tower.encode(picture, check_output=True)
+    with pytest.raises(NonFiniteOutputError, match="NaN or infinity"):
+        tower.encode_video(frames, check_output=True)
+    bad, good = tower.encode([picture, noise(60, 60, 3)], check_output=True, on_error="return")
+    assert isinstance(bad, ItemError)
+    assert isinstance(good, ImageEmbedding)
+
+
+def test_a_device_without_memory_for_the_cache_does_not_stop_a_call(
+    qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = EmbeddingCache(2**20)
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
+    picture = noise(60, 60, 1)
+    (first,) = tower.encode(picture)
+    move = ImageEmbedding.to
+
+    def full(self: ImageEmbedding, device: Any, *, copy: bool = False) -> ImageEmbedding:
+        if copy:
+            raise torch.OutOfMemoryError("no")
+        return move(self, device)
+
+    monkeypatch.setattr(ImageEmbedding, "to", full)
+    again, other = tower.encode([picture, noise(60, 60, 2)])
+    assert torch.equal(again.embeddings, first.embeddings)
+    assert other.num_tokens == first.num_tokens
+    monkeypatch.undo()
+    assert cache.stats.entries == 1
 
 
 def test_towers_that_differ_never_share(qwen2_vl: Path, tmp_path: Path, passes: list[int]) -> None:

@@ -333,3 +333,8 @@ def test_a_file_is_written_whole_or_not_at_all(saved: Path, tmp_path: Path, monk
         embedding().save(tmp_path)
     with pytest.raises(EmbeddingFileError, match="cannot be written"):
         embedding().save(tmp_path / "no" / "such" / "folder.safetensors")
+
+
+def test_it_says_what_it_is_without_its_numbers() -> None:
+    assert repr(embedding()) == "<ImageEmbedding [6, 8] torch.float32 on cpu, grid (1, 4, 6)>"
+    assert "2 deepstack levels, pooled, alias '<picture ü\\n>'" in repr(rich())

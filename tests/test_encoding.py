@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_an_unloaded_tower_says_so_before_anything_is_decoded(qwen2_vl: Path) ->
     with pytest.raises(TowerNotLoadedError):
         tower.encode([b"no picture"])
     with pytest.raises(TowerNotLoadedError):
-        tower.encode_video([PICTURES[0]] * 2)
+        tower.encode_video([b"no picture"])
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -441,6 +442,35 @@ def test_a_picture_that_never_fits_is_the_only_one_that_fails(
         tower.encode_video([PICTURES[0]] * 2)
 
 
+def test_memory_of_the_cpu_runs_out_as_that_of_a_gpu_does(
+    tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = 4 * max(one.num_tokens for one in expected)
+
+    def fail(patches: int) -> None:
+        if patches > largest:
+            torch.empty(2**60, dtype=torch.uint8)  # more than a process may address
+
+    count_passes(monkeypatch, fail)
+    assert_equal(tower.encode(PICTURES), expected)
+    count_passes(monkeypatch, lambda patches: torch.empty(2**60, dtype=torch.uint8) and None)
+    with pytest.raises(TowerOutOfMemoryError, match="picture 0"):
+        tower.encode(PICTURES)
+    with pytest.raises(TowerOutOfMemoryError, match="the clip"):
+        tower.encode_video([PICTURES[0]] * 2)
+
+
+def test_what_is_wrong_with_a_device_is_no_lack_of_memory(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(patches: int) -> None:
+        raise RuntimeError("an illegal instruction")
+
+    passes = count_passes(monkeypatch, fail)
+    for call in (lambda: tower.encode(PICTURES), lambda: tower.encode_video([PICTURES[0]] * 2)):
+        with pytest.raises(RuntimeError, match="an illegal instruction"):
+            call()
+    assert passes == []
+
+
 def test_later_passes_begin_at_the_size_that_fitted(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [noise(56, 56, seed) for seed in range(600)]
     refused: list[int] = []
@@ -481,9 +511,12 @@ def test_an_interruption_leaves_what_is_done(
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 15_000, 2**24])
 def test_eight_threads_share_a_tower_and_pictures_that_are_not_loaded_yet(
-    tower: VisionTower, expected: list[ImageEmbedding]
+    tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch, cache_bytes: int
 ) -> None:
+    """Also with a cache that cannot keep all of them, or that keeps everything."""
+    monkeypatch.setattr(tower, "cache", EmbeddingCache(cache_bytes) if cache_bytes else None)
     encoded = [png(picture) for picture in PICTURES]
     wrong: list[object] = []
 
@@ -558,6 +591,9 @@ def test_pictures_get_their_aliases(tower: VisionTower) -> None:
     mixed = tower.encode([b"garbage", PICTURES[0]], text_alias=["<a>", "<b>"], on_error="return")
     assert isinstance(mixed[1], ImageEmbedding)
     assert mixed[1].text_alias == "<b>"
+    for neither in (3, {"<a>": 1, "<b>": 2}):
+        with pytest.raises(UsageError, match="a list with one for each"):
+            tower.encode(PICTURES[:2], text_alias=neither)  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="1 aliases for 2 pictures"):
         tower.encode(PICTURES[:2], text_alias="<a>")
     for broken in (
@@ -619,6 +655,9 @@ def test_clips_know_when_their_patches_are_shown(tower: VisionTower, tmp_path: P
     frames = [noise(60, 40, seed) for seed in range(5)]
     silent = tower.encode_video(frames)
     assert (silent.seconds_per_grid, silent.timestamps) == (None, ())
+    assert silent.is_clip
+    assert tower.encode_video(frames[:1]).is_clip
+    assert not tower.encode(frames[:1])[0].is_clip
     timed = tower.encode_video(frames, fps=4)
     assert torch.equal(timed.embeddings, silent.embeddings)
     assert timed.seconds_per_grid == 0.5
@@ -654,6 +693,9 @@ def test_times_are_those_of_the_processor_of_qwen3_vl() -> None:
         {"fps": -1.0},
         {"fps": math.inf},
         {"fps": math.nan},
+        {"fps": 5e-324},
+        {"fps": Fraction(1, 10**400)},
+        {"fps": Fraction(10**400)},
         {"fps": "2"},
         {"fps": True},
         {"fps": 2, "timestamps": [0, 1]},
@@ -661,6 +703,7 @@ def test_times_are_those_of_the_processor_of_qwen3_vl() -> None:
         {"timestamps": [0, -1]},
         {"timestamps": [1, 0]},
         {"timestamps": [0, math.nan]},
+        {"timestamps": [1e308, 1e308]},
         {"timestamps": ["0", "1"]},
     ],
 )
@@ -695,6 +738,6 @@ def test_streams_that_share_a_cache_wait_for_each_other(qwen2_vl: Path) -> None:
         for _ in range(2):
             with torch.cuda.stream(torch.cuda.Stream()):
                 assert_equal(tower.encode(PICTURES, max_patches=1), expected)
-        # Passes on two streams must not overlap: a tower has one arena.
+        # A tower has one arena: a pass on one stream waits for the last on the other.
         torch.cuda.synchronize()
         cache.clear()

@@ -212,6 +212,8 @@ def test_sglang_gets_the_recorded_form_or_a_refusal(case: TowerCase, load: Load)
     if record["form"] == "processor_output":
         with pytest.raises(HostRefusalError, match="for pixels"):
             to_sglang(tower, embeddings, form="precomputed_embedding")
+    with pytest.raises(UsageError, match="form is 'pixels'; allowed: 'precomputed_embedding', 'processor_output'"):
+        to_sglang(tower, embeddings, form="pixels")  # type: ignore[arg-type]
 
 
 def assert_sglang_rows(tower: VisionTower, item: dict[str, Any], embeddings: list[ImageEmbedding]) -> None:
@@ -222,10 +224,9 @@ def assert_sglang_rows(tower: VisionTower, item: dict[str, Any], embeddings: lis
         assert item["image_grid_thw"].tolist() == [list(embedding.grid_thw) for embedding in embeddings]
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl"])
-def test_one_frame_is_a_clip_where_it_was_encoded_as_one(name: str, load: Load) -> None:
+def test_one_frame_is_a_clip_where_it_was_encoded_as_one(load: Load) -> None:
     """Nothing but its origin tells it from a picture: one temporal patch, and no times."""
-    tower = load(BY_NAME[name])
+    tower = load(BY_NAME["qwen2_vl"])
     frame = noise(60, 40, 9)
     clip = tower.encode_video([frame])
     (picture,) = tower.encode([frame])
@@ -481,6 +482,7 @@ def test_a_tower_stands_in_for_exllamav3s_vision_model(load: Load) -> None:
     assert one.token_list == several[1].token_list
     assert torch.equal(one.embeddings, several[1].embeddings)
     assert one.token_list_at(7) == one.token_list == one.token_string[0].tolist()
+    assert vision.get_image_embeddings(tokenizer, []) == []
     with pytest.raises(UsageError, match="list of pictures"):
         vision.get_image_embeddings(tokenizer, images, "{{picture}}")  # type: ignore[call-overload]
 

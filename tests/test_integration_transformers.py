@@ -1,9 +1,12 @@
 """A tower inside transformers' own models: the same tokens as from transformers alone, and the vision weights once."""
 
+import copy
+import gc
 import inspect
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +258,7 @@ class TestInPlaceOfTheVisionPart:
         own = {parameter.untyped_storage().data_ptr() for parameter in vision_parameters(model).values()}
         assert len(own) == len(vision_parameters(model))
 
-    @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+    @each_case
     def test_saves_what_it_was_loaded_from(self, question: Ask, name: str, tmp_path: Path) -> None:
         asked = question(name)
         integration.accelerate_vision(asked.model)
@@ -340,11 +343,14 @@ class TestInPlaceOfTheVisionPart:
     def test_the_models_own_weights_may_be_given_up(self, question: Ask) -> None:
         asked = question("mistral3")
         model = by_transformers(asked.folder)
+        alive = [weakref.ref(parameter) for parameter in vision_parameters(model).values()]
         total = sum(parameter.nbytes for parameter in vision_parameters(model).values())
         facts = integration.accelerate_vision(model, release=True)
         assert (facts.shared_bytes, facts.kept_bytes, facts.released_bytes) == (0, 0, total)
         assert vision_parameters(model) == {}
         assert facts.tower.weights_bytes == total
+        gc.collect()
+        assert [reference() for reference in alive if reference() is not None] == []
         answer = greedy(model, {"input_ids": asked.input_ids, **asked.text_inputs, **asked.pixel_inputs})
         assert_same(answer, asked.answer)
 
@@ -405,6 +411,157 @@ class TestInPlaceOfTheVisionPart:
         tower = integration.accelerate_vision(model, processor=processor).tower
         assert torch.equal(tower.encode(asked.pictures)[0].embeddings, asked.embeddings[0].embeddings)
 
+    @each_case
+    def test_a_prompt_without_pictures(self, question: Ask, name: str) -> None:
+        model = question(name).model
+        input_ids = torch.tensor([[1, 2, 3, 4]])
+        with torch.no_grad():
+            expected = model(input_ids=input_ids).logits
+            integration.accelerate_vision(model)
+            try:
+                assert torch.equal(model(input_ids=input_ids).logits, expected)
+            finally:
+                integration.restore(model)
+            rows = integration.inputs_embeds(model, input_ids, [])
+            assert (model(inputs_embeds=rows).logits - expected).abs().max() <= 1e-5
+        if TAKES_OUTPUTS:
+            assert integration.encoder_outputs(model, []) == {}
+
+    @each_case
+    def test_several_prompts_at_once(self, question: Ask, name: str) -> None:
+        asked = question(name)
+        inputs = batch_of(asked)
+        with torch.no_grad():
+            expected = asked.model(**inputs, **asked.pixel_inputs).logits
+            integration.accelerate_vision(asked.model)
+            try:
+                actual = asked.model(**inputs, **asked.pixel_inputs).logits
+            finally:
+                integration.restore(asked.model)
+            assert relative_error(actual, expected) <= 1e-5
+            if TAKES_OUTPUTS:
+                outputs = integration.encoder_outputs(asked.model, asked.embeddings)
+                sizes = {key: value for key, value in asked.pixel_inputs.items() if "pixel" not in key}
+                handed = asked.model(**inputs, **sizes, mm_encoder_outputs=outputs).logits
+                assert relative_error(handed, expected) <= 1e-5
+
+    @pytest.mark.parametrize("name", ["gemma3", "llava", "mistral3", "qwen2_5_vl"])
+    def test_a_model_in_half_precision(self, question: Ask, name: str) -> None:
+        asked = question(name)
+        model = by_transformers(asked.folder, dtype=torch.bfloat16)
+        inputs = {"input_ids": asked.input_ids, **asked.text_inputs, **asked.pixel_inputs}
+        with torch.no_grad():
+            theirs = model(**inputs).logits
+            exact = asked.model(**inputs).logits
+            facts = integration.accelerate_vision(model)
+            ours = model(**inputs).logits
+        assert facts.tower.dtype == torch.bfloat16
+        assert facts.shared_bytes > 0
+        assert ours.dtype == theirs.dtype
+        assert 0 < relative_error(ours, exact) <= 1.5 * relative_error(theirs, exact)
+
+    def test_converting_the_model_leaves_the_tower_what_it_was(self, question: Ask) -> None:
+        asked = question("qwen2_5_vl")
+        model = by_transformers(asked.folder)
+        tower = integration.accelerate_vision(model).tower
+        model.to(torch.bfloat16)
+        (embedding, _) = tower.encode(asked.pictures)
+        assert torch.equal(embedding.embeddings, asked.embeddings[0].embeddings)
+        answer = greedy(model, {"input_ids": asked.input_ids, **asked.text_inputs, **asked.pixel_inputs})
+        assert relative_error(answer.logits[0], asked.answer.logits[0]) < 0.1
+        integration.restore(model)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2_5_vl"])
+    def test_the_language_model_is_trained_as_before(self, question: Ask, name: str) -> None:
+        asked = question(name)
+        model = by_transformers(asked.folder)
+        for parameter in vision_parameters(model).values():
+            parameter.requires_grad_(False)
+        expected = gradients(model, asked)
+        integration.accelerate_vision(model)
+        found = gradients(model, asked)
+        assert found.keys() == expected.keys()
+        assert all(relative_error(found[key], value) <= 1e-4 for key, value in expected.items())
+
+    def test_in_inference_mode_a_model_stays_one_that_can_be_trained(self, question: Ask) -> None:
+        asked = question("qwen2_5_vl")
+        model = by_transformers(asked.folder)
+        expected = gradients(model, asked)
+        with torch.inference_mode():
+            integration.accelerate_vision(model)
+            integration.restore(model)
+        found = gradients(model, asked)
+        assert any("visual" in key for key in found)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+    def test_the_processor_of_a_hubs_checkpoint_comes_from_the_cache(
+        self, question: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked, commit = question("gemma3"), "0123456789" * 4
+        snapshot = tmp_path / "models--somebody--model" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for name in ("config.json", "preprocessor_config.json"):
+            (snapshot / name).write_bytes((asked.folder / name).read_bytes())
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        model = by_transformers(asked.folder)
+        model.name_or_path = model.config.name_or_path = "somebody/model"
+        model.config._commit_hash = commit
+        tower = integration.accelerate_vision(model).tower
+        assert tower.folder == snapshot
+        assert torch.equal(tower.encode(asked.pictures)[0].embeddings, asked.embeddings[0].embeddings)
+
+    def test_a_processor_in_the_current_folder_is_nobodys(self, question: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = question("gemma3")
+        model = type(asked.model)(asked.model.config).eval()
+        model.name_or_path = model.config.name_or_path = ""
+        monkeypatch.chdir(asked.folder)
+        tower = integration.accelerate_vision(model).tower
+        with pytest.raises(ProcessorError, match=r"Gemma3ForConditionalGeneration in memory> holds no image processor"):
+            tower.encode(asked.pictures)
+
+    def test_a_tower_that_outlives_its_model_holds_nothing_of_it(self, question: Ask) -> None:
+        model = by_transformers(question("llava").folder)
+        tower = integration.accelerate_vision(model).tower
+        with pytest.raises(TypeError, match="pickle"):
+            copy.deepcopy(model)
+        integration.restore(model)
+        alive = [weakref.ref(parameter) for parameter in model.parameters()]
+        del model
+        gc.collect()
+        assert tower.is_loaded
+        assert [reference() for reference in alive if reference() is not None] == []
+
+    @pytest.mark.filterwarnings("error")
+    def test_what_is_saved_without_vision_weights_warns(self, question: Ask, tmp_path: Path) -> None:
+        model = by_transformers(question("llava").folder)
+        integration.accelerate_vision(model)
+        model.state_dict()
+        integration.restore(model)
+        integration.accelerate_vision(model, release=True)
+        with pytest.warns(UserWarning, match="weights of vision_tower, multi_modal_projector were given away"):
+            model.save_pretrained(tmp_path)
+
+
+def batch_of(asked: Question) -> dict[str, torch.Tensor]:
+    """A prompt for each picture, padded on the left."""
+    longest = max(one.num_tokens for one in asked.embeddings) + 2
+    rows = [[1] + [IMAGE] * one.num_tokens + [2] for one in asked.embeddings]
+    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    kinds = (input_ids == IMAGE).int()
+    names = {"mm_token_type_ids", "token_type_ids"} & asked.text_inputs.keys()
+    return {"input_ids": input_ids, "attention_mask": (input_ids != 0).int(), **dict.fromkeys(names, kinds)}
+
+
+def gradients(model: Any, asked: Question) -> dict[str, torch.Tensor]:
+    """Of the prompt's loss in training, by parameter."""
+    model.train()
+    model.zero_grad()
+    labels = asked.input_ids.masked_fill(asked.input_ids == IMAGE, -100)
+    model(input_ids=asked.input_ids, **asked.text_inputs, **asked.pixel_inputs, labels=labels).loss.backward()
+    model.eval()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
 
 class TestWhatIsRefused:
     @pytest.fixture
@@ -443,6 +600,18 @@ class TestWhatIsRefused:
         in_order = llava.get_image_features(pixels, return_dict=False)
         assert isinstance(in_order, tuple)
         assert all(map(torch.equal, in_order[-1], configured.pooler_output))
+
+    def test_training_a_vision_part_that_would_not_change(self, llava: Any, question: Ask) -> None:
+        pixels = question("llava").pixel_inputs["pixel_values"]
+        integration.accelerate_vision(llava)
+        llava.train()
+        try:
+            with pytest.raises(UsageError, match=r"freeze them \(requires_grad_\(False\)\)"):
+                llava.get_image_features(pixels)
+            with torch.no_grad():
+                assert not llava.get_image_features(pixels).pooler_output[0].requires_grad
+        finally:
+            llava.eval()
 
     def test_weights_that_are_not_numbers(self, question: Ask) -> None:
         model = by_transformers(question("llava").folder)
@@ -521,6 +690,11 @@ class TestHandingOver:
             integration.inputs_embeds(asked.model, asked.input_ids, asked.embeddings[:1])
         with pytest.raises(UsageError, match=r"0 placeholders for video rows \(token None\)"):
             integration.inputs_embeds(asked.model, asked.input_ids, asked.embeddings, videos=asked.embeddings)
+
+    def test_what_is_no_embedding(self, question: Ask) -> None:
+        asked = question("pixtral")
+        with pytest.raises(UsageError, match="embedding 1 is a str; allowed: ImageEmbedding"):
+            integration.inputs_embeds(asked.model, asked.input_ids, [asked.embeddings[0], "picture"])  # type: ignore[list-item]
 
     def test_rows_of_another_models_tower(self, question: Ask) -> None:
         asked, plain = question("qwen3_vl"), question("qwen3_5").embeddings
@@ -700,6 +874,23 @@ class TestLoading:
         with pytest.raises(UsageError, match="given away"):
             integration.restore(model)
 
+    @each_case
+    def test_in_every_family_four_bits_stay_out_of_the_vision_part(self, name: str, tmp_path: Path) -> None:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        folder = CASES[name].save(tmp_path / "model")
+        save_tokenizer(folder)
+        model, _ = integration.load_vlm(folder, load_in_4bit=True, device="cpu")
+        quantised = [key for key, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+        plain = [key for key, module in model.named_modules() if type(module) is torch.nn.Linear]
+        assert quantised
+        assert all("language_model" in key for key in quantised)
+        assert plain == ["lm_head"]
+        assert vision_parameters(model) == {}
+        pictures = [noise(57, 43, 1)]
+        own = VisionTower.from_pretrained(folder, device="cpu").encode(pictures)[0]
+        tower = integration.accelerated(model).tower
+        assert torch.equal(tower.encode(pictures)[0].embeddings, own.embeddings)
+
     def test_the_tower_has_the_dtype_that_was_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder, _ = save_wide("qwen2_5_vl", tmp_path / "model", monkeypatch)
         model, _ = integration.load_vlm(folder, dtype="bfloat16", device="cpu")
@@ -847,6 +1038,17 @@ class TestProcessorOfRows:
         assert len(greedy(model, inputs).tokens) == NEW_TOKENS
         assert processor.batch_decode(inputs["input_ids"], skip_special_tokens=True) == ["what is this"]
 
+    def test_a_chat_template_makes_the_text_for_a_call(self, loaded: tuple[Any, Any]) -> None:
+        _, processor = loaded
+        processor.tokenizer.chat_template = "{% for message in messages %}[IMG]{{ message['content'] }}{% endfor %}"
+        conversation = [{"role": "user", "content": "what is this"}]
+        text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+        assert text == "[IMG]what is this"
+        inputs = processor(images=[Image.fromarray(noise(57, 43))], text=[text])
+        assert (inputs["input_ids"] == WORDS.index("[IMG]")).sum() > 1
+        with pytest.raises(UsageError, match="pass the text and the pictures to the processor"):
+            processor.apply_chat_template(conversation, tokenize=True)
+
     def test_pictures_and_their_places_are_as_many(self, loaded: tuple[Any, Any]) -> None:
         _, processor = loaded
         with pytest.raises(UsageError, match="2 places for pictures"):
@@ -909,6 +1111,8 @@ class TestAttention:
             attend(
                 layer, rows, rows, rows, None, cu_seq_lens_q=torch.tensor([0, 6]), cu_seq_lens_k=torch.tensor([0, 5])
             )
+        with pytest.raises(UsageError, match="said to have 6 rows, but there are 2 × 6 queries"):
+            attend(layer, *[rows.expand(2, -1, -1, -1)] * 3, None, cu_seq_lens_q=torch.tensor([0, 2, 6]))
         triangle = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
         with pytest.raises(UsageError, match="divide the rows"):
             attend(layer, rows, rows, rows, triangle)

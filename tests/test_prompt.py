@@ -19,7 +19,7 @@ from support.checkpoints import noise
 from support.prompts import KINDS, clip_facts, make_tokenizer, processor_of, write_token_ids
 from support.towers import all_cases
 
-from tritontower import VisionTower, merging
+from tritontower import VisionTower, merging, token_space
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import PromptError, TokenSpaceExhaustedError, UsageError
 from tritontower.families import family_files, mistral_format, read_family
@@ -347,6 +347,8 @@ LINES = PromptLayout(placeholder=5, row_break=3, row_end=4)
         ("x", [embedding_of(2, alias="")], {}, PromptError, "embedding 0 has an empty alias"),
         ("x", [embedding_of(2)], {}, PromptError, "embedding 0 has no alias"),
         ("x", [embedding_of(0, alias="x")], {}, PromptError, "embedding 0 has no rows"),
+        ("x", [embedding_of(3, alias="x", view_tokens=(2,))], {}, PromptError, "has 3 rows, but its views have 2"),
+        ("x", [embedding_of(3, alias="x", bidirectional_spans=((0, 4),))], {}, PromptError, "spans end at 4"),
         ("x", [embedding_of(2, alias="x")], {"space": None}, UsageError, r"pass space=TokenSpace\(\)"),
         ("x", [], {"layout": None}, UsageError, "either layout or tower"),
         ("x", [], {"tower": SimpleNamespace(prompt_layout=LAYOUT)}, UsageError, "either layout or tower"),
@@ -434,6 +436,33 @@ def test_nothing_stays_assigned_when_a_prompt_fails():
     assert space.ids_in_use == 0
 
 
+def test_pictures_of_two_spaces_do_not_pass_for_each_other():
+    """Towers whose pictures all have as many rows give the first picture of every space the same ids."""
+    space = TokenSpace()
+    first = space.assign(embedding_of(3, alias="x", content="a"))
+    second = TokenSpace().assign(embedding_of(3, alias="y", content="b"))
+    assert first.token_ids == second.token_ids
+    with pytest.raises(UsageError, match="embedding 1 has the token ids of another one"):
+        encode("x y", [first, second], space=None)
+    # What the prompt was the first to use is given back.
+    for base, message in ((10**9, "embedding 1 has the token ids"), (10**9 - 1, "two embeddings have token id")):
+        new = TokenSpace(base)
+        with pytest.raises(UsageError, match=message):
+            encode("x y", [replace(first, token_ids=()), second], space=new)
+        assert new.ids_in_use == 0
+    # One picture under two aliases is no two pictures.
+    prompt = encode("x y", [first, first.with_alias("y")], space=None)
+    assert prompt.input_ids.tolist() == [6, *first.token_ids, 7, *letters(" "), 6, *first.token_ids, 7]
+
+
+def test_one_frame_is_a_clip_or_a_picture_as_it_was_encoded():
+    layout = replace(LAYOUT, clip=ClipLayout(placeholder=8, before=(6,), after=(7,)))
+    for is_clip, placeholder, kind in ((False, 5, 1), (True, 8, 2)):
+        prompt = encode("x", [embedding_of(2, alias="x", is_clip=is_clip)], layout=layout)
+        assert shown(prompt) == [6, placeholder, placeholder, 7]
+        assert prompt.token_types.tolist() == [0, kind, kind, 0]
+
+
 # -- ids --------------------------------------------------------------------------------------------------------------
 
 
@@ -488,6 +517,21 @@ def test_neighbours_that_were_released_make_one_range():
     for number in (0, 2, 1):
         space.release(pictures[number])
     assert len(space.assign(embedding_of(9, content="d")).token_ids) == 9
+
+
+def test_a_space_does_not_grow_with_what_was_released(monkeypatch):
+    monkeypatch.setattr(token_space, "REMEMBERED", 3)
+    space = TokenSpace()
+    given_ids = []
+    for number in range(50):
+        given_ids.append(space.assign(embedding_of(2, content=str(number))))
+        space.release(given_ids[-1])
+    assert len(space._entries) == len(space._keys) == len(space._idle) == 3
+    assert len(space._free) <= 2
+    # Nobody's ids were handed out a second time as long as there were others.
+    assert len({each.token_ids for each in given_ids}) == 50
+    assert space.assign(embedding_of(2, content="47")).token_ids == given_ids[47].token_ids
+    assert space.assign(embedding_of(2, content="46")).token_ids[0] > given_ids[49].token_ids[0]
 
 
 def test_ids_are_released_as_often_as_they_were_assigned():
@@ -711,6 +755,16 @@ FIRST = PICTURES[0].token_ids[0]
         ({"embeddings": [embedding_of(3)]}, UsageError, "0 token ids for 3 rows"),
         ({"embeddings": [embedding_of(2).with_token_ids((10**9, 10**9 + 2))]}, UsageError, "in a row"),
         (
+            {"embeddings": [embedding_of(4).with_token_ids((FIRST, FIRST + 2, FIRST + 1, FIRST + 3))]},
+            UsageError,
+            "in a row",
+        ),
+        (
+            {"embeddings": [PICTURES[0], embedding_of(3, content="x").with_token_ids(PICTURES[0].token_ids)]},
+            UsageError,
+            "embedding 1 has the token ids of another",
+        ),
+        (
             {"embeddings": [embedding_of(2).with_token_ids((5, 6))]},
             UsageError,
             "below 1000000000: pass base=space.base",
@@ -728,12 +782,65 @@ FIRST = PICTURES[0].token_ids[0]
         ({"out": torch.zeros(3, 9)}, UsageError, r"out is torch.float32 \[3, 9\]"),
         ({"out": torch.zeros(3, 8).half()}, UsageError, r"out is torch.float16"),
         ({"out": torch.zeros(8, 3).t()}, UsageError, "and contiguous"),
+        ({"out": torch.zeros(3, 8, device="meta")}, UsageError, "on meta; it has to be .* on cpu"),
+        ({"text_embeddings": torch.zeros(3, WIDTH).double()}, UsageError, "text is torch.float64"),
     ],
 )
 def test_merging_refuses_what_it_would_have_to_guess(changes, error, message):
     arguments = {"text_embeddings": torch.zeros(3, WIDTH), "input_ids": [1, FIRST, 2], "embeddings": PICTURES}
     with pytest.raises(error, match=message):
         merge_embeddings(**(arguments | changes))
+
+
+def test_a_picture_may_be_listed_twice_and_one_without_rows_once():
+    again = [*PICTURES, PICTURES[0].with_alias("again"), embedding_of(0)]
+    assert torch.equal(merge_embeddings(text_rows(), PROMPT, again), merge_embeddings(text_rows(), PROMPT, PICTURES))
+
+
+def test_the_last_ids_of_64_bits_are_ids_as_well():
+    picture = TokenSpace(2**63 - 3, int32=False).assign(embedding_of(3))
+    ids = [1, *picture.token_ids]
+    merged = merge_embeddings(torch.zeros(4, WIDTH), ids, [replace(picture, token_ids=list(picture.token_ids))])
+    assert torch.equal(merged[1:], picture.embeddings)
+    for unknown in (2**63 - 4, -(2**63)):
+        with pytest.raises(PromptError, match=f"such as {unknown}"):
+            merge_embeddings(torch.zeros(2, WIDTH), [1, unknown], [picture], base=2**63 - 5)
+
+
+def test_transposed_matrices_are_merged_as_well(device):
+    text = text_rows(device=device)
+    across = replace(PICTURES[1], embeddings=PICTURES[1].embeddings.t().contiguous().t())
+    high = replace(PICTURES[0], embeddings=PICTURES[0].embeddings.t().contiguous().t())
+    ids = [1, *PICTURES[0].token_ids, 2]
+    want = one_by_one(text.cpu()[:5], ids, PICTURES)
+    slanted = text[:5].t().contiguous().t()
+    assert slanted.stride() == (1, 5)
+    assert torch.equal(merge_embeddings(slanted, ids, [high]).cpu(), want)
+    assert torch.equal(merge_embeddings(slanted, ids, [high, across]).cpu(), want)
+
+
+def test_a_deepstack_level_has_the_rows_of_its_picture():
+    short = replace(PICTURES[0], deepstack=(PICTURES[0].deepstack[0][1:],))
+    with pytest.raises(UsageError, match="embedding 0 has 3 rows, and 2 of this deepstack level"):
+        add_deepstack(text_rows(), PROMPT, [short], 0)
+
+
+def test_ids_below_the_base_are_not_taken_for_text():
+    """Even where no id of the piece is a picture's, as far as the base says."""
+    space = TokenSpace(5000)
+    prompt = encode("a x b", [embedding_of(3, alias="x")], space=space)
+    text = torch.zeros(len(prompt), WIDTH)
+    for work in (merge_embeddings, lambda *arguments: add_deepstack(*arguments, 0)):
+        with pytest.raises(UsageError, match="embedding 0 has token ids from 5000 on, below 1000000000"):
+            work(text, prompt.input_ids, [replace(prompt.embeddings[0], deepstack=(prompt.embeddings[0].embeddings,))])
+    merged = merge_embeddings(text, prompt.input_ids, prompt.embeddings, base=space.base)
+    start, end = prompt.spans[0]
+    assert torch.equal(merged[start:end], prompt.embeddings[0].embeddings)
+
+
+def test_merging_is_for_inference():
+    text = text_rows().requires_grad_()
+    assert not merge_embeddings(text, PROMPT, PICTURES).requires_grad
 
 
 @pytest.mark.parametrize("level", [-1, 2])

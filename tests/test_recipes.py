@@ -9,6 +9,7 @@ from tritontower.recipes import (
     ChannelMajor,
     ClassTokenFirst,
     InterleavedRotary,
+    OfBatchOfOne,
     OneFrame,
     PartOf,
     Recipe,
@@ -103,6 +104,49 @@ def test_recipes_nest() -> None:
     stacked = written(recipe, (24, 3), tensors)
     assert torch.equal(stacked[0:4], tensors["wq"][[0, 2, 1, 3]])
     assert torch.equal(stacked[16:], tensors["wv"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "canonical", "held"),
+    [
+        (Stored("a"), (4, 3), (6, 5)),
+        (Stored("a"), (4,), (6,)),
+        (Stacked.of("a", "b"), (6, 5), (8, 7)),
+        (Stacked((Transposed("a"), Transposed("b"))), (6, 5), (8, 7)),
+        (Transposed("a"), (4, 3), (6, 5)),
+        (OneFrame("a"), (4, 3, 1, 2, 2), (6, 3, 1, 2, 2)),
+        (OfBatchOfOne("a"), (4, 3), (6, 5)),
+    ],
+)
+def test_a_view_is_the_stored_tensor_in_the_memory_of_the_canonical_one(
+    recipe: Recipe, canonical: tuple[int, ...], held: tuple[int, ...]
+) -> None:
+    target = torch.zeros(held)
+    tensors = {name: torch.randn(shape) for name, shape in recipe.stored(canonical).items()}
+    for name, tensor in tensors.items():
+        recipe.write(target, name, tensor)
+    for name, tensor in tensors.items():
+        view = recipe.view(target, name, tuple(tensor.shape))
+        assert view is not None
+        assert view.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
+        assert view.shape == tensor.shape
+        assert torch.equal(view, tensor)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "canonical"),
+    [
+        (InterleavedRotary("a", 2), (8, 3)),
+        (ChannelMajor("a", 4), (3, 8)),
+        (ClassTokenFirst("a", "b"), (5, 3)),
+        (PartOf("a", 0, 1, 3), (3, 4)),
+        (Stacked((InterleavedRotary("a", 2), InterleavedRotary("b", 2))), (16, 3)),
+        (Stacked.of("a", "a"), (6, 3)),
+    ],
+)
+def test_what_is_in_another_order_summed_or_there_twice_has_no_view(recipe: Recipe, canonical: tuple[int, ...]) -> None:
+    for name, shape in recipe.stored(canonical).items():
+        assert recipe.view(torch.zeros(canonical), name, tuple(shape)) is None
 
 
 def test_numbers_are_cast_to_the_target() -> None:

@@ -354,3 +354,9 @@ def test_has_vision(qwen2_vl: Path, tmp_path: Path) -> None:
     assert not has_vision(tmp_path)
     with pytest.raises(TowerError):
         has_vision(tmp_path / "nowhere")
+
+
+def test_a_tower_says_what_it_is(qwen2_vl: Path, tower: VisionTower) -> None:
+    assert repr(tower) == "<VisionTower qwen2_vl: 3 blocks, 64 → 48 wide, torch.float32 on cpu>"
+    delayed = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True)
+    assert repr(delayed).endswith("not loaded, for cpu>")

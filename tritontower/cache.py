@@ -58,7 +58,8 @@ class EmbeddingCache:
     embedding changes only theirs.
 
     Args:
-        max_bytes: what the tensors in it may take; an embedding larger than that is not kept.
+        max_bytes: what the tensors in it may take; an embedding larger than that, or for which the device has no memory
+            left, is not kept.
         device: where they are kept.  On a GPU a hit costs no transfer; ``"cpu"`` spares the GPU's memory, and keeping an
             embedding there waits for the GPU.
 
@@ -91,7 +92,11 @@ class EmbeddingCache:
         """Keeps a copy of ``embedding`` under ``key``, in place of what was there."""
         if embedding.nbytes > self.max_bytes:
             return
-        entry = _entry(embedding.to(self.device, copy=True))
+        try:
+            entry = _entry(embedding.to(self.device, copy=True))
+        except torch.OutOfMemoryError:
+            # Whoever computed it goes on with it.
+            return
         with self._lock:
             self._remove(key)
             while self._bytes + entry.embedding.nbytes > self.max_bytes:

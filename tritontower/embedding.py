@@ -71,6 +71,14 @@ class ImageEmbedding:
         if not self.view_tokens:
             object.__setattr__(self, "view_tokens", (self.num_tokens,))
 
+    def __repr__(self) -> str:
+        # A dataclass's own would print every number.
+        rows = f"{list(self.embeddings.shape)} {self.embeddings.dtype} on {self.embeddings.device}"
+        extras = [f"{len(self.deepstack)} deepstack levels"] if self.deepstack else []
+        extras += [] if self.pooled is None else ["pooled"]
+        extras += [] if self.text_alias is None else [f"alias {self.text_alias!r}"]
+        return f"<ImageEmbedding {', '.join([rows, f'grid {self.grid_thw}', *extras])}>"
+
     @property
     def num_tokens(self) -> int:
         """Rows of ``embeddings``: the tokens that the picture takes in a prompt."""

@@ -8,7 +8,6 @@ When a pass does not fit into memory, or a picture in it turns out to be unusabl
 single pictures, so that one picture can fail only for itself.
 """
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ import torch
 from .batch import PackedBatch
 from .cache import EmbeddingCache
 from .config import TowerConfig
-from .embedding import ImageEmbedding, checked_alias
+from .embedding import FOREVER, ImageEmbedding, checked_alias
 from .errors import (
     ImageError,
     Limits,
@@ -67,6 +66,9 @@ the first result late, and leaves preprocessing nothing to overlap with."""
 
 LONG_LIST = 64
 """Pictures from which on a progress bar is shown on a terminal, unless the caller says otherwise."""
+
+SLOWEST, FASTEST = 1e-9, 1e9
+"""Frames per second.  Beyond them the times of a clip's frames would not be numbers that a file of embeddings may hold."""
 
 ITEM_ERRORS = (ImageError, ProcessorError, NonFiniteOutputError, TowerOutOfMemoryError)
 """What can be wrong with one picture while the next is fine; everything else is wrong with the call."""
@@ -125,21 +127,31 @@ class Call:
         """What the caller's thread queues its work on, where the tower is on a GPU."""
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
-    def recall(self, digest: str) -> ImageEmbedding | None:
-        """The embedding of a picture that the cache knows."""
-        found = None if self.cache is None else self.cache.get(self.key(digest), device=self.output_device)
-        return _pinned(found) if found is not None and self.pinned else found
+    def recall(self, digest: str) -> ImageEmbedding | NonFiniteOutputError | None:
+        """The embedding of a picture that the cache knows, checked: the call that put it there may not have asked for it."""
+        try:
+            found = None if self.cache is None else self.cache.get(self.key(digest), device=self.output_device)
+        except torch.OutOfMemoryError:
+            # A pass that does not fit can be made smaller, and says whose fault it is; a copy cannot.
+            return None
+        return None if found is None else self._unusable(found) or (_pinned(found) if self.pinned else found)
 
     def finish(self, embedding: ImageEmbedding) -> ImageEmbedding | NonFiniteOutputError:
         """An embedding as it left the tower: checked, kept in the cache, and taken where the caller wants it."""
-        if self.check_output and not all(bool(rows.isfinite().all()) for rows in embedding.tensors.values()):
-            return NonFiniteOutputError(
-                f"the embedding of a picture of {embedding.original_size[0]} × {embedding.original_size[1]} pixels holds "
-                f"NaN or infinity in {embedding.embeddings.dtype}; if that is float16, use bfloat16 or float32"
-            )
+        if error := self._unusable(embedding):
+            return error
         if self.cache is not None:
             self.cache.put(self.key(embedding.content_hash), embedding)
         return _pinned(embedding) if self.pinned else embedding.to(self.output_device)
+
+    def _unusable(self, embedding: ImageEmbedding) -> NonFiniteOutputError | None:
+        """What is wrong with an embedding, if the caller wants to know."""
+        if not self.check_output or all(bool(rows.isfinite().all()) for rows in embedding.tensors.values()):
+            return None
+        return NonFiniteOutputError(
+            f"the embedding of a picture of {embedding.original_size[0]} × {embedding.original_size[1]} pixels holds "
+            f"NaN or infinity in {embedding.embeddings.dtype}; if that is float16, use bfloat16 or float32"
+        )
 
     def kept(self, error: TowerError) -> TowerError:
         """An error that waits for the end of the call: without the functions that it came through, which hold pixels."""
@@ -265,7 +277,9 @@ def encode_clip(call: Call, batch: PackedBatch) -> ImageEmbedding:
         try:
             (embedding,) = call.run(batch)
             result = call.finish(embedding)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             result = _out_of_memory(call, "the clip", batch.segments.total)
         if isinstance(result, TowerOutOfMemoryError):
             call.release()
@@ -361,7 +375,9 @@ def _packed(call: Call, coming: _Pass, each: Each) -> _Pass:
     if fresh:
         try:
             coming.batch = _pack(call, fresh, each)
-        except (*ITEM_ERRORS, MemoryError):
+        except (*ITEM_ERRORS, RuntimeError, MemoryError) as error:
+            if not isinstance(error, ITEM_ERRORS) and not _is_out_of_memory(error):
+                raise
             # Which picture it was shows when they are packed by halves.
             coming.batch = None
     for item in fresh:
@@ -412,12 +428,18 @@ def _attempt(
     try:
         batch = batch or _pack(call, items, map)
         return [call.finish(embedding) for embedding in call.run(batch)]
-    except (torch.OutOfMemoryError, MemoryError):
-        # Not named, for it would keep the tensors of every function that it came through.
-        pass
     except ITEM_ERRORS as error:
         return call.kept(error)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    # Not before: as its context, the error would keep the tensors of every function that it came through.
     return _out_of_memory(call, f"picture {items[0].index}", sum(item.patches for item in items))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has run out of memory; for the CPU's, torch has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _out_of_memory(call: Call, what: str, patches: int) -> TowerOutOfMemoryError:
@@ -563,11 +585,15 @@ def aliases_of(text_alias: str | Sequence[str | None] | None, pictures: int) -> 
     """An alias, or ``None``, for every picture.
 
     Raises:
-        UsageError: one alias for several pictures, another number of aliases than pictures, or one that cannot be.
+        UsageError: no alias and no list of them, another number of aliases than pictures, or one that cannot be.
     """
     aliases = [text_alias] if isinstance(text_alias, str) else text_alias
     if aliases is None:
         return [None] * pictures
+    if not isinstance(aliases, Sequence):
+        raise UsageError(
+            f"text_alias is {shorten(aliases)}; allowed: a text for one picture, a list with one for each, or None"
+        )
     if len(aliases) != pictures:
         raise UsageError(
             f"text_alias has {len(aliases)} aliases for {pictures} pictures; allowed: one for each, or None"
@@ -600,15 +626,15 @@ class ClipTimes:
         if fps is not None and timestamps is not None:
             raise UsageError("fps and timestamps both say when the frames are shown; pass one of them")
         if fps is not None:
-            if not _is_number(fps) or not 0 < fps < math.inf:
-                raise UsageError(f"fps is {shorten(fps)}; allowed: a finite number of frames per second > 0")
+            if not _is_number(fps) or not SLOWEST <= fps <= FASTEST:
+                raise UsageError(f"fps is {shorten(fps)}; allowed: {SLOWEST:g} to {FASTEST:g} frames per second")
             return cls(tuple(frame / float(fps) for frame in range(frames)), 1.0 / float(fps))
         if timestamps is None:
             return cls()
         times = list(timestamps)
-        if len(times) != frames or not all(_is_number(time) and 0 <= time < math.inf for time in times):
+        if len(times) != frames or not all(_is_number(time) and 0 <= time < FOREVER for time in times):
             raise UsageError(
-                f"{len(times)} timestamps for {frames} frames; allowed: a finite number of seconds ≥ 0 for each"
+                f"{len(times)} timestamps for {frames} frames; allowed: a number of seconds from 0 to below {FOREVER} for each"
             )
         if any(later < earlier for earlier, later in pairwise(times)):
             raise UsageError("the timestamps of a clip's frames must not decrease")

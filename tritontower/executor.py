@@ -108,11 +108,14 @@ class Executor:
             yield
             return
         with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
             if self._finished is not None:
-                torch.cuda.current_stream().wait_event(self._finished)
+                stream.wait_event(self._finished)
             try:
                 yield
             finally:
+                # Whoever frees the arena, the allocator has to wait for this stream too.
+                self._arena.record_stream(stream)
                 self._finished = torch.cuda.Event()
                 self._finished.record()
 

@@ -1,14 +1,13 @@
 """Rows of pictures put where a prompt has their token ids: in the embeddings of its text, and in hidden states."""
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 import torch
 
 from .embedding import ImageEmbedding
 from .errors import PromptError, UsageError
-from .kernels.splice import splice_rows
-from .token_space import DEFAULT_BASE, Ids
+from .kernels.splice import DTYPES, splice_rows
+from .token_space import DEFAULT_BASE, Ids, ordered_by_ids
 
 __all__ = ["add_deepstack", "merge_embeddings"]
 
@@ -23,7 +22,8 @@ def merge_embeddings(
 ) -> torch.Tensor:
     """Puts the rows of pictures where a prompt has their ids.
 
-    Any piece of a prompt will do, cut anywhere: an id says by itself which row it stands for.
+    Any piece of a prompt will do, cut anywhere: an id says by itself which row it stands for.  It is for inference: no
+    gradient comes back through it, neither to the rows of pictures nor to those of the text.
 
     Args:
         text_embeddings: ``[..., T, D]``: of :func:`sanitize_ids`' ids; what it holds at the places of pictures is not
@@ -40,7 +40,8 @@ def merge_embeddings(
 
     Raises:
         PromptError: an id that no embedding has.
-        UsageError: embeddings without ids, with ids below ``base`` or with each other's; shapes that do not fit.
+        UsageError: embeddings without ids, with ids below ``base`` or with each other's; shapes, dtypes or devices that
+            do not fit.
     """
     rows = [(embedding, embedding.embeddings) for embedding in embeddings]
     return _splice(text_embeddings, input_ids, rows, base, add=False, out=out)
@@ -86,29 +87,45 @@ def _splice(
     out: torch.Tensor | None,
 ) -> torch.Tensor:
     ids = torch.as_tensor(input_ids)
-    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
-        raise UsageError(f"input_ids are {ids.dtype}; they have to be integers")
-    if text.dim() < 2 or text.shape[:-1] != ids.shape:
-        raise UsageError(
-            f"text has shape {list(text.shape)} and input_ids {list(ids.shape)}; they have to be [..., T, D] and [..., T]"
-        )
-    if out is not None and (out.shape != text.shape or out.dtype != text.dtype or not out.is_contiguous()):
-        raise UsageError(
-            f"out is {out.dtype} {list(out.shape)}; it has to be {text.dtype} {list(text.shape)}, and contiguous"
-        )
+    _check_tensors(text, ids, out)
+    _check_base(pictures, base)
     ids = ids.cpu().long().reshape(-1)
     places = ((ids < 0) | (ids >= base)).nonzero().view(-1)
     if not len(places):
         return text if out is None or out is text else out.copy_(text)
     width = text.shape[-1]
-    numbers, rows = _rows_wanted(ids[places], _ranges(pictures, base, width), base, text.device)
+    numbers, rows = _rows_wanted(ids[places], _ranges(pictures, width), base, text.device)
     index = torch.full(ids.shape, -1, dtype=torch.int32)
     index[places] = numbers
     index = index.to(text.device, non_blocking=True)
+    flat = _with_adjacent_elements(text.reshape(-1, width))
     if out is not None:
-        splice_rows(text.reshape(-1, width), rows, index, add=add, out=out.view(-1, width))
+        splice_rows(flat, rows, index, add=add, out=out.view(-1, width))
         return out
-    return splice_rows(text.reshape(-1, width), rows, index, add=add).view(text.shape)
+    return splice_rows(flat, rows, index, add=add).view(text.shape)
+
+
+def _check_tensors(text: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None) -> None:
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise UsageError(f"input_ids are {ids.dtype}; they have to be integers")
+    if text.dtype not in DTYPES:
+        raise UsageError(f"text is {text.dtype}; allowed: float32, float16, bfloat16")
+    if text.dim() < 2 or text.shape[:-1] != ids.shape:
+        raise UsageError(
+            f"text has shape {list(text.shape)} and input_ids {list(ids.shape)}; they have to be [..., T, D] and [..., T]"
+        )
+    if out is not None and (
+        out.shape != text.shape or out.dtype != text.dtype or out.device != text.device or not out.is_contiguous()
+    ):
+        raise UsageError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}; it has to be {text.dtype} {list(text.shape)} on "
+            f"{text.device}, and contiguous"
+        )
+
+
+def _with_adjacent_elements(rows: torch.Tensor) -> torch.Tensor:
+    """``rows`` as the kernel reads them; only a transposed matrix has to be copied for that."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _rows_wanted(
@@ -122,8 +139,10 @@ def _rows_wanted(
     lengths = torch.tensor([len(rows) for _, rows in ranges], dtype=torch.int64)
     picture = torch.searchsorted(firsts, wanted, right=True) - 1
     nearest = picture.clamp(min=0)
-    # Without any picture there is nothing to look up in.
-    known = (picture >= 0) & (wanted < (firsts + lengths)[nearest]) if ranges else torch.zeros_like(wanted).bool()
+    # Without any picture there is nothing to look up in; the id behind the last one need not be a number of 64 bits.
+    known = (
+        (picture >= 0) & (wanted - firsts[nearest] < lengths[nearest]) if ranges else torch.zeros_like(wanted).bool()
+    )
     if not bool(known.all()):
         unknown = wanted[~known].unique()
         raise PromptError(
@@ -140,29 +159,28 @@ def _rows_wanted(
     ]
     counts = (high - low + 1).clamp(min=0)
     numbers = (row - low[picture] + (counts.cumsum(0) - counts)[picture]).int()
-    return numbers, taken[0] if len(taken) == 1 else torch.cat(taken)
+    return numbers, _with_adjacent_elements(taken[0]) if len(taken) == 1 else torch.cat(taken)
 
 
-def _ranges(
-    pictures: Sequence[tuple[ImageEmbedding, torch.Tensor]], base: int, width: int
-) -> list[tuple[int, torch.Tensor]]:
-    """First id and rows of every picture, each picture once."""
-    ranges: dict[int, torch.Tensor] = {}
-    for index, (picture, rows) in enumerate(pictures):
-        ids = picture.token_ids
-        if len(ids) != len(rows) or ids[-1] - ids[0] + 1 != len(ids):
+def _check_base(pictures: Sequence[tuple[ImageEmbedding, torch.Tensor]], base: int) -> None:
+    """Raises if a picture's ids would pass for the vocabulary's, and its rows be left out."""
+    for index, (picture, _) in enumerate(pictures):
+        if picture.token_ids and picture.token_ids[0] < base:
             raise UsageError(
-                f"embedding {index} has {len(ids)} token ids for {len(rows)} rows; TokenSpace.assign gives each row one, in "
-                "a row"
+                f"embedding {index} has token ids from {picture.token_ids[0]} on, below {base}: pass base=space.base"
             )
-        if ids[0] < base:
-            raise UsageError(f"embedding {index} has token ids from {ids[0]} on, below {base}: pass base=space.base")
+
+
+def _ranges(pictures: Sequence[tuple[ImageEmbedding, torch.Tensor]], width: int) -> list[tuple[int, torch.Tensor]]:
+    """First id and rows of every picture, each picture once."""
+    ranges = []
+    for index in ordered_by_ids([picture for picture, _ in pictures]):
+        picture, rows = pictures[index]
         if rows.shape[-1] != width:
             raise UsageError(f"embedding {index} has rows of {rows.shape[-1]} numbers, and the text rows of {width}")
-        if ranges.setdefault(ids[0], rows).shape != rows.shape:
-            raise UsageError(f"embedding {index} has the token ids of another one; assign both in one space")
-    ordered = sorted(ranges.items())
-    for (first, rows), (following, _) in pairwise(ordered):
-        if first + len(rows) > following:
-            raise UsageError(f"two embeddings have token id {following}; assign both in one space")
-    return ordered
+        if len(rows) != picture.num_tokens:
+            raise UsageError(
+                f"embedding {index} has {picture.num_tokens} rows, and {len(rows)} of this deepstack level"
+            )
+        ranges.append((picture.token_ids[0], rows))
+    return ranges

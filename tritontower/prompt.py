@@ -20,7 +20,7 @@ import torch
 from .embedding import ImageEmbedding
 from .errors import PromptError, TokenSpaceExhaustedError, UsageError, list_names, shorten
 from .merging import add_deepstack, merge_embeddings
-from .token_space import DEFAULT_BASE, TokenSpace, sanitize_ids
+from .token_space import DEFAULT_BASE, TokenSpace, ordered_by_ids, sanitize_ids
 
 __all__ = [
     "DEFAULT_BASE",
@@ -255,7 +255,7 @@ def encode_prompt(
         PromptError: an alias that is not in the text, that is there twice, or that two embeddings have; a marker or an
             alias without an embedding; an embedding that does not fit the layout; a tokenizer of another model.
         UsageError: neither ``layout`` nor ``tower``, a tower without a language model, embeddings without ids and no
-            space.
+            space, two pictures with the same ids (of two spaces).
         TokenSpaceExhaustedError: the space has no ids left.
     """
     vocabulary = _Vocabulary.of(tokenizer)
@@ -302,7 +302,7 @@ def _with_numbers(layout: PromptLayout, vocabulary: _Vocabulary) -> PromptLayout
 
 
 def _with_ids(pictures: Sequence[ImageEmbedding], space: TokenSpace | None) -> tuple[ImageEmbedding, ...]:
-    """The embeddings with ids; those that had none get them, all or no one."""
+    """The embeddings with ids, no two pictures with the same; those that had none get them, all or no one."""
     missing = [index for index, picture in enumerate(pictures) if not picture.token_ids]
     if missing and space is None:
         raise UsageError(
@@ -313,7 +313,8 @@ def _with_ids(pictures: Sequence[ImageEmbedding], space: TokenSpace | None) -> t
     try:
         for picture in pictures:
             assigned.append(picture if picture.token_ids or space is None else space.assign(picture))
-    except TokenSpaceExhaustedError:
+        ordered_by_ids(assigned)
+    except (TokenSpaceExhaustedError, UsageError):
         for index in missing:
             if index < len(assigned) and space is not None:
                 space.release(assigned[index])
@@ -358,6 +359,12 @@ def _is_clip(index: int, embedding: ImageEmbedding, layout: PromptLayout) -> boo
     """
     if not embedding.num_tokens:
         raise PromptError(f"embedding {index} has no rows, so nothing of it would stand in the prompt")
+    rows, last = sum(embedding.view_tokens), max((end for _, end in embedding.bidirectional_spans), default=0)
+    if rows != embedding.num_tokens or last > embedding.num_tokens:
+        raise PromptError(
+            f"embedding {index} has {embedding.num_tokens} rows, but its views have {rows} and its spans end at {last}; "
+            "where rows are changed, view_tokens and bidirectional_spans have to be changed with them"
+        )
     if embedding.is_clip and layout.clip is None:
         raise PromptError(f"embedding {index} is of a clip, which this model's prompt has no place for")
     if not embedding.is_clip and embedding.grid_thw[0] > 1:

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
 from typing import overload
 
@@ -11,7 +12,10 @@ import torch
 from .embedding import ImageEmbedding
 from .errors import TokenSpaceExhaustedError, UsageError, shorten
 
-__all__ = ["DEFAULT_BASE", "Ids", "TokenSpace", "sanitize_ids"]
+__all__ = ["DEFAULT_BASE", "Ids", "TokenSpace", "ordered_by_ids", "sanitize_ids"]
+
+REMEMBERED = 2**16
+"""Released pictures whose ids are kept for them, in case they return: a server may run for years, its space may not grow."""
 
 DEFAULT_BASE = 1_000_000_000
 """Where the ids of pictures begin: above every vocabulary, and low enough for a billion of them in 32 bits."""
@@ -33,8 +37,9 @@ class TokenSpace:
     The same picture of the same size, encoded by the same tower, has the same ids, so that a prefix that holds it is
     found again.  A space belongs to one tower: it does not look at the rows.  It may be used from several threads.
 
-    Ids that were released are handed out again only when no others are left, those released longest ago first; until
-    then the picture gets them back if it returns.
+    A picture that returns after its ids were released gets them back, unless others have them by then: released ids are
+    handed out again when no others are left, those released longest ago first, and pictures are forgotten when 65,536
+    were released after them.
 
     Attributes:
         base: the first id; everything below it is left to the vocabulary.
@@ -88,6 +93,8 @@ class TokenSpace:
             entry.uses -= 1
             if entry.uses == 0:
                 self._idle[key] = None
+                if len(self._idle) > REMEMBERED:
+                    self._forget(next(iter(self._idle)))
 
     @property
     def ids_in_use(self) -> int:
@@ -99,21 +106,25 @@ class TokenSpace:
         """The first of ``count`` ids in a row; forgets released pictures where that is the only way."""
         if count < 1:
             raise UsageError("an embedding without rows has no token ids")
+        # From the end, where ids lie that nobody had yet; what was forgotten comes after them.
+        places = range(len(self._free) - 1, -1, -1)
         while True:
-            for place, (first, length) in enumerate(self._free):
+            for place in places:
+                first, length = self._free[place]
                 if length >= count:
                     self._free[place : place + 1] = [(first + count, length - count)] if length > count else []
                     return first
             if not self._idle:
                 break
-            self._forget(next(iter(self._idle)))
+            place = self._forget(next(iter(self._idle)))
+            places = range(place, place + 1)
         raise TokenSpaceExhaustedError(
             f"no {count} token ids in a row are free between {self.base} and {self.limit}; release those that no cache "
             "holds any more, or make the space with int32=False"
         )
 
-    def _forget(self, key: object) -> None:
-        """Makes a released picture's ids free, as one range with the free ones beside them."""
+    def _forget(self, key: object) -> int:
+        """Makes a released picture's ids free, as one range with the free ones beside them; says which range."""
         del self._idle[key]
         entry = self._entries.pop(key)
         del self._keys[entry.first]
@@ -125,6 +136,7 @@ class TokenSpace:
         if place < len(self._free) and self._free[place][0] == end:
             stop, end = place + 1, sum(self._free[place])
         self._free[start:stop] = [(first, end - first)]
+        return start
 
 
 def _identity(embedding: ImageEmbedding) -> object:
@@ -141,6 +153,36 @@ def _identity(embedding: ImageEmbedding) -> object:
         embedding.seconds_per_grid,
         embedding.is_clip,
     )
+
+
+def ordered_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
+    """The numbers of the embeddings in the order of their token ids, each picture once; those without rows are left out.
+
+    Raises:
+        UsageError: an embedding whose rows have no ids, or none in a row; two pictures that share ids.
+    """
+    firsts: dict[int, int] = {}
+    for index, embedding in enumerate(embeddings):
+        ids, rows = embedding.token_ids, embedding.num_tokens
+        if not rows:
+            continue
+        if len(ids) != rows or tuple(ids) != tuple(range(ids[0], ids[0] + rows)):
+            raise UsageError(
+                f"embedding {index} has {len(ids)} token ids for {rows} rows; TokenSpace.assign gives each row one, in a row"
+            )
+        other = embeddings[firsts.setdefault(ids[0], index)]
+        if other.num_tokens != rows or _told_apart(other, embedding):
+            raise UsageError(f"embedding {index} has the token ids of another one; assign both in one space")
+    ordered = [index for _, index in sorted(firsts.items())]
+    for index, following in pairwise(ordered):
+        if embeddings[index].token_ids[-1] >= (first := embeddings[following].token_ids[0]):
+            raise UsageError(f"two embeddings have token id {first}; assign both in one space")
+    return ordered
+
+
+def _told_apart(first: ImageEmbedding, second: ImageEmbedding) -> bool:
+    """Whether two embeddings say themselves that they are of different pictures."""
+    return bool(first.content_hash and second.content_hash) and _identity(first) != _identity(second)
 
 
 @overload

@@ -166,6 +166,13 @@ class VisionTower:
             tower.load(progress=progress)
         return tower
 
+    def __repr__(self) -> str:
+        config = self.config
+        state = f"{self._dtype} on {self._device}" if self.is_loaded else f"not loaded, for {self._device}"
+        return (
+            f"<VisionTower {config.family}: {config.depth} blocks, {config.width} → {config.hidden_size} wide, {state}>"
+        )
+
     @property
     def config(self) -> TowerConfig:
         """What the tower is."""
@@ -376,11 +383,12 @@ class VisionTower:
             ImageError, ProcessorError, TowerOutOfMemoryError, NonFiniteOutputError, TowerNotLoadedError: as in
                 :meth:`encode`.
         """
+        self.preprocessor.check_takes_clips()
         clip = _frames(frames)
         times = ClipTimes.of(len(clip), fps, timestamps)
         alias = checked_alias(text_alias)
-        batch = self.preprocess_video(clip, **bounds)
-        embedding = encode_clip(self._call(bounds, output_device, None, "raise", check_output), batch)
+        call = self._call(bounds, output_device, None, "raise", check_output)
+        embedding = encode_clip(call, self.preprocess_video(clip, **bounds))
         return times.put_on(embedding, self.config.patch.temporal).with_alias(alias)
 
     @overload

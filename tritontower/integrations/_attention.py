@@ -123,16 +123,9 @@ def _attend(
             f"the attention implementation {ATTENTION!r} computes no gradients; run the model under torch.no_grad()"
         )
     batch, heads, rows, head_dim = query.shape
-    if cu_seq_lens_q is not None:
-        if cu_seq_lens_k is not None and not _same(cu_seq_lens_q, cu_seq_lens_k):
-            raise UsageError("cu_seq_lens_q and cu_seq_lens_k have to be the same")
-        segments = _once(cu_seq_lens_q, _between_boundaries)
-    elif attention_mask is not None:
-        segments = _once(attention_mask, _of_mask)
-    elif position_ids is not None and position_ids.shape == (rows, 2):
-        segments = _once(position_ids, _of_positions)
-    else:
-        segments = Segments.from_lengths([rows] * batch)
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and not _same(cu_seq_lens_q, cu_seq_lens_k):
+        raise UsageError("cu_seq_lens_q and cu_seq_lens_k have to be the same")
+    segments = _segments(batch, rows, cu_seq_lens_q, attention_mask, position_ids)
     if segments.total != batch * rows:
         raise UsageError(
             f"the pictures are said to have {segments.total} rows, but there are {batch} × {rows} queries; the attention "
@@ -141,6 +134,23 @@ def _attend(
     packed = [tensor.transpose(1, 2).reshape(batch * rows, heads, head_dim) for tensor in (query, key, value)]
     attended = flash_attention_varlen(packed[0], packed[1], packed[2], segments, scale=scaling)
     return attended.view(batch, rows, heads, head_dim), None
+
+
+def _segments(
+    batch: int,
+    rows: int,
+    boundaries: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor | None,
+) -> Segments:
+    """The pictures, by the first of the three that says something; else every batch entry is one."""
+    if boundaries is not None:
+        return _once(boundaries, _between_boundaries)
+    if mask is not None:
+        return _once(mask, _of_mask)
+    if positions is not None and positions.shape == (rows, 2):
+        return _once(positions, _of_positions)
+    return Segments.from_lengths([rows] * batch)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -54,8 +54,8 @@ def load_vlm(
         revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
 
     Returns:
-        The model, of the class that transformers has for it, in evaluation mode; and its processor (see
-        :func:`~tritontower.integrations._processor.load_processor` for what it is without torchvision).
+        The model, of the class that transformers has for it, in evaluation mode; and its processor.  Without torchvision,
+        which some of those of transformers need, that is the same class without clips, or a :class:`PictureTextProcessor`.
 
     Raises:
         BackendUnavailableError: what quantises is not installed, or does not support the device.
@@ -66,7 +66,6 @@ def load_vlm(
         TowerError: the tower cannot be loaded, or there is no processor.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if load_in_4bit and quantization_config is not None:
         raise UsageError("load_in_4bit and quantization_config contradict each other; pass one of them")
@@ -82,11 +81,7 @@ def load_vlm(
         )
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **download)
     _refuse_foreign_attention(config)
-    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    if model_class is None:
-        raise UnsupportedArchitectureError(
-            f"{source} holds no language model that answers in text ({config.model_type}); use VisionTower by itself"
-        )
+    model_class = _class_of(config, source)
     options = {"quantization_config": quantization_config, "attn_implementation": attn_implementation}
     # First what takes no time, and fails as often.
     processor = load_processor(source, config, **download)
@@ -95,6 +90,18 @@ def load_vlm(
     )
     put_in_place(vision_holder(language, tower.family.roots), tower.load(), tower.family)
     return language, processor
+
+
+def _class_of(config: Any, source: str) -> type[Any]:
+    """The class that transformers has for a model of pictures and text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    found: type[Any] | None = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if found is None:
+        raise UnsupportedArchitectureError(
+            f"{source} holds no language model that answers in text ({config.model_type}); use VisionTower by itself"
+        )
+    return found
 
 
 def _load_language_model(

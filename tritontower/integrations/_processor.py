@@ -157,9 +157,17 @@ class PictureTextProcessor:
     def _filled(parts: Sequence[str], blocks: Any) -> list[str]:
         return [parts[0], *(piece for part in parts[1:] for piece in (next(blocks), part))]
 
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The tokenizer's own method."""
-        return self.tokenizer.apply_chat_template(conversation, **options)
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool = False, **options: Any) -> Any:
+        """The text of a conversation, by the tokenizer's template, for :meth:`__call__` with its pictures.
+
+        Raises:
+            UsageError: with ``tokenize``, as places for pictures are filled only when the pictures are there.
+        """
+        if tokenize:
+            raise UsageError(
+                "tokenize=True is not supported here; pass the text and the pictures to the processor itself"
+            )
+        return self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
 
     def batch_decode(self, *arguments: Any, **options: Any) -> Any:
         """The tokenizer's own method."""

@@ -10,8 +10,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from tritontower.checkpoint import Checkpoint, Progress
-from tritontower.errors import Limits, UsageError, list_names
+from tritontower.errors import Limits, TowerError, UsageError, list_names
 from tritontower.families import Family
+from tritontower.locate import locate
 from tritontower.tower import VisionTower
 
 from ._module_weights import ModuleWeights, lend
@@ -61,7 +62,7 @@ def accelerate_vision(
     model's parameters become views of the tower's: both have one memory, except for what is held in another order (the
     merging linear of Mistral 3, CLIP's position table) or not needed by the tower (the last block of a LLaVA).  While it is
     made, the vision weights exist twice.  Moving or converting the model afterwards separates the two again; the tower stays
-    where and what it was.  Nothing may write to the model's vision weights as long as the tower is there.
+    where and what it was.  A model with a tower cannot be pickled or deep-copied.  Nothing may write to the model's vision weights as long as the tower is there.
 
     Args:
         model: of one of the families of :mod:`tritontower.families`, with a language model.
@@ -69,7 +70,7 @@ def accelerate_vision(
             keeps its own vision weights then, unless ``release`` says otherwise.
         dtype: of the tower; by default that of the model's vision weights.  In another one nothing can be shared.
         processor: an image processor of transformers (or a processor that has one), for ``tower.encode``; by default the
-            checkpoint's, if the model was loaded from a local folder.
+            checkpoint's, if its file is on this machine.  Nothing is fetched.
         release: give the memory of the model's vision modules back for good.  :func:`restore` is impossible then, and what
             the model saves has no vision weights, of which it warns.
 
@@ -91,6 +92,7 @@ def accelerate_vision(
         made.load()
         tower = made
         lent = {} if release else made.lend()
+        made.let_go()
     else:
         _check_given(tower, family, dtype)
     return put_in_place(holder, tower, family, lent=lent, release=release)
@@ -212,9 +214,7 @@ class _TowerOfModule(VisionTower):
     ) -> None:
         self._source = ModuleWeights(model, family.roots)
         self._canonical: dict[str, torch.Tensor] = {}
-        name = getattr(model, "name_or_path", "")
-        # Never the current folder, which may hold another model's processor.
-        folder = Path(name or f"<{type(model).__name__} in memory>")
+        folder = _folder_of(model)
         make = family.preprocessors["hf"]
         super().__init__(
             family,
@@ -236,6 +236,20 @@ class _TowerOfModule(VisionTower):
         """Makes the model's parameters views of the tower's weights, as far as they can be; returns those."""
         names = lend(self._source.parameters, self._canonical, self.graph, self.family.tensors)
         return {name: self._source.parameters[name] for name in names}
+
+    def let_go(self) -> None:
+        """Forgets the model, whose own weights would otherwise live as long as the tower."""
+        self._source, self._canonical = ModuleWeights(torch.nn.Module(), {}), {}
+
+
+def _folder_of(model: Any) -> Path:
+    """Where the model's checkpoint is on this machine; otherwise a folder that is not there, to be named in messages."""
+    name = getattr(model, "name_or_path", "")
+    try:
+        return locate(name, revision=getattr(model.config, "_commit_hash", None), local_files_only=True)
+    except TowerError:
+        # Never the current folder, which may hold another model's processor.
+        return Path(name or f"<{type(model).__name__} in memory>")
 
 
 def _nothing_to_fetch(*arguments: Any, **named: Any) -> None:

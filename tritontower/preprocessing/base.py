@@ -168,7 +168,15 @@ class Preprocessor(ABC):
         Raises:
             UsageError: it does not.
         """
-        raise UsageError(
+        raise self._no_clips()
+
+    def check_takes_clips(self) -> None:
+        """Raises what :meth:`clip` would raise for a tower that takes no clips; looks at no frame."""
+        if type(self).clip is Preprocessor.clip:
+            raise self._no_clips()
+
+    def _no_clips(self) -> UsageError:
+        return UsageError(
             f"this tower takes no video: the {self.config.family} family encodes still pictures only; "
             "encode the frames one by one"
         )
