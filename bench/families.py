@@ -24,7 +24,7 @@ import torch
 from tritontower import VisionTower
 from tritontower.batch import PackedBatch
 from tritontower.drawing import text_table
-from tritontower.errors import ReferenceModelError
+from tritontower.errors import ReferenceModelError, shorten
 from tritontower.families import FamilySummary, family_files
 from tritontower.parity import Reference
 from tritontower.random_checkpoint import write_random_checkpoint
@@ -108,7 +108,7 @@ def main() -> None:
         try:
             rows += measure(known[title], arguments)
         except ReferenceModelError as error:
-            print(f"{title} is left out: {error}", file=sys.stderr)
+            print(f"{title} is left out: {shorten(str(error), 160)}", file=sys.stderr)
     facts = provenance(torch.device(arguments.device))
     document = {"bench": "families", "dtype": arguments.dtype, "depth": arguments.depth, **facts, "rows": rows}
     print(_table(document))
