@@ -1,6 +1,7 @@
 """The whole way: pictures → embeddings, held against transformers on small random checkpoints."""
 
 import contextvars
+import json
 import pickle
 import random
 import threading
@@ -360,3 +361,17 @@ def test_a_tower_says_what_it_is(qwen2_vl: Path, tower: VisionTower) -> None:
     assert repr(tower) == "<VisionTower qwen2_vl: 3 blocks, 64 → 48 wide, torch.float32 on cpu>"
     delayed = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True)
     assert repr(delayed).endswith("not loaded, for cpu>")
+
+
+@pytest.mark.parametrize("section", [None, "vision_config", "text_config"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_dtype_is_the_declared_one_wherever_it_is_declared(
+    qwen2_vl: Path, tmp_path: Path, section: str | None, key: str
+) -> None:
+    config = json.loads((qwen2_vl / "config.json").read_text())
+    for part in (config, config["vision_config"], config["text_config"]):
+        part.pop("dtype", None)
+        part.pop("torch_dtype", None)
+    (config[section] if section else config)[key] = "float16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert VisionTower.from_pretrained(tmp_path, device="cpu", delay_load=True).dtype == torch.float16

@@ -696,9 +696,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 def _declared_dtype(reader: ConfigReader) -> torch.dtype | None:
     """What a configuration says the model is computed in, if a tower can be."""
-    for key in ("dtype", "torch_dtype", "vision_config.dtype", "vision_config.torch_dtype"):
-        if reader.has(key):
-            return DTYPES.get(reader.get(str, key).removeprefix("torch."))
+    for section in ("", "vision_config.", "text_config."):
+        for key in (f"{section}dtype", f"{section}torch_dtype"):
+            if reader.has(key):
+                return DTYPES.get(reader.get(str, key).removeprefix("torch."))
     return None
 
 
