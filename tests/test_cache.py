@@ -20,7 +20,7 @@ from tritontower import VisionTower
 from tritontower.cache import CacheStats, EmbeddingCache, files_identity, framed_digest, preprocessing_identity
 from tritontower.embedding import ImageEmbedding
 from tritontower.encoding import ItemError
-from tritontower.errors import Limits, NonFiniteOutputError, UsageError
+from tritontower.errors import BackendUnavailableError, Limits, NonFiniteOutputError, TowerError, UsageError
 from tritontower.executor import Executor
 from tritontower.images import canonical_rgb
 from tritontower.preprocessing import SmartResize
@@ -372,3 +372,9 @@ def test_a_small_cache_never_mixes_two_pictures(qwen2_vl: Path, data: st.DataObj
 _TOWER: dict[str, VisionTower] = {}
 _PICTURES = [noise(28 + 14 * (seed % 3), 28 + 14 * (seed // 3), seed) for seed in range(6)]
 _EXPECTED: list[ImageEmbedding] = []
+
+
+@pytest.mark.parametrize(("device", "error"), [("mps", BackendUnavailableError), ("attic", UsageError)])
+def test_a_device_that_is_not_here_is_refused_at_once(device: str, error: type[TowerError]) -> None:
+    with pytest.raises(error, match="device"):
+        EmbeddingCache(1000, device=device)

@@ -19,7 +19,7 @@ LAYERS = (
     ("errors",),
     ("kernels",),
     ("config", "reader", "weight_files", "drawing", "recipes"),
-    ("images", "visualise", "checkpoint", "dequantise", "locate", "layout", "graph"),
+    ("images", "visualise", "checkpoint", "dequantise", "locate", "layout", "graph", "placement"),
     ("batch", "costs", "memory", "fusion", "weights"),
     ("description", "embedding", "executor", "preprocessing", "reference"),
     ("cache", "encoding", "merging", "mrope", "prompt", "token_space"),

@@ -17,7 +17,7 @@ from .kernels.positions import bilinear_taps, merge_block_positions, window_orde
 from .kernels.segments import Segments
 from .layout import Grid, PictureLayout
 
-__all__ = ["Grid", "PackedBatch"]
+__all__ = ["Grid", "PackedBatch", "expected_workload"]
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
@@ -286,3 +286,24 @@ def _taps(layout: PictureLayout, merged: int, taps: int) -> tuple[torch.Tensor, 
 
 def _scores(segments: Segments) -> int:
     return sum(length * length for length in segments.lengths)
+
+
+def expected_workload(config: TowerConfig, counts: Sequence[int]) -> Workload:
+    """The workload of pictures of which only the patches are known: windows are whole, and no tile is cut or ended."""
+    patches = sum(counts)
+    views = (
+        [count for count in counts if count]
+        if config.num_patches is None
+        else [config.num_patches] * (patches // config.num_patches)
+    )
+    class_rows = len(views) if config.class_token else 0
+    window = 0 if config.windows is None else config.windows.side**2 * config.rows_per_token
+    return Workload(
+        patches=patches + class_rows,
+        tokens=patches // config.rows_per_token + (class_rows if config.keep_class_token else 0),
+        scores=sum((view + bool(class_rows)) ** 2 for view in views),
+        window_scores=sum(view * min(view, window) for view in views),
+        selected=patches + (class_rows if config.keep_class_token else 0),
+        merged=patches // config.rows_per_token,
+        views=len(views),
+    )

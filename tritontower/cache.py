@@ -19,6 +19,7 @@ import torch
 
 from .embedding import ImageEmbedding
 from .errors import UsageError, shorten
+from .placement import device_of
 from .preprocessing import Preprocessor
 from .preprocessing.settings import VIDEO_FILES
 
@@ -71,7 +72,7 @@ class EmbeddingCache:
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
             raise UsageError(f"max_bytes is {shorten(max_bytes)}; allowed: a whole number of bytes ≥ 0")
         self.max_bytes = max_bytes
-        self.device = torch.device(device)
+        self.device = device_of(device)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
         self._lock = Lock()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .batch import PackedBatch
+from .batch import PackedBatch, expected_workload
 from .cache import EmbeddingCache, files_identity, framed_digest, preprocessing_identity
 from .checkpoint import Checkpoint, Progress
 from .config import TowerConfig
@@ -32,7 +32,7 @@ from .encoding import (
     patches_per_pass,
     workers,
 )
-from .errors import BackendUnavailableError, CheckpointNotFoundError, Limits, TowerNotLoadedError, UsageError, shorten
+from .errors import CheckpointNotFoundError, Limits, TowerNotLoadedError, UsageError, shorten
 from .executor import Executor
 from .families import MISTRAL_FORMAT, Family, has_tower, read_family
 from .features import with_features
@@ -42,6 +42,7 @@ from .images import Picture
 from .locate import CONFIG_NAME, fetch_shards, locate
 from .memory import MemoryPlan, plan_memory
 from .mrope import MropeRule
+from .placement import declared_dtype, device_of, dtype_of
 from .preprocessing import Bounds, Preprocessor, pack_views
 from .prompt import PromptLayout
 from .reader import ConfigReader
@@ -53,8 +54,6 @@ SAMPLE_PATCHES = 4096
 """For how many patches a plan is made from which the size of passes follows: enough that roundings do not count."""
 
 _ALIASES = count(1)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class VisionTower:
@@ -147,8 +146,8 @@ class VisionTower:
         Raises:
             TowerError: the checkpoint cannot be used; its subclasses say why.
         """
-        where = _device(device)
-        wanted = _dtype(dtype)
+        where = device_of(device)
+        wanted = dtype_of(dtype)
         folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         reader = _configuration(folder)
         family = with_features(read_family(reader), feature_layer, feature_select)
@@ -160,7 +159,7 @@ class VisionTower:
             )
         preprocessor = make(family.config, folder, limits or Limits(), processor, processor_options or {})
         fetch = partial(fetch_shards, token=token, local_files_only=local_files_only)
-        wanted = wanted or _declared_dtype(reader)
+        wanted = wanted or declared_dtype(reader)
         tower = cls(family, folder, device=where, dtype=wanted, preprocessor=preprocessor, fetch=fetch, cache=cache)
         if not delay_load:
             tower.load(progress=progress)
@@ -530,7 +529,7 @@ class VisionTower:
             run=self._pass,
             release=self.release,
             device=self.device,
-            output_device=self.device if output_device is None else _device(output_device),
+            output_device=self.device if output_device is None else device_of(output_device),
             max_patches=int(max_patches or patches_per_pass(self._sample_plan, self.device)),
             raises=on_error == "raise",
             check_output=check_output,
@@ -607,28 +606,7 @@ class VisionTower:
         if any(count < 0 or count % unit for count in counts):
             reason = "the patches of one token" if config.num_patches is None else "the patches of one view"
             raise UsageError(f"patches {counts} must be multiples of {unit}, {reason}")
-        return _workload_of(config, counts)
-
-
-def _workload_of(config: TowerConfig, counts: Sequence[int]) -> Workload:
-    """The workload of pictures of which only the patches are known: windows are whole, and no tile is cut or ended."""
-    patches = sum(counts)
-    views = (
-        [count for count in counts if count]
-        if config.num_patches is None
-        else [config.num_patches] * (patches // config.num_patches)
-    )
-    class_rows = len(views) if config.class_token else 0
-    window = 0 if config.windows is None else config.windows.side**2 * config.rows_per_token
-    return Workload(
-        patches=patches + class_rows,
-        tokens=patches // config.rows_per_token + (class_rows if config.keep_class_token else 0),
-        scores=sum((view + bool(class_rows)) ** 2 for view in views),
-        window_scores=sum(view * min(view, window) for view in views),
-        selected=patches + (class_rows if config.keep_class_token else 0),
-        merged=patches // config.rows_per_token,
-        views=len(views),
-    )
+        return expected_workload(config, counts)
 
 
 def _configuration(folder: Path) -> ConfigReader:
@@ -671,42 +649,3 @@ def _frames(frames: Iterable[Picture]) -> list[Picture]:
     if _is_one(frames) and getattr(frames, "ndim", 0) != 4:
         raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the clip's frames, in order")
     return list(frames)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        where = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise UsageError(f"device {str(device)!r} is not one of torch's; use 'cpu' or 'cuda', 'cuda:1', …") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailableError(
-            f"device {str(device)!r} was asked for, but torch {torch.__version__} sees no GPU here; use device='cpu', or "
-            "see what `tritontower env` reports"
-        )
-    if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
-        raise BackendUnavailableError(
-            f"device {str(device)!r} was asked for, but torch sees {torch.cuda.device_count()} GPUs here, counted from 0"
-        )
-    if where.type not in ("cpu", "cuda"):
-        raise BackendUnavailableError(f"device {str(device)!r} is not supported; allowed: 'cpu', 'cuda'")
-    return where
-
-
-def _declared_dtype(reader: ConfigReader) -> torch.dtype | None:
-    """What a configuration says the model is computed in, if a tower can be."""
-    for section in ("", "vision_config.", "text_config."):
-        for key in (f"{section}dtype", f"{section}torch_dtype"):
-            if reader.has(key):
-                return DTYPES.get(reader.get(str, key).removeprefix("torch."))
-    return None
-
-
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype == "auto":
-        return None
-    if wanted not in DTYPES.values():
-        raise UsageError(f"dtype {str(dtype)!r} is not supported; allowed: 'auto', {', '.join(map(repr, DTYPES))}")
-    return wanted
