@@ -30,6 +30,8 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
         plain = torch.ops.mkldnn._linear_pointwise(x, weight, x[0], "none", [], "")
         added = torch.ops.mkldnn._linear_pointwise.binary(x, weight, weight, None, "add")
     except (AttributeError, NotImplementedError, RuntimeError):
+        # No such operation in this torch, none for this dtype, or no such instructions in this CPU: torch says each of
+        # the three in its own way, and the caller has another product to take.
         return False
     # Small integers: every sum is exact, in whatever order.
     return torch.equal(plain.float(), (expected + x[0].float()).to(dtype).float()) and torch.equal(

@@ -8,7 +8,7 @@ each other than from the truth, so each is held against transformers in fp32, an
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,32 +165,26 @@ class Reference:
             Value of the graph → its rows inside transformers; ``None`` if the model did not run through the modules.
         """
         found: dict[tuple[str, str], torch.Tensor] = {}
-        handles = []
-        for path, side in sorted({(path, value.side) for value in names.values() for path in value.paths}):
-            module = self.model.get_submodule(path)
-
-            def keep_input(_module: Any, inputs: Any, key: tuple[str, str] = (path, side)) -> None:
-                found[key] = _rows(inputs[0])
-
-            def keep_output(_module: Any, _inputs: Any, output: Any, key: tuple[str, str] = (path, side)) -> None:
-                found[key] = _rows(output[0] if isinstance(output, tuple) else output)
-
-            hook = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
-            handles.append(hook(keep_input if side == "input" else keep_output))
 
         def value(name: str) -> torch.Tensor | None:
             if name not in names:
                 return None
-            parts = [found.get((path, names[name].side)) for path in names[name].paths]
-            return (
-                None if any(part is None for part in parts) else torch.cat([p for p in parts if p is not None], dim=1)
-            )
+            parts = [found[key] for path in names[name].paths if (key := (path, names[name].side)) in found]
+            return torch.cat(parts, dim=1) if len(parts) == len(names[name].paths) else None
 
-        try:
+        with ExitStack() as hooks:
+            for path, side in sorted({(path, value.side) for value in names.values() for path in value.paths}):
+                module = self.model.get_submodule(path)
+
+                def keep_input(_module: Any, inputs: Any, key: tuple[str, str] = (path, side)) -> None:
+                    found[key] = _rows(inputs[0])
+
+                def keep_output(_module: Any, _inputs: Any, output: Any, key: tuple[str, str] = (path, side)) -> None:
+                    found[key] = _rows(output[0] if isinstance(output, tuple) else output)
+
+                hook = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+                hooks.callback(hook(keep_input if side == "input" else keep_output).remove)
             yield value
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
