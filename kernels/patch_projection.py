@@ -24,7 +24,8 @@ from . import configs
 from ._triton import tl, triton
 from .configs import TRITON_TYPES, CompileSpec
 from .dispatch import on_device_of_first, runs_kernel
-from .linear import LinearConfig, accumulate, grouped_tile, linear_reference
+from .linear import LinearConfig, accumulate, grouped_tile
+from .linear_reference import linear_reference
 
 __all__ = [
     "compile_specs",

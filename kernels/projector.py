@@ -25,8 +25,9 @@ from . import configs
 from . import norm as norms
 from .configs import CompileSpec
 from .dispatch import on_device_of_first, runs_kernel
-from .linear import EPILOGUES, LinearConfig, compile_spec, launch_linear, linear_reference, split_specs
+from .linear import EPILOGUES, LinearConfig, compile_spec, launch_linear, split_specs
 from .linear import default_config as linear_config
+from .linear_reference import linear_reference
 from .norm import NormKind, Rounding
 
 __all__ = [

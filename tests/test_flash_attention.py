@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error
 
-from tritontower.kernels import configs, cpu, dispatch, flash_attention
+from tritontower.kernels import attention_reference, configs, cpu, dispatch
 from tritontower.kernels.flash_attention import (
     FlashAttentionConfig,
     default_config,
@@ -48,8 +48,8 @@ def backend(request, monkeypatch):
     if request.param == "kernel":
         return contextlib.nullcontext
     monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: request.param == "products")
-    monkeypatch.setattr(flash_attention, "LENGTH_FOR_PRODUCTS", 1)
-    monkeypatch.setattr(flash_attention, "_SCORES_BYTES", 1)
+    monkeypatch.setattr(attention_reference, "LENGTH_FOR_PRODUCTS", 1)
+    monkeypatch.setattr(attention_reference, "_SCORES_BYTES", 1)
     return functools.partial(dispatch.use, "reference")
 
 
@@ -67,7 +67,7 @@ def test_kernel_against_fp64(kernel_device, poisoned_empty, head_dim, dtype):
 @pytest.mark.parametrize("by_products", [False, True])
 def test_reference_against_fp64(monkeypatch, poisoned_empty, head_dim, dtype, by_products):
     monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: by_products)
-    monkeypatch.setattr(flash_attention, "LENGTH_FOR_PRODUCTS", 1)
+    monkeypatch.setattr(attention_reference, "LENGTH_FOR_PRODUCTS", 1)
     segments = Segments([1, 64, 64, 77, 0, 64, 150])
     q, k, v = fused_projection(segments, head_dim, dtype)
     out = flash_attention_varlen(q, k, v, segments)

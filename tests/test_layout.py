@@ -20,7 +20,7 @@ LAYERS = (
     ("kernels",),
     ("config", "reader", "weight_files", "drawing", "recipes"),
     ("images", "visualise", "checkpoint", "dequantise", "locate", "layout", "graph", "placement"),
-    ("batch", "costs", "memory", "fusion", "weights"),
+    ("batch", "bindings", "costs", "memory", "fusion", "weights"),
     ("description", "embedding", "executor", "preprocessing", "reference"),
     ("cache", "encoding", "merging", "mrope", "prompt", "token_space"),
     ("families",),

@@ -9,7 +9,7 @@ import torch
 from support.numbers import TOLERANCE, relative_error, tolerance
 
 from tritontower.kernels import cpu
-from tritontower.kernels import linear as linear_module
+from tritontower.kernels import linear_reference as linear_reference_module
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from tritontower.kernels.linear import (
     EPILOGUES,
@@ -17,8 +17,8 @@ from tritontower.kernels.linear import (
     compile_specs,
     default_config,
     linear,
-    linear_reference,
 )
+from tritontower.kernels.linear_reference import linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = [None, *EPILOGUES]
@@ -135,7 +135,7 @@ def threads(request):
 def test_reference_row_alone_has_the_bits_it_has_in_a_pack(monkeypatch, threads, dtype, activation, fused):
     if not fused:
         monkeypatch.setattr(cpu, "onednn_multiplies", lambda dtype: False)
-    monkeypatch.setattr(linear_module, "_CHUNK_BYTES", 500 * 34 * 4)
+    monkeypatch.setattr(linear_reference_module, "_CHUNK_BYTES", 500 * 34 * 4)
     x, weight, bias, residual = inputs(1030, 34, 588, dtype, activation)
 
     def run(rows):
@@ -161,7 +161,7 @@ def test_reference_is_row_invariant_for_strided_rows(threads, dtype, inner):
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("activation", [None, "gelu", "silu_gated"])
 def test_out_may_be_the_residual(request, monkeypatch, backend, activation):
-    monkeypatch.setattr(linear_module, "_CHUNK_BYTES", 8 * 20 * 2)
+    monkeypatch.setattr(linear_reference_module, "_CHUNK_BYTES", 8 * 20 * 2)
     device = request.getfixturevalue("kernel_device") if backend == "kernel" else "cpu"
     rows = 37
     x, weight, bias, residual = inputs(rows, 20, 77, torch.bfloat16, activation, device)
