@@ -30,7 +30,7 @@ PICTURES    ?=
 DEMO_FLAGS  ?=
 BENCH       ?= towers
 BENCH_FLAGS ?=
-GPU_FLAGS   ?= -p no:cacheprovider
+GPU_FLAGS   ?=
 GPU_PYTHON  := $(if $(NO_VENV),$(PYTHON),$(VENV_PYTHON))
 
 .PHONY: help demo test lint bench gpu clean
@@ -49,12 +49,11 @@ lint: $(VENV)/.ready-dev ## Check style, format and types
 	@$(VENV_PYTHON) -m ruff format --check .
 	@$(VENV_PYTHON) -m mypy
 
-bench: $(VENV)/.ready-dev ## Measure (BENCH=towers BENCH_FLAGS="--help")
-	@$(VENV_PYTHON) -m bench.$(BENCH) $(BENCH_FLAGS)
+bench: $(VENV)/.ready-dev ## Measure (BENCH=towers BENCH_FLAGS="--help"; also kernels, preprocessing, loading, launches, memory)
+	@$(VENV_PYTHON) -m tritontower bench $(BENCH) $(BENCH_FLAGS)
 
-gpu: $(if $(NO_VENV),,$(VENV)/.ready-dev) ## Run the tests with kernels compiled for the GPU of this machine (NO_VENV=1: with its python3)
-	@$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "this torch sees no GPU: " + torch.__version__'
-	@$(GPU_PYTHON) -m pytest $(GPU_FLAGS)
+gpu: $(if $(NO_VENV),,$(VENV)/.ready-dev) ## Test and measure everything on the GPU of this machine (GPU_FLAGS="--stage tests"; NO_VENV=1: with its python3)
+	@$(GPU_PYTHON) -m bench.campaign $(GPU_FLAGS)
 
 clean: ## Remove the environment and everything made
 	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

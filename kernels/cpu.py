@@ -9,15 +9,33 @@ import platform
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from .elementwise import activation_reference
 
-__all__ = ["compute_dtype", "fewest_rows", "fused_attention_is_slow", "onednn_multiplies", "product", "row_chunks"]
+__all__ = [
+    "PackedWeight",
+    "compute_dtype",
+    "fewest_rows",
+    "fused_attention_is_slow",
+    "onednn_exponentiates",
+    "onednn_multiplies",
+    "onednn_packs",
+    "pack",
+    "product",
+    "row_chunks",
+]
 
 # oneDNN's name of each activation it applies to the fp32 sums: (attribute, algorithm).
-_POST_OPERATIONS = {None: ("none", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+_POST_OPERATIONS = {
+    None: ("none", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "sigmoid": ("sigmoid", ""),
+}
 
 
 @lru_cache
@@ -36,6 +54,74 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     # Small integers: every sum is exact, in whatever order.
     return torch.equal(plain.float(), (expected + x[0].float()).to(dtype).float()) and torch.equal(
         added.float(), (expected + weight.float()).to(dtype).float()
+    )
+
+
+class PackedWeight(torch.Tensor):
+    """A weight ``[N, K]`` in oneDNN's own order: it has a shape and a dtype, but only :func:`product` reads its values.
+
+    oneDNN brings a plain weight into that order again in every product, which for some hundred rows costs a tenth to a
+    quarter of it.  Made by :func:`pack`.
+
+    Attributes:
+        parts: the rows in one piece, or in the two halves of a gated product.
+    """
+
+    parts: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def __new__(cls, parts: tuple[torch.Tensor, ...]) -> Self:
+        """``parts``: matrices that oneDNN has packed, of one width."""
+        shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+        weight: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=parts[0].dtype)
+        weight.parts = parts
+        return weight
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        """The shape; values have another order."""
+        return f"PackedWeight({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operation: Any, types: object, arguments: object = (), named: object = None
+    ) -> Any:
+        """Refuses every operation."""
+        raise TypeError(
+            f"{operation} was asked for of a packed weight, which only linear products on the CPU can read; pass the "
+            "plain weight"
+        )
+
+
+@lru_cache
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether a weight of ``dtype`` can be packed here, and products by it have the bits of those by the plain one."""
+    if not onednn_multiplies(dtype):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 96, generator=generator).to(dtype) for rows in (48, 80))
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        products = [torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in (weight, packed)]
+    except (AttributeError, NotImplementedError, RuntimeError):
+        # As in `onednn_multiplies`: torch has three ways to say that it cannot.
+        return False
+    return packed.is_mkldnn and torch.equal(*products)
+
+
+def pack(weight: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
+    """A copy of a CPU weight ``[N, K]`` in oneDNN's order, or the weight itself where there is no such thing.
+
+    Args:
+        weight: the plain weight.
+        gated: it is ``[gate; up]``, whose halves are multiplied one by one.
+    """
+    if weight.device.type != "cpu" or not onednn_packs(weight.dtype):
+        return weight
+    return PackedWeight(
+        tuple(
+            torch.ops.mkldnn._reorder_linear_weight(part.detach().contiguous())
+            for part in weight.chunk(2 if gated else 1)
+        )
     )
 
 
@@ -83,6 +169,27 @@ def product(
         if combine is not None:
             return y.add_(combine[1]) if combine[0] == "add" else y.mul_(combine[1])
     return y if activation is None else activation_reference(y, activation, out=y)
+
+
+@lru_cache
+def onednn_exponentiates(dtype: torch.dtype) -> bool:
+    """Whether a product's ``sigmoid`` is an exponential far below zero, and rounded to bf16 no sooner than at the store.
+
+    True of bf16 alone: fp16 has no numbers that small, and fp32 needs the last bits that a large shift takes away.
+    """
+    if dtype != torch.bfloat16 or not onednn_multiplies(dtype):
+        return False
+    exponents = -torch.arange(10, 84, 0.5)
+    # 16 bits of an exponent: a multiple of a half and a small rest, whose sum bf16 could not hold.
+    x = torch.stack([exponents, torch.full_like(exponents, -0.0078125)], dim=1).to(dtype)
+    weight = torch.ones(32, 2, dtype=dtype)
+    expected = torch.exp(x.double().sum(1, keepdim=True)).to(dtype).expand(-1, 32)
+    try:
+        weights = product(x, weight, None, "sigmoid")
+    except RuntimeError:
+        return False
+    # One unit in the last place of bf16 is at most 2⁻⁷; e^0.0078 is as much, so a sum rounded to bf16 would be seen.
+    return bool(((weights.double() / expected.double() - 1).abs() < 2**-7.5).all())
 
 
 @lru_cache

@@ -22,7 +22,7 @@ import torch
 
 from ._triton import HAS_TRITON, INTERPRETED
 
-__all__ = ["Backend", "backend_for", "on_device_of_first", "runs_kernel", "use"]
+__all__ = ["Backend", "backend_for", "backend_on", "on_device_of_first", "runs_kernel", "use"]
 
 Backend = Literal["triton", "interpreter", "reference"]
 
@@ -37,16 +37,21 @@ def backend_for(tensor: torch.Tensor) -> Backend:
     Raises:
         RuntimeError: an override asks for a backend that cannot take this tensor here.
     """
+    return backend_on(tensor.device)
+
+
+def backend_on(device: torch.device) -> Backend:
+    """The backend that an operation on tensors of ``device`` takes; raises what :func:`backend_for` does."""
     wanted = _override.get()
     natural: Backend
-    if tensor.is_cuda:
+    if device.type == "cuda":
         natural = "triton" if HAS_TRITON else "reference"
     else:
         natural = "interpreter" if INTERPRETED else "reference"
     if wanted is None or wanted == natural or wanted == "reference":
         return wanted or natural
     raise RuntimeError(
-        f"backend {wanted!r} was asked for, but a tensor on {tensor.device} can only take {natural!r} or 'reference' "
+        f"backend {wanted!r} was asked for, but a tensor on {device} can only take {natural!r} or 'reference' "
         "here; the interpreter needs TRITON_INTERPRET=1 in the environment before the first import"
     )
 

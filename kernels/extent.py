@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Extent"]
+__all__ = ["Extent", "live_rows", "planned_rows"]
 
 
 @dataclass(frozen=True)
@@ -21,3 +21,25 @@ class Extent:
     """Rows that the configuration is chosen for."""
     live: torch.Tensor | None = None
     """``[1]`` int32 on the device: the rows that count; ``None``: all."""
+
+
+def planned_rows(extent: Extent | None, rows: int) -> int:
+    """The rows that a launch over ``rows`` rows chooses its configuration for."""
+    return rows if extent is None else extent.planned
+
+
+def live_rows(extent: Extent | None, device: torch.device) -> torch.Tensor | None:
+    """What a kernel on ``device`` reads the rows that count from; ``None``: they all do.
+
+    Raises:
+        ValueError: ``extent.live`` is not one number.
+        TypeError: it is not int32, or lies on another device.
+    """
+    live = None if extent is None else extent.live
+    if live is None:
+        return None
+    if live.dtype != torch.int32 or live.device != device:
+        raise TypeError(f"extent.live is {live.dtype} on {live.device}; it has to be torch.int32 on {device}")
+    if live.numel() != 1:
+        raise ValueError(f"extent.live has shape {tuple(live.shape)}; it has to be one number, [1]")
+    return live

@@ -12,7 +12,8 @@ With a ``residual``, ``x`` is ``x + residual`` rounded to the activation dtype, 
 
 Shapes: ``[N, D]``, rows any distance apart.  One program owns ``rows`` whole rows and keeps them in registers: one read,
 an exact two-pass variance.  A ``D`` that is the sum of two powers of two (1280 = 1024 + 256, 1152 = 1024 + 128) is held
-in two blocks of just that size; any other is masked up to the next power of two.  Bound by memory: reads ``N·D`` (twice
+in two blocks of just that size; any other is masked up to the next power of two.  Where a launch is planned for more rows
+than there are (:mod:`.extent`), a program whose rows are all beyond writes zeros.  Bound by memory: reads ``N·D`` (twice
 that with a residual) and writes as much; about 8 FLOPs an element.
 """
 
@@ -25,12 +26,15 @@ from . import configs
 from ._triton import tl, triton
 from .configs import CompileSpec
 from .dispatch import on_device_of_first, runs_kernel
+from .extent import Extent, live_rows, planned_rows
+from .tables import configuration, tuned
 
 __all__ = [
     "MAX_WIDTH",
     "NormConfig",
     "NormKind",
     "Rounding",
+    "choose_config",
     "compile_specs",
     "default_config",
     "launch_norm",
@@ -150,14 +154,32 @@ def _centred(x, mean, START: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
+def _clear(OUT, row, valid, stride, START: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    # Zeros in the columns [START, START + BLOCK).
+    column = START + tl.arange(0, BLOCK)[None, :]
+    zeros = tl.zeros([row.shape[0], BLOCK], OUT.dtype.element_ty)
+    tl.store(OUT + row[:, None] * stride + column, zeros, mask=valid[:, None] & (column < WIDTH))
+
+
+@triton.jit
 def _norm_kernel(
-    X, WEIGHT, BIAS, OUT, RESIDUAL, SUM, ROW_INDEX, rows, x_stride, out_stride, residual_stride, sum_stride, eps,
+    X, WEIGHT, BIAS, OUT, RESIDUAL, SUM, ROW_INDEX, LIVE, rows, x_stride, out_stride, residual_stride, sum_stride, eps,
     KIND: tl.constexpr, ROUND_BEFORE_WEIGHT: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr,
     TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     # Owns ROWS whole rows, as a block of HEAD columns and, where TAIL > 0, a second one of TAIL columns.
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
+    if LIVE is not None:  # noqa: SIM102  (the compiler decides the first, the program the second)
+        if tl.program_id(0) * ROWS >= tl.load(LIVE):
+            _clear(OUT, row, valid, out_stride, 0, HEAD, WIDTH)
+            if TAIL > 0:
+                _clear(OUT, row, valid, out_stride, HEAD, TAIL, WIDTH)
+            if SUM is not None:
+                _clear(SUM, row, valid, sum_stride, 0, HEAD, WIDTH)
+                if TAIL > 0:
+                    _clear(SUM, row, valid, sum_stride, HEAD, TAIL, WIDTH)
+            return
     source = row
     if ROW_INDEX is not None:
         source = tl.load(ROW_INDEX + row, mask=valid, other=0).to(tl.int64)
@@ -218,6 +240,15 @@ def default_config(width: int, architecture: str) -> NormConfig:
     return NormConfig(rows=rows, num_warps=1 << (warps.bit_length() - 1))
 
 
+def choose_config(
+    width: int, kind: str, rows: int, *, dtype: torch.dtype, residual: bool, device: torch.device
+) -> NormConfig:
+    """What the tables of tuned configurations say of a launch, or the default."""
+    constants = {"width": width, "kind": kind, "residual": residual}
+    found = configuration(NormConfig, tuned("norm", device, dtype, constants, {"rows": rows}))
+    return found or default_config(width, configs.architecture(device))
+
+
 @on_device_of_first
 def launch_norm(
     x: torch.Tensor,
@@ -232,8 +263,9 @@ def launch_norm(
     residual: torch.Tensor | None = None,
     residual_out: torch.Tensor | None = None,
     row_index: torch.Tensor | None = None,
+    live: torch.Tensor | None = None,
 ) -> None:
-    """The norm of validated, non-empty tensors, as :func:`norm_reference`."""
+    """The norm of validated, non-empty tensors, as :func:`norm_reference`; ``live``: see :func:`.extent.live_rows`."""
     rows, width = out.shape
     head, tail = _blocks(width)
     _norm_kernel[(triton.cdiv(rows, config.rows),)](
@@ -244,6 +276,7 @@ def launch_norm(
         residual,
         residual_out,
         row_index,
+        live,
         rows,
         x.stride(0),
         out.stride(0),
@@ -325,6 +358,7 @@ def norm(
     row_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: NormConfig | None = None,
+    extent: Extent | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalises rows; see the module's description for the formulas.
 
@@ -340,6 +374,8 @@ def norm(
         row_index: ``[M]`` int32, the input row of each output row; a permutation when there is a ``residual``.
         out: ``[M, D]`` (``[N, D]`` without ``row_index``), last stride 1; may be ``x`` itself unless rows are gathered.
         config: launch configuration of the kernel; the default for ``D`` and the device if not given.
+        extent: how many of the rows of ``out`` count; a kernel may write zeros to those beyond (and to those of
+            ``residual_out``).  Not together with both ``residual`` and ``row_index``.
 
     Returns:
         The normalised rows, and the sum beside them when a ``residual`` was given.
@@ -370,6 +406,8 @@ def norm(
         _validate_rows("residual_out", residual_out, x, x.shape[0])
         if x.numel() and residual_out.data_ptr() in (x.data_ptr(), residual.data_ptr()):
             raise ValueError("residual_out is x or residual; the sum needs rows of its own")
+        if extent is not None and row_index is not None:
+            raise ValueError("extent counts rows of out, but the sum's rows are in another order: leave row_index out")
     elif residual_out is not None:
         raise ValueError("residual_out was given without a residual: there is no sum to store")
     if rows and x.shape[0] == 0:
@@ -385,8 +423,15 @@ def norm(
             "row_index": row_index,
         }
         if runs_kernel(x):
-            config = config or default_config(x.shape[1], configs.architecture(x.device))
-            launch_norm(x, weight, bias, out, config, **arguments)
+            config = config or choose_config(
+                x.shape[1],
+                kind,
+                planned_rows(extent, rows),
+                dtype=x.dtype,
+                residual=residual is not None,
+                device=x.device,
+            )
+            launch_norm(x, weight, bias, out, config, **arguments, live=live_rows(extent, x.device))
         else:
             norm_reference(x, weight, bias, out, **arguments)
     return out if residual_out is None else (out, residual_out)
@@ -397,6 +442,7 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
     variants = [
         ("layer_norm", "once", 1280, "bf16", "BIAS"),
         ("layer_norm", "once", 1280, "bf16", "BIAS RESIDUAL SUM"),
+        ("layer_norm", "once", 1280, "bf16", "BIAS RESIDUAL SUM LIVE"),
         ("layer_norm", "once", 1152, "bf16", "BIAS RESIDUAL SUM"),
         ("layer_norm", "once", 1024, "fp16", "BIAS RESIDUAL SUM"),
         ("layer_norm", "once", 768, "fp32", "BIAS"),
@@ -413,14 +459,14 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
 def _compile_spec(kind: str, rounding: str, width: int, element: str, present: str, architecture: str) -> CompileSpec:
     config = default_config(width, architecture)
     head, tail = _blocks(width)
-    optional = ("BIAS", "RESIDUAL", "SUM", "ROW_INDEX")
+    optional = ("BIAS", "RESIDUAL", "SUM", "ROW_INDEX", "LIVE")
     pointers = ("X", "WEIGHT", "OUT", *present.split())
     strides = ("x_stride", "out_stride", "residual_stride", "sum_stride")
     return CompileSpec(
         name=f"{kind} {element} {width} {present.lower()}".strip(),
         kernel=_norm_kernel,
         signature=dict.fromkeys(pointers, f"*{element}")
-        | ({"ROW_INDEX": "*i32"} if "ROW_INDEX" in pointers else {})
+        | {name: "*i32" for name in ("ROW_INDEX", "LIVE") if name in pointers}
         | dict.fromkeys(("rows", *strides), "i32")
         | {"eps": "fp32"},
         constants=dict.fromkeys(name for name in optional if name not in pointers)

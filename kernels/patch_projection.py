@@ -24,10 +24,14 @@ from . import configs
 from ._triton import tl, triton
 from .configs import TRITON_TYPES, CompileSpec
 from .dispatch import on_device_of_first, runs_kernel
-from .linear import LinearConfig, accumulate, grouped_tile
+from .extent import Extent, live_rows, planned_rows
+from .linear import LinearConfig, describe, operand_types, operands, walk
 from .linear_reference import linear_reference
+from .tables import configuration, tuned
+from .tiles import accumulate, first_row_and_column, store_zeros
 
 __all__ = [
+    "choose_config",
     "compile_specs",
     "default_config",
     "fold_normalisation",
@@ -138,28 +142,31 @@ def patch_projection_reference(
 
 @triton.jit
 def _patch_projection_kernel(
-    PATCHES, WEIGHT, BIAS, POSITION_TABLE, POSITION_INDEX, OUT, rows, columns, inner,
+    PATCHES, WEIGHT, BIAS, POSITION_TABLE, POSITION_INDEX, OUT, LIVE, rows, columns, inner,
     patches_stride, weight_stride, position_stride, out_stride,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
     # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT.
-    row_tile, column_tile = grouped_tile(tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS)
-    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    column = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    patch_row = tl.minimum(row, rows - 1).to(tl.int64)
-    weight_row = tl.minimum(column, columns - 1).to(tl.int64)
+    first_row, first_column = first_row_and_column(
+        tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS
+    )
+    if LIVE is not None and first_row >= tl.load(LIVE):
+        store_zeros(OUT, first_row, first_column, rows, columns, out_stride, BLOCK_ROWS, BLOCK_COLUMNS)
+        return
     total, _ = accumulate(
-        PATCHES, WEIGHT, patch_row, weight_row, 0, inner, patches_stride, weight_stride, 0,
-        False, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
+        PATCHES, WEIGHT, first_row, first_column, 0, inner, rows, columns, patches_stride, weight_stride, 0,
+        False, EVEN, DESCRIPTORS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
     )  # fmt: skip
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    column = first_column + tl.arange(0, BLOCK_COLUMNS)
     if BIAS is not None:
         total += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     if POSITION_TABLE is not None:
-        position = patch_row
+        position = tl.minimum(row, rows - 1).to(tl.int64)
         if POSITION_INDEX is not None:
-            position = tl.load(POSITION_INDEX + patch_row).to(tl.int64)
+            position = tl.load(POSITION_INDEX + position).to(tl.int64)
         positions = POSITION_TABLE + position[:, None] * position_stride + column[None, :]
         total += tl.load(positions, mask=inside, other=0.0).to(tl.float32)
     pointers = OUT + row.to(tl.int64)[:, None] * out_stride + column[None, :]
@@ -180,6 +187,15 @@ def default_config(*, dtype: torch.dtype, architecture: str) -> LinearConfig:
     return LinearConfig(128, 128, inner, group_rows=8, num_warps=8, num_stages=stages)
 
 
+def choose_config(
+    rows: int, columns: int, inner: int, *, pixels: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> LinearConfig:
+    """The tuned configuration of such a projection on ``device``, or the default one."""
+    constants = {"columns": columns, "inner": inner, "pixels": str(pixels).removeprefix("torch.")}
+    found = configuration(LinearConfig, tuned("patch_projection", device, dtype, constants, {"rows": rows}))
+    return found or default_config(dtype=dtype, architecture=configs.architecture(device))
+
+
 @on_device_of_first
 def launch_patch_projection(
     patches: torch.Tensor,
@@ -189,46 +205,46 @@ def launch_patch_projection(
     position_index: torch.Tensor | None,
     out: torch.Tensor,
     config: LinearConfig,
+    live: torch.Tensor | None = None,
 ) -> None:
-    """``out = cast(pixels) Wᵀ + b (+ position)`` for validated, non-empty tensors; ``config.split`` is not used."""
+    """``out = cast(pixels) Wᵀ + b (+ position)`` for validated, non-empty tensors; zeros in tiles beyond ``live``.
+
+    ``config.split`` and ``config.vendor`` are not used.
+    """
     (rows, inner), columns = patches.shape, weight.shape[0]
     grid = (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)
+    left, right, described = operands(patches, weight, config)
     _patch_projection_kernel[grid](
-        patches, weight, bias, position_table, position_index, out, rows, columns, inner,
+        left, right, bias, position_table, position_index, out, live, rows, columns, inner,
         patches.stride(0), weight.stride(0), 0 if position_table is None else position_table.stride(0), out.stride(0),
-        EVEN=inner % config.block_inner == 0,
-        BLOCK_ROWS=config.block_rows,
-        BLOCK_COLUMNS=config.block_columns,
-        BLOCK_INNER=config.block_inner,
-        GROUP_ROWS=config.group_rows,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        DESCRIPTORS=described, **walk(config, even=inner % config.block_inner == 0),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 
 def compile_specs(architecture: str) -> list[CompileSpec]:
     """The shipped configurations: every kind of pixel, ragged K (588, 1176, padded rows), with and without positions."""
 
-    def spec(pixels: torch.dtype, dtype: torch.dtype, *, positions: bool, even: bool) -> CompileSpec:
+    def spec(
+        pixels: torch.dtype, dtype: torch.dtype, *, positions: bool, even: bool, live: bool = False
+    ) -> CompileSpec:
         config = default_config(dtype=dtype, architecture=architecture)
         pixel, element = TRITON_TYPES[pixels], TRITON_TYPES[dtype]
-        blocks = f"{config.block_rows}x{config.block_columns}x{config.block_inner}"
-        kind = ("positions " if positions else "") + ("" if even else "ragged ")
-        pointers = {"PATCHES": f"*{pixel}", "WEIGHT": f"*{element}", "BIAS": f"*{element}", "OUT": f"*{element}"}
+        kind = ("positions " if positions else "") + ("" if even else "ragged ") + ("live " if live else "")
+        types, described = operand_types(element, pixel, config)
+        types["PATCHES"] = types.pop("X")
+        pointers = types | {"BIAS": f"*{element}", "OUT": f"*{element}"} | ({"LIVE": "*i32"} if live else {})
         if positions:
             pointers |= {"POSITION_TABLE": f"*{element}", "POSITION_INDEX": "*i32"}
         strides = ("columns", "patches_stride", "weight_stride", "position_stride", "out_stride")
         return CompileSpec(
-            name=f"patch_projection {pixel}->{element} {kind}{blocks}",
+            name=f"patch_projection {pixel}->{element} {kind}{describe(config)}",
             kernel=_patch_projection_kernel,
             signature=pointers | dict.fromkeys(("rows", "inner", *strides), "i32"),
             constants={
-                **({} if positions else {"POSITION_TABLE": None, "POSITION_INDEX": None}),
-                "EVEN": even,
-                "BLOCK_ROWS": config.block_rows,
-                "BLOCK_COLUMNS": config.block_columns,
-                "BLOCK_INNER": config.block_inner,
-                "GROUP_ROWS": config.group_rows,
+                **{name: None for name in ("POSITION_TABLE", "POSITION_INDEX", "LIVE") if name not in pointers},
+                **described,
+                **walk(config, even=even),
             },
             divisible_by_16=(*strides, "inner") if even else strides,
             num_warps=config.num_warps,
@@ -241,6 +257,7 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
     return [
         spec(uint8, bf16, positions=False, even=False),
         spec(uint8, bf16, positions=True, even=True),
+        spec(uint8, bf16, positions=True, even=False, live=True),
         spec(fp32, bf16, positions=False, even=False),
         spec(fp32, bf16, positions=True, even=False),
         spec(bf16, bf16, positions=False, even=False),
@@ -275,6 +292,7 @@ def patch_projection(
     position_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
+    extent: Extent | None = None,
 ) -> torch.Tensor:
     """Projects flattened patches, and adds learned positions (transformers: ``Conv3d``/``Conv2d`` of stride = kernel).
 
@@ -287,7 +305,9 @@ def patch_projection(
         position_index: ``[N]`` int32, each in ``[0, P)`` (not checked on a GPU); without it patch r takes row r, and P
             has to be at least N.
         out: where to write, ``[N, D]`` of ``weight``'s dtype; rows any distance apart.
-        config: how to launch the kernel; the default is chosen for the dtype and the device.
+        config: how to launch the kernel; by default the tuned or a safe one for the dtypes and the device.
+        extent: for how many patches the configuration is chosen, and how many count: the kernel writes zeros (the CPU
+            reference the rows' values) where a whole tile of rows lies beyond them.
 
     Returns:
         ``out``, or a new contiguous tensor ``[N, D]``.
@@ -322,6 +342,7 @@ def patch_projection(
                 f"position_table has {position_table.shape[0]} rows for {rows} patches; pass position_index to say which "
                 "row each patch takes"
             )
+    live = live_rows(extent, device)
     if out is not None:
         _check("out", out, dtype, device, (rows, columns))
     else:
@@ -330,6 +351,8 @@ def patch_projection(
         return out
     if not runs_kernel(patches):
         return patch_projection_reference(patches, weight, bias, position_table, position_index, out)
-    config = config or default_config(dtype=dtype, architecture=configs.architecture(device))
-    launch_patch_projection(patches, weight, bias, position_table, position_index, out, config)
+    config = config or choose_config(
+        planned_rows(extent, rows), columns, inner, pixels=patches.dtype, dtype=dtype, device=device
+    )
+    launch_patch_projection(patches, weight, bias, position_table, position_index, out, config, live)
     return out

@@ -14,7 +14,7 @@ computes the ``side × hd/4`` distinct values of each axis, and one program gath
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -180,11 +180,12 @@ def bilinear_taps(
     return index.flatten(1), weights.float().flatten(1)
 
 
-@lru_cache(maxsize=64)
+@cache  # without end: a captured launch reads a table at its address for as long as it is replayed
 def _memoised_axis_table(
     frequencies: tuple[float, ...], side: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     angles = torch.arange(side, dtype=torch.float32, device="cpu")[:, None] * torch.tensor(frequencies, device="cpu")
+    # Waited for: whoever asks next may be on another stream.
     return angles.cos().to(device), angles.sin().to(device)
 
 

@@ -25,13 +25,16 @@ from . import configs
 from . import norm as norms
 from .configs import CompileSpec
 from .dispatch import on_device_of_first, runs_kernel
-from .linear import EPILOGUES, LinearConfig, compile_spec, launch_linear, split_specs
+from .extent import Extent, live_rows, planned_rows
+from .linear import EPILOGUES, GATED, LinearConfig, compile_spec, launch_linear, split_specs
+from .linear import choose_config as choose_linear
 from .linear import default_config as linear_config
 from .linear_reference import linear_reference
 from .norm import NormKind, Rounding
 
 __all__ = [
     "ProjectorConfig",
+    "choose_config",
     "compile_specs",
     "default_config",
     "launch_projector",
@@ -110,6 +113,25 @@ def default_config(
     )
 
 
+def choose_config(
+    tokens: int,
+    width: int,
+    merged: int,
+    hidden: int,
+    columns: int,
+    *,
+    dtype: torch.dtype,
+    activation: str | None,
+    device: torch.device,
+) -> ProjectorConfig:
+    """The tuned configurations of the norm and of both products on ``device``, or the default ones."""
+    return ProjectorConfig(
+        norms.default_config(width, configs.architecture(device)),
+        choose_linear(tokens, hidden, merged, dtype=dtype, activation=activation, residual=False, device=device),
+        choose_linear(tokens, columns, hidden, dtype=dtype, activation=None, residual=False, device=device),
+    )
+
+
 @on_device_of_first
 def launch_projector(
     x: torch.Tensor,
@@ -129,8 +151,9 @@ def launch_projector(
     row_index: torch.Tensor | None = None,
     normed: torch.Tensor | None = None,
     hidden: torch.Tensor | None = None,
+    live: torch.Tensor | None = None,
 ) -> None:
-    """The projector of validated, non-empty tensors, as :func:`projector_reference`."""
+    """The projector of validated, non-empty tensors, as :func:`projector_reference`; zeros in tiles beyond ``live``."""
     if norm_weight is None:
         rows = _gather(x, row_index, normed)
     else:
@@ -141,8 +164,8 @@ def launch_projector(
         )
     if hidden is None:
         hidden = x.new_empty(out.shape[0], weight_2.shape[1])
-    launch_linear(rows.view(out.shape[0], -1), weight_1, bias_1, None, hidden, activation, config.first)
-    launch_linear(hidden, weight_2, bias_2, None, out, None, config.second)
+    launch_linear(rows.view(out.shape[0], -1), weight_1, bias_1, None, hidden, activation, config.first, live)
+    launch_linear(hidden, weight_2, bias_2, None, out, None, config.second, live)
 
 
 def compile_specs(architecture: str) -> list[CompileSpec]:
@@ -154,7 +177,11 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
             tokens, 1280, 5120, 5120, 3584, dtype=dtype, activation="gelu", architecture=architecture
         )
         for stage, activation in ((config.first, "gelu"), (config.second, None)):
-            parts = [compile_spec(dtype, activation, stage)] if stage.split == 1 else split_specs(dtype, stage)
+            parts = (
+                [compile_spec(dtype, activation, stage, architecture)]
+                if stage.split == 1
+                else split_specs(dtype, stage)
+            )
             for part in parts:
                 name = f"projector, {tokens} tokens: {part.name}"
                 specs[name] = replace(part, name=name)
@@ -199,6 +226,7 @@ def projector_mlp(
     hidden: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: ProjectorConfig | None = None,
+    extent: Extent | None = None,
 ) -> torch.Tensor:
     """``W₂ f(W₁ merge(norm(x)) + b₁) + b₂`` (transformers: ``PatchMerger``, ``LlavaMultiModalProjector``, and their kin).
 
@@ -208,7 +236,7 @@ def projector_mlp(
         x: ``[N, D]`` float32, float16 or bfloat16; rows any distance apart.
         norm_weight: ``[D]``; ``None`` leaves the norm out.
         norm_bias: ``[D]``, for ``layer_norm``.
-        weight_1: ``[H, merge·D]`` (``[2·H, merge·D]`` if ``activation`` is ``silu_gated``).
+        weight_1: ``[H, merge·D]`` (``[2·H, merge·D]`` if ``activation`` is gated).
         bias_1: one value per row of ``weight_1``.
         weight_2: ``[O, H]``.
         bias_2: ``[O]``.
@@ -221,7 +249,9 @@ def projector_mlp(
         normed: scratch ``[N, D]``, contiguous; may be ``x`` itself unless rows are gathered.
         hidden: scratch ``[N/merge, H]``.
         out: where to write, ``[N/merge, O]``; rows any distance apart; must not overlap ``hidden``.
-        config: how to launch the kernels; the default is chosen for the shape and the device.
+        config: how to launch the kernels; by default the tuned or a safe one for the shape and the device.
+        extent: of the tokens (not of the rows of ``x``): for how many the configuration is chosen, and how many count.
+            Kernels write zeros (the CPU reference the tokens' values) where a whole tile lies beyond them.
 
     Returns:
         ``out``, or a new contiguous tensor.
@@ -256,7 +286,7 @@ def projector_mlp(
         raise ValueError("norm_bias was given without norm_weight; there is no norm to add it in")
     tokens = rows // merge
     _check("weight_1", weight_1, x, (None, merge * width))
-    inner = weight_1.shape[0] // (2 if activation == "silu_gated" else 1)
+    inner = weight_1.shape[0] // (2 if activation in GATED else 1)
     _check("weight_2", weight_2, x, (None, inner))
     columns = weight_2.shape[0]
     for name, vector, size in (
@@ -267,6 +297,7 @@ def projector_mlp(
     ):
         if vector is not None:
             _check(name, vector, x, (size,))
+    live = live_rows(extent, x.device)
     if normed is not None:
         _check("normed", normed, x, (rows, width), dense=True)
         if row_index is not None and rows and normed.data_ptr() == x.data_ptr():
@@ -293,15 +324,15 @@ def projector_mlp(
         )
         return out
     if config is None:
-        config = default_config(
-            tokens,
+        config = choose_config(
+            planned_rows(extent, tokens),
             width,
             merge * width,
             inner,
             columns,
             dtype=x.dtype,
             activation=activation,
-            architecture=configs.architecture(x.device),
+            device=x.device,
         )
     launch_projector(
         *tensors,
@@ -313,5 +344,6 @@ def projector_mlp(
         row_index=row_index,
         normed=normed,
         hidden=hidden,
+        live=live,
     )
     return out

@@ -3,16 +3,20 @@
 A pack is the rows of many images (or windows, or frames) laid one after another; a *segment* is one run of rows whose
 members attend to each other.  This module holds the arithmetic of such a division: cumulative lengths, the flat list of
 query tiles that the attention kernel walks, and the runs of equal neighbours that the torch reference handles in one
-call.  It needs torch only, and nothing of it is computed twice for one :class:`Segments`.
+call.  Nothing of it is computed twice for one :class:`Segments`.
+
+:class:`PlannedSegments` is a division that changes in place: launches that are captured once and replayed over many packs
+find it at the same address, in tables of the same size, every time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 
-__all__ = ["SegmentRun", "Segments"]
+__all__ = ["PlannedSegments", "SegmentRun", "Segments", "on_device"]
 
 LARGEST_TOTAL = 2**31 - 1
 """Rows are counted in int32 on the device."""
@@ -56,8 +60,8 @@ class Segments:
             )
         self.count: int = len(self.lengths)
         self.longest: int = max(self.lengths, default=0)
-        self._tiles: dict[tuple[int, torch.device], torch.Tensor] = {}
-        self._cu_seqlens: dict[torch.device, torch.Tensor] = {}
+        self._tiles: dict[tuple[int, torch.device, int], torch.Tensor] = {}
+        self._cu_seqlens: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> "Segments":
@@ -84,11 +88,11 @@ class Segments:
         return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
     def cu_seqlens_on(self, device: torch.device) -> torch.Tensor:
-        """:attr:`cu_seqlens` on ``device``, copied once."""
-        device = torch.device(device)
-        if device not in self._cu_seqlens:
-            self._cu_seqlens[device] = self.cu_seqlens.to(device)
-        return self._cu_seqlens[device]
+        """:attr:`cu_seqlens` on ``device``, copied once for each of its streams."""
+        key = (torch.device(device), _stream(device))
+        if key not in self._cu_seqlens:
+            self._cu_seqlens[key] = on_device(self.cu_seqlens, device)
+        return self._cu_seqlens[key]
 
     def tiles(self, block_rows: int, device: torch.device) -> torch.Tensor:
         """Every tile of ``block_rows`` query rows: ``[tiles, 2]`` int32 of (segment, tile within it), made once.
@@ -101,18 +105,10 @@ class Segments:
         """
         if block_rows < 1:
             raise ValueError(f"a tile needs at least one row, got block_rows={block_rows}")
-        key = (block_rows, torch.device(device))
+        key = (block_rows, torch.device(device), _stream(device))
         if key not in self._tiles:
-            self._tiles[key] = self._tile_list(block_rows).to(device)
+            self._tiles[key] = on_device(torch.from_numpy(_tile_list(self.lengths, block_rows)), device)
         return self._tiles[key]
-
-    def _tile_list(self, block_rows: int) -> torch.Tensor:
-        lengths = torch.tensor(self.lengths, dtype=torch.int64)
-        order = torch.argsort(lengths, descending=True, stable=True)
-        tiles_each = (lengths[order] + block_rows - 1) // block_rows
-        segment = torch.repeat_interleave(order, tiles_each)
-        first = torch.repeat_interleave(tiles_each.cumsum(0) - tiles_each, tiles_each)
-        return torch.stack([segment, torch.arange(len(segment)) - first], dim=1).to(torch.int32)
 
     def groups(self) -> tuple[SegmentRun, ...]:
         """The runs of equal neighbouring segments, in row order; together they cover every row exactly once.
@@ -133,6 +129,114 @@ class Segments:
                 runs.append(SegmentRun(length, start, 1))
             start += length
         return tuple(runs)
+
+
+class PlannedSegments(Segments):
+    """A division into at most ``count`` segments of ``total`` rows, in device tables that stay where they are.
+
+    :meth:`assign` says what the division is now; :meth:`rows_of_tables` is what the tables then have to hold, and whoever
+    owns the memory copies it there.  To an operation it is like any other division: ``total``, ``count`` and ``longest``
+    are what it is planned for, ``lengths`` is what it is at the moment.  Segments beyond those assigned are empty; a tile
+    beyond those that there are lies beyond the end of segment 0, and whoever gets it has nothing to do.
+
+    Args:
+        total: rows of all segments.
+        count: the most segments.
+        longest: rows that no segment exceeds.
+        allocate: number of elements → so many int32 on the device, for a table.
+
+    Attributes:
+        sealed: whether a table that there is not yet is refused, as it has to be while launches are captured.
+    """
+
+    def __init__(self, total: int, count: int, longest: int, allocate: Callable[[int], torch.Tensor]) -> None:
+        super().__init__([0] * count)
+        self.total, self.longest = total, longest
+        self.sealed = False
+        self._allocate = allocate
+        self._table = allocate(count + 1)
+        self._tables_of_tiles: dict[int, torch.Tensor] = {}
+
+    # Two of them hold two tables, whatever is in these now.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @staticmethod
+    def planned_tiles(total: int, count: int, longest: int, block_rows: int) -> int:
+        """Tiles that no division into ``count`` segments of ``total`` rows, each at most ``longest``, has more of."""
+        return count if longest <= block_rows else count + total // block_rows
+
+    def assign(self, lengths: Iterable[int]) -> None:
+        """Makes the division one into segments of ``lengths`` rows; the tables are the caller's to fill.
+
+        Raises:
+            ValueError: it is not one that was planned for.
+        """
+        lengths = tuple(lengths)
+        if len(lengths) > self.count or sum(lengths) != self.total or max(lengths, default=0) > self.longest:
+            raise ValueError(
+                f"{_shortened(lengths)} have {sum(lengths)} rows in {len(lengths)} segments of at most "
+                f"{max(lengths, default=0)}; planned are {self.total} in at most {self.count} of at most {self.longest}"
+            )
+        self.lengths = lengths + (0,) * (self.count - len(lengths))
+        # What is computed once for a division is computed again for the next.
+        for name in ("cu_seqlens", "_groups"):
+            self.__dict__.pop(name, None)
+
+    def rows_of_tables(self) -> Iterator[tuple[torch.Tensor, "np.ndarray[tuple[int, ...], np.dtype[np.int32]]"]]:
+        """Each device table, and what it has to hold for the division to be what it was assigned."""
+        ends = np.zeros(self.count + 1, dtype=np.int32)
+        np.cumsum(self.lengths, out=ends[1:])
+        yield self._table, ends
+        for block_rows, table in self._tables_of_tiles.items():
+            tiles = np.empty(table.shape, dtype=np.int32)
+            found = _tile_list(self.lengths, block_rows)
+            tiles[: len(found)] = found
+            tiles[len(found) :] = (0, -(-self.total // block_rows))
+            yield table, tiles
+
+    def cu_seqlens_on(self, device: torch.device) -> torch.Tensor:
+        """The table of cumulative lengths, which is on one device only."""
+        return self._table
+
+    def tiles(self, block_rows: int, device: torch.device) -> torch.Tensor:
+        """The table of tiles of ``block_rows`` rows, made and filled the first time that it is asked for.
+
+        Raises:
+            RuntimeError: it is not there, and the division is sealed.
+        """
+        if block_rows not in self._tables_of_tiles:
+            if self.sealed:
+                raise RuntimeError(f"there is no table of tiles of {block_rows} rows, and none may be made now")
+            planned = self.planned_tiles(self.total, self.count, self.longest, block_rows)
+            table = self._allocate(2 * planned).view(planned, 2)
+            self._tables_of_tiles[block_rows] = table
+            rows = next(rows for own, rows in self.rows_of_tables() if own is table)
+            table.copy_(on_device(torch.from_numpy(rows), table.device))
+        return self._tables_of_tiles[block_rows]
+
+
+def _stream(device: torch.device) -> int:
+    """The current stream of ``device``: what is copied there is not waited for, so only there it is sure to have come."""
+    return torch.cuda.current_stream(device).stream_id if torch.device(device).type == "cuda" else 0
+
+
+def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A table of the CPU on ``device``, without waiting for it: a copy out of pageable memory would."""
+    if torch.device(device).type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def _tile_list(lengths: tuple[int, ...], block_rows: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int32]]":
+    """``[tiles, 2]``: segment and tile within it, those of long segments first."""
+    rows = np.array(lengths, dtype=np.int64)
+    order = np.argsort(-rows, kind="stable")
+    tiles_each = -(-rows[order] // block_rows)
+    tiles = np.empty((int(tiles_each.sum()), 2), dtype=np.int32)
+    tiles[:, 0] = np.repeat(order, tiles_each)
+    tiles[:, 1] = np.arange(len(tiles)) - np.repeat(tiles_each.cumsum() - tiles_each, tiles_each)
+    return tiles
 
 
 def _shortened(lengths: tuple[int, ...], shown: int = 8) -> str:

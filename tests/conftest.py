@@ -35,6 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _reference_in_shared_fixtures() -> Iterator[None]:
+    """A tower that several tests share is made as :func:`_reference_by_default` has it: its graph is made for a backend."""
+    with dispatch.use("reference"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _reference_by_default() -> Iterator[None]:
     """CPU tensors take the torch reference unless a test asks for the kernels."""

@@ -4,13 +4,18 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from tritontower.kernels import tables
 from tritontower.kernels.configs import ARCHITECTURES, CompileSpec
-from tritontower.tuning import static
+from tritontower.tuning import rehearsal, static
 from tritontower.tuning.disassembly import Instruction, hot_loop, read_amd
-from tritontower.tuning.static import StaticReport, compile_ahead, discover, kernel_modules, problems, table
+from tritontower.tuning.rehearsal import Order, rehearse
+from tritontower.tuning.ship import published_tasks
+from tritontower.tuning.static import StaticReport, compile_ahead, discover, problems, table
+from tritontower.tuning.tasks import Task
 
 triton = pytest.importorskip("triton", reason="compiling needs Triton, which ships for Linux only")
 
@@ -66,12 +71,13 @@ class TestShippedConfigurations:
         assert kept == lines, "regenerate with: python -m tritontower.tuning.static --write"
 
 
-def test_every_kernel_file_that_launches_lists_specifications():
-    """A file with a kernel of its own says how it is compiled; device.py holds functions that others call."""
+def test_every_kernel_that_is_launched_is_in_a_specification():
+    """In the list of its own file or in that of the operation it is a form of; device.py holds what others call."""
     files = {path.stem: path.read_text(encoding="utf-8") for path in static.document_path().parent.glob("*.py")}
     launching = {name for name, text in files.items() if re.search(r"^def _\w+_kernel\(", text, re.MULTILINE)}
     assert launching
-    assert launching <= set(kernel_modules())
+    compiled_files = {static.kernel_name(spec) for architecture in ARCHITECTURES for spec in discover(architecture)}
+    assert launching <= compiled_files
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -133,6 +139,64 @@ def test_unknown_names():
         compile_ahead([], "sm_70")
     with pytest.raises(ValueError, match="no kernel file 'nonsense' lists compile specifications; there are"):
         discover("sm_80", ["nonsense"])
+
+
+SHIPPED = sorted(path.stem for path in (static.document_path().parent / "tuned").glob("*.json"))
+
+
+@pytest.mark.parametrize("sample", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["sample", "all"])
+@pytest.mark.parametrize("name", SHIPPED)
+class TestShippedTables:
+    def test_their_configurations_compile_within_the_limits(self, name, sample):
+        """Through the real launch path, for the towers that they were found for."""
+        found = tables.read_table(static.document_path().parent / "tuned" / f"{name}.json")
+        architecture = found.key["architecture"]
+        tasks = {task.key: task for task in published_tasks()}
+        orders: dict[Any, Order] = {}
+        for entry in found.entries:
+            if tables.unproven(entry["config"]) == "the vendor's own product":
+                continue  # there is nothing to compile
+            facts = {part: tuple(sorted(entry[part].items())) for part in ("constants", "sizes")}
+            key = Task(entry["kernel"], entry["dtype"], **facts, facts=(), node="").key
+            assert key in tasks, f"no published tower has {key}"
+            kind = (entry["kernel"], entry["config"].get("variant"), entry["config"].get("operands"))
+            orders.setdefault(
+                kind if sample else key, Order(tasks[key], tuple(sorted(entry["config"].items())), architecture)
+            )
+        assert orders
+        broken = {}
+        todo = list(orders.values())
+        for index, result in rehearse(todo, workers=2):
+            order = todo[index]
+            wrong = rehearsal.problems(result, architecture, order.task.dtype, products=order.task.kernel != "norm")
+            if found.key["triton"] != triton.__version__:
+                wrong = [each for each in wrong if not each.startswith("spills")]
+            if wrong:
+                broken[order.task.title] = wrong
+        assert not broken
+
+
+def test_threads_are_those_of_the_launch():
+    """Warps that only fetch count for what fits a multiprocessor, and not among those that compute."""
+    assert static._threads(".maxntid 128\n.reqntid 384\n", 4) == 384
+    assert static._threads(".maxntid 128\n", 4) == 128
+    assert static._working(384, 128) == 256
+    assert static._working(256, 256) == 256
+    code = static.MachineCode(168, 0, 0, ())
+    assert static._occupancy(code, 131_072, 12, "sm_90") == 1
+    assert static._occupancy(code, 65_536, 4, "sm_90") == 3
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention", "linear"])
+def test_products_and_attention_have_a_prediction(kernel):
+    """Between a tenth of the H200's dense rate and all of it, and only where tensor cores are used."""
+    specs = [spec for spec in discover("sm_90", [kernel]) if "BLOCK_KEYS" in spec.constants or "EVEN" in spec.constants]
+    wanted = [next(spec for spec in specs if spec.tensor_core), next(spec for spec in specs if not spec.tensor_core)]
+    with_products, without = compile_ahead(wanted, "sm_90")
+    assert 95 < with_products.predicted_tflops < 950
+    assert f"| {with_products.predicted_tflops:.0f} |" in table([with_products])
+    assert without.predicted_tflops is None
+    assert table([without]).endswith("| – |")
 
 
 REPORT = StaticReport(

@@ -67,6 +67,12 @@ class TestInspect:
         assert _run("inspect", tmp_path, "--json") == 0
         assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
 
+    @pytest.mark.parametrize(("backend", "said"), [("reference", True), ("interpreter", False)])
+    def test_launches_of_a_cpus_graph_are_nobodys(self, model, backend, said, monkeypatch, capsys):
+        monkeypatch.setattr("tritontower.kernels.dispatch.backend_on", lambda device: backend)
+        assert _run("inspect", model, "--device", "cpu") == 0
+        assert ("this is the graph for a CPU" in capsys.readouterr().out) == said
+
     def test_text_and_drawing(self, model, tmp_path, capsys):
         assert _run("inspect", model, "--svg", tmp_path / "tower.svg", "--dtype", "bfloat16") == 0
         output = capsys.readouterr().out

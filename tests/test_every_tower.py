@@ -5,8 +5,9 @@ What a family has of its own (a window that does not divide, tiles, a native for
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,15 @@ from tritontower import VisionTower, cli
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import CheckpointIncompleteError, UsageError
 from tritontower.executor import Executor
-from tritontower.fusion import DEFAULT_PASSES, fold_still_pictures, fuse, fuse_activations, fuse_residual_into_norm
+from tritontower.fusion import (
+    DEFAULT_PASSES,
+    KERNEL_PASSES,
+    chunk_mlp,
+    fold_still_pictures,
+    fuse,
+    fuse_activations,
+    fuse_residual_into_norm,
+)
 from tritontower.graph import build
 from tritontower.kernels import dispatch
 from tritontower.parity import Reference, compare, compare_nodes, relative_error
@@ -110,7 +119,8 @@ def test_passes_leave_the_numbers_where_they_were(case: TowerCase, dtype: torch.
     plain = fold_still_pictures(build(tower.config))
     exact = Reference(tower, torch.float32).run(batch)
     expected = Executor(plain, weights).run(batch)
-    for passes in (DEFAULT_PASSES, (fuse_activations, fuse_residual_into_norm), *((one,) for one in DEFAULT_PASSES)):
+    every = (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)
+    for passes in (DEFAULT_PASSES, every, (fuse_activations, fuse_residual_into_norm), *((one,) for one in every)):
         actual = Executor(fuse(plain, passes), weights).run(batch)
         for name, rows in expected.items():
             if dtype == torch.float32:
@@ -119,6 +129,69 @@ def test_passes_leave_the_numbers_where_they_were(case: TowerCase, dtype: torch.
                 # Fewer roundings may move the numbers, but only towards the truth, or by next to nothing.
                 limit = 1.1 * relative_error(rows, exact[name])
                 assert relative_error(actual[name], exact[name]) <= limit, (name, passes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@each_case
+def test_an_mlp_in_runs_of_rows_has_the_bits_of_one_at_once(case: TowerCase, dtype: torch.dtype, saved: Saved) -> None:
+    tower = load(saved(case), dtype=dtype)
+    batch = tower.preprocess(pictures_of(case, 2))
+    weights = tower._read_weights(None)
+    fused = fuse(fold_still_pictures(build(tower.config)))
+    expected = Executor(fused, weights).run(batch)
+    for rows in (1, 7, batch.workload.patches - 1):
+        chunked = chunk_mlp(fused, rows)
+        assert {value.most_rows for value in chunked.values.values()} == {None, rows}
+        actual = Executor(chunked, weights).run(batch)
+        assert all(torch.equal(actual[name], output) for name, output in expected.items()), rows
+
+
+HEADS_OF_72 = [(case, changes) for case in CASES for name, changes in case.others.items() if name == "heads of 72"]
+
+
+@pytest.mark.parametrize(("case", "changes"), HEADS_OF_72, ids=[case.name for case, _ in HEADS_OF_72])
+def test_padded_heads_leave_the_numbers_where_they_were(
+    case: TowerCase, changes: Mapping[str, Any], tmp_path: Path, kernel_device: torch.device
+) -> None:
+    folder = case.save(tmp_path / "model", **changes)
+    tower = VisionTower.from_pretrained(folder, device=kernel_device)
+    attention = next(node for node in tower.graph.nodes if node.kind == "attention")
+    # Without a bias nothing can write the ones, and the heads stay as they are.
+    assert ("padded_head_dim" in attention.attributes) == tower.config.qkv_bias
+    batch = tower.preprocess(pictures_of(case, 2))
+    with dispatch.use("reference"):
+        plain = VisionTower.from_pretrained(folder, device=kernel_device)
+        expected, on_reference = plain.run(batch), tower.run(batch)
+    assert "padded_head_dim" not in next(node.attributes for node in plain.graph.nodes if node.kind == "attention")
+    by_kernels = tower.run(batch)
+    for name, rows in expected.items():
+        assert relative_error(on_reference[name], rows) <= 1e-5, name
+        assert relative_error(by_kernels[name], rows) <= 1e-5, name
+    alone = tower.forward(tower.preprocess(pictures_of(case, 1)))
+    assert torch.equal(alone, by_kernels["embeddings"][: len(alone)])
+    # What kernels have arranged has no module's value to stand beside; everything else has.
+    found = {line.value: line.error for line in compare_nodes(tower, batch)}
+    assert {f"blocks.0.{value}" for value in ("norm1_rows", "mixed", "attended", "mlp_hidden", "block_rows")} <= set(
+        found
+    )
+    assert "blocks.0.qkv_rows" not in found
+    assert max(found.values()) <= 1e-5
+
+
+@each_case
+def test_kernels_in_half_precision_err_no_more_than_the_plain_graph(
+    case: TowerCase, saved: Saved, kernel_device: torch.device
+) -> None:
+    tower = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="bfloat16")
+    batch = tower.preprocess(pictures_of(case, 2))
+    actual = tower.run(batch)
+    with dispatch.use("reference"):
+        exact = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="float32").run(batch)
+        half = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="bfloat16")
+        plain = fold_still_pictures(build(tower.config))
+        expected = Executor(plain, half._read_weights(None)).run(batch)
+    for name, rows in exact.items():
+        assert relative_error(actual[name], rows) <= 1.1 * relative_error(expected[name], rows), name
 
 
 @each_case

@@ -1,9 +1,5 @@
 """The tower of Qwen2-VL-2B at its published size: parity and memory, with random weights that are made once and kept."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +7,7 @@ import torch
 from support.checkpoints import noise
 
 from tritontower import VisionTower
+from tritontower.benchmarks.children import ask
 from tritontower.demonstration import demonstration_checkpoint
 from tritontower.parity import compare, compare_nodes
 
@@ -50,12 +47,5 @@ def test_bf16_errs_no_more_than_transformers(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("patches", [1024, 4096])
 def test_memory_stays_within_weights_and_plan(checkpoint: Path, patches: int) -> None:
-    command = [sys.executable, "-m", "bench.towers", "--memory-of", str(patches), "--model", str(checkpoint)]
-    # The tests interpret the kernels; what is measured is the torch reference.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parent.parent
-    output = subprocess.run(
-        command, cwd=root, env=environment, check=True, capture_output=True, text=True, timeout=600
-    ).stdout
-    memory = json.loads(output.splitlines()[-1])
+    memory = ask("memory", folder=str(checkpoint), dtype="bfloat16", device="cpu", patches=patches)
     assert memory["growth_bytes"] <= memory["weights_bytes"] + memory["plan_bytes"] + MEMORY_ALLOWANCE, memory

@@ -3,9 +3,12 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
+from tritontower.arrangement import HeadOrder, InterleavedGates
 from tritontower.config import (
     Normalisation,
     PatchEmbedding,
@@ -19,15 +22,24 @@ from tritontower.config import (
 from tritontower.costs import cost_of, total_cost
 from tritontower.description import Description
 from tritontower.fusion import (
+    CHUNK_ROWS,
+    CPU_CHUNK_ROWS,
+    DEFAULT_PASSES,
+    KERNEL_PASSES,
+    chunk_mlp,
     fold_still_pictures,
     fuse,
     fuse_activations,
     fuse_positions,
+    fuse_residual_into_linear,
     fuse_residual_into_norm,
     fuse_selection,
+    passes_for,
 )
 from tritontower.graph import Graph, Node, Value, Workload, build
-from tritontower.memory import plan_memory
+from tritontower.kernel_passes import interleave_gated, pad_heads
+from tritontower.kernels import dispatch
+from tritontower.memory import memory_owners, plan_memory
 
 LAYER_NORM = Normalisation("layer_norm", 1e-6)
 CONFIG = TowerConfig(
@@ -103,12 +115,16 @@ TOWERS = {
     "gated": replace(CONFIG, depth=2, features=(2,), mlp_hidden=3420, activation="silu", gated=True),
 }
 each_tower = pytest.mark.parametrize("tower", TOWERS)
-PASSES = {"plain": (), "default": None, "norms": (fuse_activations, fuse_residual_into_norm)}
+PASSES = {
+    "plain": (),
+    "default": (*DEFAULT_PASSES, chunk_mlp),
+    "kernels": (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES),
+    "norms": (fuse_activations, fuse_residual_into_norm),
+}
 
 
 def graph_of(passes: str, config: TowerConfig = CONFIG) -> Graph:
-    plain = build(config)
-    return fuse(plain) if PASSES[passes] is None else fuse(plain, PASSES[passes])
+    return fuse(build(config), PASSES[passes])
 
 
 def test_plain_graph_is_one_node_per_step() -> None:
@@ -240,13 +256,18 @@ def test_values_that_live_at_the_same_time_never_share_memory(passes: str, patch
     for step, node in enumerate(graph.nodes):
         for name in (*node.inputs, *node.outputs, *node.scratch):
             live.setdefault(name, []).append(step)
-    in_place = {(node.inputs[0], node.outputs[0]) for node in graph.nodes if node.in_place}
+    owners = memory_owners(graph)
     assert set(plan.offsets) == set(graph.values) - {*graph.inputs, *graph.outputs}
     for (first, a), (second, b) in itertools.combinations(plan.offsets.items(), 2):
-        if (first, second) in in_place or (second, first) in in_place:
-            assert a == b
+        begin, end = max(min(live[first]), min(live[second])), min(max(live[first]), max(live[second]))
+        if begin > end:
             continue
-        if max(min(live[first]), min(live[second])) > min(max(live[first]), max(live[second])):
+        if owners[first] == owners[second]:
+            # One is written where the other is read for the last time, by the same node.
+            assert a == b
+            assert begin == end
+            node = graph.nodes[begin]
+            assert {first, second} in ({node.inputs[0], *node.outputs}, {node.residual, *node.outputs})
             continue
         size = {name: graph.values[name].size(workload, 2) for name in (first, second)}
         assert a + size[first] <= b or b + size[second] <= a, (first, second)
@@ -256,9 +277,29 @@ def test_values_that_live_at_the_same_time_never_share_memory(passes: str, patch
 
 
 def test_arena_is_near_the_least_possible() -> None:
-    # While mlp_down runs, its input (4 widths), its output and its residual (1 each) and the rotary table are alive.
+    # While an MLP runs, what it reads and what it adds to (1 width each) and what is between its products (4) are alive, and
+    # the rotary table; its result takes the place of what it adds to.
+    width, table = 2 * 1280, 2 * 40 * 4
     plan = plan_memory(graph_of("default"), Workload(4096, 1024, 4096**2), 2)
-    assert plan.arena_bytes <= 4096 * (6 * 1280 * 2 + 2 * 40 * 4)
+    assert plan.arena_bytes == 4096 * (6 * width + table)
+    # Beyond CHUNK_ROWS the MLP asks for no more, and attention decides: q, k, v, what it writes, and the residual.
+    rows = 8 * CHUNK_ROWS
+    plan = plan_memory(graph_of("default"), Workload(rows, rows // 4, rows**2), 2)
+    assert plan.arena_bytes == rows * (5 * width + table)
+    assert plan.arena_bytes <= 16_000 * rows
+
+
+def test_a_sum_takes_the_place_of_a_residual_that_nothing_reads_later() -> None:
+    graph = fuse(build(DEEP))
+    owners = memory_owners(graph)
+    shared = {name for name in owners if owners[name] == owners["placed_rows"]}
+    assert {"blocks.0.attended", "blocks.2.block_rows"} < shared
+    several = fuse(build(replace(CLIP, features=(0, 2, 3))))
+    owners = memory_owners(several)
+    # What becomes a feature is read once more, far behind.
+    assert owners["blocks.0.attended"] != owners["input_norm_rows"]
+    assert owners["blocks.1.attended"] == owners["blocks.1.block_rows"] == owners["blocks.0.attended"]
+    assert owners["blocks.2.attended"] != owners["blocks.1.block_rows"]
 
 
 def test_folding_still_pictures_halves_the_inner_dimension_and_keeps_the_tensors() -> None:
@@ -272,11 +313,109 @@ def test_folding_still_pictures_halves_the_inner_dimension_and_keeps_the_tensors
     assert fold_still_pictures(build(single)) == build(single)
 
 
-def test_default_passes_leave_eight_nodes_in_a_block() -> None:
+def test_default_passes_leave_seven_nodes_in_a_block() -> None:
     graph = graph_of("default")
     block = [node.kind for node in graph.nodes if node.block == 7]
-    assert block == ["norm", "linear", "rope", "attention", "linear", "norm", "linear", "linear"]
-    assert [node.attributes["activation"] for node in graph.nodes if node.name == "blocks.7.mlp_up"] == ["quick_gelu"]
+    assert block == ["norm", "linear", "rope", "attention", "linear", "norm", "mlp"]
+    mlp = node_of(graph, "blocks.7.mlp")
+    assert mlp.attributes["activation"] == "quick_gelu"
+    assert mlp.inputs == ("blocks.7.norm2_rows", "blocks.7.attended")
+    assert mlp.outputs == ("blocks.7.block_rows",)
+    assert mlp.weights == {
+        f"{role}_{number}": f"blocks.7.{name}.{role}"
+        for number, name in enumerate(("mlp_up", "mlp_down"), 1)
+        for role in ("weight", "bias")
+    }
+    (hidden,) = mlp.scratch
+    assert graph.values[hidden].most_rows == CHUNK_ROWS
+
+
+def test_an_mlp_costs_what_its_two_products_do() -> None:
+    plain, workload = build(CONFIG), Workload(20000, 5000, 20000**2)
+    fused = fuse(plain, (fuse_activations, fuse_residual_into_linear))
+    chunked = fuse(fused, (chunk_mlp,))
+    parts = [cost_of(fused, node_of(fused, f"blocks.0.{name}"), workload, 2) for name in ("mlp_up", "mlp_down")]
+    whole = cost_of(chunked, node_of(chunked, "blocks.0.mlp"), workload, 2)
+    assert whole.flops == sum(part.flops for part in parts)
+    # The rows between the two products are written by one and read by the other, however few are held at once.
+    assert whole.bytes == sum(part.bytes for part in parts) - 20000 * 5120 * 2
+
+
+def test_kernels_rotate_in_the_projection_and_leave_six_nodes() -> None:
+    graph = graph_of("kernels")
+    block = [node.kind for node in graph.nodes if node.block == 7]
+    assert block == ["norm", "qkv_projection", "attention", "linear", "norm", "mlp"]
+    projection = node_of(graph, "blocks.7.qkv")
+    assert projection.inputs == ("blocks.7.norm1_rows", "cosines", "sines")
+    assert projection.outputs == ("blocks.7.rotated",)
+    weight = graph.weights[projection.weights["weight"]]
+    assert weight.arrangement == HeadOrder(16, 80, pairs=True)
+    assert weight.held_name not in graph.sources
+    assert weight.held_shape == weight.source_shape == (3840, 1280)
+    assert graph.sources == graph_of("default").sources
+    assert total_cost(graph, PICTURE, 2).flops == total_cost(build(CONFIG), PICTURE, 2).flops
+
+
+@pytest.mark.parametrize("rotated", [True, False], ids=["rotary", "no rotary"])
+def test_heads_of_72_get_eight_columns_of_padding(rotated: bool) -> None:
+    config = replace(CONFIG if rotated else replace(SIGLIP, pooling=None), width=1152, heads=16, depth=1, features=(1,))
+    graph = fuse(fuse(build(config)), KERNEL_PASSES)
+    projection, attention = node_of(graph, "blocks.0.qkv"), node_of(graph, "blocks.0.attention")
+    assert projection.kind == "qkv_projection"
+    assert len(projection.inputs) == (3 if rotated else 1)
+    assert graph.values[attention.inputs[0]].width == 3 * 16 * 80
+    assert graph.values[attention.outputs[0]].width == 1152
+    assert attention.attributes["padded_head_dim"] == 80
+    assert attention.attributes["head_dim"] == 72
+    arrangements = {role: graph.weights[name].arrangement for role, name in projection.weights.items()}
+    assert arrangements == {
+        "weight": HeadOrder(16, 72, 80, pairs=rotated),
+        "bias": HeadOrder(16, 72, 80, pairs=rotated, ones=True),
+    }
+    assert total_cost(graph, PICTURE, 2).flops == total_cost(build(config), PICTURE, 2).flops
+    assert graph.parameters == build(config).parameters
+    assert "heads of 72 in 80 columns" in Description(graph, PICTURE, 2).text()
+
+
+@pytest.mark.parametrize("change", [{"qkv_bias": False}, {"heads": 18}], ids=["no bias", "heads of 64"])
+def test_other_heads_are_left_as_they_are(change: dict[str, Any]) -> None:
+    graph = fuse(build(replace(SIGLIP, width=1152, pooling=None, **{"heads": 16, **change})))
+    assert pad_heads(graph) == graph
+
+
+def test_gates_and_ups_take_turns_in_a_gated_mlp() -> None:
+    graph = graph_of("default", TOWERS["gated"])
+    interleaved = interleave_gated(graph)
+    mlp = node_of(interleaved, "blocks.1.mlp")
+    assert mlp.attributes["activation"] == "silu_gated_interleaved"
+    weight = interleaved.weights[mlp.weights["weight_1"]]
+    assert isinstance(weight.arrangement, InterleavedGates)
+    assert weight.held_shape == (2 * 3456, 1280)
+    assert interleaved.weights[mlp.weights["weight_2"]].arrangement is None
+    assert interleave_gated(graph_of("default")) == graph_of("default")
+
+
+def test_kernels_have_passes_of_their_own() -> None:
+    cpu = torch.device("cpu")
+    with dispatch.use("reference"):
+        assert not set(KERNEL_PASSES) & set(passes_for(cpu))
+        graph = fuse(build(CONFIG), passes_for(cpu))
+    assert graph.values["blocks.0.mlp_hidden"].most_rows == CPU_CHUNK_ROWS
+    if torch.cuda.is_available():
+        assert passes_for(torch.device("cuda")) == PASSES["kernels"]
+    else:
+        with dispatch.use("interpreter"):
+            assert passes_for(cpu) == PASSES["kernels"]
+
+
+def test_attention_knows_how_long_a_segment_can_be() -> None:
+    def bounds(config: TowerConfig) -> list[int | None]:
+        return [node.attributes["length_bound"] for node in build(config).nodes if node.kind == "attention"]
+
+    assert bounds(replace(CONFIG, depth=1, features=(1,))) == [None]
+    assert bounds(WINDOWED) == [64, None, 64]
+    assert bounds(replace(CLIP, depth=1, features=(1,))) == [17]
+    assert bounds(replace(SIGLIP, depth=1, features=(1,))) == [16]
 
 
 def test_residual_into_norm_leaves_only_the_last_addition() -> None:
@@ -402,9 +541,12 @@ def test_description_adds_up() -> None:
     assert sum(node["bytes"] for node in document["nodes"]) == document["bytes"]
     text = description.text()
     assert "675.8 M parameters" in text
-    assert "blocks.*.mlp_up ×32" in text
-    assert "linear + quick_gelu" in text
-    assert text.count("blocks.*") == 8
+    assert "blocks.*.mlp ×32" in text
+    assert "mlp + quick_gelu + residual" in text
+    assert text.count("blocks.*") == 7
+    assert sum(node["launches"] for node in document["nodes"]) == 32 * 8 + 5
+    assert document["launches"] == {"kernels": 32 * 8 + 5, "library": 0, "per_block": 8}
+    assert "261 launches, 8 a block" in text
     svg = description.svg()
     assert svg.startswith("<svg")
     assert "32" in svg

@@ -26,6 +26,7 @@ from tritontower.kernels import (
     pooling,
     positions,
     projector,
+    qkv_projection,
     rope,
     splice,
 )
@@ -44,6 +45,7 @@ LAUNCHERS = [
     pooling.launch_mean_rows,
     positions.launch_rotary_table,
     projector.launch_projector,
+    qkv_projection.launch_qkv_projection,
     rope.launch_rope,
     splice.launch_splice,
 ]

@@ -7,18 +7,26 @@ from pathlib import Path
 import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error, tolerance
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritontower.kernels import cpu
+from tritontower.kernels import cpu, vendor_product
+from tritontower.kernels import linear as linear_module
 from tritontower.kernels import linear_reference as linear_reference_module
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from tritontower.kernels.extent import Extent
 from tritontower.kernels.linear import (
     EPILOGUES,
+    GATED,
     LinearConfig,
+    choose_config,
     compile_specs,
     default_config,
+    interleave_gated,
     linear,
 )
+from tritontower.kernels.linear_config import epilogue_passes
 from tritontower.kernels.linear_reference import linear_reference
+from tritontower.kernels.tiles import descriptors_fit
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = [None, *EPILOGUES]
@@ -31,8 +39,8 @@ def expected(x, weight, bias=None, activation=None, residual=None):
     y = x.double() @ weight.double().T
     if bias is not None:
         y = y + bias.double()
-    if activation == "silu_gated":
-        gate, up = y.chunk(2, dim=1)
+    if activation in GATED:
+        gate, up = y.chunk(2, dim=1) if activation == "silu_gated" else (y[:, ::2], y[:, 1::2])
         y = torch.nn.functional.silu(gate) * up
     elif activation == "quick_gelu":
         y = y * torch.sigmoid(1.702 * y)
@@ -46,7 +54,7 @@ def expected(x, weight, bias=None, activation=None, residual=None):
 def inputs(rows, columns, inner, dtype, activation=None, device="cpu", seed=0):
     """x, weight, bias and residual, such that the sums are of order one."""
     generator = torch.Generator().manual_seed(seed)
-    width = columns * 2 if activation == "silu_gated" else columns
+    width = columns * 2 if activation in GATED else columns
     x = torch.randn(rows, inner, generator=generator)
     weight = torch.randn(width, inner, generator=generator) / inner**0.5
     bias = torch.randn(width, generator=generator)
@@ -262,7 +270,7 @@ def test_default_tiles_fit_shared_memory(architecture):
         if "BLOCK_INNER" not in constants:
             continue
         size = {"*fp32": 4}.get(spec.signature["X"], 2)
-        columns = constants["BLOCK_COLUMNS"] * (2 if constants.get("ACTIVATION") == "silu_gated" else 1)
+        columns = constants["BLOCK_COLUMNS"] * (2 if constants.get("ACTIVATION") in GATED else 1)
         held = (constants["BLOCK_ROWS"] + columns) * constants["BLOCK_INNER"] * size * spec.num_stages
         assert held <= SHARED_MEMORY_LIMIT[architecture], spec.name
 
@@ -279,3 +287,330 @@ def test_compile_specs_describe_every_argument(architecture):
 def test_reference_allocates_its_result():
     x, weight, bias, _ = inputs(3, 4, 8, torch.float32)
     assert relative_error(linear_reference(x, weight, bias), expected(x, weight, bias)) <= TOLERANCE[torch.float32]
+
+
+# -- extents ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operands", ["pointers", "descriptors"])
+@pytest.mark.parametrize("split", [1, 3])
+# None; a tile and one more; whole tiles; more than there are.
+@pytest.mark.parametrize("live", [0, 33, 64, 100])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_extent_leaves_live_rows_alone_and_the_rest_zero(kernel_device, live, split, operands):
+    x, weight, bias, residual = inputs(70, 20, 72, torch.bfloat16, "silu_gated_interleaved", kernel_device)
+    how = {"activation": "silu_gated_interleaved", "residual": residual}
+    config = replace(SMALL, split=split, operands=operands)
+    whole = linear(x, weight, bias, **how, config=config)
+    extent = Extent(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = linear(x, weight, bias, **how, config=config, extent=extent)
+    assert torch.equal(y[:live], whole[:live])
+    # Where K is split, the tile that is stored is that of the sums' sum.
+    height = SMALL.block_rows if split == 1 else linear_module.REDUCE_ROWS
+    dead = min(70, -(-live // height) * height)
+    assert torch.equal(y[live:dead], whole[live:dead])
+    assert torch.equal(y[dead:], torch.zeros_like(y[dead:]))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_dead_rows_are_not_read(kernel_device, split):
+    """Padding may hold anything, as long as a whole tile of it does."""
+    x, weight, bias, residual = inputs(70, 20, 64, torch.float32, device=kernel_device)
+    x[64:] = float("nan")
+    residual[64:] = float("nan")
+    extent = Extent(70, torch.tensor([64], dtype=torch.int32, device=kernel_device))
+    config = replace(SMALL, split=split)
+    assert linear(x, weight, bias, residual=residual, out=residual, config=config, extent=extent).isfinite().all()
+
+
+def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch):
+    chosen = []
+
+    def choose(rows, columns, inner, **options):
+        chosen.append((rows, columns, inner, options["activation"], options["residual"]))
+        return SMALL
+
+    monkeypatch.setattr(linear_module, "choose_config", choose)
+    x, weight, bias, residual = inputs(7, 20, 64, torch.float32, device=kernel_device)
+    want = linear(x, weight, bias, residual=residual, config=SMALL)
+    for planned in (7, 512):
+        assert torch.equal(linear(x, weight, bias, residual=residual, extent=Extent(planned)), want)
+    linear(x, weight, activation="silu")
+    assert chosen == [(7, 20, 64, None, True), (512, 20, 64, None, True), (7, 20, 64, "silu", False)]
+
+
+def test_a_tuned_configuration_is_taken(monkeypatch):
+    asked = []
+
+    def tuned(kernel, device, dtype, constants, sizes):
+        asked.append((kernel, dtype, constants, sizes))
+        return answer
+
+    monkeypatch.setattr(linear_module, "tuned", tuned)
+    how = {"dtype": torch.bfloat16, "activation": "gelu", "residual": True, "device": torch.device("cpu")}
+    default = default_config(
+        300, 64, 32, dtype=torch.bfloat16, activation="gelu", residual=True, architecture="interpreter"
+    )
+    answer = {
+        "block_rows": 64,
+        "block_columns": 64,
+        "block_inner": 32,
+        "group_rows": 4,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    assert choose_config(300, 64, 32, **how) == LinearConfig(**answer)
+    assert asked == [
+        ("linear", torch.bfloat16, {"columns": 64, "inner": 32, "activation": "gelu", "residual": True}, {"rows": 300})
+    ]
+    answer = answer | {"block_rows": 48}
+    assert choose_config(300, 64, 32, **how) == default
+    answer = None
+    assert choose_config(300, 64, 32, **how) == default
+
+
+@pytest.mark.parametrize(
+    ("live", "error", "message"),
+    [
+        (torch.zeros(1), TypeError, "extent.live is torch.float32 on cpu.*torch.int32"),
+        (torch.zeros(2, dtype=torch.int32), ValueError, r"extent.live has shape \(2,\)"),
+    ],
+)
+def test_refuses_an_extent_that_is_no_number(live, error, message):
+    with pytest.raises(error, match=message):
+        linear(torch.zeros(4, 8), torch.zeros(6, 8), extent=Extent(4, live))
+
+
+# -- descriptors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("activation", [None, "gelu", "silu_gated", "silu_gated_interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_descriptors_give_the_bits_of_pointers(kernel_device, monkeypatch, dtype, activation, split):
+    """72 and 144 are no multiples of a block: the copy engine fills up with zeros, as the masked loads do."""
+    described = described_launches(monkeypatch)
+    for rows, inner in ((33, 72), (1, 144)):
+        x, weight, bias, residual = inputs(rows, 20, inner, dtype, activation, kernel_device)
+        config = replace(SMALL, split=split)
+        first, second = (
+            linear(x, weight, bias, activation=activation, residual=residual, config=replace(config, operands=operands))
+            for operands in ("pointers", "descriptors")
+        )
+        assert torch.equal(first, second)
+    assert described == [False, True] * 2
+
+
+@pytest.mark.parametrize("gap", [0, 4, 8])
+def test_descriptors_where_the_copy_engine_can_read(kernel_device, monkeypatch, gap):
+    """Rows of 588 bf16 elements begin at multiples of 8 bytes; 4 elements more make it 16, 8 more do not."""
+    described = described_launches(monkeypatch)
+    x, weight, bias, _ = inputs(5, 20, 588, torch.bfloat16, device=kernel_device)
+    want = linear(x, weight, bias, config=SMALL)
+    x, weight = (torch.nn.functional.pad(tensor, (0, gap), value=float("nan"))[:, :588] for tensor in (x, weight))
+    y = linear(x, weight, bias, config=replace(SMALL, operands="descriptors"))
+    assert torch.equal(y, want)
+    assert described == [False, gap == 4]
+
+
+def described_launches(monkeypatch):
+    """Whether each launch from now on is handed descriptors."""
+    seen = []
+
+    def operands(*arguments):
+        found = real(*arguments)
+        seen.append(found[2])
+        return found
+
+    real = linear_module.operands
+    monkeypatch.setattr(linear_module, "operands", operands)
+    return seen
+
+
+def test_what_descriptors_fit():
+    matrix = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert descriptors_fit(matrix, matrix[:, :33])
+    assert not descriptors_fit(matrix, matrix[:, 1:])
+    assert not descriptors_fit(matrix.view(-1)[:480].view(8, 60))
+    assert not descriptors_fit(matrix[:1].expand(8, 64))
+    assert not descriptors_fit(matrix.T)
+    assert descriptors_fit(torch.zeros(3, 16, dtype=torch.uint8))
+
+
+def test_older_chips_and_amd_take_pointers(monkeypatch):
+    x, weight = torch.zeros(4, 16), torch.zeros(8, 16)
+    config = replace(SMALL, operands="descriptors")
+    for architecture in ARCHITECTURES:
+        monkeypatch.setattr(linear_module.configs, "architecture", lambda device, name=architecture: name)
+        left, right, described = linear_module.operands(x, weight, config, 2)
+        assert described == (architecture in ("sm_90", "sm_100"))
+        if described:
+            assert (left.block_shape, right.block_shape) == ([32, 32], [32, 32])
+            assert (list(left.shape), list(right.shape)) == ([4, 16], [8, 16])
+
+
+# -- the vendor's product ---------------------------------------------------------------------------------------------
+
+VENDOR = replace(SMALL, vendor=True)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("activation", [activation for activation in ACTIVATIONS if activation not in GATED])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_vendor_matches_fp64(kernel_device, dtype, activation, with_residual, with_bias):
+    x, weight, bias, residual = inputs(37, 40, 77, dtype, device=kernel_device)
+    bias, residual = bias if with_bias else None, residual if with_residual else None
+    y = linear(x, weight, bias, activation=activation, residual=residual, config=VENDOR)
+    # A rounding after the product, one after the activation, one after the sum.
+    roundings = 1 + (activation is not None) + (residual is not None and (with_bias or activation is not None))
+    want = expected(x, weight, bias, activation, residual)
+    assert relative_error(y, want) <= tolerance(dtype, want.numel()) * (1, 1.6, 2)[roundings - 1]
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_vendor_out_may_be_the_residual(kernel_device, activation, with_bias):
+    x, weight, bias, residual = inputs(37, 20, 77, torch.bfloat16, device=kernel_device)
+    bias = bias if with_bias else None
+    apart = linear(x, weight, bias, activation=activation, residual=residual, config=VENDOR)
+    assert linear(x, weight, bias, activation=activation, residual=residual, out=residual, config=VENDOR) is residual
+    assert torch.equal(residual, apart)
+
+
+def test_vendor_writes_into_out_only(kernel_device):
+    x, weight, bias, residual = inputs(37, 20, 77, torch.bfloat16, device=kernel_device)
+    storage = torch.full((37, 29), 7.0, dtype=torch.bfloat16, device=kernel_device)
+    out = storage[:, 4:24]
+    for added in (None, residual):
+        assert linear(x, weight, bias, residual=added, out=out, config=VENDOR) is out
+        assert relative_error(out, expected(x, weight, bias, None, added)) <= 1.5 * TOLERANCE[torch.bfloat16]
+    assert (storage[:, :4] == 7).all()
+    assert (storage[:, 24:] == 7).all()
+
+
+def test_vendor_computes_padding_too(kernel_device):
+    x, weight, bias, _ = inputs(70, 20, 64, torch.float32, device=kernel_device)
+    extent = Extent(70, torch.tensor([3], dtype=torch.int32, device=kernel_device))
+    assert torch.equal(linear(x, weight, bias, config=VENDOR, extent=extent), linear(x, weight, bias, config=VENDOR))
+
+
+@pytest.mark.parametrize(
+    ("with_bias", "activation", "with_residual", "operations"),
+    [
+        (True, None, False, ["addmm"]),
+        (False, None, False, ["mm"]),
+        (False, None, True, ["addmm"]),
+        (True, "gelu_tanh", False, ["_addmm_activation"]),
+        (False, "gelu_tanh", False, ["mm", "activation"]),
+        (True, "silu", True, ["addmm", "activation", "add"]),
+        (True, None, True, ["addmm", "add"]),
+    ],
+)
+def test_what_the_vendor_is_asked_on_a_gpu(monkeypatch, with_bias, activation, with_residual, operations):
+    """On tensors that say that they are on a GPU: nothing is computed, and nothing is allocated."""
+
+    class Product(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "_addmm_activation"):
+                seen.append(name)
+                assert options["out"] is y
+                return y
+            assert not name.startswith(("empty", "new_empty", "zeros"))
+            return function(*arguments, **(options or {}))
+
+    seen = []
+    monkeypatch.setattr(vendor_product, "apply_activation", lambda x, kind, out: seen.append("activation"))
+    monkeypatch.setattr(vendor_product, "add", lambda x, y, out: seen.append("add"))
+    monkeypatch.setattr(vendor_product, "on_gpu", lambda tensor: True)
+    x, weight, bias, residual = inputs(5, 6, 8, torch.bfloat16)
+    y = torch.empty(5, 6, dtype=torch.bfloat16)
+    with Product():
+        vendor_product.launch_vendor_product(
+            x, weight, bias if with_bias else None, residual if with_residual else None, y, activation
+        )
+    assert seen == operations
+
+
+def test_vendor_takes_what_it_computes_as_defined():
+    half, full = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
+    assert vendor_product.vendor_takes(half, "gelu")
+    assert vendor_product.vendor_takes(full, None)
+    assert not vendor_product.vendor_takes(half, "silu_gated")
+    assert not vendor_product.vendor_takes(half, "silu_gated_interleaved")
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert vendor_product.vendor_takes(half, None)
+        assert not vendor_product.vendor_takes(full, None)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert vendor_product.vendor_takes(full, None)
+
+
+def test_what_the_vendor_does_not_take_is_launched(kernel_device):
+    x, weight, bias, _ = inputs(37, 20, 64, torch.bfloat16, "silu_gated", kernel_device)
+    first, second = (linear(x, weight, bias, activation="silu_gated", config=config) for config in (SMALL, VENDOR))
+    assert torch.equal(first, second)
+
+
+# -- interleaved gates ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split", [1, 2])
+def test_interleaved_gates_give_the_bits_of_stacked_ones(device, dtype, split):
+    x, weight, bias, residual = inputs(37, 20, 77, dtype, "silu_gated", device)
+    config = replace(SMALL, split=split)
+    stacked = linear(x, weight, bias, activation="silu_gated", residual=residual, config=config)
+    how = {"activation": "silu_gated_interleaved", "residual": residual, "config": config}
+    assert torch.equal(linear(x, interleave_gated(weight), interleave_gated(bias), **how), stacked)
+
+
+def test_interleave_gated_by_hand():
+    assert interleave_gated(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+    assert interleave_gated(torch.arange(8).view(4, 2)).tolist() == [[0, 1], [4, 5], [2, 3], [6, 7]]
+    with pytest.raises(ValueError, match=r"tensor has shape \(3, 2\).*even number of rows"):
+        interleave_gated(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_rows": 24}, r"blocks are \(24, 16, 32\)"),
+        ({"block_inner": 8}, r"blocks are \(32, 16, 8\)"),
+        ({"split": 0}, "have to be at least 1"),
+        ({"passes": 3}, "passes is 3"),
+        ({"operands": "tma"}, "operands is 'tma'; known are pointers, descriptors"),
+    ],
+)
+def test_refuses_configurations_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+# -- passes of the epilogue -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "silu_gated", "silu_gated_interleaved"])
+def test_passes_give_the_same_bits(kernel_device, activation):
+    x, weight, bias, residual = inputs(37, 80, 64, torch.bfloat16, activation, kernel_device)
+    how = {"activation": activation, "residual": residual}
+    config = replace(SMALL, block_columns=64)
+    once, *others = (linear(x, weight, bias, **how, config=replace(config, passes=passes)) for passes in (1, 2, 4))
+    assert all(torch.equal(once, other) for other in others)
+    assert relative_error(once, expected(x, weight, bias, activation, residual)) <= tolerance(torch.bfloat16, 2000)
+
+
+def test_passes_for_every_epilogue():
+    wide = replace(SMALL, block_columns=128)
+    assert epilogue_passes(wide, None, "sm_90") == 1
+    assert epilogue_passes(wide, "gelu_tanh", "sm_90") == 1
+    assert epilogue_passes(wide, "gelu", "sm_90") == epilogue_passes(wide, None, "sm_90", residual=True) == 2
+    assert epilogue_passes(wide, None, "sm_90", rotation=True) == 4
+    assert epilogue_passes(wide, None, "gfx942", rotation=True) == 1
+    assert epilogue_passes(SMALL, None, "sm_90", rotation=True) == 1
+    assert epilogue_passes(replace(wide, passes=4), None, "gfx942") == 4
+    assert epilogue_passes(replace(SMALL, passes=4), None, "sm_90") == 1

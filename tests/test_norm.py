@@ -6,6 +6,7 @@ from support.numbers import TOLERANCE, relative_error, tolerance
 
 from tritontower.kernels import dispatch
 from tritontower.kernels.configs import ARCHITECTURES
+from tritontower.kernels.extent import Extent
 from tritontower.kernels.norm import MAX_WIDTH, NormConfig, _blocks, compile_specs, default_config, norm
 
 KINDS = [("layer_norm", "once"), ("rms_norm", "once"), ("rms_norm", "before_weight"), ("gemma_rms_norm", "once")]
@@ -264,3 +265,33 @@ def test_shipped_configurations_keep_rows_in_registers(architecture):
         assert config.rows * sum(_blocks(width)) / (config.num_warps * lanes) <= 32
     names = [spec.name for spec in compile_specs(architecture)]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(40, 37), (16, 16), (48, 5)])
+@pytest.mark.parametrize("live", [0, 1, 16, 17, 37])
+def test_rows_beyond_the_live_ones_are_finite_and_the_others_unchanged(
+    width: int, rows: int, live: int, kernel_device: torch.device, poisoned_empty: None
+) -> None:
+    live = min(live, rows)
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(rows, width, generator=generator).to(kernel_device) for _ in range(2))
+    x[live:] = float("nan")
+    weight = torch.randn(width, generator=generator).to(kernel_device)
+    count = torch.tensor([live], dtype=torch.int32, device=kernel_device)
+    config = NormConfig(rows=16, num_warps=4)
+    how = {"kind": "rms_norm", "eps": 1e-6, "residual": residual, "config": config}
+    expected, expected_sum = norm(x[:live], weight, **{**how, "residual": residual[:live]})
+    actual, actual_sum = norm(x, weight, **how, extent=Extent(64, count))
+    assert torch.equal(actual[:live], expected)
+    assert torch.equal(actual_sum[:live], expected_sum)
+    beyond = -(-live // 16) * 16
+    assert not actual[beyond:].any()
+    assert not actual_sum[beyond:].any()
+    assert torch.equal(norm(x, weight, kind="rms_norm", eps=1e-6, extent=Extent(64, count))[beyond:], actual[beyond:])
+
+
+def test_an_extent_counts_the_rows_of_the_result(device: torch.device) -> None:
+    x = torch.zeros(4, 16, device=device)
+    index = torch.arange(4, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="another order"):
+        norm(x, x[0], kind="rms_norm", eps=1e-6, residual=x, row_index=index, extent=Extent(4))

@@ -94,6 +94,7 @@ class TestWheel:
             if "kernels" not in path.relative_to(ROOT / "tritontower").parts
         }
         expected |= {f"tritontower/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+        expected |= {f"tritontower/kernels/tuned/{path.name}" for path in (ROOT / "kernels" / "tuned").glob("*.json")}
         assert expected <= shipped.keys()
         assert len(expected) > 20
 

@@ -1,13 +1,17 @@
 """Patch projection: both backends against fp64 and torch's convolution, raw bytes, positions, the folds."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error, tolerance
 
 from tritontower.kernels import patch_projection as patch_projection_module
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from tritontower.kernels.extent import Extent
 from tritontower.kernels.linear import LinearConfig
 from tritontower.kernels.patch_projection import (
+    choose_config,
     compile_specs,
     fold_normalisation,
     fold_temporal,
@@ -177,6 +181,66 @@ def test_rows_may_stand_apart(request, backend, kind):
     assert relative_error(out, expected(patches, weight, bias, table[:1])) <= TOLERANCE[torch.float32]
     assert (wide[:, :2] == 7).all()
     assert (wide[:, 22:] == 7).all()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("live", [0, 33, 64, 70])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_extent(kernel_device, kind, live):
+    weight, bias, table = weights(20, 77, torch.bfloat16, kernel_device)
+    patches = pixels(70, 77, kind, kernel_device)
+    index = torch.arange(70, device=kernel_device, dtype=torch.int32) % 5
+    how = {"position_table": table, "position_index": index, "config": SMALL}
+    whole = patch_projection(patches, weight, bias, **how)
+    extent = Extent(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = patch_projection(patches, weight, bias, **how, extent=extent)
+    dead = min(70, -(-live // 32) * 32)
+    assert torch.equal(y[:dead], whole[:dead])
+    assert torch.equal(y[dead:], torch.zeros_like(y[dead:]))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(torch.uint8, torch.bfloat16), (torch.float32, torch.float16)])
+def test_descriptors_give_the_bits_of_pointers(kernel_device, kind, dtype):
+    """Zeros stand beyond the patches, and a zero byte counts as -128 there: what it is multiplied with is zero too."""
+    weight, bias, _ = weights(20, 80, dtype, kernel_device)
+    patches = pixels(37, 80, kind, kernel_device)
+    first, second = (
+        patch_projection(patches, weight, bias, config=replace(SMALL, operands=operands))
+        for operands in ("pointers", "descriptors")
+    )
+    assert torch.equal(first, second)
+
+
+def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch):
+    chosen = []
+
+    def choose(*sizes, pixels, dtype, device):
+        chosen.append((*sizes, pixels, dtype))
+        return SMALL
+
+    monkeypatch.setattr(patch_projection_module, "choose_config", choose)
+    weight, bias, _ = weights(20, 77, torch.float32, kernel_device)
+    patches = pixels(7, 77, torch.uint8, kernel_device)
+    want = patch_projection(patches, weight, bias, config=SMALL)
+    assert torch.equal(patch_projection(patches, weight, bias, extent=Extent(512)), want)
+    patch_projection(patches, weight, bias)
+    assert chosen == [(rows, 20, 77, torch.uint8, torch.float32) for rows in (512, 7)]
+
+
+def test_a_tuned_configuration_is_taken(monkeypatch):
+    asked = []
+
+    def tuned(kernel, device, dtype, constants, sizes):
+        asked.append((kernel, dtype, constants, sizes))
+        return answer
+
+    monkeypatch.setattr(patch_projection_module, "tuned", tuned)
+    how = {"pixels": torch.uint8, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    answer = asdict(SMALL)
+    assert choose_config(7, 20, 77, **how) == SMALL
+    assert asked == [("patch_projection", torch.bfloat16, {"columns": 20, "inner": 77, "pixels": "uint8"}, {"rows": 7})]
+    answer = None
+    assert choose_config(7, 20, 77, **how).block_rows == 128
 
 
 def test_no_patches(kernel_device):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error
 
+from tritontower.kernels import projector as projector_module
 from tritontower.kernels.configs import ARCHITECTURES
-from tritontower.kernels.linear import LinearConfig
+from tritontower.kernels.extent import Extent
+from tritontower.kernels.linear import GATED, LinearConfig
 from tritontower.kernels.norm import NormConfig
 from tritontower.kernels.projector import ProjectorConfig, compile_specs, default_config, projector_mlp
 
@@ -28,7 +30,7 @@ def inputs(rows, width, merge, dtype, *, activation="gelu", device="cpu", seed=0
     """x, norm weight and bias, and the two layers, such that everything inside is of order one."""
     generator = torch.Generator().manual_seed(seed)
     merged, hidden, columns = merge * width, 40, 24
-    first = 2 * hidden if activation == "silu_gated" else hidden
+    first = 2 * hidden if activation in GATED else hidden
     tensors = (
         torch.randn(rows, width, generator=generator) + 1,
         torch.rand(width, generator=generator) + 0.5,
@@ -52,8 +54,8 @@ def expected(tensors, merge, *, kind="layer_norm", activation="gelu", row_index=
     elif norm_weight is not None:
         x = x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + EPS) * norm_weight
     hidden = x.reshape(len(x) // merge, -1) @ weight_1.T + (0 if bias_1 is None else bias_1)
-    if activation == "silu_gated":
-        gate, up = hidden.chunk(2, dim=1)
+    if activation in GATED:
+        gate, up = hidden.chunk(2, dim=1) if activation == "silu_gated" else (hidden[:, ::2], hidden[:, 1::2])
         hidden = torch.nn.functional.silu(gate) * up
     elif activation == "gelu":
         hidden = torch.nn.functional.gelu(hidden)
@@ -76,7 +78,7 @@ def test_matches_fp64(request, backend, dtype, rows, width, merge, config):
 
 
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
-@pytest.mark.parametrize("activation", [None, "silu_gated"])
+@pytest.mark.parametrize("activation", [None, *GATED])
 @pytest.mark.usefixtures("poisoned_empty")
 def test_rms_norm_without_biases(request, backend, activation):
     tensors = inputs(36, 24, 4, torch.bfloat16, activation=activation, device=device_of(request, backend))
@@ -179,6 +181,44 @@ def test_kernel_token_alone_has_the_bits_it_has_in_a_pack(kernel_device, config)
     pack = run(0, 37)
     for start, stop in ((0, 1), (17, 19), (36, 37)):
         assert torch.equal(run(start, stop), pack[start:stop])
+
+
+@pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("live", [0, 5, 32, 37])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_extent(kernel_device, live, config):
+    """Whole tiles of tokens beyond those that count are zeros; the norm before them computes every row."""
+    tensors = inputs(4 * 37, 20, 4, torch.bfloat16, device=kernel_device)
+    whole = projector_mlp(*tensors, merge=4, eps=EPS, config=config)
+    extent = Extent(37, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = projector_mlp(*tensors, merge=4, eps=EPS, config=config, extent=extent)
+    assert torch.equal(y[:live], whole[:live])
+    assert torch.isfinite(y).all()
+    assert not y[-(-live // 32) * 32 :].any()
+
+
+def test_configuration_is_chosen_for_the_planned_tokens(kernel_device, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(projector_module, "choose_config", lambda *sizes, **options: chosen.append(sizes) or SMALL)
+    tensors = inputs(4 * 7, 20, 4, torch.float32, device=kernel_device)
+    want = projector_mlp(*tensors, merge=4, eps=EPS, config=SMALL)
+    assert torch.equal(projector_mlp(*tensors, merge=4, eps=EPS, extent=Extent(512)), want)
+    projector_mlp(*tensors, merge=4, eps=EPS)
+    assert chosen == [(512, 20, 80, 40, 24), (7, 20, 80, 40, 24)]
+
+
+def test_tuned_products_are_taken(monkeypatch):
+    asked = []
+
+    def choose_linear(rows, columns, inner, **options):
+        asked.append((rows, columns, inner, options["activation"], options["residual"]))
+        return TILE
+
+    monkeypatch.setattr(projector_module, "choose_linear", choose_linear)
+    device = torch.device("cpu")
+    config = projector_module.choose_config(7, 20, 80, 40, 24, dtype=torch.float32, activation="gelu", device=device)
+    assert (config.first, config.second) == (TILE, TILE)
+    assert asked == [(7, 40, 80, "gelu", False), (7, 24, 40, None, False)]
 
 
 def test_no_rows(kernel_device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritontower.kernels.segments import SegmentRun, Segments
+from tritontower.kernels.segments import PlannedSegments, SegmentRun, Segments
 
 CPU = torch.device("cpu")
 
@@ -88,3 +88,62 @@ def test_more_rows_than_int32_counts():
 def test_tile_without_rows():
     with pytest.raises(ValueError, match="block_rows=0"):
         Segments([3]).tiles(0, CPU)
+
+
+class TestPlanned:
+    """Segments whose division changes in place, in tables that stay where they are."""
+
+    def make(self, total=100, count=8, longest=64):
+        return PlannedSegments(total, count, longest, lambda size: torch.full((size,), -7, dtype=torch.int32))
+
+    def fill(self, segments):
+        for table, rows in segments.rows_of_tables():
+            table.copy_(torch.from_numpy(rows))
+
+    @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
+    def test_tables_hold_each_division_in_turn(self, block_rows):
+        segments = self.make()
+        tables = segments.cu_seqlens_on(CPU), None
+        for lengths in ([64, 30, 6], [1] * 4 + [64, 32], [20] * 5, [0, 50, 50]):
+            segments.assign(lengths)
+            self.fill(segments)
+            tiles = segments.tiles(block_rows, CPU)
+            assert tables[1] in (None, tiles.data_ptr())
+            tables = tables[0], tiles.data_ptr()
+            assert segments.cu_seqlens_on(CPU) is tables[0]
+            assert tables[0].tolist() == Segments(lengths).cu_seqlens.tolist() + [100] * (8 - len(lengths))
+            assert segments.cu_seqlens.tolist() == tables[0].tolist()
+            expected = Segments(lengths).tiles(block_rows, CPU)
+            assert torch.equal(tiles[: len(expected)], expected)
+            segment, tile = tiles[len(expected) :].unbind(1)
+            assert (tile * block_rows >= torch.tensor(segments.lengths)[segment.long()]).all()
+            assert segments.groups() == Segments(lengths).groups()
+
+    def test_what_it_is_planned_for_does_not_change(self):
+        segments = self.make()
+        segments.assign([50, 50])
+        assert (segments.total, segments.count, segments.longest) == (100, 8, 64)
+        assert len(segments.lengths) == 8
+        assert segments != self.make()
+        assert segments == segments
+
+    def test_no_division_has_more_tiles_than_planned(self):
+        for total, count, longest, block_rows in [(100, 8, 64, 16), (100, 100, 1, 16), (100, 3, 100, 64), (7, 7, 7, 2)]:
+            planned = PlannedSegments.planned_tiles(total, count, longest, block_rows)
+            worst = [min(longest, total - (count - 1))] + [1] * (count - 1)
+            for lengths in (worst, [longest] * (total // longest)):
+                assert len(Segments(lengths[:count]).tiles(block_rows, CPU)) <= planned
+
+    @pytest.mark.parametrize("lengths", [[99], [101], [65, 35], [12] * 8 + [4]])
+    def test_a_division_that_was_not_planned_for(self, lengths):
+        with pytest.raises(ValueError, match="planned are 100 in at most 8 of at most 64"):
+            self.make().assign(lengths)
+
+    def test_a_table_that_is_missing_when_none_may_be_made(self):
+        segments = self.make()
+        segments.assign([50, 50])
+        known = segments.tiles(16, CPU)
+        segments.sealed = True
+        assert segments.tiles(16, CPU) is known
+        with pytest.raises(RuntimeError, match="tiles of 32 rows"):
+            segments.tiles(32, CPU)

@@ -98,7 +98,8 @@ def test_a_wrong_weight_is_found_at_its_node(tower: VisionTower, qwen2_vl: Path)
     sources["blocks.1.mlp_up.bias"] = sources["blocks.1.mlp_up.bias"] + 0.1
     broken._executors = {588: Executor(broken.graph, sources)}
     found = compare_nodes(broken, broken.preprocess(PICTURES[:1]))
-    assert next(line.node for line in found if line.error > 1e-4) == "blocks.1.mlp_up"
+    wrong = next(line for line in found if line.error > 1e-4)
+    assert (wrong.node, wrong.value) == ("blocks.1.mlp", "blocks.1.mlp_hidden")
     assert not compare(broken, broken.preprocess(PICTURES[:1])).passed
 
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 import torch
 from test_graph import CONFIG
 
+from tritontower.bindings import bound_weight
 from tritontower.config import TowerConfig
+from tritontower.fusion import KERNEL_PASSES, fuse
 from tritontower.graph import build
 from tritontower.recipes import Stacked, Stored
-from tritontower.weights import read_weights, stored_shapes
+from tritontower.weights import arranged, read_weights, stored_shapes
 
 SMALL = replace(
     CONFIG,
@@ -68,6 +70,54 @@ def test_weights_lie_side_by_side_padded_and_in_their_places() -> None:
     assert torch.equal(down[:, :70], checkpoint.tensors["stored.blocks.1.mlp_down.weight"])
     assert not down[:, 70:].any()
     assert checkpoint.kept == []
+
+
+def test_arranged_weights_are_arranged_where_they_lie() -> None:
+    config = replace(SMALL, width=144, heads=2, projector=replace(SMALL.projector, hidden=576))
+    plain, recipes = fuse(build(config)), recipes_of(config)
+    graph = fuse(plain, KERNEL_PASSES)
+    checkpoint = OneAtATime(stored_shapes(plain, recipes))
+    canonical = read_weights(checkpoint, plain, recipes, torch.float32, torch.device("cpu"))
+    weights = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == graph.held_shapes
+    # Every tensor is there once: in its order or in another.
+    assert len(weights) == len(canonical)
+    assert checkpoint.kept == []
+    qkv = canonical["blocks.0.qkv.weight"].view(3, 2, 72, 144)
+    heads = weights["blocks.0.qkv.weight:heads-80-pairs"].view(3, 2, 80, 144)
+    for part in (0, 1):
+        assert torch.equal(heads[part, :, 0:72:2], qkv[part, :, :36])
+        assert torch.equal(heads[part, :, 1:72:2], qkv[part, :, 36:])
+    assert torch.equal(heads[2, :, :72], qkv[2])
+    assert not heads[:, :, 72:].any()
+    bias = weights["blocks.0.qkv.bias:heads-80-pairs-ones"].view(3, 2, 80)
+    assert torch.equal(bias[2, :, :72], canonical["blocks.0.qkv.bias"].view(3, 2, 72)[2])
+    assert bias[:, :, 72].tolist() == [[0, 0], [1, 1], [1, 1]]
+    assert not bias[:, :, 73:].any()
+    gates = weights["blocks.1.mlp_gate_up.weight:interleaved"]
+    assert gates.shape == (256, 144)
+    assert torch.equal(gates[0::2], canonical["blocks.1.mlp_gate_up.weight"][:128])
+    assert torch.equal(gates[1::2], canonical["blocks.1.mlp_gate_up.weight"][128:])
+    same = canonical.keys() & weights.keys()
+    assert all(torch.equal(canonical[name], weights[name]) for name in same)
+
+
+def test_weights_of_somebody_else_are_arranged_in_copies() -> None:
+    plain, recipes = fuse(build(SMALL)), recipes_of(SMALL)
+    graph = fuse(plain, KERNEL_PASSES)
+    checkpoint = OneAtATime(stored_shapes(plain, recipes))
+    canonical = read_weights(checkpoint, plain, recipes, torch.float32, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in canonical.items()}
+    copies = arranged(graph, canonical)
+    assert all(copies[name] is tensor for name, tensor in canonical.items())
+    held = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    assert copies.keys() == held.keys() | canonical.keys()
+    assert all(torch.equal(copies[name], tensor) for name, tensor in held.items())
+    assert all(torch.equal(canonical[name], tensor) for name, tensor in before.items())
+    # What is held already is not arranged again.
+    assert all(arranged(graph, held)[name] is tensor for name, tensor in held.items())
+    for weight in graph.weights.values():
+        assert torch.equal(bound_weight(weight, canonical), bound_weight(weight, held)), weight.name
 
 
 def test_padding_is_not_counted_as_parameters() -> None:

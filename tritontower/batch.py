@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from .config import PositionTable, TowerConfig
@@ -16,6 +17,7 @@ from .graph import Workload
 from .kernels.positions import bilinear_taps, merge_block_positions, window_order
 from .kernels.segments import Segments
 from .layout import Grid, PictureLayout
+from .pixels import PIXEL_CENTRE
 
 __all__ = ["Grid", "PackedBatch", "expected_workload"]
 
@@ -27,7 +29,7 @@ class PackedBatch:
     Attributes:
         pixels: ``[patches, inner]``, float or uint8; columns are channel, frame, row and column of the patch.  A batch
             of still pictures holds one frame per patch, a batch of clips as many as the tower's patches span.  A class
-            token is a patch of zeros.
+            token is a patch of zeros, or of bytes that count zero: 128.
         positions: ``[patches, 2]`` int32: row and column of each patch in its view.
         segments: the runs of patches that attend to each other.
         windows: the same in the blocks that attend within windows; ``None`` for a tower without.
@@ -101,7 +103,7 @@ class PackedBatch:
         arranged, places = _arranged(config, layouts)
         return replace(
             arranged,
-            pixels=_placed(pixels, places, arranged.segments.total),
+            pixels=_placed(pixels, places, arranged.segments.total, PIXEL_CENTRE if pixels.dtype == torch.uint8 else 0),
             original_sizes=tuple(original_sizes),
             content_hashes=tuple(content_hashes),
         )
@@ -133,6 +135,10 @@ class PackedBatch:
             merged=tokens if self.assembly_index is None else selected // self.rows_per_token,
             views=self.views.count,
         )
+
+    def pinned(self) -> "PackedBatch":
+        """The batch with its pixels in page-locked memory, out of which a GPU takes them by itself; needs a GPU."""
+        return replace(self, pixels=self.pixels.pin_memory())
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch with its tensors on ``device``; the copies do not wait for it."""
@@ -222,11 +228,17 @@ def _of_patches(blocks: torch.Tensor, rows: int) -> torch.Tensor:
     return (blocks[:, None] * rows + torch.arange(rows)).flatten()
 
 
-def _placed(rows: torch.Tensor, places: torch.Tensor, total: int) -> torch.Tensor:
-    """``rows`` at their places among ``total`` rows, the others zero."""
+def _placed(rows: torch.Tensor, places: torch.Tensor, total: int, elsewhere: int = 0) -> torch.Tensor:
+    """``rows`` at their places among ``total`` rows, the others ``elsewhere``."""
     if len(rows) == total and bool((places[1:] > places[:-1]).all()):
         return rows
-    placed = rows.new_zeros(total, *rows.shape[1:])
+    shape = (total, *rows.shape[1:])
+    if rows.device.type == "cpu" and rows.dtype != torch.bfloat16:
+        # Several times faster than torch, and in huge pages; what numpy has no name for, torch does.
+        array = np.full(shape, elsewhere, rows.numpy().dtype)
+        array[places.numpy()] = rows.numpy()
+        return torch.from_numpy(array)
+    placed = rows.new_full(shape, elsewhere)
     placed[places] = rows
     return placed
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .graph import Node, NodeKind, Rows
+from .graph import Node, NodeKind, Rows, Weight
 from .kernels.attention_pooling import attention_pooling
 from .kernels.elementwise import activation, add
 from .kernels.extent import Extent
@@ -22,10 +22,11 @@ from .kernels.patch_projection import fold_temporal, patch_projection
 from .kernels.pooling import mean_rows
 from .kernels.positions import axial_frequencies, rotary_table
 from .kernels.projector import projector_mlp
+from .kernels.qkv_projection import qkv_projection
 from .kernels.rope import rope_
 from .kernels.segments import Segments
 
-__all__ = ["BINDINGS", "TRANSFORMS", "PassFacts", "Step", "Tensors"]
+__all__ = ["BINDINGS", "TRANSFORMS", "PassFacts", "Step", "Tensors", "bound_weight"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,6 +53,20 @@ TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def bound_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A weight as its node takes it, out of the tensors that a graph is made from.
+
+    Args:
+        weight: which.
+        sources: the tensors as :func:`tritontower.weights.read_weights` holds them; or, where the weight is an arranged
+            one and only the canonical tensor is there, that, which is left as it is.
+    """
+    held = sources.get(weight.held_name)
+    if held is None and weight.arrangement is not None:
+        held = weight.arrangement.apply(sources[weight.source])
+    return TRANSFORMS[weight.transform](sources[weight.source] if held is None else held)
+
+
 # -- one binding per node kind: a node and the weights → a step -------------------------------------------------------
 
 Weights = Mapping[str, torch.Tensor]
@@ -66,7 +81,7 @@ def _bind_patch_projection(node: Node, weights: Weights) -> Step:
         places: dict[str, Any] = {}
         if index:
             places = {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
-        patch_projection(tensors[pixels], weight, bias, **places, out=tensors[rows])
+        patch_projection(tensors[pixels], weight, bias, **places, **_extent(node, facts), out=tensors[rows])
 
     return step
 
@@ -105,7 +120,7 @@ def _bind_norm(node: Node, weights: Weights) -> Step:
         added: dict[str, Any] = {}
         if residual:
             added = {"residual": tensors[residual[0]], "residual_out": tensors[summed[0]]}
-        norm(tensors[rows], weight, bias, **how, **added, out=tensors[normed])
+        norm(tensors[rows], weight, bias, **how, **added, **_extent(node, facts), out=tensors[normed])
 
     return step
 
@@ -117,8 +132,8 @@ def _bind_linear(node: Node, weights: Weights) -> Step:
     kind, joined = node.attributes["activation"], node.attributes["joined"]
 
     def step(tensors: Tensors, facts: PassFacts) -> None:
-        added = tensors[residual[0]] if residual else None
-        linear(_joined(tensors[rows], joined), weight, bias, activation=kind, residual=added, out=tensors[result])
+        how: dict[str, Any] = {"activation": kind, "residual": tensors[residual[0]] if residual else None}
+        linear(_joined(tensors[rows], joined), weight, bias, **how, **_extent(node, facts), out=tensors[result])
 
     return step
 
@@ -153,14 +168,56 @@ def _bind_rope(node: Node, weights: Weights) -> Step:
     return step
 
 
+def _bind_qkv_projection(node: Node, weights: Weights) -> Step:
+    rows, *tables = node.inputs
+    (qkv,) = node.outputs
+    weight, bias = _roles(node, weights, "weight", "bias")
+    heads = {name: node.attributes[name] for name in ("heads", "head_dim", "padded_head_dim")}
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        cosines, sines = (tensors[name] for name in tables) if tables else (None, None)
+        qkv_projection(tensors[rows], weight, bias, cosines, sines, **heads, **_extent(node, facts), out=tensors[qkv])
+
+    return step
+
+
 def _bind_attention(node: Node, weights: Weights) -> Step:
     (qkv,), (mixed,) = node.inputs, node.outputs
     heads, head_dim = node.attributes["heads"], node.attributes["head_dim"]
+    padded = node.attributes.get("padded_head_dim")
+    # The padding must not count: neither in the scale nor in what is written.
+    how: dict[str, Any] = {
+        "scale": head_dim**-0.5,
+        "length_bound": node.attributes["length_bound"],
+        "columns": None if padded is None else head_dim,
+    }
 
     def step(tensors: Tensors, facts: PassFacts) -> None:
-        q, k, v = tensors[qkv].unflatten(1, (3, heads, head_dim)).unbind(1)
+        q, k, v = tensors[qkv].unflatten(1, (3, heads, padded or head_dim)).unbind(1)
         segments = facts.windows if node.attributes["windows"] and facts.windows is not None else facts.segments
-        flash_attention_varlen(q, k, v, segments, out=tensors[mixed].unflatten(1, (heads, head_dim)))
+        flash_attention_varlen(q, k, v, segments, **how, out=tensors[mixed].unflatten(1, (heads, head_dim)))
+
+    return step
+
+
+def _bind_mlp(node: Node, weights: Weights) -> Step:
+    rows, *residual = node.inputs
+    (result,), (hidden,) = node.outputs, node.scratch
+    first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        x, out, between = tensors[rows], tensors[result], tensors[hidden]
+        total, most = x.shape[0], between.shape[0]
+        added = tensors[residual[0]] if residual else None
+        for start in range(0, total, most):
+            run = slice(start, min(start + most, total))
+            # A configuration for all rows: that of a run could sum in another order where the last one is short.
+            how: dict[str, Any] = (
+                _extent(node, facts) if total <= most else {"extent": _extent_of_run(node, facts, total, start)}
+            )
+            held = between[: run.stop - run.start]
+            linear(x[run], first, first_bias, activation=node.attributes["activation"], out=held, **how)
+            linear(held, second, second_bias, residual=None if added is None else added[run], out=out[run], **how)
 
     return step
 
@@ -206,6 +263,7 @@ def _bind_projector(node: Node, weights: Weights) -> Step:
         if index:
             where["row_index"] = tensors[index[0]].squeeze(1)
         x = _joined(tensors[rows], merge) if over_token else tensors[rows]
+        where |= _extent(node, facts)
         projector_mlp(x, norm_weight, norm_bias, first, first_bias, second, second_bias, **how, **where)
 
     return step
@@ -237,6 +295,21 @@ def _bind_attention_pooling(node: Node, weights: Weights) -> Step:
     return step
 
 
+def _extent(node: Node, facts: PassFacts) -> dict[str, Any]:
+    """How many rows the node is planned for, as a keyword; none where it is as many as there are."""
+    extent = facts.extents.get(node.rows)
+    return {} if extent is None else {"extent": extent}
+
+
+def _extent_of_run(node: Node, facts: PassFacts, total: int, start: int) -> Extent:
+    """The extent of a run of rows from ``start`` on: planned like all of them.
+
+    Only in the first run the rows that count begin where the run does; the others compute whatever is there.
+    """
+    extent = facts.extents.get(node.rows) or Extent(total)
+    return extent if start == 0 else Extent(extent.planned)
+
+
 def _joined(rows: torch.Tensor, count: int) -> torch.Tensor:
     """``count`` neighbouring rows side by side."""
     return rows if count == 1 else rows.view(-1, count * rows.shape[1])
@@ -260,7 +333,9 @@ BINDINGS: dict[NodeKind, Callable[[Node, Weights], Step]] = {
     "activation": _bind_activation,
     "add": _bind_add,
     "rope": _bind_rope,
+    "qkv_projection": _bind_qkv_projection,
     "attention": _bind_attention,
+    "mlp": _bind_mlp,
     "select": _bind_select,
     "pool": _bind_pool,
     "projector": _bind_projector,

@@ -263,6 +263,16 @@ class TowerConfig:
         return None if table is None or table.sampling != "exact" else table.side**2
 
     @property
+    def longest_segment(self) -> int | None:
+        """Rows that no segment ever exceeds, where all views are of one size; ``None`` where the picture decides."""
+        return None if self.num_patches is None else self.num_patches + self.class_token
+
+    @property
+    def longest_window(self) -> int | None:
+        """Rows that no window ever exceeds; ``None`` for a tower without windows."""
+        return None if self.windows is None else self.windows.side**2 * self.rows_per_token
+
+    @property
     def mlp_padded(self) -> int:
         """``mlp_hidden`` as the weights are held: a gated MLP's is padded with zeros, which change nothing."""
         return -(-self.mlp_hidden // PADDED_TO) * PADDED_TO if self.gated else self.mlp_hidden

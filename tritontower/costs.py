@@ -1,8 +1,8 @@
 """What each node of a layer graph costs: floating-point operations and bytes moved, from the graph alone.
 
 Operations count two per multiply–add of the matrix products (projections, linears, attention), as is usual; norms,
-activations and rotations are bound by their bytes and count none.  Bytes count every value and weight once per node
-that touches it, as if no cache held anything between nodes.
+activations and rotations are bound by their bytes and count none, and neither do columns that only pad.  Bytes count
+every value and weight once per node that touches it, as if no cache held anything between nodes.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .graph import Graph, Node, Workload
 
 __all__ = ["Cost", "cost_of", "total_cost"]
 
-PRODUCTS = ("patch_projection", "linear", "projector")
+PRODUCTS = ("patch_projection", "linear", "qkv_projection", "mlp", "projector")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def cost_of(graph: Graph, node: Node, workload: Workload, itemsize: int) -> Cost
         itemsize: bytes of one activation and of one weight.
     """
     touched = (*node.inputs, *node.outputs, *node.scratch)
-    moved = sum(graph.values[name].size(workload, itemsize) for name in touched)
+    moved = sum(graph.values[name].moved(workload, itemsize) for name in touched)
     moved += sum(graph.weights[name].parameters * itemsize for name in node.weights.values())
     return Cost(_flops(graph, node, workload), moved)
 
@@ -56,7 +56,7 @@ def _flops(graph: Graph, node: Node, workload: Workload) -> int:
         scores = workload.patches  # one query a view
     else:
         rows = workload.rows(graph.values[node.outputs[0]].rows)
-        shapes = (graph.weights[name].shape for role, name in node.weights.items() if role.startswith("weight"))
+        shapes = (graph.weights[name].useful_shape for role, name in node.weights.items() if role.startswith("weight"))
         return sum(2 * rows * prod(shape) for shape in shapes if len(shape) == 2 and node.kind in PRODUCTS)
     # Scores and their weighted sum of values: two products of head_dim each, per query–key pair and head.
     return 4 * scores * int(node.attributes["heads"]) * int(node.attributes["head_dim"])

@@ -1,17 +1,22 @@
-"""A layer graph in words, as JSON and as a drawing: shapes, parameters, operations and bytes of every node."""
+"""A layer graph in words, as JSON and as a drawing: shapes, parameters, operations, bytes and launches of every node."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
 from typing import Any
+
+import torch
 
 from .costs import Cost, cost_of, total_cost
 from .drawing import DrawnNode, collapse_repeats, graph_svg, number_ranges, text_table
 from .graph import Graph, Node, Workload
+from .launches import PassLaunches, launch_counts
 from .memory import plan_memory
 
 __all__ = ["Description"]
 
-COLUMNS = ("node", "kind", "reads", "writes", "parameters", "GFLOP", "MB moved")
+COLUMNS = ("node", "kind", "reads", "writes", "parameters", "GFLOP", "MB moved", "launches")
 
 
 @dataclass(frozen=True)
@@ -22,16 +27,27 @@ class Description:
         graph: what is described.
         workload: how many patches, tokens and scores.
         itemsize: bytes of one activation and of one weight.
+        device: where kernels run it, which decides on how many launches a product takes; ``None``: one.
+        dtype: of the activations, which decides with it.
+        on_cpu: whether torch's own operations run it on a CPU, whose temporaries then count as memory.
     """
 
     graph: Graph
     workload: Workload
     itemsize: int
+    device: torch.device | None = None
+    dtype: torch.dtype = torch.bfloat16
+    on_cpu: bool = False
 
     @property
     def total(self) -> Cost:
         """Operations and bytes of one pass."""
         return total_cost(self.graph, self.workload, self.itemsize)
+
+    @cached_property
+    def launches(self) -> PassLaunches:
+        """Launches of one pass, by node and by block."""
+        return launch_counts(self.graph, self.workload, dtype=self.dtype, device=self.device)
 
     def text(self) -> str:
         """A table with a line per node; repeated blocks are shown once, their numbers for one block."""
@@ -40,13 +56,14 @@ class Description:
         title = (
             f"{len(self.graph.nodes)} nodes, {self.graph.parameters / 1e6:,.1f} M parameters; "
             f"{workload.patches:,} patches → {workload.tokens:,} tokens: {total.flops / 1e12:,.3f} TFLOP, "
-            f"{total.bytes / 1e6:,.0f} MB moved"
+            f"{total.bytes / 1e6:,.0f} MB moved, {self.launches.total.total:,} launches"
+            + (f", {self.launches.per_block.total} a block" if self.launches.blocks else "")
         )
         return text_table(title, COLUMNS, rows)
 
     def to_json(self) -> dict[str, Any]:
         """Every node with its shapes and costs, the totals, and the memory plan."""
-        plan = plan_memory(self.graph, self.workload, self.itemsize)
+        plan = plan_memory(self.graph, self.workload, self.itemsize, cpu_dtype=self.dtype if self.on_cpu else None)
         return {
             "workload": asdict(self.workload),
             "itemsize": self.itemsize,
@@ -57,7 +74,12 @@ class Description:
                 "arena_bytes": plan.arena_bytes,
                 "input_bytes": plan.input_bytes,
                 "output_bytes": plan.output_bytes,
+                "temporary_bytes": plan.temporary_bytes,
                 "peak_bytes": plan.peak_bytes,
+            },
+            "launches": {
+                **asdict(self.launches.total),
+                "per_block": self.launches.per_block.total,
             },
             "nodes": [self._node_json(node) for node in self.graph.nodes],
         }
@@ -111,6 +133,7 @@ class Description:
             f"{self._parameters(node):,}" if node.weights else None,
             f"{cost.flops / 1e9:,.2f}" if cost.flops else None,
             f"{cost.bytes / 1e6:,.2f}",
+            self.launches.nodes[node.name].total,
         )
 
     def _node_json(self, node: Node) -> Mapping[str, Any]:
@@ -127,18 +150,24 @@ class Description:
             "parameters": self._parameters(node),
             "flops": cost.flops,
             "bytes": cost.bytes,
+            "launches": self.launches.nodes[node.name].total,
         }
 
     def _epilogue(self, node: Node) -> list[str]:
         """What a node does besides what its kind says."""
-        if node.kind == "attention" and node.attributes["windows"]:
-            return ["windows"]
-        if node.kind == "patch_projection" and len(node.inputs) > 1:
-            return ["positions"]
-        if node.kind != "linear":
-            return []
-        kind = node.attributes["activation"]
-        return ([kind] if kind else []) + (["residual"] if len(node.inputs) > 1 else [])
+        attributes, several = node.attributes, len(node.inputs) > 1
+        padded = attributes.get("padded_head_dim")
+        said = [f"heads of {attributes['head_dim']} in {padded} columns"] if padded else []
+        if node.kind == "attention" and attributes["windows"]:
+            said.append("windows")
+        elif node.kind == "patch_projection" and several:
+            said.append("positions")
+        elif node.kind == "qkv_projection" and several:
+            said.append("rotation")
+        elif node.kind in ("linear", "mlp"):
+            said += [attributes["activation"]] if attributes["activation"] else []
+            said += ["residual"] if several else []
+        return said
 
     def _remarks(self, node: Node) -> list[str]:
         epilogue = self._epilogue(node)
@@ -146,7 +175,7 @@ class Description:
         return ([f"+ {', '.join(epilogue)}"] if epilogue else []) + parameters
 
     def _parameters(self, node: Node) -> int:
-        return sum(self.graph.weights[name].parameters for name in node.weights.values())
+        return sum(prod(self.graph.weights[name].useful_shape) for name in node.weights.values())
 
     def _shapes(self, names: Sequence[str]) -> str:
         return ", ".join(map(self._shape, names))
@@ -156,7 +185,7 @@ class Description:
 
     def _dimensions(self, name: str) -> list[int]:
         value = self.graph.values[name]
-        return [self.workload.rows(value.rows), value.width]
+        return [value.held_rows(self.workload), value.width]
 
 
 def _inputs_first(drawn: Sequence[DrawnNode]) -> list[DrawnNode]:

@@ -98,6 +98,7 @@ class Call:
         release: gives back what the tower holds on the device beside its weights.
         device: where the tower runs.
         output_device: where the embeddings go.
+        raw: whether pixels stay bytes; ``None``: where they can.
         max_patches: patches of one pass; a picture with more is a pass of its own.  Lowered when memory runs out.
         raises: whether the first picture that cannot be encoded ends the call.
         check_output: whether embeddings are looked through for NaN and infinity.
@@ -111,6 +112,7 @@ class Call:
     release: Callable[[], None]
     device: torch.device
     output_device: torch.device
+    raw: bool | None = False
     max_patches: int = 1
     raises: bool = True
     check_output: bool = False
@@ -389,7 +391,9 @@ def _pack(call: Call, items: Sequence[_Item], each: Each) -> PackedBatch:
     """The batch of ``items``, which are decoded again where a pass with them has failed before."""
     limits = call.preprocessor.limits
     images = [item.image or canonical_rgb(item.picture, index=item.index, limits=limits) for item in items]
-    return call.preprocessor.pictures(images, each=each, **call.bounds)
+    batch = call.preprocessor.pictures(images, each=each, raw=call.raw, **call.bounds)
+    # Here, while the device works on the pass before: whoever starts a pass should not have to copy its pixels first.
+    return batch.pinned() if call.device.type == "cuda" else batch
 
 
 # -- passes → embeddings ----------------------------------------------------------------------------------------------
@@ -456,7 +460,8 @@ def patches_per_pass(plan: MemoryPlan, device: torch.device) -> int:
     """How many patches a pass has by default: what takes 1 GiB, or half of what is free on a GPU if that is less.
 
     Args:
-        plan: what a pass of some patches takes; the rest follows in proportion.
+        plan: what a pass of some patches takes; the rest follows in proportion, but for what torch's operations take for
+            themselves on a CPU, which does not grow with a pass and does not count.
         device: where the tower runs.
     """
     budget = PASS_BYTES
@@ -465,7 +470,7 @@ def patches_per_pass(plan: MemoryPlan, device: torch.device) -> int:
         # What torch keeps for itself is free for it, too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = min(budget, (free + unused) // 2)
-    return max(1, budget * plan.workload.patches // plan.peak_bytes)
+    return max(1, budget * plan.workload.patches // (plan.peak_bytes - plan.temporary_bytes))
 
 
 @contextmanager

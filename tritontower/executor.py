@@ -2,25 +2,24 @@
 
 Every node becomes one step of :mod:`tritontower.bindings`, bound to its weights beforehand; the values it reads and
 writes are views into the arena that :mod:`tritontower.memory` laid out.
+
+On a CPU a pass has just the rows of its batch.  On a GPU it is *planned*: rounded up to a size that many batches share,
+so that every batch of that size is the same launches, which are captured and replayed (:mod:`tritontower.capture`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
 
 import torch
 
 from .batch import PackedBatch
-from .bindings import BINDINGS, TRANSFORMS, PassFacts, Step, Tensors
+from .bindings import BINDINGS, PassFacts, Step, Tensors, bound_weight
+from .capture import DTYPES, CaptureBackend, CaptureLimits, CudaGraphs, Observer, Passes
 from .graph import Graph, Node, Value, Workload
 from .memory import MemoryPlan, plan_memory
 
 __all__ = ["Executor", "Observer"]
-
-Observer = Callable[[Node, Tensors], None]
-"""Called after every node, with the node and everything computed so far; the tensors are overwritten later."""
-
-DTYPES = {"float32": torch.float32, "int32": torch.int32}
 
 
 class Executor:
@@ -28,15 +27,26 @@ class Executor:
 
     Args:
         graph: what to run.
-        sources: name → canonical tensor, all of one dtype and on one device.
+        sources: name → tensor as :func:`tritontower.weights.read_weights` holds it, or canonical tensor, all of one dtype
+            and on one device.
+        cuda_graphs: on a GPU, whether passes are captured and replayed; or what captures them, and then passes are
+            planned ones on any device.
+        limits: how much captured passes may hold.
 
     Raises:
         KeyError: a tensor that the graph is made from is missing.
     """
 
-    def __init__(self, graph: Graph, sources: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        sources: Mapping[str, torch.Tensor],
+        *,
+        cuda_graphs: bool | CaptureBackend = True,
+        limits: CaptureLimits | None = None,
+    ) -> None:
         self.graph = graph
-        weights = {name: TRANSFORMS[weight.transform](sources[weight.source]) for name, weight in graph.weights.items()}
+        weights = {name: bound_weight(weight, sources) for name, weight in graph.weights.items()}
         first = next(iter(weights.values()))
         self.dtype, self.device = first.dtype, first.device
         self._steps: list[tuple[Node, Step]] = [(node, BINDINGS[node.kind](node, weights)) for node in graph.nodes]
@@ -45,6 +55,17 @@ class Executor:
         self._views: Tensors = {}
         self._lock = Lock()
         self._finished: torch.cuda.Event | None = None
+        self._passes: Passes | None = None
+        if self.device.type == "cuda" or not isinstance(cuda_graphs, bool):
+            backend: CaptureBackend | None = None
+            if cuda_graphs is not False:
+                backend = CudaGraphs(self.device) if isinstance(cuda_graphs, bool) else cuda_graphs
+            self._passes = Passes(graph, self._steps, self.dtype, self.device, backend, limits or CaptureLimits())
+        if self.device.type == "cuda":
+            # The first pass may come on another stream than the one on which the weights are still being made.
+            with torch.cuda.device(self.device):
+                self._finished = torch.cuda.Event()
+                self._finished.record()
 
     def plan(self, workload: Workload) -> MemoryPlan:
         """The memory layout of a pass over ``workload``."""
@@ -58,8 +79,8 @@ class Executor:
         """One pass.
 
         Args:
-            batch: what to run on, already on the executor's device.
-            observer: called after every node.
+            batch: what to run on, on the CPU or on the executor's device.
+            observer: called after every node.  Nothing is replayed then.
 
         Returns:
             Name → tensor of the graph's outputs, freshly allocated: they belong to the caller.
@@ -68,8 +89,13 @@ class Executor:
         outputs = {name: self._allocate(graph.values[name], workload) for name in graph.outputs}
         if workload.patches == 0:
             return outputs
+        bucket = None if self._passes is None else self._passes.bucket(batch)
         # The arena serves one pass at a time; Triton launches on the current GPU, wherever the tensors are.
         with self._lock, self._on_device():
+            if self._passes is not None and bucket is not None:
+                self._passes.run(bucket, batch, outputs, observer)
+                return outputs
+            batch = batch.to(self.device)
             tensors = {**self._arena_views(workload), **outputs}
             tensors |= {name: getattr(batch, name) for name in graph.inputs}
             facts = PassFacts(batch.segments, batch.windows, batch.views, batch.side)
@@ -79,11 +105,42 @@ class Executor:
                     observer(node, tensors)
         return outputs
 
-    def release(self) -> None:
-        """Gives the arena back; the next pass allocates a new one."""
+    @torch.inference_mode()
+    def warm_up(self, batch: PackedBatch) -> bool:
+        """One pass, after which passes of its size are replayed if that is possible; whether they are."""
+        bucket = None if self._passes is None or not batch.workload.patches else self._passes.bucket(batch)
+        if self._passes is None or bucket is None:
+            return False
+        outputs = {name: self._allocate(self.graph.values[name], batch.workload) for name in self.graph.outputs}
+        with self._lock, self._on_device():
+            return self._passes.warm_up(bucket, batch, outputs)
+
+    @property
+    def captured(self) -> int:
+        """How many sizes of passes are captured."""
+        if self._passes is None:
+            return 0
         with self._lock:
+            return self._passes.captured
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of device memory that captured passes hold."""
+        if self._passes is None:
+            return 0
+        with self._lock:
+            return self._passes.captured_bytes
+
+    def release(self) -> None:
+        """Gives the arena and all captured passes back; the next pass allocates a new arena."""
+        with self._lock:
+            if self._finished is not None:
+                # A graph must not go while it is replayed.
+                self._finished.synchronize()
             self._arena = self._arena.new_empty(0)
             self._plan, self._views = None, {}
+            if self._passes is not None:
+                self._passes.release()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -100,6 +157,8 @@ class Executor:
             finally:
                 # Whoever frees the arena, the allocator has to wait for this stream too.
                 self._arena.record_stream(stream)
+                if self._passes is not None:
+                    self._passes.memory.record_stream(stream)
                 self._finished = torch.cuda.Event()
                 self._finished.record()
 
@@ -122,7 +181,7 @@ class Executor:
         views: Tensors = {}
         for name, offset in plan.offsets.items():
             value = self.graph.values[name]
-            rows, dtype = workload.rows(value.rows), DTYPES.get(value.dtype, self.dtype)
+            rows, dtype = value.held_rows(workload), DTYPES.get(value.dtype, self.dtype)
             flat = self._arena[offset : offset + rows * value.width * dtype.itemsize].view(dtype)
             views[name] = flat.view(rows, value.width)
         self._plan, self._views = plan, views

@@ -1,17 +1,27 @@
 """Passes over the layer graph: each takes a graph and returns one with fewer nodes and the same numbers.
 
-A pass knows node kinds, never models.  Each moves rounding points only towards fewer of them: what the plain graph
-rounds between two nodes, a fused node keeps in fp32.
+A pass knows node kinds, never models.  Those that put weights in another order are in
+:mod:`tritontower.kernel_passes`.  Each moves rounding points only towards fewer of them: what the plain graph rounds
+between two nodes, a fused node keeps in fp32.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+
+import torch
 
 from .graph import Graph, Node, Value, Weight
+from .kernel_passes import fuse_rotation_into_qkv, interleave_gated, pad_heads
+from .kernels.dispatch import backend_on
 
 __all__ = [
+    "CHUNK_ROWS",
+    "CPU_CHUNK_ROWS",
     "DEFAULT_PASSES",
+    "KERNEL_PASSES",
     "Pass",
+    "chunk_mlp",
     "fold_still_pictures",
     "fuse",
     "fuse_activations",
@@ -19,9 +29,15 @@ __all__ = [
     "fuse_residual_into_linear",
     "fuse_residual_into_norm",
     "fuse_selection",
+    "passes_for",
 ]
 
 Pass = Callable[[Graph], Graph]
+
+CHUNK_ROWS = 16384
+"""Rows of an MLP that kernels work on at a time: fewer would leave the largest GPU a half-empty last round of tiles."""
+CPU_CHUNK_ROWS = 2048
+"""The same on a CPU, where fewer cost no time: the products go through them a cacheful at a time anyway."""
 
 
 def fuse_activations(graph: Graph) -> Graph:
@@ -127,6 +143,44 @@ def fold_still_pictures(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes), weights=weights, values=values)
 
 
+def chunk_mlp(graph: Graph, rows: int = CHUNK_ROWS) -> Graph:
+    """``linear`` with an activation → ``linear`` becomes one ``mlp`` that works through the rows run by run.
+
+    What stands between the two products is four times as wide as the rows: held for ``rows`` rows at most, it no longer
+    grows with the pack.  The products are the same, planned for all rows: no row's bits depend on the runs.
+    """
+    values: list[Value] = []
+
+    def fused(first: Node, second: Node) -> Node | None:
+        kinds = (first.kind, second.kind)
+        if kinds != ("linear", "linear") or first.attributes["activation"] is None or len(first.inputs) > 1:
+            return None
+        if first.attributes["joined"] != 1 or second.attributes["joined"] != 1 or second.inputs[0] != first.outputs[0]:
+            return None
+        if second.attributes["activation"] is not None:
+            return None
+        values.append(replace(graph.values[first.outputs[0]], most_rows=rows))
+        roles = {
+            f"{role}_{number}": name
+            for number, node in enumerate((first, second), 1)
+            for role, name in node.weights.items()
+        }
+        return Node(
+            name=second.name.replace("mlp_down", "mlp"),
+            kind="mlp",
+            inputs=(*first.inputs, *second.inputs[1:]),
+            outputs=second.outputs,
+            weights=roles,
+            attributes={"activation": first.attributes["activation"]},
+            scratch=first.outputs,
+            block=second.block,
+            rows=second.rows,
+        )
+
+    merged = _merge_pairs(graph, fused)
+    return merged.with_nodes(merged.nodes, values)
+
+
 DEFAULT_PASSES: tuple[Pass, ...] = (
     fuse_positions,
     fuse_activations,
@@ -134,8 +188,12 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     fuse_residual_into_norm,
     fuse_selection,
 )
-"""What every graph goes through.  The residual goes into the product's epilogue wherever a product writes it, which
-moves one value less than adding it in the norm; the norm takes the additions that are left."""
+"""What every graph goes through, before :func:`chunk_mlp`.  The residual goes into the product's epilogue wherever a
+product writes it, which moves one value less than adding it in the norm; the norm takes the additions that are left."""
+
+
+KERNEL_PASSES: tuple[Pass, ...] = (fuse_rotation_into_qkv, pad_heads, interleave_gated)
+"""What a graph goes through behind them where kernels run."""
 
 
 def fuse(graph: Graph, passes: Sequence[Pass] = DEFAULT_PASSES) -> Graph:
@@ -143,6 +201,16 @@ def fuse(graph: Graph, passes: Sequence[Pass] = DEFAULT_PASSES) -> Graph:
     for apply in passes:
         graph = apply(graph)
     return graph
+
+
+def passes_for(device: torch.device) -> tuple[Pass, ...]:
+    """The passes for a graph that runs on ``device``.
+
+    What arranges weights for the kernels is for where kernels run: the plain torch of a CPU would only pay for it.
+    """
+    if backend_on(device) == "reference":
+        return (*DEFAULT_PASSES, partial(chunk_mlp, rows=CPU_CHUNK_ROWS))
+    return (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)
 
 
 def _merge_pairs(graph: Graph, fused: Callable[[Node, Node], Node | None]) -> Graph:

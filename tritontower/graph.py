@@ -2,8 +2,9 @@
 
 :func:`build` turns a :class:`~tritontower.config.TowerConfig` into the *plain* graph, which is the definition of the
 tower: one node per step of the reference implementation.  The passes in :mod:`tritontower.fusion` rewrite it into fewer
-nodes with the same numbers.  Because a graph is data, its cost (:mod:`tritontower.costs`), its memory
-(:mod:`tritontower.memory`) and its description (:mod:`tritontower.description`) follow from it without running it.
+nodes with the same numbers; ``qkv_projection`` and ``mlp`` nodes come from them alone.  Because a graph is data, its
+cost (:mod:`tritontower.costs`), its memory (:mod:`tritontower.memory`) and its description
+(:mod:`tritontower.description`) follow from it without running it.
 
 ======================  ============================================  ================================================
 node kind               inputs → outputs                              weights
@@ -16,7 +17,9 @@ node kind               inputs → outputs                              weights
 ``activation``          rows → rows
 ``add``                 rows, rows → rows
 ``rope``                qkv, cosines, sines → qkv                     (rotates in place)
+``qkv_projection``      rows [, cosines, sines] → qkv                 weight, bias (heads arranged)
 ``attention``           qkv → rows
+``mlp``                 rows [, residual] → rows                      weight_1, bias_1, weight_2, bias_2
 ``select``              rows …, selection → rows side by side
 ``pool``                rows → means of neighbouring rows
 ``projector``           rows [, selection] → tokens                   norm_*, weight_1, bias_1, weight_2, bias_2
@@ -25,11 +28,12 @@ node kind               inputs → outputs                              weights
 ======================  ============================================  ================================================
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
+from .arrangement import Arrangement
 from .config import Normalisation, PositionTable, Projector, RotaryEmbedding, TowerConfig
 
 __all__ = ["Dtype", "Graph", "Node", "NodeKind", "Rows", "Transform", "Value", "Weight", "Workload", "build"]
@@ -43,7 +47,9 @@ NodeKind = Literal[
     "activation",
     "add",
     "rope",
+    "qkv_projection",
     "attention",
+    "mlp",
     "select",
     "pool",
     "projector",
@@ -51,7 +57,7 @@ NodeKind = Literal[
     "attention_pooling",
 ]
 Rows = Literal["patches", "selected", "merged", "tokens", "views"]
-Dtype = Literal["activation", "float32", "int32"]
+Dtype = Literal["activation", "float32", "int32", "uint8"]
 Transform = Literal["as_is", "flatten", "fold_temporal"]
 
 
@@ -90,10 +96,22 @@ class Value:
     rows: Rows
     width: int
     dtype: Dtype = "activation"
+    most_rows: int | None = None
+    """So many rows at most are held, of scratch that serves one run of rows after the other; ``None``: all."""
+
+    def held_rows(self, workload: Workload) -> int:
+        """Rows that the value has memory for."""
+        rows = workload.rows(self.rows)
+        return rows if self.most_rows is None else min(rows, self.most_rows)
 
     def size(self, workload: Workload, itemsize: int) -> int:
         """Bytes, where one activation takes ``itemsize`` bytes."""
-        return workload.rows(self.rows) * self.width * (itemsize if self.dtype == "activation" else 4)
+        element = {"activation": itemsize, "uint8": 1}.get(self.dtype, 4)
+        return self.held_rows(workload) * self.width * element
+
+    def moved(self, workload: Workload, itemsize: int) -> int:
+        """Bytes of all rows, whether they are held at once or not."""
+        return replace(self, most_rows=None).size(workload, itemsize)
 
 
 @dataclass(frozen=True)
@@ -110,16 +128,41 @@ class Weight:
     transform: Transform = "as_is"
     padded_shape: tuple[int, ...] | None = None
     """Shape in which the canonical tensor is held, zeros behind its numbers; ``None``: without padding."""
+    arrangement: Arrangement | None = None
+    """Another order of the rows, in which the tensor is held instead of the canonical one."""
 
     @property
     def parameters(self) -> int:
-        """Numbers in the weight as the node uses it."""
+        """Numbers in the weight as the node uses it, padding included."""
         return prod(self.shape)
 
     @property
-    def held_shape(self) -> tuple[int, ...]:
-        """Shape of the canonical tensor in memory."""
+    def useful_shape(self) -> tuple[int, ...]:
+        """Shape as the node uses it, without padding."""
+        padded = self.padded_shape is not None or self.arrangement is not None
+        return self.source_shape if padded else self.shape
+
+    @property
+    def held_name(self) -> str:
+        """What the tensor in memory is called: as its source, or, where that is arranged, what no canonical tensor is."""
+        return self.source if self.arrangement is None else f"{self.source}:{self.arrangement.name}"
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """Shape of the canonical tensor in memory, before it is arranged."""
         return self.padded_shape or self.source_shape
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in memory."""
+        shape = self.canonical_shape
+        return shape if self.arrangement is None else self.arrangement.shape(shape)
+
+    def arranged(self, arrangement: Arrangement) -> "Weight":
+        """This weight in another order of its rows, under a name of its own."""
+        name = self.name.partition(":")[0]
+        shape = arrangement.shape(self.canonical_shape)
+        return replace(self, name=f"{name}:{arrangement.name}", shape=shape, arrangement=arrangement)
 
 
 @dataclass(frozen=True)
@@ -137,11 +180,18 @@ class Node:
     """Values that live only while the node runs."""
     block: int | None = None
     """Which of the repeated transformer blocks the node belongs to."""
+    rows: Rows = "patches"
+    """What the rows that it writes are."""
 
     @property
     def in_place(self) -> bool:
         """Whether the first output is the first input, changed."""
         return self.kind == "rope"
+
+    @property
+    def residual(self) -> str | None:
+        """What a product adds to its rows: its output may be written into the residual's memory."""
+        return self.inputs[1] if self.kind in ("linear", "mlp") and len(self.inputs) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -187,8 +237,8 @@ class Graph:
 
     @property
     def held_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape in memory of every canonical tensor, with its padding."""
-        return {weight.source: weight.held_shape for weight in self.weights.values()}
+        """Name → shape of every tensor in memory, padded and arranged as the graph asks for."""
+        return {weight.held_name: weight.held_shape for weight in self.weights.values()}
 
     @property
     def parameters(self) -> int:
@@ -199,11 +249,23 @@ class Graph:
         """The nodes that read ``value``."""
         return [node for node in self.nodes if value in node.inputs]
 
-    def with_nodes(self, nodes: Sequence[Node]) -> "Graph":
-        """This graph with other nodes; values and inputs that none of them names any more are dropped."""
+    def with_nodes(
+        self, nodes: Sequence[Node], values: Iterable[Value] = (), weights: Iterable[Weight] = ()
+    ) -> "Graph":
+        """This graph with other nodes, and with values and weights that they need beside or instead of what it has.
+
+        Values and weights that no node names any more are dropped.
+        """
         named = {name for node in nodes for name in (*node.inputs, *node.outputs, *node.scratch)}
-        kept = {name: value for name, value in self.values.items() if name in named}
-        return replace(self, nodes=tuple(nodes), values=kept)
+        used = {name for node in nodes for name in node.weights.values()}
+        known = {**self.values, **{value.name: value for value in values}}
+        listed = {**self.weights, **{weight.name: weight for weight in weights}}
+        return replace(
+            self,
+            nodes=tuple(nodes),
+            values={name: value for name, value in known.items() if name in named},
+            weights={name: weight for name, weight in listed.items() if name in used},
+        )
 
 
 class _Builder:
@@ -258,7 +320,9 @@ class _Builder:
     ) -> tuple[str, ...]:
         written = tuple(self.value(self.scoped(output), width, rows) for output, width in outputs)
         self.nodes.append(
-            Node(self.scoped(name), kind, tuple(inputs), written, weights or {}, attributes, block=self.block)
+            Node(
+                self.scoped(name), kind, tuple(inputs), written, weights or {}, attributes, block=self.block, rows=rows
+            )
         )
         return written
 
@@ -399,7 +463,10 @@ def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole
         (qkv,) = builder.node(
             "rope", "rope", [qkv, *table], ("rotated", 3 * width), **heads, rotation=config.rotary.rotation
         )
-    (mixed,) = builder.node("attention", "attention", [qkv], ("mixed", width), **heads, windows=not whole)
+    bound = config.longest_segment if whole else config.longest_window
+    (mixed,) = builder.node(
+        "attention", "attention", [qkv], ("mixed", width), **heads, windows=not whole, length_bound=bound
+    )
     projected = builder.linear("attention_output", mixed, width, bias=config.attention_bias)
     (rows,) = builder.node("attention_residual", "add", [projected, rows], ("attended", width))
 
@@ -543,7 +610,7 @@ def _projector_node(
         if projector.bias:
             weights[f"bias_{number}"] = builder.weight(f"{name}.linear_{number}.bias", out)
     tokens = builder.value(result, projector.output, "merged")
-    builder.nodes.append(Node(name, "projector", (rows,), (tokens,), weights, attributes, scratch))
+    builder.nodes.append(Node(name, "projector", (rows,), (tokens,), weights, attributes, scratch, rows="merged"))
     return tokens
 
 

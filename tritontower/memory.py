@@ -3,14 +3,20 @@
 A value lives from the node that writes it to the last node that reads it.  Values whose lives overlap get disjoint
 ranges of the arena; the rest share.  Placing the largest first, each at the lowest offset where it fits, is the
 greedy-by-size rule of Pisarchyk and Lee (arXiv 2001.03288), and within a few percent of the best there is.
+
+Some results take the place of what they are computed from: rotated queries and keys, and a sum behind a residual that
+nothing reads later.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .graph import Graph, Workload
+import torch
 
-__all__ = ["MemoryPlan", "plan_memory"]
+from .graph import Graph, Workload
+from .temporaries import temporary_bytes
+
+__all__ = ["MemoryPlan", "memory_owners", "plan_memory"]
 
 ALIGNMENT = 256
 """Bytes; what CUDA's own allocator gives, and more than any vector load needs."""
@@ -28,25 +34,29 @@ class MemoryPlan:
     """Pixels and positions, held by the batch while the pass runs."""
     output_bytes: int
     """Results, which outlive the pass and belong to the caller."""
+    temporary_bytes: int = 0
+    """What torch's operations take for themselves on a CPU, at most; kernels take nothing."""
 
     @property
     def peak_bytes(self) -> int:
         """Everything that a pass holds at once beside the weights."""
-        return self.arena_bytes + self.input_bytes + self.output_bytes
+        return self.arena_bytes + self.input_bytes + self.output_bytes + self.temporary_bytes
 
 
-def plan_memory(graph: Graph, workload: Workload, itemsize: int) -> MemoryPlan:
+def plan_memory(graph: Graph, workload: Workload, itemsize: int, *, cpu_dtype: torch.dtype | None = None) -> MemoryPlan:
     """Lays out the values of ``graph``.
 
     Args:
         graph: what will run.
         workload: for how many rows.
         itemsize: bytes of one activation.
+        cpu_dtype: the activations' dtype where torch's own operations are to run the graph on a CPU: the plan then counts
+            what those take for themselves, in an otherwise equal layout.
     """
     sizes = {name: _aligned(value.size(workload, itemsize)) for name, value in graph.values.items()}
     outside = (*graph.inputs, *graph.outputs)
     offsets, arena = _place(
-        {name: size for name, size in sizes.items() if name not in outside}, _lifetimes(graph), _owners(graph)
+        {name: size for name, size in sizes.items() if name not in outside}, _lifetimes(graph), memory_owners(graph)
     )
     return MemoryPlan(
         workload=workload,
@@ -54,6 +64,7 @@ def plan_memory(graph: Graph, workload: Workload, itemsize: int) -> MemoryPlan:
         arena_bytes=arena,
         input_bytes=sum(sizes[name] for name in graph.inputs),
         output_bytes=sum(sizes[name] for name in graph.outputs),
+        temporary_bytes=0 if cpu_dtype is None else temporary_bytes(graph, workload, cpu_dtype),
     )
 
 
@@ -61,18 +72,25 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _owners(graph: Graph) -> dict[str, str]:
-    """Value → the value whose memory it lives in; they differ where a node works in place."""
+def memory_owners(graph: Graph) -> dict[str, str]:
+    """Value → the value whose memory it lives in; they differ where a result takes the place of what a node read."""
     owners = {name: name for name in graph.values}
-    for node in graph.nodes:
+    last_read = {name: step for step, node in enumerate(graph.nodes) for name in node.inputs}
+    for step, node in enumerate(graph.nodes):
         if node.in_place:
             owners[node.outputs[0]] = owners[node.inputs[0]]
+        residual = node.residual
+        if residual is None or node.outputs[0] in graph.outputs or last_read[residual] > step:
+            continue
+        # A sum may be written where its residual was; what the batch brings and what the caller gets is not the arena's.
+        if residual not in (*graph.inputs, *graph.outputs, node.inputs[0]):
+            owners[node.outputs[0]] = owners[residual]
     return owners
 
 
 def _lifetimes(graph: Graph) -> dict[str, tuple[int, int]]:
     """Owner → the first and last step at which its memory is in use."""
-    owners = _owners(graph)
+    owners = memory_owners(graph)
     lifetimes: dict[str, tuple[int, int]] = {}
     for step, node in enumerate(graph.nodes):
         for name in (*node.inputs, *node.outputs, *node.scratch):

@@ -142,7 +142,8 @@ class Reference:
 
     def inputs(self, batch: PackedBatch) -> Any:
         """The batch in the form that transformers takes: what it costs is not transformers' time."""
-        return self.implementation.inputs(self.model, batch.to(self.tower.device), self.tower.config)
+        batch = self.tower.preprocessor.normalised(batch).to(self.tower.device)
+        return self.implementation.inputs(self.model, batch, self.tower.config)
 
     @torch.inference_mode()
     def outputs(self, inputs: Any) -> Mapping[str, torch.Tensor]:
@@ -217,6 +218,9 @@ def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
 def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
     """The distance of every value that the graph and transformers (in the tower's dtype) have in common, in order.
 
+    What kernels rotate as they write it, pad or put in another order is nowhere in transformers and has no line, and
+    neither has what never is in memory for all rows at once.
+
     The first line whose error jumps is where the two part; everything behind it carries that error on.
     """
     reference = Reference(tower, tower.dtype)
@@ -229,10 +233,11 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
 
     def observe(node: Node, tensors: Mapping[str, torch.Tensor]) -> None:
         for name in (*node.scratch, *node.outputs):
-            theirs = value(name)
-            if theirs is None:
+            theirs, held = value(name), executor.graph.values[name]
+            # Scratch that served one run of rows after the other holds the last of them only.
+            if theirs is None or held.held_rows(batch.workload) < batch.workload.rows(held.rows):
                 continue
-            ours, rows = tensors[name], executor.graph.values[name].rows
+            ours, rows = tensors[name], held.rows
             theirs = theirs.reshape(len(ours), -1)
             if raster is not None and len(ours) == len(raster):
                 ours = ours[raster]

@@ -16,6 +16,7 @@ from PIL import Image
 
 from .batch import PackedBatch, expected_workload
 from .cache import EmbeddingCache, files_identity, framed_digest, preprocessing_identity
+from .capture import CaptureLimits, plan_planned_pass
 from .checkpoint import Checkpoint, Progress
 from .config import TowerConfig
 from .description import Description
@@ -36,17 +37,20 @@ from .errors import CheckpointNotFoundError, Limits, TowerNotLoadedError, UsageE
 from .executor import Executor
 from .families import MISTRAL_FORMAT, Family, has_tower, read_family
 from .features import with_features
-from .fusion import fold_still_pictures, fuse
+from .folding import fold_normalisation, folded_tensors
+from .fusion import fold_still_pictures, fuse, passes_for
 from .graph import Graph, Workload, build
 from .images import Picture
+from .kernels.dispatch import backend_on
 from .locate import CONFIG_NAME, fetch_shards, locate
 from .memory import MemoryPlan, plan_memory
 from .mrope import MropeRule
+from .packing import pack_weights
 from .placement import declared_dtype, device_of, dtype_of
 from .preprocessing import Bounds, Preprocessor, pack_views
 from .prompt import PromptLayout
 from .reader import ConfigReader
-from .weights import read_weights, stored_shapes
+from .weights import arranged, read_weights, stored_shapes
 
 __all__ = ["VisionTower", "has_vision"]
 
@@ -70,6 +74,9 @@ class VisionTower:
         graph: the layer graph that runs for still pictures.
     """
 
+    _shares_weights = False
+    """Whether somebody else holds the tower's weights as well, in the plain order of a checkpoint."""
+
     def __init__(
         self,
         family: Family,
@@ -80,6 +87,7 @@ class VisionTower:
         preprocessor: Preprocessor,
         fetch: Callable[..., None],
         cache: EmbeddingCache | None = None,
+        cuda_graphs: bool | CaptureLimits = True,
     ) -> None:
         self.folder = folder
         self.preprocessor = preprocessor
@@ -87,14 +95,18 @@ class VisionTower:
         self._dtype = dtype
         self._fetch = fetch
         self.cache = cache
+        self._cuda_graphs = cuda_graphs
         self._executors: dict[int, Executor] | None = None
+        self._byte_executors: dict[int, Executor] = {}
+        self._sources: Mapping[str, torch.Tensor] = {}
         self._weights_identity = token_hex(32)
         self._load_lock = Lock()
+        self._byte_lock = Lock()
         self._describe(family)
 
     def _describe(self, family: Family) -> None:
         self.family = family
-        self._clip_graph: Graph = fuse(build(family.config))
+        self._clip_graph: Graph = fuse(build(family.config), passes_for(self._device))
         self.graph: Graph = fold_still_pictures(self._clip_graph)
 
     @classmethod
@@ -112,6 +124,7 @@ class VisionTower:
         processor_options: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
         cache: EmbeddingCache | None = None,
+        cuda_graphs: bool | CaptureLimits = True,
         revision: str | None = None,
         token: str | None = None,
         cache_dir: str | Path | None = None,
@@ -140,6 +153,9 @@ class VisionTower:
             limits: what a picture may cost before it is refused.
             cache: keeps embeddings, so that a picture that comes again is not encoded again; by default nothing is kept.
                 Several towers may share one.
+            cuda_graphs: whether passes on a GPU are captured as CUDA graphs when their size comes the second time, and
+                replayed from then on; a :class:`~tritontower.capture.CaptureLimits` says what they may hold (by default
+                32 graphs and 4 GiB).  See :meth:`warm_up`.  It changes no number, and nothing at all on a CPU.
             revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
             progress: called with the bytes read so far and in all.
 
@@ -160,7 +176,16 @@ class VisionTower:
         preprocessor = make(family.config, folder, limits or Limits(), processor, processor_options or {})
         fetch = partial(fetch_shards, token=token, local_files_only=local_files_only)
         wanted = wanted or declared_dtype(reader)
-        tower = cls(family, folder, device=where, dtype=wanted, preprocessor=preprocessor, fetch=fetch, cache=cache)
+        tower = cls(
+            family,
+            folder,
+            device=where,
+            dtype=wanted,
+            preprocessor=preprocessor,
+            fetch=fetch,
+            cache=cache,
+            cuda_graphs=cuda_graphs,
+        )
         if not delay_load:
             tower.load(progress=progress)
         return tower
@@ -193,17 +218,31 @@ class VisionTower:
         """Reads the weights, if they are not there yet; returns the tower."""
         with self._load_lock:
             if self._executors is None:
-                self._install(self._read_weights(progress))
+                sources = self._read_weights(progress)
+                if not self._shares_weights:
+                    clips = [self._clip_graph] if self.config.patch.temporal > 1 else []
+                    pack_weights([self.graph, *clips], sources)
+                self._install(sources)
         return self
 
     def _install(self, sources: Mapping[str, torch.Tensor]) -> None:
-        """Makes the tower run on ``sources``: canonical name → tensor, all of one dtype and on one device."""
+        """Makes the tower run on ``sources``, all of one dtype and on one device.
+
+        Those are what :func:`~tritontower.weights.read_weights` gives; or canonical tensors by name, which stay as they are
+        and are copied where the graph wants them arranged.
+        """
         patch = self.config.patch
-        executors = {patch.still_inner: Executor(self.graph, sources)}
+        sources = arranged(self.graph, sources)
+        executors = {patch.still_inner: self._executor(self.graph, sources)}
         if patch.temporal > 1:
-            executors[patch.inner] = Executor(self._clip_graph, sources)
+            executors[patch.inner] = self._executor(self._clip_graph, sources)
+        self._sources, self._byte_executors = sources, {}
         # Not before both are there: another thread may already be asking.
         self._executors = executors
+
+    def _executor(self, graph: Graph, sources: Mapping[str, torch.Tensor]) -> Executor:
+        limits = self._cuda_graphs if isinstance(self._cuda_graphs, CaptureLimits) else None
+        return Executor(graph, sources, cuda_graphs=self._cuda_graphs is not False, limits=limits)
 
     def _read_weights(self, progress: Progress | None) -> dict[str, torch.Tensor]:
         with self._checkpoint() as checkpoint:
@@ -434,19 +473,39 @@ class VisionTower:
         ]
         return embeddings[0] if _is_one(image) else embeddings
 
-    def preprocess(self, pictures: Iterable[Picture] | Picture, **bounds: Unpack[Bounds]) -> PackedBatch:
-        """The first half of :meth:`encode`, on the CPU: pictures → one packed batch, whatever its size."""
+    def preprocess(
+        self, pictures: Iterable[Picture] | Picture, *, raw: bool | None = None, **bounds: Unpack[Bounds]
+    ) -> PackedBatch:
+        """The first half of :meth:`encode`, on the CPU: pictures → one packed batch, whatever its size.
+
+        Args:
+            pictures: as in :meth:`encode`.
+            raw: whether pixels stay bytes, which the tower takes as well: a quarter of the memory of fp32.  By default as
+                :meth:`encode` has them: bytes for a GPU, where the image processor's arithmetic is known.
+            **bounds: as in :meth:`encode`.
+
+        Raises:
+            UsageError: ``raw``, and the image processor's arithmetic is not known.
+            ImageError, ProcessorError: as in :meth:`encode`.
+        """
         several = [cast("Picture", pictures)] if _is_one(pictures) else list(cast("Iterable[Picture]", pictures))
         with workers(len(several)) as each:
             images = canonical_pictures(several, self.preprocessor.limits, each)
-            return self.preprocessor.pictures(images, each=each, **bounds)
+            return self.preprocessor.pictures(images, each=each, raw=self._raw if raw is None else raw, **bounds)
 
-    def preprocess_video(self, frames: Iterable[Picture], **bounds: Unpack[Bounds]) -> PackedBatch:
-        """The first half of :meth:`encode_video`, on the CPU: frames → packed batch."""
+    def preprocess_video(
+        self, frames: Iterable[Picture], *, raw: bool | None = None, **bounds: Unpack[Bounds]
+    ) -> PackedBatch:
+        """The first half of :meth:`encode_video`, on the CPU: frames → packed batch; see :meth:`preprocess`."""
         clip = _frames(frames)
         with workers(len(clip)) as each:
             images = canonical_pictures(clip, self.preprocessor.limits, each)
-        return self.preprocessor.clip(images, **bounds)
+            return self.preprocessor.clip(images, each=each, raw=self._raw if raw is None else raw, **bounds)
+
+    @property
+    def _raw(self) -> bool | None:
+        """Whether pixels stay bytes; ``None``: where they can.  With the settings, this says what an embedding is made of."""
+        return None if backend_on(self._device) == "triton" else False
 
     @overload
     def forward(self, batch: PackedBatch | torch.Tensor) -> torch.Tensor: ...
@@ -490,7 +549,50 @@ class VisionTower:
             ``embeddings`` ``[tokens, hidden_size]``; ``deepstack.0`` … of the same shape, which the language model adds
             behind its first layers; ``pooled`` ``[views, width]``.  What the tower does not have is not there.
         """
-        return self.executor_for(batch).run(batch.to(self._device))
+        return self.executor_for(batch).run(batch)
+
+    def warm_up(self, packs: Iterable[tuple[int, int] | Sequence[tuple[int, int]]], **bounds: Unpack[Bounds]) -> int:
+        """Makes passes over pictures of these sizes as fast as they get, before the first picture comes.
+
+        Each runs once with noise for pictures: what is compiled at first use is compiled, memory is taken, and on a GPU
+        the pass is captured as a CUDA graph, unless that was switched off.  Without this, a pass is captured when its size
+        comes the second time.  Passes whose patches differ by less than a sixteenth may share a graph.
+
+        On a CPU nothing is captured, and nothing done.  A clip's passes are captured as they come.  While a pass is
+        captured, other threads may use the GPU, but for torch's random numbers on it.
+
+        Args:
+            packs: for each pass, width and height in pixels of its pictures; for a pass of one picture, of that.
+            **bounds: as in :meth:`encode`.
+
+        Returns:
+            How many of the passes have a graph afterwards.
+
+        Raises:
+            UsageError: a size that is none.
+            TowerNotLoadedError: the weights are not there yet.
+        """
+        if self._executors is None:
+            raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
+        sizes = [_sizes(pack) for pack in packs]
+        workloads = [self.workload(pack, **bounds) for pack in sizes]
+        if self.device.type != "cuda":
+            return 0
+        noise = np.random.default_rng(0)
+        warm = 0
+        # The largest first: the others find room in its memory.
+        for _, pack in sorted(zip((-workload.patches for workload in workloads), sizes, strict=True)):
+            batch = self.preprocess([noise.integers(256, size=(h, w, 3), dtype=np.uint8) for w, h in pack], **bounds)
+            warm += self.executor_for(batch).warm_up(batch)
+        return warm
+
+    @property
+    def captured_bytes(self) -> int:
+        """Bytes of device memory that captured passes hold; :meth:`release` gives them back."""
+        return sum(executor.captured_bytes for executor in self._all_executors())
+
+    def _all_executors(self) -> tuple[Executor, ...]:
+        return (*(self._executors or {}).values(), *self._byte_executors.values())
 
     def executor_for(self, batch: PackedBatch) -> Executor:
         """What runs ``batch``: still pictures and clips have a graph each, over the same weights."""
@@ -502,7 +604,23 @@ class VisionTower:
                 f"a batch with {batch.pixels.shape[1]} pixel values a patch and {batch.rows_per_token} patches a token is "
                 f"another tower's; this one takes {sorted(self._executors)} and {self.config.rows_per_token}"
             )
-        return executor
+        return self._byte_executor(executor.graph) if batch.pixels.dtype == torch.uint8 else executor
+
+    def _byte_executor(self, graph: Graph) -> Executor:
+        """What runs ``graph`` on pixels that are bytes: over the same weights, but for the patch projection's."""
+        inner = graph.values["pixels"].width
+        with self._byte_lock:
+            if inner not in self._byte_executors:
+                rescaling, class_token = self.preprocessor.rescaling, self.config.class_token
+                if rescaling is None:
+                    raise UsageError(
+                        "a batch with uint8 pixels is another tower's: the arithmetic of this one's image processor is not "
+                        "known"
+                    )
+                made = folded_tensors(graph, self._sources, rescaling, class_token=class_token)
+                folded = fold_normalisation(graph, class_token=class_token)
+                self._byte_executors[inner] = self._executor(folded, {**self._sources, **made})
+            return self._byte_executors[inner]
 
     def _pass(self, batch: PackedBatch) -> list[ImageEmbedding]:
         """Packed batch → graph → embeddings, picture by picture."""
@@ -530,6 +648,7 @@ class VisionTower:
             release=self.release,
             device=self.device,
             output_device=self.device if output_device is None else device_of(output_device),
+            raw=self._raw,
             max_patches=int(max_patches or patches_per_pass(self._sample_plan, self.device)),
             raises=on_error == "raise",
             check_output=check_output,
@@ -539,7 +658,7 @@ class VisionTower:
 
     def release(self) -> None:
         """Gives back what passes have left on the device beside the weights; the next pass takes it again."""
-        for executor in (self._executors or {}).values():
+        for executor in self._all_executors():
             executor.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -555,11 +674,12 @@ class VisionTower:
 
         That is the weights (their files' paths, sizes and times of change, which is cheap and tells any two checkpoints
         apart; weights from elsewhere count as like no others), the configuration with its features, the preprocessing, the
-        dtype and the kind of device.
+        dtype, the kind of device and what computes there.
         """
         config = json.dumps(self.config.to_json(), sort_keys=True)
         preprocessing = preprocessing_identity(self.preprocessor)
-        return framed_digest([self._weights_identity, config, preprocessing, str(self.dtype), self.device.type])
+        where = [self.device.type, backend_on(self.device)]
+        return framed_digest([self._weights_identity, config, preprocessing, str(self.dtype), *where])
 
     def _cache_key(self, bounds: Bounds, content_hash: str) -> str:
         given = sorted((name, value) for name, value in bounds.items() if value is not None)
@@ -579,20 +699,40 @@ class VisionTower:
     def memory_plan(self, patches: int | Sequence[int] | Workload) -> MemoryPlan:
         """What one pass takes beside the weights, in bytes; needs no weights, but see :attr:`dtype` for ``"auto"``.
 
+        A pass on a GPU is planned for up to a sixteenth more rows, which many sizes of passes share, and the plan is of
+        those, with pixels as :meth:`preprocess` gives them by default.
+
         Args:
             patches: patches of one still picture, or of each of several in one pass; or what :meth:`workload` says.
 
         Raises:
             UsageError: a count of patches that no picture of this tower has.
         """
-        return plan_memory(self.graph, self._workload(patches), self.dtype.itemsize)
+        workload = self._workload(patches)
+        if self.device.type != "cuda":
+            by_torch = backend_on(self._device) == "reference"
+            cpu_dtype = self.dtype if by_torch else None
+            return plan_memory(self.graph, workload, self.dtype.itemsize, cpu_dtype=cpu_dtype)
+        view_rows = self.config.longest_segment
+        raw = self._raw is None and self.preprocessor.rescaling is not None
+        return plan_planned_pass(
+            self.graph,
+            workload,
+            self.dtype.itemsize,
+            rows_per_token=self.config.rows_per_token,
+            view_rows=view_rows if view_rows is not None and workload.patches == workload.views * view_rows else None,
+            pixels=torch.uint8 if raw else torch.float32,
+        )
 
     def describe(self, patches: int | Sequence[int] | Workload) -> Description:
         """The layer graph with shapes, parameters, operations and bytes, as text, JSON or a drawing.
 
         Takes, needs and raises what :meth:`memory_plan` does.
         """
-        return Description(self.graph, self._workload(patches), self.dtype.itemsize)
+        by_torch = backend_on(self._device) == "reference"
+        device = None if by_torch else self._device
+        workload = self._workload(patches)
+        return Description(self.graph, workload, self.dtype.itemsize, device, self.dtype, on_cpu=by_torch)
 
     def _workload(self, patches: int | Sequence[int] | Workload) -> Workload:
         if isinstance(patches, Workload):
@@ -636,6 +776,16 @@ def has_vision(
     """
     folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     return has_tower(_configuration(folder))
+
+
+def _sizes(pack: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The sizes of a pack's pictures, of which there may be one."""
+    several = [pack] if isinstance(pack, tuple) and not any(isinstance(side, Iterable) for side in pack) else pack
+    if not isinstance(several, Iterable) or not all(
+        isinstance(size, Iterable) and len([*size]) == 2 for size in several
+    ):
+        raise UsageError(f"{shorten(pack)} is no pack; allowed: (width, height), or a list of these, in pixels")
+    return [cast("tuple[int, int]", tuple(cast("Sequence[int]", size))) for size in several]
 
 
 def _is_one(pictures: object) -> bool:

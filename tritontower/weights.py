@@ -1,7 +1,11 @@
 """The weights of a layer graph, read out of a checkpoint and written into place one stored tensor at a time.
 
-All weights of a tower live in one allocation: allocated one by one, between the buffers that they are read through, each
-leaves a hole behind, which on a CPU cost a third of their size in memory that nothing could use.
+What a graph wants in another order than the canonical one is arranged where it lies when everything is read, one tensor
+after the other: no weight exists twice, and beside them there is never more than one tensor.
+
+All weights of a tower are allocated before the first is read, in one piece: allocated one by one, between the buffers that
+they are read through, each leaves a hole behind, which on a CPU cost a third of their size in memory that nothing could
+use.  On a CPU the large ones are pieces of their own, which :mod:`tritontower.packing` can give back one by one.
 """
 
 import math
@@ -11,13 +15,14 @@ from typing import Protocol
 import torch
 
 from .checkpoint import Progress
-from .graph import Graph
+from .graph import Graph, Weight
 from .recipes import Recipe, Shape
 
-__all__ = ["WeightSource", "read_weights", "stored_shapes"]
+__all__ = ["WeightSource", "arranged", "read_weights", "stored_shapes"]
 
 _ALIGNMENT = 128
 """Elements; 256 bytes or more in every dtype, as much as any vector load asks for."""
+_ALONE_BYTES = 2**20
 
 
 class WeightSource(Protocol):
@@ -52,34 +57,64 @@ def read_weights(
     *,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The canonical tensors of ``graph``, without gradients.
+    """The tensors that ``graph`` is made from, padded and arranged as it wants them, without gradients.
 
     Args:
         source: its names and shapes checked.
-        graph: says which tensors there are, and how they are padded.
+        graph: says which tensors there are, and how they are padded and arranged.
         recipes: what each is made of.
         dtype: of the weights.
         device: where they go.
         progress: called after every stored tensor.
 
+    Returns:
+        :attr:`Weight.held_name <tritontower.graph.Weight.held_name>` → tensor, all in one allocation, but for large ones
+        on a CPU.
+
     Raises:
         CheckpointError: a tensor cannot be read; the subclasses say why.
     """
     shapes = graph.held_shapes
-    ends = [0]
-    for shape in shapes.values():
-        ends.append(ends[-1] + -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT)
-    block = torch.zeros(ends[-1], dtype=dtype, device=device)
-    weights = {
-        name: block[start : start + math.prod(shape)].view(shape)
-        for (name, shape), start in zip(shapes.items(), ends[:-1], strict=True)
+    weights: dict[str, torch.Tensor] = {}
+    starts: dict[str, int] = {}
+    end = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        if device.type == "cpu" and size * dtype.itemsize >= _ALONE_BYTES:
+            weights[name] = torch.zeros(shape, dtype=dtype)
+        else:
+            starts[name] = end
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    block = torch.zeros(end, dtype=dtype, device=device)
+    weights |= {
+        name: block[start : start + math.prod(shapes[name])].view(shapes[name]) for name, start in starts.items()
     }
-    users: dict[str, list[str]] = {}
-    for name, shape in graph.sources.items():
-        for stored in recipes[name].stored(shape):
-            users.setdefault(stored, []).append(name)
+    # A canonical tensor is no larger than its arranged form, at whose beginning it waits until all of it is there.
+    written = {
+        held.held_name: (held, weights[held.held_name].flatten()[: math.prod(held.canonical_shape)])
+        for held in graph.weights.values()
+    }
+    users: dict[str, list[tuple[Weight, torch.Tensor]]] = {}
+    for held, place in written.values():
+        for stored in recipes[held.source].stored(held.source_shape):
+            users.setdefault(stored, []).append((held, place.view(held.canonical_shape)))
     for stored, tensor in source.iterate(dtype, device, names=users, progress=progress):
-        for name in users[stored]:
-            recipes[name].write(weights[name], stored, tensor)
+        for held, place in users[stored]:
+            recipes[held.source].write(place, stored, tensor)
         del tensor
+    for held, place in written.values():
+        if held.arrangement is not None:
+            weights[held.held_name].copy_(held.arrangement.apply(place.view(held.canonical_shape)))
     return weights
+
+
+def arranged(graph: Graph, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``sources`` with an arranged copy of every tensor that ``graph`` wants arranged and that is there canonically only.
+
+    The given tensors stay as they are: they may be somebody else's, such as a loaded model's.
+    """
+    tensors = dict(sources)
+    for weight in graph.weights.values():
+        if weight.arrangement is not None and weight.held_name not in tensors:
+            tensors[weight.held_name] = weight.arrangement.apply(tensors[weight.source])
+    return tensors

@@ -21,14 +21,16 @@ from triton.runtime.jit import JITFunction
 from tritontower.kernels import configs, dispatch
 from tritontower.kernels.attention_pooling import attention_pooling
 from tritontower.kernels.elementwise import ACTIVATIONS, activation, add
-from tritontower.kernels.flash_attention import flash_attention_varlen
+from tritontower.kernels.extent import Extent
+from tritontower.kernels.flash_attention import FlashAttentionConfig, flash_attention_varlen
 from tritontower.kernels.gather import MAX_TAPS, gather_rows
-from tritontower.kernels.linear import EPILOGUES, linear
+from tritontower.kernels.linear import EPILOGUES, GATED, LinearConfig, linear
 from tritontower.kernels.norm import norm
 from tritontower.kernels.patch_projection import patch_projection
 from tritontower.kernels.pooling import mean_rows
 from tritontower.kernels.positions import axial_frequencies, rotary_table
 from tritontower.kernels.projector import projector_mlp
+from tritontower.kernels.qkv_projection import qkv_projection
 from tritontower.kernels.rope import rope_
 from tritontower.kernels.segments import Segments
 from tritontower.kernels.splice import splice_rows
@@ -38,6 +40,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH, HEADS, HEAD_DIM, HIDDEN, MERGED = 1280, 16, 80, 5120, 5120
 LONG = 2**31 + 16
 """A distance between rows that 32 bits do not hold."""
+
+SPLIT = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=2, split=2)
 
 Case = tuple[str, Callable[[], Any]]
 
@@ -76,7 +80,9 @@ def heads_of(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16)
     return torch.empty(patches, 3, heads, head_dim, dtype=dtype).unbind(1)
 
 
-def project(tokens: int, columns: int, dtype: torch.dtype = BF16, merge: int = 4, gathered: bool = False) -> Any:
+def project(
+    tokens: int, columns: int, dtype: torch.dtype = BF16, merge: int = 4, gathered: bool = False, **options: Any
+) -> Any:
     return projector_mlp(
         rows_of(tokens * merge, MERGED // merge, dtype),
         *(torch.empty(MERGED // merge, dtype=dtype) for _ in range(2)),
@@ -86,14 +92,21 @@ def project(tokens: int, columns: int, dtype: torch.dtype = BF16, merge: int = 4
         torch.empty(columns, dtype=dtype),
         merge=merge,
         row_index=torch.zeros(tokens * merge, dtype=torch.int32) if gathered else None,
+        **options,
     )
 
 
 def product(
-    patches: int, inner: int, columns: int, kind: str | None = None, added: bool = False, dtype: torch.dtype = BF16
+    patches: int,
+    inner: int,
+    columns: int,
+    kind: str | None = None,
+    added: bool = False,
+    dtype: torch.dtype = BF16,
+    **options: Any,
 ) -> Any:
     """A layer whose residual is overwritten; rows are padded to 16 elements, as the towers pad them."""
-    width = columns // 2 if kind == "silu_gated" else columns
+    width = columns // 2 if kind in GATED else columns
     residual = rows_of(patches, width, dtype) if added else None
     return linear(
         rows_of(patches, inner, dtype, -inner % 16),
@@ -102,16 +115,39 @@ def product(
         activation=kind,
         residual=residual,
         out=residual,
+        **options,
     )
 
 
-def project_patches(patches: int, inner: int, pixels: torch.dtype, dtype: torch.dtype = BF16, **positions: Any) -> Any:
+def live(planned: int) -> Extent:
+    """As many rows as a captured pass is planned for, of which the device knows how many count."""
+    return Extent(planned, torch.zeros(1, dtype=torch.int32))
+
+
+def project_heads(
+    patches: int, heads: int, head_dim: int, padded: int, dtype: torch.dtype = BF16, **options: Any
+) -> Any:
+    """q, k and v with the rotation inside."""
+    columns = 3 * heads * padded
+    return qkv_projection(
+        rows_of(patches, WIDTH, dtype),
+        rows_of(columns, WIDTH, dtype),
+        torch.empty(columns, dtype=dtype),
+        *(torch.empty(patches, head_dim // 2) for _ in range(2)),
+        heads=heads,
+        head_dim=head_dim,
+        padded_head_dim=padded,
+        **options,
+    )
+
+
+def project_patches(patches: int, inner: int, pixels: torch.dtype, dtype: torch.dtype = BF16, **options: Any) -> Any:
     gap = -inner % 16
     return patch_projection(
         rows_of(patches, inner, pixels, gap),
         rows_of(WIDTH, inner, dtype, gap),
         torch.empty(WIDTH, dtype=dtype),
-        **positions,
+        **options,
     )
 
 
@@ -130,6 +166,33 @@ def rotate(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16, w
 
 def attend(lengths: list[int], heads: int = HEADS, head_dim: int = HEAD_DIM, dtype: torch.dtype = BF16) -> Any:
     return flash_attention_varlen(*heads_of(sum(lengths), heads, head_dim, dtype), Segments.from_lengths(lengths))
+
+
+def attend_as(lengths: list[int], head_dim: int, dtype: torch.dtype, **options: Any) -> Any:
+    """Attention with heads of ``head_dim`` columns in memory, of which ``columns`` may count."""
+    qkv = heads_of(sum(lengths), HEADS, head_dim, dtype)
+    return flash_attention_varlen(*qkv, Segments.from_lengths(lengths), **options)
+
+
+def attention_variants() -> Iterator[Case]:
+    """What the defaults or a measured table may choose, on one segment, ragged ones and windows."""
+    fixed = FlashAttentionConfig(128, 64, 8, 2, "fixed")
+    specialised = FlashAttentionConfig(128, 128, 4, 2, "specialised")
+    for dtype in (BF16, FP16):
+        yield f"windows {dtype}", lambda d=dtype: attend_as([64, 1, 0, 33], 80, d, length_bound=64)
+        yield f"padded heads {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, columns=72)
+        yield f"padded windows {dtype}", lambda d=dtype: attend_as([1, 64], 80, d, columns=72, length_bound=64)
+        yield f"fixed {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, config=fixed)
+        yield (
+            f"specialised, padded heads {dtype}",
+            lambda d=dtype: attend_as([200], 80, d, columns=72, config=specialised),
+        )
+        for head_dim in (64, 80):
+            yield (
+                f"specialised, heads of {head_dim} {dtype}",
+                lambda d=dtype, h=head_dim: attend_as([1, 200], h, d, config=specialised),
+            )
+    yield "padded heads in fp32", lambda: attend_as([1, 20], 80, FP32, columns=72)
 
 
 def gather(
@@ -168,12 +231,24 @@ def production() -> Iterator[Case]:
         residual = {"residual": rows_of(patches, WIDTH), "residual_out": rows_of(patches, WIDTH)}
         yield f"norm, {here}", lambda p=patches: normalise(p, WIDTH)
         yield f"norm residual, {here}", lambda p=patches, r=residual: normalise(p, WIDTH, **r)
+        yield f"norm residual, planned, {here}", lambda p=patches, r=residual: normalise(p, WIDTH, **r, extent=live(p))
         yield f"qkv, {here}", lambda p=patches: product(p, WIDTH, 3 * WIDTH)
+        for head_dim, padded in ((64, 64), (72, 80), (80, 80)):
+            name = f"qkv rotated, heads of {head_dim}, {here}"
+            yield name, lambda p=patches, h=head_dim, d=padded: project_heads(p, HEADS, h, d)
+        yield f"qkv rotated, planned, {here}", lambda p=patches: project_heads(p, HEADS, 80, 80, extent=live(p))
+        yield f"mlp out, planned, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True, extent=live(p))
+        yield f"interleaved gates, {here}", lambda p=patches: product(p, WIDTH, 2 * HIDDEN, GATED[1])
         yield f"attention output, {here}", lambda p=patches: product(p, WIDTH, WIDTH, added=True)
         yield f"mlp in, {here}", lambda p=patches: product(p, WIDTH, HIDDEN, "quick_gelu")
         yield f"mlp out, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True)
         yield f"rotation, {here}", lambda p=patches: rotate(p, HEADS, HEAD_DIM)
         yield f"attention, {here}", lambda p=patches: attend([p])
+        yield (
+            f"windows, {here}",
+            lambda p=patches: attend_as([min(p, 64)] * max(1, p // 64), HEAD_DIM, BF16, length_bound=64),
+        )
+        yield f"padded heads, {here}", lambda p=patches: attend_as([p], 80, BF16, columns=72)
         for inner in (588, 1176):
             yield f"patches of {inner}, {here}", lambda p=patches, k=inner: project_patches(p, k, torch.uint8)
         for width in (1024, 1152, 1280, 4096, 5120):
@@ -210,6 +285,21 @@ def boundaries() -> Iterator[Case]:
         yield f"splice of other rows {dtype}", lambda d=dtype: splice(1, 33, BF16, d, add=True, inside=False)
         yield f"means {dtype}", lambda d=dtype: mean_rows(rows_of(27, 72, d, 3), 9)
         yield f"pooling {dtype}", lambda d=dtype: pool([1, 3], 16, 72, d)
+        yield f"qkv rotated {dtype}", lambda d=dtype: project_heads(1, 1, 2, 2, d)
+        yield f"qkv rotated, split {dtype}", lambda d=dtype: project_heads(1, 1, 18, 20, d, config=SPLIT)
+    for inner in (1280, 1176):
+        for kind in (None, *GATED):
+            described = LinearConfig(64, 64, 64, 8, 4, 3, operands="descriptors")
+            name = f"descriptors, {kind}, K of {inner}"
+            yield name, lambda k=kind, n=inner, c=described: product(300, n, 512, k, added=True, config=c)
+        split = LinearConfig(64, 64, 64, 8, 4, 3, split=2, operands="descriptors")
+        name = f"descriptors, split, planned, K of {inner}"
+        yield name, lambda n=inner, c=split: product(300, n, 512, config=c, extent=live(300))
+    yield "qkv rotated, descriptors", lambda: project_heads(300, 16, 72, 80, config=described, extent=live(300))
+    yield "patch projection, descriptors", lambda: project_patches(5, 1184, torch.uint8, config=described)
+    yield "patch projection, planned", lambda: project_patches(5, 588, torch.uint8, extent=live(5))
+    yield "projector, planned", lambda: project(300, 1536, extent=live(300))
+    yield "qkv rotated, long rows", lambda: project_heads_far_apart()
     for kind in ACTIVATIONS:
         yield f"activation {kind}", lambda k=kind: activation(rows_of(3, 1280), k)
     for kind in EPILOGUES:
@@ -253,6 +343,7 @@ def boundaries() -> Iterator[Case]:
         yield f"attention, heads of {head_dim}", lambda h=head_dim: attend([5, 200], 3, h)
         yield f"rotation, heads of {head_dim}", lambda h=head_dim: rotate(5, 3, h)
     yield "attention, unaligned views", lambda: attend_unaligned()
+    yield from attention_variants()
     yield "attention, long rows", lambda: attend_far_apart()
 
 
@@ -267,6 +358,12 @@ def gather_far_apart() -> Any:
 def splice_far_apart() -> Any:
     text = far_apart(3, 33)
     return splice_rows(text, far_apart(5, 33), torch.empty(3, dtype=torch.int32, device="meta"), add=True, out=text)
+
+
+def project_heads_far_apart() -> Any:
+    bias = torch.empty(120, dtype=BF16, device="meta")
+    tables = (far_apart(3, 10, FP32) for _ in range(2))
+    return qkv_projection(far_apart(3, 64), far_apart(120, 64), bias, *tables, heads=2, head_dim=20)
 
 
 def pool_unaligned() -> Any:

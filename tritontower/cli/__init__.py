@@ -26,7 +26,7 @@ from tritontower.errors import TowerError, UsageError
 
 __all__ = ["COMMANDS", "EXIT_BAD_INPUT", "EXIT_NO", "EXIT_YES", "main"]
 
-COMMANDS = ("demo", "env", "families", "inspect", "encode", "parity")
+COMMANDS = ("demo", "env", "families", "inspect", "encode", "parity", "bench", "tune")
 """The subcommands, in the order a newcomer meets them; each is the module of that name in this package."""
 
 EXIT_YES = 0

@@ -147,7 +147,7 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_Picture
     return "\n\n".join(
         [
             text_table("Configuration", ("key", "value"), settings),
-            description.text(),
+            description.text() + _launches_remark(tower),
             text_table(
                 f"One picture a pass, in {dtype}; the weights take {tower.weights_bytes / 2**20:,.0f} MiB beside it",
                 ("picture", "patches", "views", "tokens", "TFLOP", "peak memory"),
@@ -155,6 +155,15 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_Picture
             ),
         ]
     )
+
+
+def _launches_remark(tower: "VisionTower") -> str:
+    """A graph for a CPU is not fused as one for a GPU, and torch runs its nodes: its launches are nobody's."""
+    from tritontower.kernels.dispatch import backend_on
+
+    if backend_on(tower.device) != "reference":
+        return ""
+    return "\n(this is the graph for a CPU; `tritontower bench launches MODEL` counts the launches on a GPU)"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:

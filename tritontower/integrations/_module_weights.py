@@ -138,7 +138,7 @@ def lend(
 
     Args:
         parameters: name without its root → parameter, of the dtype and on the device of the weights.
-        weights: canonical tensors, by name.
+        weights: the tower's tensors, by name.
         graph: says how they are shaped before padding.
         recipes: what each is made of.
 
@@ -151,6 +151,8 @@ def lend(
         for stored in recipes[name].stored(shape):
             users[stored] = users.get(stored, 0) + 1
     for name, shape in graph.sources.items():
+        if name not in weights:  # the tower holds it in another order
+            continue
         for stored, stored_shape in recipes[name].stored(shape).items():
             view = recipes[name].view(weights[name], stored, stored_shape) if users[stored] == 1 else None
             parameter = parameters[stored]

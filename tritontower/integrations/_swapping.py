@@ -58,11 +58,12 @@ def accelerate_vision(
 
     ``model(...)`` and ``model.generate(...)`` take the inputs that they took; the tower answers ``get_image_features`` (and
     ``get_video_features``).  Its rows carry no gradients: the language model can be trained behind it, the vision part only
-    after :func:`restore`.  The tower is made of the model's own vision weights, and the
-    model's parameters become views of the tower's: both have one memory, except for what is held in another order (the
-    merging linear of Mistral 3, CLIP's position table) or not needed by the tower (the last block of a LLaVA).  While it is
-    made, the vision weights exist twice.  Moving or converting the model afterwards separates the two again; the tower stays
-    where and what it was.  A model with a tower cannot be pickled or deep-copied.  Nothing may write to the model's vision weights as long as the tower is there.
+    after :func:`restore`.  The tower is made of the model's own vision weights, and the model's parameters become views of
+    the tower's: both have one memory, except for what is held in another order (the merging linear of Mistral 3, CLIP's
+    position table, on a GPU what the kernels want arranged) or not needed by the tower (the last block of a LLaVA).  While
+    it is made, the vision weights exist twice.  Moving or converting the model afterwards separates the two again; the
+    tower stays where and what it was.  A model with a tower cannot be pickled or deep-copied.  Nothing may write to the
+    model's vision weights as long as the tower is there.
 
     Args:
         model: of one of the families of :mod:`tritontower.families`, with a language model.
@@ -208,6 +209,8 @@ def _image_processor(processor: Any) -> Any:
 
 class _TowerOfModule(VisionTower):
     """A tower whose checkpoint is a model that is loaded already."""
+
+    _shares_weights = True
 
     def __init__(
         self, model: Any, holder: Any, family: Family, dtype: torch.dtype | None, image_processor: Any

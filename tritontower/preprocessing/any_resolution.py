@@ -10,20 +10,22 @@ view each; an embedding here does not depend on what else is in the call.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tritontower.errors import ConfigError, ProcessorError, UsageError, shorten
 from tritontower.images import CanonicalImage
 from tritontower.layout import Assembly, PictureLayout
 
-from .base import PIXEL_OPTIONS, Bounds, Preprocessor
+from .base import PIXEL_OPTIONS, Bounds, Preprocessor, Resize
 
-__all__ = ["AnyResolution", "Canvas", "best_canvas", "tile_assembly"]
+__all__ = ["AnyResolution", "Canvas", "best_canvas", "fitted_size", "tile_assembly"]
 
 Sizes = tuple[tuple[int, int], ...]
 """Heights and widths of canvases, pixels; in the order in which they are tried."""
@@ -41,6 +43,17 @@ def best_canvas(width: int, height: int, canvases: Sequence[tuple[int, int]]) ->
         return kept, kept - canvas[0] * canvas[1]
 
     return max(canvases, key=merit)
+
+
+def fitted_size(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:
+    """Width and height, pixels, at which a picture fits a canvas; the side that does not fill it is rounded up.
+
+    The rule of ``transformers.image_processing_utils.get_patch_output_size``.
+    """
+    across, down = canvas_width / width, canvas_height / height
+    if across < down:
+        return canvas_width, min(math.ceil(height * across), canvas_height)
+    return min(math.ceil(width * down), canvas_width), canvas_height
 
 
 @dataclass(frozen=True)
@@ -161,6 +174,10 @@ class AnyResolution(Preprocessor):
 
     WITHOUT_BOUNDS: ClassVar[str] = "a picture becomes as large as the canvas of image_grid_pinpoints that fits it best"
     OPTIONS: ClassVar[tuple[str, ...]] = PIXEL_OPTIONS
+    PROCESSORS: ClassVar[Collection[str]] = (
+        "transformers.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil",
+        "transformers.models.llava_onevision.image_processing_pil_llava_onevision.LlavaOnevisionImageProcessorPil",
+    )
 
     pinpoints: Sequence[Sequence[int]] | None = None
     newline: bool = True
@@ -255,3 +272,22 @@ class AnyResolution(Preprocessor):
 
     def _views(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
         return super()._views(image, bounds)[0]
+
+    def _resized_views(
+        self, array: NDArray[np.uint8], layout: PictureLayout, resize: Resize
+    ) -> Iterator[NDArray[np.uint8]]:
+        side, (width, height) = self.side, layout.processed_size
+        yield resize(array, (side, side))
+        fitted = fitted_size(array.shape[1], array.shape[0], width, height)
+        # Black where the picture does not reach; of an odd rest the smaller half is above, and left.
+        canvas = np.zeros((height, width, array.shape[2]), np.uint8)
+        top, left = (height - fitted[1]) // 2, (width - fitted[0]) // 2
+        canvas[top : top + fitted[1], left : left + fitted[0]] = resize(array, fitted)
+        for row in range(0, height, side):
+            for column in range(0, width, side):
+                yield canvas[row : row + side, column : column + side]
+
+    def _is_usual(self) -> bool:
+        crop = getattr(self.processor, "crop_size", None)
+        # A crop of a tile to its own size changes nothing.
+        return crop is None or (crop["height"], crop["width"]) == (self.side, self.side)

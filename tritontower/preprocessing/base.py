@@ -1,10 +1,10 @@
-"""What every resizing rule has in common: settings, limits, the processor's call, the cut into patches."""
+"""What every resizing rule has in common: settings, limits, the processor's call or the shortcut past it, the cut."""
 
 import textwrap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from itertools import repeat
 from numbers import Integral
 from pathlib import Path
@@ -27,13 +27,29 @@ from tritontower.errors import (
 )
 from tritontower.images import CanonicalImage, check_size
 from tritontower.layout import PictureLayout
+from tritontower.pixels import Rescaling
 
 from .settings import IMAGE_FILES, Settings
+from .shortcut import (
+    Shortcut,
+    Spread,
+    alone,
+    cut_bytes,
+    cut_values,
+    pixel_matrix,
+    probe_picture,
+    resized,
+    shortcut_of,
+    spread_over_threads,
+)
 
 __all__ = ["Bounds", "Preprocessor", "cut_into_patches"]
 
 Each = Callable[..., Iterable[Any]]
 """``map``, or what works like it."""
+
+Resize = Callable[[NDArray[np.uint8], tuple[int, int]], NDArray[np.uint8]]
+"""Resizes bytes ``[height, width, 3]`` to a width and height, as the processor does."""
 
 PIXEL_OPTIONS = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 """Settings that change pixels and no size; every rule hands them to the processor as they are."""
@@ -107,6 +123,8 @@ class Preprocessor(ABC):
     """Why it has no others; ends a message."""
     OPTIONS: ClassVar[tuple[str, ...]] = PIXEL_OPTIONS
     """Names that ``options`` may have."""
+    PROCESSORS: ClassVar[Collection[str]] = ()
+    """Classes of transformers, by their full names, whose pixels the rule can make itself."""
 
     config: TowerConfig
     folder: Path
@@ -143,32 +161,67 @@ class Preprocessor(ABC):
         check_size(int(width), int(height), limits=self.limits)
         return self._plan(int(width), int(height), bounds)
 
-    def pictures(self, images: Sequence[CanonicalImage], *, each: Each = map, **bounds: Unpack[Bounds]) -> PackedBatch:
+    def pictures(
+        self,
+        images: Sequence[CanonicalImage],
+        *,
+        each: Each = map,
+        raw: bool | None = False,
+        **bounds: Unpack[Bounds],
+    ) -> PackedBatch:
         """Packs still pictures, in order; see :meth:`layout` for the errors, which name the picture.
 
         Args:
             images: the pictures.
             each: applies a function to every picture, as ``map`` does; the ``map`` of a thread pool to work on several
                 at once.
+            raw: leave the pixels bytes, for weights that take them: a quarter of what fp32 takes.  ``None``: where
+                :attr:`rescaling` is known.
             **bounds: how large a picture may become.
+
+        Raises:
+            UsageError: ``raw``, and :attr:`rescaling` is not known.
         """
         self._refuse_foreign(bounds)
+        raw = self._stay_bytes(raw)
         layouts = [self._layout_of(image, index, bounds) for index, image in enumerate(images)]
         return PackedBatch.pack(
             self.config,
-            self._patches(images, layouts, bounds, each),
+            self._patches(images, layouts, bounds, each, raw),
             layouts,
             original_sizes=[(image.width, image.height) for image in images],
             content_hashes=[image.digest for image in images],
         )
 
-    def clip(self, frames: Sequence[CanonicalImage], **bounds: Unpack[Bounds]) -> PackedBatch:
-        """Packs one clip, where the tower takes clips.
+    def clip(
+        self,
+        frames: Sequence[CanonicalImage],
+        *,
+        each: Each = map,
+        raw: bool | None = False,
+        **bounds: Unpack[Bounds],
+    ) -> PackedBatch:
+        """Packs one clip, where the tower takes clips; the arguments are those of :meth:`pictures`.
 
         Raises:
             UsageError: it does not.
         """
         raise self._no_clips()
+
+    def normalised(self, batch: PackedBatch) -> PackedBatch:
+        """``batch`` with the pixels that a tower was trained on, fp32, in place of bytes; itself if it has no bytes.
+
+        Raises:
+            UsageError: bytes, and :attr:`rescaling` is not known.
+        """
+        if batch.pixels.dtype != torch.uint8:
+            return batch
+        self._stay_bytes(raw=True)
+        pixels = pixel_matrix(*batch.pixels.shape)
+        cast("Rescaling", self.rescaling).normalise(batch.pixels.cpu().numpy(), pixels.numpy())
+        if self.config.class_token:
+            pixels[batch.class_rows.flatten().long().cpu()] = 0
+        return replace(batch, pixels=pixels.to(batch.pixels.device))
 
     def check_takes_clips(self) -> None:
         """Raises what :meth:`clip` would raise for a tower that takes no clips; looks at no frame."""
@@ -214,6 +267,26 @@ class Preprocessor(ABC):
         else:
             settings = Settings.of_files(self.folder, IMAGE_FILES, "image_processor")
         return settings.changed(self.options)
+
+    @cached_property
+    def shortcut(self) -> Shortcut | None:
+        """How the processor's pixels are made without it; ``None``: it has to make them.
+
+        It has to where its class or its settings are none that the rule knows, and where what the rule makes of a small
+        picture is not what the processor makes of it, bit for bit.
+
+        Raises:
+            ProcessorError: the processor cannot be loaded.
+        """
+        if not self.PROCESSORS:
+            return None
+        shortcut = shortcut_of(self.processor, self.PROCESSORS, self.options, self.config.patch.channels)
+        return shortcut if shortcut is not None and self._is_usual() and self._proves(shortcut) else None
+
+    @property
+    def rescaling(self) -> Rescaling | None:
+        """What becomes of a picture's bytes, where that can be left to a tower's weights; ``None``: it cannot."""
+        return None if self.shortcut is None else self.shortcut.rescaling
 
     @cached_property
     def processor(self) -> Any:
@@ -268,17 +341,96 @@ class Preprocessor(ABC):
             ) from error
 
     def _patches(
-        self, images: Sequence[CanonicalImage], layouts: Sequence[PictureLayout], bounds: Bounds, each: Each = map
+        self,
+        images: Sequence[CanonicalImage],
+        layouts: Sequence[PictureLayout],
+        bounds: Bounds,
+        each: Each = map,
+        raw: bool = False,
     ) -> torch.Tensor:
-        """``[patches, channels · patch²]`` fp32: all views of all pictures, cut into patches in merge-block order."""
+        """``[patches, channels · patch²]``: all views of all pictures, cut into patches in merge-block order."""
         counts = [layout.patches for layout in layouts]
-        pixels = torch.empty(sum(counts), self.config.patch.still_inner)
-        for _ in each(self._fill, pixels.split(counts), images, layouts, repeat(bounds)):
-            pass
+        pixels = pixel_matrix(sum(counts), self.config.patch.still_inner, raw)
+        if not images:
+            return pixels
+        # Found here, not by every thread for itself.
+        shortcut = self.shortcut
+        # Several pictures are several threads' already, where there are any.
+        largest = max(images[0].array.size // 3, counts[0] * self.config.patch.size**2) if len(images) == 1 else 0
+        with spread_over_threads(largest) as spread:
+            alike = map(repeat, (bounds, shortcut, spread))
+            for _ in each(self._fill, pixels.split(counts), images, layouts, *alike):
+                pass
         return pixels
 
-    def _fill(self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds) -> None:
-        """Writes the patches of one picture."""
+    def _fill(
+        self,
+        out: torch.Tensor,
+        image: CanonicalImage,
+        layout: PictureLayout,
+        bounds: Bounds,
+        shortcut: Shortcut | None,
+        spread: Spread,
+    ) -> None:
+        """Writes the patches of one picture, fp32 or, where there is a shortcut, bytes."""
+        if shortcut is None:
+            self._fill_by_processor(out, image, layout, bounds)
+        else:
+            self._fill_directly(out, image, layout, shortcut, spread)
+
+    def _fill_directly(
+        self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, shortcut: Shortcut, spread: Spread
+    ) -> None:
+        patch, merge = self.config.patch.size, self.config.merge
+        counts = [t * h * w for t, h, w in layout.views]
+        resize = partial(resized, resample=shortcut.resample, spread=spread)
+        views = self._resized_views(image.array, layout, resize)
+        for view, rows in zip(views, out.split(counts), strict=True):
+            if rows.dtype == torch.uint8:
+                cut_bytes(view, patch, merge, rows.numpy())
+            else:
+                cut_values(view, patch, merge, shortcut.rescaling, rows.numpy(), spread)
+
+    def _resized_views(
+        self, array: NDArray[np.uint8], layout: PictureLayout, resize: Resize
+    ) -> Iterable[NDArray[np.uint8]]:
+        """``[height, width, 3]`` of every view, as the processor has it before it rescales."""
+        return (resize(array, layout.processed_size),)
+
+    def _is_usual(self) -> bool:
+        """Whether the processor's settings are ones for which :meth:`_resized_views` makes the processor's views."""
+        return True
+
+    def _proves(self, shortcut: Shortcut) -> bool:
+        """Whether both ways lead to the same pixels."""
+        probe = CanonicalImage(probe_picture(), "probe")
+        try:
+            layout = self._plan(probe.width, probe.height, Bounds())
+            ours, theirs = torch.empty(2, layout.patches, self.config.patch.still_inner)
+            self._fill_by_processor(theirs, probe, layout, Bounds())
+        except (ImageError, ProcessorError):
+            # Whatever is wrong, the pictures themselves will show it.
+            return False
+        self._fill_directly(ours, probe, layout, shortcut, alone)
+        return torch.equal(ours, theirs)
+
+    def _stay_bytes(self, raw: bool | None) -> bool:
+        """Whether pixels stay bytes."""
+        if raw is False:
+            return False
+        if self.rescaling is not None:
+            return True
+        if raw:
+            raise UsageError(
+                f"the pictures of {self.folder} cannot be packed as bytes: their image processor is none whose "
+                "arithmetic is known, or has settings that are not; leave `raw` out"
+            )
+        return False
+
+    def _fill_by_processor(
+        self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds
+    ) -> None:
+        """Writes the patches of one picture, as the processor makes them."""
         views = self._views(image, bounds)
         patch = self.config.patch
         made = [(1, views.shape[2] // patch.size, views.shape[3] // patch.size)] * len(views)

@@ -6,15 +6,19 @@ the size in between is what the limits are about.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tritontower.errors import ProcessorError
 from tritontower.layout import Grid, PictureLayout
 
-from .base import PIXEL_OPTIONS, Bounds, Preprocessor
+from .base import PIXEL_OPTIONS, Bounds, Preprocessor, Resize
+from .shortcut import cropped
 
 __all__ = ["FixedSize", "PanAndScan", "scaled_by_shorter_side"]
 
@@ -94,6 +98,12 @@ class FixedSize(Preprocessor):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "size", "crop_size", "do_center_crop")
+    PROCESSORS: ClassVar[Collection[str]] = (
+        "transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil",
+        "transformers.models.gemma3.image_processing_pil_gemma3.Gemma3ImageProcessorPil",
+        "transformers.models.llava.image_processing_pil_llava.LlavaImageProcessorPil",
+        "transformers.models.siglip.image_processing_pil_siglip.SiglipImageProcessorPil",
+    )
 
     pan_and_scan: bool = False
 
@@ -179,6 +189,32 @@ class FixedSize(Preprocessor):
             arguments["pan_and_scan_max_num_crops"] = self.crops.most_crops
             arguments["pan_and_scan_min_ratio_to_activate"] = self.crops.least_ratio
         return arguments
+
+    def _resized_views(
+        self, array: NDArray[np.uint8], layout: PictureLayout, resize: Resize
+    ) -> Iterator[NDArray[np.uint8]]:
+        sizes = self.sizes
+        for view in self._seen(array, len(layout.views) - 1):
+            height, width = view.shape[:2]
+            if "shortest_edge" in sizes.resize:
+                size = scaled_by_shorter_side(width, height, sizes.resize["shortest_edge"])
+            else:
+                size = sizes.resize["width"], sizes.resize["height"]
+            made = resize(view, size)
+            yield made if sizes.crop is None else cropped(made, sizes.crop["height"], sizes.crop["width"])
+
+    def _seen(self, array: NDArray[np.uint8], crops: int) -> Iterator[NDArray[np.uint8]]:
+        """The whole picture, and the crops of its longer side."""
+        yield array
+        longer = max(array.shape[:2])
+        for start in range(0, longer if crops else 0, -(-longer // max(crops, 1))):
+            stretch = slice(start, start - (-longer // crops))
+            yield array[:, stretch] if array.shape[1] == longer else array[stretch]
+
+    def _is_usual(self) -> bool:
+        processor = self.processor
+        crops = self.options.get("do_center_crop", getattr(processor, "do_center_crop", None))
+        return not getattr(processor, "do_pad", None) and bool(crops) == (self.sizes.crop is not None)
 
 
 def _square(side: int) -> Mapping[str, int]:

@@ -6,7 +6,7 @@ patches needs sides that its blocks divide, so the processor is told the side of
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -74,6 +74,9 @@ class LongestEdge(Preprocessor):
     BOUNDS: ClassVar[tuple[str, ...]] = ("longest_edge",)
     WITHOUT_BOUNDS: ClassVar[str] = "it shrinks a picture until its longer side fits, whatever its area"
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "size")
+    PROCESSORS: ClassVar[Collection[str]] = (
+        "transformers.models.pixtral.image_processing_pil_pixtral.PixtralImageProcessorPil",
+    )
 
     without_file: Mapping[str, Any] | None = None
 
@@ -137,3 +140,6 @@ class LongestEdge(Preprocessor):
             "size": {"longest_edge": width} if width == height else {"height": height, "width": width},
             "patch_size": {"height": self.factor, "width": self.factor},
         }
+
+    def _is_usual(self) -> bool:
+        return not getattr(self.processor, "do_center_crop", None)

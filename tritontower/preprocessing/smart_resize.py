@@ -7,7 +7,7 @@ the whole clip, the last frame repeated until the patches come out even) is done
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -23,8 +23,9 @@ from tritontower.errors import AspectRatioError, ProcessorError, UsageError, sho
 from tritontower.images import CanonicalImage, check_size
 from tritontower.layout import Grid, PictureLayout
 
-from .base import PIXEL_OPTIONS, Bounds, Preprocessor
+from .base import PIXEL_OPTIONS, Bounds, Each, Preprocessor
 from .settings import VIDEO_FILES, Settings
+from .shortcut import cut_bytes, pixel_matrix, resized
 
 __all__ = ["Area", "SmartResize", "smart_resize", "smart_resize_clip"]
 
@@ -109,6 +110,9 @@ class SmartResize(Preprocessor):
     BOUNDS: ClassVar[tuple[str, ...]] = ("min_pixels", "max_pixels")
     WITHOUT_BOUNDS: ClassVar[str] = "it keeps a picture's area within bounds, whatever its sides"
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "min_pixels", "max_pixels")
+    PROCESSORS: ClassVar[Collection[str]] = (
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
+    )
 
     frame_budget: Literal["per_frame", "per_clip"] = "per_frame"
 
@@ -156,12 +160,21 @@ class SmartResize(Preprocessor):
             size = smart_resize(width, height, self.factor, self._bounded(self.frame_area, bounds, 1))
         return self._one_view(-(-frames // temporal), (width, height), size)
 
-    def clip(self, frames: Sequence[CanonicalImage], **bounds: Unpack[Bounds]) -> PackedBatch:
-        """Packs one clip, its frames in order and all of one size.
+    def clip(
+        self,
+        frames: Sequence[CanonicalImage],
+        *,
+        each: Each = map,
+        raw: bool | None = False,
+        **bounds: Unpack[Bounds],
+    ) -> PackedBatch:
+        """Packs one clip, its frames in order and all of one size; the arguments are those of :meth:`pictures`.
 
         Raises:
             ProcessorError: there are too few frames, or they differ in size.
+            UsageError: ``raw``, and :attr:`rescaling` is not known.
         """
+        raw = self._stay_bytes(raw)
         sizes = {(frame.width, frame.height) for frame in frames}
         if len(sizes) != 1:
             raise ProcessorError(
@@ -173,7 +186,7 @@ class SmartResize(Preprocessor):
         layout = self.clip_layout(len(frames), *size, **bounds)
         return PackedBatch.pack(
             self.config,
-            self._clip_patches(frames, layout),
+            self._clip_patches(frames, layout, each, raw),
             [layout],
             original_sizes=[size],
             content_hashes=[_digest(frames)],
@@ -202,7 +215,9 @@ class SmartResize(Preprocessor):
             "do_resize": True,
         }
 
-    def _fill(self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds) -> None:
+    def _fill_by_processor(
+        self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds
+    ) -> None:
         out.copy_(self._rows(image.array, layout, **self._arguments(bounds)))
 
     def _rows(self, array: NDArray[np.uint8], layout: PictureLayout, **arguments: Any) -> torch.Tensor:
@@ -215,18 +230,38 @@ class SmartResize(Preprocessor):
         self._check_channels(pixels.shape[1] // self.config.patch.size**2)
         return pixels
 
-    def _clip_patches(self, frames: Sequence[CanonicalImage], layout: PictureLayout) -> torch.Tensor:
+    def _clip_patches(
+        self, frames: Sequence[CanonicalImage], layout: PictureLayout, each: Each, raw: bool
+    ) -> torch.Tensor:
         """``[patches, inner]``: columns are channel, frame, row and column of the patch."""
-        patch = self.config.patch
-        pixels = torch.empty(layout.grid[0], layout.grid[1] * layout.grid[2], patch.inner)
-        slots = pixels.view(*pixels.shape[:2], patch.channels, patch.temporal, patch.size**2)
-        for number, frame in enumerate(frames):
-            rows = self._rows(self._resized(frame, layout.processed_size), layout, do_resize=False)
+        patch, shortcut = self.config.patch, self.shortcut
+        pixels = pixel_matrix(layout.patches, patch.inner, raw=shortcut is not None)
+        slots = pixels.view(layout.grid[0], -1, patch.channels, patch.temporal, patch.size**2)
+
+        def fill(number: int, frame: CanonicalImage) -> None:
+            rows = self._frame_rows(frame, layout)
             slots[number // patch.temporal, :, :, number % patch.temporal] = rows.unflatten(1, (patch.channels, -1))
+
+        for _ in each(fill, range(len(frames)), frames):
+            pass
         # The last frame is repeated until every temporal patch is full.
         filled = (len(frames) - 1) % patch.temporal + 1
         slots[-1, :, :, filled:] = slots[-1, :, :, filled - 1 : filled]
-        return pixels.flatten(0, 1)
+        if shortcut is None or raw:
+            return pixels
+        values = pixel_matrix(layout.patches, patch.inner)
+        shortcut.rescaling.normalise(pixels.numpy(), values.numpy())
+        return values
+
+    def _frame_rows(self, frame: CanonicalImage, layout: PictureLayout) -> torch.Tensor:
+        """``[patches, channels · patch²]`` of one frame: bytes where there is a shortcut, else the processor's fp32."""
+        if self.shortcut is None:
+            return self._rows(self._resized(frame, layout.processed_size), layout, do_resize=False)
+        _, rows, columns = layout.grid
+        made = np.empty((rows * columns, self.config.patch.still_inner), np.uint8)
+        array = resized(frame.array, layout.processed_size, self.shortcut.resample)
+        cut_bytes(array, self.config.patch.size, self.config.merge, made)
+        return torch.from_numpy(made)
 
     def _resized(self, frame: CanonicalImage, size: tuple[int, int]) -> NDArray[np.uint8]:
         """The frame at the clip's size, which the processor's own rule would not find for every clip."""

@@ -59,13 +59,19 @@ class MachineCode:
 def hot_loop(instructions: tuple[Instruction, ...]) -> int | None:
     """Length of the innermost loop that feeds the tensor cores; ``None`` where there is none.
 
-    Among natural loops, the shortest with more than half as many tensor-core instructions as the richest has: the wait
-    for a single instruction is not it, nor is a loop around the loop.
+    Among natural loops, the one with the most tensor-core instructions that goes around no other such loop; the wait for a
+    single instruction, a loop of its own, is no such loop.
     """
-    loops = [[instructions[index] for index in body] for body in _natural_loops(instructions)]
-    weights = [sum(each.is_tensor_core for each in body) for body in loops]
-    most = max(weights, default=0)
-    return min((len(body) for body, weight in zip(loops, weights, strict=True) if 2 * weight > most), default=None)
+    loops = [
+        (frozenset(body), sum(instructions[index].is_tensor_core for index in body))
+        for body in _natural_loops(instructions)
+    ]
+    innermost = [
+        (-weight, len(body))
+        for body, weight in loops
+        if weight and not any(inner < body and (count > 1 or 2 * count > weight) for inner, count in loops)
+    ]
+    return min(innermost)[1] if innermost else None
 
 
 def _natural_loops(instructions: tuple[Instruction, ...]) -> list[list[int]]:

@@ -12,33 +12,34 @@ Command line: ``python -m tritontower.tuning.static --architecture sm_90 --kerne
 """
 
 import argparse
-import base64
 import importlib
 import json
-import os
-import pickle
 import pkgutil
-import subprocess
+import re
 import sys
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import tritontower
 import tritontower.kernels
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT, CompileSpec
+from tritontower.tuning.children import answer_orders, answers
 from tritontower.tuning.disassembly import MachineCode, hot_loop, read_amd, read_nvidia
+from tritontower.tuning.predict import Compiled, attention_time, product_time
 
 __all__ = [
     "StaticReport",
     "compile_ahead",
+    "compile_each",
+    "compiled_facts",
+    "compiled_facts_of",
     "discover",
     "document",
     "document_path",
     "kernel_modules",
     "kernel_name",
+    "machine_facts",
     "main",
     "problems",
     "table",
@@ -53,9 +54,6 @@ TENSOR_CORE_PREFIX = {
     "gfx950": "v_mfma",
 }
 """How the instructions begin that use a chip's tensor cores as they are meant to be used."""
-
-_MARK = "static report: "
-"""Tells a child's reports from whatever else a compiler prints."""
 
 _CHILD = "from tritontower.tuning.static import _serve; _serve()"
 
@@ -72,6 +70,8 @@ class StaticReport:
     """Version of the compiler."""
     wants_tensor_core: bool
     num_warps: int
+    threads: int = 0
+    """Of one program.  More than ``num_warps`` says where warps of their own fetch the data."""
     registers: int = 0
     """Per thread; on AMD vector registers, accumulation registers included."""
     spills: int = 0
@@ -89,6 +89,8 @@ class StaticReport:
     """Length of the hot loop: the innermost one with tensor-core instructions."""
     instructions_per_element: float | None = None
     """Thread instructions for each element: of the hot loop where there is one, else of the whole program."""
+    predicted_tflops: float | None = None
+    """What a large product or attention should reach (:mod:`.predict`); nothing was measured."""
     error: str | None = None
     """Why there is nothing to report: the compiler's message, or how it died."""
 
@@ -127,10 +129,27 @@ def compile_ahead(specs: Iterable[CompileSpec], architecture: str, *, workers: i
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; known are {', '.join(ARCHITECTURES)}")
     todo = list(specs)
-    shares = [todo[first::workers] for first in range(min(workers, len(todo)))]
-    with ThreadPoolExecutor(max(1, len(shares))) as pool:
-        answers = list(pool.map(lambda share: _compile_share(share, architecture), shares))
-    return [answers[index % workers][index // workers] for index in range(len(todo))]
+    reports: list[StaticReport | None] = [None] * len(todo)
+    for index, report in compile_each(todo, architecture, workers=workers):
+        reports[index] = report
+    return [report for report in reports if report is not None]
+
+
+def compile_each(
+    specs: Sequence[CompileSpec], architecture: str, *, workers: int = 1
+) -> Iterator[tuple[int, StaticReport]]:
+    """As :func:`compile_ahead`, but yields each report with its index in ``specs`` as soon as it is there.
+
+    Closing the iterator ends the child processes.
+    """
+    portable = [
+        replace(spec, kernel=(_function(spec.kernel).__module__, _function(spec.kernel).__name__)) for spec in specs
+    ]
+    for index, answer in answers([(spec, architecture) for spec in portable], _CHILD, workers=workers):
+        if isinstance(answer, str):
+            yield index, _blank(specs[index], architecture, error=answer)
+        else:
+            yield index, StaticReport(**answer)
 
 
 def problems(report: StaticReport) -> list[str]:
@@ -153,19 +172,20 @@ def table(reports: Iterable[StaticReport]) -> str:
     """The reports as a Markdown table, one line each, in the order given."""
     lines = [
         "| architecture | kernel | configuration | registers | spills | shared memory | programs per SM "
-        "| tensor-core instructions | instructions per element |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+        "| tensor-core instructions | instructions per element | predicted TFLOP/s |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
     ]
     for report in reports:
         head = f"| {report.architecture} | {report.kernel} | {report.name} "
         if report.error is not None:
-            lines.append(f"{head}| {report.error} | | | | | |")
+            lines.append(f"{head}| {report.error} | | | | | | |")
             continue
         opcodes = ", ".join(f"{count} {opcode}" for opcode, count in sorted(report.tensor_core.items())) or "–"
         per_element = "–" if report.instructions_per_element is None else f"{report.instructions_per_element:.2f}"
+        predicted = "–" if report.predicted_tflops is None else f"{report.predicted_tflops:.0f}"
         lines.append(
             f"{head}| {report.registers} | {report.spills} | {report.shared_memory} | {report.occupancy} "
-            f"| {opcodes} | {per_element} |"
+            f"| {opcodes} | {per_element} | {predicted} |"
         )
     return "\n".join(lines)
 
@@ -184,56 +204,20 @@ def _function(kernel: Any) -> Any:
     return getattr(kernel, "fn", kernel)
 
 
-def _compile_share(specs: list[CompileSpec], architecture: str) -> list[StaticReport]:
-    """Compiles one worker's specifications; a child that dies costs the one it was at, and a new child goes on."""
-    reports: list[StaticReport] = []
-    while len(reports) < len(specs):
-        remaining = specs[len(reports) :]
-        finished, cause = _run_child(remaining, architecture)
-        reports += finished
-        if len(finished) < len(remaining):
-            reports.append(_blank(remaining[len(finished)], architecture, error=cause))
-    return reports
-
-
-def _run_child(specs: list[CompileSpec], architecture: str) -> tuple[list[StaticReport], str]:
-    """The reports that one child process lived to write, and how it ended."""
-    portable = [
-        replace(spec, kernel=(_function(spec.kernel).__module__, _function(spec.kernel).__name__)) for spec in specs
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(tritontower.__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD],
-        input=base64.b64encode(pickle.dumps((portable, architecture))).decode(),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    reports = [
-        StaticReport(**json.loads(line.removeprefix(_MARK)))
-        for line in child.stdout.split("\n")
-        if line.startswith(_MARK)
-    ]
-    last_words = child.stderr.strip().splitlines()[-1:] or ["without a word"]
-    return reports, f"the compiler's process ended with {child.returncode}: {last_words[0][:200]}"
-
-
 def _serve() -> None:
-    """The child: reads specifications, writes one line of JSON for each as soon as it is compiled."""
-    specs, architecture = pickle.loads(base64.b64decode(sys.stdin.read()))
-    for spec in specs:
-        module, name = spec.kernel
-        loaded = replace(spec, kernel=getattr(importlib.import_module(module), name))
-        try:
-            report = _compile(loaded, architecture)
-        except Exception as error:
-            report = _blank(
-                loaded, architecture, error=f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
-            )
-        print(_MARK + json.dumps(asdict(report)), flush=True)
+    """The child process."""
+    answer_orders(lambda order: asdict(_report(*order)))
+
+
+def _report(spec: CompileSpec, architecture: str) -> StaticReport:
+    """The report on one specification, whatever becomes of it."""
+    module, name = spec.kernel
+    loaded = replace(spec, kernel=getattr(importlib.import_module(module), name))
+    try:
+        return _compile(loaded, architecture)
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
+        return _blank(loaded, architecture, error=text)
 
 
 def _blank(spec: CompileSpec, architecture: str, error: str | None = None) -> StaticReport:
@@ -272,22 +256,100 @@ def _compile(spec: CompileSpec, architecture: str) -> StaticReport:
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
     compiled = triton_compile(source, target=target, options=options)
+    report = replace(_blank(spec, architecture), **machine_facts(compiled, architecture, spec.num_warps))
+    loop = report.loop_instructions if spec.tensor_core else None
+    length = report.instructions if loop is None else loop
+    working = _working(report.threads, spec.num_warps * target.warp_size)
+    report = replace(report, loop_instructions=loop, instructions_per_element=length * working / spec.elements)
+    return replace(report, predicted_tflops=_predicted(spec, report))
+
+
+def machine_facts(compiled: Any, architecture: str, num_warps: int) -> dict[str, Any]:
+    """The fields of a :class:`StaticReport` that are read from what Triton compiled."""
+    amd = architecture.startswith("gfx")
     code = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
     shared_memory = int(compiled.metadata.shared)
-    loop = hot_loop(code.instructions) if spec.tensor_core else None
-    length = len(code.instructions) if loop is None else loop
-    return replace(
-        _blank(spec, architecture),
-        registers=code.registers,
-        spills=code.spills,
-        stack=code.stack,
-        shared_memory=shared_memory,
-        occupancy=_occupancy(code, shared_memory, spec.num_warps, architecture),
-        tensor_core=code.tensor_core,
-        instructions=len(code.instructions),
-        loop_instructions=loop,
-        instructions_per_element=length * spec.num_warps * target.warp_size / spec.elements,
+    threads = num_warps * 64 if amd else _threads(compiled.asm["ptx"], num_warps)
+    return {
+        "threads": threads,
+        "registers": code.registers,
+        "spills": code.spills,
+        "stack": code.stack,
+        "shared_memory": shared_memory,
+        "occupancy": _occupancy(code, shared_memory, threads // (64 if amd else 32), architecture),
+        "tensor_core": code.tensor_core,
+        "instructions": len(code.instructions),
+        "loop_instructions": hot_loop(code.instructions),
+    }
+
+
+def _threads(assembly: str, num_warps: int) -> int:
+    """Threads that a program is launched with: the compiler may add warps that fetch data to those that were asked for."""
+    found = re.search(r"\.reqntid\s+(\d+)", assembly)
+    return int(found[1]) if found else num_warps * 32
+
+
+def _working(threads: int, asked_for: int) -> int:
+    """The threads that compute: a specialised program has four warps more than those, which fetch what they need."""
+    return threads if threads <= asked_for else max(asked_for, threads - 128)
+
+
+def compiled_facts(report: StaticReport) -> Compiled:
+    """What the model of :mod:`.predict` takes of a report without an ``error``."""
+    return compiled_facts_of(
+        report.architecture,
+        report.threads,
+        report.num_warps,
+        report.occupancy,
+        report.instructions,
+        report.loop_instructions,
     )
+
+
+def compiled_facts_of(
+    architecture: str, threads: int, num_warps: int, occupancy: int, instructions: int, loop_instructions: int | None
+) -> Compiled:
+    """The same of the single figures."""
+    warp = 64 if architecture.startswith("gfx") else 32
+    loop = loop_instructions or 0
+    return Compiled(threads, _working(threads, num_warps * warp), max(1, occupancy), loop, instructions - loop)
+
+
+LARGE_ROWS, LARGE_COLUMNS, LARGE_INNER, LARGE_HEADS = 16384, 5120, 1280, 16
+"""For what the table's predictions are: a product and an attention that fill any chip."""
+
+
+def _predicted(spec: CompileSpec, report: StaticReport) -> float | None:
+    """TFLOP/s of a large product or attention launched like this; ``None`` for anything else."""
+    constants, facts = spec.constants, compiled_facts(report)
+    if not spec.tensor_core or report.loop_instructions is None:
+        return None
+    if {"BLOCK_QUERIES", "BLOCK_KEYS", "HEAD_DIM", "MAIN"} <= constants.keys():
+        return attention_time(
+            report.architecture,
+            facts,
+            rows=LARGE_ROWS,
+            length=LARGE_ROWS,
+            heads=LARGE_HEADS,
+            head_dim=constants["HEAD_DIM"],
+            computed_dim=constants["MAIN"] + constants.get("TAIL", 0),
+            block_queries=constants["BLOCK_QUERIES"],
+            block_keys=constants["BLOCK_KEYS"],
+        ).tflops
+    if {"BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_INNER"} <= constants.keys():
+        gated = "gated" in str(constants.get("ACTIVATION"))
+        return product_time(
+            report.architecture,
+            facts,
+            rows=LARGE_ROWS,
+            columns=LARGE_COLUMNS,
+            inner=LARGE_INNER,
+            block_rows=constants["BLOCK_ROWS"],
+            block_columns=constants["BLOCK_COLUMNS"],
+            block_inner=constants["BLOCK_INNER"],
+            factors=2 if gated else 1,
+        ).tflops
+    return None
 
 
 def _occupancy(code: MachineCode, shared_memory: int, num_warps: int, architecture: str) -> int:
@@ -312,7 +374,9 @@ Compiled ahead of time with Triton {triton}; nothing here was measured on hardwa
 
 Registers are per thread, shared memory in bytes per program. *Instructions per element* counts thread instructions of
 the hot loop (attention: for each score; GEMM: for each output element and loop iteration), or of the whole program
-where no loop feeds the tensor cores.
+where no loop feeds the tensor cores. *Predicted TFLOP/s* are what the model in `tritontower/tuning/predict.py` makes of
+that for a product of 16 384 × 5120 × 1280, or for attention of 16 heads over one segment of 16 384 rows, on one chip of
+the architecture.
 """
 
 

@@ -62,7 +62,7 @@ def save_of(model_type: str) -> Callable[..., Path]:
 # None of these is published: the graph has to come from the configuration, not from the model's name.
 OTHERS: dict[str, dict[str, Any]] = {
     "one block": {"depth": 1},
-    "heads of 72": {"hidden_size": 72, "num_heads": 1},
+    "heads of 72": {"hidden_size": 144, "num_heads": 2},
     "heads of 80": {"hidden_size": 160, "num_heads": 2},
     "heads of 104": {"hidden_size": 104, "num_heads": 1, "out_hidden_size": 56},
     "merge three": {"spatial_merge_size": 3},

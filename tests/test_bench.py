@@ -1,0 +1,369 @@
+"""`tritontower bench`: what it measures on small towers, what it prints and keeps, and what it refuses."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritontower import VisionTower, cli
+from tritontower.benchmarks import children, documents, pictures, plots, preprocessing, towers
+from tritontower.benchmarks.launches import launch_rows
+from tritontower.errors import UsageError
+from tritontower.families import qwen2_vl
+from tritontower.graph import build
+from tritontower.launches import launch_counts
+from tritontower.measuring import Timing, interleaved, provenance, time_on_device
+from tritontower.parity import Reference
+from tritontower.random_checkpoint import write_random_checkpoint
+
+CPU = torch.device("cpu")
+(PUBLISHED,) = qwen2_vl.SUMMARIES
+NARROW = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "narrow"
+    config = {**PUBLISHED.example, "vision_config": NARROW}
+    return write_random_checkpoint(folder, config, PUBLISHED.processor, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tower(model) -> VisionTower:
+    return VisionTower.from_pretrained(model, device="cpu")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command as a user has it, without the interpreter; gives exit code and what was printed."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def command(*words: object) -> tuple[int, str, str]:
+        code = cli.main(["bench", *map(str, words)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
+class TestMeasuring:
+    def test_candidates_take_turns_after_a_first_round_that_does_not_count(self):
+        calls: list[str] = []
+        candidates = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+        times = interleaved(candidates, repeats=2, device=CPU)
+        assert "".join(calls) == "ababab"
+        assert [len(timing.seconds) for timing in times.values()] == [2, 2]
+
+    def test_timing(self):
+        timing = Timing((4.0, 1.0, 2.0, 3.0, 10.0))
+        assert (timing.best, timing.median) == (1.0, 3.0)
+        assert timing.spread == pytest.approx((4.0 - 2.0) / 3.0)
+        assert Timing((1.0,)).spread == 0.0
+
+    def test_on_a_cpu_the_wall_clock_counts(self):
+        calls: list[int] = []
+        timing = time_on_device(lambda: calls.append(1), device=CPU, budget_seconds=0.0, least=4)
+        assert timing.method == "clock"
+        assert (len(calls), len(timing.seconds)) == (5, 4)
+        assert len(time_on_device(lambda: None, device=CPU, budget_seconds=60.0, most=6).seconds) == 6
+
+    def test_provenance_names_what_a_figure_needs(self):
+        facts = provenance(CPU)
+        assert facts["torch"] == torch.__version__
+        assert facts["command"].startswith("python ")
+        assert {"date", "commit", "triton", "transformers", "cpu", "threads", "capability"} <= facts.keys()
+        json.dumps(facts)
+
+    @pytest.mark.gpu
+    def test_graph_and_events_agree_on_a_gpu(self):
+        device = torch.device("cuda")
+        left = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+        out = torch.empty_like(left)
+
+        def product() -> None:
+            torch.mm(left, left, out=out)
+
+        by_graph = time_on_device(product, device=device)
+        by_events = time_on_device(product, device=device, graph=False)
+        assert (by_graph.method, by_events.method) == ("graph", "events")
+        assert 0 < by_graph.median < 2 * by_events.median
+        assert provenance(device)["gpu"]
+
+    @pytest.mark.gpu
+    def test_what_waits_for_the_device_is_timed_by_events(self):
+        device = torch.device("cuda")
+        rows = torch.ones(10, device=device)
+        timing = time_on_device(lambda: rows.sum().item(), device=device, budget_seconds=0.01)
+        assert timing.method == "events"
+        assert torch.equal(rows.cpu(), torch.ones(10))
+
+
+class TestTowers:
+    def test_all_candidates_agree_and_have_times(self, tower):
+        reference = Reference(tower, tower.dtype)
+        row = towers.compare_times(
+            tower, reference, pictures.square(tower, 64), repeats=2, rivals=["sdpa", "eager"], family="x"
+        )
+        assert row["status"] == "ok"
+        assert set(row["seconds"]) == {"tritontower", "transformers sdpa", "transformers eager"}
+        assert {len(seconds) for seconds in row["seconds"].values()} == {2}
+        assert 0 < max(row["distances"].values()) < 1e-5
+        medians = documents.seconds_of(row)
+        fastest = min(medians["transformers sdpa"], medians["transformers eager"])
+        assert row["ratio"] == pytest.approx(fastest / medians["tritontower"])
+        assert (row["patches"], row["tokens"]) == (64, 16)
+
+    def test_eager_attention_is_for_the_call_only(self, tower):
+        model = Reference(tower, tower.dtype).model
+        attention = [module for module in model.modules() if type(module).__name__ == "VisionAttention"]
+        with towers._attention(model, "eager"):
+            assert {module.config._attn_implementation for module in attention} == {"eager"}
+        assert {module.config._attn_implementation for module in attention} == {"sdpa"}
+
+    def test_a_disagreement_is_not_timed(self, tower, monkeypatch):
+        monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
+        monkeypatch.setattr(towers, "AGREEMENT", {"float32": 1e-12})
+        reference = Reference(tower, tower.dtype)
+        row = towers.compare_times(tower, reference, pictures.square(tower, 16))
+        assert row["status"] == "failed"
+        assert "transformers sdpa by" in row["reason"]
+        assert "seconds" not in row
+
+    def test_a_rival_that_fails_is_left_out(self, tower, monkeypatch):
+        def cannot(reference, inputs):
+            raise RuntimeError("no compiler\nhere")
+
+        monkeypatch.setitem(towers._BUILD_RIVAL, "compile", cannot)
+        reference = Reference(tower, tower.dtype)
+        row = towers.compare_times(tower, reference, pictures.square(tower, 16), repeats=1, rivals=["compile"])
+        assert row["notes"] == {"transformers sdpa, torch.compile": "RuntimeError: no compiler here"}
+        assert list(row["seconds"]) == ["tritontower"]
+        assert row["ratio"] is None
+
+    def test_fixed_sizes_are_packed_to_the_count(self):
+        with pictures.family_configuration("CLIP", depth=1) as folder:
+            clip = VisionTower.from_pretrained(folder, device="cpu", dtype="float32", delay_load=True)
+            batch = pictures.square(clip, 3 * clip.config.num_patches)
+        assert len(batch) == 3
+
+    def test_a_batch_that_cannot_be_is_refused(self, tower, monkeypatch):
+        def refuses(*_, **__):
+            raise ValueError("no such grid")
+
+        monkeypatch.setattr(pictures.PackedBatch, "pack", refuses)
+        with pytest.raises(UsageError, match=r"no square picture of 64 patches \(no such grid\); name picture sizes"):
+            pictures.square(tower, 64)
+
+
+class TestFamilies:
+    def test_cutting_the_depth_leaves_no_level_behind_it(self):
+        config = {"vision_config": {"depth": 27, "deepstack_visual_indexes": [8, 16, 24]}, "model_type": "x"}
+        assert pictures.shallow(config, 10)["vision_config"] == {"depth": 10, "deepstack_visual_indexes": [8]}
+        assert pictures.shallow(config, 0) == config
+
+    def test_all_families_of_transformers_are_there(self):
+        assert {"CLIP", "Gemma 3", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Pixtral", "SigLIP"} <= set(
+            pictures.family_titles()
+        )
+
+    def test_an_unknown_family_is_named(self):
+        with (
+            pytest.raises(UsageError, match="no family 'Qwen9'; there are CLIP"),
+            pictures.family_configuration("Qwen9"),
+        ):
+            pass
+
+
+class TestPreprocessing:
+    def test_like_is_compared_with_like(self, tower):
+        row = preprocessing.compare_preprocessing(tower, "two", [(56, 84), (100, 60)], repeats=1)
+        assert row["status"] == "ok"
+        assert {"tritontower", "transformers"} <= row["seconds"].keys()
+        assert row["distance"] <= row["limit"]
+
+    def test_other_pixels_are_not_timed(self, tower, monkeypatch):
+        monkeypatch.setattr(preprocessing, "LIMIT", -1.0)
+        monkeypatch.setattr(preprocessing, "interleaved", lambda *_, **__: pytest.fail("was timed"))
+        row = preprocessing.compare_preprocessing(tower, "one", [(56, 56)])
+        assert row["status"] == "failed"
+
+
+class TestLaunches:
+    def test_rows_are_the_counts_of_the_graphs(self, tower):
+        (row,) = launch_rows(tower, [("64 patches", lambda tower: pictures.square(tower, 64))], "x")
+        plain = launch_counts(build(tower.config), pictures.square(tower, 64).workload)
+        assert row["plain_pass"] == plain.total.total
+        assert row["fused_block"] < row["plain_block"]
+        assert row["fused_pass"] < row["plain_pass"]
+
+
+class TestChildren:
+    def test_memory_and_loading_are_asked_of_fresh_processes(self, model):
+        facts = {"folder": str(model), "dtype": "float32", "device": "cpu"}
+        memory = children.ask("memory", **facts, patches=64)
+        assert memory["patches"] == 64
+        assert memory["growth_bytes"] > memory["weights_bytes"] > 0
+        assert 0 < memory["plan_bytes"] <= memory["planned_bytes"]
+        assert memory["allocated_bytes"] == pytest.approx(memory["planned_bytes"], rel=0.1)
+        load = children.ask("load", **facts, by="transformers", cold=True)
+        assert load["kind"] == "Reference"
+        assert load["seconds"] > 0
+        assert load["files_bytes"] > load["weights_bytes"] > 0
+
+    def test_what_the_tower_reads_is_counted(self, model):
+        load = children.load(str(model), "float32", "cpu", by="tritontower", cold=False)
+        assert load["kind"] == "VisionTower"
+        assert 0 < load["read_bytes"] <= load["files_bytes"]
+
+    def test_a_child_that_fails_says_why(self, tmp_path):
+        with pytest.raises(RuntimeError, match=r"CheckpointNotFoundError|ConfigError|no config"):
+            children.ask("memory", folder=str(tmp_path), dtype="float32", device="cpu", patches=64)
+
+
+class TestDocuments:
+    def test_written_as_a_whole(self, tmp_path):
+        path = tmp_path / "new" / "report.json"
+        documents.write_json(path, {"rows": [1]})
+        assert json.loads(path.read_text()) == {"rows": [1]}
+        with pytest.raises(TypeError):
+            documents.write_json(path, {"rows": object()})
+        assert json.loads(path.read_text()) == {"rows": [1]}
+        assert os.listdir(path.parent) == ["report.json"]
+
+    @pytest.mark.parametrize(("threads", "words"), [(1, "1 thread of Some CPU"), (2, "2 threads of Some CPU")])
+    def test_machines_in_words(self, threads, words):
+        assert documents.machine({"cpu": "Some CPU", "threads": threads}) == words
+        assert documents.machine({"gpu": "NVIDIA Test", "cpu": "Some CPU"}) == "NVIDIA Test"
+
+    def test_machines_have_names_for_folders(self):
+        assert documents.machine_slug({"gpu": "NVIDIA H200"}) == "nvidia-h200"
+        assert documents.machine_slug({"cpu": "AMD EPYC (x)", "threads": 2}) == "cpu-amd-epyc-x-2-threads"
+
+    def test_reasons_are_one_short_line(self):
+        assert documents.reason_of(ValueError("a\n  b")) == "ValueError: a b"
+        assert len(documents.reason_of(ValueError("a" * 999), 100)) == 100
+
+
+DOCUMENT = {
+    "bench": "towers",
+    "dtype": "bfloat16",
+    "gpu": "made up",
+    "rows": [
+        {
+            "status": "ok",
+            "family": "F",
+            "pictures": pictures_in_pass,
+            "patches": 1024,
+            "seconds": {"transformers sdpa": [0.2], "tritontower": [0.1, 0.3, 0.2]},
+        }
+        for pictures_in_pass in (1, 6)
+    ]
+    + [{"status": "failed", "family": "G"}],
+}
+
+
+class TestPlots:
+    def test_groups_and_candidates(self):
+        assert plots._groups(DOCUMENT) == [
+            ("F: 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
+            ("F: 6 pictures, 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
+        ]
+        assert plots._names(DOCUMENT, plots._groups(DOCUMENT))[0] == "tritontower"
+
+    def test_without_matplotlib_the_message_says_so(self, monkeypatch, tmp_path):
+        for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UsageError, match="plots need matplotlib"):
+            plots.plot(DOCUMENT, tmp_path / "plot.png")
+
+    def test_a_picture_is_drawn(self, tmp_path):
+        pytest.importorskip("matplotlib", reason="matplotlib is optional, and not installed here")
+        plots.plot(DOCUMENT, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_nothing_to_draw(self, tmp_path):
+        with pytest.raises(UsageError, match="nothing in this towers report"):
+            plots.plot({**DOCUMENT, "rows": []}, tmp_path / "plot.png")
+
+
+class TestCommand:
+    def test_towers(self, run, model, tmp_path):
+        output = tmp_path / "report.json"
+        words = (
+            "towers",
+            model,
+            "--split",
+            "--patches",
+            "16,64",
+            "--size",
+            "84x56",
+            "--repeats",
+            1,
+            "--output",
+            output,
+            "--json",
+        )
+        code, printed, table = run(*words)
+        assert code == 0
+        report = json.loads(printed.splitlines()[-1])
+        assert report == json.loads(output.read_text())
+        assert [row["pack"] for row in report["rows"]] == ["16 patches", "64 patches", "84 × 56"]
+        assert report["dtype"] == "float32"
+        assert "ratio: fastest transformers ÷ tritontower" in table
+        assert "Milliseconds by node kind" in table
+
+    def test_a_failure_is_exit_code_1(self, run, model, monkeypatch):
+        monkeypatch.setattr(towers, "AGREEMENT", {"float32": 1e-12})
+        code, printed, _ = run("towers", model, "--patches", 16, "--split")
+        assert code == 1
+        assert "the embeddings differ" in printed
+
+    def test_kernels(self, run, monkeypatch):
+        code, printed, _ = run("kernels", "--kernel", "rope", "--dtype", "float32", "--against", "none")
+        assert code == 0
+        assert "% of roofline" in printed
+        assert printed.count("\nrope ") == 2
+
+    def test_preprocessing(self, run, model):
+        code, printed, _ = run("preprocessing", model, "--size", "84x56", "--repeats", 1)
+        assert code == 0
+        assert "84 × 56" in printed
+
+    def test_launches_need_no_weights_and_no_clock(self, run, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        code, printed, _ = run("launches", "--family", "Qwen2-VL", "--family", "CLIP", "--json")
+        assert code == 0
+        assert [row["blocks"] for row in json.loads(printed)["rows"]] == [32, 24]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("towers", "some/model", "--family", "CLIP"), "MODEL and --family name different towers"),
+            (("kernels", "--kernel", "attenshun"), "no kernel 'attenshun'; there are attention"),
+            (("kernels", "some/model"), "leave MODEL and --family out"),
+            (("towers", "--pack", "huge"), "no pack 'huge'; there are 448"),
+            (("towers", "--depth", "3"), "--depth cuts the towers of --family"),
+            (("towers", "--family", "CLIP", "--depth", "-3"), "'-3' is not a positive whole number"),
+            (("towers", "--plot", "towers.svg"), "'towers.svg' is no name for a drawing; it is a PNG"),
+            (("towers", "--against", "jax"), "transformers runs as sdpa, eager, compile; not as jax"),
+            (("memory", "--pack", "448", "--plot", "x.png"), "there is no drawing of memory"),
+            (("memory", "--pack", "448"), "name them with --patches"),
+            (("preprocessing", "--patches", "64"), "name them with --size or --pack"),
+            (("loading", "--family", "all"), "loading is measured for one tower at a time"),
+            (("everything",), "invalid choice: 'everything'"),
+        ],
+    )
+    def test_refusals_are_one_line_and_exit_code_2(self, run, words, message):
+        code, _, error = run(*words)
+        assert code == 2
+        assert message in error
+        assert error.count("\n") == 1
+
+    def test_the_interpreter_is_refused(self, run, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        code, _, error = run("kernels")
+        assert code == 2
+        assert "the interpreter's times mean nothing" in error

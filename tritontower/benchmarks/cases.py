@@ -1,0 +1,620 @@
+"""The shapes at which kernels are tested and timed: defined once, used by both.
+
+A :class:`Case` is one call of a public operation.  It knows how to make its tensors, what the result should be (in fp64,
+for rows of choice, so that a long pack needs no memory of its own size), what torch itself offers for the same, and how
+many operations and bytes it takes.  :func:`check` holds a case's numbers against the formula; nothing is timed that does
+not pass it.
+
+Grids: ``small`` for the tests (the interpreter runs every one of them in a second or so), ``cpu`` and ``gpu`` with the
+towers' own shapes.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch.nn import functional
+
+from tritontower.kernels.flash_attention import flash_attention_varlen
+from tritontower.kernels.gather import gather_rows
+from tritontower.kernels.linear import linear
+from tritontower.kernels.norm import norm
+from tritontower.kernels.patch_projection import patch_projection
+from tritontower.kernels.projector import projector_mlp
+from tritontower.kernels.qkv_projection import arrange_heads, qkv_projection
+from tritontower.kernels.rope import rope_
+from tritontower.kernels.segments import Segments
+
+__all__ = ["GRIDS", "KERNELS", "TOLERANCE", "Case", "Grid", "Outcome", "Prepared", "cases", "check"]
+
+Grid = Literal["small", "cpu", "gpu"]
+GRIDS: tuple[Grid, ...] = ("small", "cpu", "gpu")
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+"""Largest relative distance from the formula in fp64 of a result that was rounded once: half a unit in the last place."""
+
+CHECKED_ROWS = 256
+"""Rows of a result that are held against the formula; of a longer one the first, the last, and others at random."""
+
+Tensor = torch.Tensor
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case with its tensors.
+
+    Attributes:
+        call: runs the operation, into memory that it was given; one that works in place may be called again, its numbers
+            then mean nothing.
+        result: what the first call has made, ``[rows, …]``.
+        expected: row numbers → these rows in fp64.
+        rivals: what torch offers for the same work, by name; not rounded alike, hence not compared.
+        flops: operations, two per multiply–add of the matrix products.
+        bytes: what has to be read and written at least.
+        roundings: how often a value is rounded on its way.
+    """
+
+    call: Callable[[], object]
+    result: Call
+    expected: Callable[[Tensor], Tensor]
+    rivals: Mapping[str, Call]
+    flops: int
+    bytes: int
+    roundings: int = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operation."""
+
+    kernel: str
+    label: str
+    dtype: torch.dtype
+    sizes: Mapping[str, Any]
+    config: Any = field(default=None)
+    """A launch configuration instead of the one that the operation chooses."""
+
+    def prepare(self, device: torch.device) -> Prepared:
+        """Makes the tensors, the same every time."""
+        return _BUILDERS[self.kernel](_Tensors(device, self.dtype), self)
+
+    def launched(self, config: Any, label: str) -> "Case":
+        """The same call with a configuration of choice."""
+        return replace(self, config=config, label=f"{self.label}, {label}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What :func:`check` found."""
+
+    distance: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the numbers are right."""
+        return self.distance <= self.limit
+
+
+def check(case: Case, prepared: Prepared, device: torch.device, *, most_rows: int = CHECKED_ROWS) -> Outcome:
+    """Runs the case once and holds rows of the result against the formula; not finite counts as infinitely far."""
+    prepared.call()
+    result = prepared.result()
+    rows = _some_rows(result.shape[0], most_rows).to(device)
+    actual, expected = result[rows].double(), prepared.expected(rows)
+    if not bool(torch.isfinite(result).all()):
+        return Outcome(math.inf, TOLERANCE[case.dtype])
+    scale = float(expected.norm())
+    distance = float((actual - expected.reshape(actual.shape)).norm())
+    # A CPU's reference rounds once more where transformers does.
+    return Outcome(distance / scale if scale else distance, 1.5 * prepared.roundings * TOLERANCE[case.dtype])
+
+
+def cases(grid: Grid, dtype: torch.dtype = torch.bfloat16, kernels: Sequence[str] | None = None) -> Iterator[Case]:
+    """The cases of a grid, kernel by kernel.
+
+    Args:
+        grid: ``small``, ``cpu`` or ``gpu``.
+        dtype: of weights and activations.
+        kernels: only these; see :data:`KERNELS`.
+    """
+    for kernel in kernels or KERNELS:
+        for label, sizes in _SIZES[kernel](grid):
+            yield Case(kernel, label, dtype, sizes)
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+_Sized = Iterator[tuple[str, dict[str, Any]]]
+
+_LENGTHS: Mapping[Grid, Mapping[str, list[int]]] = {
+    "small": {"70": [70], "5 × 16": [16] * 5, "mixed": [33, 1, 0, 64]},
+    "cpu": {"1,024": [1024], "16 × 64": [64] * 16, "mixed": [700, 24, 300]},
+    "gpu": {
+        "1,024": [1024],
+        "4,096": [4096],
+        "16,384": [16384],
+        "64 × 64": [64] * 64,
+        "16 × 256": [256] * 16,
+        "mixed": [4096, 64, 1540, 1024, 400, 16, 2304, 576],
+    },
+}
+_HEADS: Mapping[Grid, Sequence[tuple[int, int, int]]] = {
+    "small": ((2, 64, 64), (2, 72, 72), (2, 72, 80), (2, 80, 80), (1, 128, 128)),
+    "cpu": ((16, 64, 64), (16, 72, 72), (16, 80, 80)),
+    "gpu": ((16, 64, 64), (16, 72, 72), (16, 72, 80), (16, 80, 80), (16, 128, 128)),
+}
+"""Heads, columns of a head, and how many it has in memory."""
+_ROWS: Mapping[Grid, Sequence[int]] = {"small": (70,), "cpu": (1024,), "gpu": (256, 1024, 4096, 16384)}
+
+_LAYERS: Mapping[Grid, Sequence[tuple[str, int, int, str | None, bool]]] = {
+    "small": (
+        ("plain", 48, 80, None, False),
+        ("residual", 40, 96, None, True),
+        ("quick GELU", 96, 40, "quick_gelu", False),
+        ("tanh GELU", 64, 48, "gelu_tanh", False),
+        ("gated SiLU", 36, 64, "silu_gated", False),
+    ),
+    "cpu": (
+        ("attention output", 1280, 1280, None, True),
+        ("MLP up, quick GELU", 5120, 1280, "quick_gelu", False),
+        ("MLP down", 1280, 5120, None, True),
+        ("Qwen2.5-VL MLP up, gated SiLU", 3420, 1280, "silu_gated", False),
+    ),
+    "gpu": (
+        ("QKV", 3840, 1280, None, False),
+        ("attention output", 1280, 1280, None, True),
+        ("MLP up, quick GELU", 5120, 1280, "quick_gelu", False),
+        ("MLP down", 1280, 5120, None, True),
+        ("Qwen2.5-VL MLP up, gated SiLU", 3420, 1280, "silu_gated", False),
+        ("SigLIP MLP up, tanh GELU", 4304, 1152, "gelu_tanh", False),
+        ("SigLIP MLP down", 1152, 4304, None, True),
+    ),
+}
+"""Name, columns of the result, K, activation, residual."""
+
+
+def _attention_sizes(grid: Grid) -> _Sized:
+    for (heads, head_dim, padded), (name, lengths) in itertools.product(_HEADS[grid], _LENGTHS[grid].items()):
+        sizes = {"heads": heads, "head_dim": head_dim, "padded": padded, "lengths": lengths}
+        shown = f"{head_dim} of {padded}" if padded > head_dim else f"{head_dim}"
+        yield f"heads {heads} × {shown}, rows {name}", sizes
+
+
+def _linear_sizes(grid: Grid) -> _Sized:
+    for (name, columns, inner, activation, residual), rows in itertools.product(_LAYERS[grid], _ROWS[grid]):
+        sizes = {"rows": rows, "columns": columns, "inner": inner, "activation": activation, "residual": residual}
+        yield f"{name}, {rows:,} × {columns:,} × {inner:,}", sizes
+
+
+def _qkv_sizes(grid: Grid) -> _Sized:
+    shapes = ((2, 16, 48),) if grid == "small" else ((16, 80, 1280), (16, 72, 1152))
+    for (heads, head_dim, inner), rows in itertools.product(shapes, _ROWS[grid]):
+        sizes = {"rows": rows, "heads": heads, "head_dim": head_dim, "inner": inner}
+        yield f"heads {heads} × {head_dim}, {rows:,} rows", sizes
+
+
+def _patch_sizes(grid: Grid) -> _Sized:
+    shapes = ((48, 40),) if grid == "small" else ((588, 1280), (588, 1152))
+    for (inner, columns), rows, pixels in itertools.product(shapes, _ROWS[grid], ("float32", "uint8")):
+        sizes = {"rows": rows, "columns": columns, "inner": inner, "pixels": pixels}
+        yield f"{pixels} pixels, {rows:,} × {columns:,} × {inner:,}", sizes
+
+
+def _projector_sizes(grid: Grid) -> _Sized:
+    width, hidden, columns = (16, 64, 40) if grid == "small" else (1280, 5120, 3584)
+    for rows in _ROWS[grid]:
+        tokens = max(1, rows // 4)
+        sizes = {"tokens": tokens, "width": width, "hidden": hidden, "columns": columns}
+        yield f"{tokens:,} tokens of 4 × {width:,} to {columns:,}", sizes
+
+
+def _norm_sizes(grid: Grid) -> _Sized:
+    widths = (48, 80) if grid == "small" else (1152, 1280)
+    for width, rows, residual in itertools.product(widths, _ROWS[grid], (False, True)):
+        for kind in ("layer_norm", "rms_norm"):
+            added = " and residual" if residual else ""
+            sizes = {"rows": rows, "width": width, "kind": kind, "residual": residual}
+            yield f"{kind}{added}, {rows:,} × {width:,}", sizes
+
+
+def _rope_sizes(grid: Grid) -> _Sized:
+    heads = 2 if grid == "small" else 16
+    for head_dim, rows in itertools.product((72, 80), _ROWS[grid]):
+        yield f"heads {heads} × {head_dim}, {rows:,} rows", {"rows": rows, "heads": heads, "head_dim": head_dim}
+
+
+def _gather_sizes(grid: Grid) -> _Sized:
+    widths = (72,) if grid == "small" else (1280, 5120)
+    for width, rows, taps in itertools.product(widths, _ROWS[grid], (1, 4)):
+        yield f"{taps} of each {rows:,} rows of {width:,}", {"rows": rows, "width": width, "taps": taps}
+
+
+_SIZES: Mapping[str, Callable[[Grid], _Sized]] = {
+    "attention": _attention_sizes,
+    "linear": _linear_sizes,
+    "qkv_projection": _qkv_sizes,
+    "patch_projection": _patch_sizes,
+    "projector": _projector_sizes,
+    "norm": _norm_sizes,
+    "rope": _rope_sizes,
+    "gather": _gather_sizes,
+}
+
+KERNELS: tuple[str, ...] = tuple(_SIZES)
+"""The operations that have cases."""
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+class _Tensors:
+    """Random tensors from one seed, made where they are needed: the same every time on one kind of device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Normal numbers with a deviation of ``scale``."""
+        numbers = torch.randn(shape, generator=self._generator, device=self.device) * scale
+        return numbers.to(dtype or self.dtype)
+
+    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """Whole numbers from 0 to below ``high``."""
+        return torch.randint(0, high, shape, generator=self._generator, device=self.device).to(dtype)
+
+    def empty(self, *shape: int) -> Tensor:
+        """Memory for a result."""
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+def _some_rows(count: int, most: int) -> Tensor:
+    if count <= most:
+        return torch.arange(count)
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(count))[: most - 2]
+    return torch.cat([torch.tensor([0, count - 1]), chosen])
+
+
+def _size_in_bytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attention(make: _Tensors, case: Case) -> Prepared:
+    """Sizes: ``heads``, ``head_dim``, ``lengths``; and, if wanted, ``padded``, ``length_bound`` and ``boost``.
+
+    ``boost`` multiplies the queries, for scores so far apart that a stabiliser taken from a part of them does not hold.
+    """
+    heads, head_dim, lengths = (case.sizes[name] for name in ("heads", "head_dim", "lengths"))
+    padded = case.sizes.get("padded", head_dim)
+    segments = Segments.from_lengths(lengths)
+    held = make.normal(segments.total, 3, heads, padded)
+    held[:, 0] *= case.sizes.get("boost", 1)
+    options: dict[str, Any] = {} if case.config is None else {"config": case.config}
+    if "length_bound" in case.sizes:
+        options["length_bound"] = case.sizes["length_bound"]
+    if padded > head_dim:
+        held[:, 1:, :, head_dim:] = 0
+        held[:, 1:, :, head_dim] = 1
+        options["columns"] = head_dim
+    given = held.unbind(1)
+    q, k, v = (tensor[..., :head_dim] for tensor in given)
+    out = make.empty(segments.total, heads, head_dim)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    scores = sum(length * length for length in lengths)
+
+    def expected(rows: Tensor) -> Tensor:
+        segment = torch.searchsorted(starts, rows.cpu(), right=True) - 1
+        result = torch.empty(len(rows), heads, head_dim, dtype=torch.float64, device=rows.device)
+        for number in segment.unique().tolist():
+            keys = slice(int(starts[number]), int(starts[number + 1]))
+            mine = (segment == number).nonzero().squeeze(1).to(rows.device)
+            query = q[rows[mine]].double()
+            weights = torch.einsum("qhd,khd->hqk", query, k[keys].double()) * head_dim**-0.5
+            result[mine] = torch.einsum("hqk,khd->qhd", weights.softmax(-1), v[keys].double())
+        return result
+
+    return Prepared(
+        call=lambda: flash_attention_varlen(given[0], given[1], given[2], segments, out=out, **options),
+        result=lambda: out,
+        expected=expected,
+        rivals=_attention_rivals(q, k, v, lengths),
+        flops=4 * scores * heads * head_dim,
+        bytes=_size_in_bytes(q, k, v, out),
+        roundings=1 if padded == head_dim else 2,  # a padded head's queries are scaled before the product
+    )
+
+
+def _attention_rivals(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> dict[str, Call]:
+    present = [length for length in lengths if length]
+
+    def alike() -> Tensor:
+        parts = (tensor.unflatten(0, (len(present), present[0])).transpose(1, 2) for tensor in (q, k, v))
+        return functional.scaled_dot_product_attention(*parts)
+
+    def one_by_one() -> Tensor:
+        split = zip(*(tensor.transpose(0, 1).split(present, dim=1) for tensor in (q, k, v)), strict=True)
+        parts = [functional.scaled_dot_product_attention(*(x.unsqueeze(0) for x in part)) for part in split]
+        return torch.cat(parts, dim=2)
+
+    rivals: dict[str, Call] = {"torch sdpa": alike if len(set(present)) == 1 else one_by_one}
+    if q.is_cuda and q.dtype != torch.float32:
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:  # torch before 2.10
+            return rivals
+        bounds = torch.tensor([0, *itertools.accumulate(present)], dtype=torch.int32, device=q.device)
+        longest = max(present)
+        rivals["torch varlen"] = lambda: cast("Tensor", varlen_attn(q, k, v, bounds, bounds, longest, longest))
+    return rivals
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+
+
+def _activated(x: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return x
+    if activation == "silu_gated":
+        gate, up = x.chunk(2, dim=-1)
+        return functional.silu(gate) * up
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _linear(make: _Tensors, case: Case) -> Prepared:
+    rows, columns, inner, activation = (case.sizes[name] for name in ("rows", "columns", "inner", "activation"))
+    width = 2 * columns if activation == "silu_gated" else columns
+    x, weight = make.normal(rows, inner), make.normal(width, inner, scale=inner**-0.5)
+    bias = make.normal(width)
+    residual = make.normal(rows, columns) if case.sizes["residual"] else None
+    out = make.empty(rows, columns)
+
+    def expected(chosen: Tensor) -> Tensor:
+        y = _activated(functional.linear(x[chosen].double(), weight.double(), bias.double()), activation)
+        return y if residual is None else y + residual[chosen].double()
+
+    def by_torch() -> Tensor:
+        y = _activated(functional.linear(x, weight, bias), activation)
+        return y if residual is None else y + residual
+
+    return Prepared(
+        call=lambda: linear(x, weight, bias, activation=activation, residual=residual, out=out, config=case.config),
+        result=lambda: out,
+        expected=expected,
+        rivals={"torch linear": by_torch, "torch product alone": lambda: functional.linear(x, weight, bias)},
+        flops=2 * rows * width * inner,
+        bytes=_size_in_bytes(x, weight, bias, residual, out),
+    )
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """The rotation in the halves' order; ``[rows, heads, head_dim]``, angles ``[rows, head_dim / 2]``."""
+    first, second = x.chunk(2, dim=-1)
+    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+
+
+def _angles(make: _Tensors, rows: int, half: int) -> tuple[Tensor, Tensor]:
+    angles = make.normal(rows, half, scale=3.0, dtype=torch.float32)
+    return angles.cos(), angles.sin()
+
+
+def _qkv_projection(make: _Tensors, case: Case) -> Prepared:
+    rows, heads, head_dim, inner = (case.sizes[name] for name in ("rows", "heads", "head_dim", "inner"))
+    columns = 3 * heads * head_dim
+    x, weight = make.normal(rows, inner), make.normal(columns, inner, scale=inner**-0.5)
+    bias = make.normal(columns)
+    cosines, sines = _angles(make, rows, head_dim // 2)
+    arranged = [
+        arrange_heads(tensor, heads=heads, head_dim=head_dim, padded_head_dim=head_dim, pairs=True)
+        for tensor in (weight, bias)
+    ]
+    out = make.empty(rows, columns)
+    # New column 2i of a rotated head is old column i, 2i + 1 is old i + head_dim / 2.
+    order = torch.arange(head_dim, device=make.device).view(2, -1).T.flatten()
+
+    def by_torch(chosen: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        y = functional.linear(x[chosen].to(dtype), weight.to(dtype), bias.to(dtype)).unflatten(1, (3, heads, head_dim))
+        q, k, v = y.unbind(1)
+        turned = [_rotated(part, cosines[chosen].to(dtype), sines[chosen].to(dtype)) for part in (q, k)]
+        return torch.stack([*turned, v], dim=1)
+
+    def expected(chosen: Tensor) -> Tensor:
+        q, k, v = by_torch(chosen, torch.float64).unbind(1)
+        return torch.stack([q[..., order], k[..., order], v], dim=1).flatten(1)
+
+    def separate() -> Tensor:
+        q, k, _ = linear(x, weight, bias, out=out).unflatten(1, (3, heads, head_dim)).unbind(1)
+        rope_(q, k, cosines, sines)
+        return out
+
+    return Prepared(
+        call=lambda: qkv_projection(
+            x, arranged[0], arranged[1], cosines, sines, heads=heads, head_dim=head_dim, out=out, config=case.config
+        ),
+        result=lambda: out,
+        expected=expected,
+        rivals={
+            "torch linear and rotation": lambda: by_torch(slice(None), x.dtype),
+            "linear, then rope": separate,
+            "torch product alone": lambda: functional.linear(x, weight, bias),
+        },
+        flops=2 * rows * columns * inner,
+        bytes=_size_in_bytes(x, weight, bias, cosines, sines, out),
+        roundings=2,  # a CPU rounds the product before it rotates
+    )
+
+
+def _patch_projection(make: _Tensors, case: Case) -> Prepared:
+    rows, columns, inner = (case.sizes[name] for name in ("rows", "columns", "inner"))
+    bias, out = make.normal(columns), make.empty(rows, columns)
+    raw = case.sizes["pixels"] == "uint8"
+    # Raw pixels have a deviation of 74; the kernel multiplies their distance from 128.
+    weight = make.normal(columns, inner, scale=inner**-0.5 / (74 if raw else 1))
+    pixels = (
+        make.integers(256, rows, inner, dtype=torch.uint8) if raw else make.normal(rows, inner, dtype=torch.float32)
+    )
+
+    def held(chosen: Tensor | slice) -> Tensor:
+        """The pixels as they enter the product."""
+        return pixels[chosen].to(make.dtype) - (128 if raw else 0)
+
+    def expected(chosen: Tensor) -> Tensor:
+        return functional.linear(held(chosen).double(), weight.double(), bias.double())
+
+    return Prepared(
+        call=lambda: patch_projection(pixels, weight, bias, out=out, config=case.config),
+        result=lambda: out,
+        expected=expected,
+        rivals={"torch cast and linear": lambda: functional.linear(held(slice(None)), weight, bias)},
+        flops=2 * rows * columns * inner,
+        bytes=_size_in_bytes(pixels, weight, bias, out),
+    )
+
+
+def _projector(make: _Tensors, case: Case) -> Prepared:
+    tokens, width, hidden, columns = (case.sizes[name] for name in ("tokens", "width", "hidden", "columns"))
+    x = make.normal(4 * tokens, width)
+    norm_weight, norm_bias = make.normal(width, scale=0.1) + 1, make.normal(width)
+    inner = 4 * width
+    weight_1, bias_1 = make.normal(hidden, inner, scale=inner**-0.5), make.normal(hidden)
+    weight_2, bias_2 = make.normal(columns, hidden, scale=hidden**-0.5), make.normal(columns)
+    out, between = make.empty(tokens, columns), make.empty(tokens, hidden)
+    normed = make.empty(4 * tokens, width)
+
+    def by_torch(chosen: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        y = x.view(tokens, 4, width)[chosen].to(dtype)
+        y = functional.layer_norm(y, (width,), norm_weight.to(dtype), norm_bias.to(dtype), 1e-6).flatten(1)
+        y = functional.gelu(functional.linear(y, weight_1.to(dtype), bias_1.to(dtype)))
+        return functional.linear(y, weight_2.to(dtype), bias_2.to(dtype))
+
+    return Prepared(
+        call=lambda: projector_mlp(
+            x,
+            norm_weight,
+            norm_bias,
+            weight_1,
+            bias_1,
+            weight_2,
+            bias_2,
+            merge=4,
+            normed=normed,
+            hidden=between,
+            out=out,
+            config=case.config,
+        ),
+        result=lambda: out,
+        expected=lambda chosen: by_torch(chosen, torch.float64),
+        rivals={"torch norm and linears": lambda: by_torch(slice(None), x.dtype)},
+        flops=2 * tokens * hidden * (inner + columns),
+        bytes=_size_in_bytes(x, weight_1, weight_2, out),
+        roundings=3,
+    )
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _norm(make: _Tensors, case: Case) -> Prepared:
+    rows, width, kind = (case.sizes[name] for name in ("rows", "width", "kind"))
+    x, weight = make.normal(rows, width), make.normal(width, scale=0.1) + 1
+    bias = make.normal(width) if kind == "layer_norm" else None
+    residual = make.normal(rows, width) if case.sizes["residual"] else None
+    out, summed = make.empty(rows, width), make.empty(rows, width)
+    kept: dict[str, Any] = {} if residual is None else {"residual": residual, "residual_out": summed}
+
+    def normed(y: Tensor, dtype: torch.dtype) -> Tensor:
+        if bias is not None:
+            return functional.layer_norm(y, (width,), weight.to(dtype), bias.to(dtype), 1e-6)
+        return functional.rms_norm(y, (width,), weight.to(dtype), 1e-6)
+
+    def expected(chosen: Tensor) -> Tensor:
+        y = x[chosen].double()
+        if residual is not None:
+            # The sum is kept for later in the dtype of the rows, and the norm is that of what is kept.
+            y = (x[chosen] + residual[chosen]).double()
+        return normed(y, torch.float64)
+
+    def call() -> None:
+        norm(x, weight, bias, kind=kind, eps=1e-6, out=out, config=case.config, **kept)
+
+    return Prepared(
+        call=call,
+        result=lambda: out,
+        expected=expected,
+        rivals={"torch": lambda: normed(x if residual is None else x + residual, x.dtype)},
+        flops=0,
+        bytes=_size_in_bytes(x, out, residual, summed if residual is not None else None),
+        roundings=1 if residual is None else 2,
+    )
+
+
+def _rope(make: _Tensors, case: Case) -> Prepared:
+    rows, heads, head_dim = (case.sizes[name] for name in ("rows", "heads", "head_dim"))
+    q, k, _ = make.normal(rows, 3, heads, head_dim).unbind(1)
+    before = torch.stack([q, k], dim=1)
+    cosines, sines = _angles(make, rows, head_dim // 2)
+
+    def call() -> None:
+        rope_(q, k, cosines, sines)
+
+    def expected(chosen: Tensor) -> Tensor:
+        turned = before[chosen].double().flatten(1, 2)
+        turned = _rotated(turned, cosines[chosen].double(), sines[chosen].double())
+        return turned.view(len(chosen), 2, heads, head_dim)
+
+    return Prepared(
+        call=call,
+        result=lambda: torch.stack([q, k], dim=1),
+        expected=expected,
+        rivals={"torch": lambda: _rotated(q, cosines.to(q.dtype), sines.to(q.dtype))},
+        flops=0,
+        bytes=2 * _size_in_bytes(q, k) + _size_in_bytes(cosines, sines),
+    )
+
+
+def _gather(make: _Tensors, case: Case) -> Prepared:
+    rows, width, taps = (case.sizes[name] for name in ("rows", "width", "taps"))
+    source, index = make.normal(rows, width), make.integers(rows, rows, taps)
+    weights = make.normal(rows, taps, dtype=torch.float32).abs() if taps > 1 else None
+    out = make.empty(rows, width)
+
+    def expected(chosen: Tensor) -> Tensor:
+        parts = source.double()[index[chosen].long()]
+        return parts.sum(1) if weights is None else (parts * weights[chosen].double().unsqueeze(2)).sum(1)
+
+    def by_torch() -> Tensor:
+        if weights is None:
+            return source.index_select(0, index.view(-1))
+        return (source[index.long()] * weights.to(source.dtype).unsqueeze(2)).sum(1)
+
+    return Prepared(
+        call=lambda: gather_rows(source, index, weights, out=out, config=case.config),
+        result=lambda: out,
+        expected=expected,
+        rivals={"torch": by_torch},
+        flops=0,
+        bytes=_size_in_bytes(index, weights, out) + taps * _size_in_bytes(out),
+    )
+
+
+_BUILDERS: Mapping[str, Callable[[_Tensors, Case], Prepared]] = {
+    "attention": _attention,
+    "linear": _linear,
+    "qkv_projection": _qkv_projection,
+    "patch_projection": _patch_projection,
+    "projector": _projector,
+    "norm": _norm,
+    "rope": _rope,
+    "gather": _gather,
+}

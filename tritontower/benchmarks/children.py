@@ -1,0 +1,149 @@
+"""Measurements that need a process of their own: peak memory, and loading as the first thing that a process does.
+
+    python -m tritontower.benchmarks.children load '{"folder": "…", "dtype": "bfloat16", "device": "cpu"}'
+
+The last line of output is the answer, as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tritontower
+from tritontower import VisionTower
+from tritontower.memory_use import pass_peak
+from tritontower.parity import Reference
+
+from .pictures import square
+
+__all__ = ["ask", "forget_files", "load", "peak_bytes"]
+
+
+def ask(question: str, **facts: Any) -> dict[str, Any]:
+    """The answer of a fresh process to one of the questions of this module."""
+    root = str(Path(tritontower.__file__).resolve().parent.parent)
+    # Interpreted kernels would be measured, where they are asked for, and nobody wants to know what they take.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
+    facts = {"threads": torch.get_num_threads(), **facts}
+    command = [sys.executable, "-m", f"{__package__}.children", question, json.dumps(facts)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(
+            f"the process that measures {question!r} ended with {child.returncode}: {child.stderr[-600:]}"
+        )
+    answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return answer
+
+
+def peak_bytes() -> int:
+    """The largest resident set of this process so far; 0 where the system does not say.
+
+    ``getrusage`` would not do: its figure survives ``exec`` and starts at the parent's.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return 1024 * next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
+
+def forget_files(folder: Path) -> None:
+    """Asks the system to drop what it holds of a checkpoint's files, so that reading them again reads the disk."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in folder.glob("*.safetensors"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
+
+
+def _bytes_from_disk() -> int:
+    try:
+        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+
+
+def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str, Any]:
+    """Loads the tower, or transformers' model without its language model, and says what that took."""
+    where = torch.device(device)
+    # What is imported when first used is not the loading's doing, and neither is the device's context.
+    tower = VisionTower.from_pretrained(folder, device=where, dtype=dtype, delay_load=True)
+    implementation = tower.family.reference
+    if by != "tritontower":
+        import transformers
+
+        assert implementation is not None
+        _ = (transformers.AutoModel, getattr(transformers, implementation.auto_class))
+    if where.type == "cuda":
+        torch.zeros(1, device=where)
+        torch.cuda.reset_peak_memory_stats(where)
+    if cold:
+        forget_files(Path(folder))
+    memory, disk, start = peak_bytes(), _bytes_from_disk(), time.perf_counter()
+    read: list[int] = []
+    kept = (
+        tower.load(progress=lambda done, total: read.append(done))
+        if by == "tritontower"
+        else Reference(tower, tower.dtype)
+    )
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    seconds = time.perf_counter() - start
+    return {
+        "by": by,
+        "kind": type(kept).__name__,
+        "seconds": seconds,
+        "growth_bytes": peak_bytes() - memory,
+        "read_bytes": max(read, default=None),
+        "disk_bytes": _bytes_from_disk() - disk,
+        "files_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
+        "device_bytes": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
+        "weights_bytes": tower.weights_bytes,
+    }
+
+
+def _memory(folder: str, dtype: str, device: str, patches: int) -> dict[str, Any]:
+    """Loads and runs the tower, and says what a pass allocates and, on a CPU, how far the process grew."""
+    where = torch.device(device)
+    # A captured graph holds its memory from then on, which would be no pass's any more.
+    tower = VisionTower.from_pretrained(folder, device=where, dtype=dtype, delay_load=True, cuda_graphs=False)
+    batch = square(tower, patches)
+    before = peak_bytes()
+    tower.load().forward(batch)
+    growth = peak_bytes() - before
+    plan = tower.memory_plan(batch.workload)
+    return {
+        "patches": batch.workload.patches,
+        "growth_bytes": growth if where.type == "cpu" else None,
+        "weights_bytes": tower.weights_bytes,
+        "plan_bytes": plan.arena_bytes + plan.output_bytes,
+        "allocated_bytes": pass_peak(tower.executor_for(batch), batch.to(where)),
+        "planned_bytes": plan.peak_bytes,
+    }
+
+
+_QUESTIONS: Mapping[str, Callable[..., dict[str, Any]]] = {"load": load, "memory": _memory}
+
+
+def main(question: str, facts: str) -> None:
+    """Answers one question."""
+    given = json.loads(facts)
+    torch.set_num_threads(given.pop("threads"))
+    print(json.dumps(_QUESTIONS[question](**given)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

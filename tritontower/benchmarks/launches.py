@@ -1,0 +1,82 @@
+"""Launches of a block and of a pass, counted from the graph: as it is defined, and as it runs on a GPU.
+
+Nothing runs and no weights are read.  What is counted is said in :mod:`tritontower.launches`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tritontower import VisionTower
+from tritontower.drawing import text_table
+from tritontower.fusion import fold_still_pictures, fuse, passes_for
+from tritontower.graph import Graph, build
+from tritontower.launches import PassLaunches, launch_counts
+
+from .documents import Document, document
+from .towers import Pass
+
+__all__ = ["benchmark_launches", "launch_rows", "launch_table"]
+
+COLUMNS = (
+    "tower",
+    "blocks",
+    "pack",
+    "patches",
+    "a block, plain",
+    "a block, fused",
+    "a pass, plain",
+    "a pass, fused",
+    "of them library calls",
+)
+
+
+def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of one tower, which need not be loaded."""
+    config = tower.config
+    plain = build(config)
+    fused = fold_still_pictures(fuse(plain, passes_for(torch.device("cuda"))))
+    for name, make in passes:
+        workload = make(tower).workload
+
+        def counted(graph: Graph, workload: Any = workload) -> PassLaunches:
+            return launch_counts(graph, workload, dtype=torch.bfloat16)
+
+        counts = {"plain": counted(plain), "fused": counted(fused)}
+        yield {
+            "family": title or config.family,
+            "pack": name,
+            "blocks": config.blocks_needed,
+            "patches": workload.patches,
+            **{f"{kind}_block": found.per_block.total for kind, found in counts.items()},
+            **{f"{kind}_pass": found.total.total for kind, found in counts.items()},
+            "library_calls": counts["fused"].total.library,
+        }
+
+
+def benchmark_launches(towers: Sequence[tuple[str | None, VisionTower]], passes: Sequence[Pass]) -> Document:
+    """The rows of several towers."""
+    rows = [row for title, tower in towers for row in launch_rows(tower, passes, title)]
+    return document("launches", rows, device=torch.device("cpu"))
+
+
+def launch_table(found: Mapping[str, Any]) -> str:
+    """A document of this benchmark as a table."""
+    rows = [
+        (
+            row["family"],
+            row["blocks"],
+            row["pack"],
+            f"{row['patches']:,}",
+            row["plain_block"],
+            row["fused_block"],
+            row["plain_pass"],
+            row["fused_pass"],
+            row["library_calls"],
+        )
+        for row in found["rows"]
+    ]
+    return text_table(
+        "Launches on a GPU, counted from the graph: as it is defined (plain) and as it runs (fused)", COLUMNS, rows
+    )

@@ -1,0 +1,311 @@
+"""Measure kernels, towers, preprocessing, loading, launches or memory on this machine.
+
+  kernels        every kernel at the towers' shapes, beside torch's own and the roofline; one with wrong numbers is not timed
+  towers         the forward pass against transformers, after checking that both agree
+  preprocessing  pictures to patches, against transformers' image processor
+  loading        seconds and memory to load the tower, against transformers' model of it
+  launches       kernel launches of a block and of a pass, in the plain graph and in the fused one (nothing runs)
+  memory         the memory plan against what a process takes
+
+Without MODEL the tower is that of Qwen2-VL-2B with random weights, made once and kept; --family takes others at their
+published width, made for the occasion.  Exit code 1 if any numbers are wrong.
+
+  tritontower bench towers MODEL --size 1024x768 --against sdpa,compile --dtype bfloat16
+  tritontower bench towers --family all --depth 8 --pack mixed --output families.json
+  tritontower bench kernels --kernel attention --kernel linear --json
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritontower.cli.options import add_dtype, add_json, output_file, picture_size, positive_integer
+from tritontower.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tritontower.benchmarks.documents import Document
+    from tritontower.benchmarks.towers import Pass, Source
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "tritontower bench towers Qwen/Qwen2-VL-2B-Instruct --patches 1024,4096 --plot towers.png"
+
+KINDS = ("kernels", "towers", "preprocessing", "loading", "launches", "memory")
+ALL = "all"
+EXIT_NO = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, on which towers and passes, and where the report goes."""
+    parser.add_argument("kind", choices=KINDS, metavar="{" + ",".join(KINDS) + "}", help="what to measure")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint: a local folder, or a hub id")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--family", action="append", metavar="TITLE", help="a family instead of MODEL; may be repeated, or `all`"
+    )
+    parser.add_argument(
+        "--depth",
+        type=positive_integer,
+        default=0,
+        metavar="N",
+        help="at most so many blocks of --family (default: as published)",
+    )
+    passes = parser.add_argument_group("passes (towers, preprocessing, launches, memory)")
+    passes.add_argument(
+        "--patches", type=_counts, metavar="N,N,...", help="one square still picture of about so many patches each"
+    )
+    passes.add_argument("--size", type=picture_size, action="append", metavar="WIDTHxHEIGHT", help="a picture of noise")
+    passes.add_argument("--pack", action="append", metavar="NAME", help="448, 1024, small, 64small or mixed")
+    parser.add_argument(
+        "--against",
+        default="sdpa",
+        metavar="NAMES",
+        help="how transformers runs: sdpa, eager, compile, separated by commas, or none (default: sdpa)",
+    )
+    parser.add_argument("--split", action="store_true", help="towers: also the time of each kind of node")
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="only this kernel; may be repeated")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
+    add_dtype(parser)
+    parser.add_argument("--repeats", type=positive_integer, default=3, metavar="N", help="runs that count (default: 3)")
+    parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of the CPU (default: torch's)")
+    add_json(parser)
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")
+    parser.add_argument("--plot", type=_drawing, metavar="FILE.png", help="draw the report; needs matplotlib")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, prints and keeps; returns 1 if anything was wrong."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1" and arguments.kind != "launches":
+        raise UsageError("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it")
+    if arguments.family and arguments.model:
+        raise UsageError("MODEL and --family name different towers; give one of them")
+    if arguments.plot is not None and arguments.kind in ("launches", "memory"):
+        raise UsageError(f"there is no drawing of {arguments.kind}; leave --plot out")
+    if arguments.plot is not None:
+        _require_matplotlib()
+    import torch
+
+    from tritontower.benchmarks.documents import write_json
+    from tritontower.cli.parity import hide_reference_progress
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    hide_reference_progress()
+    found, table = _MEASURE[arguments.kind](arguments)
+    if arguments.output is not None:
+        write_json(arguments.output, found)
+    if arguments.plot is not None:
+        from tritontower.benchmarks.plots import plot
+
+        plot(found, arguments.plot)
+    if arguments.json:
+        print(table, file=sys.stderr)
+        print(json.dumps(found))
+    else:
+        print(table)
+    return EXIT_NO if any(row.get("status") == "failed" for row in found["rows"]) else 0
+
+
+# -- what can be measured ---------------------------------------------------------------------------------------------
+
+_Measured = tuple["Document", str]
+
+
+def _kernels(arguments: argparse.Namespace) -> _Measured:
+    import torch
+
+    from tritontower.benchmarks.cases import KERNELS
+    from tritontower.benchmarks.kernels import benchmark_kernels, kernel_table
+
+    if arguments.model or arguments.family:
+        raise UsageError("kernels are measured at the shapes of all towers; leave MODEL and --family out")
+    unknown = sorted(set(arguments.kernel or ()) - set(KERNELS))
+    if unknown:
+        raise UsageError(f"no kernel {unknown[0]!r}; there are {', '.join(KERNELS)}")
+    dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    found = benchmark_kernels(
+        device=_device(arguments), dtype=dtype, kernels=arguments.kernel, rivals=arguments.against != "none"
+    )
+    return found, kernel_table(found)
+
+
+def _towers(arguments: argparse.Namespace) -> _Measured:
+    from tritontower.benchmarks.towers import benchmark_towers, tower_table
+
+    found = benchmark_towers(
+        _sources(arguments),
+        _passes(arguments),
+        device=_device(arguments),
+        dtype=arguments.dtype,
+        rivals=[] if arguments.against == "none" else arguments.against.split(","),
+        repeats=arguments.repeats,
+        split=arguments.split,
+    )
+    return found, tower_table(found)
+
+
+def _loading(arguments: argparse.Namespace) -> _Measured:
+    from tritontower.benchmarks.loading import benchmark_loading, loading_table
+
+    found = _of_one_checkpoint(
+        arguments, partial(benchmark_loading, repeats=arguments.repeats, transformers=arguments.against != "none")
+    )
+    return found, loading_table(found)
+
+
+def _preprocessing(arguments: argparse.Namespace) -> _Measured:
+    from tritontower.benchmarks.pictures import PACKS, family_configuration
+    from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
+
+    if arguments.patches:
+        raise UsageError("preprocessing is measured on pictures; name them with --size or --pack")
+    _check_packs(arguments)
+    sizes = {name: PACKS[name] for name in arguments.pack or ()}
+    if arguments.size:
+        sizes[_size_label(arguments)] = arguments.size
+    found = _of_one_checkpoint(
+        arguments,
+        partial(benchmark_preprocessing, sizes=sizes or DEFAULT_SIZES, repeats=arguments.repeats),
+        partial(family_configuration, depth=arguments.depth),
+    )
+    return found, preprocessing_table(found)
+
+
+def _launches(arguments: argparse.Namespace) -> _Measured:
+    from contextlib import ExitStack
+
+    from tritontower import VisionTower
+    from tritontower.benchmarks.launches import benchmark_launches, launch_table
+    from tritontower.benchmarks.pictures import family_configuration
+
+    with ExitStack() as stack:
+        towers = []
+        for title, source in _sources(arguments, partial(family_configuration, depth=arguments.depth)):
+            folder = stack.enter_context(source())
+            towers.append((title, VisionTower.from_pretrained(folder, device="cpu", delay_load=True)))
+        found = benchmark_launches(towers, _passes(arguments))
+    return found, launch_table(found)
+
+
+def _memory(arguments: argparse.Namespace) -> _Measured:
+    from tritontower.benchmarks.memory import benchmark_memory, memory_table
+
+    if arguments.size or arguments.pack:
+        raise UsageError("memory is measured for square pictures; name them with --patches")
+    found = _of_one_checkpoint(arguments, partial(benchmark_memory, patches=arguments.patches or [1024, 4096]))
+    return found, memory_table(found)
+
+
+_MEASURE: Mapping[str, Callable[[argparse.Namespace], _Measured]] = {
+    "kernels": _kernels,
+    "towers": _towers,
+    "preprocessing": _preprocessing,
+    "loading": _loading,
+    "launches": _launches,
+    "memory": _memory,
+}
+
+
+# -- what it is measured on -------------------------------------------------------------------------------------------
+
+
+def _counts(text: str) -> list[int]:
+    return [positive_integer(part) for part in text.split(",")]
+
+
+def _drawing(text: str) -> Path:
+    if not text.lower().endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name for a drawing; it is a PNG, so name it FILE.png")
+    return output_file(text)
+
+
+def _device(arguments: argparse.Namespace) -> "torch.device":
+    from tritontower.placement import device_of
+
+    return device_of(arguments.device)
+
+
+def _sources(arguments: argparse.Namespace, make: Callable[..., Any] | None = None) -> "Sequence[Source]":
+    """The towers that the command line names; ``make`` says how one of a family is made, by default with weights."""
+    import torch
+
+    from tritontower.benchmarks.pictures import family_checkpoint, family_titles
+    from tritontower.demonstration import demonstration_checkpoint
+
+    if arguments.depth and not arguments.family:
+        raise UsageError("--depth cuts the towers of --family; a checkpoint has the depth that it has")
+    if arguments.family:
+        dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+        titles = family_titles() if ALL in arguments.family else arguments.family
+        make = make or partial(family_checkpoint, dtype=dtype, depth=arguments.depth)
+        return [(title, partial(make, title)) for title in titles]
+    if arguments.model:
+        return [(None, lambda: nullcontext(_folder(arguments)))]
+    return [("Qwen2-VL-2B", lambda: nullcontext(demonstration_checkpoint()))]
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """The folder of MODEL, with its weights in it."""
+    from tritontower import VisionTower
+
+    if Path(arguments.model).is_dir():
+        return Path(arguments.model)
+    # Loading it once fetches what loading it needs.
+    return VisionTower.from_pretrained(arguments.model, revision=arguments.revision, device="cpu").folder
+
+
+def _passes(arguments: argparse.Namespace) -> "Sequence[Pass]":
+    """The passes that the command line names."""
+    from tritontower.benchmarks.pictures import PACKS, pictures_of, square
+
+    _check_packs(arguments)
+    passes: list[Pass] = [(f"{count} patches", partial(square, patches=count)) for count in arguments.patches or ()]
+    passes += [(name, partial(pictures_of, sizes=PACKS[name])) for name in arguments.pack or ()]
+    if arguments.size:
+        passes.append((_size_label(arguments), partial(pictures_of, sizes=arguments.size)))
+    return passes or [("448", partial(pictures_of, sizes=PACKS["448"]))]
+
+
+def _check_packs(arguments: argparse.Namespace) -> None:
+    from tritontower.benchmarks.pictures import PACKS
+
+    unknown = sorted(set(arguments.pack or ()) - set(PACKS))
+    if unknown:
+        raise UsageError(f"no pack {unknown[0]!r}; there are {', '.join(PACKS)}")
+
+
+def _size_label(arguments: argparse.Namespace) -> str:
+    return ", ".join(f"{width} × {height}" for width, height in arguments.size)
+
+
+def _of_one_checkpoint(
+    arguments: argparse.Namespace, measure: Callable[..., Any], make: Callable[..., Any] | None = None
+) -> "Document":
+    from tritontower import VisionTower
+
+    (title, source), *others = _sources(arguments, make)
+    if others:
+        raise UsageError(f"{arguments.kind} is measured for one tower at a time")
+    with source() as folder:
+        tower = VisionTower.from_pretrained(folder, dtype=arguments.dtype, device="cpu", delay_load=True)
+        dtype = tower.dtype if arguments.kind != "preprocessing" else None
+        found = measure(folder, device=_device(arguments), dtype=dtype)
+    return {**found, "family": title or tower.config.family}
+
+
+def _require_matplotlib() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            'plots need matplotlib, which is not installed; install the `plot` extra (pip install "tritontower[plot]") or '
+            "leave --plot out"
+        )

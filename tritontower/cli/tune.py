@@ -1,0 +1,403 @@
+"""Find the best launch configurations of a tower's kernels: measured on this GPU, or predicted for any.
+
+On a GPU the likeliest configurations are compiled, checked against fp32 numbers and timed; the best go into a table in
+the user's cache folder, which every tower of the same shapes uses from then on.  With --static nothing is run: the
+configurations are compiled for an architecture and a model predicts their times.  A run that is stopped goes on where it
+was when it is started again.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tritontower.cli.options import add_dtype, add_json, output_file, positive_integer
+from tritontower.drawing import text_table
+from tritontower.errors import BackendUnavailableError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from tritontower.config import TowerConfig
+    from tritontower.kernels.tables import Identity
+    from tritontower.tuning.tasks import Task
+    from tritontower.tuning.tuner import Choice, Progress
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "tritontower tune Qwen/Qwen2-VL-2B-Instruct --patches 256,1024,4096 --budget 10"
+
+_ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+"""As ``kernels.configs.ARCHITECTURES``, which is too slow to import for help; a test holds the two together."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to tune, for what, how long, and where it goes."""
+    parser.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a checkpoint: a local folder, or a hub id (its configuration only)"
+    )
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a config.json or params.json instead of MODEL")
+    parser.add_argument(
+        "--patches",
+        type=_counts,
+        metavar="N,N,...",
+        help="patches of a pass to tune for (default: 64,256,1024,4096,16384)",
+    )
+    add_dtype(parser)
+    parser.add_argument("--device", default="cuda", help="the GPU: cuda, cuda:1, ... (default: cuda)")
+    parser.add_argument(
+        "--static", action="store_true", help="predict from compiles instead of measuring; needs --arch"
+    )
+    parser.add_argument("--arch", choices=_ARCHITECTURES, help="the architecture that --static and --show are about")
+    parser.add_argument("--budget", type=_minutes, metavar="MINUTES", help="stop after so long, and keep what is done")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where the table goes (default: the user's cache)"
+    )
+    parser.add_argument(
+        "--workers", type=positive_integer, default=None, metavar="N", help="compilers at the same time"
+    )
+    parser.add_argument("--show", action="store_true", help="tune nothing: show what the tables say, and which")
+    parser.add_argument(
+        "--export", type=output_file, metavar="FILE", help="copy the table of this GPU or --arch to FILE"
+    )
+    parser.add_argument("--import", dest="imported", type=Path, metavar="FILE", help="add the entries of a table")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tunes, or does what else was asked for."""
+    if arguments.imported is not None:
+        return _import(arguments)
+    if arguments.export is not None:
+        return _export(arguments)
+    if (arguments.model is None) == (arguments.config is None):
+        raise UsageError("name one model, or --config FILE; see `tritontower tune --help`")
+    if arguments.static and arguments.arch is None:
+        raise UsageError("--static predicts for an architecture: name it with --arch, such as --arch sm_90")
+    if arguments.arch is not None and not (arguments.static or arguments.show):
+        raise UsageError("--arch goes with --static, --show or --export; measuring takes the architecture of the GPU")
+    identity = _identity(arguments)
+    tasks = _tasks(arguments)
+    if arguments.show:
+        return _show(tasks, identity, arguments.json)
+    return _tune(arguments, tasks, identity)
+
+
+# -- types of arguments -----------------------------------------------------------------------------------------------
+
+
+def _counts(text: str) -> list[int]:
+    counts = [positive_integer(part) for part in text.split(",")]
+    if max(counts) > 2**20:
+        raise argparse.ArgumentTypeError(f"{max(counts)} patches are more than a pass has; the limit is {2**20}")
+    return sorted(set(counts))
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < 1e5:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above zero")
+    return minutes
+
+
+# -- what there is to do ----------------------------------------------------------------------------------------------
+
+
+def _identity(arguments: argparse.Namespace) -> "Identity":
+    """Whose table it is: that of the GPU, or of the architecture that was named."""
+    from tritontower.tuning.write import static_identity
+
+    if arguments.arch is not None:
+        return static_identity(arguments.arch)
+    import torch
+
+    from tritontower.kernels import tables
+    from tritontower.kernels._triton import HAS_TRITON
+    from tritontower.placement import device_of
+
+    if not HAS_TRITON or not torch.cuda.is_available():
+        if arguments.show or arguments.export is not None:
+            option = "--show" if arguments.show else "--export"
+            raise BackendUnavailableError(
+                f"there is no GPU here for {option} to be about; name an architecture with --arch, such as --arch sm_90"
+            )
+        raise BackendUnavailableError(
+            "there is no GPU here to measure on; `--static --arch sm_90` predicts without one, for the architecture named"
+        )
+    device = device_of(arguments.device)
+    if device.type != "cuda":
+        raise UsageError(f"--device is {arguments.device!r}; configurations are measured on a GPU, such as cuda:0")
+    return tables.identity(device)
+
+
+def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
+    """The tower's description and the precision to tune for."""
+    import torch
+
+    from tritontower.errors import CheckpointNotFoundError
+    from tritontower.families import MISTRAL_FORMAT, read_family
+    from tritontower.locate import CONFIG_NAME, locate
+    from tritontower.placement import declared_dtype, dtype_of
+    from tritontower.reader import ConfigReader
+
+    if arguments.config is not None:
+        paths = [arguments.config.expanduser()]
+    else:
+        folder = locate(arguments.model, revision=arguments.revision)
+        paths = [folder / name for name in (CONFIG_NAME, MISTRAL_FORMAT)]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise CheckpointNotFoundError(f"there is no configuration file {paths[0]}")
+    reader = ConfigReader.from_file(path)
+    dtype = dtype_of(arguments.dtype) or declared_dtype(reader) or torch.bfloat16
+    return read_family(reader).config, dtype
+
+
+def _tasks(arguments: argparse.Namespace) -> "list[Task]":
+    from tritontower.tuning.tasks import PATCHES, tasks_of
+
+    config, dtype = _tower(arguments)
+    return tasks_of(config, arguments.patches or PATCHES, dtype)
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    """Where the table goes; made and asked for before the work, not after."""
+    import os
+
+    from tritontower.kernels import tables
+
+    folder = arguments.output.expanduser() if arguments.output is not None else tables.user_folder()
+    if folder is None:
+        raise UsageError("there is no home folder to keep tables in; name a folder with --output")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {str(folder)!r} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the folder {str(folder)!r} for the table cannot be made ({error.strerror}); name another with --output"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"nothing can be written into the folder {str(folder)!r}; name another with --output")
+    return Path(folder)
+
+
+# -- the commands -----------------------------------------------------------------------------------------------------
+
+
+def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity") -> int:
+    import os
+
+    import torch
+
+    from tritontower.kernels import tables
+    from tritontower.measuring import provenance
+    from tritontower.tuning.rehearsal import cache_folder
+    from tritontower.tuning.tuner import Gauge, Journal, choose_measured, choose_static
+    from tritontower.tuning.write import entries_of, merge, table_key
+
+    path = _folder(arguments) / tables.table_name(identity.gpu or identity.architecture)
+    start = time.monotonic()
+    with _progress_bar() as progress:
+        how: dict[str, Any] = {
+            "workers": arguments.workers or max(1, min(8, (os.cpu_count() or 2) // 2)),
+            "cache": cache_folder(),
+            "progress": progress,
+        }
+        if arguments.budget is not None:
+            how["deadline"] = start + 60 * arguments.budget
+        if arguments.static:
+            ptxas = None
+            choices = choose_static(tasks, identity.architecture, **how)
+            wanted = [task for task in tasks if task.kernel != "norm"]
+        else:
+            import triton
+
+            ptxas = provenance(torch.device(arguments.device))["ptxas"]
+            journal = Journal(path.with_suffix(".journal"), f"{identity.gpu} {triton.__version__} {ptxas}")
+            gauge = Gauge(torch.device(arguments.device))
+            choices = choose_measured(tasks, gauge, architecture=identity.architecture, journal=journal, **how)
+            wanted = tasks
+    count = merge(path, table_key(identity, ptxas), entries_of(choices)) if choices else 0
+    missing = len(wanted) - len(choices)
+    if not missing:
+        # Everything is in the table; whoever tunes again wants new times.
+        path.with_suffix(".journal").unlink(missing_ok=True)
+    report = {
+        "table": str(path),
+        "entries": count,
+        "measured": not arguments.static,
+        "seconds": round(time.monotonic() - start, 1),
+        "missing": missing,
+        "tasks": [_described(choice, identity) for choice in choices],
+    }
+    print(json.dumps(report, indent=2) if arguments.json else _text(report))
+    return 0 if choices else 1
+
+
+def _described(choice: "Choice", identity: "Identity") -> dict[str, Any]:
+    from tritontower.tuning.predict import CHIPS
+
+    best, measured = choice.best, choice.best.microseconds is not None
+    peak = CHIPS[identity.architecture].peak / 1e12
+    return {
+        "task": choice.task.title,
+        "kernel": choice.task.kernel,
+        "launches": choice.task.launches,
+        "config": dict(best.config),
+        "microseconds": round(best.cost, 1),
+        "measured": measured,
+        "tflops": None if choice.tflops is None else round(choice.tflops, 1),
+        "share_of_peak": None if choice.tflops is None else round(choice.tflops / peak, 3),
+        "gain": None if choice.gain is None else round(choice.gain, 2),
+        "verified": best.error,
+        "dropped": [{"config": dict(each.config), "reason": each.dropped} for each in choice.dropped],
+    }
+
+
+def _show(tasks: "Sequence[Task]", identity: "Identity", as_json: bool) -> int:
+    from tritontower.kernels import tables
+
+    found = []
+    for task in tasks:
+        entry = tables.find(task.kernel, identity, task.dtype, dict(task.constants), dict(task.sizes))
+        described: dict[str, Any] = {"task": task.title, "config": None, "table": None, "measured": False}
+        if entry is not None:
+            fields, path = entry
+            described |= {
+                "config": fields["config"],
+                "table": str(path),
+                "measured": fields["microseconds"] is not None,
+                "tuned_for": fields["sizes"],
+            }
+        found.append(described)
+    places = [str(path) for path in tables.table_paths(identity.gpu, identity.architecture)]
+    if as_json:
+        print(json.dumps({"tables": places, "tasks": found}, indent=2))
+        return 0
+    rows = [
+        (
+            each["task"],
+            _config_text(each["config"]) if each["config"] else "the default",
+            "–" if each["table"] is None else ("measured" if each["measured"] else "predicted"),
+            str(places.index(each["table"]) + 1) if each["table"] else "–",
+        )
+        for each in found
+    ]
+    print(text_table("", ("task", "configuration", "how", "table"), rows))
+    print("\ntables, first found first:")
+    for number, place in enumerate(places, 1):
+        print(f"  {number}  {place}{_remark(Path(place))}")
+    return 0
+
+
+def _remark(path: Path) -> str:
+    from tritontower.kernels import tables
+
+    try:
+        tables.read_table(path)
+    except FileNotFoundError:
+        return "  (not there)"
+    except (OSError, ValueError):
+        return "  (ignored: no table of tuned configurations)"
+    return ""
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from tritontower.kernels import tables
+    from tritontower.tuning.write import merge, read_checked
+
+    table = read_checked(arguments.imported.expanduser())
+    path = _folder(arguments) / tables.table_name(table.key["gpu"] or table.key["architecture"])
+    count = merge(path, table.key, table.entries)
+    report = {"table": str(path), "imported": len(table.entries), "entries": count}
+    print(json.dumps(report) if arguments.json else f"{len(table.entries)} entries added: {path} holds {count}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from tritontower.kernels import tables
+    from tritontower.tuning.write import read_checked, table_text
+
+    identity = _identity(arguments)
+    name = tables.table_name(identity.gpu or identity.architecture)
+    paths = [path for path in tables.table_paths(identity.gpu, identity.architecture) if path.name == name]
+    if arguments.output is not None:
+        paths = [arguments.output.expanduser() / name]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UsageError(f"there is no table {name} to export; looked for {', '.join(map(str, paths))}")
+    table = read_checked(path)
+    arguments.export.write_text(table_text(table.key, table.entries), encoding="utf-8")
+    report = {"table": str(path), "exported": str(arguments.export), "entries": len(table.entries)}
+    print(
+        json.dumps(report) if arguments.json else f"{len(table.entries)} entries of {path} copied: {arguments.export}"
+    )
+    return 0
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress_bar() -> "Iterator[Progress]":
+    """A bar for each part of the work on a terminal, and nothing elsewhere."""
+    from tqdm import tqdm
+
+    hidden = not sys.stderr.isatty()
+    with tqdm(unit="", leave=False, disable=hidden) as bar:
+
+        def report(what: str, done: int, total: int) -> None:
+            if not done:
+                bar.reset(total)
+                bar.set_description(what)
+            bar.update(done - bar.n)
+
+        yield report
+
+
+def _config_text(config: Mapping[str, Any]) -> str:
+    blocks = "x".join(str(value) for name, value in config.items() if name.startswith("block_"))
+    short = {"num_warps": "w", "num_stages": "s", "group_rows": "group ", "split": "split ", "rows": "rows "}
+    words = [
+        f"{short[name]}{value}" for name, value in config.items() if name in short and (name, value) != ("split", 1)
+    ]
+    words += [str(value) for value in config.values() if isinstance(value, str)]
+    return " ".join(([blocks] if blocks else []) + words + ["vendor's"] * bool(config.get("vendor")))
+
+
+def _text(report: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            each["task"],
+            _config_text(each["config"]),
+            f"{each['microseconds']:.1f}" + ("" if each["measured"] else " predicted"),
+            "–" if each["tflops"] is None else f"{each['tflops']:.0f}",
+            "–" if each["share_of_peak"] is None else f"{each['share_of_peak']:.0%}",
+            "–" if each["gain"] is None else f"{each['gain']:.2f}",
+        )
+        for each in report["tasks"]
+    ]
+    headings = ("task", "best configuration", "microseconds", "TFLOP/s", "of peak", "times the default's speed")
+    lines = [text_table("", headings, rows)] if rows else ["nothing was done in the time given"]
+    reasons: dict[str, int] = {}
+    for each in report["tasks"]:
+        for dropped in each["dropped"]:
+            kind = dropped["reason"].partition(" (")[0].partition(":")[0]
+            reasons[kind] = reasons.get(kind, 0) + 1
+    if reasons:
+        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda each: -each[1]))
+        lines.append(f"\ndropped configurations: {said} (--json lists them)")
+    if report["missing"]:
+        lines.append(f"\n{report['missing']} tasks were not done in the time given; the next run goes on from here")
+    if rows:
+        lines.append(f"\n{len(rows)} entries in {report['seconds']:.0f} s; {report['table']} holds {report['entries']}")
+    return "\n".join(lines)

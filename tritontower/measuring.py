@@ -1,0 +1,275 @@
+"""How things are measured here: after a warm-up, repeated, in turn, with the machine written beside the figures.
+
+Two clocks.  :func:`interleaved` takes the wall time of whole passes, host work included, several candidates in turn.
+:func:`time_on_device` takes the time that one operation keeps a GPU busy, without what the host needs to launch it.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Timing", "interleaved", "provenance", "time_on_device"]
+
+CALLS_A_GRAPH = 10
+"""Calls behind one another in a captured graph: what starting the graph costs is shared among them."""
+
+DRIVER_FACTS = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock",
+    "clocks.max.sm": "sm_clock_limit",
+    "clocks.mem": "memory_clock",
+    "power.limit": "power_limit",
+    "temperature.gpu": "temperature",
+}
+"""What ``nvidia-smi`` calls a fact → its name here."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one thing, seconds."""
+
+    seconds: tuple[float, ...]
+    method: str = "clock"
+    """``"clock"``: wall time, host work included; ``"graph"`` or ``"events"``: time on the GPU."""
+
+    @property
+    def best(self) -> float:
+        """The least: what the code costs when nothing else runs."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The median: what to expect on this machine as it was."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles as a share of the median: how far a single figure may be trusted."""
+        if len(self.seconds) < 2 or not self.median:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device
+) -> dict[str, Timing]:
+    """Times every candidate ``repeats`` times in turn (A B C, A B C, …), so that a machine that drifts hits all alike.
+
+    Each is called once beforehand, uncounted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_number in range(repeats + 1):
+        for name, call in candidates.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            if round_number:
+                times[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+
+
+def time_on_device(
+    call: Callable[[], object],
+    *,
+    device: torch.device,
+    budget_seconds: float = 0.2,
+    least: int = 5,
+    most: int = 50,
+    graph: bool = True,
+) -> Timing:
+    """How long ``call`` keeps ``device`` busy, each time with the caches cold.
+
+    On a GPU the calls are captured into a CUDA graph, each behind one that fills the second-level cache with something
+    else; a second graph holds only the latter, and the difference of the two is what the calls take.  So neither the host
+    nor the start of a launch is in the figure.  What cannot be captured is timed between two events, which leaves the
+    start of the first launch in.  On a CPU it is the wall time.
+
+    Args:
+        call: launches the work on the current stream; it has to do the same every time, and should allocate nothing.
+        device: where it runs.
+        budget_seconds: about how long to measure, seconds; the first call, which compiles, is not counted.
+        least: samples taken whatever they cost.
+        most: samples at most.
+        graph: whether to try a CUDA graph.
+    """
+    call()
+    if device.type != "cuda":
+        return _samples(lambda: _clock(call), budget_seconds, least, most, "clock")
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        filler = torch.empty(_cache_bytes(device) // 4, dtype=torch.int32, device=device)
+        if graph:
+            try:
+                busy = _captured(lambda: (filler.zero_(), call()))
+                idle = _captured(lambda: filler.zero_())
+            except RuntimeError:  # a call that waits for the device, or allocates beside the graph's pool
+                torch.cuda.synchronize()
+            else:
+
+                def difference() -> float:
+                    return max(0.0, _between_events(busy.replay) - _between_events(idle.replay)) / CALLS_A_GRAPH
+
+                return _samples(difference, budget_seconds, least, most, "graph")
+
+        def behind_filler() -> float:
+            filler.zero_()
+            return _between_events(call)
+
+        return _samples(behind_filler, budget_seconds, least, most, "events")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where and when, with which versions and by which command: what a figure is worth nothing without."""
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "gpu_processors": properties.multi_processor_count,
+            "gpu_bytes": properties.total_memory,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "ptxas": _ptxas_version(10 * properties.major + properties.minor),
+            **_driver_facts(device),
+        }
+    return facts
+
+
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def _samples(sample: Callable[[], float], budget_seconds: float, least: int, most: int, method: str) -> Timing:
+    seconds: list[float] = []
+    start = time.perf_counter()
+    while len(seconds) < least or (len(seconds) < most and time.perf_counter() - start < budget_seconds):
+        seconds.append(sample())
+    return Timing(tuple(seconds), method)
+
+
+def _clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """``call``, :data:`CALLS_A_GRAPH` times, as a graph; run once before, as libraries set themselves up when first used."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_A_GRAPH):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _between_events(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Enough to push everything else out of the second-level cache."""
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 0
+    return max(2 * int(cache), 64 * 2**20)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, ``+`` behind it if files differ; ``None`` elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+" if commit and changed else commit
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _driver_facts(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, power limit and temperature of a GPU, where ``nvidia-smi`` is there to be asked."""
+    identity = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    chosen = f"GPU-{identity}" if identity else str(index)
+    line = _output("nvidia-smi", f"--id={chosen}", f"--query-gpu={','.join(DRIVER_FACTS)}", "--format=csv,noheader")
+    cells = line.splitlines()[0].split(", ") if line else []
+    return dict(zip(DRIVER_FACTS.values(), cells, strict=True)) if len(cells) == len(DRIVER_FACTS) else {}
+
+
+def _ptxas_version(capability: int) -> str | None:
+    """The release of the assembler that Triton uses for a chip."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ImportError:
+        return None
+    try:
+        return str(get_ptxas(capability).version)
+    except (TypeError, RuntimeError, AttributeError):  # the function's arguments differ between releases
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, without the last newline; ``None`` if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,497 @@
+"""Chooses configurations: compiles the likeliest, drops what breaks a rule, and, on a GPU, checks and times the rest.
+
+Without a GPU the choice is the model's (:mod:`.predict`), fed with what each configuration compiled to.  On a GPU the
+model only says which are worth the time: those, the default, and what only a GPU can vouch for are checked against fp32
+numbers first; one that is wrong is dropped and named.  Those that are right are timed.
+
+Both stop when their time is up: what is chosen by then is kept, and the next run goes on from there, since compiles are
+kept on disk (:mod:`.rehearsal`) and times in a journal beside the table.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritontower.errors import BackendUnavailableError
+from tritontower.kernels import configs, tables
+from tritontower.measuring import time_on_device
+from tritontower.tuning.operations import prepare
+from tritontower.tuning.predict import Prediction
+from tritontower.tuning.rehearsal import Order, Rehearsal, problems, rehearse
+from tritontower.tuning.space import candidates, default_fields, guess, prediction, uniform
+from tritontower.tuning.tasks import Task
+
+__all__ = [
+    "COMPILED",
+    "Candidate",
+    "Choice",
+    "Gauge",
+    "Journal",
+    "Progress",
+    "choose_measured",
+    "choose_static",
+    "error_limit",
+]
+
+COMPILED = 6
+"""How many configurations of a task are compiled in a round, beside the default."""
+
+TILE = ("block_rows", "block_columns", "num_warps", "operands")
+ROUNDS = 2
+ENOUGH = 2
+"""Configurations that have to survive a round, the default among them, for there to be no other."""
+
+MARGIN = {"predicted": 1.05, "measured": 1.02}
+"""By how much another configuration has to be faster than the default to take its place: figures are not exact."""
+
+FINALISTS = 4
+"""How many of those that compile well are timed, beside the default."""
+
+REPEATS = 20
+"""Launches of a check that have to give the same bits; ten times as many where warps wait for one another."""
+
+LARGEST_CHECK = 4096
+"""Rows of a check: its fp32 scores would fill the memory otherwise."""
+
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how many steps of it are done, and how many there are."""
+
+
+def error_limit(dtype: str) -> float:
+    """How far, relative to its length, a result may be from the fp32 one: two and a half roundings of ``dtype``."""
+    return {"bfloat16": 6e-3, "float16": 8e-4, "float32": 1e-5}[dtype]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One configuration of a task and what is known of it."""
+
+    config: Mapping[str, Any]
+    rehearsal: Rehearsal | None = None
+    predicted: Prediction | None = None
+    microseconds: float | None = None
+    """Measured."""
+    error: float | None = None
+    """Distance from the fp32 result, relative to its length."""
+    dropped: str = ""
+    """Why it may not be taken; empty where it may."""
+
+    @property
+    def cost(self) -> float:
+        """Microseconds of one launch, measured where that was done; infinite where it may not be taken."""
+        if self.dropped or (self.microseconds is None and self.predicted is None):
+            return math.inf
+        return self.predicted.microseconds if self.microseconds is None else self.microseconds  # type: ignore[union-attr]
+
+    @property
+    def identity(self) -> tuple[tuple[str, Any], ...]:
+        """The configuration as something that can be looked up."""
+        return tuple(sorted(self.config.items()))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A task and what was chosen for it."""
+
+    task: Task
+    best: Candidate
+    runner_up: Candidate | None
+    default: Candidate
+    dropped: Sequence[Candidate] = field(default=())
+
+    @property
+    def tflops(self) -> float | None:
+        """Useful operations per second of the best, 10¹²; ``None`` for what does no products."""
+        predicted = self.best.predicted
+        if predicted is None or not predicted.tflops:
+            return None
+        return predicted.tflops * predicted.microseconds / self.best.cost
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as fast as the default; ``None`` where that could not be compared."""
+        return self.default.cost / self.best.cost if math.isfinite(self.default.cost) else None
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    """Reports to nobody."""
+
+
+# -- without a device -------------------------------------------------------------------------------------------------
+
+
+def choose_static(
+    tasks: Sequence[Task],
+    architecture: str,
+    *,
+    workers: int = 1,
+    cache: Path | None = None,
+    deadline: float = math.inf,
+    progress: Progress = _silent,
+    compiled: int = COMPILED,
+) -> list[Choice]:
+    """The choices for ``tasks`` by prediction, norms left out; those are missing that were not done at ``deadline``.
+
+    Args:
+        tasks: what to tune.
+        architecture: one of ``configs.ARCHITECTURES``.
+        workers: compiler processes at the same time.
+        cache: where compiles are kept; ``None``: nowhere.
+        deadline: of ``time.monotonic()``.
+        progress: told after every compile.
+        compiled: configurations of a task that are compiled, beside the default.
+    """
+    # How fast a norm is hardly depends on its configuration, and what little does no model tells.
+    products = [task for task in tasks if task.kernel != "norm"]
+    known = _compile(products, architecture, workers, cache, deadline, progress, compiled, measured=False)
+    return _choices(known, architecture, MARGIN["predicted"])
+
+
+def _compile(
+    tasks: Sequence[Task],
+    architecture: str,
+    workers: int,
+    cache: Path | None,
+    deadline: float,
+    progress: Progress,
+    compiled: int,
+    *,
+    measured: bool,
+) -> dict[Task, list[Candidate]]:
+    """Every task with its candidates, the default first; without those whose compiles were not all done in time.
+
+    In two rounds: where few of the first survive, the next likeliest follow.
+    """
+    found: dict[Task, list[Candidate]] = {task: [] for task in tasks}
+    waiting = {task: _ranked(task, architecture, measured=measured) for task in tasks}
+    for number in range(ROUNDS):
+        orders: list[tuple[Task, Order]] = []
+        for task in tasks:
+            good = sum(not each.dropped for each in found[task])
+            take = compiled + 1 if not number else (compiled if good <= ENOUGH else 0)
+            chosen, waiting[task] = waiting[task][:take], waiting[task][take:]
+            found[task] += [Candidate(fields) for fields in chosen if fields.get("vendor")]
+            for fields in chosen:
+                if not fields.get("vendor"):
+                    orders.append((task, Order(task, tuple(sorted(fields.items())), architecture)))
+        late = _rehearse(orders, found, workers, cache, deadline, progress)
+        if late:
+            return {task: each for task, each in found.items() if task not in late}
+    return found
+
+
+def _rehearse(
+    orders: Sequence[tuple[Task, Order]],
+    found: dict[Task, list[Candidate]],
+    workers: int,
+    cache: Path | None,
+    deadline: float,
+    progress: Progress,
+) -> set[Task]:
+    """Compiles and judges ``orders``, each into its task's list; returns the tasks that the deadline left incomplete."""
+    missing = {index: task for index, (task, _) in enumerate(orders)}
+    results: dict[int, Candidate] = {}
+    progress("compiling", 0, len(orders))
+    with closing(rehearse([order for _, order in orders], workers=workers, cache=cache)) as rehearsals:
+        for index, rehearsal in rehearsals:
+            task, order = orders[index]
+            results[index] = _judged(task, dict(order.config), rehearsal, order.architecture)
+            del missing[index]
+            progress("compiling", len(results), len(orders))
+            if time.monotonic() > deadline:
+                break
+    for index in sorted(results):
+        found[orders[index][0]].append(results[index])
+    return set(missing.values())
+
+
+def _ranked(task: Task, architecture: str, *, measured: bool) -> list[dict[str, Any]]:
+    """The default, then the likeliest configurations: of every kind the likeliest first, lest all have the same flaw.
+
+    A kind is what sizes have in common, or else a tile: where one way to load its operands spills, another rarely does
+    better, but a smaller tile does.
+    """
+    default = default_fields(task, architecture)
+    listed = candidates(task, architecture, measured=measured)
+    shared = uniform(task, architecture)
+    often: dict[tuple[Any, ...], int] = {}
+    places = []
+    for fields in listed:
+        value = tuple(fields.get(name) for name in shared or TILE)
+        often[value] = often.get(value, 0) + 1
+        # Two of each value, so that every size has a candidate whatever value the others decide for.
+        places.append(often[value] > (2 if shared else 1))
+    first = [fields for fields, later in zip(listed, places, strict=True) if not later]
+    rest = [fields for fields, later in zip(listed, places, strict=True) if later]
+    vendor = [fields for fields in (*first, *rest) if fields.get("vendor")]
+    unique = {tuple(sorted(fields.items())): fields for fields in (default, *vendor, *first, *rest)}
+    return list(unique.values())
+
+
+def _judged(task: Task, config: dict[str, Any], rehearsal: Rehearsal, architecture: str) -> Candidate:
+    broken = problems(rehearsal, architecture, task.dtype, products=task.kernel != "norm")
+    if broken:
+        return Candidate(config, rehearsal, dropped="; ".join(dict.fromkeys(broken)))
+    compiled = rehearsal.main.compiled(architecture)
+    return Candidate(config, rehearsal, prediction(task, architecture, config, compiled))
+
+
+def _choices(known: Mapping[Task, Sequence[Candidate]], architecture: str, margin: float) -> list[Choice]:
+    """The best of each task, where all tasks of a group agree in the fields that they have to agree in."""
+    best: dict[Task, Choice] = {}
+    for tasks in _groups(known):
+        shared = uniform(tasks[0], architecture)
+        defaults = {task: tuple(sorted(default_fields(task, architecture).items())) for task in tasks}
+        values = {_values(each, shared) for task in tasks for each in known[task] if math.isfinite(each.cost)}
+        ways = [
+            {task: _sorted(known[task], shared, value, defaults[task], margin) for task in tasks}
+            for value in sorted(values, key=repr)
+        ]
+        possible = [way for way in ways if all(way.values())]
+        if not possible:
+            continue
+
+        def cost(way: Mapping[Task, Sequence[Candidate]], defaults: Mapping[Task, Any] = defaults) -> float:
+            usual = all(ranked[0].identity == defaults[task] for task, ranked in way.items())
+            total = sum(task.launches * ranked[0].cost for task, ranked in way.items())
+            return total / margin if usual else total
+
+        for task, ranked in min(possible, key=cost).items():
+            best[task] = Choice(
+                task,
+                ranked[0],
+                ranked[1] if len(ranked) > 1 else None,
+                next((one for one in known[task] if one.identity == defaults[task]), Candidate(dict(defaults[task]))),
+                [one for one in known[task] if one.dropped],
+            )
+    return [best[task] for task in known if task in best]
+
+
+def _groups(tasks: Iterable[Task]) -> list[list[Task]]:
+    """The tasks, those of different sizes of the same launch together."""
+    groups: dict[tuple[Any, ...], list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.group, []).append(task)
+    return list(groups.values())
+
+
+def _values(candidate: Candidate, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(candidate.config.get(name) for name in names)
+
+
+def _sorted(
+    known: Sequence[Candidate],
+    names: Sequence[str],
+    value: tuple[Any, ...],
+    default: Any = None,
+    margin: float = 1.0,
+) -> list[Candidate]:
+    """Those with ``value`` that may be taken, the fastest first; the default before those that are hardly faster."""
+    fitting = [each for each in known if math.isfinite(each.cost) and _values(each, names) == value]
+    return sorted(fitting, key=lambda each: each.cost / (margin if each.identity == default else 1.0))
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+class Gauge:
+    """What a GPU is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def error(self, task: Task, config: Mapping[str, Any]) -> tuple[float, str]:
+        """The distance from the fp32 result, and what is wrong with the numbers; empty where nothing is."""
+        size = {name: min(value, LARGEST_CHECK) for name, value in task.sizes}
+        facts = {name: min(value, LARGEST_CHECK) if name == "rows" else value for name, value in task.facts}
+        smaller = replace(task, sizes=tuple(sorted(size.items())), facts=tuple(sorted(facts.items())))
+        repeats = REPEATS * (10 if config.get("variant") == "specialised" else 1)
+        largest = 0.0
+        for hard in (False, True) if task.kernel == "flash_attention" else (False,):
+            operation = prepare(smaller, self.device, hard=hard)
+            first = operation.run(config).clone()
+            error, worst = distance(first, operation.expected())
+            largest = max(largest, error)
+            limit = error_limit(task.dtype)
+            # A single row that is wrong hardly counts among thousands; a single row may be further off, too.
+            if not error <= limit or not worst <= 5 * limit:
+                return error, f"wrong by {error:.1e}, in the worst row by {worst:.1e}, the limit is {limit:.0e}"
+            for _ in range(repeats):
+                if not torch.equal(operation.run(config), first):
+                    return error, "two launches on the same rows differ"
+        return largest, ""
+
+    def microseconds(self, task: Task, config: Mapping[str, Any]) -> float:
+        """The time of one launch, with cold caches."""
+        operation = prepare(task, self.device)
+        timing = time_on_device(lambda: operation.run(config), device=self.device, budget_seconds=0.1)
+        return timing.median * 1e6
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """How far ``found`` is from ``expected``, relative to its length: all of it, and the worst row; NaN counts."""
+    off, rows = (found.float() - expected).flatten(1), expected.flatten(1)
+    whole = off.norm() / rows.norm().clamp_min(1e-30)
+    # Rows of hardly anything are held against the usual row.
+    usual = rows.norm(dim=1).mean()
+    worst = (off.norm(dim=1) / rows.norm(dim=1).clamp_min(0.1 * usual).clamp_min(1e-30)).max()
+    return float(whole.nan_to_num(nan=math.inf)), float(worst.nan_to_num(nan=math.inf))
+
+
+class Journal:
+    """Times that were taken, a line each, so that a run that is killed does not take them again."""
+
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path = path
+        self.identity = identity
+        self.known: dict[str, dict[str, Any]] = {}
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                self.known[str(entry["key"])] = {
+                    "microseconds": None if entry["microseconds"] is None else float(entry["microseconds"]),
+                    "error": float(entry["error"]),
+                    "dropped": str(entry["dropped"]),
+                }
+            except (ValueError, TypeError, KeyError):  # the line that was being written when the run was killed
+                continue
+
+    def key(self, task: Task, candidate: Candidate) -> str:
+        """Everything that decides a time."""
+        return json.dumps(
+            [self.identity, tables.source_digest(task.kernel), *task.key, task.sizes, task.facts, candidate.identity]
+        )
+
+    def write(self, key: str, **facts: Any) -> None:
+        """Adds a line."""
+        self.known[key] = facts
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **facts}) + "\n")
+
+
+def choose_measured(
+    tasks: Sequence[Task],
+    gauge: Gauge,
+    *,
+    architecture: str = "",
+    workers: int = 1,
+    cache: Path | None = None,
+    journal: Journal | None = None,
+    deadline: float = math.inf,
+    progress: Progress = _silent,
+    compiled: int = COMPILED,
+    finalists: int = FINALISTS,
+) -> list[Choice]:
+    """The choices for ``tasks`` by checks and times on a GPU; those are missing that were not done at ``deadline``.
+
+    The tasks that take the most of a pass come first.
+
+    Args:
+        tasks: what to tune.
+        gauge: the GPU.
+        architecture: by default that of the gauge's device.
+        workers: compiler processes at the same time.
+        cache: where compiles are kept; ``None``: nowhere.
+        journal: times from before, and where new ones go.
+        deadline: of ``time.monotonic()``.
+        progress: told after every compile and every time.
+        compiled: configurations of a task that are compiled, beside the default.
+        finalists: how many of them are timed, beside the default.
+
+    Raises:
+        BackendUnavailableError: a configuration left the GPU in a state in which nothing runs; the journal knows it.
+    """
+    architecture = architecture or configs.architecture(gauge.device)
+    journal = journal or Journal(None, "")
+    known = _compile(tasks, architecture, workers, cache, deadline, progress, compiled, measured=True)
+    todo: list[tuple[float, list[tuple[Task, Candidate]]]] = []
+    for group in _groups(known):
+        chosen = _finalists({task: known[task] for task in group}, architecture, finalists)
+        weight = max(task.launches * each.cost for task, each in chosen if math.isfinite(each.cost))
+        todo.append((weight, chosen))
+    total, done = sum(len(chosen) for _, chosen in todo), 0
+    timed: dict[Task, list[Candidate]] = {}
+    progress("measuring", 0, total)
+    for _, chosen in sorted(todo, key=lambda each: -each[0]):
+        results: dict[Task, list[Candidate]] = {}
+        for task, candidate in chosen:
+            if time.monotonic() > deadline:
+                break
+            results.setdefault(task, []).append(_timed(task, candidate, gauge, journal, architecture))
+            done += 1
+            progress("measuring", done, total)
+        else:
+            for task, each in results.items():
+                timed[task] = [*each, *(one for one in known[task] if one.dropped)]
+    return _choices({task: timed[task] for task in tasks if task in timed}, architecture, MARGIN["measured"])
+
+
+def _finalists(
+    known: Mapping[Task, Sequence[Candidate]], architecture: str, count: int
+) -> list[tuple[Task, Candidate]]:
+    """What to time for the tasks of a group: the default, what has no prediction, and the best of the best values."""
+    shared = uniform(next(iter(known)), architecture)
+    values = {_values(each, shared) for each_task in known.values() for each in each_task if not each.dropped}
+
+    def cost(value: tuple[Any, ...]) -> float:
+        ranked = {task: _sorted(each, shared, value) for task, each in known.items()}
+        return sum(task.launches * (each[0].cost if each else math.inf) for task, each in ranked.items())
+
+    # Without anything in common there is one value, and the best of it are the finalists.
+    kept = sorted(values, key=lambda value: (cost(value), repr(value)))[: max(1, count // 2) if shared else 1]
+    chosen: list[tuple[Task, Candidate]] = []
+    for task, each in known.items():
+        default = tuple(sorted(default_fields(task, architecture).items()))
+        best = [one for value in kept for one in _sorted(each, shared, value)[: 2 if shared else count]]
+        always = [one for one in each if one.predicted is None and not one.dropped]
+        always += [one for one in each if one.config.get("variant") == "specialised" and not one.dropped]
+        first = [one for one in each if one.identity == default and not one.dropped]
+        chosen += [(task, one) for one in {one.identity: one for one in (*first, *best, *always)}.values()]
+    return chosen
+
+
+def _timed(task: Task, candidate: Candidate, gauge: Gauge, journal: Journal, architecture: str) -> Candidate:
+    key = journal.key(task, candidate)
+    if key not in journal.known:
+        facts = _measurement(task, candidate, gauge)
+        journal.write(key, **facts)
+        if _DEAD.search(facts["dropped"]):
+            raise BackendUnavailableError(
+                f"{task.title}: the configuration {dict(candidate.config)} {facts['dropped']}; nothing runs on the GPU "
+                "after that in this process: start again, and tuning goes on behind it"
+            )
+    facts = journal.known[key]
+    predicted = candidate.predicted or _operations(task, candidate, architecture)
+    return replace(candidate, predicted=predicted, **facts)
+
+
+_DEAD = re.compile(r"(CUDA|HIP) error(?!: out of memory)")
+"""Errors after which a process gets no other answer from its GPU."""
+
+
+def _measurement(task: Task, candidate: Candidate, gauge: Gauge) -> dict[str, Any]:
+    try:
+        error, wrong = gauge.error(task, candidate.config)
+        if wrong:
+            return {"microseconds": None, "error": min(error, 1e9), "dropped": wrong}
+        return {"microseconds": gauge.microseconds(task, candidate.config), "error": error, "dropped": ""}
+    except (RuntimeError, ValueError, TypeError) as error:
+        text = f"fails on the GPU: {type(error).__name__}: {str(error)[:160]}".replace("\n", " ")
+        return {"microseconds": None, "error": 1e9, "dropped": text}
+
+
+def _operations(task: Task, candidate: Candidate, architecture: str) -> Prediction:
+    """A prediction for what is not compiled here: only its operations are used."""
+    return prediction(task, architecture, candidate.config, guess(task, architecture, candidate.config))
