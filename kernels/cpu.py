@@ -40,7 +40,10 @@ _POST_OPERATIONS = {
 
 @lru_cache
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch's fused oneDNN linear exists here and is right for ``dtype`` (fp16 needs a recent CPU)."""
+    """Whether torch's fused oneDNN linear exists here and is right for ``dtype`` (fp16 needs a recent CPU).
+
+    Right is also that a row has the bits it would have with other rows around it: in torch 2.11 an fp32 row does not.
+    """
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(-4, 5, (16, 16), generator=generator).to(dtype) for _ in range(2))
     expected = x.float() @ weight.float().T
@@ -52,9 +55,13 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
         # the three in its own way, and the caller has another product to take.
         return False
     # Small integers: every sum is exact, in whatever order.
-    return torch.equal(plain.float(), (expected + x[0].float()).to(dtype).float()) and torch.equal(
+    exact = torch.equal(plain.float(), (expected + x[0].float()).to(dtype).float()) and torch.equal(
         added.float(), (expected + weight.float()).to(dtype).float()
     )
+    # Long sums of anything tell in which order they were taken.
+    x, weight = (torch.randn(rows, 1280, generator=generator).to(dtype) for rows in (64, 16))
+    several, few = (torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "") for rows in (x, x[:2]))
+    return exact and torch.equal(several[:2], few)
 
 
 class PackedWeight(torch.Tensor):
@@ -127,9 +134,7 @@ def pack(weight: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to multiply in: fp32 for 16-bit floats the CPU has no fast product for (conversion costs far less)."""
-    if onednn_multiplies(dtype) or not onednn_multiplies(torch.float32):
-        return dtype
-    return torch.float32
+    return dtype if onednn_multiplies(dtype) else torch.float32
 
 
 def fewest_rows(dtype: torch.dtype) -> int:

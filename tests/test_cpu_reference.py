@@ -24,7 +24,10 @@ HEAD_DIMS = (64, 72, 80, 88, 104, 128)
 needs_exponentials = pytest.mark.skipif(
     not (cpu.onednn_exponentiates(BF16)), reason="oneDNN has no bf16 product with a sigmoid on this CPU"
 )
-needs_packing = pytest.mark.skipif(not cpu.onednn_packs(BF16), reason="oneDNN packs no bf16 weights on this CPU")
+needs_packing = pytest.mark.skipif(
+    not (cpu.onednn_packs(BF16) and cpu.onednn_packs(torch.float32)),
+    reason="oneDNN packs no bf16 weights on this CPU, or no fp32 ones in this torch",
+)
 
 
 @pytest.fixture

@@ -364,8 +364,12 @@ def _progress_bar() -> "Iterator[Progress]":
         yield report
 
 
+_BLOCKS = ("rows", "columns", "inner", "queries", "keys")
+
+
 def _config_text(config: Mapping[str, Any]) -> str:
-    blocks = "x".join(str(value) for name, value in config.items() if name.startswith("block_"))
+    # Rows × columns × inner, or queries × keys, as everywhere; tables keep names in alphabetical order.
+    blocks = "x".join(str(config[f"block_{name}"]) for name in _BLOCKS if f"block_{name}" in config)
     short = {"num_warps": "w", "num_stages": "s", "group_rows": "group ", "split": "split ", "rows": "rows "}
     words = [
         f"{short[name]}{value}" for name, value in config.items() if name in short and (name, value) != ("split", 1)
