@@ -140,7 +140,9 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers")},
+        # With the build behind the plus sign, which a package's record may leave out.
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "transformers")},
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
