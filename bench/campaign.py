@@ -13,6 +13,7 @@ Exit codes: 0, 1 (something failed or is unfinished), 2 (no GPU, or bad usage).
 """
 
 import argparse
+import shlex
 import sys
 import tarfile
 from datetime import UTC, datetime
@@ -85,7 +86,8 @@ def main(words: list[str] | None = None) -> int:
     if arguments.items_of:
         hide_reference_progress()
         (stage,) = (stage for stage in stages if stage.name == arguments.items_of)
-        run_items(stage, setting, {"campaign": "cpu" if arguments.cpu else "gpu"})
+        campaign = "cpu" if arguments.cpu else "gpu"
+        run_items(stage, setting, {"campaign": campaign, "command": _command(stage, arguments)})
         return 0
     good = True
     for stage in stages:
@@ -118,6 +120,13 @@ def _run(stage: Stage, setting: Setting, arguments: argparse.Namespace) -> bool:
     state = "complete" if found["complete"] else "not complete, run it again to go on"
     print(f"{stage.name}: {len(found['rows'])} results, {len(bad)} of them failed; {state}", flush=True)
     return bool(found["complete"]) and not bad
+
+
+def _command(stage: Stage, arguments: argparse.Namespace) -> str:
+    """What a person types for a stage, whose own process has a longer command line."""
+    words = ["python", "-m", "bench.campaign", *(["--cpu"] if arguments.cpu else []), "--stage", stage.name]
+    words += ["--threads", str(torch.get_num_threads())] if arguments.cpu else []
+    return shlex.join([*words, *(["--dry-run"] if arguments.dry_run else [])])
 
 
 def _default_folder(device: torch.device, *, dry: bool) -> Path:

@@ -50,9 +50,9 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     try:
         plain = torch.ops.mkldnn._linear_pointwise(x, weight, x[0], "none", [], "")
         added = torch.ops.mkldnn._linear_pointwise.binary(x, weight, weight, None, "add")
-    except (AttributeError, NotImplementedError, RuntimeError):
-        # No such operation in this torch, none for this dtype, or no such instructions in this CPU: torch says each of
-        # the three in its own way, and the caller has another product to take.
+    except (AttributeError, RuntimeError):
+        # No such operation in this torch; none for this dtype, or no such instructions in this CPU.  The caller has
+        # another product to take.
         return False
     # Small integers: every sum is exact, in whatever order.
     exact = torch.equal(plain.float(), (expected + x[0].float()).to(dtype).float()) and torch.equal(
@@ -109,8 +109,7 @@ def onednn_packs(dtype: torch.dtype) -> bool:
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         products = [torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in (weight, packed)]
-    except (AttributeError, NotImplementedError, RuntimeError):
-        # As in `onednn_multiplies`: torch has three ways to say that it cannot.
+    except (AttributeError, RuntimeError):  # as in `onednn_multiplies`
         return False
     return packed.is_mkldnn and torch.equal(*products)
 

@@ -15,7 +15,7 @@ from tritontower.errors import UsageError
 from tritontower.families import qwen2_vl
 from tritontower.graph import build
 from tritontower.launches import launch_counts
-from tritontower.measuring import Timing, interleaved, provenance, time_on_device
+from tritontower.measuring import Timing, interleaved, portable_command, provenance, time_on_device
 from tritontower.parity import Reference
 from tritontower.random_checkpoint import write_random_checkpoint
 
@@ -76,6 +76,18 @@ class TestMeasuring:
         assert facts["command"].startswith("python ")
         assert {"date", "commit", "triton", "transformers", "cpu", "threads", "capability"} <= facts.keys()
         json.dumps(facts)
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["/usr/bin/python3.12", "-m", "bench.campaign", "--cpu"], "python -m bench.campaign --cpu"),
+            (["python", "/here/docs/make_api.py"], "python docs/make_api.py"),
+            (["python", "/usr/local/bin/tritontower", "bench", "../model"], "python tritontower bench ../model"),
+            (["python", "x.py", "--output=/elsewhere/found here"], "python x.py '--output=found here'"),
+        ],
+    )
+    def test_a_command_holds_no_path_of_one_machine(self, words, expected):
+        assert portable_command(words, Path("/here")) == expected
 
     @pytest.mark.gpu
     def test_graph_and_events_agree_on_a_gpu(self):

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import re
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,7 @@ def test_a_stage_is_a_process_of_its_own(tmp_path, capsys):
     found = json.loads((tmp_path / "dot16.json").read_text())
     assert found["dry_run"] is True
     assert found["campaign"] == "gpu"
+    assert found["command"] == "python -m bench.campaign --stage dot16 --dry-run"
     assert "dot16: 2 results, 0 of them failed; complete" in capsys.readouterr().out
     assert "16 of the head, 4 warps" in (tmp_path / "logs" / "dot16.log").read_text()
 
@@ -211,6 +214,25 @@ def test_complete_stages_are_left_alone_unless_asked(monkeypatch, tmp_path, caps
     assert calls == ["peak"]
     with tarfile.open(archive) as packed:
         assert packed.getnames() == [tmp_path.name]
+
+
+# -- what is committed ------------------------------------------------------------------------------------------------
+
+
+def strings(content: object) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict):
+        yield from (text for pair in content.items() for part in pair for text in strings(part))
+    elif isinstance(content, list):
+        yield from (text for part in content for text in strings(part))
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("*/*/*.json")), ids=lambda path: path.name)
+def test_results_hold_no_path_of_one_machine(path):
+    texts = list(strings(json.loads(path.read_text(encoding="utf-8"))))
+    assert any(text.startswith("python ") for text in texts)
+    assert [text for text in texts if re.search(r"(^|[\s='\"])(/|~|[A-Z]:\\)\w", text)] == []
 
 
 # -- the README -------------------------------------------------------------------------------------------------------

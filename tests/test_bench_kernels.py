@@ -62,12 +62,15 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
 
         return replace(good, call=call)
 
-    for error in (None, RuntimeError("no such launch")):
+    class OutOfResourcesError(Exception):  # as Triton's own: of no kind but its own
+        pass
+
+    for error in (None, RuntimeError("no such launch"), OutOfResourcesError("shared memory")):
         monkeypatch.setattr(Case, "prepare", lambda self, device, error=error: broken(error))
         row = benchmark.measure(case, CPU, Roofline(1e12, 1e11, "made up"))
         assert row["status"] == "failed"
         assert "seconds" not in row
-    assert row["reason"] == "RuntimeError: no such launch"
+    assert row["reason"] == "OutOfResourcesError: shared memory"
 
 
 def test_rows_of_a_measurement():

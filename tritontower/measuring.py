@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Timing", "interleaved", "provenance", "time_on_device"]
+__all__ = ["Timing", "interleaved", "portable_command", "provenance", "time_on_device"]
 
 CALLS_A_GRAPH = 10
 """Calls behind one another in a captured graph: what starting the graph costs is shared among them."""
@@ -137,7 +137,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Where and when, with which versions and by which command: what a figure is worth nothing without."""
     facts: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "command": portable_command(sys.orig_argv),
         "commit": _commit(),
         "python": platform.python_version(),
         # With the build behind the plus sign, which a package's record may leave out.
@@ -161,6 +161,27 @@ def provenance(device: torch.device) -> dict[str, Any]:
             **_driver_facts(device),
         }
     return facts
+
+
+def portable_command(words: Sequence[str], folder: Path | None = None) -> str:
+    """A command line as somebody else would type it: ``python``, and no path that only this machine has.
+
+    Args:
+        words: the program and its arguments.
+        folder: what absolute paths become relative to; by default the working directory.  Of one that lies elsewhere only
+            the last part is kept.
+    """
+    folder = Path.cwd() if folder is None else folder
+
+    def portable(word: str) -> str:
+        option, separator, value = word.rpartition("=")
+        path = Path(value)
+        if not path.is_absolute():
+            return word
+        kept = path.relative_to(folder) if path.is_relative_to(folder) else path.name
+        return f"{option}{separator}{kept}"
+
+    return shlex.join(["python", *map(portable, words[1:])])
 
 
 # -- clocks -----------------------------------------------------------------------------------------------------------

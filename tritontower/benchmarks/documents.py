@@ -39,9 +39,9 @@ def document(
     dtype: torch.dtype | None = None,
     **facts: Any,
 ) -> Document:
-    """The rows of one benchmark with all that they are worth nothing without."""
+    """The rows of one benchmark with all that they are worth nothing without; ``facts`` count before what is found out."""
     named = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    return {"bench": bench, "schema": SCHEMA, **named, **facts, **provenance(device), "rows": list(rows)}
+    return {"bench": bench, "schema": SCHEMA, **named, **provenance(device), **facts, "rows": list(rows)}
 
 
 def reason_of(error: BaseException, limit: int = 300) -> str:

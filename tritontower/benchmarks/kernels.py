@@ -67,7 +67,7 @@ def measure(
     try:
         prepared = case.prepare(device)
         outcome = check(case, prepared, device)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # Triton's own (a compilation, a lack of shared memory) have no base but this one
         return {**facts, "status": "failed", "reason": reason_of(error)}
     facts |= {"distance": outcome.distance, "limit": outcome.limit}
     if not outcome.passed:
@@ -99,7 +99,7 @@ def timings(
     for name, call in prepared.rivals.items() if rivals else ():
         try:
             found[name] = time_on_device(call, device=device, budget_seconds=budget_seconds)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # not for this dtype or head size
+        except (RuntimeError, ValueError, TypeError) as error:  # not for this dtype or head size
             notes[name] = reason_of(error)
     return found, notes
 
