@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tritontower import VisionTower, cli
-from tritontower.benchmarks import children, documents, pictures, plots, preprocessing, towers
+from tritontower.benchmarks import children, documents, pictures, plots, preprocessing, products, towers
 from tritontower.benchmarks.launches import launch_rows
+from tritontower.costs import cost_of, total_cost
 from tritontower.errors import UsageError
 from tritontower.families import qwen2_vl
 from tritontower.graph import build
@@ -120,7 +121,7 @@ class TestTowers:
             tower, reference, pictures.square(tower, 64), repeats=2, rivals=["sdpa", "eager"], family="x"
         )
         assert row["status"] == "ok"
-        assert set(row["seconds"]) == {"tritontower", "transformers sdpa", "transformers eager"}
+        assert set(row["seconds"]) == {"tritontower", "transformers sdpa", "transformers eager", "products alone"}
         assert {len(seconds) for seconds in row["seconds"].values()} == {2}
         assert 0 < max(row["distances"].values()) < 1e-5
         medians = documents.seconds_of(row)
@@ -152,8 +153,24 @@ class TestTowers:
         reference = Reference(tower, tower.dtype)
         row = towers.compare_times(tower, reference, pictures.square(tower, 16), repeats=1, rivals=["compile"])
         assert row["notes"] == {"transformers sdpa, torch.compile": "RuntimeError: no compiler here"}
-        assert list(row["seconds"]) == ["tritontower"]
+        assert list(row["seconds"]) == ["tritontower", "products alone"]
         assert row["ratio"] is None
+
+    def test_products_alone_are_all_of_a_pass(self, tower, monkeypatch):
+        """Every one of them is made, with the operations that the graph counts, less those of attention."""
+        made: list[int] = []
+
+        def count(x: torch.Tensor, weight: torch.Tensor, bias: None) -> None:
+            made.append(2 * x.shape[0] * weight.shape[0] * x.shape[1])
+
+        monkeypatch.setattr(products, "product", count)
+        monkeypatch.setattr(products, "pack", lambda weight: weight)
+        workload = pictures.square(tower, 64).workload
+        products.products_alone(tower.graph, workload, device=CPU, dtype=torch.float32)()
+        attention = [node for node in tower.graph.nodes if node.kind == "attention"]
+        by_attention = sum(cost_of(tower.graph, node, workload, 4).flops for node in attention)
+        assert len(attention) == tower.config.depth
+        assert sum(made) == total_cost(tower.graph, workload, 4).flops - by_attention
 
     def test_fixed_sizes_are_packed_to_the_count(self):
         with pictures.family_configuration("CLIP", depth=1) as folder:

@@ -10,7 +10,7 @@ from math import prod
 
 from .graph import Graph, Node, Workload
 
-__all__ = ["Cost", "cost_of", "total_cost"]
+__all__ = ["Cost", "cost_of", "products_of", "total_cost"]
 
 PRODUCTS = ("patch_projection", "linear", "qkv_projection", "mlp", "projector")
 
@@ -49,14 +49,21 @@ def total_cost(graph: Graph, workload: Workload, itemsize: int) -> Cost:
     return sum((cost_of(graph, node, workload, itemsize) for node in graph.nodes), Cost())
 
 
+def products_of(graph: Graph, node: Node, workload: Workload) -> list[tuple[int, int, int]]:
+    """Rows, columns and inner dimension of each product of rows by a weight that ``node`` makes; padding does not count."""
+    if node.kind not in PRODUCTS:
+        return []
+    rows = workload.rows(graph.values[node.outputs[0]].rows)
+    shapes = (graph.weights[name].useful_shape for role, name in node.weights.items() if role.startswith("weight"))
+    return [(rows, *shape) for shape in shapes if len(shape) == 2]
+
+
 def _flops(graph: Graph, node: Node, workload: Workload) -> int:
     if node.kind == "attention":
         scores = workload.window_scores if node.attributes["windows"] else workload.scores
     elif node.kind == "attention_pooling":
         scores = workload.patches  # one query a view
     else:
-        rows = workload.rows(graph.values[node.outputs[0]].rows)
-        shapes = (graph.weights[name].useful_shape for role, name in node.weights.items() if role.startswith("weight"))
-        return sum(2 * rows * prod(shape) for shape in shapes if len(shape) == 2 and node.kind in PRODUCTS)
+        return sum(2 * prod(product) for product in products_of(graph, node, workload))
     # Scores and their weighted sum of values: two products of head_dim each, per query–key pair and head.
     return 4 * scores * int(node.attributes["heads"]) * int(node.attributes["head_dim"])

@@ -1,7 +1,8 @@
 """A whole tower against transformers: same machine, same threads, same dtype, same checkpoint, in one run.
 
 The candidates take turns, so that a machine that drifts hits all alike, and their results are compared before anything is
-timed: there is no speed from a wrong result.  Both get the same preprocessed pixels on the device; preprocessing is not
+timed: there is no speed from a wrong result.  The tower's products alone take their turn as well (:mod:`.products`): they
+say how much of a pass could still be saved.  Both implementations get the same preprocessed pixels on the device; preprocessing is not
 timed here.
 """
 
@@ -21,11 +22,13 @@ from tritontower.measuring import interleaved
 from tritontower.parity import Reference, relative_error
 
 from .documents import Document, document, machine, reason_of, seconds_of
+from .products import products_alone
 from .split import node_seconds, split_table
 
 __all__ = [
     "AGREEMENT",
     "OURS",
+    "PRODUCTS",
     "RIVALS",
     "Pass",
     "Source",
@@ -46,6 +49,8 @@ implementations of a full-depth tower differ by a few percent; this only catches
 OURS = "tritontower"
 EAGER = "tritontower eager"
 """Without CUDA graphs; on a GPU only, where ``OURS`` is with them."""
+PRODUCTS = "products alone"
+"""What :mod:`.products` times: a bound for every other candidate."""
 
 RIVALS: Mapping[str, str] = {
     "sdpa": "transformers sdpa",
@@ -192,6 +197,7 @@ def compare_times(
     if wrong:
         words = ", ".join(f"{name} by {distance:.1e}" for name, distance in wrong.items())
         return {**row, "status": "failed", "reason": f"the embeddings differ: {words} (limit {limit:.0e})"}
+    calls[PRODUCTS] = products_alone(tower.graph, workload, device=tower.device, dtype=tower.dtype)
     times = interleaved(calls, repeats=repeats, device=tower.device)
     ours = times[OURS]
     if tower.device.type == "cuda":
@@ -285,7 +291,7 @@ def _attention(model: Any, implementation: str) -> Iterator[None]:
 def tower_titles(found: Mapping[str, Any]) -> Sequence[str]:
     """The candidates of a document, this project's first."""
     names = dict.fromkeys(name for row in found["rows"] for name in row.get("seconds", ()))
-    return sorted(names, key=lambda name: (name != OURS, name != EAGER, name))
+    return sorted(names, key=lambda name: (name != OURS, name != EAGER, name == PRODUCTS, name))
 
 
 def tower_table(found: Mapping[str, Any]) -> str:
