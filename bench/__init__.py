@@ -1,1 +1,1 @@
-"""Benchmarks: each module is a command (``python -m bench.towers --help``) whose last line of output is JSON."""
+"""Measuring from a checkout: commands (``python -m bench.towers --help``) and the campaigns (:mod:`bench.campaign`)."""

@@ -7,9 +7,10 @@
 
 A stage is a process of its own with a time limit; one that dies or hangs takes no other with it.  What it has found is in
 ``bench/results/MACHINE/DATE/STAGE.json`` as soon as it ends, its output in ``logs/`` beside it.  Run again with the same
---output (or on the same day), a campaign goes on where it stopped; --again starts a stage over.
+--output (or on the same day), a campaign goes on where it stopped; --again starts a stage over.  Results of another commit,
+version, GPU or number of threads are neither gone on with nor taken for done.
 
-Exit codes: 0, 1 (something failed or is unfinished), 2 (no GPU, or bad usage).
+Exit codes: 0, 1 (something failed or is unfinished), 2 (no GPU, bad usage, or results of other conditions).
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import tarfile
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +28,23 @@ from tritontower.cli.parity import hide_reference_progress
 from tritontower.measuring import provenance
 
 from .cpu_stages import CPU_STAGES
-from .runner import ROOT, Setting, Stage, is_complete, run_items, run_stage
+from .runner import (
+    ROOT,
+    OtherConditionsError,
+    Setting,
+    Stage,
+    check_conditions,
+    facts_of,
+    is_complete,
+    run_items,
+    run_stage,
+)
 from .stages import GPU_STAGES
 
 __all__ = ["main"]
 
-MINUTES = 9.0
+MINUTES = {"cpu": 20.0, "gpu": 9.0}
+"""For one stage: machines with a GPU are often lent by the quarter of an hour."""
 
 
 def main(words: list[str] | None = None) -> int:
@@ -43,7 +56,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="say what the stages are")
     parser.add_argument("--cpu", action="store_true", help="the CPU's stages")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: bench/results/MACHINE/DATE")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for one stage (default: {MINUTES:g})")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"for one stage (default: {MINUTES['gpu']:g}; with --cpu, {MINUTES['cpu']:g})",
+    )
     parser.add_argument("--again", action="store_true", help="start the stages over")
     parser.add_argument("--archive", type=Path, metavar="FILE.tar.gz", help="pack the folder into one file at the end")
     parser.add_argument(
@@ -69,42 +86,53 @@ def main(words: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if not arguments.minutes > 0 or (arguments.threads is not None and arguments.threads < 1):
+    campaign = "cpu" if arguments.cpu else "gpu"
+    minutes = MINUTES[campaign] if arguments.minutes is None else arguments.minutes
+    if not minutes > 0 or (arguments.threads is not None and arguments.threads < 1):
         print("--minutes and --threads have to be above zero", file=sys.stderr)
         return 2
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device("cpu" if on_cpu else "cuda")
-    folder = arguments.output or _default_folder(device, dry=arguments.dry_run)
+    folder = arguments.output or _default_folder(device, campaign, dry=arguments.dry_run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         print(f"results cannot go to {folder} ({error.strerror}); name another folder with --output", file=sys.stderr)
         return 2
-    seconds = arguments.seconds or 60 * arguments.minutes
+    seconds = arguments.seconds or 60 * minutes
     setting = Setting(device=device, folder=folder.resolve(), dry=arguments.dry_run, seconds=seconds)
     if arguments.items_of:
         hide_reference_progress()
         (stage,) = (stage for stage in stages if stage.name == arguments.items_of)
-        campaign = "cpu" if arguments.cpu else "gpu"
-        run_items(stage, setting, {"campaign": campaign, "command": _command(stage, arguments)})
+        run_items(stage, setting, _facts(stage, campaign, arguments))
         return 0
+    wanted = [stage for stage in stages if not arguments.stage or stage.name in arguments.stage]
+    if not setting.dry and str(provenance(device)["commit"]).endswith("+"):
+        print("this checkout differs from its commit, and bench.report refuses what is measured in it", file=sys.stderr)
     good = True
-    for stage in stages:
-        if not arguments.stage or stage.name in arguments.stage:
-            good = _run(stage, setting, arguments) and good
+    try:
+        if not arguments.again:
+            # Before anything is measured: the first stage may take minutes.
+            for stage in wanted:
+                check_conditions(stage, setting.folder, facts_of(stage, setting, _facts(stage, campaign, arguments)))
+        for stage in wanted:
+            good = _run(stage, setting, _facts(stage, campaign, arguments), arguments) and good
+    except OtherConditionsError as error:
+        print(error, file=sys.stderr)
+        return 2
     if arguments.archive:
         with tarfile.open(arguments.archive, "w:gz") as archive:
             archive.add(setting.folder, arcname=setting.folder.name)
     return 0 if good else 1
 
 
-def _run(stage: Stage, setting: Setting, arguments: argparse.Namespace) -> bool:
+def _run(stage: Stage, setting: Setting, facts: dict[str, Any], arguments: argparse.Namespace) -> bool:
     """Runs a stage unless it is complete; says in a line how it went."""
     if arguments.again:
         for suffix in ("json", "jsonl"):
             (setting.folder / f"{stage.name}.{suffix}").unlink(missing_ok=True)
-    if is_complete(stage, setting.folder):
+    if is_complete(stage, setting.folder, facts_of(stage, setting, facts)):
         print(f"{stage.name}: complete already; --again starts it over")
         return True
     command = ["-m", "bench.campaign", "--items-of", stage.name, "--output", str(setting.folder)]
@@ -122,6 +150,10 @@ def _run(stage: Stage, setting: Setting, arguments: argparse.Namespace) -> bool:
     return bool(found["complete"]) and not bad
 
 
+def _facts(stage: Stage, campaign: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"campaign": campaign, "command": _command(stage, arguments)}
+
+
 def _command(stage: Stage, arguments: argparse.Namespace) -> str:
     """What a person types for a stage, whose own process has a longer command line."""
     words = ["python", "-m", "bench.campaign", *(["--cpu"] if arguments.cpu else []), "--stage", stage.name]
@@ -129,9 +161,9 @@ def _command(stage: Stage, arguments: argparse.Namespace) -> str:
     return shlex.join([*words, *(["--dry-run"] if arguments.dry_run else [])])
 
 
-def _default_folder(device: torch.device, *, dry: bool) -> Path:
+def _default_folder(device: torch.device, campaign: str, *, dry: bool) -> Path:
     if dry:
-        return Path("dry-run-results")
+        return Path("dry-run-results") / campaign
     return ROOT / "bench" / "results" / machine_slug(provenance(device)) / datetime.now(UTC).strftime("%Y-%m-%d")
 
 

@@ -13,7 +13,7 @@ from tritontower.benchmarks.pictures import family_titles
 from tritontower.demonstration import demonstration_checkpoint
 
 from .runner import Item, Setting, Stage
-from .stages import TINY_FAMILY, packs, preprocessing_items, squares, tiny_checkpoint, tower_items
+from .tower_stages import TINY_FAMILY, packs, preprocessing_items, squares, tiny_checkpoint, tower_items
 
 __all__ = ["CPU_STAGES"]
 

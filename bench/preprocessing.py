@@ -4,7 +4,8 @@
     python -m bench.preprocessing --family Qwen2-VL --size 900x700 --threads 1
 
 This is ``tritontower bench preprocessing`` for one family after the other; nothing is read but configurations.  Times are
-medians of interleaved calls, and hold what both do with PIL images; the tower's also hold a digest of every picture.
+medians of calls that take turns, and hold what both do with PIL images; what each candidate does, and which of its calls
+count, is in ``tritontower/benchmarks/preprocessing.py``.
 """
 
 import argparse

@@ -4,7 +4,8 @@
     python -m bench.report --plots     # and draw the pictures beside the results (needs matplotlib)
     python -m bench.report --check     # exit code 1 if the README says anything else than the results
 
-Of every stage the latest complete result counts.  Dry runs are refused.
+Of every stage the latest complete result of each machine counts; machines have sections of their own.  Dry runs are refused,
+and so is what was measured in a tree that is not the commit's.
 """
 
 import argparse
@@ -14,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tritontower.benchmarks.documents import machine, seconds_of
+from tritontower.benchmarks.documents import machine, machine_slug, seconds_of
+from tritontower.benchmarks.kernels import rival_seconds
 from tritontower.benchmarks.plots import plot
-from tritontower.benchmarks.preprocessing import BYTES, PIXELS, THEIRS
-from tritontower.benchmarks.towers import EAGER, OURS, PRODUCTS, RIVALS
+from tritontower.benchmarks.preprocessing import BYTES, DIGESTS, THEIRS
+from tritontower.benchmarks.towers import EAGER, OURS, PRODUCTS, RIVALS, fastest_rival
+from tritontower.measuring import Timing
 
 from .runner import ROOT
 
@@ -26,37 +29,52 @@ __all__ = ["RESULTS", "generated", "latest", "rewritten"]
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 Found = Mapping[str, Any]
+Stages = Mapping[str, tuple[Path, Found]]
+"""Stage → file and content of what one machine has found."""
 DRAWN: Mapping[str, Sequence[str]] = {"cpu": ("families", "packs"), "gpu": ("towers",)}
 """Campaign → stages whose rows are those of the towers' benchmark, and make a picture."""
 
+CPU_NOT_RUN = "The CPU campaign (`python -m bench.campaign --cpu`) has not been run yet."
 NOT_RUN = (
     "The GPU campaign (`make gpu`) has not been run on any GPU yet: there is no GPU figure here, and none is claimed "
     "anywhere."
 )
 
 
-def latest(results: Path, campaign: str) -> dict[str, tuple[Path, Found]]:
-    """Stage → file and content of its latest complete result.
+def latest(results: Path, campaign: str) -> dict[str, dict[str, tuple[Path, Found]]]:
+    """Machine (:func:`machine_slug`) → stage → file and content of its latest complete result.
 
     Raises:
-        ValueError: there are results of a dry run among them.
+        ValueError: there are results of a dry run among them, or one that counts is of no commit.
     """
-    found: dict[str, tuple[Path, Found]] = {}
+    found: dict[str, dict[str, tuple[Path, Found]]] = {}
     for path in sorted(results.glob("*/*/*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("campaign") != campaign:
             continue
         if content.get("dry_run"):
             raise ValueError(f"{path} is of a dry run, which measures nothing; take it away")
+        stages = found.setdefault(machine_slug(content), {})
         name = str(content["bench"])
-        if content["complete"] and (name not in found or content["date"] >= found[name][1]["date"]):
-            found[name] = (path, content)
-    return found
+        if content["complete"] and (name not in stages or content["date"] >= stages[name][1]["date"]):
+            stages[name] = (path, content)
+    for stages in found.values():
+        for name, (path, content) in stages.items():
+            if (commit := str(content.get("commit"))).endswith("+"):
+                option = "--cpu " if campaign == "cpu" else ""
+                raise ValueError(
+                    f"{_relative(path)} was measured in a tree that differs from its commit ({commit}), so nobody can measure "
+                    f"it again; commit, then run `python -m bench.campaign {option}--stage {name} --again`"
+                )
+    return {slug: stages for slug, stages in sorted(found.items()) if stages}
 
 
 def generated(results: Path = RESULTS) -> dict[str, str]:
     """Section of the README → what belongs there."""
-    return {"cpu": _cpu(latest(results, "cpu")), "gpu": _gpu(latest(results, "gpu"))}
+    return {
+        "cpu": _machines(latest(results, "cpu"), _cpu) or CPU_NOT_RUN,
+        "gpu": _machines(latest(results, "gpu"), _gpu) or NOT_RUN,
+    }
 
 
 def rewritten(readme: str, sections: Mapping[str, str]) -> str:
@@ -77,9 +95,17 @@ def rewritten(readme: str, sections: Mapping[str, str]) -> str:
 # -- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _cpu(found: Mapping[str, tuple[Path, Found]]) -> str:
-    if not found:
-        return "The CPU campaign (`python -m bench.campaign --cpu`) has not been run yet."
+def _machines(found: Mapping[str, Stages], describe: Callable[[Stages], str]) -> str:
+    """What was found on each machine, with headings where there are several."""
+    parts = []
+    for stages in found.values():
+        _, some = next(iter(stages.values()))
+        parts += [f"#### {machine(some)}"] if len(found) > 1 else []
+        parts.append(describe(stages))
+    return "\n\n".join(parts)
+
+
+def _cpu(found: Stages) -> str:
     parts = [_preamble([content for _, content in found.values()])]
     for name, describe in _CPU_SECTIONS.items():
         if name in found:
@@ -92,15 +118,36 @@ def _cpu(found: Mapping[str, tuple[Path, Found]]) -> str:
 
 
 def _preamble(contents: Sequence[Found]) -> str:
-    machines = sorted({machine(content) for content in contents})
-    versions = sorted({f"torch {content['torch']}, transformers {content['transformers']}" for content in contents})
-    dates = sorted({str(content["date"])[:10] for content in contents})
+    versions = {f"torch {content['torch']}, transformers {content['transformers']}" for content in contents}
     return (
-        f"Measured on {' and '.join(machines)}, {'; '.join(versions)}, on {' and '.join(dates)}; random weights. Medians of "
-        "runs that take turns with transformers' (SDPA), which gets the same preprocessed pixels; the ratio is "
+        f"Measured on {machine(contents[0])}, {_joined(versions, '; ')}, {_when(contents)}; random weights. Medians of "
+        f"{_runs(contents)} that take turns with transformers' (SDPA), which gets the same preprocessed pixels; the ratio is "
         "transformers ÷ tritontower. *products* are the tower's products of rows by weights alone, by the same library and "
-        "with nothing around them: no candidate can be faster. Raw results with provenance are in [`bench/results/`](bench/results)."
+        "with nothing around them: no candidate can be faster. ± says how far the farthest run lies from the median. Raw results with provenance are in [`bench/results/`](bench/results)."
     )
+
+
+def _when(contents: Sequence[Found]) -> str:
+    """Of which commit, and on which day."""
+    commits = {f"`{content['commit']}`" if content.get("commit") else "unknown" for content in contents}
+    dates = {str(content["date"])[:10] for content in contents}
+    return f"commit {_joined(commits)}, on {_joined(dates)}"
+
+
+def _joined(words: Iterable[str], between: str = " and ") -> str:
+    return between.join(sorted(words))
+
+
+def _runs(contents: Sequence[Found]) -> str:
+    """How many runs the times of towers are of."""
+    counts = {
+        len(seconds)
+        for content in contents
+        for row in content["rows"]
+        if row["status"] == "ok" and "pack" in row
+        for seconds in row["seconds"].values()
+    }
+    return f"{' to '.join(str(count) for count in sorted({min(counts), max(counts)}))} runs" if counts else "runs"
 
 
 def _tower_rows(content: Found) -> Iterable[Sequence[str]]:
@@ -108,17 +155,16 @@ def _tower_rows(content: Found) -> Iterable[Sequence[str]]:
         if row["status"] != "ok":
             yield (row.get("family", row["key"]), row.get("pack", ""), "–", "–", "–", "–", "–", row["status"])
             continue
-        seconds = seconds_of(row)
-        theirs = seconds.get(RIVALS["sdpa"])
+        seconds = row["seconds"]
         yield (
             row["family"],
             _pack(row),
             f"{row['patches']:,}",
             f"{row['tokens']:,}",
-            _milliseconds(seconds[OURS]),
-            _milliseconds(theirs),
-            _milliseconds(seconds.get(PRODUCTS)),
-            f"{row['ratio']:.2f}" if row["ratio"] else "–",
+            _with_farthest(seconds[OURS]),
+            _with_farthest(seconds.get(RIVALS["sdpa"])),
+            _with_farthest(seconds.get(PRODUCTS)),
+            f"{row['ratio']:.2f}" if row["ratio"] else "unchecked",
         )
 
 
@@ -154,27 +200,37 @@ def _packs(content: Found) -> str:
 
 
 def _preprocessing(content: Found) -> str:
-    ways = (OURS, PIXELS, BYTES, THEIRS)
-    columns = ("pictures", "fp32, ms", "pixels alone, ms", "bytes, ms", "transformers, ms", "ratios")
+    ways = (OURS, DIGESTS, BYTES)
+    columns = ("pictures", "fp32, ms", "with digests, ms", "bytes, ms", "transformers, ms", "ratios", "of first calls")
     rows = []
     for row in content["rows"]:
-        seconds = seconds_of(row)
+        if row["status"] != "ok":
+            rows.append((row.get("label", row["key"]), "–", "–", "–", "–", "–", row["status"]))
+            continue
         # A processor that nothing is known of makes no bytes.
-        milliseconds = (_milliseconds(seconds[way]) if way in seconds else "–" for way in ways)
-        ratios = (f"{seconds[THEIRS] / seconds[way]:.1f}" for way in ways[:-1] if way in seconds)
-        rows.append((row["label"], *milliseconds, " / ".join(ratios)))
+        milliseconds = (_with_quartiles(row["seconds"].get(way)) for way in (*ways, THEIRS))
+        rows.append((row["label"], *milliseconds, _ratios(row["seconds"], ways), _ratios(row["in_turn"], ways)))
     return (
-        "**Preprocessing**, pictures to patches, against transformers' own image processor; the pixels are the same, bit for "
-        "bit. *fp32* and *bytes* (what goes to a GPU) copy the picture and take a digest of it first, which transformers "
-        "does not; *pixels alone* is fp32 without that:\n\n"
+        "**Preprocessing**, PIL pictures to patches, against transformers' own image processor; the pixels are the same, bit "
+        "for bit. *fp32* is the like of what transformers returns (but for the frames of a still picture, which are not "
+        "repeated), *with digests* also names every picture by its pixels, which a cache asks for, and *bytes* are what goes "
+        "to a GPU; all check the pictures and copy them. Every candidate makes two calls in its turn and the second counts; "
+        "the first, behind another candidate's, finds other caches and no memory of its own. ± is half the distance of the "
+        "quartiles, ratios are those of *fp32 / with digests / bytes*:\n\n"
     ) + _markdown(columns, rows)
+
+
+def _ratios(seconds: Mapping[str, Sequence[float]], ways: Sequence[str]) -> str:
+    medians = seconds_of({"seconds": seconds})
+    return " / ".join(f"{medians[THEIRS] / medians[way]:.1f}" for way in ways if way in medians)
 
 
 def _memory(content: Found) -> str:
     words = [
         f"{row['beyond_bytes'] / 1e6:,.0f} MB at {row['patches']:,} patches{_of_plan(row)}"
-        for row in content["rows"]
         if row["status"] == "ok"
+        else f"{row['status']} at {row['key']}"
+        for row in content["rows"]
     ]
     return (
         f"**Memory** beyond weights and memory plan, peak of the process, bfloat16 (`tests/test_full_size.py` holds it under "
@@ -203,6 +259,7 @@ def _loading(content: Found) -> str:
         if row["status"] == "ok"
         for load in row["loads"]
     ]
+    rows += [(row["key"], row["status"], "–", "–", "–") for row in content["rows"] if row["status"] != "ok"]
     return (
         "**Loading** the tower of Qwen2-VL-2B in bfloat16 (transformers: the model without the layers of its language "
         "model). Here the weights are read, checked and packed for the CPU's products; transformers maps the file, and "
@@ -221,19 +278,19 @@ _CPU_SECTIONS: Mapping[str, Callable[[Found], str]] = {
 }
 
 
-def _gpu(found: Mapping[str, tuple[Path, Found]]) -> str:
-    if not found:
-        return NOT_RUN
-    _, some = next(iter(found.values()))
-    dates = sorted({str(content["date"])[:10] for _, content in found.values()})
+def _gpu(found: Stages) -> str:
+    contents = [content for _, content in found.values()]
+    drivers = {str(content.get("driver", "unknown")) for content in contents}
+    versions = {
+        f"torch {content['torch']}, Triton {content['triton']}, transformers {content['transformers']}"
+        for content in contents
+    }
     parts = [
-        f"Measured on {machine(some)} (driver {some.get('driver', 'unknown')}), torch {some['torch']}, Triton "
-        f"{some['triton']}, transformers {some['transformers']}, on {' and '.join(dates)}; random weights, bfloat16, medians. "
-        "The whole campaign is in [`bench/results/`](bench/results)."
+        f"Measured on {machine(contents[0])} (driver {_joined(drivers)}), {_joined(versions, '; ')}, {_when(contents)}; "
+        "random weights, bfloat16, medians. The whole campaign is in [`bench/results/`](bench/results)."
     ]
-    peak = _peak_of(found)
     if "towers" in found:
-        parts.append(_gpu_towers(found["towers"][1], peak))
+        parts.append(_gpu_towers(found["towers"][1], _peak_of(found)))
         picture = found["towers"][0].with_suffix(".png")
         if picture.is_file():
             parts.append(f"![Whole towers against transformers]({_relative(picture)})")
@@ -246,9 +303,9 @@ def _gpu(found: Mapping[str, tuple[Path, Found]]) -> str:
     return "\n\n".join(parts)
 
 
-def _peak_of(found: Mapping[str, tuple[Path, Found]]) -> float | None:
-    """What the vendor's product of 8192³ reached on that day, operations a second."""
-    if "peak" not in found:
+def _peak_of(found: Stages) -> float | None:
+    """What the vendor's product of 8192³ reached on the day of the towers, operations a second."""
+    if "peak" not in found or found["peak"][1]["date"][:10] != found["towers"][1]["date"][:10]:
         return None
     rows = [row for row in found["peak"][1]["rows"] if row["key"].startswith("product of 8192³, bfloat16")]
     return rows[0]["tflops"] * 1e12 if rows and rows[0]["status"] == "ok" else None
@@ -268,35 +325,37 @@ def _gpu_towers(content: Found, peak: float | None) -> str:
         "ratio",
         "% of a large product",
     )
-    by_pass: dict[tuple[str, str], dict[str, Any]] = {}
+    # A line is of one run, in which its candidates took turns: of a pass that was run twice, the one with more of them.
+    by_pass: dict[tuple[str, str], Found] = {}
     for row in content["rows"]:
-        if row["status"] != "ok":
-            continue
-        kept = by_pass.setdefault((row["family"], row["pack"]), dict(row))
-        kept["seconds"] = {**row["seconds"], **kept["seconds"]}
+        if row["status"] == "ok":
+            kept = by_pass.setdefault((row["family"], row["pack"]), row)
+            if len(row["seconds"]) > len(kept["seconds"]):
+                by_pass[row["family"], row["pack"]] = row
     rows = []
     for row in by_pass.values():
         seconds = seconds_of(row)
-        theirs = [seconds[name] for name in RIVALS.values() if name in seconds]
+        ratio = fastest_rival(row)[1]
         share = None if peak is None else row["flops"] / seconds[OURS] / peak
         rows.append(
             (
                 row["family"],
                 _pack(row),
                 f"{row['patches']:,}",
-                _milliseconds(seconds[OURS]),
+                _with_farthest(row["seconds"][OURS]),
                 _milliseconds(seconds.get(EAGER)),
-                _milliseconds(seconds.get(RIVALS["sdpa"])),
-                _milliseconds(seconds.get(compiled)),
+                _with_farthest(row["seconds"].get(RIVALS["sdpa"])),
+                _with_farthest(row["seconds"].get(compiled)),
                 _milliseconds(seconds.get(PRODUCTS)),
-                f"{min(theirs) / seconds[OURS]:.2f}" if theirs else "–",
+                "unchecked" if ratio is None else f"{ratio:.2f}",
                 "–" if share is None else f"{100 * share:.0f}",
             )
         )
     of_what = "" if peak is None else f" ({peak / 1e12:,.0f} TFLOP/s, 8192³ by the vendor's library on the same day)"
     return (
         "**Whole towers**; *products alone* are those of rows by weights, by the vendor's library; the ratio is to "
-        f"transformers' fastest, the last column to a large product{of_what}:\n\n" + (_markdown(columns, rows))
+        f"transformers' fastest, the last column to a large product{of_what}; ± says how far the farthest run lies from the "
+        f"median{_failures(content)}:\n\n" + (_markdown(columns, rows))
     )
 
 
@@ -305,7 +364,7 @@ def _gpu_attention(content: Found) -> str:
     chosen = {row["case"]: row for row in content["rows"] if row["status"] == "ok" and "config" not in row}
     rows = []
     for case, row in chosen.items():
-        others = [seconds for name, seconds in row["seconds"].items() if name != OURS]
+        best_other = _best_rival(row)
         variants = [
             other
             for other in content["rows"]
@@ -316,13 +375,14 @@ def _gpu_attention(content: Found) -> str:
             (
                 case,
                 f"{row['tflops']:,.0f}",
-                f"{row['flops'] / min(others) / 1e12:,.0f}" if others else "–",
+                "–" if best_other is None else f"{row['flops'] / best_other / 1e12:,.0f}",
                 f"{best['tflops']:,.0f}" if best else "–",
                 best["case"].removeprefix(f"{case}, ") if best else "–",
             )
         )
-    return "**Attention**, as chosen by default or by the tuned table, and the best variant tried:\n\n" + _markdown(
-        columns, rows
+    return (
+        f"**Attention**, as chosen by default or by the tuned table, and the best variant tried{_failures(content)}:\n\n"
+        + _markdown(columns, rows)
     )
 
 
@@ -332,25 +392,44 @@ def _gpu_products(content: Found) -> str:
     for row in content["rows"]:
         if row["status"] != "ok" or "config" in row:
             continue
-        others = [seconds for name, seconds in row["seconds"].items() if name != OURS and "alone" not in name]
-        best = min(others)
+        best = _best_rival(row)
         rows.append(
             (
                 f"{row['kernel']}: {row['case']}",
                 f"{row['tflops']:,.0f}",
-                f"{row['flops'] / best / 1e12:,.0f}",
-                f"{best / row['seconds'][OURS]:.2f}",
+                "–" if best is None else f"{row['flops'] / best / 1e12:,.0f}",
+                "–" if best is None else f"{best / row['seconds'][OURS]:.2f}",
             )
         )
-    return "**Products** with their epilogues, against torch's operations for the same result:\n\n" + _markdown(
-        columns, rows
+    return (
+        f"**Products** with their epilogues, against torch's operations for the same result{_failures(content)}:\n\n"
+        + _markdown(columns, rows)
     )
 
 
+def _best_rival(row: Found) -> float | None:
+    """Seconds of the fastest that does the same work; ``None`` where none was timed."""
+    return min(rival_seconds(row).values(), default=None)
+
+
+def _failures(content: Found) -> str:
+    """What the tables of single cases leave out."""
+    failed = sum(row["status"] not in ("ok", "skipped") for row in content["rows"])
+    return f" ({failed} of {len(content['rows'])} cases failed)" if failed else ""
+
+
 def _gpu_stress(content: Found) -> str:
-    launches = sum(row.get("launches", 0) for row in content["rows"])
-    wrong = sum(row.get("wrong_draws", row["status"] not in ("ok", "skipped")) for row in content["rows"])
-    return f"**Stress**: {launches:,} attention launches with random lengths in every variant, {wrong:,} draws of them wrong."
+    launches: dict[str, int] = {}
+    for row in content["rows"]:
+        if "launches" in row:
+            launches[row["variant"]] = launches.get(row["variant"], 0) + row["launches"]
+    wrong = sum(row.get("wrong_draws", 0) for row in content["rows"])
+    ended = sum("launches" not in row and row["status"] != "skipped" for row in content["rows"])
+    counts = ", ".join(f"{variant} {count:,}" for variant, count in launches.items()) or "none"
+    return (
+        f"**Stress**, attention launches with random lengths: {counts}. Draws with a wrong result: {wrong:,}; "
+        f"series that an error ended: {ended:,}."
+    )
 
 
 # -- cells ------------------------------------------------------------------------------------------------------------
@@ -366,6 +445,23 @@ _NAMED = {
 
 def _pack(row: Mapping[str, Any]) -> str:
     return _NAMED.get(row["pack"], "one square" if row["pictures"] == 1 else f"{row['pictures']} of one size")
+
+
+def _with_farthest(seconds: Sequence[float] | None) -> str:
+    """The median, and how far the farthest run lies from it."""
+    if not seconds:
+        return "–"
+    middle = Timing(tuple(seconds)).median
+    farthest = max(abs(each - middle) for each in seconds) / middle
+    return _milliseconds(middle) + (f" ± {100 * farthest:.0f} %" if len(seconds) > 1 else "")
+
+
+def _with_quartiles(seconds: Sequence[float] | None) -> str:
+    """The median, and half the distance of the quartiles: where one of many runs may be far off."""
+    if not seconds:
+        return "–"
+    timing = Timing(tuple(seconds))
+    return _milliseconds(timing.median) + (f" ± {50 * timing.spread:.0f} %" if len(seconds) > 1 else "")
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -384,6 +480,14 @@ def _relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
+def _draw(results: Path) -> None:
+    for campaign, drawn in DRAWN.items():
+        for stages in latest(results, campaign).values():
+            for name, (path, content) in stages.items():
+                if name in drawn:
+                    plot({**content, "bench": "towers", "dtype": "bfloat16"}, path.with_suffix(".png"))
+
+
 def main(words: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -392,13 +496,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     parser.add_argument("--plots", action="store_true", help="draw the towers' results as PNG")
     arguments = parser.parse_args(words)
-    if arguments.plots:
-        for campaign, drawn in DRAWN.items():
-            for name, (path, content) in latest(RESULTS, campaign).items():
-                if name in drawn:
-                    plot({**content, "bench": "towers", "dtype": "bfloat16"}, path.with_suffix(".png"))
     before = README.read_text(encoding="utf-8")
-    after = rewritten(before, generated())
+    try:
+        if arguments.plots:
+            _draw(RESULTS)
+        after = rewritten(before, generated())
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if arguments.check:
         differs = before != after
         print(

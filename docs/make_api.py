@@ -32,7 +32,10 @@ MODULES: dict[str, tuple[str, ...] | None] = {
     "integrations.exllama": None,
     "config": None,
     "batch": None,
+    "graph": ("Workload",),
     "memory": None,
+    "description": ("Description",),
+    "capture": ("CaptureLimits",),
     "errors": None,
 }
 
@@ -267,6 +270,9 @@ def _paragraphs(lines: list[str], known: set[str]) -> str:
     for block in re.split(r"\n\s*\n", inspect.cleandoc("\n".join(["", *lines]))):
         if is_code and block.startswith("    "):
             blocks.append(f"```python\n{inspect.cleandoc(block)}\n```")
+            continue
+        if block.startswith("=="):  # a table, whose columns stand in the source as they are to be read
+            blocks.append(f"```text\n{block}\n```")
             continue
         is_code = block.endswith("::")
         items = re.split(r"^\* ", block, flags=re.MULTILINE)

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="tokens of the prompt that run at once")
     arguments = parser.parse_args()
     tower = VisionTower.from_pretrained(arguments.model)
-    rule = tower.family.mrope
+    rule = tower.mrope
     if rule is None or tower.config.deepstack:
         parser.error("this loop is for Qwen2-VL and Qwen2.5-VL: M-RoPE, no deepstack")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)

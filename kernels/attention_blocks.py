@@ -20,16 +20,20 @@ __all__ = [
     "FlashAttentionConfig",
     "Heads",
     "Variant",
+    "in_log2",
     "is_sound",
+    "key_and_value_pointers",
     "load_keys",
     "load_queries",
     "load_values",
     "online_softmax",
     "pointer_spec",
     "score",
+    "score_factor",
     "split_head_dim",
     "store_rows",
     "stride_arguments",
+    "tile_of",
 ]
 
 Variant = Literal["online", "fixed", "specialised", "one_shot"]
@@ -73,6 +77,40 @@ def split_head_dim(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[
 
 
 @triton.jit
+def tile_of(program, tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_QUERIES: tl.constexpr):
+    """What a program owns: a head, and the rows from ``first_row`` on of a segment, which has a start and a length.
+
+    Programs are numbered head by head, the tiles of each as the tile list has them; one that only fills up the list begins
+    at or beyond the end of its segment.
+    """
+    head = program // tile_count
+    line = tiles_pointer + 2 * (program % tile_count)
+    segment = tl.load(line)
+    first_row = tl.load(line + 1) * BLOCK_QUERIES
+    start = tl.load(cu_seqlens_pointer + segment)
+    length = tl.load(cu_seqlens_pointer + segment + 1) - start
+    return head, first_row, start, length
+
+
+@triton.jit
+def key_and_value_pointers(
+    key_pointer, value_pointer, head, start,
+    key_token_stride, key_head_stride, value_token_stride, value_head_stride,
+    BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
+):  # fmt: skip
+    """Where a segment's first block of keys (transposed) and of values begin, and the elements from block to block."""
+    # Triton sees a stride's divisibility by 16 or nothing; head dim 72 needs to hear of the 8 to load 16 bytes at once.
+    keys = tl.arange(0, BLOCK_KEYS).to(tl.int64)
+    key_pointers = key_pointer + tl.multiple_of(head * key_head_stride, ALIGNMENT)
+    key_pointers += start * key_token_stride + keys[None, :] * key_token_stride
+    value_pointers = value_pointer + tl.multiple_of(head * value_head_stride, ALIGNMENT)
+    value_pointers += start * value_token_stride + keys[:, None] * value_token_stride
+    key_step = tl.full([], BLOCK_KEYS, tl.int64) * key_token_stride
+    value_step = tl.full([], BLOCK_KEYS, tl.int64) * value_token_stride
+    return key_pointers, value_pointers, key_step, value_step
+
+
+@triton.jit
 def load_block(
     pointers, rows, row_limit, columns, COLUMN_LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
 ):
@@ -89,26 +127,30 @@ def load_block(
 
 
 @triton.jit
+def _load_parts(
+    pointers, rows, row_limit,
+    LIMIT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, MASK_ROWS: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    # Both parts of a block of rows; the columns, of which LIMIT count, lie along AXIS of what is loaded.
+    columns = tl.expand_dims(tl.arange(0, MAIN), 1 - AXIS)
+    PARTIAL: tl.constexpr = LIMIT < MAIN
+    block = load_block(pointers + columns, rows, row_limit, columns, LIMIT, MASK_ROWS, PARTIAL)
+    if TAIL > 0:
+        tail_columns = tl.expand_dims(MAIN + tl.arange(0, TAIL), 1 - AXIS)
+        PARTIAL_TAIL: tl.constexpr = LIMIT < MAIN + TAIL
+        tail = load_block(pointers + tail_columns, rows, row_limit, tail_columns, LIMIT, MASK_ROWS, PARTIAL_TAIL)
+    else:
+        # A stand-in that nothing reads: the two forms of a kernel then share the signatures of its functions.
+        tail = block
+    return block, tail
+
+
+@triton.jit
 def load_queries(
     query_pointers, rows, length, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
     """The two parts of a tile of queries, zero beyond the segment and beyond the columns that count."""
-    columns = tl.arange(0, MAIN)
-    PARTIAL: tl.constexpr = HEAD_DIM < MAIN
-    query = load_block(
-        query_pointers + columns[None, :], rows[:, None], length, columns[None, :], HEAD_DIM, True, PARTIAL
-    )
-    if TAIL > 0:
-        tail_columns = MAIN + tl.arange(0, TAIL)
-        PARTIAL_TAIL: tl.constexpr = HEAD_DIM < MAIN + TAIL
-        query_tail = load_block(
-            query_pointers + tail_columns[None, :], rows[:, None], length, tail_columns[None, :],
-            HEAD_DIM, True, PARTIAL_TAIL,
-        )  # fmt: skip
-    else:
-        # A stand-in that nothing reads: the two forms of a kernel then share the signatures of its functions.
-        query_tail = query
-    return query, query_tail
+    return _load_parts(query_pointers, rows[:, None], length, HEAD_DIM, MAIN, TAIL, True, 1)
 
 
 @triton.jit
@@ -117,22 +159,8 @@ def load_keys(
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Both parts of a block of keys, transposed; zero from key ``keys_left`` on where that is asked for."""
-    keys = tl.arange(0, BLOCK_KEYS)
-    columns = tl.arange(0, MAIN)
-    PARTIAL: tl.constexpr = WIDTH < MAIN
-    key = load_block(
-        key_pointers + columns[:, None], keys[None, :], keys_left, columns[:, None], WIDTH, MASK_KEYS, PARTIAL
-    )
-    if TAIL > 0:
-        tail_columns = MAIN + tl.arange(0, TAIL)
-        PARTIAL_TAIL: tl.constexpr = WIDTH < MAIN + TAIL
-        key_tail = load_block(
-            key_pointers + tail_columns[:, None], keys[None, :], keys_left, tail_columns[:, None],
-            WIDTH, MASK_KEYS, PARTIAL_TAIL,
-        )  # fmt: skip
-    else:
-        key_tail = key
-    return key, key_tail
+    keys = tl.arange(0, BLOCK_KEYS)[None, :]
+    return _load_parts(key_pointers, keys, keys_left, WIDTH, MAIN, TAIL, MASK_KEYS, 0)
 
 
 @triton.jit
@@ -141,22 +169,8 @@ def load_values(
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Both parts of a block of values; zero from key ``keys_left`` on where that is asked for."""
-    keys = tl.arange(0, BLOCK_KEYS)
-    columns = tl.arange(0, MAIN)
-    PARTIAL: tl.constexpr = WIDTH < MAIN
-    value = load_block(
-        value_pointers + columns[None, :], keys[:, None], keys_left, columns[None, :], WIDTH, MASK_KEYS, PARTIAL
-    )
-    if TAIL > 0:
-        tail_columns = MAIN + tl.arange(0, TAIL)
-        PARTIAL_TAIL: tl.constexpr = WIDTH < MAIN + TAIL
-        value_tail = load_block(
-            value_pointers + tail_columns[None, :], keys[:, None], keys_left, tail_columns[None, :],
-            WIDTH, MASK_KEYS, PARTIAL_TAIL,
-        )  # fmt: skip
-    else:
-        value_tail = value
-    return value, value_tail
+    keys = tl.arange(0, BLOCK_KEYS)[:, None]
+    return _load_parts(value_pointers, keys, keys_left, WIDTH, MAIN, TAIL, MASK_KEYS, 1)
 
 
 @triton.jit
@@ -166,6 +180,14 @@ def score(query, query_tail, key, key_tail, TAIL: tl.constexpr):
         return dot(query, key, dot(query_tail, key_tail))
     else:
         return dot(query, key)
+
+
+@triton.jit
+def in_log2(scores, score_scale):
+    """Scores in units of log 2, which they are already where there is no factor (see :func:`score_factor`)."""
+    if score_scale is not None:
+        scores = scores * score_scale
+    return scores
 
 
 @triton.jit
@@ -181,8 +203,8 @@ def _online_block(
     if MASK_KEYS:
         scores = tl.where(tl.arange(0, BLOCK_KEYS)[None, :] < keys_left, scores, -float("inf"))
 
-    maximum = tl.maximum(row_maximum, tl.max(scores, 1) * score_scale)
-    weights = tl.exp2(scores * score_scale - maximum[:, None])
+    maximum = tl.maximum(row_maximum, in_log2(tl.max(scores, 1), score_scale))
+    weights = tl.exp2(in_log2(scores, score_scale) - maximum[:, None])
     correction = tl.exp2(row_maximum - maximum)
     row_sum = row_sum * correction + tl.sum(weights, 1)
     # No weight exceeds 1 by more than a rounding, so fp16 holds them as safely as bf16.
@@ -264,11 +286,13 @@ class Heads:
     """Columns of a head of queries, keys and values in memory."""
     main: int
     tail: int
+    scaled: bool = False
+    """Whether the queries hold the scale already, so that scores come in units of log 2."""
 
     @classmethod
-    def of(cls, head_dim: int, width: int, dtype: torch.dtype) -> "Heads":
+    def of(cls, head_dim: int, width: int, dtype: torch.dtype, *, scaled: bool = False) -> "Heads":
         """Heads of ``head_dim`` columns, padded to ``width``."""
-        return cls(head_dim, width, *split_head_dim(head_dim, dtype))
+        return cls(head_dim, width, *split_head_dim(head_dim, dtype), scaled)
 
     @property
     def text(self) -> str:
@@ -279,6 +303,17 @@ class Heads:
     def constants(self) -> dict[str, int]:
         """The compile-time arguments that every kernel has."""
         return {"HEAD_DIM": self.head_dim, "WIDTH": self.width, "MAIN": self.main, "TAIL": self.tail}
+
+
+def score_factor(scale: float | None, *, alone: bool = False) -> float | None:
+    """What brings scores to units of log 2, since exp2 is one instruction where exp is several.
+
+    ``scale`` is ``None`` where the queries are scaled: then nothing has to.  ``None`` comes out, for a kernel without the
+    multiplication, where that stands ``alone``; fused with a subtraction it costs nothing, and the factor is 1.
+    """
+    if scale is None:
+        return None if alone else 1.0
+    return scale * math.log2(math.e)
 
 
 def stride_arguments(*tensors: torch.Tensor) -> list[int]:

@@ -16,13 +16,17 @@ that were in doubt are written then.  Weights in fp16 overflow at 2¹⁶, so tha
 
 *Padded heads* (``HEAD_DIM < WIDTH``) have columns to spare, and the first of them, which holds one in every key and value,
 does two more jobs (``SPARE``): the queries carry -m there, so that their product with the keys arrives as s - m; and the
-values' ones make that column of the output the sum of the weights.  The queries themselves stay as they are (scaled
-beforehand they would be rounded once more, which costs a fifth of the accuracy of the whole).  m is rounded to their
-dtype, which is no error, since any m will do, but takes the largest term away from 1: therefore the sum is also checked
-against a lower bound.
+values' ones make that column of the output the sum of the weights.  m is rounded to the queries' dtype, which is no
+error, since any m will do, but takes the largest term away from 1: therefore the sum is also checked against a lower
+bound.
+
+Between the product and the exponential nothing is then left to do but to scale, and that too is saved where the queries
+come scaled from their projection (:mod:`.qkv_projection` does it before its one rounding; here they would be rounded once
+more, which costs a fifth of the accuracy of the whole).
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -30,16 +34,20 @@ from ._triton import tl, triton
 from .attention_blocks import (
     FlashAttentionConfig,
     Heads,
+    in_log2,
     is_sound,
+    key_and_value_pointers,
     load_keys,
     load_queries,
     load_values,
     online_softmax,
     pointer_spec,
     score,
+    score_factor,
     split_head_dim,
     store_rows,
     stride_arguments,
+    tile_of,
 )
 from .configs import CompileSpec
 from .device import dot
@@ -88,22 +96,14 @@ def _redo(
     # everything is worked out afresh: cu_seqlens begins with a zero, which the compiler cannot know, so that it keeps
     # nothing of the first attempt in registers meanwhile.
     program = tl.program_id(0) + tl.load(cu_seqlens_pointer, volatile=True)
-    head = (program // tile_count).to(tl.int64)
-    tile = program % tile_count
-    segment = tl.load(tiles_pointer + 2 * tile)
-    first_row = tl.load(tiles_pointer + 2 * tile + 1) * BLOCK_QUERIES
-    start = tl.load(cu_seqlens_pointer + segment)
-    length = tl.load(cu_seqlens_pointer + segment + 1) - start
-    start = start.to(tl.int64)
+    head, first_row, start, length = tile_of(program, tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_QUERIES)
+    head, start = head.to(tl.int64), start.to(tl.int64)
     query_pointer += tl.multiple_of(head * query_head_stride, ALIGNMENT)
     out_pointer += tl.multiple_of(head * out_head_stride, ALIGNMENT)
-    keys = tl.arange(0, REDO_KEYS).to(tl.int64)
-    key_pointers = key_pointer + tl.multiple_of(head * key_head_stride, ALIGNMENT)
-    key_pointers += start * key_token_stride + keys[None, :] * key_token_stride
-    value_pointers = value_pointer + tl.multiple_of(head * value_head_stride, ALIGNMENT)
-    value_pointers += start * value_token_stride + keys[:, None] * value_token_stride
-    key_step = tl.full([], REDO_KEYS, tl.int64) * key_token_stride
-    value_step = tl.full([], REDO_KEYS, tl.int64) * value_token_stride
+    key_pointers, value_pointers, key_step, value_step = key_and_value_pointers(
+        key_pointer, value_pointer, head, start,
+        key_token_stride, key_head_stride, value_token_stride, value_head_stride, REDO_KEYS, ALIGNMENT,
+    )  # fmt: skip
     rows = first_row + tl.arange(0, BLOCK_QUERIES)
     query_pointers = query_pointer + (start + rows)[:, None] * query_token_stride
     query, query_tail = load_queries(query_pointers, rows, length, HEAD_DIM, MAIN, TAIL)
@@ -126,17 +126,13 @@ def _attention_fixed_kernel(
     LEAST: tl.constexpr, LIMIT: tl.constexpr, GROUPS: tl.constexpr, REDO_KEYS: tl.constexpr,
 ):  # fmt: skip
     # One program owns one tile of query rows (a line of the tile list) of one head, and every key of its segment.
-    program = tl.program_id(0)
-    head = (program // tile_count).to(tl.int64)
-    tile = program % tile_count
-    segment = tl.load(tiles_pointer + 2 * tile)
-    first_row = tl.load(tiles_pointer + 2 * tile + 1) * BLOCK_QUERIES
-    start = tl.load(cu_seqlens_pointer + segment)
-    length = tl.load(cu_seqlens_pointer + segment + 1) - start
+    head, first_row, start, length = tile_of(
+        tl.program_id(0), tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_QUERIES
+    )
     if first_row >= length:
         # A tile that only fills up the list.
         return
-    start = start.to(tl.int64)
+    head, start = head.to(tl.int64), start.to(tl.int64)
 
     rows = first_row + tl.arange(0, BLOCK_QUERIES)
     row_mask = rows < length
@@ -144,13 +140,10 @@ def _attention_fixed_kernel(
     query_pointers = query_pointer + tl.multiple_of(head * query_head_stride, ALIGNMENT)
     query_pointers += (start + rows)[:, None] * query_token_stride
     query, query_tail = load_queries(query_pointers, rows, length, HEAD_DIM, MAIN, TAIL)
-    keys = tl.arange(0, BLOCK_KEYS).to(tl.int64)
-    key_pointers = key_pointer + tl.multiple_of(head * key_head_stride, ALIGNMENT)
-    key_pointers += start * key_token_stride + keys[None, :] * key_token_stride
-    value_pointers = value_pointer + tl.multiple_of(head * value_head_stride, ALIGNMENT)
-    value_pointers += start * value_token_stride + keys[:, None] * value_token_stride
-    key_step = tl.full([], BLOCK_KEYS, tl.int64) * key_token_stride
-    value_step = tl.full([], BLOCK_KEYS, tl.int64) * value_token_stride
+    key_pointers, value_pointers, key_step, value_step = key_and_value_pointers(
+        key_pointer, value_pointer, head, start,
+        key_token_stride, key_head_stride, value_token_stride, value_head_stride, BLOCK_KEYS, ALIGNMENT,
+    )  # fmt: skip
     columns = tl.arange(0, MAIN)
 
     # The last block, of 1 to BLOCK_KEYS keys, fixes the stabiliser.
@@ -162,7 +155,7 @@ def _attention_fixed_kernel(
     scores = tl.where(tl.arange(0, BLOCK_KEYS)[None, :] < keys_left, scores, -float("inf"))
     if SPARE:
         shift = (-tl.max(scores, 1)).to(query.dtype)
-        weights = tl.exp2((scores + shift.to(tl.float32)[:, None]) * score_scale)
+        weights = tl.exp2(in_log2(scores + shift.to(tl.float32)[:, None], score_scale))
         if HEAD_DIM < MAIN:
             query = tl.where(columns[None, :] == HEAD_DIM, shift[:, None], query)
         else:
@@ -185,7 +178,7 @@ def _attention_fixed_kernel(
         value, value_tail = load_values(value_pointers, BLOCK_KEYS, WIDTH, MAIN, TAIL, BLOCK_KEYS, False)
         scores = score(query, query_tail, key, key_tail, TAIL)
         if SPARE:
-            weights = tl.exp2(scores * score_scale)
+            weights = tl.exp2(in_log2(scores, score_scale))
         else:
             weights = tl.exp2(scores * score_scale - stabiliser[:, None])
             sums += _sums(weights, GROUPS)
@@ -236,11 +229,12 @@ def launch(
     out: torch.Tensor,
     segments: Segments,
     *,
-    scale: float,
+    scale: float | None,
     config: FlashAttentionConfig,
 ) -> None:
     """One program for each query tile of each head."""
     heads = Heads.of(out.shape[2], q.shape[2], q.dtype)
+    constants = _constants(heads, q.dtype, config)
     tiles = segments.tiles(config.block_queries, q.device)
     strides = stride_arguments(q, k, v, out)
     _attention_fixed_kernel[(len(tiles) * q.shape[1],)](
@@ -251,10 +245,10 @@ def launch(
         segments.cu_seqlens_on(q.device),
         tiles,
         len(tiles),
-        scale * math.log2(math.e),
+        score_factor(scale, alone=bool(constants["SPARE"])),
         *strides,
         **heads.constants(),
-        **_constants(heads, q.dtype, config),
+        **constants,
         BLOCK_QUERIES=config.block_queries,
         BLOCK_KEYS=config.block_keys,
         ALIGNMENT=math.gcd(16, *strides[1::2]),
@@ -265,6 +259,9 @@ def launch(
 
 def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> CompileSpec:
     """How one launch over the view of a fused projection is compiled."""
-    constants = _constants(heads, dtype, config)
+    constants: dict[str, Any] = _constants(heads, dtype, config)
     label = ", spare column" if constants["SPARE"] else ""
+    if heads.scaled and constants["SPARE"]:
+        label += ", scaled queries"
+        constants["score_scale"] = None
     return pointer_spec(_attention_fixed_kernel, heads, dtype, config, label, **constants)

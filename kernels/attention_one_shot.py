@@ -18,8 +18,10 @@ from .attention_blocks import (
     load_values,
     pointer_spec,
     score,
+    score_factor,
     store_rows,
     stride_arguments,
+    tile_of,
 )
 from .configs import CompileSpec
 from .device import dot
@@ -38,16 +40,13 @@ def _attention_one_shot_kernel(
     BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     # One program owns one segment (a line of the tile list, whose tile is 0) of one head.
-    program = tl.program_id(0)
-    head = (program // tile_count).to(tl.int64)
-    tile = program % tile_count
-    segment = tl.load(tiles_pointer + 2 * tile)
-    start = tl.load(cu_seqlens_pointer + segment)
-    length = tl.load(cu_seqlens_pointer + segment + 1) - start
-    if tl.load(tiles_pointer + 2 * tile + 1) * BLOCK_KEYS >= length:
+    head, first_row, start, length = tile_of(
+        tl.program_id(0), tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_KEYS
+    )
+    if first_row >= length:
         # A tile that only fills up the list.
         return
-    start = start.to(tl.int64)
+    head, start = head.to(tl.int64), start.to(tl.int64)
 
     rows = tl.arange(0, BLOCK_KEYS)
     # Triton sees a stride's divisibility by 16 or nothing; head dim 72 needs to hear of the 8 to load 16 bytes at once.
@@ -82,7 +81,7 @@ def launch(
     out: torch.Tensor,
     segments: Segments,
     *,
-    scale: float,
+    scale: float | None,
     config: FlashAttentionConfig,
 ) -> None:
     """One program for each segment of each head."""
@@ -97,7 +96,7 @@ def launch(
         segments.cu_seqlens_on(q.device),
         tiles,
         len(tiles),
-        scale * math.log2(math.e),
+        score_factor(scale),
         *strides,
         **heads.constants(),
         BLOCK_KEYS=config.block_keys,

@@ -14,11 +14,14 @@ from ._triton import tl, triton
 from .attention_blocks import (
     FlashAttentionConfig,
     Heads,
+    key_and_value_pointers,
     load_queries,
     online_softmax,
     pointer_spec,
+    score_factor,
     store_rows,
     stride_arguments,
+    tile_of,
 )
 from .configs import CompileSpec
 from .segments import Segments
@@ -36,13 +39,11 @@ def _attention_online_kernel(
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
     # One program owns one tile of query rows (a line of the tile list) of one head, and every key of its segment.
-    program = tl.program_id(0)
-    head = (program // tile_count).to(tl.int64)
-    tile = program % tile_count
-    segment = tl.load(tiles_pointer + 2 * tile)
-    first_row = tl.load(tiles_pointer + 2 * tile + 1) * BLOCK_QUERIES
-    start = tl.load(cu_seqlens_pointer + segment)
-    length = tl.load(cu_seqlens_pointer + segment + 1) - start
+    head, first_row, start, length = tile_of(
+        tl.program_id(0), tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_QUERIES
+    )
+    # Before the branch: behind it, the compiler makes a longer loop for sm_100.
+    head = head.to(tl.int64)
     if first_row >= length:
         # A tile that only fills up the list.
         return
@@ -60,13 +61,10 @@ def _attention_online_kernel(
     query_pointers = query_pointer + tl.multiple_of(head * query_head_stride, ALIGNMENT)
     query_pointers += (start + rows)[:, None] * query_token_stride
     query, query_tail = load_queries(query_pointers, rows, length, HEAD_DIM, MAIN, TAIL)
-    keys = tl.arange(0, BLOCK_KEYS).to(tl.int64)
-    key_pointers = key_pointer + tl.multiple_of(head * key_head_stride, ALIGNMENT)
-    key_pointers += start * key_token_stride + keys[None, :] * key_token_stride
-    value_pointers = value_pointer + tl.multiple_of(head * value_head_stride, ALIGNMENT)
-    value_pointers += start * value_token_stride + keys[:, None] * value_token_stride
-    key_step = tl.full([], BLOCK_KEYS, tl.int64) * key_token_stride
-    value_step = tl.full([], BLOCK_KEYS, tl.int64) * value_token_stride
+    key_pointers, value_pointers, key_step, value_step = key_and_value_pointers(
+        key_pointer, value_pointer, head, start,
+        key_token_stride, key_head_stride, value_token_stride, value_head_stride, BLOCK_KEYS, ALIGNMENT,
+    )  # fmt: skip
     accumulator, accumulator_tail, row_sum = online_softmax(
         query, query_tail, key_pointers, value_pointers, key_step, value_step, length, score_scale,
         WIDTH, MAIN, TAIL, BLOCK_QUERIES, BLOCK_KEYS,
@@ -84,7 +82,7 @@ def launch(
     out: torch.Tensor,
     segments: Segments,
     *,
-    scale: float,
+    scale: float | None,
     config: FlashAttentionConfig,
     faults: torch.Tensor | None = None,
 ) -> None:
@@ -102,8 +100,7 @@ def launch(
         tiles,
         len(tiles),
         q.shape[0],
-        # exp2 is one instruction where exp is several: the scores are in units of log 2 from the start.
-        scale * math.log2(math.e),
+        score_factor(scale),
         *strides,
         **heads.constants(),
         BLOCK_QUERIES=config.block_queries,

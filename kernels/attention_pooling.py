@@ -59,7 +59,7 @@ def attention_pooling_reference(
             some = slice(first, first + step)
             # Copied, so that neither strides nor place decide how torch multiplies.
             fused = rows[:, :, some].permute(1, 2, 0, 3)
-            keys, values = torch.empty(fused.shape, dtype=torch.float32).copy_(fused)
+            keys, values = torch.empty(fused.shape, dtype=torch.float32, device="cpu").copy_(fused)
             weights = torch.softmax(torch.bmm(keys, asked[some]), dim=1)
             out[segment, some] = torch.bmm(weights.transpose(1, 2), values).squeeze(1)
     return out

@@ -89,8 +89,8 @@ def _attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s
     # A multiple of 16 columns, the last of which add up the weights, each of its own share of the keys: rounded each by
     # itself, the shares together are closer to the sum than one column that holds it.
     shares = 16 - width % 16
-    key_share = torch.arange(length) * shares // length
-    sampled = torch.arange(min(length, _SAMPLED_KEYS)) * length // min(length, _SAMPLED_KEYS)
+    key_share = torch.arange(length, device="cpu") * shares // length
+    sampled = torch.arange(min(length, _SAMPLED_KEYS), device="cpu") * length // min(length, _SAMPLED_KEYS)
     step = max(64, _WEIGHTS_BYTES // (v.element_size() * length) // 32 * 32)
     # Functions of the shape alone, all of them, for the sake of the bits.
     group = max(1, _HEADS_BYTES // (v.element_size() * length * (3 * width + shares + 4)))
@@ -102,7 +102,7 @@ def _attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s
         torch.mul(q[:, part].transpose(0, 1), scale, out=queries[..., :width])
         keys[..., :width] = k[:, part].transpose(0, 1)
         values[..., :width] = v[:, part].transpose(0, 1)
-        values[:, torch.arange(length), width + key_share] = 1
+        values[:, torch.arange(length, device="cpu"), width + key_share] = 1
         largest = torch.bmm(queries, keys[:, sampled].transpose(1, 2)).amax(2)
         queries[..., width] = -(largest + _SHIFT)
         mixed = torch.empty_like(values)

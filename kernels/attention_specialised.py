@@ -28,7 +28,16 @@ import torch
 
 from . import attention_online, configs
 from ._triton import tl, triton
-from .attention_blocks import FlashAttentionConfig, Heads, is_sound, store_rows, stride_arguments
+from .attention_blocks import (
+    FlashAttentionConfig,
+    Heads,
+    in_log2,
+    is_sound,
+    score_factor,
+    store_rows,
+    stride_arguments,
+    tile_of,
+)
 from .attention_fixed import LEAST_SUM, spare_column, sum_limit
 from .configs import CompileSpec
 from .device import dot
@@ -62,13 +71,9 @@ def _attention_specialised_kernel(
     LEAST: tl.constexpr, LIMIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     # One program owns one tile of query rows (a line of the tile list) of one head, and every key of its segment.
-    program = tl.program_id(0)
-    head = program // tile_count
-    tile = program % tile_count
-    segment = tl.load(tiles_pointer + 2 * tile)
-    first_row = tl.load(tiles_pointer + 2 * tile + 1) * BLOCK_QUERIES
-    start = tl.load(cu_seqlens_pointer + segment)
-    length = tl.load(cu_seqlens_pointer + segment + 1) - start
+    head, first_row, start, length = tile_of(
+        tl.program_id(0), tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_QUERIES
+    )
     # A tile that only fills up the list has nothing to do; a return would be more than the compiler can specialise.
     if first_row < length:
         key_column = head * key_head_stride
@@ -110,7 +115,7 @@ def _attention_specialised_kernel(
         for key in tl.range(0, whole, BLOCK_KEYS, warp_specialize=True, num_stages=STAGES):
             scores = _scores(query, query_tail, KEYS, KEYS_TAIL, start + key, key_column, TAIL, MAIN)
             if SPARE:
-                weights = tl.exp2(scores * score_scale)
+                weights = tl.exp2(in_log2(scores, score_scale))
             elif ONLINE:
                 maximum = tl.maximum(stabiliser, tl.max(scores, 1) * score_scale)
                 weights = tl.exp2(scores * score_scale - maximum[:, None])
@@ -131,7 +136,7 @@ def _attention_specialised_kernel(
         scores = _scores(query, query_tail, KEYS, KEYS_TAIL, start + whole, key_column, TAIL, MAIN)
         scores = tl.where(inside, scores, -float("inf"))
         if SPARE:
-            weights = tl.exp2(scores * score_scale)
+            weights = tl.exp2(in_log2(scores, score_scale))
         else:
             weights = tl.exp2(scores * score_scale - stabiliser[:, None])
             row_sum += tl.sum(weights, 1)
@@ -212,7 +217,7 @@ def launch(
     out: torch.Tensor,
     segments: Segments,
     *,
-    scale: float,
+    scale: float | None,
     config: FlashAttentionConfig,
 ) -> None:
     """One program for each query tile of each head, and in bf16 a second launch for rows that left the safe range."""
@@ -227,7 +232,7 @@ def _launch(
     v: torch.Tensor,
     out: torch.Tensor,
     segments: Segments,
-    scale: float,
+    scale: float | None,
     config: FlashAttentionConfig,
 ) -> None:
     triton.set_allocator(_scratch)
@@ -236,6 +241,7 @@ def _launch(
     tokens, count, _ = q.shape
     faults = None if q.dtype == torch.float16 else torch.empty(count, tokens, dtype=torch.int8, device=q.device)
     strides = stride_arguments(q, k, v, out)
+    constants = _constants(heads, q.dtype, config, math.gcd(16, *strides[1::2]))
     parts = [
         _descriptor(tensor, config.block_keys, part) if part else None
         for tensor in (k, v)
@@ -251,14 +257,14 @@ def _launch(
         len(tiles),
         tokens,
         (count - 1) * q.stride(1) + q.shape[2],
-        scale * math.log2(math.e),
+        score_factor(scale, alone=bool(constants["SPARE"])),
         q.stride(0),
         q.stride(1),
         k.stride(1),
         v.stride(1),
         out.stride(0),
         out.stride(1),
-        **_constants(heads, q.dtype, config, math.gcd(16, *strides[1::2])),
+        **constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -309,8 +315,11 @@ def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig)
     }
     absent: tuple[str, ...] = () if heads.tail else ("KEYS_TAIL", "VALUES_TAIL")
     absent += ("faults_pointer",) if constants["ONLINE"] else ()
-    constants |= dict.fromkeys(absent)
     softmax = "online" if constants["ONLINE"] else "spare column" if constants["SPARE"] else "fixed"
+    if heads.scaled and constants["SPARE"]:
+        absent += ("score_scale",)
+        softmax += ", scaled queries"
+    constants |= dict.fromkeys(absent)
     return CompileSpec(
         name=f"{name} {heads.text}, {config.block_queries}x{config.block_keys} warps {config.num_warps} "
         f"stages {config.num_stages}, {softmax}",

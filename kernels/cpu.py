@@ -45,7 +45,7 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     Right is also that a row has the bits it would have with other rows around it: in torch 2.11 an fp32 row does not.
     """
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randint(-4, 5, (16, 16), generator=generator).to(dtype) for _ in range(2))
+    x, weight = (torch.randint(-4, 5, (16, 16), generator=generator, device="cpu").to(dtype) for _ in range(2))
     expected = x.float() @ weight.float().T
     try:
         plain = torch.ops.mkldnn._linear_pointwise(x, weight, x[0], "none", [], "")
@@ -59,9 +59,14 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
         added.float(), (expected + weight.float()).to(dtype).float()
     )
     # Long sums of anything tell in which order they were taken.
-    x, weight = (torch.randn(rows, 1280, generator=generator).to(dtype) for rows in (64, 16))
+    x, weight = (_noise(rows, 1280, generator).to(dtype) for rows in (64, 16))
     several, few = (torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "") for rows in (x, x[:2]))
     return exact and torch.equal(several[:2], few)
+
+
+def _noise(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Normally distributed fp32 on the CPU, whatever torch's default dtype and device are."""
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class PackedWeight(torch.Tensor):
@@ -105,7 +110,7 @@ def onednn_packs(dtype: torch.dtype) -> bool:
     if not onednn_multiplies(dtype):
         return False
     generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 96, generator=generator).to(dtype) for rows in (48, 80))
+    x, weight = (_noise(rows, 96, generator).to(dtype) for rows in (48, 80))
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         products = [torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "") for w in (weight, packed)]
@@ -183,10 +188,10 @@ def onednn_exponentiates(dtype: torch.dtype) -> bool:
     """
     if dtype != torch.bfloat16 or not onednn_multiplies(dtype):
         return False
-    exponents = -torch.arange(10, 84, 0.5)
+    exponents = -torch.arange(10, 84, 0.5, dtype=torch.float32, device="cpu")
     # 16 bits of an exponent: a multiple of a half and a small rest, whose sum bf16 could not hold.
     x = torch.stack([exponents, torch.full_like(exponents, -0.0078125)], dim=1).to(dtype)
-    weight = torch.ones(32, 2, dtype=dtype)
+    weight = torch.ones(32, 2, dtype=dtype, device="cpu")
     expected = torch.exp(x.double().sum(1, keepdim=True)).to(dtype).expand(-1, 32)
     try:
         weights = product(x, weight, None, "sigmoid")

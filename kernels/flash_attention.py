@@ -188,12 +188,12 @@ def launch_flash_attention(
     out: torch.Tensor,
     segments: Segments,
     *,
-    scale: float,
+    scale: float | None,
     config: FlashAttentionConfig,
 ) -> None:
     """Launches the configured variant; the arguments are valid, at least one row exists, and the variant fits them.
 
-    One launch; a second one, which repairs, for ``"specialised"`` in bf16.
+    ``scale`` is ``None`` where the queries are scaled.  One launch; a second one, which repairs, for ``"specialised"`` in bf16.
     """
     _MODULES[config.variant].launch(q, k, v, out, segments, scale=scale, config=config)
 
@@ -209,6 +209,7 @@ def flash_attention_varlen(
     config: FlashAttentionConfig | None = None,
     length_bound: int | None = None,
     columns: int | None = None,
+    queries_scaled: bool = False,
 ) -> torch.Tensor:
     """Softmax attention of every row to the rows of its own segment, head by head.
 
@@ -229,6 +230,9 @@ def flash_attention_varlen(
             and not of this pack; it may decide which kernel runs.
         columns: columns of a head that count, where heads are padded (72 of 80).  Column ``columns`` of every key and
             value must hold one and the columns after it zero; what the queries hold there does not matter.
+        queries_scaled: the queries come multiplied by ``scale · log2 e`` (``query_scale`` of
+            :func:`.qkv_projection.qkv_projection`), which saves the loop over padded heads a multiplication for every
+            score; ``scale`` is then left out.
 
     Returns:
         ``[T, H, head_dim]`` (``[T, H, columns]``) in the dtype of ``q``: ``out``, or a new contiguous tensor.  A segment's
@@ -242,8 +246,10 @@ def flash_attention_varlen(
     _check(q, k, v, segments, out, columns)
     _check_bound(segments, length_bound, config)
     head_dim = q.shape[-1] if columns is None else columns
+    if queries_scaled and scale is not None:
+        raise ValueError(f"scale is {scale}, but queries_scaled says that the queries hold it already; leave one out")
     if scale is None:
-        scale = head_dim**-0.5
+        scale = math.log(2) if queries_scaled else head_dim**-0.5
     # The running maximum is taken before the scaling, and -inf marks what lies outside: neither sign nor zero may change.
     if not torch.finfo(torch.float32).tiny <= scale < math.inf:
         raise ValueError(f"scale must be a positive, finite fp32 number, got {scale}")
@@ -269,7 +275,7 @@ def flash_attention_varlen(
         and attention_specialised.obstacle(q, k, v, head_dim, config, architecture) is not None
     ):
         config = default_config(head_dim, q.dtype, architecture, longest=segments.longest, length_bound=length_bound)
-    launch_flash_attention(q, k, v, out, segments, scale=scale, config=config)
+    launch_flash_attention(q, k, v, out, segments, scale=None if queries_scaled else scale, config=config)
     return out
 
 
@@ -331,10 +337,13 @@ def _check_bound(segments: Segments, length_bound: int | None, config: FlashAtte
 
 
 def compile_spec(
-    head_dim: int, dtype: torch.dtype, config: FlashAttentionConfig, *, width: int | None = None
+    head_dim: int, dtype: torch.dtype, config: FlashAttentionConfig, *, width: int | None = None, scaled: bool = False
 ) -> CompileSpec:
-    """How one launch over the view of a fused projection is compiled, for heads of ``head_dim`` padded to ``width``."""
-    heads = Heads.of(head_dim, width or head_dim, dtype)
+    """How one launch over the view of a fused projection is compiled, for heads of ``head_dim`` padded to ``width``.
+
+    ``scaled``: the queries are.
+    """
+    heads = Heads.of(head_dim, width or head_dim, dtype, scaled=scaled)
     spec: CompileSpec = _MODULES[config.variant].compile_spec(heads, dtype, config)
     return spec
 
@@ -354,7 +363,8 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
         width: int | None = None,
     ) -> CompileSpec:
         config = default_config(head_dim, dtype, architecture, longest=longest, length_bound=length_bound)
-        return compile_spec(head_dim, dtype, config, width=width)
+        # The projection that pads heads scales their queries.
+        return compile_spec(head_dim, dtype, config, width=width, scaled=width is not None)
 
     specs = [of(head_dim) for head_dim in (64, 72, 80, 88, 96, 104, 128)]
     specs += [of(72, width=80), of(72, torch.float16, width=80), of(80, longest=64), of(64, longest=64)]

@@ -94,7 +94,7 @@ def _weighted_sum(
     """
     shape = (len(index), source.shape[1])
     taken = source.new_empty(shape)
-    total = torch.empty(shape, dtype=torch.float32)
+    total = source.new_empty(shape, dtype=torch.float32)
     product = torch.empty_like(total)
     for tap in range(index.shape[1]):
         term = product if tap else total

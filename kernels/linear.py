@@ -32,7 +32,17 @@ from .configs import TRITON_TYPES, CompileSpec
 from .device import activate
 from .dispatch import on_device_of_first, runs_kernel
 from .extent import Extent, live_rows, planned_rows
-from .linear_config import EPILOGUES, GATED, LinearConfig, Operands, default_config, descriptor_tiles, epilogue_passes
+from .linear_config import (
+    EPILOGUES,
+    GATED,
+    LinearConfig,
+    Operands,
+    default_config,
+    descriptor_tiles,
+    epilogue_passes,
+    part_length,
+    parts_of,
+)
 from .linear_reference import linear_reference
 from .tables import configuration, tuned
 from .tiles import accumulate, column_parts, descriptors_fit, first_row_and_column, store_zeros
@@ -250,12 +260,6 @@ def operands(x: torch.Tensor, weight: torch.Tensor, config: LinearConfig, paired
     return block(x, config.block_rows), block(weight, paired * config.block_columns), True
 
 
-def _parts(inner: int, config: LinearConfig) -> tuple[int, int]:
-    """``(elements of K in a part, whole blocks; number of parts)``."""
-    per_part = triton.cdiv(triton.cdiv(inner, config.block_inner), config.split) * config.block_inner
-    return per_part, triton.cdiv(inner, per_part)
-
-
 def walk(config: LinearConfig, *, even: bool) -> dict[str, Any]:
     """The constants of a tile's walk along K, which is ``even`` if K is a multiple of ``block_inner``."""
     return {
@@ -275,14 +279,14 @@ def partial_sums(
     Tiles of rows at or beyond ``live`` are not written.
     """
     (rows, inner), columns = x.shape, weight.shape[0]
-    per_part, parts = _parts(inner, config)
+    parts = parts_of(inner, config)
     if parts == 1:
         return None
     partial = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
     left, right, described = operands(x, weight, config)
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns)
     _partial_kernel[(tiles, parts)](
-        left, right, partial, live, rows, columns, inner, per_part, x.stride(0), weight.stride(0),
+        left, right, partial, live, rows, columns, inner, part_length(inner, config), x.stride(0), weight.stride(0),
         DESCRIPTORS=described, **walk(config, even=inner % config.block_inner == 0),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -15,6 +15,8 @@ __all__ = [
     "default_config",
     "descriptor_tiles",
     "epilogue_passes",
+    "part_length",
+    "parts_of",
 ]
 
 GATED = ("silu_gated", "silu_gated_interleaved")
@@ -86,6 +88,17 @@ def epilogue_passes(
     if rotation:
         return max(1, min(4, config.block_columns // 32))
     return 2 if (residual or activation == "gelu") and config.block_columns >= 128 else 1
+
+
+def part_length(inner: int, config: LinearConfig) -> int:
+    """Elements of K, whole blocks but for the last part's, in each part into which a split K is cut."""
+    blocks = -(-inner // config.block_inner)
+    return -(-blocks // config.split) * config.block_inner
+
+
+def parts_of(inner: int, config: LinearConfig) -> int:
+    """Into how many parts a K of ``inner`` is cut: as many as asked for, or fewer where it is short."""
+    return -(-inner // part_length(inner, config))
 
 
 def descriptor_tiles(activation: str | None) -> list[LinearConfig]:

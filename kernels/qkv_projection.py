@@ -11,8 +11,11 @@ of a head, q and k have the same order of columns, and v keeps its own.
 Heads may be wider than they count (``padded_head_dim``: 80 for 72), so that attention finds whole blocks.  The padding's
 weight rows are zeros and it is not rotated; what it holds is what the bias says.
 
-Sums, bias and rotation are fp32; there is one rounding, at the store.  (The CPU reference rounds the product as well, as
-transformers does.)
+q may be scaled on the way (``query_scale``).  What attention would multiply every score by, it multiplies q by, once, and
+before q is rounded, so that it costs no accuracy; :mod:`.attention_fixed` saves a fifth of its loop by it.
+
+Sums, bias, rotation and scaling are fp32; there is one rounding, at the store.  (The CPU reference rounds the product as
+well, as transformers does.)
 
 One program owns one ``block_rows × block_columns`` tile of y, as in :mod:`.linear`, and reads the angles' cosines and
 sines of its rows.  2·M·N·K FLOPs with N = 3·H·hd, and 3 for each value of q and k; moves x, W and y once, and the tables
@@ -121,59 +124,69 @@ def qkv_projection_reference(
     heads: int,
     head_dim: int,
     padded_head_dim: int | None = None,
+    query_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``R(x Wᵀ + b)``, rounded before the rotation and after it; on the CPU a row's bits do not depend on the others."""
     padded = head_dim if padded_head_dim is None else padded_head_dim
     out = linear_reference(x, weight, bias, None, None, out)
     if cosines is None or sines is None:
+        if query_scale != 1:
+            out[:, : heads * padded] *= query_scale
         return out
     turned = out[:, : 2 * heads * padded].unflatten(1, (2 * heads, padded))[..., :head_dim].unflatten(-1, (-1, 2))
     # Products and sums are separate, each exactly rounded: a fused one would depend on where the row stands.
     first, second = turned.to(torch.float32, copy=True).unbind(-1)
     cosine, sine = cosines.unsqueeze(1), sines.unsqueeze(1)
-    turned[..., 0] = first * cosine - second * sine
-    turned[..., 1] = second * cosine + first * sine
+    results = (first * cosine - second * sine, second * cosine + first * sine)
+    for place, result in enumerate(results):
+        if query_scale != 1:
+            result[:, :heads] *= query_scale
+        turned[..., place] = result
     return out
 
 
 @triton.jit
 def _finish(
-    total, BIAS, COSINES, SINES, OUT, first_row, first_column, rows, columns, pairs, cosines_stride, sines_stride,
-    out_stride,
+    total, BIAS, COSINES, SINES, OUT, first_row, first_column, rows, columns, pairs, query_scale,
+    cosines_stride, sines_stride, out_stride,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Bias, rotation and the one rounding, for a tile of fp32 sums.
+    # Bias, rotation, scaling and the one rounding, for a tile of fp32 sums.  The first `pairs` pairs of columns are q's and
+    # k's, so the first `pairs` columns are q's.
     row = first_row + tl.arange(0, BLOCK_ROWS)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     row_offset = row.to(tl.int64)[:, None]
     if BIAS is not None:
         total += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    # Tiles begin at even columns, so a pair never lies across two of them, nor do UNIT neighbours lie across two heads.
-    pair = first_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
-    place = tl.max_contiguous(tl.multiple_of(pair % (PADDED // 2), UNIT), UNIT)
-    turns = (pair < pairs) & (place < HEAD_DIM // 2)
-    inside = (row < rows)[:, None] & turns[None, :]
-    cosine = tl.load(COSINES + row_offset * (cosines_stride * UNIT) + place[None, :], mask=inside, other=1.0)
-    sine = tl.load(SINES + row_offset * (sines_stride * UNIT) + place[None, :], mask=inside, other=0.0)
-    first, second = tl.split(tl.reshape(total, [BLOCK_ROWS, BLOCK_COLUMNS // 2, 2]))
-    turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
-    y = tl.reshape(turned, [BLOCK_ROWS, BLOCK_COLUMNS])
+    if COSINES is not None:
+        # Tiles begin at even columns, so a pair never lies across two of them, nor do UNIT neighbours lie across two heads.
+        pair = first_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
+        place = tl.max_contiguous(tl.multiple_of(pair % (PADDED // 2), UNIT), UNIT)
+        turns = (pair < pairs) & (place < HEAD_DIM // 2)
+        inside = (row < rows)[:, None] & turns[None, :]
+        cosine = tl.load(COSINES + row_offset * (cosines_stride * UNIT) + place[None, :], mask=inside, other=1.0)
+        sine = tl.load(SINES + row_offset * (sines_stride * UNIT) + place[None, :], mask=inside, other=0.0)
+        first, second = tl.split(tl.reshape(total, [BLOCK_ROWS, BLOCK_COLUMNS // 2, 2]))
+        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
+        total = tl.reshape(turned, [BLOCK_ROWS, BLOCK_COLUMNS])
+    if query_scale is not None:
+        total *= tl.where(column < pairs, query_scale, 1.0)[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(OUT + row_offset * out_stride + column[None, :], y.to(OUT.dtype.element_ty), mask=mask)
+    tl.store(OUT + row_offset * out_stride + column[None, :], total.to(OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _qkv_projection_kernel(
-    X, WEIGHT, BIAS, COSINES, SINES, OUT, LIVE, rows, columns, pairs, inner,
+    X, WEIGHT, BIAS, COSINES, SINES, OUT, LIVE, rows, columns, pairs, inner, query_scale,
     x_stride, weight_stride, cosines_stride, sines_stride, out_stride,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
     DESCRIPTORS: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT.  The first `pairs` pairs of columns are q's and k's.  Strides of the
-    # tables come in units of UNIT elements: what the compiler can so prove about addresses is how wide its loads get.
+    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT.  Strides of the tables come in units of UNIT elements: what the
+    # compiler can so prove about addresses is how wide its loads get.
     first_row, first_column = first_row_and_column(
         tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS
     )
@@ -188,14 +201,15 @@ def _qkv_projection_kernel(
     for index in tl.static_range(PASSES):
         _finish(
             totals[index], BIAS, COSINES, SINES, OUT, first_row, first_column + index * (BLOCK_COLUMNS // PASSES),
-            rows, columns, pairs, cosines_stride, sines_stride, out_stride, HEAD_DIM, PADDED, UNIT,
+            rows, columns, pairs, query_scale, cosines_stride, sines_stride, out_stride, HEAD_DIM, PADDED, UNIT,
             BLOCK_ROWS, BLOCK_COLUMNS // PASSES,
         )  # fmt: skip
 
 
 @triton.jit
 def _qkv_reduce_kernel(
-    PARTIAL, BIAS, COSINES, SINES, OUT, LIVE, rows, columns, pairs, parts, cosines_stride, sines_stride, out_stride,
+    PARTIAL, BIAS, COSINES, SINES, OUT, LIVE, rows, columns, pairs, parts, query_scale,
+    cosines_stride, sines_stride, out_stride,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +221,7 @@ def _qkv_reduce_kernel(
         return
     total = add_parts(PARTIAL, first_row, first_column, rows, columns, columns, parts, BLOCK_ROWS, BLOCK_COLUMNS)
     _finish(
-        total, BIAS, COSINES, SINES, OUT, first_row, first_column, rows, columns, pairs,
+        total, BIAS, COSINES, SINES, OUT, first_row, first_column, rows, columns, pairs, query_scale,
         cosines_stride, sines_stride, out_stride, HEAD_DIM, PADDED, UNIT, BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
 
@@ -242,33 +256,36 @@ def launch_qkv_projection(
     *,
     head_dim: int,
     padded_head_dim: int,
+    query_scale: float = 1.0,
     live: torch.Tensor | None = None,
 ) -> None:
     """``out = R(x Wᵀ + b)`` for validated, non-empty tensors; zeros in tiles of rows at or beyond ``live``.
 
-    ``config.vendor`` counts only where nothing is rotated.
+    ``config.vendor`` counts only where nothing is rotated or scaled.
     """
-    if cosines is None or sines is None:
+    rotated = cosines is not None and sines is not None
+    if not rotated and query_scale == 1:
         launch_linear(x, weight, bias, None, out, None, config, live)
         return
     (rows, inner), columns = x.shape, out.shape[1]
     pairs = columns // 3
-    heads = _heads(head_dim, padded_head_dim, cosines.stride(0), sines.stride(0))
-    unit = heads["UNIT"]
-    strides = (cosines.stride(0) // unit, sines.stride(0) // unit, out.stride(0))
+    apart = [0 if table is None else table.stride(0) for table in (cosines, sines)]
+    heads = _heads(head_dim, padded_head_dim, *apart)
+    strides = (*(stride // heads["UNIT"] for stride in apart), out.stride(0))
+    scale = None if query_scale == 1 else query_scale
     partial = partial_sums(x, weight, config, live)
     if partial is None:
         left, right, described = operands(x, weight, config)
-        passes = epilogue_passes(config, None, configs.architecture(x.device), rotation=True)
+        passes = epilogue_passes(config, None, configs.architecture(x.device), rotation=rotated)
         _qkv_projection_kernel[(triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)](
-            left, right, bias, cosines, sines, out, live, rows, columns, pairs, inner,
+            left, right, bias, cosines, sines, out, live, rows, columns, pairs, inner, scale,
             x.stride(0), weight.stride(0), *strides,
             DESCRIPTORS=described, PASSES=passes, **heads, **walk(config, even=inner % config.block_inner == 0),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return
     _qkv_reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS))](
-        partial, bias, cosines, sines, out, live, rows, columns, pairs, partial.shape[0], *strides,
+        partial, bias, cosines, sines, out, live, rows, columns, pairs, partial.shape[0], scale, *strides,
         **heads, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLUMNS=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip
 
@@ -279,7 +296,8 @@ def _heads(head_dim: int, padded: int, *strides: int) -> dict[str, int]:
 
 
 def compile_specs(architecture: str) -> list[CompileSpec]:
-    """The shipped configurations: heads of 64, 72 as 80, and 80 in bf16; fp16 and fp32; the sum of a split K.
+    """The shipped configurations: heads of 64, 72 as 80 (q scaled, with and without rotation), and 80 in bf16; fp16 and fp32;
+    the sum of a split K.
 
     (The partial sums of a split K are :mod:`.linear`'s.)
     """
@@ -290,7 +308,8 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
 
     return [
         _compile_spec(bf16, 64, 64, config(bf16), architecture),
-        _compile_spec(bf16, 72, 80, config(bf16), architecture),
+        _compile_spec(bf16, 72, 80, config(bf16), architecture, scaled=True),
+        _compile_spec(bf16, 72, 80, config(bf16), architecture, scaled=True, rotated=False),
         _compile_spec(bf16, 80, 80, config(bf16), architecture),
         _compile_spec(bf16, 80, 80, config(bf16), architecture, live=True),
         _compile_spec(fp16, 80, 80, config(fp16), architecture),
@@ -304,22 +323,33 @@ def _head(element: str, head_dim: int, padded: int) -> str:
 
 
 def _compile_spec(
-    dtype: torch.dtype, head_dim: int, padded: int, config: LinearConfig, architecture: str, *, live: bool = False
+    dtype: torch.dtype,
+    head_dim: int,
+    padded: int,
+    config: LinearConfig,
+    architecture: str,
+    *,
+    live: bool = False,
+    scaled: bool = False,
+    rotated: bool = True,
 ) -> CompileSpec:
     element = TRITON_TYPES[dtype]
     types, described = operand_types(element, element, config)
-    pointers = types | dict.fromkeys(("BIAS", "OUT"), f"*{element}") | dict.fromkeys(("COSINES", "SINES"), "*fp32")
-    pointers |= {"LIVE": "*i32"} if live else {}
+    arguments = types | dict.fromkeys(("BIAS", "OUT"), f"*{element}") | dict.fromkeys(("COSINES", "SINES"), "*fp32")
+    arguments |= {"LIVE": "*i32", "query_scale": "fp32"}
+    optional = {"LIVE": live, "query_scale": scaled, "COSINES": rotated, "SINES": rotated}
+    absent = [name for name, present in optional.items() if not present]
     strides = ("x_stride", "weight_stride", "out_stride")
+    said = [word for word, so in (("scaled", scaled), ("not rotated", not rotated), ("live", live)) if so]
     return CompileSpec(
-        name=f"qkv_projection {_head(element, head_dim, padded)}{' live' if live else ''} {describe(config)}",
+        name=" ".join(["qkv_projection", _head(element, head_dim, padded), *said, describe(config)]),
         kernel=_qkv_projection_kernel,
-        signature=pointers
+        signature={name: kind for name, kind in arguments.items() if name not in absent}
         | dict.fromkeys(("rows", "columns", "pairs", "inner", "cosines_stride", "sines_stride", *strides), "i32"),
         constants={
-            **({} if live else {"LIVE": None}),
+            **dict.fromkeys(absent),
             **_heads(head_dim, padded),
-            "PASSES": epilogue_passes(config, None, architecture, rotation=True),
+            "PASSES": epilogue_passes(config, None, architecture, rotation=rotated),
             **described,
             **walk(config, even=True),
         },
@@ -337,9 +367,9 @@ def _reduce_spec(dtype: torch.dtype, head_dim: int, padded: int) -> CompileSpec:
     pointers = dict.fromkeys(("BIAS", "OUT"), f"*{element}") | dict.fromkeys(("PARTIAL", "COSINES", "SINES"), "*fp32")
     sizes = ("rows", "columns", "pairs", "parts", "cosines_stride", "sines_stride", "out_stride")
     return CompileSpec(
-        name=f"qkv_projection reduce {_head(element, head_dim, padded)} live {REDUCE_ROWS}x{REDUCE_COLUMNS}",
+        name=f"qkv_projection reduce {_head(element, head_dim, padded)} scaled live {REDUCE_ROWS}x{REDUCE_COLUMNS}",
         kernel=_qkv_reduce_kernel,
-        signature=pointers | {"LIVE": "*i32"} | dict.fromkeys(sizes, "i32"),
+        signature=pointers | {"LIVE": "*i32", "query_scale": "fp32"} | dict.fromkeys(sizes, "i32"),
         constants={
             **_heads(head_dim, padded),
             "BLOCK_ROWS": REDUCE_ROWS,
@@ -353,7 +383,7 @@ def _reduce_spec(dtype: torch.dtype, head_dim: int, padded: int) -> CompileSpec:
     )
 
 
-def _validate_heads(heads: int, head_dim: int, padded: int, tables: bool) -> None:
+def _validate_heads(heads: int, head_dim: int, padded: int, tables: bool, query_scale: float) -> None:
     if heads < 1 or head_dim < 1 or padded < head_dim:
         raise ValueError(
             f"heads is {heads}, head_dim {head_dim} and padded_head_dim {padded}; there has to be a head, with at least "
@@ -361,6 +391,8 @@ def _validate_heads(heads: int, head_dim: int, padded: int, tables: bool) -> Non
         )
     if tables and (head_dim % 2 or padded % 2):
         raise ValueError(f"head_dim is {head_dim} and padded_head_dim {padded}; to be rotated they have to be even")
+    if not torch.finfo(torch.float32).tiny <= query_scale < math.inf:
+        raise ValueError(f"query_scale must be a positive, finite fp32 number, got {query_scale}")
 
 
 def _validate_table(name: str, table: torch.Tensor, x: torch.Tensor, head_dim: int) -> None:
@@ -384,6 +416,7 @@ def qkv_projection(
     heads: int,
     head_dim: int,
     padded_head_dim: int | None = None,
+    query_scale: float = 1.0,
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
     extent: Extent | None = None,
@@ -400,6 +433,8 @@ def qkv_projection(
         heads: H, of each of q, k and v.
         head_dim: columns of a head that count.
         padded_head_dim: columns that a head has; ``None``: as many as count.
+        query_scale: what q is multiplied by, after the rotation; ``scale · log2 e`` for an attention that is told of it
+            (``queries_scaled``).
         out: where to write, ``[M, 3·H·hd]``; rows any distance apart; must not overlap ``x``.
         config: how to launch the kernel; by default the tuned or a safe one for the shape and the device.
         extent: for how many rows the configuration is chosen, and how many count: kernels write zeros (the CPU
@@ -409,8 +444,8 @@ def qkv_projection(
         ``out``, or a new contiguous tensor.
 
     Raises:
-        ValueError: shapes that do not fit, one table without the other, odd heads to be rotated, elements of a row that
-            are not adjacent.
+        ValueError: shapes that do not fit, one table without the other, odd heads to be rotated, a scale that is not a
+            positive number, elements of a row that are not adjacent.
         TypeError: dtypes or devices that do not fit.
     """
     padded = head_dim if padded_head_dim is None else padded_head_dim
@@ -422,7 +457,7 @@ def qkv_projection(
         raise ValueError(f"x has shape {(rows, inner)}; it has to be [M, K] with K at least 1")
     if (cosines is None) != (sines is None):
         raise ValueError("one of cosines and sines is missing; a rotation takes both, and none takes neither")
-    _validate_heads(heads, head_dim, padded, cosines is not None)
+    _validate_heads(heads, head_dim, padded, cosines is not None, query_scale)
     columns = 3 * heads * padded
     text = f"x has {tuple(x.shape)} and there are 3 times {heads} heads of {padded} columns, so it has to be"
     check_matrix("weight", weight, x, (columns, inner), f"{text} [{columns}, {inner}]")
@@ -438,15 +473,14 @@ def qkv_projection(
         out = x.new_empty(rows, columns)
     if not out.numel():
         return out
+    shape = {"head_dim": head_dim, "padded_head_dim": padded}
     if not runs_kernel(x):
         return qkv_projection_reference(
-            x, weight, bias, cosines, sines, heads=heads, head_dim=head_dim, padded_head_dim=padded, out=out
+            x, weight, bias, cosines, sines, heads=heads, **shape, query_scale=query_scale, out=out
         )
     if config is None:
         config = choose_config(
             planned_rows(extent, rows), columns, inner, head_dim=head_dim, dtype=x.dtype, device=x.device
         )
-    launch_qkv_projection(
-        x, weight, bias, cosines, sines, out, config, head_dim=head_dim, padded_head_dim=padded, live=live
-    )
+    launch_qkv_projection(x, weight, bias, cosines, sines, out, config, **shape, query_scale=query_scale, live=live)
     return out

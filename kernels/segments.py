@@ -84,7 +84,7 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """``[count + 1]`` int32 on the CPU: segment ``s`` owns rows ``cu_seqlens[s]`` up to ``cu_seqlens[s + 1]``."""
-        ends = torch.tensor(self.lengths, dtype=torch.int64).cumsum(0)
+        ends = torch.tensor(self.lengths, dtype=torch.int64, device="cpu").cumsum(0)
         return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
     def cu_seqlens_on(self, device: torch.device) -> torch.Tensor:

@@ -71,6 +71,14 @@ class TestShippedConfigurations:
         assert kept == lines, "regenerate with: python -m tritontower.tuning.static --write"
 
 
+@pytest.mark.parametrize(("heads", "most"), [("64 = 64", 4.8), ("72 in 80 = 64 + 16", 4.0), ("80 = 64 + 16", 5.5)])
+def test_attention_takes_few_instructions_a_score_on_hopper(heads, most):
+    """Of the best variant in bf16, by the kept table, which is held to the truth above."""
+    lines = [line.split("|") for line in document().splitlines() if line.startswith("| sm_90 | attention_")]
+    named = [line for line in lines if line[3].startswith(f" bf16 head {heads}, ") and "repair" not in line[3]]
+    assert min(float(line[9]) for line in named) <= most
+
+
 def test_every_kernel_that_is_launched_is_in_a_specification():
     """In the list of its own file or in that of the operation it is a form of; device.py holds what others call."""
     files = {path.stem: path.read_text(encoding="utf-8") for path in static.document_path().parent.glob("*.py")}

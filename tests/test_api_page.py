@@ -38,6 +38,11 @@ def test_everything_that_the_package_exports_has_a_section(page: str) -> None:
     assert len(set(headings)) == len(headings), "links need one heading for each name"
 
 
+def test_what_arguments_and_results_are_has_a_section(page: str) -> None:
+    for name in ("CaptureLimits", "Workload", "Description", "MemoryPlan", "Limits", "BatchForm"):
+        assert f"### `{name}`" in page, name
+
+
 def test_public_methods_have_theirs(page: str) -> None:
     methods = {
         f"VisionTower.{name}"
@@ -74,6 +79,7 @@ def test_a_context_manager_is_shown_as_one(page: str) -> None:
         ("One.\n\nReturns:\n    Text: with a colon of its own.", "**Returns**\n\nText: with a colon of its own."),
         ("See ``a_b`` and :meth:`~x.Known` at <image>, *once* * 2.", "See `a_b` and [`Known`](#known) at \\<image>, *once* \\* 2."),
         ("Two:\n\n* one,\n  still;\n* two.", "Two:\n\n- one, still;\n- two."),
+        ("So:\n\n====  ====\na     *b*\n====  ====\n", "So:\n\n```text\n====  ====\na     *b*\n====  ====\n```"),
         ("So::\n\n    code(1)\n\nand on.", "So:\n\n```python\ncode(1)\n```\n\nand on."),
     ],
 )  # fmt: skip

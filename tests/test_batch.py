@@ -193,3 +193,23 @@ def test_a_batch_moves_with_all_its_facts() -> None:
     assert {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)} == {"meta"}
     assert moved.workload == batch.workload
     assert moved.side == batch.side == 3
+
+
+def test_a_batch_has_the_form_of_the_towers_that_it_is_for() -> None:
+    batch = pack(GRIDS)
+    assert batch.form == CONFIG.batch_form
+    assert batch.form == PackedBatch.without_pixels(CONFIG, layouts(GRIDS)).form
+    assert batch.form == replace(CONFIG, depth=1, features=(1,), mlp_hidden=64).batch_form, "not what layers there are"
+    others = [
+        replace(CONFIG, patch=replace(CONFIG.patch, size=16)),
+        replace(CONFIG, segments="picture"),
+        replace(CONFIG, windows=Windows(4, (1,))),
+        replace(CONFIG, position_table=PositionTable(8, "bilinear")),
+        replace(CONFIG, projector=None),
+        replace(CONFIG, newline=True),
+        replace(CONFIG, assembly_taps=4),
+    ]
+    forms = {other.batch_form for other in others}
+    assert len(forms) == len(others)
+    assert batch.form not in forms
+    assert CONFIG.batch_form.differences(others[2].batch_form) == "window 4 instead of None"

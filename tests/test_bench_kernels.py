@@ -9,6 +9,7 @@ from tritontower.benchmarks import cases as grid
 from tritontower.benchmarks import kernels as benchmark
 from tritontower.benchmarks.cases import KERNELS, Case, Prepared, check
 from tritontower.benchmarks.roofline import PUBLISHED, Roofline, published_roofline
+from tritontower.measuring import Timing
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float32]
@@ -80,7 +81,85 @@ def test_rows_of_a_measurement():
     assert set(row["seconds"]) == {"tritontower", "torch linear", "torch product alone"}
     seconds = row["seconds"]["tritontower"]
     assert row["tflops"] == pytest.approx(2 * 70 * 48 * 80 / seconds / 1e12)
-    assert row["share"] == pytest.approx(max(2 * 70 * 48 * 80 / 1e12, row["bytes"] / 1e11) / seconds)
+    assert benchmark.rival_seconds(row) == {"torch linear": row["seconds"]["torch linear"]}
+    # What a CPU's caches can do is no multiple of what a copy reaches, so there is no share of it.
+    assert row["share"] is None
+    assert "%" not in benchmark.kernel_table(document_of(row)).splitlines()[-1]
+
+
+def document_of(*rows: dict) -> dict:
+    roofline = {"flops": 1e12, "bytes": 1e11, "source": "made up"}
+    facts = {"dtype": "bfloat16", "gpu": "made up"}
+    return {**facts, "roofline": roofline, "measured_roofline": roofline, "rows": rows}
+
+
+def test_a_share_is_that_of_the_tighter_limit():
+    roofline = Roofline(1e12, 1e11, "made up")
+    assert roofline.share(10**9, 10**8, 0.002) == pytest.approx(0.5)
+    assert roofline.share(10**9, 10**7, 0.002) == pytest.approx(0.5)
+
+
+def test_what_is_no_rival_does_not_compete(monkeypatch):
+    """Half of the work, and this project's own kernels in another order, have times but are not the best of torch."""
+    times = {"a": 3e-6, "half": 1e-6, "ours, apart": 2e-6}
+
+    def time(call, **_):
+        return Timing((times.get(call(), 4e-6),))
+
+    monkeypatch.setattr(benchmark, "time_on_device", time)
+    (case,) = list(grid.cases("small", torch.bfloat16, ["rope"]))[:1]
+    named = {name: (lambda name=name: name) for name in times}
+    prepared = replace(
+        case.prepare(CPU),
+        rivals={"a": named["a"]},
+        parts={"half": named["half"]},
+        own={"ours, apart": named["ours, apart"]},
+    )
+    monkeypatch.setattr(Case, "prepare", lambda *_: prepared)
+    row = benchmark.measure(case, CPU, Roofline(1e12, 1e11, "made up"))
+    assert set(row["seconds"]) == {"tritontower", *times}
+    assert benchmark.rival_seconds(row) == {"a": 3e-6}
+    assert "0.75" in benchmark.kernel_table(document_of(row))
+
+
+def test_all_that_is_compared_is_timed_by_one_clock(monkeypatch):
+    asked: list[tuple[str, bool]] = []
+
+    def time(call, *, graph, **_):
+        name = call() or "ours"
+        asked.append((name, graph))
+        return Timing((1e-6,), "events" if name == "cannot be captured" or not graph else "graph")
+
+    monkeypatch.setattr(benchmark, "time_on_device", time)
+    (case,) = list(grid.cases("small", torch.bfloat16, ["gather"]))[:1]
+    prepared = replace(case.prepare(CPU), call=lambda: None, rivals={"other": lambda: "cannot be captured"})
+    timed, notes = benchmark.timings(prepared, CPU)
+    assert {timing.method for timing in timed.values()} == {"events"}
+    assert asked == [("ours", True), ("cannot be captured", True), ("ours", False), ("cannot be captured", False)]
+    assert not notes
+
+
+def test_what_is_too_short_to_time_is_a_failure(monkeypatch):
+    def time(*_, **__):
+        raise RuntimeError("too short")
+
+    monkeypatch.setattr(benchmark, "time_on_device", time)
+    (case,) = list(grid.cases("small", torch.bfloat16, ["gather"]))[:1]
+    row = benchmark.measure(case, CPU, Roofline(1e12, 1e11, "made up"))
+    assert (row["status"], row["reason"]) == ("failed", "RuntimeError: too short")
+
+
+@pytest.mark.parametrize("kernel", ["qkv_projection", "rope", "linear", "norm", "projector"])
+def test_a_rival_does_the_whole_work(kernel):
+    """As many values as this project's own result, and the same ones, but for the order of a head's columns."""
+    for case in grid.cases("small", torch.float32, [kernel]):
+        prepared = case.prepare(CPU)
+        theirs = {name: call() for name, call in prepared.rivals.items()}
+        prepared.call()
+        ours = prepared.result().flatten(1).double().sort(1).values
+        for name, result in theirs.items():
+            values = result.reshape(len(ours), -1).double().sort(1).values
+            assert torch.allclose(values, ours, atol=1e-3), (identity(case), name)
 
 
 def test_a_rival_that_cannot_is_left_out():

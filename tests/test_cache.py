@@ -269,8 +269,18 @@ def test_a_call_that_asks_for_it_finds_numbers_that_an_earlier_call_kept(qwen2_v
     assert isinstance(good, ImageEmbedding)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(),
+    ],
+    ids=["device", "cpu", "page-locked", "python"],
+)
 def test_a_device_without_memory_for_the_cache_does_not_stop_a_call(
-    qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch
+    qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     cache = EmbeddingCache(2**20)
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
@@ -280,15 +290,21 @@ def test_a_device_without_memory_for_the_cache_does_not_stop_a_call(
 
     def full(self: ImageEmbedding, device: Any, *, copy: bool = False) -> ImageEmbedding:
         if copy:
-            raise torch.OutOfMemoryError("no")
+            raise error
         return move(self, device)
 
     monkeypatch.setattr(ImageEmbedding, "to", full)
     again, other = tower.encode([picture, noise(60, 60, 2)])
     assert torch.equal(again.embeddings, first.embeddings)
     assert other.num_tokens == first.num_tokens
-    monkeypatch.undo()
     assert cache.stats.entries == 1
+    error = RuntimeError("an illegal instruction")
+    with pytest.raises(RuntimeError, match="an illegal instruction"):
+        cache.get(next(iter(cache._entries)))
+    with pytest.raises(RuntimeError, match="an illegal instruction"):
+        cache.put("new", first)
+    with pytest.raises(RuntimeError, match="an illegal instruction"):
+        tower.encode(picture)
 
 
 def test_towers_that_differ_never_share(qwen2_vl: Path, tmp_path: Path, passes: list[int]) -> None:

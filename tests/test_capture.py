@@ -5,9 +5,11 @@ again, the other the very launches of Triton's interpreter, with the arguments t
 """
 
 import contextvars
+import gc
 import random
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -277,10 +279,11 @@ def test_inputs_that_are_on_the_device_already(tower: VisionTower, monkeypatch: 
 
 
 def test_clips_are_planned_like_pictures(tower: VisionTower) -> None:
+    clips = tower.executor_for(tower.preprocess_video([noise(120, 90, 1)])).graph
     sources = tower._read_weights(None)
-    exact = Executor(tower._clip_graph, sources)
+    exact = Executor(clips, sources)
     recorder = StepRecorder()
-    planned_one = Executor(tower._clip_graph, sources, cuda_graphs=recorder)
+    planned_one = Executor(clips, sources, cuda_graphs=recorder)
     for seed in range(4):
         batch = tower.preprocess_video([noise(120, 90, seed + frame) for frame in range(5)])
         assert_same(planned_one.run(batch), exact.run(batch))
@@ -358,6 +361,35 @@ def test_a_capture_that_fails_is_remembered_and_warned_of_once(tower: VisionTowe
     assert (recorder.captures, planned_one.captured) == (0, 0)
     assert not planned_one.warm_up(batch)
     assert planned_one.warm_up(other), "another bucket is another matter"
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["as it is", "behind the end of the capture"])
+def test_a_capture_without_memory_is_tried_again_later_and_by_warming_up(tower: VisionTower, hidden: bool) -> None:
+    recorder = StepRecorder()
+    exact, planned_one = both(tower, recorder)
+    batch = tower.preprocess(noise(90, 90, 1))
+    expected = exact.run(batch)
+    failure: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    if hidden:
+        ended = RuntimeError("operation failed due to a previous error during capture")
+        ended.__context__ = failure
+        failure = ended
+    recorder.error = failure
+    planned_one.run(batch)
+    with pytest.warns(RuntimeWarning, match="tried again after 6 more of them"):
+        assert_same(planned_one.run(batch), expected)
+    recorder.error = None
+    # Not at once: a capture that fails costs a pass.
+    for use in range(6):
+        assert planned_one.captured == 0, use
+        assert_same(planned_one.run(batch), expected)
+    assert planned_one.captured == 1
+    other = tower.preprocess(noise(300, 300, 1))
+    recorder.error = failure
+    with pytest.warns(RuntimeWarning, match="tried again"):
+        assert not planned_one.warm_up(other)
+    recorder.error = None
+    assert planned_one.warm_up(other)
 
 
 def test_a_capture_that_cannot_be_ended_leaves_the_current_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,6 +513,60 @@ def test_a_graph_beyond_the_limit_of_bytes_is_given_up(tower: VisionTower) -> No
         assert_same(planned_one.run(batch), exact.run(batch))
 
 
+def test_a_graph_beyond_the_limit_of_bytes_drives_no_other_out(tower: VisionTower) -> None:
+    small, large = tower.preprocess(noise(90, 90, 1)), tower.preprocess(noise(400, 400, 2))
+    _, free = both(tower)
+    free.warm_up(small)
+    _, planned_one = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
+    assert planned_one.warm_up(small)
+    with pytest.warns(RuntimeWarning, match="the limit is"):
+        assert not planned_one.warm_up(large)
+    assert planned_one.captured == 1
+    assert planned_one.warm_up(small)
+
+
+def test_memory_of_a_larger_pass_refuses_a_graph_only_as_long_as_it_is_there(tower: VisionTower) -> None:
+    small, large = tower.preprocess(noise(90, 90, 1)), tower.preprocess(noise(400, 400, 2))
+    _, free = both(tower)
+    free.warm_up(small)
+    _, planned_one = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
+    planned_one.run(large)
+    with pytest.warns(RuntimeWarning, match=r"the limit is .* other passes, release\(\) gives"):
+        assert not planned_one.warm_up(small)
+    planned_one.release()
+    assert planned_one.warm_up(small)
+
+
+def test_what_an_evicted_graph_allocated_is_counted_as_long_as_any_graph_is_there(tower: VisionTower) -> None:
+    """All graphs share one pool, which no graph but the last gives back."""
+    recorder = StepRecorder()
+    _, planned_one = both(tower, recorder, limits=CaptureLimits(max_graphs=1))
+    first, second = tower.preprocess(noise(400, 400, 2)), tower.preprocess(noise(90, 90, 1))
+    planned_one.warm_up(first)
+    recorder.allocates = 0
+    planned_one.warm_up(second)
+    assert planned_one.captured == 1
+    assert planned_one.captured_bytes == planned_one._passes.memory.numel() + 1000
+    planned_one.release()
+    gc.collect()  # a recorder's replay knows its pass, which a CUDA graph does not
+    assert planned_one.captured_bytes == 0
+    planned_one.warm_up(second)
+    assert planned_one.captured_bytes == planned_one._passes.memory.numel()
+
+
+def test_what_other_graphs_allocated_may_leave_no_room(tower: VisionTower) -> None:
+    recorder = StepRecorder()
+    batch = tower.preprocess(noise(400, 400, 2))
+    _, free = both(tower)
+    free.warm_up(batch)
+    _, planned_one = both(tower, recorder, limits=CaptureLimits(max_bytes=free.captured_bytes))
+    assert planned_one.warm_up(batch)
+    with pytest.warns(RuntimeWarning, match="the limit is"):
+        assert not planned_one.warm_up(tower.preprocess(noise(90, 90, 1)))
+    assert planned_one.captured == 1
+    assert planned_one.captured_bytes == free.captured_bytes + 1000, "the pool keeps what was taken in vain"
+
+
 def test_graphs_keep_their_memory_when_a_larger_pass_comes(tower: VisionTower) -> None:
     recorder = StepRecorder()
     exact, planned_one = both(tower, recorder)
@@ -509,20 +595,36 @@ def test_release_gives_everything_back(tower: VisionTower) -> None:
     batch = tower.preprocess(noise(90, 90, 1))
     planned_one.warm_up(batch)
     planned_one.release()
+    gc.collect()  # as above
     assert (planned_one.captured, planned_one.captured_bytes, planned_one._passes.memory.numel()) == (0, 0, 0)
     assert_same(planned_one.run(batch), exact.run(batch))
     assert recorder.captures == 2, "it has come before"
+
+
+def test_what_is_released_is_gone_at_once(tower: VisionTower) -> None:
+    """Device memory must not wait for Python's collector of rings."""
+    _, planned_one = both(tower)
+    planned_one.run(tower.preprocess(noise(90, 90, 1)))
+    (entry,) = map(weakref.ref, planned_one._passes._passes.values())
+    memory = weakref.ref(planned_one._passes.memory)
+    gc.collect()
+    gc.disable()
+    try:
+        planned_one.release()
+        assert (entry(), memory()) == (None, None)
+    finally:
+        gc.enable()
 
 
 def test_few_passes_without_a_graph_are_kept(tower: VisionTower) -> None:
     _, planned_one = both(tower)
     for count in range(1, 20):
         planned_one.run(tower.preprocess(np.zeros((28, 28 * count, 3), np.uint8), min_pixels=28 * 28))
-    assert len(planned_one._passes._passes) <= capture.LARGEST_UNCAPTURED
+    assert len(planned_one._passes._passes) <= capture.MOST_UNCAPTURED
 
 
 def test_what_is_remembered_of_buckets_is_bounded(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "LARGEST_HISTORY", 2)
+    monkeypatch.setattr(capture, "MOST_HISTORIES", 2)
     exact, planned_one = both(tower)
     batches = [tower.preprocess(noise(side, side, side)) for side in (56, 140, 280)]
     for batch in (*batches, *batches, batches[0], *batches[::-1]):

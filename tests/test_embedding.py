@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import pickle
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tritontower.embedding import ImageEmbedding, load_embeddings, save_embeddings
-from tritontower.errors import EmbeddingFileError, UsageError
+from tritontower.errors import BackendUnavailableError, EmbeddingFileError, UsageError
 
 
 def embedding(
@@ -129,7 +131,10 @@ def test_several_come_back_in_order_also_from_shared_memory(tmp_path: Path) -> N
     with pytest.raises(EmbeddingFileError, match="holds 0 embeddings"):
         ImageEmbedding.load(path)
     assert list(tmp_path.iterdir()) == [path]
-    assert {rows.embeddings.device.type for rows in load_embeddings(path, device="meta")} == set()
+    # A device that is none, or not here, is found even where there is nothing to put on it.
+    for device, error in (("meta", BackendUnavailableError), ("attic", UsageError)):
+        with pytest.raises(error, match=device):
+            load_embeddings(path, device=device)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -333,6 +338,19 @@ def test_a_file_is_written_whole_or_not_at_all(saved: Path, tmp_path: Path, monk
         embedding().save(tmp_path)
     with pytest.raises(EmbeddingFileError, match="cannot be written"):
         embedding().save(tmp_path / "no" / "such" / "folder.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+def test_a_file_has_the_permissions_of_any_other_or_keeps_its_own(tmp_path: Path) -> None:
+    plain, kept = tmp_path / "plain", tmp_path / "embeddings.safetensors"
+    plain.write_bytes(b"")
+    embedding().save(kept)
+    assert stat.S_IMODE(kept.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
+    for mode in (0o664, 0o640, 0o604):
+        kept.chmod(mode)
+        embedding(seed=mode).save(kept)
+        assert stat.S_IMODE(kept.stat().st_mode) == mode
+        assert_same(ImageEmbedding.load(kept), embedding(seed=mode))
 
 
 def test_it_says_what_it_is_without_its_numbers() -> None:

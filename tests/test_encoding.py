@@ -7,8 +7,10 @@ import random
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ from PIL import Image
 from support.checkpoints import noise
 from support.towers import gemma3, llava_next, qwen3_vl
 
-from tritontower import VisionTower, encoding, images
+from tritontower import VisionTower, ahead, encoding, images
+from tritontower.ahead import workers
 from tritontower.batch import PackedBatch
 from tritontower.cache import EmbeddingCache
+from tritontower.clips import ClipTimes
 from tritontower.embedding import ImageEmbedding
-from tritontower.encoding import ClipTimes, ItemError, patches_per_pass, workers
+from tritontower.encoding import ItemError, patches_per_pass
 from tritontower.errors import (
     AspectRatioError,
     ImageDecodeError,
+    ImageTooLargeError,
     ImageTypeError,
     Limits,
     NonFiniteOutputError,
@@ -36,8 +41,10 @@ from tritontower.errors import (
     TowerNotLoadedError,
     TowerOutOfMemoryError,
     UsageError,
+    is_out_of_memory,
 )
 from tritontower.executor import Executor
+from tritontower.images import CanonicalImage
 from tritontower.kernels import dispatch
 
 SIZES = [(157, 243), (28, 28), (300, 64), (90, 90), (60, 120), (33, 47), (200, 150), (28, 56)]
@@ -153,6 +160,26 @@ def test_equal_pictures_are_encoded_once(tower: VisionTower, passes: list[int]) 
     assert first.num_tokens * second.num_tokens > 0
 
 
+def test_a_lone_pictures_digest_waits_until_the_device_has_work(
+    tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def noted(image: CanonicalImage, digest: Callable[[CanonicalImage], str] = CanonicalImage.digest.func) -> str:
+        events.append("digest")
+        return digest(image)
+
+    digest = cached_property(noted)
+    digest.__set_name__(CanonicalImage, "digest")
+    monkeypatch.setattr(CanonicalImage, "digest", digest)
+    count_passes(monkeypatch, lambda patches: events.append("pass"))
+    assert_equal(tower.encode(PICTURES[:1]), expected[:1])
+    assert events == ["pass", "digest"]
+    events.clear()
+    assert_equal(tower.encode(PICTURES[:2]), expected[:2])
+    assert events == ["digest", "digest", "pass"]
+
+
 def test_the_default_size_of_a_pass_is_that_of_the_memory_plan(tower: VisionTower) -> None:
     patches = patches_per_pass(tower.memory_plan(4096), torch.device("cpu"))
     side = math.isqrt(patches // 4) * 2
@@ -197,7 +224,8 @@ class Held:
             held.add(image.array.nbytes)
             return Counted(image.array, image.source)
 
-        monkeypatch.setattr(encoding, "canonical_rgb", counted)
+        for module in (encoding, ahead):
+            monkeypatch.setattr(module, "canonical_rgb", counted)
 
     def add(self, size: int) -> None:
         with self.lock:
@@ -225,6 +253,28 @@ def test_decoded_pictures_keep_within_their_budget(
     held = Held(monkeypatch)
     assert_equal(tiny.encode(PICTURES), expected)
     assert held.most == largest
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+def test_what_has_to_be_decoded_at_once_keeps_within_the_budget(
+    qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    frames = [noise(60, 40, seed) for seed in range(4)]
+    given_frames: list[Any] = frames if kind == "arrays" else [png(frame) for frame in frames]
+    limited = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=3 * frames[0].nbytes))
+    held = Held(monkeypatch)
+    message = rf"picture 3: .* would take {4 * 7200} bytes, and all 4 .* limit is {3 * 7200} bytes.*max_decoded_bytes"
+    for refuses in (limited.encode_video, limited.preprocess, limited.preprocess_video):
+        with pytest.raises(ImageTooLargeError, match=message) as caught:
+            refuses(given_frames)
+        assert caught.value.index == 3
+    assert held.most == 0
+    assert limited.encode_video(given_frames[:3]).grid_thw[0] == 2
+    assert len(limited.preprocess(given_frames[:3])) == 3
+    # One alone is not in anybody's company, and a list is worked off in portions.
+    single = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=1))
+    assert len(single.preprocess(given_frames[:1])) == 1
+    assert len(single.encode(given_frames)) == 4
 
 
 @pytest.mark.parametrize("area", [(2**27, 2**28), (5000, 4000)], ids=["too large", "in no order"])
@@ -356,7 +406,8 @@ def test_a_failing_picture_that_comes_twice_fails_in_both_places(tower: VisionTo
     monkeypatch.setattr(type(tower.preprocessor), "_fill", refusing)
     found = tower.encode([*PICTURES[:5], PICTURES[3]], on_error="return")
     assert [isinstance(one, ItemError) for one in found] == [False, False, False, True, False, True]
-    assert [one.index for one in found if isinstance(one, ItemError)] == [3, 5]
+    assert [(one.index, one.error.index) for one in found if isinstance(one, ItemError)] == [(3, 3), (5, 5)]
+    assert [str(one.error) for one in found if isinstance(one, ItemError)] == ["refused", "refused"]
     with pytest.raises(ProcessorError) as caught:
         tower.encode(PICTURES)
     assert caught.value.index == 3
@@ -441,6 +492,35 @@ def test_a_picture_that_never_fits_is_the_only_one_that_fails(
     assert caught.value.__cause__ is None
     with pytest.raises(TowerOutOfMemoryError, match="the clip"):
         tower.encode_video([PICTURES[0]] * 2)
+
+
+def test_the_batch_that_did_not_fit_is_gone_when_its_halves_are_tried(
+    tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Executor.run
+    seen: list[weakref.ref[PackedBatch]] = []
+    alive: list[int] = []
+
+    def counted(self: Executor, batch: PackedBatch, observer: Any = None) -> Any:
+        alive.append(sum(other() is not None for other in seen))
+        seen.append(weakref.ref(batch))
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("no")
+        return run(self, batch, observer)
+
+    monkeypatch.setattr(Executor, "run", counted)
+    for on_error in ("raise", "return"):
+        found = tower.encode(PICTURES, on_error=on_error)
+        assert_equal(found, expected)
+    assert alive == [0] * 14
+
+
+@pytest.mark.parametrize("text", ["DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "no"])
+def test_memory_that_ran_out_is_known_by_its_text_where_it_has_no_class(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text)) == (text != "no")
+    assert is_out_of_memory(torch.OutOfMemoryError(text))
+    assert is_out_of_memory(MemoryError(text))
+    assert not is_out_of_memory(ValueError(text))
 
 
 def test_memory_of_the_cpu_runs_out_as_that_of_a_gpu_does(

@@ -18,6 +18,7 @@ from support.checkpoints import noise, rename_all, shard
 from support.towers import TowerCase, all_cases
 
 from tritontower import VisionTower, cli
+from tritontower.building import build
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import CheckpointIncompleteError, UsageError
 from tritontower.executor import Executor
@@ -30,7 +31,6 @@ from tritontower.fusion import (
     fuse_activations,
     fuse_residual_into_norm,
 )
-from tritontower.graph import build
 from tritontower.kernels import dispatch
 from tritontower.parity import Reference, compare, compare_nodes, relative_error
 from tritontower.weight_files import strip_prefix

@@ -13,10 +13,10 @@ from support.towers.clip import save_clip, save_clip_vision
 from support.towers.siglip import save_siglip_vision
 
 from tritontower import VisionTower
+from tritontower.building import build
 from tritontower.config import Normalisation, Pooling, TowerConfig
 from tritontower.errors import ConfigError, UnexpectedTensorError
 from tritontower.families import clip, read_family, siglip
-from tritontower.graph import build
 from tritontower.parity import compare
 from tritontower.reader import ConfigReader
 

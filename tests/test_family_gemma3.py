@@ -13,10 +13,10 @@ from support.towers.gemma3 import PAN_AND_SCAN, save_gemma3
 from support.towers.paligemma import save_paligemma
 
 from tritontower import VisionTower, has_vision
+from tritontower.building import build
 from tritontower.config import Normalisation, TowerConfig
 from tritontower.errors import ConfigError, NoVisionTowerError, UsageError
 from tritontower.families import gemma3, paligemma, read_family
-from tritontower.graph import build
 from tritontower.parity import compare, compare_nodes, relative_error
 from tritontower.reader import ConfigReader
 

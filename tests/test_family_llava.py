@@ -18,10 +18,10 @@ from support.towers.llava_next import save_llava_next
 from support.towers.llava_onevision import save_llava_onevision
 
 from tritontower import VisionTower
+from tritontower.building import build
 from tritontower.config import Activation, Normalisation, TowerConfig
 from tritontower.errors import ConfigError, ProcessorError, UnsupportedArchitectureError
 from tritontower.families import FamilySummary, llava, llava_next, llava_onevision, read_family
-from tritontower.graph import build
 from tritontower.parity import compare_nodes, relative_error
 from tritontower.reader import ConfigReader
 

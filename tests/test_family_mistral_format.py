@@ -14,6 +14,7 @@ from support.mistral_format import by_definition, interleaved, to_mistral_format
 from support.towers.pixtral import save
 
 from tritontower import VisionTower, has_vision
+from tritontower.building import build
 from tritontower.config import Normalisation
 from tritontower.errors import (
     CheckpointIncompleteError,
@@ -24,7 +25,6 @@ from tritontower.errors import (
     UsageError,
 )
 from tritontower.families import MISTRAL_FORMAT, Family, mistral_format, read_family
-from tritontower.graph import build
 from tritontower.parity import HALF_TOLERANCE, Reference, compare, relative_error
 from tritontower.reader import ConfigReader
 from tritontower.reference import view_pictures

@@ -16,12 +16,12 @@ from support.towers.pixtral import save
 
 from tritontower import VisionTower
 from tritontower.batch import PackedBatch
+from tritontower.building import build
 from tritontower.config import Normalisation, TowerConfig
 from tritontower.errors import AspectRatioError, ConfigError, UnsupportedArchitectureError
 from tritontower.executor import Executor
 from tritontower.families import mistral3, pixtral, read_family
 from tritontower.fusion import fuse
-from tritontower.graph import build
 from tritontower.kernels.segments import Segments
 from tritontower.parity import Reference, compare, relative_error
 from tritontower.reader import ConfigReader

@@ -17,10 +17,10 @@ from support.probing import (
 from support.towers.qwen2_5_vl import TINY_VISION, save_qwen2_5_vl
 
 from tritontower import VisionTower
+from tritontower.building import build
 from tritontower.config import TowerConfig
 from tritontower.errors import ConfigError
 from tritontower.families import qwen2_5_vl, read_family
-from tritontower.graph import build
 from tritontower.parity import Reference, relative_error
 from tritontower.reader import ConfigReader
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from support.checkpoints import TINY_VISION
 
+from tritontower.building import build
 from tritontower.config import TowerConfig
 from tritontower.errors import ConfigError
 from tritontower.families import qwen2_vl, read_family
-from tritontower.graph import build
 from tritontower.reader import ConfigReader
 
 (PUBLISHED,) = qwen2_vl.SUMMARIES

@@ -20,10 +20,10 @@ from support.qwen import by_transformers
 from support.towers.qwen3_vl import DEEPSTACK, TINY_VISION, save_qwen3
 
 from tritontower import VisionTower
+from tritontower.building import build
 from tritontower.config import TowerConfig
 from tritontower.errors import ConfigError
 from tritontower.families import qwen3_vl, read_family
-from tritontower.graph import build
 from tritontower.kernels.positions import bilinear_taps, merge_block_positions
 from tritontower.parity import Reference, relative_error
 from tritontower.reader import ConfigReader

@@ -23,6 +23,7 @@ from tritontower.kernels.flash_attention import (
     default_config,
     flash_attention_varlen,
 )
+from tritontower.kernels.qkv_projection import arrange_heads, qkv_projection
 from tritontower.kernels.segments import Segments
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -67,6 +68,17 @@ def projection(segments, head_dim, dtype, device, *, heads=2, width=None, seed=0
         qkv[:, 1:, :, head_dim] = 1
         qkv[:, 0, :, head_dim:] = float("nan")
     return qkv.unbind(1)
+
+
+def turned(qkv, cosines, sines, *, heads, head_dim, padded_head_dim):
+    """q, k and v ``[T, 3, H, head_dim]`` in fp64 from a product whose pairs of columns stand side by side."""
+    qkv = qkv.unflatten(1, (3, heads, padded_head_dim))[..., :head_dim]
+    if cosines is None:
+        return qkv
+    first, second = qkv[:, :2, :, ::2], qkv[:, :2, :, 1::2]
+    cosine, sine = cosines.double()[:, None, None], sines.double()[:, None, None]
+    pairs = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1)
+    return torch.cat((pairs.flatten(-2), qkv[:, 2:]), 1)
 
 
 @pytest.fixture
@@ -130,11 +142,14 @@ class TestNumbers:
         q, k, v = projection(WINDOWS, head_dim, dtype, kernel_device, width=width)
         q *= 0.18
         scale = math.log(2)
-        out = flash_attention_varlen(q, k, v, WINDOWS, scale=scale, columns=head_dim, length_bound=64, config=config)
+        how = {"columns": head_dim, "length_bound": 64, "config": config}
+        out = flash_attention_varlen(q, k, v, WINDOWS, scale=scale, **how)
         assert out.shape == (WINDOWS.total, 2, head_dim)
         assert out.is_contiguous()
         counted = [tensor[..., :head_dim] for tensor in (q, k, v)]
         assert relative_error(out, attention_fp64(*counted, WINDOWS, scale)) <= TOLERANCE[dtype]
+        # Scores times one, or scores as they are.
+        assert torch.equal(flash_attention_varlen(q, k, v, WINDOWS, queries_scaled=True, **how), out)
 
     @pytest.mark.parametrize(
         "config", [FIXED, pytest.param(SPECIALISED, marks=recent_triton)], ids=lambda config: config.variant
@@ -155,6 +170,39 @@ class TestNumbers:
         out = flash_attention_varlen(q, k, v, RAGGED, columns=72, config=config)
         assert relative_error(out, truth) <= 1.2 * usual
         assert launches[0] == config.variant
+
+    @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+    @pytest.mark.parametrize(
+        ("dtype", "config", "norm"),
+        [(BF16, FIXED, 0.3), (BF16, FIXED, 1), (BF16, FIXED, 2), (BF16, ONLINE, 2), (FP16, ONLINE, 0.1),
+         (FP16, ONLINE, 1), (FP32, ONLINE, 1)],
+    )  # fmt: skip
+    def test_queries_scaled_by_their_projection_cost_no_accuracy(self, kernel_device, config, rotated, dtype, norm):
+        """From the rows to the mixed values: scaled before the one rounding, or after it and in every score."""
+        heads, inner, segments = 2, 64, Segments([64, 97])
+        generator = torch.Generator().manual_seed(7)
+
+        def normal(*shape, scale=1.0):
+            return (torch.randn(shape, generator=generator) * scale).to(kernel_device)
+
+        tables = [table.contiguous() for angle in [normal(segments.total, 36)] for table in (angle.cos(), angle.sin())]
+        tables = tables if rotated else [None, None]
+        layout = {"heads": heads, "head_dim": 72, "padded_head_dim": 80}
+        wrong = {False: 0.0, True: 0.0}
+        for _ in range(2):
+            x, weight, bias = normal(segments.total, inner), normal(432, inner, scale=inner**-0.5), normal(432)
+            weight[:288], bias[:288] = norm * weight[:288], norm * bias[:288]
+            weight, bias = (arrange_heads(t.to(dtype), **layout, ones=t.dim() == 1) for t in (weight, bias))
+            x = x.to(dtype)
+            exact = turned(x.double() @ weight.double().T + bias.double(), *tables, **layout)
+            truth = attention_fp64(*exact.unbind(1), segments, 72**-0.5)
+            for scaled in wrong:
+                options = {"query_scale": 72**-0.5 * LOG2_E} if scaled else {}
+                qkv = qkv_projection(x, weight, bias, *tables, **layout, **options).unflatten(1, (3, heads, 80))
+                how = {"queries_scaled": True, "config": config} if scaled else {"config": ONLINE}
+                out = flash_attention_varlen(*qkv.unbind(1), segments, columns=72, **how)
+                wrong[scaled] += float((out.double().cpu() - truth).square().sum())
+        assert wrong[True] <= 1.1**2 * wrong[False]
 
     @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALISED], ids=lambda config: config.variant)
     def test_views(self, kernel_device, config):
@@ -215,7 +263,7 @@ class TestFarApart:
         scale = math.log(2)
         q, k, v, segments = boosted(boost, where, BF16, kernel_device, head_dim=72, width=80, scale=scale)
         q[..., 1:72] *= 0.17
-        out = flash_attention_varlen(q, k, v, segments, config=config, scale=scale, columns=72)
+        out = flash_attention_varlen(q, k, v, segments, config=config, queries_scaled=True, columns=72)
         counted = [tensor[..., :72] for tensor in (q, k, v)]
         tolerance = TOLERANCE[BF16] + boost * 2.0**-22
         assert relative_error(out, attention_fp64(*counted, segments, scale)) <= tolerance
@@ -451,6 +499,7 @@ class TestArguments:
             ({"columns": 16}, r"columns must be 1 to 15, .* got 16"),
             ({"columns": 0}, r"columns must be 1 to 15, .* got 0"),
             ({"columns": 8, "out": torch.empty(4, 2, 16)}, r"out must be like q, \[4, 2, 8\]"),
+            ({"scale": 0.1, "queries_scaled": True}, "scale is 0.1, but queries_scaled says"),
             ({"config": ONE_SHOT}, "'one_shot' takes at most block_keys=64 rows .* length_bound is None"),
             ({"config": ONE_SHOT, "length_bound": 65}, "length_bound is 65; say length_bound, or take another"),
         ],
@@ -464,8 +513,10 @@ class TestArguments:
         q, k, v = projection(RAGGED, 72, FP32, "cpu", width=80)
         with dispatch.use("reference"):
             out = flash_attention_varlen(q, k, v, RAGGED, columns=72)
+            scaled = flash_attention_varlen(q * (72**-0.5 * LOG2_E), k, v, RAGGED, columns=72, queries_scaled=True)
         counted = [tensor[..., :72] for tensor in (q, k, v)]
-        assert relative_error(out, attention_fp64(*counted, RAGGED, 72**-0.5)) <= TOLERANCE[FP32]
+        for result in (out, scaled):
+            assert relative_error(result, attention_fp64(*counted, RAGGED, 72**-0.5)) <= TOLERANCE[FP32]
 
 
 @pytest.mark.parametrize(("boost", "again"), [(0, False), (60, False), (140, True)])
@@ -488,5 +539,5 @@ def test_a_second_attempt_is_the_exception(kernel_device, monkeypatch, boost, ag
         boost, "before it", BF16, kernel_device, head_dim=head_dim, width=width, scale=math.log(2)
     )
     q[..., 1:head_dim] *= 0.17
-    flash_attention_varlen(q, k, v, segments, config=FIXED, scale=math.log(2), **padded)
+    flash_attention_varlen(q, k, v, segments, config=FIXED, queries_scaled=True, **padded)
     assert bool(seen) == again

@@ -1,7 +1,6 @@
 """Pixels that stay bytes: the same embeddings, from weights into which rescaling and normalisation are folded."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from support.towers import TowerCase, all_cases
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tritontower import VisionTower
+from tritontower.building import build
 from tritontower.errors import UsageError
 from tritontower.executor import Executor
-from tritontower.folding import fold_normalisation, folded_tensors
+from tritontower.folding import folded_tensors, graph_for_bytes
 from tritontower.fusion import fold_still_pictures, fuse
-from tritontower.graph import Workload, build
+from tritontower.graph import Workload
 from tritontower.parity import compare, compare_nodes, relative_error
 from tritontower.pixels import Rescaling
 
@@ -179,28 +179,6 @@ def test_an_unknown_processor_keeps_values_even_on_a_gpu(saved: Saved, monkeypat
         tower.forward(raw)
 
 
-def test_byte_executors_share_all_weights_but_the_first(saved: Saved) -> None:
-    case = CASES["qwen2_vl"]
-    tower = load(saved(case))
-    raw, usual = (tower.preprocess(pictures_of(case), raw=raw) for raw in (True, False))
-    assert tower._byte_executors == {}
-    with ThreadPoolExecutor(4) as pool:
-        executors = list(pool.map(tower.executor_for, [raw] * 8))
-    assert len(set(map(id, executors))) == 1
-    assert executors[0] is not tower.executor_for(usual)
-    patch = tower.config.patch
-    made = folded_tensors(tower.graph, tower._sources, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
-    assert {tuple(tensor.shape) for tensor in made.values()} == {
-        (tower.config.width, patch.still_inner),
-        (tower.config.width,),
-    }
-    other = set(executors[0].graph.sources) - set(tower.graph.sources)
-    assert other == set(made)
-    tower.forward(raw)
-    tower.release()
-    assert executors[0]._arena.numel() == 0
-
-
 # -- the pass ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +186,7 @@ def test_byte_executors_share_all_weights_but_the_first(saved: Saved) -> None:
 def test_the_pass_changes_the_patch_projection_alone(case: TowerCase, saved: Saved) -> None:
     config = VisionTower.from_pretrained(saved(case), device="cpu", delay_load=True).config
     for graph in (fuse(build(config)), fold_still_pictures(fuse(build(config)))):
-        folded = fold_normalisation(graph, class_token=config.class_token)
+        folded = graph_for_bytes(graph, class_token=config.class_token)
         assert [node.name for node in folded.nodes] == [node.name for node in graph.nodes]
         changed = [node for node, old in zip(folded.nodes, graph.nodes, strict=True) if node != old]
         assert [node.kind for node in changed] == ["patch_projection"]
@@ -222,7 +200,7 @@ def test_the_pass_changes_the_patch_projection_alone(case: TowerCase, saved: Sav
 def test_a_class_token_needs_positions_in_the_same_node(saved: Saved) -> None:
     graph = build(load(saved(CASES["clip"]), delay_load=True).config)
     with pytest.raises(ValueError, match="nothing tells a class token's row from a patch's"):
-        fold_normalisation(graph, class_token=True)
+        graph_for_bytes(graph, class_token=True)
     with pytest.raises(ValueError, match="nothing tells a class token's row from a patch's"):
         folded_tensors(
             graph,
@@ -237,8 +215,9 @@ def test_folded_weights_are_rounded_once(name: str, saved: Saved) -> None:
     tower = load(saved(CASES[name], torch.bfloat16))
     rescaling, class_token = tower.preprocessor.rescaling, tower.config.class_token
     assert rescaling is not None
-    exact_sources = {key: tensor.double() for key, tensor in plain_sources(tower).items()}
-    made = folded_tensors(tower.graph, plain_sources(tower), rescaling, class_token=class_token)
+    sources = plain_sources(tower)
+    exact_sources = {key: tensor.double() for key, tensor in sources.items()}
+    made = folded_tensors(tower.graph, sources, rescaling, class_token=class_token)
     kernel = exact_sources["patch_projection.weight"]
     whole = kernel.sum(2) if tower.config.patch.temporal > 1 else kernel
     means, deviations = (
@@ -249,7 +228,7 @@ def test_folded_weights_are_rounded_once(name: str, saved: Saved) -> None:
     constant = planes.sum(2) @ ((128 * rescaling.factor - means) / deviations)
     assert torch.equal(made["patch_projection.weight:bytes"], weight.float().bfloat16())
     if class_token:
-        (held,) = (tensor for key, tensor in plain_sources(tower).items() if key != "patch_projection.weight")
+        (held,) = (tensor for key, tensor in sources.items() if key != "patch_projection.weight")
         table = held.double()
         table[1:] += constant
         found = made["patch_projection.position_table:bytes"]
@@ -264,16 +243,18 @@ def plain_sources(tower: VisionTower) -> dict[str, torch.Tensor]:
     """What the patch projection is made of."""
     (node,) = (node for node in tower.graph.nodes if node.kind == "patch_projection")
     names = [tower.graph.weights[name].held_name for name in node.weights.values()]
-    return {name: tower._sources[name] for name in names}
+    weights = tower._read_weights(None)
+    return {name: weights[name] for name in names}
 
 
 def test_an_executor_of_the_folded_graph_needs_nothing_else(saved: Saved) -> None:
     tower = load(saved(CASES["siglip"]))
-    made = folded_tensors(tower.graph, tower._sources, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
-    graph = fold_normalisation(tower.graph, class_token=False)
+    weights = tower._read_weights(None)
+    made = folded_tensors(tower.graph, weights, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
+    graph = graph_for_bytes(tower.graph, class_token=False)
     unused = {tower.graph.weights[name].held_name for name in tower.graph.weights if name not in graph.weights}
     assert unused
-    sources = {name: tensor for name, tensor in tower._sources.items() if name not in unused}
+    sources = {name: tensor for name, tensor in weights.items() if name not in unused}
     batch = tower.preprocess(pictures_of(CASES["siglip"]), raw=True)
     found = Executor(graph, {**sources, **made}).run(batch)
     assert torch.equal(found["embeddings"], tower.run(batch)["embeddings"])

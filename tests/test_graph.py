@@ -1,6 +1,7 @@
 """The layer graph as data: structure, validation, costs, memory, description."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tritontower.arrangement import HeadOrder, InterleavedGates
+from tritontower.building import build
 from tritontower.config import (
     Normalisation,
     PatchEmbedding,
@@ -36,7 +38,7 @@ from tritontower.fusion import (
     fuse_selection,
     passes_for,
 )
-from tritontower.graph import Graph, Node, Value, Workload, build
+from tritontower.graph import Graph, Node, Value, Workload
 from tritontower.kernel_passes import interleave_gated, pad_heads
 from tritontower.kernels import dispatch
 from tritontower.memory import memory_owners, plan_memory
@@ -367,6 +369,8 @@ def test_heads_of_72_get_eight_columns_of_padding(rotated: bool) -> None:
     assert graph.values[attention.outputs[0]].width == 1152
     assert attention.attributes["padded_head_dim"] == 80
     assert attention.attributes["head_dim"] == 72
+    assert attention.attributes["queries_scaled"]
+    assert projection.attributes["query_scale"] * math.log(2) == pytest.approx(72**-0.5)
     arrangements = {role: graph.weights[name].arrangement for role, name in projection.weights.items()}
     assert arrangements == {
         "weight": HeadOrder(16, 72, 80, pairs=rotated),

@@ -2,11 +2,13 @@
 
 import io
 import os
+import pickle
 import re
 import struct
 import threading
 import tracemalloc
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +33,7 @@ from tritontower.errors import (
     Limits,
     TowerError,
 )
-from tritontower.images import canonical_rgb, check_size
+from tritontower.images import CanonicalImage, Digests, canonical_rgb, check_size, is_large
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
@@ -317,7 +319,101 @@ def test_digest_is_of_the_canonical_picture() -> None:
     assert canonical_rgb(image).digest != canonical_rgb(opaque).digest
 
 
+def test_pixels_cannot_change_under_their_digest() -> None:
+    array = noise(40, 30)
+    picture = Image.fromarray(array)
+    images = [canonical_rgb(array), canonical_rgb(picture), canonical_rgb(torch.from_numpy(array))]
+    expected = canonical_rgb(array.copy()).digest
+    array[:] = 0
+    picture.paste((1, 2, 3), (0, 0, 30, 40))
+    assert {image.digest for image in images} == {expected}
+    for image in images:
+        with pytest.raises(ValueError, match="read-only"):
+            image.array[0, 0] = 0
+
+
+def test_digests_are_taken_when_they_are_asked_for() -> None:
+    known, waiting = canonical_rgb(noise(5, 5)), canonical_rgb(noise(6, 5))
+    expected = (known.digest, canonical_rgb(noise(6, 5)).digest)
+    digests = Digests([known, waiting])
+    assert "digest" not in vars(waiting)
+    assert digests.kept_bytes == waiting.array.nbytes
+    assert digests[0] == expected[0]
+    assert "digest" not in vars(waiting)
+    assert digests[-1] == expected[1]
+    assert digests.kept_bytes == 0
+
+
+def test_a_picture_is_let_go_once_its_digest_is_taken() -> None:
+    image = canonical_rgb(noise())
+    alive, digests = weakref.ref(image), Digests([image])
+    del image
+    assert alive() is not None
+    assert len(digests[0]) == 64
+    assert alive() is None
+
+
+def test_digests_are_like_a_tuple() -> None:
+    def images() -> list[CanonicalImage]:
+        return [canonical_rgb(noise(height)) for height in (5, 6, 7)]
+
+    texts = tuple(image.digest for image in images())
+    assert Digests(images()) == texts
+    assert texts == Digests(images())
+    assert Digests(images()) == Digests(images())
+    assert Digests(images()) != Digests(images()[:2])
+    assert Digests(images()) != list(texts)
+    assert hash(Digests(images())) == hash(texts)
+    assert Digests(images())[1:] == texts[1:]
+    assert list(Digests(images())) == list(texts)
+    assert texts[2] in Digests(images())
+    restored = pickle.loads(pickle.dumps(Digests(images())))
+    assert type(restored) is tuple
+    assert restored == texts
+    with pytest.raises(IndexError):
+        Digests(images())[3]
+    assert "0 bytes" not in repr(Digests(images()))
+
+
+def test_digests_in_many_threads() -> None:
+    images = [canonical_rgb(np.full((50, 50 + number, 3), number, np.uint8)) for number in range(20)]
+    expected = [canonical_rgb(image.array.copy()).digest for image in images]
+    digests, start, found = Digests(images), threading.Barrier(8), []
+
+    def ask() -> None:
+        start.wait()
+        found.append(list(digests))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 8
+    assert digests.kept_bytes == 0
+
+
 # -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (700, 1), (1, 700), (211, 331), (30000, 4), (3, 30000), (1000, 900)])
+def test_pixels_come_out_of_pillow_strip_by_strip(size: tuple[int, int]) -> None:
+    array = noise(size[1], size[0])
+    for picture in (Image.fromarray(array), Image.fromarray(array).convert("RGBA")):
+        image = canonical_rgb(picture, limits=Limits(max_aspect_ratio=1e5))
+        assert np.array_equal(image.array, array)
+        assert image.array.flags.c_contiguous
+
+
+def test_what_is_worth_a_thread() -> None:
+    small, large = noise(20, 30), noise(500, 400)
+    lazy = Image.open(io.BytesIO(encoded(Image.fromarray(small))))
+    for few in (small, torch.from_numpy(small), Image.fromarray(small), canonical_rgb(small), small[..., 0]):
+        assert not is_large(few)
+    for many in (large, torch.from_numpy(large), Image.fromarray(large), canonical_rgb(large), large[..., 0]):
+        assert is_large(many)
+    for to_decode in (lazy, encoded(Image.fromarray(small)), Path("small.png")):
+        assert is_large(to_decode)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 200), (200, 1)])

@@ -503,6 +503,42 @@ def test_ids_and_values_that_exllama_would_misread_are_refused(load: Load) -> No
     assert torch.equal(to_exllama(tower, large, space=TokenSpace(), dtype=None).embeddings, large.embeddings)
 
 
+def test_views_hold_and_release_their_ids(load: Load) -> None:
+    tower = load(BY_NAME["qwen2_vl"])
+    vision = ExLlamaV3Vision(tower)
+    tokenizer = WordTokenizer({"<t>": 1})
+    images = [noise(120, 80, 3), noise(64, 200, 4)]
+    once, again = (vision.get_image_embeddings(tokenizer, images) for _ in range(2))
+    rows = sum(view.length for view in once)
+    for view in once:
+        view.release(vision.space)
+    assert vision.space.ids_in_use == rows
+    for view in again:
+        # It keeps no second copy of its rows.
+        assert view.source.embeddings is view.embeddings
+        view.release(vision.space)
+    assert vision.space.ids_in_use == 0
+    with pytest.raises(UsageError, match="not in use for this picture"):
+        again[0].release(vision.space)
+
+
+def test_no_ids_stay_assigned_where_no_view_is_made(load: Load) -> None:
+    tower = load(BY_NAME["qwen2_vl"])
+    pictures = tower.encode([noise(60, 40, 0), noise(90, 60, 1)])
+    large = replace(pictures[1], embeddings=pictures[1].embeddings * 1e6)
+    space = TokenSpace()
+    with pytest.raises(UsageError, match="dtype=None"):
+        to_exllama(tower, [pictures[0], large], space=space)
+    assert space.ids_in_use == 0
+    with pytest.raises(UsageError, match="tokenizer is 5"):
+        to_exllama(tower, pictures, tokenizer=5, space=space)
+    assert space.ids_in_use == 0
+    low = TokenSpace(200_000)
+    with pytest.raises(UsageError, match="below 1000000000"):
+        to_exllama(tower, pictures, space=low)
+    assert low.ids_in_use == 0
+
+
 # -- the engines' own code, where it is installed ---------------------------------------------------------------------
 
 

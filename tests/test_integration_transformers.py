@@ -348,7 +348,9 @@ class TestInPlaceOfTheVisionPart:
         facts = integration.accelerate_vision(model, release=True)
         assert (facts.shared_bytes, facts.kept_bytes, facts.released_bytes) == (0, 0, total)
         assert vision_parameters(model) == {}
-        assert facts.tower.weights_bytes == total
+        assert facts.tower.graph.parameters * 4 == total
+        # Padded, but there once.
+        assert total <= facts.tower.weights_bytes < 1.5 * total
         gc.collect()
         assert [reference() for reference in alive if reference() is not None] == []
         answer = greedy(model, {"input_ids": asked.input_ids, **asked.text_inputs, **asked.pixel_inputs})
@@ -897,7 +899,7 @@ class TestLoading:
         facts = integration.accelerated(model)
         assert facts is not None
         assert facts.tower.dtype == model.dtype == torch.bfloat16
-        assert facts.tower.weights_bytes == facts.tower.graph.parameters * 2
+        assert 2 <= facts.tower.weights_bytes / facts.tower.graph.parameters < 3
 
     def test_a_model_that_was_quantised_whole_takes_no_tower_of_its_weights(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 """Launches are counted from the graph, and the executor launches exactly what was counted."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +14,18 @@ from support.towers import TowerCase, all_cases
 from test_graph import CONFIG, PASSES, TOWERS, graph_of
 
 from tritontower import VisionTower
+from tritontower.building import build
 from tritontower.config import TowerConfig
 from tritontower.executor import Executor
 from tritontower.fusion import fold_still_pictures, fuse
-from tritontower.graph import Graph, Workload, build
+from tritontower.graph import Graph, Workload
 from tritontower.kernels import linear as linears
+from tritontower.kernels import tables
+from tritontower.kernels.configs import ARCHITECTURES
 from tritontower.kernels.flash_attention import FlashAttentionConfig
-from tritontower.kernels.linear import LinearConfig
-from tritontower.launches import Launches, launch_counts, parts_of
+from tritontower.kernels.linear_config import LinearConfig, parts_of
+from tritontower.kernels.tables import Identity
+from tritontower.launches import Launches, launch_counts
 from tritontower.weights import read_weights
 
 CASES = {case.name: case for case in all_cases()}
@@ -93,13 +98,106 @@ def block_of(config: TowerConfig, passes: str, workload: Workload = MANY) -> Lau
     return launch_counts(graph_of(passes, config), workload).per_block
 
 
-def test_a_block_takes_at_most_seven_launches() -> None:
+def test_a_block_takes_at_most_seven_launches_where_no_product_is_cut() -> None:
     assert block_of(CONFIG, "plain") == Launches(11)
     assert block_of(CONFIG, "default") == Launches(8)
     assert block_of(CONFIG, "kernels") == Launches(7)
     for name, config in TOWERS.items():
         assert block_of(config, "kernels").total <= 7, name
         assert block_of(config, "kernels").total < block_of(config, "plain").total, name
+
+
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder for tables, and no other; what was read before does not count."""
+    monkeypatch.setattr(tables, "packaged_folder", lambda: tmp_path / "packaged")
+    monkeypatch.setattr(tables, "user_folder", lambda: None)
+    monkeypatch.setenv(tables.FOLDER_VARIABLE, str(tmp_path))
+    tables.forget()
+    yield tmp_path
+    tables.forget()
+
+
+def still(patches: int) -> Workload:
+    """One picture."""
+    return Workload(patches, patches // 4, patches**2, views=1)
+
+
+def on(architecture: str, patches: int) -> tuple[int, int]:
+    """Launches of a block and of a pass of Qwen2-VL's tower in bf16."""
+    graph = fold_still_pictures(graph_of("kernels"))
+    counts = launch_counts(graph, still(patches), device=Identity("", architecture))
+    return counts.per_block.total, counts.total.total
+
+
+def test_few_rows_take_more_launches_on_every_architecture(no_tables: Path) -> None:
+    """By default each of a block's four products is cut up to 256 rows, and so are the projector's two by their own rows."""
+    for architecture in ARCHITECTURES:
+        found = [on(architecture, patches) for patches in (64, 256, 1024, 4096)]
+        assert found == [(11, 32 * 11 + 7), (11, 32 * 11 + 7), (7, 32 * 7 + 7), (7, 32 * 7 + 5)], architecture
+
+
+def test_what_a_table_says_is_counted(no_tables: Path) -> None:
+    """One with a cut for MLP down up to 1,024 rows, and with attention that repairs."""
+
+    def entry(kernel: str, constants: dict[str, Any], sizes: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "kernel": kernel, "source": tables.source_digest(kernel), "triton": "3.7", "dtype": "bfloat16",
+            "constants": constants, "sizes": sizes, "config": config, "microseconds": None, "tflops": None,
+            "predicted": None, "static": None, "runner_up": None, "verified": None, "date": "2026-01-01",
+        }  # fmt: skip
+
+    fields = {
+        "block_rows": 64,
+        "block_columns": 64,
+        "block_inner": 64,
+        "group_rows": 8,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    down = {"columns": 1280, "inner": 5120, "activation": None, "residual": True}
+    entries = [
+        entry("linear", down, {"rows": rows}, fields | {"split": split}) for rows, split in ((1024, 4), (4096, 1))
+    ]
+    key = {
+        "gpu": None,
+        "architecture": "sm_90",
+        "capability": "9.0",
+        "multiprocessors": 0,
+        "triton": "3.7",
+        "ptxas": None,
+    }
+    content = {"schema": 1, "key": key, "entries": entries}
+    (no_tables / "sm_90.json").write_text(json.dumps(content), encoding="utf-8")
+    assert [on("sm_90", patches)[0] for patches in (1024, 4096)] == [8, 7]
+    assert [on("sm_80", patches)[0] for patches in (1024, 4096)] == [7, 7]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_the_shipped_tables_a_block_takes_seven_to_eleven(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "user_folder", lambda: None)
+    monkeypatch.delenv(tables.FOLDER_VARIABLE, raising=False)
+    tables.forget()
+    found = [on(architecture, patches)[0] for patches in (64, 256, 1024, 4096)]
+    assert found == sorted(found, reverse=True)
+    assert 7 < found[0] <= 11
+    assert found[-1] == 7
+    tables.forget()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_architecture_counts_like_a_device_of_it(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' own choice for a device, asked of one that is not here."""
+    who, gpu = Identity("", architecture), torch.device("cuda", 0)
+    graph = fold_still_pictures(graph_of("kernels"))
+    counted = [launch_counts(graph, still(patches), device=who).nodes for patches in (64, 256, 1024, 4096)]
+    monkeypatch.setattr(tables, "identity", lambda _: who)
+    monkeypatch.setattr("tritontower.kernels.configs.architecture", lambda _: architecture)
+    tables.forget()
+    assert [launch_counts(graph, still(patches), device=gpu).nodes for patches in (64, 256, 1024, 4096)] == counted
+    tables.forget()
 
 
 def test_a_pass_takes_its_blocks_and_little_else() -> None:

@@ -7,13 +7,15 @@ import torch
 from test_graph import CLIP, CONFIG, DEEP, GEMMA, TOWERS
 
 from tritontower.batch import PackedBatch
+from tritontower.building import build
 from tritontower.config import Normalisation, PatchEmbedding, PositionTable, Projector, TowerConfig, Windows
 from tritontower.executor import Executor
 from tritontower.fusion import fold_still_pictures, fuse, passes_for
-from tritontower.graph import Graph, build
+from tritontower.graph import Graph
 from tritontower.layout import PictureLayout
 from tritontower.memory import plan_memory
 from tritontower.memory_use import allocated_peak, pass_peak
+from tritontower.temporaries import SMALL_BYTES
 
 CPU = torch.device("cpu")
 RMS_NORM = Normalisation("rms_norm", 1e-6, "before_weight")
@@ -100,16 +102,41 @@ def cpu_graph(config: TowerConfig) -> Graph:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("restore_threads")
-def test_the_plan_is_within_two_percent_of_what_a_pass_takes(family: str, dtype: torch.dtype) -> None:
+def test_the_plan_is_hardly_more_than_what_a_pass_takes(family: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     config, grids = FAMILIES[family]
     batch, graph = batch_of(config, grids), cpu_graph(config)
     assert batch.workload.patches >= 1024
     plan = plan_memory(graph, batch.workload, dtype.itemsize, cpu_dtype=dtype)
     taken = pass_peak(executor_of(graph, dtype), batch)
-    assert abs(taken - plan.peak_bytes) <= 0.02 * plan.peak_bytes, (taken, plan)
+    assert taken <= plan.peak_bytes <= 1.02 * taken + SMALL_BYTES, (taken, plan)
     # What torch takes for itself is no small part of it: without it the plan would be wrong.
     assert plan.temporary_bytes > 0.1 * plan.peak_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config", [*(config for config, _ in FAMILIES.values()), CONFIG, CLIP], ids=[*FAMILIES, "small", "clip"]
+)
+@pytest.mark.usefixtures("restore_threads")
+def test_no_pass_however_small_takes_more_than_its_plan(config: TowerConfig, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    graph = cpu_graph(config)
+    executor = executor_of(graph, dtype)
+    side = config.position_table.side if config.num_patches and config.position_table else None
+    for grid in [(4, 4), (8, 8), (16, 16)] if side is None else [(side, side)]:
+        batch = batch_of(config, [grid])
+        plan = plan_memory(graph, batch.workload, dtype.itemsize, cpu_dtype=dtype)
+        assert pass_peak(executor, batch) <= plan.peak_bytes, (grid, plan)
+
+
+@pytest.mark.usefixtures("restore_threads")
+def test_many_views_take_no_more_than_their_plan() -> None:
+    torch.set_num_threads(1)
+    config, _ = FAMILIES["llava"]
+    batch, graph = batch_of(config, [(24, 24)] * 7), cpu_graph(config)
+    plan = plan_memory(graph, batch.workload, 2, cpu_dtype=torch.bfloat16)
+    assert pass_peak(executor_of(graph, torch.bfloat16), batch) <= plan.peak_bytes
 
 
 def test_temporaries_count_on_a_cpu_only_and_move_nothing() -> None:

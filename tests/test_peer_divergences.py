@@ -22,10 +22,10 @@ from support.towers import TowerCase, all_cases
 
 from tritontower import VisionTower
 from tritontower.batch import PackedBatch
+from tritontower.building import build
 from tritontower.config import Activation
 from tritontower.executor import Executor
 from tritontower.fusion import fold_still_pictures, fuse
-from tritontower.graph import build
 from tritontower.parity import Reference, relative_error
 
 HERE = Path(__file__).parent

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL import __version__ as pillow_version
 from support.checkpoints import noise
 from support.preprocessing import LIMITS, canonical, patches_of, random_sizes, tower, write_settings
 from transformers.image_transforms import center_crop
@@ -18,9 +19,20 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from tritontower.errors import ImageTooLargeError, Limits, UsageError
 from tritontower.images import CanonicalImage, canonical_rgb
-from tritontower.pixels import PIXEL_CENTRE, Rescaling
+from tritontower.pixels import HUGE_PAGE, PIXEL_CENTRE, Rescaling, fresh
 from tritontower.preprocessing import AnyResolution, FixedSize, LongestEdge, MistralResize, Preprocessor, SmartResize
-from tritontower.preprocessing.shortcut import alone, cropped, cut_bytes, cut_values, resized, spread_over_threads
+from tritontower.preprocessing import shortcut as shortcut_module
+from tritontower.preprocessing.shortcut import (
+    Bytes,
+    Spread,
+    alone,
+    cropped,
+    cut_bytes,
+    cut_values,
+    resized,
+    resizing_passes,
+    spread_over_threads,
+)
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SQUARE = tower(table_side=4)
@@ -193,6 +205,118 @@ def test_a_small_picture_and_a_single_thread_start_no_thread(restore_threads: No
     torch.set_num_threads(1)
     with spread_over_threads(10**7) as spread:
         assert spread is alone
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of these tests are resized in many pieces."""
+    monkeypatch.setattr(shortcut_module, "PIECE", 900)
+
+
+def by_pillow(picture: Bytes, size: tuple[int, int], resample: int) -> Bytes:
+    return np.asarray(Image.fromarray(picture).resize(size, resample=resample))
+
+
+def in_three(work: Callable[[slice], None], count: int) -> None:
+    for part in range(3):
+        work(slice(count * part // 3, count * (part + 1) // 3))
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("resample", sorted(shortcut_module.FILTERS))
+@pytest.mark.parametrize("spread", [alone, in_three])
+def test_resizing_piece_by_piece_is_pillows_bit_for_bit(resample: int, spread: Spread) -> None:
+    generator = np.random.default_rng(resample)
+    # Beside sizes of all kinds, those around the limit where Pillow 13 changes the order of its passes, and one-way ones.
+    sizes = [((40, 90), (40 - loss, 90 - 2 * loss + more)) for loss in range(-20, 30, 7) for more in (-1, 0, 1)]
+    sizes += [((70, 50), (70, 21)), ((70, 50), (33, 50)), ((1, 90), (1, 35)), ((90, 1), (35, 1)), ((60, 60), (1, 1))]
+    sizes += [((old[0], old[1]), (new[0], new[1])) for old, new in generator.integers(1, 160, (120, 2, 2)).tolist()]
+    for old, new in sizes:
+        picture = generator.integers(0, 256, (old[1], old[0], 3), np.uint8)
+        assert np.array_equal(resized(picture, new, resample, spread), by_pillow(picture, new, resample)), (old, new)
+
+
+def test_large_pictures_piece_by_piece() -> None:
+    for old, new in [((1024, 1024), (1036, 1036)), ((900, 1500), (504, 700)), ((700, 1300), (672, 448))]:
+        picture = noise(*old)
+        assert np.array_equal(resized(picture, new, 3), by_pillow(picture, new, 3))
+
+
+def test_the_order_of_pillows_passes_is_known() -> None:
+    newer = int(pillow_version.split(".")[0]) >= 13
+    assert resizing_passes((300, 200), (150, 190), 3) == (1, 0)
+    assert resizing_passes((300, 200), (290, 150), 3) == ((0, 1) if newer else (1, 0))
+    assert resizing_passes((300, 200), (300, 150), 3) == (0,)
+    assert resizing_passes((300, 200), (200, 200), 3) == (1,)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_where_the_order_is_not_known_channels_are_resized_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def height_first(array: Bytes, size: tuple[int, int], resample: int) -> Bytes:
+        return by_pillow(by_pillow(array, (array.shape[1], size[1]), resample), size, resample)
+
+    monkeypatch.setattr(shortcut_module, "_by_pillow", height_first)
+    shortcut_module._order_of_passes.cache_clear()
+    try:
+        assert resizing_passes((100, 80), (50, 60), 3) is None
+        for new in [(50, 60), (130, 140), (90, 20)]:
+            picture = noise(100, 80)
+            for spread in (alone, in_three):
+                assert np.array_equal(resized(picture, new, 3, spread), height_first(picture, new, 3))
+    finally:
+        shortcut_module._order_of_passes.cache_clear()
+
+
+def test_large_arrays_begin_with_a_huge_page() -> None:
+    for shape, dtype in [((HUGE_PAGE,), np.uint8), ((1024, 588), np.float32), ((5, 7, 100003), np.uint8)]:
+        array = fresh(shape, dtype)
+        array[...] = 3
+        assert array.shape == shape
+        assert array.dtype == dtype
+        assert array.flags.c_contiguous
+        assert array.ctypes.data % HUGE_PAGE == 0
+    assert fresh((3, 5), np.float32).shape == (3, 5)
+
+
+# -- digests ----------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_asks_for_digests_and_none_is_taken(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, "area")
+    for images in ([canonical(noise(300, 200))], [canonical(noise(300, 200)), canonical(noise(90, 80))]):
+        batch = preprocessor.pictures(images)
+        assert not any("digest" in vars(image) for image in images)
+        assert batch.content_hashes == tuple(image.digest for image in images)
+
+
+def test_what_is_much_larger_than_its_patches_is_not_kept(tmp_path: Path, restore_threads: None) -> None:
+    preprocessor = rule(tmp_path, "squashed")  # 56 × 56, whatever comes
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        for sizes in ([(900, 700)], [(900, 700), (60, 60), (300, 800)], [(80, 70), (56, 56)]):
+            images = [canonical(noise(*size)) for size in sizes]
+            batch = preprocessor.pictures(images, raw=True)
+            taken = [size for size, image in zip(sizes, images, strict=True) if "digest" in vars(image)]
+            assert taken == [size for size in sizes if size[0] * size[1] > 2 * 56 * 56]
+            assert batch.content_hashes == tuple(canonical(noise(*size)).digest for size in sizes)
+
+
+def test_a_picture_may_change_once_it_is_preprocessed(tmp_path: Path) -> None:
+    array = noise(90, 80)
+    expected = canonical(array.copy()).digest
+    batch = rule(tmp_path, "area").pictures([canonical_rgb(array)])
+    array[:] = 0
+    assert batch.content_hashes[0] == expected
+
+
+def test_an_error_beside_a_picture_is_not_lost(restore_threads: None) -> None:
+    def fail() -> None:
+        raise OSError("beside")
+
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with pytest.raises(OSError, match="beside"), spread_over_threads(10**6, fail):
+            pass
 
 
 def test_the_cut_leaves_out_what_is_no_whole_patch() -> None:

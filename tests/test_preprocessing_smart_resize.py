@@ -25,7 +25,7 @@ from support.preprocessing import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
-from tritontower.errors import AspectRatioError, ConfigError, Limits, ProcessorError, TowerError
+from tritontower.errors import AspectRatioError, ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError
 from tritontower.images import CanonicalImage
 from tritontower.preprocessing import SmartResize
 from tritontower.preprocessing.smart_resize import CLIP_AREAS, STILL_AREA, smart_resize, smart_resize_clip
@@ -321,6 +321,24 @@ def test_clips_that_are_none_are_refused(tmp_path: Path) -> None:
         preprocessor.clip([blank(20, 20), blank(20, 30)])
     with pytest.raises(AspectRatioError):
         preprocessor.clip_layout(4, 1, 300)
+
+
+@pytest.mark.parametrize("budget", ["per_frame", "per_clip"])
+def test_a_clip_has_a_limit_that_is_checked_before_anything_is_made(tmp_path: Path, budget: Any) -> None:
+    files = {"preprocessor_config.json": settings(patch_size=16)}
+    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget=budget)
+    for frames in (10**6, 10**18):
+        with pytest.raises((ImageTooLargeError, ProcessorError), match=rf"{frames} frames"):
+            preprocessor.clip_layout(frames, 1000, 1000)
+    # The last frame of an odd number is repeated, and takes as much.
+    area = {"min_pixels": 1, "max_pixels": 64 * 64 * (1 if budget == "per_frame" else 8)}
+    limited = replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64))
+    assert limited.clip_layout(7, 64, 64, **area).grid == (4, 4, 4)
+    message = r"8 frames of 64 × 64 pixels would be resized to 64 × 64 each, 32768 pixels .* 32767; .*max_clip_pixels="
+    with pytest.raises(ImageTooLargeError, match=message):
+        replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64 - 1)).clip_layout(8, 64, 64, **area)
+    with pytest.raises(ImageTooLargeError, match="a clip of 7 frames"):
+        replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64 - 1)).clip([blank(64, 64)] * 7, **area)
 
 
 def test_frames_keep_their_colours_in_a_clip(tmp_path: Path) -> None:

@@ -444,12 +444,13 @@ def test_pictures_of_two_spaces_do_not_pass_for_each_other():
     assert first.token_ids == second.token_ids
     with pytest.raises(UsageError, match="embedding 1 has the token ids of another one"):
         encode("x y", [first, second], space=None)
-    # What the prompt was the first to use is given back.
-    for base, message in ((10**9, "embedding 1 has the token ids"), (10**9 - 1, "two embeddings have token id")):
-        new = TokenSpace(base)
-        with pytest.raises(UsageError, match=message):
-            encode("x y", [replace(first, token_ids=()), second], space=new)
-        assert new.ids_in_use == 0
+    with pytest.raises(UsageError, match="two embeddings have token id"):
+        encode("x y", [TokenSpace(10**9 - 1).assign(first), second], space=None)
+    # Ids of another space are none in this one.
+    prompt = encode("x y", [first, second], space=space)
+    assert [each.token_ids[0] for each in prompt.embeddings] == [10**9, 10**9 + 3]
+    prompt.release(space)
+    assert space.ids_in_use == 3
     # One picture under two aliases is no two pictures.
     prompt = encode("x y", [first, first.with_alias("y")], space=None)
     assert prompt.input_ids.tolist() == [6, *first.token_ids, 7, *letters(" "), 6, *first.token_ids, 7]
@@ -486,6 +487,65 @@ def test_the_same_picture_has_the_same_ids():
     ids = [space.assign(other).token_ids for other in others]
     assert len({token for each in [first.token_ids, *ids] for token in each}) == 4 * 9 + 5
     assert TokenSpace(7).assign(others[0]).token_ids == (7, 8, 9, 10)
+
+
+@pytest.mark.parametrize("content", ["a", ""], ids=["known by its content", "known by nothing"])
+def test_every_prompt_of_a_chat_holds_a_use_of_its_pictures(content):
+    space = TokenSpace()
+    first = encode("tell me x", [embedding_of(3, alias="x", content=content)], space=space)
+    second = encode("tell me x and y", [*first.embeddings, embedding_of(2, alias="y", content="b")], space=space)
+    assert second.embeddings[0].token_ids == first.embeddings[0].token_ids
+    first.release(space)
+    assert space.ids_in_use == 5
+    with pytest.raises(UsageError, match="not in use for this picture"):
+        space.release(second.embeddings[1], first.embeddings[0].with_token_ids((7, 8, 9)))
+    # All or none.
+    assert space.ids_in_use == 5
+    second.release(space)
+    assert space.ids_in_use == 0
+    for prompt in (first, second):
+        with pytest.raises(UsageError, match="not in use for this picture"):
+            prompt.release(space)
+
+
+def test_a_picture_that_stands_in_a_prompt_twice_is_used_twice():
+    space = TokenSpace()
+    picture = embedding_of(3, alias="x", content="a")
+    prompt = encode("x y", [picture, picture.with_alias("y")], space=space)
+    space.release(prompt.embeddings[0])
+    with pytest.raises(UsageError, match="not in use for this picture"):
+        prompt.release(space)
+    assert space.ids_in_use == 3
+    space.release(prompt.embeddings[1])
+    assert space.ids_in_use == 0
+
+
+@pytest.mark.parametrize("contents", ["abc", ["", "", ""]], ids=["known by their content", "known by nothing"])
+def test_a_second_release_frees_no_other_pictures_ids(contents):
+    space = TokenSpace(2**31 - 4)
+    first, second, third = (embedding_of(4, content=content) for content in contents)
+    first = space.assign(first)
+    space.release(first)
+    # The space is full: the first picture is forgotten, and its ids are the second's.
+    second = space.assign(second)
+    assert second.token_ids == first.token_ids
+    with pytest.raises(UsageError, match="not in use for this picture"):
+        space.release(first)
+    assert space.ids_in_use == 4
+    with pytest.raises(TokenSpaceExhaustedError):
+        space.assign(third)
+    space.release(second)
+
+
+def test_a_picture_known_by_nothing_is_known_by_its_ids(tmp_path):
+    """Through files and copies; what was given has still no name, and is another picture the next time."""
+    space, plain = TokenSpace(), embedding_of(3)
+    named = space.assign(plain)
+    named.save(tmp_path / "picture")
+    for same in (named, named.with_alias("x"), ImageEmbedding.load(tmp_path / "picture")):
+        assert space.assign(same).token_ids == named.token_ids
+    assert space.assign(plain).token_ids != named.token_ids
+    assert plain.content_hash == ""
 
 
 def test_prompts_that_share_a_space_share_the_ids_of_a_picture():
@@ -526,7 +586,7 @@ def test_a_space_does_not_grow_with_what_was_released(monkeypatch):
     for number in range(50):
         given_ids.append(space.assign(embedding_of(2, content=str(number))))
         space.release(given_ids[-1])
-    assert len(space._entries) == len(space._keys) == len(space._idle) == 3
+    assert len(space._entries) == len(space._idle) == 3
     assert len(space._free) <= 2
     # Nobody's ids were handed out a second time as long as there were others.
     assert len({each.token_ids for each in given_ids}) == 50
@@ -543,7 +603,7 @@ def test_ids_are_released_as_often_as_they_were_assigned():
     space.release(twice)
     assert space.ids_in_use == 0
     for wrong in (once, picture, once.with_token_ids((5, 6, 7))):
-        with pytest.raises(UsageError, match="are not in use in this space"):
+        with pytest.raises(UsageError, match="are not in use for this picture"):
             space.release(wrong)
 
 

@@ -128,6 +128,45 @@ def test_without_tables_it_is_a_linear_layer(device):
     assert torch.equal(y, linear(x, weight, bias, config=SMALL))
 
 
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_queries_are_scaled(device, dtype, split, rotated):
+    heads, head_dim, padded = 3, 18, 20
+    x, weight, bias, cosines, sines = inputs(37, heads, head_dim, 72, dtype, device)
+    how = {"heads": heads, "head_dim": head_dim, "padded_head_dim": padded}
+    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True, ones=tensor.dim() == 1) for tensor in (weight, bias))
+    tables = (cosines, sines) if rotated else (None, None)
+    config = replace(SMALL, split=split)
+    plain = qkv_projection(x, weight_, bias_, *tables, **how, config=config)
+    y = qkv_projection(x, weight_, bias_, *tables, **how, config=config, query_scale=0.17)
+    columns = heads * padded
+    assert torch.equal(y[:, columns:], plain[:, columns:])
+    if rotated:
+        want = expected(x, weight, bias, cosines, sines, heads, head_dim)[:, 0]
+    else:
+        want = linear(x.double().cpu().float(), weight.float().cpu(), bias.float().cpu()).double()
+        want = want.unflatten(1, (3, heads, head_dim))[:, 0].to(device)
+    # The kernel rounds once, the reference also before it rotates and scales.
+    allowed = tolerance(dtype, want.numel()) if runs_kernel(x) else 1.5 * TOLERANCE[dtype]
+    q = published_order(y, heads, head_dim, padded)[:, 0]
+    assert relative_error(q, 0.17 * want) <= allowed
+    alone = qkv_projection(
+        x[5:6], weight_, bias_, *(table if table is None else table[5:6] for table in tables), **how, config=config,
+        query_scale=0.17,
+    )  # fmt: skip
+    assert torch.equal(alone, y[5:6])
+
+
+def test_heads_of_an_odd_width_are_scaled(device):
+    x, weight, bias, _, _ = inputs(37, 2, 5, 64, torch.float32, device)
+    how = {"heads": 2, "head_dim": 5, "config": SMALL}
+    y = qkv_projection(x, weight, bias, None, None, **how, query_scale=4.0)
+    plain = linear(x, weight, bias, config=SMALL)
+    assert torch.equal(y, torch.cat((4 * plain[:, :10], plain[:, 10:]), 1))
+
+
 @pytest.mark.parametrize("operands", ["pointers", "descriptors"])
 @pytest.mark.parametrize("split", [1, 2])
 def test_rows_may_stand_apart(device, operands, split):
@@ -310,6 +349,7 @@ def test_arrange_heads_refuses(change, message):
         ({"sines": torch.zeros(3, 4)}, ValueError, r"sines has shape \(3, 4\).*\(3, 2\)"),
         ({"sines": torch.zeros(3, 2).double()}, TypeError, "sines is torch.float64.*torch.float32"),
         ({"heads": 0}, ValueError, "heads is 0"),
+        ({"query_scale": 0.0}, ValueError, "query_scale must be a positive, finite fp32 number, got 0.0"),
         ({"padded_head_dim": 2}, ValueError, "padded_head_dim 2"),
         ({"head_dim": 3, "padded_head_dim": 4}, ValueError, "to be rotated they have to be even"),
         ({"out": torch.zeros(3, 25)}, ValueError, r"out has shape \(3, 25\).*\[3, 24\]"),

@@ -1,11 +1,13 @@
 """The whole way: pictures → embeddings, held against transformers on small random checkpoints."""
 
 import contextvars
+import gc
 import json
 import pickle
 import random
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 from support.checkpoints import noise, rename_tensors, save_qwen2_vl
+from support.towers import all_cases
 
 from tritontower import VisionTower, has_vision
+from tritontower.capture import CaptureLimits
 from tritontower.errors import (
     AspectRatioError,
     BackendUnavailableError,
@@ -24,13 +28,13 @@ from tritontower.errors import (
     EmptyImageError,
     ImageTooLargeError,
     ImageTypeError,
+    ImageValueError,
     ProcessorError,
     ShapeMismatchError,
     TowerError,
     TowerNotLoadedError,
     UsageError,
 )
-from tritontower.executor import Executor
 from tritontower.graph import Workload
 from tritontower.parity import compare, compare_nodes, relative_error
 from tritontower.reference import flat_patches
@@ -93,10 +97,13 @@ def test_folding_the_frames_of_a_still_leaves_the_numbers_where_they_were(tower:
 
 
 def test_a_wrong_weight_is_found_at_its_node(tower: VisionTower, qwen2_vl: Path) -> None:
-    broken = VisionTower.from_pretrained(qwen2_vl, device="cpu")
-    sources = broken._read_weights(None)
-    sources["blocks.1.mlp_up.bias"] = sources["blocks.1.mlp_up.bias"] + 0.1
-    broken._executors = {588: Executor(broken.graph, sources)}
+    class Broken(VisionTower):
+        def _read_weights(self, progress: Any) -> dict[str, torch.Tensor]:
+            weights = super()._read_weights(progress)
+            weights["blocks.1.mlp_up.bias"] += 0.1
+            return weights
+
+    broken = Broken.from_pretrained(qwen2_vl, device="cpu")
     found = compare_nodes(broken, broken.preprocess(PICTURES[:1]))
     wrong = next(line for line in found if line.error > 1e-4)
     assert (wrong.node, wrong.value) == ("blocks.1.mlp", "blocks.1.mlp_hidden")
@@ -132,6 +139,20 @@ def test_the_kinds_of_pictures_agree(tower: VisionTower, tmp_path: Path) -> None
 
 def test_no_pictures_is_no_work(tower: VisionTower) -> None:
     assert tower.encode([]) == []
+
+
+def test_a_tower_that_goes_gives_its_memory_back_at_once(qwen2_vl: Path) -> None:
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu")
+    tower.encode(PICTURES[:2])
+    batches = [tower.preprocess(PICTURES[0], raw=raw) for raw in (False, True)]
+    executors = [weakref.ref(tower.executor_for(batch)) for batch in batches]
+    gc.collect()
+    gc.disable()
+    try:
+        del tower
+        assert [executor() for executor in executors] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_results_outlive_later_passes(tower: VisionTower) -> None:
@@ -315,10 +336,29 @@ def test_patches_that_are_no_whole_numbers_are_refused(tower: VisionTower, patch
     assert tower.memory_plan(np.int64(8)) == tower.memory_plan(8)
 
 
-def test_a_batch_of_another_tower_is_refused(tower: VisionTower, tmp_path: Path) -> None:
-    other = VisionTower.from_pretrained(save_qwen2_vl(tmp_path, depth=1, patch_size=8), device="cpu", delay_load=True)
-    with pytest.raises(UsageError, match="another tower's"):
-        tower.forward(other.preprocess(PICTURES[0]))
+def test_batches_of_all_towers_of_another_form_are_refused(tmp_path: Path) -> None:
+    towers = {
+        case.name: VisionTower.from_pretrained(case.save(tmp_path / case.name), device="cpu") for case in all_cases()
+    }
+    towers["patch of 8"] = VisionTower.from_pretrained(
+        save_qwen2_vl(tmp_path / "8", depth=1, patch_size=8), device="cpu"
+    )
+    batches = {name: tower.preprocess(PICTURES[0]) for name, tower in towers.items()}
+    refused = 0
+    for name, tower in towers.items():
+        for other, batch in batches.items():
+            if towers[other].config.batch_form == tower.config.batch_form:
+                assert torch.equal(tower.forward(batch), tower.forward(replace(batch, form=tower.config.batch_form)))
+                continue
+            with pytest.raises(UsageError, match="is another tower's, with "):
+                tower.forward(batch)
+            refused += 1
+        clip = tower.preprocess_video([PICTURES[0]] * 2) if tower.config.patch.temporal > 1 else batches[name]
+        assert torch.isfinite(tower.forward(clip)).all()
+    assert refused > len(towers) ** 2 / 2
+    # The same patches in another order: nothing but the form tells these two apart.
+    one, other = batches["qwen2_vl"], batches["qwen2_5_vl"]
+    assert (one.pixels.shape, one.rows_per_token) == (other.pixels.shape, other.rows_per_token)
 
 
 def test_wrong_arguments_are_refused(qwen2_vl: Path) -> None:
@@ -334,6 +374,57 @@ def test_wrong_arguments_are_refused(qwen2_vl: Path) -> None:
         VisionTower.from_pretrained(None)
     with pytest.raises(BackendUnavailableError):
         VisionTower.from_pretrained(qwen2_vl, device="mps")
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "", "yes", {}])
+def test_whether_graphs_are_captured_is_said_plainly(qwen2_vl: Path, value: Any) -> None:
+    with pytest.raises(UsageError, match=r"cuda_graphs is .*; allowed: True, False, or CaptureLimits"):
+        VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True, cuda_graphs=value)
+    for fine in (True, False, CaptureLimits(2, 2**20)):
+        VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True, cuda_graphs=fine)
+
+
+@pytest.mark.parametrize("name", ["limits", "cache"])
+def test_what_a_tower_keeps_is_checked_at_once(qwen2_vl: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"{name} is 5; allowed: .*, or None"):
+        VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True, **{name: 5})
+
+
+def test_arguments_of_calls_are_checked_at_the_door(tower: VisionTower) -> None:
+    for wrong in (None, 5, "pixels", torch.tensor(5.0)):
+        with pytest.raises(UsageError, match=r"batch is .*; allowed: what preprocess\(\) returned"):
+            tower.forward(wrong)
+    with pytest.raises(UsageError, match="timestamps is 5; allowed: a number of seconds for each frame"):
+        tower.encode_video(PICTURES[:1], timestamps=5)
+    with pytest.raises(UsageError, match="max_patches is True; allowed: a whole number"):
+        tower.encode(PICTURES[:1], max_patches=True)
+    with pytest.raises(UsageError, match="patches is True; allowed: a whole number"):
+        tower.memory_plan(True)
+
+
+def test_an_order_of_axes_is_said_where_a_shape_allows_both(tower: VisionTower) -> None:
+    rows = noise(50, 3, 1)
+    assert rows.shape == (3, 50, 3), "three rows of 50 pixels, or three channels of 50 rows of three"
+    columns = np.ascontiguousarray(rows.transpose(1, 2, 0))
+    for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
+        with pytest.raises(ImageValueError, match="say which with input_data_format="):
+            call([rows])
+    for encode in (tower.encode, lambda pictures, **how: [tower.encode_video(pictures, **how)]):
+        (flat,) = encode([rows], input_data_format="channels_last")
+        (tall,) = encode([rows], input_data_format="channels_first")
+        assert (flat.original_size, tall.original_size) == ((50, 3), (3, 50))
+        (same,) = encode([Image.fromarray(columns)])
+        assert torch.equal(tall.embeddings, same.embeddings)
+    for preprocess in (tower.preprocess, tower.preprocess_video):
+        packed = preprocess([rows], input_data_format="channels_first")
+        assert packed.original_sizes == ((3, 50),)
+        assert torch.equal(packed.pixels, preprocess([Image.fromarray(columns)]).pixels)
+
+
+def test_a_foreign_bound_is_refused_before_anything_is_decoded(tower: VisionTower) -> None:
+    for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
+        with pytest.raises(UsageError, match="no bound longest_edge"):
+            call([b"no picture"], longest_edge=100)
 
 
 def test_weights_that_do_not_fit_are_refused(qwen2_vl: Path, tmp_path: Path) -> None:

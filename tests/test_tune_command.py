@@ -1,5 +1,6 @@
 """``tritontower tune``: what it prints, writes and returns; compilers and the GPU are stand-ins."""
 
+import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -161,7 +162,7 @@ class TestMeasured:
         assert run(model, "--patches", "1024") == 130
         assert "interrupted" in capsys.readouterr().err
         journal = folders / "NVIDIA_Test_1.journal"
-        assert len(journal.read_text().splitlines()) == 7
+        assert journal.read_text().count("dropped") == 7
         assert run(model, "--patches", "1024", "--json") == 0
         assert report(capsys)["missing"] == 0
         second = len(asked) - 8
@@ -202,6 +203,21 @@ class TestMeasured:
         assert copy.read_text() == (folders / "NVIDIA_Test_1.json").read_text()
         assert imported["imported"] == imported["entries"] == len(tables.read_table(copy).entries)
 
+    def test_an_import_says_what_it_left_out(self, model, gpu, folders, tmp_path, capsys):
+        """Entries for another release of a kernel: they do not take the place of those that count."""
+        assert run(model, "--patches", "1024") == 0
+        path = folders / "NVIDIA_Test_1.json"
+        before = path.read_text()
+        stale = json.loads(before)
+        for entry in stale["entries"]:
+            entry["source"] = "0" * 12
+        (tmp_path / "stale.json").write_text(json.dumps(stale))
+        capsys.readouterr()
+        assert run("--import", tmp_path / "stale.json") == 0
+        count = len(stale["entries"])
+        assert f"0 of {count} entries added: {path} holds {count}; what the table knew" in capsys.readouterr().out
+        assert path.read_text() == before
+
 
 class TestMistakes:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -230,7 +246,20 @@ class TestMistakes:
             ([], "name one model, or --config FILE"),
             (["{model}", "--config", "{model}/config.json"], "name one model, or --config FILE"),
             (["{model}", "--static"], "name it with --arch"),
-            (["{model}", "--arch", "sm_90"], "--arch goes with --static"),
+            (["{model}", "--arch", "sm_90"], "--arch has no say in measuring; it goes with --static, --show, --export"),
+            (["{model}", "--static", "--show", "--arch", "sm_90"], "not allowed with argument"),
+            (["--import", "{model}/config.json", "--export", "{folder}/x.json"], "not allowed with argument"),
+            (["{model}", "--import", "{model}/config.json", "--show"], "not allowed with argument"),
+            (["--import", "{model}/config.json", "--config", "{model}/config.json"], "--config has no say in --import"),
+            (["--import", "{model}/config.json", "--arch", "sm_80"], "--arch has no say in --import"),
+            (["{model}", "--import", "{model}/config.json"], "MODEL has no say in --import"),
+            (["{model}", "--show", "--arch", "sm_90", "--budget", "3"], "--budget has no say in --show"),
+            (["{model}", "--show", "--arch", "sm_90", "--output", "{folder}"], "--output has no say in --show"),
+            (["{model}", "--export", "{folder}/x.json", "--arch", "sm_90"], "MODEL has no say in --export"),
+            (["--export", "{folder}/x.json", "--dtype", "float16"], "--dtype has no say in --export"),
+            (["{model}", "--static", "--arch", "sm_90", "--device", "cuda:1"], "--device has no say in --static"),
+            (["{model}", "--show", "--arch", "sm_90", "--device", "cuda:1"], "name one of them"),
+            (["--config", "{model}/config.json", "--revision", "x", "--static", "--arch", "sm_90"], "of a hub id"),
             (["{model}", "--static", "--arch", "sm_70"], "invalid choice"),
             (["{model}", "--patches", "0"], "'0' is not a positive whole number"),
             (["{model}", "--patches", "1,x"], "'x' is not a positive whole number"),
@@ -260,6 +289,12 @@ class TestMistakes:
 
     def test_architectures_are_those_of_the_kernels(self):
         assert tune._ARCHITECTURES == ARCHITECTURES
+
+    def test_every_option_has_a_say_in_something(self):
+        parser = argparse.ArgumentParser()
+        tune.add_arguments(parser)
+        known = {action.dest for action in parser._actions} - {"help", "json", "static", "show", "export", "imported"}
+        assert known == {name for names in tune._TAKES.values() for name in names}
 
     def test_help(self, capsys):
         assert run("--help") == 0

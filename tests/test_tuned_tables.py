@@ -12,12 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tritontower.demonstration import demonstration_checkpoint
 from tritontower.errors import UsageError
-from tritontower.kernels import tables
+from tritontower.kernels import linear as linear_module
+from tritontower.kernels import source_digest as source_digest_module
+from tritontower.kernels import tables, tables_schema
 from tritontower.kernels.attention_blocks import FlashAttentionConfig
 from tritontower.kernels.linear_config import LinearConfig
 from tritontower.kernels.tables import Identity, check_table, read_table, tuned
 from tritontower.tuning.operations import CONFIGS
+from tritontower.tuning.space import uniform
 from tritontower.tuning.write import merge, read_checked, static_identity, table_key, table_text
 
 GPU = Identity("NVIDIA Test 1", "sm_90", "9.0", 132)
@@ -75,6 +79,7 @@ def folders(tmp_path, monkeypatch) -> dict[str, Path]:
     monkeypatch.setenv("TRITONTOWER_CACHE", str(places["cache"]))
     monkeypatch.setattr(tables, "packaged_folder", lambda: places["packaged"])
     monkeypatch.setattr(tables, "_warned", set())
+    places["chosen"].mkdir()
     tables.forget()
     yield {"chosen": places["chosen"], "user": places["cache"] / "tuned", "packaged": places["packaged"]}
     tables.forget()
@@ -99,11 +104,49 @@ class TestLookUp:
             assert ask() == {**CONFIG, "num_warps": warps}, (place, name)
 
     @pytest.mark.parametrize(
-        ("rows", "found"), [(4096, 4), (3900, 4), (5000, 4), (1, 1), (90, 1), (16384, 4), (500, 2), (1024, 2)]
+        ("rows", "found"), [(4096, 4), (3900, 4), (5000, 4), (16, 1), (90, 1), (16384, 4), (500, 2), (1024, 2)]
     )
     def test_nearest_bucket(self, folders, rows, found):
         put(folders["user"], table(entry(64, warps=1), entry(512, warps=2), entry(4096, warps=4)))
         assert ask(rows) == {**CONFIG, "num_warps": found}
+
+    @pytest.mark.parametrize(("rows", "there"), [(1, False), (13, False), (14, True), (19000, True), (20000, False)])
+    def test_an_entry_answers_for_a_factor_of_four(self, folders, rows, there):
+        put(folders["user"], table(entry(64), entry(4096)))
+        assert (ask(rows) is not None) == there
+
+    @pytest.mark.parametrize("rows", [4096, 16384, 35344])
+    def test_what_was_measured_for_few_rows_says_nothing_of_many(self, folders, rows):
+        """The packaged prediction for that very size answers, not a measured configuration for another one."""
+        split = {**CONFIG, "split": 6}
+        put(folders["user"], table(measured(64, config=split), measured(256, config=split)))
+        put(folders["packaged"], table(entry(16384, warps=8), entry(4096, warps=8), gpu=False), "sm_90.json")
+        assert ask(256) == ask(1024) == split
+        assert ask(rows) == {**CONFIG, "num_warps": 8}
+
+    def test_k_is_cut_for_few_rows_only(self, folders, monkeypatch):
+        """The next entry without parts answers for more rows, or else the default."""
+        split = {**CONFIG, "split": 6}
+        put(folders["user"], table(entry(1024, config=split), entry(4096, warps=2)))
+        assert ask(1217) == split
+        assert ask(1218) == ask(1448) == ask(2048) == {**CONFIG, "num_warps": 2}
+        put(folders["user"], table(entry(1024, config=split)))
+        tables.forget()
+        assert ask(1218) is None
+        monkeypatch.setattr(linear_module.configs, "architecture", lambda device: "sm_90")
+        how = {"dtype": torch.bfloat16, "activation": None, "residual": False, "device": DEVICE}
+        assert linear_module.choose_config(1217, 5120, 1280, **how).split == 6
+        assert linear_module.choose_config(1218, 5120, 1280, **how).split == 1
+
+    @pytest.mark.parametrize("kernel", tables.SAME_FOR_ALL_SIZES)
+    def test_one_table_answers_for_all_sizes_where_they_agree(self, folders, kernel):
+        """Two tables would not agree, and a row's bits would depend on what it is packed with."""
+        mine, other = {"num_warps": 2}, {"num_warps": 8}
+        source = tables.source_digest(kernel)
+        put(folders["user"], table(entry(64, kernel=kernel, source=source, config=mine)))
+        put(folders["packaged"], table(entry(16384, kernel=kernel, source=source, config=other)))
+        for rows in (1, 64, 1024, 16384, 2**20):
+            assert tuned(kernel, DEVICE, torch.bfloat16, LINEAR, {"rows": rows}) == mine
 
     def test_of_two_as_near_the_larger(self, folders):
         put(folders["user"], table(entry(1024, warps=1), entry(4096, warps=2)))
@@ -137,7 +180,7 @@ class TestLookUp:
         assert ask() is not None
         monkeypatch.setattr(tables, "read_table", lambda path: pytest.fail(f"read {path} again"))
         assert ask() is not None
-        assert ask(64) is not None
+        assert ask(2048) is not None
         assert ask(columns=3) is None
 
     def test_the_answer_is_the_callers(self, folders):
@@ -150,8 +193,11 @@ class TestLookUp:
         monkeypatch.delenv("TRITONTOWER_CACHE")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
         monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        assert tables.cache_folder() is None
         assert tables.user_folder() is None
         assert ask() is None
+        with pytest.raises(UsageError, match=r"no home folder .* set TRITONTOWER_CACHE"):
+            demonstration_checkpoint()
 
 
 class TestStale:
@@ -172,11 +218,14 @@ class TestStale:
         put(folders["user"], table(measured(triton=f"{minor}.99")))
         assert ask() is not None
 
-    def test_digest_covers_device_code_and_launchers_only(self, tmp_path, monkeypatch):
+    def test_digest_covers_all_that_decides_a_launch(self, tmp_path, monkeypatch):
         source = '''
 """Docstring."""
 from . import other
+__all__ = ["LIMIT"]
 LIMIT = 3
+"""Of what."""
+TYPED: int = 3
 @triton.jit
 def _kernel(x):
     """What it does."""
@@ -188,6 +237,14 @@ class ItConfig:
     rows: int = 1
 def helper():
     return 5
+def _validate_it(x):
+    return 5
+def default_config(x):
+    return 5
+def it_reference(x):
+    return 5
+def compile_specs():
+    return 5
 '''
         other = "@triton.jit\ndef device_function(x):\n    return x\n"
 
@@ -197,27 +254,61 @@ def helper():
             tables.source_digest.cache_clear()
             return tables.source_digest("it")
 
-        monkeypatch.setattr(tables, "__file__", str(tmp_path / "tables.py"))
+        monkeypatch.setattr(source_digest_module, "__file__", str(tmp_path / "source_digest.py"))
         first = digest(source)
         same = [
             source.replace("# why", "# for another reason"),
             source.replace("What it does", "What it really does"),
             source.replace("x  + 1", "x + 1"),
-            source.replace("return 5", "return 6"),
-            source.replace("LIMIT = 3", "LIMIT = 4"),
+            source.replace("from . import other", "import math\nfrom . import other"),
+            source.replace('["LIMIT"]', '["LIMIT", "TYPED"]'),
+            source.replace("Of what", "Of something else"),
             source.replace('f"no {x}"', 'f"not {x}"'),
+            *(
+                source.replace(f"def {name}:\n    return 5", f"def {name}:\n    return 6")
+                for name in ("_validate_it(x)", "default_config(x)", "it_reference(x)", "compile_specs()")
+            ),
         ]
+        assert all(text != source for text in same)
         assert {digest(text) for text in same} == {first}
         others = [
             digest(source.replace("+ 1", "+ 2")),
             digest(source.replace("int = 1", "int = 2")),
             digest(source.replace("raise ValueError", "raise TypeError")),
+            digest(source.replace("LIMIT = 3", "LIMIT = 4")),
+            digest(source.replace("TYPED: int = 3", "TYPED: int = 4")),
+            digest(source.replace("helper():\n    return 5", "helper():\n    return 6")),
             digest(source, other.replace("return x", "return -x")),
         ]
-        assert len({first, *others}) == 5
+        assert len({first, *others}) == 8
         tables.source_digest.cache_clear()
 
-    @pytest.mark.parametrize("name", ["nonsense", "../tables", "", "Linear", "a" * 99])
+    @pytest.mark.parametrize(
+        ("kernel", "file", "old", "new"),
+        [
+            ("linear", "linear", "REDUCE_ROWS, REDUCE_COLUMNS = 4, 256", "REDUCE_ROWS, REDUCE_COLUMNS = 8, 256"),
+            ("linear", "linear_config", "block_columns >= 128 else 1", "block_columns >= 256 else 1"),
+            ("qkv_projection", "linear", "tiles, parts)](", "parts, tiles)]("),
+            ("flash_attention", "attention_fixed", "REDO_KEYS = 32", "REDO_KEYS = 64"),
+            ("flash_attention", "attention_fixed", "GROUPS = 8", "GROUPS = 4"),
+        ],
+    )
+    def test_digest_covers_what_a_launch_is_made_of(self, tmp_path, monkeypatch, kernel, file, old, new):
+        before = tables.source_digest(kernel)
+        for path in Path(tables.__file__).parent.glob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            if path.stem == file:
+                assert text.count(old) == 1
+                text = text.replace(old, new)
+            (tmp_path / path.name).write_text(text, encoding="utf-8")
+        monkeypatch.setattr(source_digest_module, "__file__", str(tmp_path / "source_digest.py"))
+        tables.source_digest.cache_clear()
+        assert tables.source_digest(kernel) not in (None, before)
+        monkeypatch.undo()
+        tables.source_digest.cache_clear()
+        assert tables.source_digest(kernel) == before
+
+    @pytest.mark.parametrize("name", ["nonsense", "../tables", "", "Linear", "a" * 99, "tables", "linear_reference"])
     def test_digest_of_no_kernel(self, name):
         assert tables.source_digest(name) is None
 
@@ -251,6 +342,42 @@ class TestWarning:
         assert "1 were found for another release" in caplog.text
 
 
+class TestNamedFolder:
+    def test_that_is_not_there(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setenv(tables.FOLDER_VARIABLE, str(tmp_path / "absent"))
+        with caplog.at_level(logging.WARNING, "tritontower"):
+            ask()
+            tables.forget()
+            ask(64)
+        said = [record.getMessage() for record in caplog.records if tables.FOLDER_VARIABLE in record.getMessage()]
+        assert said == [
+            f"{tables.FOLDER_VARIABLE} names '{tmp_path / 'absent'}', which is no folder: no tables are read from there"
+        ]
+
+    def test_that_is_there(self, caplog):
+        with caplog.at_level(logging.WARNING, "tritontower"):
+            ask()
+        assert tables.FOLDER_VARIABLE not in caplog.text
+
+
+class TestNames:
+    def test_of_files(self):
+        assert tables.table_name("NVIDIA H200") == "NVIDIA_H200.json"
+        assert tables.table_name("日本 7") == "7.json"
+
+    @pytest.mark.parametrize("gpu", ["///", "日本", "..", "_"])
+    def test_that_name_no_file(self, gpu, folders):
+        with pytest.raises(ValueError, match="to name a table by"):
+            tables.table_name(gpu)
+        with pytest.raises(ValueError, match=r"key\.gpu has no letter or digit"):
+            check_table({**table(), "key": {**table_key(GPU), "gpu": gpu}})
+        assert tables.table_paths(gpu, "sm_90") == [
+            folders[place] / "sm_90.json" for place in ("chosen", "user", "packaged")
+        ]
+
+
+ATTENTION = {"block_queries": 128, "block_keys": 128, "num_warps": 4, "num_stages": 3, "variant": "fixed"}
+
 BROKEN = {
     "no JSON": "{",
     "deep": "[" * 100_000,
@@ -275,6 +402,26 @@ BROKEN = {
     "warps that are no power of two": table(entry(config={**CONFIG, "num_warps": 5})),
     "rows that are no power of two": table(entry(kernel="norm", config={"rows": 3, "num_warps": 4})),
     "block of two million": table(entry(config={**CONFIG, "block_rows": 2**21})),
+    "tile that no chip holds": table(entry(config={**CONFIG, "block_rows": 4096, "block_columns": 4096})),
+    "gated tile that no chip holds": table(
+        entry(
+            constants={**LINEAR, "activation": "silu_gated"}, config={**CONFIG, "block_rows": 256, "block_columns": 256}
+        )
+    ),
+    "more shared memory than there is": table(entry(config={**CONFIG, "num_stages": 8})),
+    "more shared memory than there is for the runner-up": table(
+        entry(runner_up={"config": {**CONFIG, "num_stages": 8}, "microseconds": None})
+    ),
+    "attention with more shared memory than there is": table(
+        entry(kernel="flash_attention", constants={"head_dim": 256}, config=ATTENTION)
+    ),
+    "scores that no chip holds": table(
+        entry(kernel="flash_attention", constants={"head_dim": 64}, config={**ATTENTION, "block_keys": 1024})
+    ),
+    "norm of more rows than a chip holds": table(
+        entry(kernel="norm", constants={"width": 1280}, config={"rows": 1024, "num_warps": 4})
+    ),
+    "architecture that is none": {**table(), "key": {**table_key(GPU), "architecture": "sm_1"}},
     "no warps": table(entry(config={**CONFIG, "num_warps": 0})),
     "switch for a number": table(entry(config={**CONFIG, "num_warps": True})),
     "text of two lines": table(entry(config={**CONFIG, "operands": "a\nb"})),
@@ -295,7 +442,7 @@ class TestBrokenFiles:
         put(folders["packaged"], table(entry(warps=2), gpu=False), "sm_90.json")
         with caplog.at_level(logging.WARNING, "tritontower"):
             assert ask() == {**CONFIG, "num_warps": 2}
-            assert ask(64) == {**CONFIG, "num_warps": 2}
+            assert ask(1024) == {**CONFIG, "num_warps": 2}
         assert [str(path) in record.getMessage() for record in caplog.records].count(True) == 1
         with pytest.raises(UsageError, match="is no table of tuned configurations: "):
             read_checked(path)
@@ -306,7 +453,7 @@ class TestBrokenFiles:
         assert ask() is None
 
     def test_too_large(self, folders, monkeypatch):
-        monkeypatch.setattr(tables, "LARGEST_FILE", 1000)
+        monkeypatch.setattr(tables_schema, "LARGEST_FILE", 1000)
         path = put(folders["user"], table(entry(), entry(64)))
         with pytest.raises(ValueError, match="more than 1000 bytes"):
             read_table(path)
@@ -382,8 +529,8 @@ class TestWriting:
     def test_merges_by_bucket(self, tmp_path):
         path = tmp_path / "new" / "t.json"
         key = table_key(GPU)
-        assert merge(path, key, [entry(4096, warps=1), entry(64, warps=2)]) == 2
-        assert merge(path, key, [entry(4300, warps=4)]) == 2
+        assert merge(path, key, [entry(4096, warps=1), entry(64, warps=2)]) == (2, 2, 0)
+        assert merge(path, key, [entry(4300, warps=4)]) == (2, 1, 0)
         assert {(each["sizes"]["rows"], each["config"]["num_warps"]) for each in read_table(path).entries} == {
             (64, 2),
             (4300, 4),
@@ -396,19 +543,67 @@ class TestWriting:
         assert read_table(path).entries[0]["config"]["num_warps"] == 4
         merge(path, key, [measured(warps=2)])
         assert read_table(path).entries[0]["config"]["num_warps"] == 2
-        merge(path, key, [measured(warps=4, source="0" * 12)])
-        merge(path, key, [entry(warps=1)])
+
+    @pytest.mark.parametrize("change", [{"source": "0" * 12}, {"triton": "1.0.0"}])
+    def test_what_counts_for_nothing_replaces_no_time(self, tmp_path, change):
+        path, key = tmp_path / "t.json", table_key(GPU)
+        merge(path, key, [measured(warps=4)])
+        assert merge(path, key, [measured(warps=1, **change)]) == (1, 0, 0)
+        assert read_table(path).entries[0]["config"]["num_warps"] == 4
+
+    @pytest.mark.parametrize("change", [{"source": "0" * 12}, {"triton": "1.0.0"}])
+    def test_a_prediction_replaces_a_time_that_counts_no_more(self, tmp_path, change):
+        path, key = tmp_path / "t.json", table_key(GPU)
+        merge(path, key, [measured(warps=4, **change)])
+        assert merge(path, key, [entry(warps=1)]) == (1, 1, 0)
         assert read_table(path).entries[0]["config"]["num_warps"] == 1
+
+    @staticmethod
+    def attention(longest: int, *, keys: int, variant: str = "online", make: Any = measured) -> dict[str, Any]:
+        config = {"block_queries": 64, "block_keys": keys, "num_warps": 4, "num_stages": 2, "variant": variant}
+        changes = {"kernel": "flash_attention", "source": tables.source_digest("flash_attention"), "config": config}
+        constants = {"head_dim": 80, "padded": False, "bounded": 0}
+        made: dict[str, Any] = make(**changes, constants=constants, sizes={"longest": longest})
+        return made
+
+    @staticmethod
+    def held(path: Path) -> set[tuple[int, int]]:
+        return {(each["sizes"]["longest"], each["config"]["block_keys"]) for each in read_table(path).entries}
+
+    def test_sizes_agree_after_a_second_run(self, tmp_path):
+        """A run for small pictures, then one for large ones: the fields that sums depend on are those of the second."""
+        path, key = tmp_path / "t.json", table_key(GPU)
+        merge(path, key, [self.attention(256, keys=64), self.attention(1024, keys=64)])
+        assert merge(path, key, [self.attention(16384, keys=128, variant="fixed")]) == (1, 1, 2)
+        assert self.held(path) == {(16384, 128)}
+        assert merge(path, key, [self.attention(256, keys=128, variant="fixed")]) == (2, 1, 0)
+
+    def test_sizes_agree_within_an_import(self, tmp_path):
+        path = tmp_path / "t.json"
+        disagreeing = [self.attention(16384, keys=128), self.attention(256, keys=64), self.attention(64, keys=128)]
+        assert merge(path, table_key(GPU), disagreeing).added == 2
+        assert self.held(path) == {(64, 128), (16384, 128)}
+
+    def test_a_prediction_drives_no_time_out(self, tmp_path):
+        path, key = tmp_path / "t.json", table_key(GPU)
+        merge(path, key, [self.attention(256, keys=64)])
+        assert merge(path, key, [self.attention(16384, keys=128, make=entry)]) == (1, 0, 0)
+        assert self.held(path) == {(256, 64)}
+
+    def test_other_launches_need_not_agree(self, tmp_path):
+        path, key = tmp_path / "t.json", table_key(GPU)
+        other = {**self.attention(256, keys=64), "constants": {"head_dim": 64, "padded": False, "bounded": 0}}
+        assert merge(path, key, [other, self.attention(256, keys=128)]).held == 2
 
     def test_what_is_no_table_is_kept_aside(self, tmp_path):
         path = put(tmp_path, "mine", "t.json")
-        assert merge(path, table_key(GPU), [entry()]) == 1
+        assert merge(path, table_key(GPU), [entry()]).held == 1
         assert (tmp_path / "t.json.broken").read_text() == "mine"
 
     def test_refuses_to_write_what_it_would_not_read(self, tmp_path):
         with pytest.raises(ValueError, match="the vendor's own product"):
-            merge(tmp_path / "t.json", table_key(GPU), [entry(config={**CONFIG, "vendor": True})])
-        assert [each.name for each in tmp_path.iterdir() if each.suffix != ".lock"] == []
+            merge(tmp_path / "new" / "t.json", table_key(GPU), [entry(config={**CONFIG, "vendor": True})])
+        assert [each.name for each in (tmp_path / "new").iterdir() if each.suffix != ".lock"] == []
 
     def test_two_writers_lose_nothing(self, tmp_path):
         context = multiprocessing.get_context("fork")
@@ -445,6 +640,33 @@ class TestShippedTables:
             if each["source"] != tables.source_digest(each["kernel"])
         }
         assert not stale, "regenerate with: python -m tritontower.tuning.ship"
+
+    def test_k_is_cut_for_few_rows_only(self, path):
+        cut = [each for each in read_table(path).entries if each["config"].get("split", 1) > 1]
+        assert all(each["sizes"]["rows"] <= tables.SPLIT_ROWS for each in cut)
+        assert {each["kernel"] for each in cut} <= {"linear", "qkv_projection"}
+
+    def test_k_is_whole_from_1218_rows(self, path, monkeypatch):
+        """As the README says of every table; up to 1,217, the bucket of 1,024, these do cut it."""
+        monkeypatch.setattr(tables, "is_current", lambda entry: True)
+        entries = tables._Entries(read_table(path))
+        cut = {1217: 0, 1218: 0, 1448: 0, 4096: 0}
+        for rows in cut:
+            for key in entries.by_key:
+                found = entries.nearest(key, {"rows": rows}) if key[3] == ("rows",) else None
+                cut[rows] += found is not None and found["config"].get("split", 1) > 1
+        assert cut.pop(1217) > 0
+        assert set(cut.values()) == {0}
+
+    def test_sizes_agree_where_a_rows_bits_must_not_depend_on_the_pack(self, path):
+        found = read_table(path)
+        common: dict[Any, set[tuple[Any, ...]]] = {}
+        for each in found.entries:
+            names = uniform(each["kernel"], found.key["architecture"])
+            launch = (each["kernel"], each["dtype"], *sorted(each["constants"].items()))
+            common.setdefault(launch, set()).add(tuple(each["config"].get(name) for name in names))
+        assert {kernel for kernel, *_ in common} & set(tables.SAME_FOR_ALL_SIZES)
+        assert all(len(values) == 1 for values in common.values())
 
     def test_holds_no_time_unless_it_is_a_gpus(self, path):
         found = read_table(path)

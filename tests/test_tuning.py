@@ -20,16 +20,19 @@ from tritontower.errors import BackendUnavailableError
 from tritontower.families import gemma3, qwen2_5_vl, qwen2_vl, qwen3_vl, read_family
 from tritontower.kernels import configs, flash_attention, linear, norm, patch_projection, qkv_projection, tables
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from tritontower.measuring import Timing
 from tritontower.random_checkpoint import write_random_checkpoint
 from tritontower.reader import ConfigReader
 from tritontower.tuning import children, rehearsal, tuner
+from tritontower.tuning.children import Death
+from tritontower.tuning.journal import Journal
 from tritontower.tuning.operations import CONFIGS, prepare
 from tritontower.tuning.predict import CHIPS, Compiled, attention_time, product_time
 from tritontower.tuning.rehearsal import Launch, Order, Rehearsal, problems, rehearse
 from tritontower.tuning.ship import published_tasks
 from tritontower.tuning.space import candidates, default_fields, guess, predict, uniform
 from tritontower.tuning.tasks import PATCHES, Task, tasks_of
-from tritontower.tuning.tuner import Candidate, Gauge, Journal, choose_measured, choose_static, distance
+from tritontower.tuning.tuner import Candidate, Gauge, choose_measured, choose_static, distance
 from tritontower.tuning.write import entries_of, read_checked, replace_table, static_identity, table_key
 
 pytest.importorskip("triton", reason="tuning needs Triton, which ships for Linux only")
@@ -83,6 +86,10 @@ class TestTasks:
         attention = named(tasks, "attention")
         assert dict(attention.constants) == {"head_dim": 72, "padded": True, "bounded": 4096}
         assert attention.fact("width") == 80
+        assert attention.fact("queries_scaled")
+        projection = named(tasks, "qkv")
+        assert projection.fact("query_scale") * math.log(2) == pytest.approx(72**-0.5)
+        assert not any(fields.get("vendor") for fields in candidates(projection, "sm_90", measured=True))
         assert {task.fact("rows") for task in tasks if task.node == "patch_projection"} == {4096}
 
     def test_sizes_in_one_bucket_are_one_task(self):
@@ -132,6 +139,11 @@ class TestTasks:
 
 
 class TestSpace:
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_tables_know_whose_sizes_agree(self, architecture):
+        agreeing = {kernel for kernel in CONFIGS if uniform(kernel, architecture)}
+        assert agreeing == set(tables.SAME_FOR_ALL_SIZES)
+
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     @pytest.mark.parametrize("dtype", [BF16, torch.float32])
     def test_every_candidate_is_a_configuration(self, architecture, dtype):
@@ -332,7 +344,7 @@ class TestRehearsal:
         answer = {"error": None, "launches": [vars(launch())]}
         asked: list[int] = []
 
-        def answers(orders: Sequence[Any], code: str, *, workers: int = 1) -> Iterator[tuple[int, Any]]:
+        def answers(orders: Sequence[Any], code: str, **options: Any) -> Iterator[tuple[int, Any]]:
             asked.append(len(orders))
             yield from ((index, answer) for index in range(len(orders)))
 
@@ -343,6 +355,51 @@ class TestRehearsal:
             path.write_text(text)
             assert dict(rehearse([order(FITS)], cache=tmp_path))[0].main == launch()
         assert asked == [1] * 5
+
+    @pytest.mark.parametrize(
+        ("end", "kept"),
+        [
+            ("os.kill(os.getpid(), 9)", False),
+            ("os._exit(1)", False),
+            ("os.abort()", True),
+            ("os._exit(134)", True),
+            ("{'error': 'PassManager::run failed', 'launches': []}", True),
+        ],
+    )
+    def test_only_the_compilers_own_failures_are_remembered(self, tmp_path, monkeypatch, end, kept):
+        """A process that was killed, for the memory it took or by somebody, says nothing of a configuration."""
+        code = f"import os\nfrom tritontower.tuning.children import answer_orders\nanswer_orders(lambda order: {end})"
+        monkeypatch.setattr(rehearsal, "_CHILD", code)
+        (found,) = dict(rehearse([order(FITS)], cache=tmp_path)).values()
+        assert problems(found, "sm_90", "bfloat16")[0].startswith("does not compile: ")
+        assert len(list(tmp_path.glob("*.json"))) == kept
+
+    def test_nothing_is_yielded_after_the_deadline(self, monkeypatch):
+        monkeypatch.setattr(rehearsal, "_CHILD", "import time; time.sleep(1000)")
+        start = time.monotonic()
+        assert list(rehearse([order(FITS)], deadline=start + 1)) == []
+        assert time.monotonic() - start < 30
+
+    @pytest.mark.parametrize("module", ["operations", "rehearsal", "static", "disassembly"])
+    def test_what_launches_and_reads_counts(self, tmp_path, monkeypatch, module):
+        before = rehearsal._digest(order(FITS))
+        owner = rehearsal if module == "rehearsal" else getattr(rehearsal, module)
+        changed = tmp_path / f"{module}.py"
+        changed.write_text(Path(owner.__file__).read_text(encoding="utf-8") + "\nMORE = 1\n", encoding="utf-8")
+        monkeypatch.setattr(owner, "__file__", str(changed))
+        rehearsal._reading_digest.cache_clear()
+        assert rehearsal._digest(order(FITS)) != before
+        monkeypatch.undo()
+        rehearsal._reading_digest.cache_clear()
+        assert rehearsal._digest(order(FITS)) == before
+
+    def test_the_assembler_counts(self, monkeypatch):
+        before = rehearsal._digest(order(FITS))
+        monkeypatch.setattr(rehearsal, "ptxas_version", lambda capability: f"99.{capability}")
+        rehearsal._assembler.cache_clear()
+        assert rehearsal._digest(order(FITS)) != before
+        assert rehearsal._assembler("gfx942") is None
+        rehearsal._assembler.cache_clear()
 
     @pytest.mark.parametrize(
         ("change", "problem"),
@@ -366,7 +423,7 @@ class TestChildren:
     def test_a_child_that_cannot_start_fails_all_at_once(self):
         start = time.monotonic()
         found = dict(children.answers(list(range(50)), "raise SystemExit(3)", workers=2))
-        assert found == dict.fromkeys(range(50), "the compiler's process ended with 3: without a word")
+        assert found == dict.fromkeys(range(50), Death("the compiler's process ended with 3: without a word"))
         assert time.monotonic() - start < 60
 
     def test_a_death_costs_one(self):
@@ -375,8 +432,30 @@ class TestChildren:
             "answer_orders(lambda order: os._exit(7) if order == 2 else {'twice': 2 * order})"
         )
         found = dict(children.answers([1, 2, 3, 4], code))
-        assert found[1] == "the compiler's process ended with 7: without a word"
+        assert found[1] == Death("the compiler's process ended with 7: without a word")
         assert [found[index] for index in (0, 2, 3)] == [{"twice": 2}, {"twice": 6}, {"twice": 8}]
+
+    def test_an_order_that_hangs_costs_one(self):
+        code = (
+            "import time\nfrom tritontower.tuning.children import answer_orders\n"
+            "answer_orders(lambda order: time.sleep(order) or {'slept': order})"
+        )
+        found = dict(children.answers([0, 1000, 0], code, seconds=10))
+        assert found == {0: {"slept": 0}, 1: Death("the compiler took longer than 10 seconds"), 2: {"slept": 0}}
+
+    def test_a_child_that_never_starts_fails_all(self):
+        found = dict(children.answers([1, 2], "import time; time.sleep(1000)", seconds=1))
+        assert found == dict.fromkeys(range(2), Death("the compiler took longer than 1 seconds"))
+
+    def test_the_deadline_ends_the_children(self):
+        """While an order is worked on, too."""
+        code = (
+            "import time\nfrom tritontower.tuning.children import answer_orders\n"
+            "answer_orders(lambda order: time.sleep(order) or {})"
+        )
+        start = time.monotonic()
+        assert list(children.answers([1000, 1000], code, workers=2, deadline=start + 2)) == []
+        assert time.monotonic() - start < 30
 
     def test_closing_ends_the_children(self):
         code = (
@@ -493,12 +572,18 @@ class TestStaticChoice:
             assert len(choices) == len(tasks)
             for kernel in ("flash_attention", "patch_projection"):
                 of_kernel = [choice for choice in choices if choice.task.kernel == kernel]
-                names = uniform(of_kernel[0].task, architecture)
+                names = uniform(kernel, architecture)
                 assert names
                 assert len({tuple(choice.best.config[name] for name in names) for choice in of_kernel}) == 1
 
     def test_norms_stay(self, compiler):
         assert choose_static([task for task in tasks_for(QWEN2) if task.kernel == "norm"], "sm_90") == []
+
+    def test_the_deadline_holds_while_a_compile_runs(self, monkeypatch):
+        monkeypatch.setattr(rehearsal, "_CHILD", "import time; time.sleep(1000)")
+        start = time.monotonic()
+        assert choose_static(tasks_for(QWEN2), "sm_90", workers=2, deadline=start + 1) == []
+        assert time.monotonic() - start < 30
 
     def test_deadline(self, compiler):
         tasks = tasks_for(QWEN2)
@@ -537,6 +622,11 @@ class TestMeasuredChoice:
         assert choice.gain == pytest.approx(12 / 5)
         assert choice.runner_up is not None
         assert choice.tflops == pytest.approx(2 * 1024 * 5120 * 1280 / 5e-6 / 1e12)
+
+    def test_what_cannot_be_predicted_is_tried_where_nothing_compiles(self, compiler):
+        compiler["spoilt"] = lambda fields: True
+        (choice,) = choose_measured([self.task()], gauge(), architecture="sm_90")
+        assert choice.best.config["vendor"]
 
     def test_a_failing_launch_is_dropped(self, compiler):
         def times(task: Task, config: Mapping[str, Any]) -> float:
@@ -586,6 +676,57 @@ class TestMeasuredChoice:
         choose_measured([self.task()], elsewhere, architecture="sm_90", journal=Journal(path, "another GPU"))
         assert len(elsewhere.asked) == len(first.asked)
 
+    def test_a_torn_line_swallows_no_result(self, tmp_path):
+        path = tmp_path / "journal"
+        path.write_text('{"key": "cut o')
+        Journal(path, "").write("a", microseconds=1.0, error=0.0, dropped="")
+        Journal(path, "").write("b", microseconds=2.0, error=0.0, dropped="")
+        assert Journal(path, "").known.keys() == {"a", "b"}
+        assert path.read_text().splitlines()[0] == '{"key": "cut o'
+        assert len(path.read_text().splitlines()) == 3
+
+    def test_what_ends_the_process_is_begun_twice_at_most(self, tmp_path):
+        """The process dies at the vendor's product, without a word, as often as that is tried."""
+        path = tmp_path / "journal"
+        script = f"""
+import os, sys
+from pathlib import Path
+from tests import test_tuning as t
+class Deadly(t.StandIn):
+    def microseconds(self, task, config):
+        if config["vendor"]:
+            os._exit(139)
+        return 10.0
+task = t.named(t.tasks_for(t.QWEN2), "mlp.up")
+kept = [t.Candidate(fields) for fields in t.candidates(task, "sm_90", measured=True) if fields["vendor"]]
+t.tuner._compile = lambda *arguments, **options: {{task: [t.Candidate(t.default_fields(task, "sm_90")), *kept]}}
+gauge = Deadly(None, None)
+(choice,) = t.choose_measured([task], gauge, architecture="sm_90", journal=t.Journal(Path({str(path)!r}), ""))
+print([each.dropped for each in choice.dropped], choice.best.config["vendor"])
+"""
+        root = Path(__file__).parent.parent
+        runs = [
+            subprocess.run(
+                [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=300, check=False
+            )
+            for _ in range(3)
+        ]
+        assert [each.returncode for each in runs] == [139, 139, 0], runs[-1].stderr
+        assert runs[-1].stdout.strip() == "['ended the process 2 times, or hung until it was ended'] False"
+
+    def test_an_interruption_is_no_configurations_fault(self, compiler, tmp_path):
+        def times(task: Task, config: Mapping[str, Any]) -> float:
+            if config["vendor"] and next(interruptions, None) is not None:
+                raise KeyboardInterrupt
+            return 10.0
+
+        path, interruptions = tmp_path / "journal", iter(range(3))
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                choose_measured([self.task()], gauge(times), architecture="sm_90", journal=Journal(path, ""))
+        (choice,) = choose_measured([self.task()], gauge(times), architecture="sm_90", journal=Journal(path, ""))
+        assert not any(each.config["vendor"] for each in choice.dropped)
+
     def test_deadline_keeps_what_is_done(self, compiler):
         slow = gauge(lambda task, config: time.sleep(0.05) or 10.0)
         tasks = tasks_for(QWEN2)
@@ -604,6 +745,23 @@ class TestMeasuredChoice:
         choices = choose_measured(tasks, gauge(times), architecture="sm_90")
         assert len(choices) == len(PATCHES)
         assert {choice.best.config["block_keys"] for choice in choices} == {64}
+
+    def test_what_cannot_be_captured_where_others_can_is_dropped(self, monkeypatch):
+        """Its time would have the start of a launch in it, and be ranked against times that have not."""
+
+        def time(call: Any, *, graph: bool, **_: Any) -> Timing:
+            return Timing((1e-6,), "graph" if graph else "events")
+
+        (task,) = [each for each in small_tasks(QWEN2, "float32") if each.node == "mlp.up"]
+        fields = default_fields(task, "interpreter")
+        monkeypatch.setattr(tuner, "time_on_device", time)
+        monkeypatch.setattr(tuner, "can_capture", lambda _: True)
+        assert Gauge(torch.device("cpu")).microseconds(task, fields) == pytest.approx(1)
+        monkeypatch.setattr(tuner, "time_on_device", lambda *_, **__: Timing((1e-6,), "events"))
+        with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+            Gauge(torch.device("cpu")).microseconds(task, fields)
+        monkeypatch.setattr(tuner, "can_capture", lambda _: False)
+        assert Gauge(torch.device("cpu")).microseconds(task, fields) == pytest.approx(1)
 
     def test_the_real_gauge(self, monkeypatch, kernel_device):
         """In the interpreter: a kernel that is right, one that is wrong, and one that is not the same twice."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CaptureLimits": "capture",
     "EmbeddingCache": "cache",
     "ImageEmbedding": "embedding",
     "ItemError": "encoding",
@@ -34,6 +35,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CaptureLimits",
     "EmbeddingCache",
     "ImageEmbedding",
     "ItemError",
@@ -55,6 +57,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .batch import PackedBatch
     from .cache import EmbeddingCache
+    from .capture import CaptureLimits
     from .config import TowerConfig
     from .embedding import ImageEmbedding, load_embeddings, save_embeddings
     from .encoding import ItemError

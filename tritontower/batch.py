@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import PositionTable, TowerConfig
+from .config import BatchForm, PositionTable, TowerConfig
 from .graph import Workload
+from .images import Digests
 from .kernels.positions import bilinear_taps, merge_block_positions, window_order
 from .kernels.segments import Segments
 from .layout import Grid, PictureLayout
@@ -39,9 +40,11 @@ class PackedBatch:
         view_counts: per picture, its views.
         views: the rows of each view, its class token included, whatever they attend to.
         rows_per_token: patches that become one token.
+        form: what the batch is arranged for; towers of another form refuse it.
         original_sizes: per picture, width and height as it came, pixels.
         processed_sizes: per picture, width and height after resizing, pixels.
-        content_hashes: per picture, a digest of its pixels as they came.
+        content_hashes: per picture, a digest of its pixels as they came; it may be taken only when it is asked for, and
+            the batch keeps the picture until then.
         position_index: ``[patches, taps]`` int32: rows of the position table that a patch's position is made of.
         position_weights: ``[patches, 4]`` fp32: what each of them counts; ``None`` where there is one tap.
         selection: ``[selected, 1]`` int32: the rows that make the tokens, in the order of the picture; ``None``: all.
@@ -60,9 +63,10 @@ class PackedBatch:
     view_counts: tuple[int, ...]
     views: Segments
     rows_per_token: int
+    form: BatchForm
     original_sizes: tuple[tuple[int, int], ...]
     processed_sizes: tuple[tuple[int, int], ...]
-    content_hashes: tuple[str, ...]
+    content_hashes: tuple[str, ...] | Digests
     class_rows: torch.Tensor
     position_index: torch.Tensor | None = None
     position_weights: torch.Tensor | None = None
@@ -105,7 +109,7 @@ class PackedBatch:
             arranged,
             pixels=_placed(pixels, places, arranged.segments.total, PIXEL_CENTRE if pixels.dtype == torch.uint8 else 0),
             original_sizes=tuple(original_sizes),
-            content_hashes=tuple(content_hashes),
+            content_hashes=content_hashes if isinstance(content_hashes, Digests) else tuple(content_hashes),
         )
 
     @classmethod
@@ -159,25 +163,26 @@ def _arranged(config: TowerConfig, layouts: Sequence[PictureLayout]) -> tuple[Pa
     """A batch without pixels, and where in it each patch goes."""
     grids = [grid for layout in layouts for grid in layout.views]
     positions = merge_block_positions(grids, config.merge)
-    places = torch.arange(len(positions))
+    places = _numbers(len(positions))
     windows: Segments | None = None
     if config.windows is not None:
         order, lengths = window_order(grids, config.merge, config.windows.side)
         order = _of_patches(order, config.rows_per_token)
-        places[order] = torch.arange(len(order))
+        places[order] = _numbers(len(order))
         windows = Segments.from_lengths(length * config.rows_per_token for length in lengths)
     index, weights = _positions(config.position_table, positions, grids)
     views = [t * h * w for t, h, w in grids]
     lengths = [h * w for t, h, w in grids for _ in range(t)] if config.segments == "frame" else views
     if config.class_token:
-        places = places + torch.arange(1, len(views) + 1).repeat_interleave(torch.tensor(views, dtype=torch.int64))
+        counts = torch.tensor(views, dtype=torch.int64, device="cpu")
+        places = places + (_numbers(len(views)) + 1).repeat_interleave(counts)
         # Row 0 of the table is the class token's, and what was not written is 0.
         index = None if index is None else index + 1
         views = lengths = [view + 1 for view in views]
     rows = sum(views)
     selection, assembly_index, assembly_weights = _tokens(config, layouts, places)
     batch = PackedBatch(
-        pixels=torch.empty(0, config.patch.still_inner),
+        pixels=torch.empty(0, config.patch.still_inner, dtype=torch.float32, device="cpu"),
         positions=_placed(positions, places, rows),
         segments=Segments.from_lengths(lengths),
         windows=windows,
@@ -187,6 +192,7 @@ def _arranged(config: TowerConfig, layouts: Sequence[PictureLayout]) -> tuple[Pa
         view_counts=tuple(len(layout.views) for layout in layouts),
         views=Segments.from_lengths(views),
         rows_per_token=config.rows_per_token,
+        form=config.batch_form,
         original_sizes=tuple(layout.processed_size for layout in layouts),
         processed_sizes=tuple(layout.processed_size for layout in layouts),
         content_hashes=("",) * len(layouts),
@@ -219,13 +225,18 @@ def _check(config: TowerConfig, pixels: torch.Tensor, grids: Sequence[Grid]) -> 
 
 def _first_rows(lengths: Sequence[int]) -> torch.Tensor:
     """``[runs, 1]`` int32: where each of several runs of rows begins."""
-    counts = torch.tensor(lengths, dtype=torch.int32)
+    counts = torch.tensor(lengths, dtype=torch.int32, device="cpu")
     return (counts.cumsum(0, dtype=torch.int32) - counts).unsqueeze(1)
 
 
 def _of_patches(blocks: torch.Tensor, rows: int) -> torch.Tensor:
     """The patches of merge blocks, in the blocks' order."""
-    return (blocks[:, None] * rows + torch.arange(rows)).flatten()
+    return (blocks[:, None] * rows + _numbers(rows)).flatten()
+
+
+def _numbers(count: int) -> torch.Tensor:
+    """0, 1, … on the CPU, whatever torch's default device is."""
+    return torch.arange(count, dtype=torch.int64, device="cpu")
 
 
 def _placed(rows: torch.Tensor, places: torch.Tensor, total: int, elsewhere: int = 0) -> torch.Tensor:
@@ -263,7 +274,8 @@ def _tokens(
     per_token = config.rows_per_token
     if not config.newline:
         return places.int().unsqueeze(1), None, None
-    indices, shares = [torch.empty(0, config.assembly_taps, dtype=torch.int64)], [torch.empty(0, config.assembly_taps)]
+    indices = [torch.empty(0, config.assembly_taps, dtype=torch.int64, device="cpu")]
+    shares = [torch.empty(0, config.assembly_taps, dtype=torch.float32, device="cpu")]
     ends = [0]
     for layout in layouts:
         merged = layout.patches // per_token
@@ -273,7 +285,7 @@ def _tokens(
         ends.append(ends[-1] + merged)
     index = torch.cat(indices)
     # Padding around a picture has rows too; they stay behind here, so that nothing is projected in vain.
-    kept = torch.zeros(ends[-1], dtype=torch.bool)
+    kept = torch.zeros(ends[-1], dtype=torch.bool, device="cpu")
     kept[index[index >= 0]] = True
     renumbered = kept.cumsum(0) - 1
     index = torch.where(index < 0, index, renumbered[index])
@@ -284,14 +296,14 @@ def _tokens(
 def _taps(layout: PictureLayout, merged: int, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layout's assembly, or the rows as they are, with ``taps`` columns; those that are added count nothing."""
     if layout.assembly is None:
-        index, share = torch.arange(merged).unsqueeze(1), None
+        index, share = _numbers(merged).unsqueeze(1), None
     else:
         index, share = layout.assembly.index.long(), layout.assembly.weights
     if index.shape[1] == taps:
-        return index, torch.ones(index.shape) if share is None else share
+        return index, torch.ones_like(index, dtype=torch.float32) if share is None else share
     if index.shape[1] != 1:
         raise ValueError(f"an assembly with {index.shape[1]} taps does not fit a tower with {taps}")
-    share = torch.zeros(len(index), taps)
+    share = torch.zeros(len(index), taps, dtype=torch.float32, device="cpu")
     share[:, 0] = 1.0
     return index.expand(-1, taps), share
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .errors import UsageError
 from .graph import Node, NodeKind, Rows, Weight
 from .kernels.attention_pooling import attention_pooling
 from .kernels.elementwise import activation, add
@@ -41,6 +42,21 @@ class PassFacts:
     side: int
     extents: Mapping[Rows, Extent] = field(default_factory=dict)
     """How many rows along each dimension a pass is planned for; none: as many as its tensors have."""
+
+    def segments_within(self, *, windows: bool) -> Segments:
+        """The runs of rows that attend to each other, in a block that attends within windows or in another.
+
+        Raises:
+            UsageError: the batch has no windows.
+        """
+        if not windows:
+            return self.segments
+        if self.windows is None:
+            raise UsageError(
+                "a block attends within windows, and the batch has none: it is another tower's; pack the pictures with this "
+                "tower's own preprocess()"
+            )
+        return self.windows
 
 
 Step = Callable[[Tensors, PassFacts], None]
@@ -172,7 +188,7 @@ def _bind_qkv_projection(node: Node, weights: Weights) -> Step:
     rows, *tables = node.inputs
     (qkv,) = node.outputs
     weight, bias = _roles(node, weights, "weight", "bias")
-    heads = {name: node.attributes[name] for name in ("heads", "head_dim", "padded_head_dim")}
+    heads = {name: node.attributes[name] for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
 
     def step(tensors: Tensors, facts: PassFacts) -> None:
         cosines, sines = (tensors[name] for name in tables) if tables else (None, None)
@@ -185,16 +201,18 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
     (qkv,), (mixed,) = node.inputs, node.outputs
     heads, head_dim = node.attributes["heads"], node.attributes["head_dim"]
     padded = node.attributes.get("padded_head_dim")
+    scaled = node.attributes.get("queries_scaled", False)
     # The padding must not count: neither in the scale nor in what is written.
     how: dict[str, Any] = {
-        "scale": head_dim**-0.5,
+        "scale": None if scaled else head_dim**-0.5,
+        "queries_scaled": scaled,
         "length_bound": node.attributes["length_bound"],
         "columns": None if padded is None else head_dim,
     }
 
     def step(tensors: Tensors, facts: PassFacts) -> None:
         q, k, v = tensors[qkv].unflatten(1, (3, heads, padded or head_dim)).unbind(1)
-        segments = facts.windows if node.attributes["windows"] and facts.windows is not None else facts.segments
+        segments = facts.segments_within(windows=node.attributes["windows"])
         flash_attention_varlen(q, k, v, segments, **how, out=tensors[mixed].unflatten(1, (heads, head_dim)))
 
     return step

@@ -156,10 +156,9 @@ class Planner:
         if not self._has_views:
             workload = replace(workload, views=0)
         rows = workload.patches
-        whole = self._whole or (self._windowed and batch.windows is None)
         return Bucket(
             workload=workload,
-            segments=Division.of(batch.segments, rows, self._bound) if whole else None,
+            segments=Division.of(batch.segments, rows, self._bound) if self._whole else None,
             windows=Division.of(batch.windows, rows, self._window_bound)
             if self._windowed and batch.windows is not None
             else None,

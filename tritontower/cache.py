@@ -17,13 +17,22 @@ from typing import Any
 
 import torch
 
+from .config import TowerConfig
 from .embedding import ImageEmbedding
-from .errors import UsageError, shorten
+from .errors import UsageError, is_out_of_memory, shorten
 from .placement import device_of
-from .preprocessing import Preprocessor
+from .preprocessing import Bounds, Preprocessor
 from .preprocessing.settings import VIDEO_FILES
 
-__all__ = ["CacheStats", "EmbeddingCache", "files_identity", "framed_digest", "preprocessing_identity"]
+__all__ = [
+    "CacheStats",
+    "EmbeddingCache",
+    "embedding_key",
+    "files_identity",
+    "framed_digest",
+    "preprocessing_identity",
+    "tower_identity",
+]
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,9 @@ class EmbeddingCache:
             return
         try:
             entry = _entry(embedding.to(self.device, copy=True))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             # Whoever computed it goes on with it.
             return
         with self._lock:
@@ -196,6 +207,33 @@ def preprocessing_identity(preprocessor: Preprocessor) -> str:
         path = preprocessor.folder / name
         parts += [name, path.read_bytes() if path.is_file() else b""]
     return framed_digest(parts)
+
+
+def tower_identity(
+    weights: str, config: TowerConfig, preprocessor: Preprocessor, computes: tuple[torch.dtype, str, str]
+) -> str:
+    """A digest of everything that an embedding depends on beside the picture and the call's bounds.
+
+    Args:
+        weights: of a checkpoint :func:`files_identity`, which tells any two apart; of other weights what nothing else has.
+        config: the tower, its features included.
+        preprocessor: what makes its batches.
+        computes: the dtype, the kind of device, and what computes there.
+    """
+    return framed_digest(
+        [
+            weights,
+            json.dumps(config.to_json(), sort_keys=True),
+            preprocessing_identity(preprocessor),
+            *map(str, computes),
+        ]
+    )
+
+
+def embedding_key(tower: str, bounds: Bounds, content_hash: str) -> str:
+    """The key of one picture's embedding, out of its tower's identity, the call's bounds and the digest of its pixels."""
+    given = sorted((name, value) for name, value in bounds.items() if value is not None)
+    return framed_digest([tower, json.dumps(given, default=int), content_hash])
 
 
 def _plain(settings: dict[str, Any]) -> str:

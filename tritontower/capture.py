@@ -7,7 +7,8 @@ launch by launch or as one graph, is the same for every pack.
 
 :class:`Passes` keeps them.  A bucket's first pack runs launch by launch.  Its second does, too, and is then captured: the
 graph's first replay has to reproduce that pass bit for bit, or the bucket stays without one.  A capture that fails is
-remembered likewise, with one warning each.
+remembered likewise, with one warning each; only one for which there was no memory is tried again, when its bucket has come
+several times as often: there may be some then.
 
 Everything lives in one block of memory that the passes of all buckets share, since they run one after the other; where a
 larger pass needs a larger block, graphs keep the old one until they go.
@@ -41,6 +42,7 @@ __all__ = [
     "Passes",
     "PlannedPass",
     "Replay",
+    "empty_cache",
     "plan_planned_pass",
 ]
 
@@ -53,9 +55,9 @@ DTYPES = {"float32": torch.float32, "int32": torch.int32}
 
 USES_BEFORE_CAPTURE = 2
 """How often a bucket comes before it is captured.  One that was evicted has to come twice as often the next time."""
-LARGEST_HISTORY = 4096
+MOST_HISTORIES = 4096
 """Buckets whose uses are remembered."""
-LARGEST_UNCAPTURED = 16
+MOST_UNCAPTURED = 16
 """Passes without a graph that are kept laid out."""
 
 _WORD = 4
@@ -89,7 +91,7 @@ class Replay(Protocol):
 
     @property
     def allocated(self) -> int:
-        """Bytes of device memory that the captured launches allocated for themselves."""
+        """Bytes of device memory by which the capture made the backend's grow."""
         ...
 
     def __call__(self) -> None:
@@ -100,6 +102,11 @@ class Replay(Protocol):
 class CaptureBackend(Protocol):
     """What turns launches into something that replays them."""
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of device memory that captured launches allocated for themselves, and that the replays still alive hold."""
+        ...
+
     def capture(self, work: Callable[[], None]) -> Replay:
         """Captures what ``work`` launches; raises whatever goes wrong, and leaves the device usable then."""
         ...
@@ -108,7 +115,13 @@ class CaptureBackend(Protocol):
 # -- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 _capturing = Lock()
-"""One capture at a time in the process: it empties torch's caches, which another must not see happen."""
+"""One capture at a time in the process: torch refuses to empty its caches while another is under way."""
+
+
+def empty_cache() -> None:
+    """Gives the device memory back that torch keeps and nobody uses; waits for a capture to end."""
+    with _capturing:
+        torch.cuda.empty_cache()
 
 
 class _CudaReplay:
@@ -124,13 +137,19 @@ class CudaGraphs:
 
     Before the capture the work runs once on the stream that it is captured on, for whatever is made at first use: compiled
     kernels, workspaces of vendor libraries.  Other threads may use the device meanwhile (``thread_local``).  What launches
-    allocate comes from a pool that all graphs of a tower share, since no two of them ever run at once.
+    allocate comes from a pool that all graphs of an executor share, since no two of them ever run at once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._pool_bytes = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """See :class:`CaptureBackend`: the pool, which shrinks with none of its graphs but goes with the last."""
+        return self._pool_bytes if self._graphs else 0
 
     def capture(self, work: Callable[[], None]) -> Replay:
         """See :class:`CaptureBackend`."""
@@ -151,9 +170,11 @@ class CudaGraphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 work()
+            grown = max(0, torch.cuda.memory_reserved(self._device) - before)
+            self._pool_bytes = self.held_bytes + grown
             self._graphs.add(graph)
             current.wait_stream(stream)
-            return _CudaReplay(graph, max(0, torch.cuda.memory_reserved(self._device) - before))
+            return _CudaReplay(graph, grown)
 
 
 # -- one bucket's pass ------------------------------------------------------------------------------------------------
@@ -223,30 +244,50 @@ def _table_words(division: Division) -> int:
     return _whole(division.count + 1) + 2 * _whole(2 * tiles)
 
 
+class _Tables:
+    """Where the tables of segments are: among a pass's words as far as they go, else each in memory of its own.
+
+    It does not know the pass: what knows each other outlives its last user until Python looks for such rings, and with a
+    pass its graph and its memory would.
+    """
+
+    def __init__(self, words: torch.Tensor, start: int, end: int) -> None:
+        self._words, self._free, self._end = words, start, end
+
+    def allocate(self, words: int) -> torch.Tensor:
+        """Memory for a table."""
+        start, end = self._free, self._free + _whole(words)
+        if end > self._end:
+            return torch.empty(words, dtype=torch.int32, device=self._words.device)
+        self._free = end
+        return self._words[start : start + words]
+
+
 class PlannedPass:
     """The buffers of all packs of one bucket.
 
     Attributes:
         bucket: what it is planned for.
-        memory: what everything lies in.
+        memory: what everything lies in; it may be larger.
+        size: bytes of it that are used.
         facts: what the steps have to know beside the tensors.
         tensors: every value of the graph, padded.
         replay: the captured pass; ``None`` before it is captured.
     """
 
     def __init__(self, graph: Graph, bucket: Bucket, layout: _Layout, memory: torch.Tensor) -> None:
-        self.bucket, self.memory = bucket, memory
+        self.bucket, self.memory, self.size = bucket, memory, layout.size
         self.replay: Replay | None = None
         self._graph, self._layout = graph, layout
         self.tensors: Tensors = {name: section.of(memory) for name, section in layout.values.items()}
         start = layout.words_offset
         self._words = memory[start : start + layout.words * _WORD].view(torch.int32)
-        self._free = layout.tables
+        tables = _Tables(self._words, layout.tables, layout.tables_end)
         self._divisions: dict[str, tuple[Division, PlannedSegments]] = {}
         for name in ("segments", "windows", "views"):
             division: Division | None = getattr(bucket, name)
             if division is not None:
-                held = PlannedSegments(division.total, division.count, division.longest, self._allocate_table)
+                held = PlannedSegments(division.total, division.count, division.longest, tables.allocate)
                 self._divisions[name] = (division, held)
         held_divisions = {name: held for name, (_, held) in self._divisions.items()}
         self.facts = PassFacts(
@@ -260,16 +301,8 @@ class PlannedPass:
             },
         )
 
-    def _allocate_table(self, words: int) -> torch.Tensor:
-        """Memory for a table: among the words as far as they go, else its own."""
-        start, end = self._free, self._free + _whole(words)
-        if end > self._layout.tables_end:
-            return torch.empty(words, dtype=torch.int32, device=self.memory.device)
-        self._free = end
-        return self._words[start : start + words]
-
     def seal(self, sealed: bool) -> None:
-        """Whether a table of segments that there is not yet is refused."""
+        """Says whether tables of segments that there are not yet are refused: what a capture makes, nothing fills later."""
         for _, held in self._divisions.values():
             held.sealed = sealed
 
@@ -337,6 +370,7 @@ def _are_on_host(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _live_places() -> Iterator[tuple[Rows, int]]:
+    """Every dimension, and which of a pass's words says how many of its rows are no padding."""
     return ((dimension, number * _APART) for number, dimension in enumerate(_DIMENSIONS))
 
 
@@ -380,6 +414,10 @@ class _History:
     """Uses at which it is captured."""
     refused: bool = False
 
+    def postpone(self) -> None:
+        """Makes the next capture wait for several times as many uses as there were."""
+        self.due = 2 * (self.due + self.uses)
+
 
 class Passes:
     """The planned passes of one graph; one caller at a time.
@@ -391,6 +429,9 @@ class Passes:
         device: where they run.
         backend: what captures; ``None``: nothing is captured.
         limits: how much captured passes may hold.
+
+    Attributes:
+        memory: the block that the next pass is laid out in; graphs may hold older, smaller ones.
     """
 
     def __init__(
@@ -421,9 +462,8 @@ class Passes:
     @property
     def captured_bytes(self) -> int:
         """Bytes of device memory that graphs hold: buffers, each counted once, and what their launches allocated."""
-        held = self._captured().values()
-        blocks = {entry.memory.data_ptr(): entry.memory.numel() for entry in held}
-        return sum(blocks.values()) + sum(entry.replay.allocated for entry in held if entry.replay is not None)
+        blocks = {entry.memory.data_ptr(): entry.memory.numel() for entry in self._captured().values()}
+        return sum(blocks.values()) + (0 if self._backend is None else self._backend.held_bytes)
 
     def run(self, bucket: Bucket, batch: PackedBatch, outputs: Tensors, observer: Observer | None = None) -> None:
         """One pass over a batch of ``bucket``; the results go to ``outputs``."""
@@ -453,7 +493,10 @@ class Passes:
         return bucket in self._captured()
 
     def release(self) -> None:
-        """Drops all graphs and buffers; what was refused stays refused."""
+        """Drops all graphs and buffers; what was refused stays refused, and what was postponed postponed.
+
+        Memory that is given back is no reason to capture at once: a call that runs out of it releases, too, and needs it.
+        """
         self._passes.clear()
         self.memory = self.memory.new_empty(0)
 
@@ -461,7 +504,7 @@ class Passes:
         """The pass and the history of a bucket, which become the most recently used."""
         history = self._histories.setdefault(bucket, _History())
         self._histories.move_to_end(bucket)
-        if len(self._histories) > LARGEST_HISTORY:
+        if len(self._histories) > MOST_HISTORIES:
             self._histories.popitem(last=False)
         entry = self._passes.get(bucket)
         if entry is None:
@@ -469,7 +512,7 @@ class Passes:
             entry = PlannedPass(self._graph, bucket, layout, self._memory_of(layout.size))
             self._passes[bucket] = entry
             idle = [key for key, other in self._passes.items() if other.replay is None]
-            for key in idle[:-LARGEST_UNCAPTURED]:
+            for key in idle[:-MOST_UNCAPTURED]:
                 del self._passes[key]
         self._passes.move_to_end(bucket)
         return entry, history
@@ -512,33 +555,41 @@ class Passes:
             replay()
             same = all(_same_bits(entry.tensors[name][: len(rows)], rows) for name, rows in outputs.items())
         except Exception as error:  # torch, Triton and the driver each raise their own
-            self._warn(entry.bucket, f"it could not be captured as a CUDA graph ({type(error).__name__}: {error})")
+            reason = f"it could not be captured as a CUDA graph ({type(error).__name__}: {error})"
+            if _is_out_of_memory(error):
+                history.refused = False
+                history.postpone()
+                reason += f"; it is tried again after {history.due - history.uses} more of them, and by warm_up()"
+            self._warn(entry.bucket, reason)
             return
         finally:
             entry.seal(False)
         if not same:
             self._warn(entry.bucket, "the CUDA graph's first replay differs from the pass that it was captured from")
             return
+        if (held := entry.memory.numel() + self._backend.held_bytes) > self._limits.max_bytes:
+            # Evicting others would not make room: what they allocated lives as long as this graph.
+            reason = (
+                f"its CUDA graph holds {held} bytes, the limit is {self._limits.max_bytes} (CaptureLimits.max_bytes)"
+            )
+            if entry.size + replay.allocated <= self._limits.max_bytes:
+                history.refused = False
+                history.postpone()
+                reason += "; most of them are there for other passes, release() gives them back"
+            self._warn(entry.bucket, reason)
+            return
         history.refused = False
         entry.replay = replay
         logger.debug("captured a pass of %s", entry.bucket.workload)
-        self._evict(entry.bucket)
+        self._evict()
 
-    def _evict(self, newest: Bucket) -> None:
-        """Drops graphs, the least recently used first, until the limits hold."""
-        captured = self._captured()
-        for bucket in captured:
+    def _evict(self) -> None:
+        """Drops graphs, the least recently used first, until the limits hold: the newest, which is within them, stays."""
+        for bucket in self._captured():
             if self.captured <= self._limits.max_graphs and self.captured_bytes <= self._limits.max_bytes:
                 return
-            history = self._histories.get(bucket, _History())
-            if bucket == newest:
-                history.refused = True
-                self._warn(
-                    bucket, f"its CUDA graph holds {self.captured_bytes} bytes, the limit is {self._limits.max_bytes}"
-                )
-            else:
-                # Buckets that take turns are not to be captured again and again.
-                history.due = 2 * (history.due + history.uses)
+            # Buckets that take turns are not to be captured again and again.
+            self._histories.get(bucket, _History()).postpone()
             if self._device.type == "cuda":
                 # Nobody may still be replaying what is about to go.
                 torch.cuda.current_stream(self._device).synchronize()
@@ -551,6 +602,20 @@ class Passes:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether a capture failed for want of device memory.
+
+    Ending a capture in which an allocation failed may raise an error of its own, which has the first as its context; the
+    driver's errors have no class of their own.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, torch.OutOfMemoryError) or "out of memory" in str(link):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

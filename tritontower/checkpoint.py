@@ -190,11 +190,6 @@ class Checkpoint:
         """Whether the tensor with this stripped name is plain, or quantised in a way that can be undone."""
         return self._groups[name].is_supported
 
-    @property
-    def total_bytes(self) -> int:
-        """Stored bytes of all tensors that can be loaded."""
-        return sum(group.nbytes for group in self._groups.values() if group.is_supported)
-
     def expect(
         self, specs: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = (), *, unneeded: Collection[str] = ()
     ) -> None:

@@ -1,14 +1,15 @@
 """What a vision tower *is*: a frozen description, independent of any model's name.
 
 A file in :mod:`tritontower.families` reads a checkpoint's ``config.json`` into a :class:`TowerConfig`;
-:func:`tritontower.graph.build` turns that into a layer graph.  Nothing in between knows which model it came from.
+:func:`tritontower.building.build` turns that into a layer graph.  Nothing in between knows which model it came from.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 __all__ = [
     "Activation",
+    "BatchForm",
     "Normalisation",
     "PatchEmbedding",
     "Pooling",
@@ -142,6 +143,37 @@ class Pooling:
     """In front of that MLP."""
 
 
+@dataclass(frozen=True)
+class BatchForm:
+    """Everything of a tower that decides how its batches are arranged; a batch serves all towers of its form."""
+
+    channels: int
+    patch_size: int
+    """Side of a square patch, pixels."""
+    temporal: int
+    """Frames that one patch spans."""
+    merge: int
+    """Side of the square of patches that one token stands for."""
+    segments: Literal["frame", "picture"]
+    window: int | None
+    """Tokens along one side of a window; ``None``: no windows."""
+    table_side: int | None
+    """Rows and columns of the learned positions; ``None``: there are none."""
+    table_sampling: Literal["exact", "bilinear"] | None
+    class_token: bool
+    keep_class_token: bool
+    newline: bool
+    assembly_taps: int
+
+    def differences(self, other: "BatchForm") -> str:
+        """In which fields ``other`` is another form, and what they are there and here, in words."""
+        return ", ".join(
+            f"{field.name} {getattr(other, field.name)} instead of {getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(other, field.name) != getattr(self, field.name)
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
     """A pre-norm transformer over picture patches, with a projector behind it.
@@ -255,6 +287,25 @@ class TowerConfig:
     def selects(self) -> bool:
         """Whether the rows that make the tokens are others than the blocks' rows, or in another order."""
         return self.windows is not None or self.newline or (self.class_token and not self.keep_class_token)
+
+    @property
+    def batch_form(self) -> BatchForm:
+        """What a batch has to be arranged for, so that the tower can run it."""
+        table = self.position_table
+        return BatchForm(
+            channels=self.patch.channels,
+            patch_size=self.patch.size,
+            temporal=self.patch.temporal,
+            merge=self.merge,
+            segments=self.segments,
+            window=None if self.windows is None else self.windows.side,
+            table_side=None if table is None else table.side,
+            table_sampling=None if table is None else table.sampling,
+            class_token=self.class_token,
+            keep_class_token=self.keep_class_token,
+            newline=self.newline,
+            assembly_taps=self.assembly_taps,
+        )
 
     @property
     def num_patches(self) -> int | None:

@@ -1,6 +1,5 @@
 """What the demonstration and the benchmarks run on where no real weights are: a full-size tower and photographs."""
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,20 +9,14 @@ from PIL import Image
 
 from .errors import UsageError
 from .families import qwen2_vl
+from .kernels.tables import cache_folder
 from .random_checkpoint import write_random_checkpoint
 
-__all__ = ["cache_folder", "demonstration_checkpoint", "demonstration_pictures"]
+__all__ = ["demonstration_checkpoint", "demonstration_pictures"]
 
 CHECKPOINT_NAME = "random-qwen2-vl-2b-tower-v1"
 PHOTOGRAPHS = {"astronaut": (512, 512), "chelsea": (451, 300), "coffee": (392, 261)}
 """Photographs that scikit-image carries in its wheel, and the size each is shown at: three shapes in one pack."""
-
-
-def cache_folder() -> Path:
-    """Where things are kept between runs: ``$TRITONTOWER_CACHE``, else ``tritontower`` in the user's cache folder."""
-    if own := os.environ.get("TRITONTOWER_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tritontower"
 
 
 def demonstration_checkpoint() -> Path:
@@ -31,8 +24,14 @@ def demonstration_checkpoint() -> Path:
 
     The numbers mean nothing and the shapes, names and costs are the published ones.  Processes that ask at the same
     time wait for each other; one that is killed while writing leaves nothing that the next would take for finished.
+
+    Raises:
+        UsageError: there is no home folder to keep it in.
     """
-    folder = cache_folder() / CHECKPOINT_NAME
+    cache = cache_folder()
+    if cache is None:
+        raise UsageError("there is no home folder to keep the demonstration's checkpoint in; set TRITONTOWER_CACHE")
+    folder = cache / CHECKPOINT_NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():

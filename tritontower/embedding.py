@@ -5,6 +5,7 @@ nothing in them is believed before it is checked.
 """
 
 import json
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -16,6 +17,7 @@ import torch
 
 from .batch import Grid
 from .errors import CheckpointCorruptError, EmbeddingFileError, UsageError, shorten
+from .placement import device_of
 from .weight_files import explained, open_safetensors
 
 __all__ = ["ImageEmbedding", "checked_alias", "load_embeddings", "save_embeddings"]
@@ -139,7 +141,8 @@ class ImageEmbedding:
         """Reads the one embedding in a file that :meth:`save` wrote.
 
         Raises:
-            EmbeddingFileError: as :func:`load_embeddings`, or the file holds another number of embeddings than one.
+            EmbeddingFileError: the file holds another number of embeddings than one.
+            TowerError: as :func:`load_embeddings`.
         """
         found = load_embeddings(path, device=device)
         if len(found) != 1:
@@ -165,7 +168,7 @@ def save_embeddings(path: str | Path, embeddings: Sequence[ImageEmbedding]) -> N
     """Writes embeddings to one safetensors file, whole or not at all: what was there before stays until it is done.
 
     Args:
-        path: the file; an ordinary file in its place is replaced.
+        path: the file; an ordinary file in its place is replaced, and its permissions stay.
         embeddings: any number, of any sizes and dtypes, also the same one several times.
 
     Raises:
@@ -187,7 +190,11 @@ def save_embeddings(path: str | Path, embeddings: Sequence[ImageEmbedding]) -> N
     try:
         with TemporaryDirectory(prefix=".tritontower-", dir=target.parent) as folder:
             finished = Path(folder, target.name)
+            # What writes safetensors keeps its files to their owner; a file has the rights that it had, or that all have.
+            finished.touch()
+            mode = stat.S_IMODE((target if target.exists() else finished).stat().st_mode)
             save_file(tensors, finished, metadata={"format": FORMAT, "version": VERSION, "embeddings": facts})
+            finished.chmod(mode)
             finished.replace(target)
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -205,8 +212,11 @@ def load_embeddings(path: str | Path, *, device: torch.device | str = "cpu") -> 
         device: where the tensors go.
 
     Raises:
+        UsageError: torch knows no such device.
+        BackendUnavailableError: it is not here.
         EmbeddingFileError: there is no such file, it is damaged or something else, or it contradicts itself.
     """
+    where = device_of(device)
     path = Path(path)
     if not path.exists():
         raise EmbeddingFileError(f"{path}: there is no such file")
@@ -218,7 +228,7 @@ def load_embeddings(path: str | Path, *, device: torch.device | str = "cpu") -> 
     except CheckpointCorruptError as error:
         raise EmbeddingFileError(str(error)) from error
     return [
-        _embedding(_Facts(path, index, facts), {name: tensors[f"{index}.{name}"] for name in _names(facts)}).to(device)
+        _embedding(_Facts(path, index, facts), {name: tensors[f"{index}.{name}"] for name in _names(facts)}).to(where)
         for index, facts in enumerate(listed)
     ]
 

@@ -44,6 +44,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "UnsupportedDtypeError",
     "UsageError",
+    "is_out_of_memory",
     "list_names",
     "shorten",
 ]
@@ -58,15 +59,19 @@ class Limits:
         max_aspect_ratio: longer side ÷ shorter side.
         max_planned_pixels: width × height that a processor may resize one picture to.  A picture of 1 × 10000 pixels
             weighs nothing, but scaled to a shortest edge of 224 it has 500 million.
+        max_clip_pixels: frames × width × height that a processor may resize one clip to.  The default takes 3 GiB as fp32,
+            and has room for 445 frames of the largest size that Qwen2-VL's processor gives one.
         image_formats: the encoded formats that are opened, by Pillow's names.  Pillow registers more than forty
             openers, and nearly all of its advisories concern the ones left out here.
-        max_decoded_bytes: what the decoded pictures of one call of ``encode`` may take at once.  A call with more of
-            them is worked off in portions, and a picture that takes more than this is a portion of its own.
+        max_decoded_bytes: what the decoded pictures of one call may take at once.  ``encode`` works off more of them in
+            portions; ``encode_video`` and ``preprocess`` need all of theirs, and refuse more.  A picture that takes more
+            than this is taken alone.
     """
 
     max_image_pixels: int = 178_956_970
     max_aspect_ratio: float = 200.0
     max_planned_pixels: int = 64 * 2**20
+    max_clip_pixels: int = 256 * 2**20
     image_formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
     max_decoded_bytes: int = 715_827_880
 
@@ -91,6 +96,19 @@ def list_names(names: Sequence[str], limit: int = 10) -> str:
     shown = ", ".join(shorten(name, 120).strip("'\"") for name in names[:limit])
     hidden = len(names) - limit
     return f"{shown} (and {hidden} more)" if hidden > 0 else shown
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has run out of memory.
+
+    For the CPU's, and for memory that cannot be page-locked, torch has no class of its own, but a plain ``RuntimeError``.
+    """
+    import torch
+
+    texts = ("out of memory", "DefaultCPUAllocator")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 def _rebuild(kind: type["TowerError"], arguments: tuple[Any, ...], facts: Mapping[str, Any]) -> "TowerError":

@@ -33,6 +33,11 @@ class Executor:
             planned ones on any device.
         limits: how much captured passes may hold.
 
+    Attributes:
+        graph: what runs.
+        weights: its weights as nodes take them, by name.
+        dtype, device: of the weights, and so of every pass.
+
     Raises:
         KeyError: a tensor that the graph is made from is missing.
     """
@@ -46,10 +51,10 @@ class Executor:
         limits: CaptureLimits | None = None,
     ) -> None:
         self.graph = graph
-        weights = {name: bound_weight(weight, sources) for name, weight in graph.weights.items()}
-        first = next(iter(weights.values()))
+        self.weights: Tensors = {name: bound_weight(weight, sources) for name, weight in graph.weights.items()}
+        first = next(iter(self.weights.values()))
         self.dtype, self.device = first.dtype, first.device
-        self._steps: list[tuple[Node, Step]] = [(node, BINDINGS[node.kind](node, weights)) for node in graph.nodes]
+        self._steps: list[tuple[Node, Step]] = [(node, BINDINGS[node.kind](node, self.weights)) for node in graph.nodes]
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._plan: MemoryPlan | None = None
         self._views: Tensors = {}

@@ -13,10 +13,10 @@ import torch
 from .graph import Graph, Node, Weight
 from .pixels import Rescaling
 
-__all__ = ["fold_normalisation", "folded_tensors"]
+__all__ = ["folded_tensors", "graph_for_bytes"]
 
 
-def fold_normalisation(graph: Graph, *, class_token: bool) -> Graph:
+def graph_for_bytes(graph: Graph, *, class_token: bool) -> Graph:
     """``graph`` for bytes where it takes normalised pixels; :func:`folded_tensors` makes the weights.
 
     ``(s · byte − m) @ Wᵀ = (byte − 128) @ (s W)ᵀ + (128 s − m) @ Wᵀ``.  The last term, the same for every patch, goes into
@@ -45,7 +45,7 @@ def fold_normalisation(graph: Graph, *, class_token: bool) -> Graph:
 def folded_tensors(
     graph: Graph, sources: Mapping[str, torch.Tensor], rescaling: Rescaling, *, class_token: bool
 ) -> dict[str, torch.Tensor]:
-    """What :func:`fold_normalisation` of ``graph`` needs beside the tensors of ``graph`` itself.
+    """What :func:`graph_for_bytes` of ``graph`` needs beside the tensors of ``graph`` itself.
 
     Args:
         graph: the graph for normalised pixels.

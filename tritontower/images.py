@@ -17,15 +17,17 @@ import hashlib
 import io
 import re
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from .errors import (
     AspectRatioError,
@@ -38,11 +40,26 @@ from .errors import (
     ImageValueError,
     Limits,
 )
+from .pixels import fresh
 
-__all__ = ["CanonicalImage", "ChannelOrder", "Picture", "canonical_rgb", "check_size", "decoded_bytes"]
+__all__ = [
+    "CanonicalImage",
+    "ChannelOrder",
+    "Digests",
+    "Picture",
+    "canonical_rgb",
+    "check_size",
+    "decoded_bytes",
+    "is_large",
+]
 
 Picture = Image.Image | NDArray[Any] | torch.Tensor | bytes | bytearray | memoryview | Path
 ChannelOrder = Literal["channels_first", "channels_last"]
+
+WORTH_A_THREAD = 2**17
+"""Pixels of a picture from which on a thread of its own does more than wait for Python's lock."""
+STRIP_BYTES = 2**16
+"""What Pillow hands out at once."""
 
 _CHANNEL_COUNTS = (1, 3, 4)
 _ORIENTATION_TAG = 0x0112
@@ -80,12 +97,16 @@ class CanonicalImage:
     """A picture in canonical form.
 
     Attributes:
-        array: uint8 ``[height, width, 3]``, C-contiguous, shared with nobody.  Not to be written to.
+        array: uint8 ``[height, width, 3]``, C-contiguous, shared with nobody, and read-only: its digest may be taken at
+            any time.
         source: what it was made from, for messages: a path, ``"PIL image RGBA"``, ``"numpy array uint8 [3, 8, 8]"`` …
     """
 
     array: NDArray[np.uint8]
     source: str
+
+    def __post_init__(self) -> None:
+        self.array.flags.writeable = False
 
     @property
     def width(self) -> int:
@@ -101,12 +122,58 @@ class CanonicalImage:
     def digest(self) -> str:
         """BLAKE2b-256 over height, width and pixels, in hexadecimal; equal exactly for equal canonical pictures.
 
-        The sizes are part of it: 30 × 100 and 100 × 30 pixels of the same bytes are different pictures.
+        The sizes are part of it: 30 × 100 and 100 × 30 pixels of the same bytes are different pictures.  It is taken when
+        it is first asked for, which costs about a millisecond per megabyte.
         """
         state = hashlib.blake2b(digest_size=32, person=b"tritontower-rgb8")
         state.update(self.height.to_bytes(8, "little") + self.width.to_bytes(8, "little"))
         state.update(self.array.data)
         return state.hexdigest()
+
+
+class Digests(Sequence[str]):
+    """The digests of some pictures, each taken when it is first asked for; until then, its picture is kept.
+
+    Equal to a tuple of the same texts, and a tuple once it is copied or pickled.  Threads may share it.
+    """
+
+    def __init__(self, images: Iterable[CanonicalImage]) -> None:
+        self._entries = [vars(image).get("digest", image) for image in images]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the pictures that are still kept."""
+        return sum(entry.array.nbytes for entry in list(self._entries) if isinstance(entry, CanonicalImage))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(*index.indices(len(self))))
+        entry = self._entries[index]
+        if isinstance(entry, CanonicalImage):
+            # Two threads may both take it, and find the same.
+            entry = self._entries[index] = entry.digest
+        return str(entry)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple(self) == tuple(other) if isinstance(other, (tuple, Digests)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"<digests of {len(self)} pictures, {self.kept_bytes} bytes of which are still kept>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (tuple(self),)
 
 
 def canonical_rgb(
@@ -192,6 +259,15 @@ def check_size(
             index=index,
             source=source,
         )
+
+
+def is_large(picture: Picture | CanonicalImage) -> bool:
+    """Whether there is enough to do for ``picture`` that it is worth a thread: it has to be decoded, or is large."""
+    if isinstance(picture, CanonicalImage):
+        return picture.width * picture.height >= WORTH_A_THREAD
+    if isinstance(picture, Image.Image):
+        return isinstance(picture, ImageFile) or picture.width * picture.height >= WORTH_A_THREAD
+    return not isinstance(picture, (np.ndarray, torch.Tensor)) or decoded_bytes(picture) >= 3 * WORTH_A_THREAD
 
 
 def decoded_bytes(picture: Picture, limits: Limits | None = None) -> int:
@@ -334,15 +410,26 @@ def _pixels(image: Image.Image, place: _Place) -> NDArray[np.uint8]:
     try:
         if image.has_transparency_data:
             return _on_white(image.convert("RGBA"))
-        return np.array(image.convert("RGB"), dtype=np.uint8)
+        return _rgb_pixels(image if image.mode == "RGB" else image.convert("RGB"))
     except Exception as error:
         reason = f"mode {image.mode} cannot be converted to RGB; convert it first"
         raise place.error(ImageValueError, reason) from error
 
 
+def _rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """The pixels of an RGB image.  Pillow hands out a copy, and a strip at a time it needs no new memory for it."""
+    pixels: NDArray[np.uint8] = fresh((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP_BYTES // (3 * image.width))
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom)).tobytes()
+        pixels[top:bottom] = np.frombuffer(strip, np.uint8).reshape(bottom - top, image.width, 3)
+    return pixels
+
+
 def _on_white(image: Image.Image) -> NDArray[np.uint8]:
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(white, image).convert("RGB"), dtype=np.uint8)
+    return _rgb_pixels(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def _deep_grey_pixels(image: Image.Image, place: _Place) -> NDArray[np.uint8]:
@@ -376,7 +463,7 @@ def _from_torch(tensor: torch.Tensor, place: _Place) -> NDArray[Any]:
     try:
         tensor = tensor.detach().cpu()
         return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
-    except (TypeError, RuntimeError, NotImplementedError) as error:  # meta, sparse, quantised
+    except (TypeError, RuntimeError) as error:  # meta, sparse, quantised
         raise place.error(ImageTypeError, "this kind of tensor has no plain values; pass a dense one") from error
 
 

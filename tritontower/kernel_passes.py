@@ -4,6 +4,7 @@ Each is a pass like those of :mod:`tritontower.fusion`, which names them togethe
 The weights it touches are held in another order from then on (:mod:`tritontower.arrangement`), instead of the canonical.
 """
 
+import math
 from dataclasses import replace
 
 from .arrangement import HeadOrder, InterleavedGates
@@ -42,6 +43,9 @@ def pad_heads(graph: Graph) -> Graph:
 
     The first column more is one in k and v, by the product's bias; the others are zero.  What the attention writes has
     no padding.  A product without a bias, which could write no ones, is left as it is.
+
+    The product also scales the queries (``query_scale``), before its one rounding, so that their scores reach the
+    attention as powers of two (``queries_scaled``): over padded heads its loop has nothing else to do with them.
     """
     nodes, values, weights = list(graph.nodes), list[Value](), list[Weight]()
     for attention in [node for node in nodes if node.kind == "attention"]:
@@ -55,9 +59,9 @@ def pad_heads(graph: Graph) -> Graph:
         (unpadded,) = product.outputs
         qkv = Value(f"{unpadded}.padded", graph.values[unpadded].rows, 3 * heads * padded)
         values.append(qkv)
-        projection = _qkv_projection(graph, product, order, weights)
+        projection = _qkv_projection(graph, product, order, weights, head_dim**-0.5 * math.log2(math.e))
         nodes[nodes.index(product)] = replace(projection, outputs=(qkv.name,))
-        attributes = {**attention.attributes, "padded_head_dim": padded}
+        attributes = {**attention.attributes, "padded_head_dim": padded, "queries_scaled": True}
         nodes[nodes.index(attention)] = replace(attention, inputs=(qkv.name,), attributes=attributes)
     return graph.with_nodes(nodes, values, weights)
 
@@ -93,13 +97,20 @@ def _is_plain(graph: Graph, node: Node) -> bool:
     return len(node.inputs) == 1 and all(graph.weights[name].arrangement is None for name in node.weights.values())
 
 
-def _qkv_projection(graph: Graph, product: Node, order: HeadOrder, weights: list[Weight]) -> Node:
+def _qkv_projection(
+    graph: Graph, product: Node, order: HeadOrder, weights: list[Weight], query_scale: float = 1.0
+) -> Node:
     """The product as a ``qkv_projection`` with its heads in ``order``; the weights that it needs go into ``weights``."""
     arranged = {
         role: graph.weights[name].arranged(replace(order, ones=role == "bias" and order.padded_head_dim is not None))
         for role, name in product.weights.items()
     }
     weights += arranged.values()
-    attributes = {"heads": order.heads, "head_dim": order.head_dim, "padded_head_dim": order.padded_head_dim}
+    attributes = {
+        "heads": order.heads,
+        "head_dim": order.head_dim,
+        "padded_head_dim": order.padded_head_dim,
+        "query_scale": query_scale,
+    }
     names = {role: weight.name for role, weight in arranged.items()}
     return replace(product, kind="qkv_projection", weights=names, attributes=attributes)

@@ -3,25 +3,35 @@
 What is counted, per node: launches of Triton kernels, and calls into torch's own libraries (a product by cuBLAS, a gather or
 copy by torch), each of which counts as one however many kernels it is inside.  A product whose K is cut into parts takes
 two launches, one for the parts and one to add them up; whether it is depends on its configuration, which depends on the
-rows it is planned for and on the device.  So does attention, one of whose variants has a second launch to repair what
-overflowed.  An MLP takes its products once for every run of rows.
+rows it is planned for and on the device: few rows need it, whose tiles leave most of a GPU idle.  So does attention, one of
+whose variants has a second launch to repair what overflowed.  An MLP takes its products once for every run of rows.
 
 Not counted: what a batch costs before its pass, such as copies to the device.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from .graph import Graph, Node, Workload
+from .kernels.configs import nearest_architecture
+from .kernels.flash_attention import FlashAttentionConfig
 from .kernels.flash_attention import choose_config as choose_attention
-from .kernels.linear import LinearConfig
+from .kernels.flash_attention import default_config as default_attention
 from .kernels.linear import choose_config as choose_linear
+from .kernels.linear_config import LinearConfig, parts_of
+from .kernels.linear_config import default_config as default_linear
 from .kernels.qkv_projection import choose_config as choose_qkv
+from .kernels.qkv_projection import default_config as default_qkv
+from .kernels.tables import Identity, configuration, dtype_name, find
 from .kernels.vendor_product import vendor_takes
 
 __all__ = ["Launches", "PassLaunches", "launch_counts"]
+
+Where = torch.device | Identity
+"""Whose configurations count: those of a device that is here, or those that the tables have for an architecture."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class PassLaunches:
 
 
 def launch_counts(
-    graph: Graph, workload: Workload, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None
+    graph: Graph, workload: Workload, *, dtype: torch.dtype = torch.bfloat16, device: Where | None = None
 ) -> PassLaunches:
     """The launches of every node of ``graph``.
 
@@ -75,8 +85,9 @@ def launch_counts(
         graph: plain or fused.
         workload: how many rows there are, of which the configurations of the products follow.
         dtype: of the activations.
-        device: whose configurations count; ``None``: no product is cut into parts or left to a library, as with many rows
-            and no measured table.
+        device: whose configurations count: a device's, or those that are listed for an architecture whose device need not
+            be here (``Identity("", "sm_90")``).  ``None``: no product is cut into parts or left to a library, as with many
+            rows and no measured table.
     """
     count = _Counter(graph, workload, dtype, device)
     nodes = {node.name: count.of(node) for node in graph.nodes}
@@ -92,7 +103,7 @@ class _Counter:
     graph: Graph
     workload: Workload
     dtype: torch.dtype
-    device: torch.device | None
+    device: Where | None
 
     def of(self, node: Node) -> Launches:
         """The launches of one node."""
@@ -130,8 +141,8 @@ class _Counter:
         (columns, inner), bias = self.graph.weights[node.weights[f"weight{role}"]].shape, f"bias{role}" in node.weights
         if activation in ("silu_gated", "silu_gated_interleaved"):
             columns //= 2
-        config = choose_linear(
-            rows, columns, inner, dtype=self.dtype, activation=activation, residual=residual, device=self.device
+        config = _linear_config(
+            self.device, rows, columns, inner, dtype=self.dtype, activation=activation, residual=residual
         )
         if config.vendor and vendor_takes(torch.empty(0, dtype=self.dtype), activation):
             return self._library_product(activation, bias=bias, residual=residual)
@@ -142,9 +153,9 @@ class _Counter:
             return Launches(1)
         columns, inner = self.graph.weights[node.weights["weight"]].shape
         head_dim = node.attributes["head_dim"]
-        config = choose_qkv(rows, columns, inner, head_dim=head_dim, dtype=self.dtype, device=self.device)
-        rotated = len(node.inputs) > 1
-        if config.vendor and not rotated and vendor_takes(torch.empty(0, dtype=self.dtype), None):
+        config = _qkv_config(self.device, rows, columns, inner, head_dim=head_dim, dtype=self.dtype)
+        plain = len(node.inputs) == 1 and node.attributes["query_scale"] == 1
+        if config.vendor and plain and vendor_takes(torch.empty(0, dtype=self.dtype), None):
             return self._library_product(None, bias="bias" in node.weights, residual=False)
         return Launches(1 if parts_of(inner, config) == 1 else 2)
 
@@ -154,10 +165,10 @@ class _Counter:
             return Launches(1)
         windows, attributes = node.attributes["windows"], node.attributes
         scores = self.workload.window_scores if windows else self.workload.scores
-        config = choose_attention(
+        config = _attention_config(
+            self.device,
             attributes["head_dim"],
             self.dtype,
-            self.device,
             padded=attributes.get("padded_head_dim") is not None,
             longest=round(scores / self.workload.patches),
             length_bound=attributes["length_bound"],
@@ -168,12 +179,53 @@ class _Counter:
         """The library's product, and a kernel for each part of the epilogue that it does not know."""
         if residual and not bias and activation is None:
             return Launches(library=1)
-        on_gpu = self.device is not None and self.device.type == "cuda"
+        on_gpu = isinstance(self.device, Identity) or (self.device is not None and self.device.type == "cuda")
         inside = activation is None or (bias and on_gpu and activation == "gelu_tanh")
         return Launches(kernels=(not inside) + residual, library=1)
 
 
-def parts_of(inner: int, config: LinearConfig) -> int:
-    """Into how many parts a product over ``inner`` columns is cut: as many as asked for, or fewer where K is short."""
-    blocks = -(-inner // config.block_inner)
-    return -(-blocks // -(-blocks // config.split))
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+def _linear_config(
+    where: Where, rows: int, columns: int, inner: int, *, dtype: torch.dtype, activation: str | None, residual: bool
+) -> LinearConfig:
+    if isinstance(where, torch.device):
+        return choose_linear(rows, columns, inner, dtype=dtype, activation=activation, residual=residual, device=where)
+    constants = {"columns": columns, "inner": inner, "activation": activation, "residual": residual}
+    found = configuration(LinearConfig, _listed("linear", where, dtype, constants, {"rows": rows}))
+    return found or default_linear(
+        rows, columns, inner, dtype=dtype, activation=activation, residual=residual, architecture=_architecture(where)
+    )
+
+
+def _qkv_config(
+    where: Where, rows: int, columns: int, inner: int, *, head_dim: int, dtype: torch.dtype
+) -> LinearConfig:
+    if isinstance(where, torch.device):
+        return choose_qkv(rows, columns, inner, head_dim=head_dim, dtype=dtype, device=where)
+    constants = {"columns": columns, "inner": inner, "head_dim": head_dim}
+    found = configuration(LinearConfig, _listed("qkv_projection", where, dtype, constants, {"rows": rows}))
+    return found or default_qkv(rows, columns, inner, dtype=dtype, architecture=_architecture(where))
+
+
+def _attention_config(
+    where: Where, head_dim: int, dtype: torch.dtype, *, padded: bool, longest: int, length_bound: int | None
+) -> FlashAttentionConfig:
+    if isinstance(where, torch.device):
+        return choose_attention(head_dim, dtype, where, padded=padded, longest=longest, length_bound=length_bound)
+    constants = {"head_dim": head_dim, "padded": padded, "bounded": length_bound or 0}
+    sizes = {"longest": max(1, longest)}
+    found = configuration(FlashAttentionConfig, _listed("flash_attention", where, dtype, constants, sizes))
+    return found or default_attention(head_dim, dtype, _architecture(where), longest=longest, length_bound=length_bound)
+
+
+def _listed(
+    kernel: str, who: Identity, dtype: torch.dtype, constants: Mapping[str, object], sizes: Mapping[str, int]
+) -> Mapping[str, Any] | None:
+    found = find(kernel, who, dtype_name(dtype), constants, sizes)
+    return None if found is None else found[0]["config"]
+
+
+def _architecture(who: Identity) -> str:
+    return nearest_architecture(who.architecture)

@@ -6,6 +6,7 @@ Two clocks.  :func:`interleaved` takes the wall time of whole passes, host work 
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -15,13 +16,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Timing", "interleaved", "portable_command", "provenance", "time_on_device"]
+__all__ = ["Timing", "can_capture", "interleaved", "portable_command", "provenance", "ptxas_version", "time_on_device"]
 
 CALLS_A_GRAPH = 10
 """Calls behind one another in a captured graph: what starting the graph costs is shared among them."""
@@ -96,8 +98,10 @@ def time_on_device(
 
     On a GPU the calls are captured into a CUDA graph, each behind one that fills the second-level cache with something
     else; a second graph holds only the latter, and the difference of the two is what the calls take.  So neither the host
-    nor the start of a launch is in the figure.  What cannot be captured is timed between two events, which leaves the
-    start of the first launch in.  On a CPU it is the wall time.
+    nor the start of a launch is in the figure.  A single difference may come out below zero, their median may not.  What
+    cannot be captured is timed between two events, which leaves the start of the first launch in: hold such a time only
+    against others of the same :attr:`Timing.method`.  On a CPU it is the wall time, behind a walk through more memory
+    than the caches hold.
 
     Args:
         call: launches the work on the current stream; it has to do the same every time, and should allocate nothing.
@@ -106,10 +110,18 @@ def time_on_device(
         least: samples taken whatever they cost.
         most: samples at most.
         graph: whether to try a CUDA graph.
+
+    Raises:
+        RuntimeError: the call is too short to be told from nothing.
     """
     call()
     if device.type != "cuda":
-        return _samples(lambda: _clock(call), budget_seconds, least, most, "clock")
+
+        def behind_walk() -> float:
+            _evict_from_cpu()
+            return _clock(call)
+
+        return _samples(behind_walk, budget_seconds, least, most, "clock")
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         filler = torch.empty(_cache_bytes(device) // 4, dtype=torch.int32, device=device)
@@ -122,9 +134,9 @@ def time_on_device(
             else:
 
                 def difference() -> float:
-                    return max(0.0, _between_events(busy.replay) - _between_events(idle.replay)) / CALLS_A_GRAPH
+                    return (_between_events(busy.replay) - _between_events(idle.replay)) / CALLS_A_GRAPH
 
-                return _samples(difference, budget_seconds, least, most, "graph")
+                return _above_zero(_samples(difference, budget_seconds, least, most, "graph"))
 
         def behind_filler() -> float:
             filler.zero_()
@@ -157,7 +169,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "gpu_processors": properties.multi_processor_count,
             "gpu_bytes": properties.total_memory,
             "cuda": torch.version.cuda or torch.version.hip,
-            "ptxas": _ptxas_version(10 * properties.major + properties.minor),
+            "ptxas": ptxas_version(10 * properties.major + properties.minor),
             **_driver_facts(device),
         }
     return facts
@@ -193,6 +205,30 @@ def _samples(sample: Callable[[], float], budget_seconds: float, least: int, mos
     while len(seconds) < least or (len(seconds) < most and time.perf_counter() - start < budget_seconds):
         seconds.append(sample())
     return Timing(tuple(seconds), method)
+
+
+def _above_zero(timing: Timing) -> Timing:
+    """``timing``, if there is a time in it: a ratio to nothing, or a kernel that takes none, would win every ranking."""
+    if timing.median <= 0:
+        raise RuntimeError(
+            f"the median of {len(timing.seconds)} differences is {timing.median * 1e6:.2f} µs: a call this short cannot be "
+            "told from the launch beside it on this GPU; time one with more rows"
+        )
+    return timing
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether the least of calls can be captured as a CUDA graph on ``device``."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        number = torch.zeros(1, device=device)
+        try:
+            _captured(number.zero_)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return False
+    return True
 
 
 def _clock(call: Callable[[], object]) -> float:
@@ -232,6 +268,22 @@ def _cache_bytes(device: torch.device) -> int:
     return max(2 * int(cache), 64 * 2**20)
 
 
+@lru_cache
+def _cpu_filler() -> torch.Tensor:
+    """More memory than the CPU's caches hold, as far as the system says what they do."""
+    cache = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = re.fullmatch(r"(\d+)([KM])", path.read_text(encoding="ascii").strip())
+        if size is not None:
+            cache = max(cache, int(size[1]) * (2**10 if size[2] == "K" else 2**20))
+    return torch.zeros(max(2 * cache, 64 * 2**20) // 4)
+
+
+def _evict_from_cpu() -> None:
+    """Reads the filler, so that the caches hold nothing else; writing it would leave work for the call that is timed."""
+    _cpu_filler().sum()
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -248,12 +300,17 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, ``+`` behind it if files differ; ``None`` elsewhere."""
+    """The commit of the checkout that this file lies in, ``+`` behind it if its tree is another; ``None`` elsewhere.
+
+    New files count unless git ignores them.  Results do not: a campaign leaves them while it runs.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    # Without the lock that a mere question would take from whoever is committing.
+    status = ("git", "--no-optional-locks", "-C", str(root), "status", "--porcelain", "--untracked-files=normal")
+    changed = _output(*status, "--", ".", ":(exclude)bench/results")
     return f"{commit}+" if commit and changed else commit
 
 
@@ -275,7 +332,7 @@ def _driver_facts(device: torch.device) -> dict[str, str]:
     return dict(zip(DRIVER_FACTS.values(), cells, strict=True)) if len(cells) == len(DRIVER_FACTS) else {}
 
 
-def _ptxas_version(capability: int) -> str | None:
+def ptxas_version(capability: int) -> str | None:
     """The release of the assembler that Triton uses for a chip."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas

@@ -86,7 +86,7 @@ def _splice(
     add: bool,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    ids = torch.as_tensor(input_ids)
+    ids = input_ids if torch.is_tensor(input_ids) else torch.as_tensor(input_ids, device="cpu")
     _check_tensors(text, ids, out)
     _check_base(pictures, base)
     ids = ids.cpu().long().reshape(-1)
@@ -95,7 +95,7 @@ def _splice(
         return text if out is None or out is text else out.copy_(text)
     width = text.shape[-1]
     numbers, rows = _rows_wanted(ids[places], _ranges(pictures, width), base, text.device)
-    index = torch.full(ids.shape, -1, dtype=torch.int32)
+    index = torch.full(ids.shape, -1, dtype=torch.int32, device="cpu")
     index[places] = numbers
     index = index.to(text.device, non_blocking=True)
     flat = _with_adjacent_elements(text.reshape(-1, width))
@@ -135,8 +135,8 @@ def _rows_wanted(
 
     Of each picture only the rows from the first to the last that is asked for, which are few in a piece of a prompt.
     """
-    firsts = torch.tensor([first for first, _ in ranges], dtype=torch.int64)
-    lengths = torch.tensor([len(rows) for _, rows in ranges], dtype=torch.int64)
+    firsts = torch.tensor([first for first, _ in ranges], dtype=torch.int64, device="cpu")
+    lengths = torch.tensor([len(rows) for _, rows in ranges], dtype=torch.int64, device="cpu")
     picture = torch.searchsorted(firsts, wanted, right=True) - 1
     nearest = picture.clamp(min=0)
     # Without any picture there is nothing to look up in; the id behind the last one need not be a number of 64 bits.

@@ -164,7 +164,7 @@ def prompt_positions(
     """The positions of one prompt, or of the piece of it that an engine runs next.
 
     Args:
-        rule: ``tower.family.mrope``.
+        rule: ``tower.mrope``.
         prompt: what :func:`~tritontower.prompt.encode_prompt` returned.
         tokens: how many tokens the piece has; by default all that are left.
         state: what the piece before it returned; ``None`` at the start.
@@ -209,7 +209,7 @@ def mrope_positions(
     """The positions of a batch of prompts, or of the next chunk of each of them.
 
     Args:
-        rule: ``tower.family.mrope``.
+        rule: ``tower.mrope``.
         token_types: ``[batch, length]``: 0 for text, 1 for the tokens of pictures, 2 for those of clips
             (``mm_token_type_ids``).  Text that wraps a picture is text.
         image_grids: ``[pictures, 3]``: temporal patches, rows and columns of *patches* (``grid_thw``) of the pictures
@@ -241,13 +241,13 @@ def mrope_positions(
         if left := sum(1 for _ in blocks):
             name, argument = NAMES[kind]
             raise UsageError(f"{argument} has {left} more grids than {name}s begin in token_types")
-    positions = torch.zeros(3, batch, length, dtype=torch.int64)
+    positions = torch.zeros(3, batch, length, dtype=torch.int64, device="cpu")
     positions[:, kept] = _positions([piece for sequence in numbered for piece in sequence.pieces])
-    highest = positions.masked_fill(~kept, -1).amax((0, 2)) if length else torch.full((batch,), -1)
+    highest = positions.masked_fill(~kept, -1).amax((0, 2)) if length else positions.new_full((batch,), -1)
     after = tuple(
         sequence.finish(most, partial=partial) for sequence, most in zip(numbered, highest.tolist(), strict=True)
     )
-    deltas = torch.tensor([state.delta for state in after], dtype=torch.int64).view(batch, 1)
+    deltas = torch.tensor([state.delta for state in after], dtype=torch.int64, device="cpu").view(batch, 1)
     device = token_types.device
     return MropePositions(positions.to(device), deltas.to(device), after)
 
@@ -274,11 +274,11 @@ def _runs(types: torch.Tensor, kept: torch.Tensor) -> Iterator[tuple[int, int, i
     flat = types[kept]
     if not len(flat):
         return
-    rows = torch.arange(len(types)).repeat_interleave(kept.sum(1))
+    rows = torch.arange(len(types), device="cpu").repeat_interleave(kept.sum(1))
     begins = torch.ones_like(flat, dtype=torch.bool)
     begins[1:] = (flat[1:] != flat[:-1]) | (rows[1:] != rows[:-1])
     starts = begins.nonzero().flatten()
-    tokens = starts.diff(append=torch.tensor([len(flat)]))
+    tokens = starts.diff(append=torch.tensor([len(flat)], device="cpu"))
     yield from zip(rows[starts].tolist(), flat[starts].tolist(), tokens.tolist(), strict=True)
 
 
@@ -327,7 +327,9 @@ def _times(rule: MropeRule, count: int, seconds: float | torch.Tensor | None) ->
             f"seconds_per_grid holds {float(step)}; allowed: at least 0, and so few that the {count} temporal patches of "
             f"the clip end before position {LARGEST_POSITION}"
         )
-    return tuple((torch.arange(count) * interval).long().tolist())
+    # A plain number is rounded to fp32, as transformers has it unless torch's default dtype is another.
+    factor = interval if torch.is_tensor(interval) else torch.tensor(interval, dtype=torch.float32, device="cpu")
+    return tuple((torch.arange(count, device="cpu") * factor).long().tolist())
 
 
 # Longer than any text.
@@ -426,18 +428,18 @@ def _positions(pieces: Iterable[_Piece]) -> torch.Tensor:
         block = piece.block or TEXT_LINE
         facts.append((piece.tokens, piece.base, piece.offset, block.rows, block.columns, len(times), not piece.block))
         times += block.times
-    table = torch.tensor(facts, dtype=torch.int64).view(-1, 7)
+    table = torch.tensor(facts, dtype=torch.int64, device="cpu").view(-1, 7)
     tokens, offset, columns = table[:, 0], table[:, 2], table[:, 4]
     first_line = offset // columns
     lines = (offset + tokens - 1) // columns + 1 - first_line
     before_lines = lines.cumsum(0) - lines
     tokens, base, offset, rows, columns, time, text = table.repeat_interleave(lines, 0).unbind(1)
-    line = torch.arange(len(base)) + (first_line - before_lines).repeat_interleave(lines)
+    line = torch.arange(len(base), device="cpu") + (first_line - before_lines).repeat_interleave(lines)
     # The first and the last line of a block that is cut are cut as well.
     start = torch.maximum(line * columns, offset)
     tokens = torch.minimum((line + 1) * columns, offset + tokens) - start
     width = start - line * columns - (tokens.cumsum(0) - tokens)
-    moment = torch.tensor(times)[time + line // rows]
+    moment = torch.tensor(times, device="cpu")[time + line // rows]
     positions = (torch.stack([moment, line % rows, width]) + base).repeat_interleave(tokens, 1)
-    positions[2] += torch.arange(positions.shape[1])
+    positions[2] += torch.arange(positions.shape[1], device="cpu")
     return torch.where(text.bool().repeat_interleave(tokens), positions[2], positions)

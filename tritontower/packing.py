@@ -13,7 +13,7 @@ from .kernels import cpu
 from .kernels._triton import INTERPRETED
 from .kernels.dispatch import backend_on
 
-__all__ = ["pack_weights"]
+__all__ = ["held_bytes", "pack_weights"]
 
 _PRODUCTS = {"linear": ("weight",), "mlp": ("weight_1", "weight_2"), "projector": ("weight_1", "weight_2")}
 
@@ -35,6 +35,19 @@ def pack_weights(graphs: Iterable[Graph], sources: dict[str, torch.Tensor]) -> N
         if tensor is not None and not INTERPRETED and backend_on(tensor.device) == "reference":
             sources[name] = cpu.pack(tensor, gated=halves)
             del tensor
+
+
+def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of memory that ``tensors``, packed or plain, hold together: what several are views of counts once, and whole."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        if isinstance(tensor, cpu.PackedWeight):
+            # Blocks are full: oneDNN may take more than the plain tensor did.
+            sizes |= {id(part): torch.ops.mkldnn._nbytes(part) for part in tensor.parts}
+        else:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def _gated(graphs: Iterable[Graph]) -> dict[str, bool]:

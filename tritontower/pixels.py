@@ -5,8 +5,10 @@ in fp32: there are 256 values per channel, and :attr:`Rescaling.table` lists the
 instead (:mod:`tritontower.folding`), the arithmetic is in the weights.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +16,28 @@ from numpy.typing import NDArray
 
 from .kernels.patch_projection import PIXEL_CENTRE, fold_normalisation
 
-__all__ = ["PIXEL_CENTRE", "Rescaling"]
+__all__ = ["PIXEL_CENTRE", "Rescaling", "fresh"]
 
 BYTES = 256
 LARGEST_BYTE = np.float32(255)
+HUGE_PAGE = 2**21
+"""Bytes."""
 CHUNK_ROWS = 128
 """Patches that are worked on at a time: they stay in a core's cache between the three operations."""
+
+
+def fresh(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """An array with anything in it, in huge pages if it is large and the system has any.
+
+    With ordinary pages, the first write of 2.4 MB took four times as long, that of 50 MB six times.  numpy asks for huge
+    pages from 4 MiB on; what is not written of them takes address space and no memory.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < HUGE_PAGE:
+        return np.empty(shape, dtype)
+    room = np.empty((-(-size // HUGE_PAGE) + 1) * HUGE_PAGE, np.uint8)
+    start = -room.ctypes.data % HUGE_PAGE
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -69,15 +87,19 @@ class Rescaling:
             raw: ``[rows, channels · n]``, channel-major.
             out: of the same shape; its rows may lie any distance apart.
         """
-        shape = (-1, self.channels, raw.shape[1] // self.channels)
+        per_channel = raw.shape[1] // self.channels
+        shape = (-1, self.channels, per_channel)
+        # As long as a row: numpy starts anew with every run of values, which is worth it for long ones only.
+        means, deviations = (values.repeat(per_channel) for values in (self._means, self._deviations))
         for start in range(0, len(raw), CHUNK_ROWS):
-            taken = raw[start : start + CHUNK_ROWS].reshape(shape)
-            made = out[start : start + CHUNK_ROWS].reshape(shape)
+            taken, made = raw[start : start + CHUNK_ROWS], out[start : start + CHUNK_ROWS]
             if self._divides:
-                np.divide(taken, LARGEST_BYTE, out=made)
-                np.subtract(made, self._means, out=made)
-                np.divide(made, self._deviations, out=made)
+                np.copyto(made, taken)
+                np.divide(made, LARGEST_BYTE, out=made)
+                np.subtract(made, means, out=made)
+                np.divide(made, deviations, out=made)
                 continue
+            taken, made = taken.reshape(shape), made.reshape(shape)
             for channel, values in enumerate(self.table):
                 np.take(values, taken[:, channel], out=made[:, channel], mode="clip")
 

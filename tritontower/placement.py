@@ -11,14 +11,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
-    """The device that is meant, by default the first GPU or else the CPU.
+    """The device that is meant, by default the GPU that is the calling thread's current one, or else the CPU.
+
+    A GPU always comes with its number: which one is current is each thread's own affair.
 
     Raises:
         UsageError: torch knows no such device.
         BackendUnavailableError: it is not here, or no tower runs on it.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -34,6 +36,8 @@ def device_of(device: str | torch.device | None) -> torch.device:
         )
     if where.type not in ("cpu", "cuda"):
         raise BackendUnavailableError(f"device {str(device)!r} is not supported; allowed: 'cpu', 'cuda'")
+    if where.type == "cuda" and where.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return where
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from .building import build
 from .families import Family, read_family
-from .graph import build
 from .reader import ConfigReader
 from .recipes import Shape
 

@@ -1,8 +1,10 @@
 """Token ids of pictures: one for every row, beyond the vocabulary."""
 
+import secrets
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from threading import Lock
 from typing import overload
@@ -58,43 +60,56 @@ class TokenSpace:
         self.base = base
         self._lock = Lock()
         self._entries: dict[object, _Entry] = {}
-        self._keys: dict[int, object] = {}
         self._idle: dict[object, None] = {}
         self._free = [(base, self.limit - base)]
 
     def assign(self, embedding: ImageEmbedding) -> ImageEmbedding:
         """The embedding with its token ids; each call counts as a use until it is released.
 
+        Ids that it had before, of whatever space, do not count.  An embedding without a content hash is known by nothing:
+        it gets a random one, under which what is returned, and only that, is the same picture from then on.
+
         Raises:
+            UsageError: it has no rows.
             TokenSpaceExhaustedError: so many ids in a row are neither free nor released.
         """
+        if not embedding.content_hash:
+            embedding = replace(embedding, content_hash=secrets.token_hex(32))
         key = _identity(embedding)
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
                 entry = _Entry(self._take(embedding.num_tokens), embedding.num_tokens, 0)
-                self._entries[key], self._keys[entry.first] = entry, key
+                self._entries[key] = entry
             entry.uses += 1
             self._idle.pop(key, None)
         return embedding.with_token_ids(tuple(range(entry.first, entry.first + entry.count)))
 
-    def release(self, embedding: ImageEmbedding) -> None:
-        """Ends one use of the embedding's ids; call it when no cache holds keys and values of them any more.
+    def release(self, *embeddings: ImageEmbedding) -> None:
+        """Ends one use of the ids of each embedding; call it when no cache holds keys and values of them any more.
 
         Raises:
-            UsageError: the ids are not this space's, or were released as often as they were assigned.
+            UsageError: one's ids are not this space's, or another picture's by now, or were released as often as they were
+                assigned; then none is released.
         """
-        first = embedding.token_ids[0] if embedding.token_ids else None
+        uses = Counter(map(_identity, embeddings))
         with self._lock:
-            key = self._keys.get(first) if first is not None else None
-            entry = self._entries.get(key)
-            if entry is None or entry.uses == 0 or entry.count != len(embedding.token_ids):
-                raise UsageError(f"token ids from {first} on are not in use in this space, which begins at {self.base}")
-            entry.uses -= 1
-            if entry.uses == 0:
-                self._idle[key] = None
-                if len(self._idle) > REMEMBERED:
-                    self._forget(next(iter(self._idle)))
+            for embedding in embeddings:
+                key, ids = _identity(embedding), embedding.token_ids
+                entry = self._entries.get(key)
+                if entry is None or entry.uses < uses[key] or ids[:1] != (entry.first,) or len(ids) != entry.count:
+                    which = f"token ids from {ids[0]} on" if ids else "the token ids of an embedding that has none"
+                    raise UsageError(
+                        f"{which} are not in use for this picture in the space that begins at {self.base}; release what "
+                        "assign or encode_prompt returned, once"
+                    )
+            for key, count in uses.items():
+                entry = self._entries[key]
+                entry.uses -= count
+                if entry.uses == 0:
+                    self._idle[key] = None
+                    if len(self._idle) > REMEMBERED:
+                        self._forget(next(iter(self._idle)))
 
     @property
     def ids_in_use(self) -> int:
@@ -127,7 +142,6 @@ class TokenSpace:
         """Makes a released picture's ids free, as one range with the free ones beside them; says which range."""
         del self._idle[key]
         entry = self._entries.pop(key)
-        del self._keys[entry.first]
         first, end = entry.first, entry.first + entry.count
         place = bisect_left(self._free, (first, 0))
         start = stop = place
@@ -141,8 +155,6 @@ class TokenSpace:
 
 def _identity(embedding: ImageEmbedding) -> object:
     """What two embeddings have alike if their rows, and what a language model makes of them, are the same."""
-    if not embedding.content_hash:
-        return object()
     return (
         embedding.content_hash,
         embedding.grid_thw,

@@ -1,56 +1,57 @@
 """The vision tower: pictures in, language-model-ready embeddings out."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import count
-from numbers import Integral
 from pathlib import Path
 from secrets import token_hex
 from threading import Lock
-from typing import Any, Literal, Unpack, cast, overload
+from types import NoneType
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
-from PIL import Image
 
-from .batch import PackedBatch, expected_workload
-from .cache import EmbeddingCache, files_identity, framed_digest, preprocessing_identity
+from .ahead import canonical_pictures, workers
+from .arguments import (
+    check_instance,
+    frames_of,
+    is_one_picture,
+    is_whole_number,
+    pack_of,
+    pictures_of,
+    views_of,
+    workload_of,
+)
+from .batch import PackedBatch
+from .building import build
+from .cache import EmbeddingCache, embedding_key, files_identity, tower_identity
 from .capture import CaptureLimits, plan_planned_pass
 from .checkpoint import Checkpoint, Progress
+from .clips import ClipTimes, encode_clip
 from .config import TowerConfig
 from .description import Description
+from .detection import configuration_in, has_vision
 from .embedding import ImageEmbedding, checked_alias
-from .encoding import (
-    Call,
-    ClipTimes,
-    ItemError,
-    aliases_of,
-    canonical_pictures,
-    embeddings_of,
-    encode_clip,
-    encode_pictures,
-    patches_per_pass,
-    workers,
-)
-from .errors import CheckpointNotFoundError, Limits, TowerNotLoadedError, UsageError, shorten
+from .encoding import Call, ItemError, encode_pictures, patches_per_pass
+from .errors import Limits, TowerNotLoadedError, UsageError, shorten
 from .executor import Executor
-from .families import MISTRAL_FORMAT, Family, has_tower, read_family
+from .executors import Executors, expected_weights_bytes
+from .families import Family, read_family
 from .features import with_features
-from .folding import fold_normalisation, folded_tensors
 from .fusion import fold_still_pictures, fuse, passes_for
-from .graph import Graph, Workload, build
-from .images import Picture
+from .graph import Graph, Workload
+from .images import ChannelOrder, Picture
 from .kernels.dispatch import backend_on
-from .locate import CONFIG_NAME, fetch_shards, locate
+from .locate import fetch_shards, locate
 from .memory import MemoryPlan, plan_memory
 from .mrope import MropeRule
 from .packing import pack_weights
 from .placement import declared_dtype, device_of, dtype_of
 from .preprocessing import Bounds, Preprocessor, pack_views
 from .prompt import PromptLayout
-from .reader import ConfigReader
-from .weights import arranged, read_weights, stored_shapes
+from .results import aliases_of, embeddings_of
+from .weights import read_weights, stored_shapes
 
 __all__ = ["VisionTower", "has_vision"]
 
@@ -96,12 +97,9 @@ class VisionTower:
         self._fetch = fetch
         self.cache = cache
         self._cuda_graphs = cuda_graphs
-        self._executors: dict[int, Executor] | None = None
-        self._byte_executors: dict[int, Executor] = {}
-        self._sources: Mapping[str, torch.Tensor] = {}
+        self._executors: Executors | None = None
         self._weights_identity = token_hex(32)
         self._load_lock = Lock()
-        self._byte_lock = Lock()
         self._describe(family)
 
     def _describe(self, family: Family) -> None:
@@ -136,7 +134,7 @@ class VisionTower:
         Args:
             model: a local folder, or the id of a repository on the Hugging Face hub (``"Qwen/Qwen2-VL-2B-Instruct"``),
                 of which only the configuration and the shards that hold the tower are fetched.
-            device: where the tower runs; by default the first GPU, else the CPU.
+            device: where the tower runs; by default the current GPU, else the CPU.
             dtype: ``float32``, ``float16``, ``bfloat16``, or ``"auto"`` for what the checkpoint's configuration declares,
                 or, where it declares nothing, what the weights are stored in.
             delay_load: read the configuration only; :meth:`load` reads the weights.
@@ -162,10 +160,13 @@ class VisionTower:
         Raises:
             TowerError: the checkpoint cannot be used; its subclasses say why.
         """
+        check_instance("limits", limits, (Limits, NoneType), "Limits(...), or None")
+        check_instance("cache", cache, (EmbeddingCache, NoneType), "an EmbeddingCache, or None")
+        check_instance("cuda_graphs", cuda_graphs, (bool, CaptureLimits), "True, False, or CaptureLimits(...)")
         where = device_of(device)
         wanted = dtype_of(dtype)
         folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        reader = _configuration(folder)
+        reader = configuration_in(folder)
         family = with_features(read_family(reader), feature_layer, feature_select)
         make = family.preprocessors.get(preprocessing)
         if make is None:
@@ -220,29 +221,29 @@ class VisionTower:
             if self._executors is None:
                 sources = self._read_weights(progress)
                 if not self._shares_weights:
-                    clips = [self._clip_graph] if self.config.patch.temporal > 1 else []
-                    pack_weights([self.graph, *clips], sources)
-                self._install(sources)
+                    pack_weights(self._graphs, sources)
+                preprocessor = self.preprocessor  # not the tower: one that goes is to give its memory back at once
+                # Assigned when all of it is there: other threads may already be asking.
+                self._executors = Executors(
+                    self.config,
+                    self._graphs,
+                    sources,
+                    rescaling=lambda: preprocessor.rescaling,
+                    cuda_graphs=self._cuda_graphs,
+                )
         return self
 
-    def _install(self, sources: Mapping[str, torch.Tensor]) -> None:
-        """Makes the tower run on ``sources``, all of one dtype and on one device.
+    @property
+    def _graphs(self) -> tuple[Graph, ...]:
+        """What runs: still pictures and clips have a graph each where a patch spans several frames."""
+        return (self.graph, self._clip_graph) if self.config.patch.temporal > 1 else (self.graph,)
 
-        Those are what :func:`~tritontower.weights.read_weights` gives; or canonical tensors by name, which stay as they are
-        and are copied where the graph wants them arranged.
-        """
-        patch = self.config.patch
-        sources = arranged(self.graph, sources)
-        executors = {patch.still_inner: self._executor(self.graph, sources)}
-        if patch.temporal > 1:
-            executors[patch.inner] = self._executor(self._clip_graph, sources)
-        self._sources, self._byte_executors = sources, {}
-        # Not before both are there: another thread may already be asking.
-        self._executors = executors
-
-    def _executor(self, graph: Graph, sources: Mapping[str, torch.Tensor]) -> Executor:
-        limits = self._cuda_graphs if isinstance(self._cuda_graphs, CaptureLimits) else None
-        return Executor(graph, sources, cuda_graphs=self._cuda_graphs is not False, limits=limits)
+    @property
+    def _loaded(self) -> Executors:
+        """The executors, of a tower that has its weights."""
+        if self._executors is None:
+            raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
+        return self._executors
 
     def _read_weights(self, progress: Progress | None) -> dict[str, torch.Tensor]:
         with self._checkpoint() as checkpoint:
@@ -287,8 +288,16 @@ class VisionTower:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes that the weights take once loaded."""
-        return self.graph.parameters * self.dtype.itemsize
+        """Bytes that the weights take where the tower runs; ``graph.parameters`` counts the model's own numbers.
+
+        Once they are loaded, this is the memory that holds them: padded and in the order that the kernels want, on a CPU in
+        oneDNN's blocks, with the patch projection for still pictures beside that for clips, and with that for bytes once
+        such a batch has come.  Before, it is what is going to be held, but for oneDNN's blocks, the projection for bytes
+        and gaps between tensors: for published towers about a percent less.
+        """
+        if self._executors is not None:
+            return self._executors.weights_bytes
+        return expected_weights_bytes(self._graphs, self.dtype.itemsize)
 
     @property
     def hidden_size(self) -> int:
@@ -318,6 +327,7 @@ class VisionTower:
         text_alias: str | Sequence[str | None] | None = None,
         check_output: bool = False,
         progress: bool | None = None,
+        input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> list[ImageEmbedding]: ...
 
@@ -332,6 +342,7 @@ class VisionTower:
         text_alias: str | Sequence[str | None] | None = None,
         check_output: bool = False,
         progress: bool | None = None,
+        input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> list[ImageEmbedding | ItemError]: ...
 
@@ -345,6 +356,7 @@ class VisionTower:
         text_alias: str | Sequence[str | None] | None = None,
         check_output: bool = False,
         progress: bool | None = None,
+        input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> list[ImageEmbedding] | list[ImageEmbedding | ItemError]:
         """Encodes still pictures of any mix of sizes; the order is kept.
@@ -365,6 +377,8 @@ class VisionTower:
             text_alias: what stands for the picture in a prompt; for several, a list with one, or ``None``, for each.
             check_output: look for NaN and infinity in the embeddings, which a GPU has to be waited for.
             progress: show a progress bar; by default for 64 pictures or more, on a terminal.
+            input_data_format: ``"channels_first"`` or ``"channels_last"``, the order of the axes of every array among the
+                pictures; needed only where a shape allows both, such as ``[3, 50, 3]``.
             **bounds: instead of the checkpoint's own, as far as its resizing rule has them: ``min_pixels`` and
                 ``max_pixels``, the area of a resized picture, or ``longest_edge``, its longer side in pixels.
 
@@ -381,9 +395,9 @@ class VisionTower:
             ``completed`` of whatever ends a call, also of ``KeyboardInterrupt``, holds the embeddings of the pictures
             before the first that has none.
         """
-        several = [cast("Picture", pictures)] if _is_one(pictures) else list(cast("Iterable[Picture]", pictures))
+        several = pictures_of(pictures)
         aliases = aliases_of(text_alias, len(several))
-        call = self._call(bounds, output_device, max_patches, on_error, check_output)
+        call = self._call(bounds, output_device, max_patches, on_error, check_output, input_data_format)
         embeddings = encode_pictures(call, several, progress=progress)
         return [
             embedding if alias is None or isinstance(embedding, ItemError) else embedding.with_alias(alias)
@@ -399,6 +413,7 @@ class VisionTower:
         output_device: str | torch.device | None = None,
         text_alias: str | None = None,
         check_output: bool = False,
+        input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> ImageEmbedding:
         """Encodes the frames of one clip, in order and all of one size; see :meth:`encode` for what a frame may be.
@@ -410,7 +425,7 @@ class VisionTower:
             frames: the frames.
             fps: how many of *these* frames make a second: the rate at which they were taken out of the video.
             timestamps: instead of ``fps``, when each frame is shown, seconds.
-            output_device, text_alias, check_output, **bounds: as in :meth:`encode`.
+            output_device, text_alias, check_output, input_data_format, **bounds: as in :meth:`encode`.
 
         Returns:
             An embedding whose ``seconds_per_grid`` and ``timestamps`` say when its temporal patches are shown, if ``fps``
@@ -422,11 +437,11 @@ class VisionTower:
                 :meth:`encode`.
         """
         self.preprocessor.check_takes_clips()
-        clip = _frames(frames)
+        clip = frames_of(frames)
         times = ClipTimes.of(len(clip), fps, timestamps)
         alias = checked_alias(text_alias)
         call = self._call(bounds, output_device, None, "raise", check_output)
-        embedding = encode_clip(call, self.preprocess_video(clip, **bounds))
+        embedding = encode_clip(call, self.preprocess_video(clip, input_data_format=input_data_format, **bounds))
         return times.put_on(embedding, self.config.patch.temporal).with_alias(alias)
 
     @overload
@@ -471,10 +486,15 @@ class VisionTower:
             embedding if embedding.text_alias is not None else embedding.with_alias(f"<$EMB_{next(_ALIASES)}$>")
             for embedding in self.encode(image, text_alias=text_alias, output_device=where, **bounds)
         ]
-        return embeddings[0] if _is_one(image) else embeddings
+        return embeddings[0] if is_one_picture(image) else embeddings
 
     def preprocess(
-        self, pictures: Iterable[Picture] | Picture, *, raw: bool | None = None, **bounds: Unpack[Bounds]
+        self,
+        pictures: Iterable[Picture] | Picture,
+        *,
+        raw: bool | None = None,
+        input_data_format: ChannelOrder | None = None,
+        **bounds: Unpack[Bounds],
     ) -> PackedBatch:
         """The first half of :meth:`encode`, on the CPU: pictures → one packed batch, whatever its size.
 
@@ -482,24 +502,31 @@ class VisionTower:
             pictures: as in :meth:`encode`.
             raw: whether pixels stay bytes, which the tower takes as well: a quarter of the memory of fp32.  By default as
                 :meth:`encode` has them: bytes for a GPU, where the image processor's arithmetic is known.
-            **bounds: as in :meth:`encode`.
+            input_data_format, **bounds: as in :meth:`encode`.
 
         Raises:
             UsageError: ``raw``, and the image processor's arithmetic is not known.
             ImageError, ProcessorError: as in :meth:`encode`.
         """
-        several = [cast("Picture", pictures)] if _is_one(pictures) else list(cast("Iterable[Picture]", pictures))
+        self.preprocessor.check_bounds(bounds)
+        several = pictures_of(pictures)
         with workers(len(several)) as each:
-            images = canonical_pictures(several, self.preprocessor.limits, each)
+            images = canonical_pictures(several, self.preprocessor.limits, each, input_data_format)
             return self.preprocessor.pictures(images, each=each, raw=self._raw if raw is None else raw, **bounds)
 
     def preprocess_video(
-        self, frames: Iterable[Picture], *, raw: bool | None = None, **bounds: Unpack[Bounds]
+        self,
+        frames: Iterable[Picture],
+        *,
+        raw: bool | None = None,
+        input_data_format: ChannelOrder | None = None,
+        **bounds: Unpack[Bounds],
     ) -> PackedBatch:
         """The first half of :meth:`encode_video`, on the CPU: frames → packed batch; see :meth:`preprocess`."""
-        clip = _frames(frames)
+        self.preprocessor.check_bounds(bounds)
+        clip = frames_of(frames)
         with workers(len(clip)) as each:
-            images = canonical_pictures(clip, self.preprocessor.limits, each)
+            images = canonical_pictures(clip, self.preprocessor.limits, each, input_data_format)
             return self.preprocessor.clip(images, each=each, raw=self._raw if raw is None else raw, **bounds)
 
     @property
@@ -531,7 +558,7 @@ class VisionTower:
         """
         if isinstance(batch, PackedBatch):
             return self.run(batch)["embeddings"]
-        views = list(batch)
+        views = views_of(batch)
         packed = pack_views(self.config, views)
         rows = self.run(packed)["embeddings"]
         parts = rows.split(packed.token_counts)
@@ -572,9 +599,8 @@ class VisionTower:
             UsageError: a size that is none.
             TowerNotLoadedError: the weights are not there yet.
         """
-        if self._executors is None:
-            raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
-        sizes = [_sizes(pack) for pack in packs]
+        executors = self._loaded
+        sizes = [pack_of(pack) for pack in packs]
         workloads = [self.workload(pack, **bounds) for pack in sizes]
         if self.device.type != "cuda":
             return 0
@@ -583,44 +609,22 @@ class VisionTower:
         # The largest first: the others find room in its memory.
         for _, pack in sorted(zip((-workload.patches for workload in workloads), sizes, strict=True)):
             batch = self.preprocess([noise.integers(256, size=(h, w, 3), dtype=np.uint8) for w, h in pack], **bounds)
-            warm += self.executor_for(batch).warm_up(batch)
+            warm += executors.of(batch).warm_up(batch)
         return warm
 
     @property
     def captured_bytes(self) -> int:
         """Bytes of device memory that captured passes hold; :meth:`release` gives them back."""
-        return sum(executor.captured_bytes for executor in self._all_executors())
-
-    def _all_executors(self) -> tuple[Executor, ...]:
-        return (*(self._executors or {}).values(), *self._byte_executors.values())
+        return 0 if self._executors is None else self._executors.captured_bytes
 
     def executor_for(self, batch: PackedBatch) -> Executor:
-        """What runs ``batch``: still pictures and clips have a graph each, over the same weights."""
-        if self._executors is None:
-            raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
-        executor = self._executors.get(batch.pixels.shape[1])
-        if executor is None or batch.rows_per_token != self.config.rows_per_token:
-            raise UsageError(
-                f"a batch with {batch.pixels.shape[1]} pixel values a patch and {batch.rows_per_token} patches a token is "
-                f"another tower's; this one takes {sorted(self._executors)} and {self.config.rows_per_token}"
-            )
-        return self._byte_executor(executor.graph) if batch.pixels.dtype == torch.uint8 else executor
+        """What runs ``batch``: still pictures and clips have a graph each, over the same weights.
 
-    def _byte_executor(self, graph: Graph) -> Executor:
-        """What runs ``graph`` on pixels that are bytes: over the same weights, but for the patch projection's."""
-        inner = graph.values["pixels"].width
-        with self._byte_lock:
-            if inner not in self._byte_executors:
-                rescaling, class_token = self.preprocessor.rescaling, self.config.class_token
-                if rescaling is None:
-                    raise UsageError(
-                        "a batch with uint8 pixels is another tower's: the arithmetic of this one's image processor is not "
-                        "known"
-                    )
-                made = folded_tensors(graph, self._sources, rescaling, class_token=class_token)
-                folded = fold_normalisation(graph, class_token=class_token)
-                self._byte_executors[inner] = self._executor(folded, {**self._sources, **made})
-            return self._byte_executors[inner]
+        Raises:
+            UsageError: another tower's batch.
+            TowerNotLoadedError: the weights are not there yet.
+        """
+        return self._loaded.of(batch)
 
     def _pass(self, batch: PackedBatch) -> list[ImageEmbedding]:
         """Packed batch → graph → embeddings, picture by picture."""
@@ -633,35 +637,35 @@ class VisionTower:
         max_patches: int | None,
         on_error: str,
         check_output: bool,
+        input_data_format: ChannelOrder | None = None,
     ) -> Call:
         """What a call of :meth:`encode` or :meth:`encode_video` works with."""
-        if self._executors is None:
-            raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
+        executors = self._loaded
+        self.preprocessor.check_bounds(bounds)
         if on_error not in ("raise", "return"):
             raise UsageError(f"on_error is {shorten(on_error)}; allowed: 'raise', 'return'")
-        if max_patches is not None and (not isinstance(max_patches, Integral) or max_patches < 1):
+        if max_patches is not None and not (is_whole_number(max_patches) and max_patches >= 1):
             raise UsageError(f"max_patches is {shorten(max_patches)}; allowed: a whole number ≥ 1, or None")
         return Call(
             preprocessor=self.preprocessor,
             bounds=bounds,
             run=self._pass,
-            release=self.release,
+            release=executors.release,
             device=self.device,
             output_device=self.device if output_device is None else device_of(output_device),
             raw=self._raw,
+            input_data_format=input_data_format,
             max_patches=int(max_patches or patches_per_pass(self._sample_plan, self.device)),
             raises=on_error == "raise",
             check_output=check_output,
             cache=self.cache,
-            key=partial(self._cache_key, bounds),
+            key=lambda content_hash: embedding_key(self._identity, bounds, content_hash),
         )
 
     def release(self) -> None:
         """Gives back what passes have left on the device beside the weights; the next pass takes it again."""
-        for executor in self._all_executors():
-            executor.release()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self._executors is not None:
+            self._executors.release()
 
     @cached_property
     def _sample_plan(self) -> MemoryPlan:
@@ -669,21 +673,9 @@ class VisionTower:
         return self.memory_plan(unit * -(-SAMPLE_PATCHES // unit))
 
     @cached_property
-    def _fingerprint(self) -> str:
-        """A digest of everything that an embedding depends on beside the picture and the call's bounds.
-
-        That is the weights (their files' paths, sizes and times of change, which is cheap and tells any two checkpoints
-        apart; weights from elsewhere count as like no others), the configuration with its features, the preprocessing, the
-        dtype, the kind of device and what computes there.
-        """
-        config = json.dumps(self.config.to_json(), sort_keys=True)
-        preprocessing = preprocessing_identity(self.preprocessor)
-        where = [self.device.type, backend_on(self.device)]
-        return framed_digest([self._weights_identity, config, preprocessing, str(self.dtype), *where])
-
-    def _cache_key(self, bounds: Bounds, content_hash: str) -> str:
-        given = sorted((name, value) for name, value in bounds.items() if value is not None)
-        return framed_digest([self._fingerprint, json.dumps(given, default=int), content_hash])
+    def _identity(self) -> str:
+        computes = self.dtype, self.device.type, backend_on(self.device)
+        return tower_identity(self._weights_identity, self.config, self.preprocessor, computes)
 
     # -- what it will cost ----------------------------------------------------------------------------------------
 
@@ -708,7 +700,7 @@ class VisionTower:
         Raises:
             UsageError: a count of patches that no picture of this tower has.
         """
-        workload = self._workload(patches)
+        workload = workload_of(self.config, patches)
         if self.device.type != "cuda":
             by_torch = backend_on(self._device) == "reference"
             cpu_dtype = self.dtype if by_torch else None
@@ -731,71 +723,5 @@ class VisionTower:
         """
         by_torch = backend_on(self._device) == "reference"
         device = None if by_torch else self._device
-        workload = self._workload(patches)
+        workload = workload_of(self.config, patches)
         return Description(self.graph, workload, self.dtype.itemsize, device, self.dtype, on_cpu=by_torch)
-
-    def _workload(self, patches: int | Sequence[int] | Workload) -> Workload:
-        if isinstance(patches, Workload):
-            return patches
-        config = self.config
-        counts = list(patches) if isinstance(patches, Iterable) and not isinstance(patches, str) else [patches]
-        if not all(isinstance(count, Integral) for count in counts):
-            raise UsageError(f"patches is {shorten(patches)}; allowed: a whole number, or a list of them")
-        counts = [int(count) for count in counts]
-        unit = config.num_patches or config.rows_per_token
-        if any(count < 0 or count % unit for count in counts):
-            reason = "the patches of one token" if config.num_patches is None else "the patches of one view"
-            raise UsageError(f"patches {counts} must be multiples of {unit}, {reason}")
-        return expected_workload(config, counts)
-
-
-def _configuration(folder: Path) -> ConfigReader:
-    """The checkpoint's ``config.json``, or Mistral's own file where there is none."""
-    for name in (CONFIG_NAME, MISTRAL_FORMAT):
-        if (folder / name).is_file():
-            return ConfigReader.from_file(folder / name)
-    raise CheckpointNotFoundError(f"{folder} holds neither {CONFIG_NAME} nor {MISTRAL_FORMAT}")
-
-
-def has_vision(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> bool:
-    """Whether a checkpoint holds a vision tower that can be loaded; only its configuration is read.
-
-    Args:
-        model: a local folder or a hub id.
-        revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
-
-    Raises:
-        CheckpointError, ConfigError: there is no such checkpoint, or its ``config.json`` cannot be read.
-    """
-    folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    return has_tower(_configuration(folder))
-
-
-def _sizes(pack: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The sizes of a pack's pictures, of which there may be one."""
-    several = [pack] if isinstance(pack, tuple) and not any(isinstance(side, Iterable) for side in pack) else pack
-    if not isinstance(several, Iterable) or not all(
-        isinstance(size, Iterable) and len([*size]) == 2 for size in several
-    ):
-        raise UsageError(f"{shorten(pack)} is no pack; allowed: (width, height), or a list of these, in pixels")
-    return [cast("tuple[int, int]", tuple(cast("Sequence[int]", size))) for size in several]
-
-
-def _is_one(pictures: object) -> bool:
-    """Whether this is a picture and not several; what is neither counts as one, for its error message."""
-    alone = (Image.Image, np.ndarray, torch.Tensor, bytes, bytearray, memoryview, Path, str)
-    return isinstance(pictures, alone) or not isinstance(pictures, Iterable)
-
-
-def _frames(frames: Iterable[Picture]) -> list[Picture]:
-    # The rows of a single picture would pass for grey frames.
-    if _is_one(frames) and getattr(frames, "ndim", 0) != 4:
-        raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the clip's frames, in order")
-    return list(frames)

@@ -66,7 +66,7 @@ def _principal_scores(centred: torch.Tensor, count: int) -> torch.Tensor:
     loadings = right[:available]
     largest = loadings.gather(1, loadings.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     signs = torch.where(largest < 0, -1.0, 1.0)
-    scores = torch.zeros(centred.shape[0], count)
+    scores = centred.new_zeros(centred.shape[0], count)
     scores[:, :available] = left[:, :available] * singular[:available] * signs
     return scores
 

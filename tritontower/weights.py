@@ -18,7 +18,7 @@ from .checkpoint import Progress
 from .graph import Graph, Weight
 from .recipes import Recipe, Shape
 
-__all__ = ["WeightSource", "arranged", "read_weights", "stored_shapes"]
+__all__ = ["WeightSource", "read_weights", "stored_shapes"]
 
 _ALIGNMENT = 128
 """Elements; 256 bytes or more in every dtype, as much as any vector load asks for."""
@@ -81,7 +81,7 @@ def read_weights(
     for name, shape in shapes.items():
         size = math.prod(shape)
         if device.type == "cpu" and size * dtype.itemsize >= _ALONE_BYTES:
-            weights[name] = torch.zeros(shape, dtype=dtype)
+            weights[name] = torch.zeros(shape, dtype=dtype, device=device)
         else:
             starts[name] = end
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -106,15 +106,3 @@ def read_weights(
         if held.arrangement is not None:
             weights[held.held_name].copy_(held.arrangement.apply(place.view(held.canonical_shape)))
     return weights
-
-
-def arranged(graph: Graph, sources: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``sources`` with an arranged copy of every tensor that ``graph`` wants arranged and that is there canonically only.
-
-    The given tensors stay as they are: they may be somebody else's, such as a loaded model's.
-    """
-    tensors = dict(sources)
-    for weight in graph.weights.values():
-        if weight.arrangement is not None and weight.held_name not in tensors:
-            tensors[weight.held_name] = weight.arrangement.apply(tensors[weight.source])
-    return tensors

@@ -125,18 +125,25 @@ def live(planned: int) -> Extent:
 
 
 def project_heads(
-    patches: int, heads: int, head_dim: int, padded: int, dtype: torch.dtype = BF16, **options: Any
+    patches: int,
+    heads: int,
+    head_dim: int,
+    padded: int,
+    dtype: torch.dtype = BF16,
+    rotated: bool = True,
+    **options: Any,
 ) -> Any:
-    """q, k and v with the rotation inside."""
+    """q, k and v with the rotation inside; the queries of padded heads are scaled, rotated or not."""
     columns = 3 * heads * padded
     return qkv_projection(
         rows_of(patches, WIDTH, dtype),
         rows_of(columns, WIDTH, dtype),
         torch.empty(columns, dtype=dtype),
-        *(torch.empty(patches, head_dim // 2) for _ in range(2)),
+        *(torch.empty(patches, head_dim // 2) if rotated else None for _ in range(2)),
         heads=heads,
         head_dim=head_dim,
         padded_head_dim=padded,
+        query_scale=1.0 if padded == head_dim else 0.17,
         **options,
     )
 
@@ -181,11 +188,13 @@ def attention_variants() -> Iterator[Case]:
     for dtype in (BF16, FP16):
         yield f"windows {dtype}", lambda d=dtype: attend_as([64, 1, 0, 33], 80, d, length_bound=64)
         yield f"padded heads {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, columns=72)
-        yield f"padded windows {dtype}", lambda d=dtype: attend_as([1, 64], 80, d, columns=72, length_bound=64)
+        scaled = {"columns": 72, "queries_scaled": True}
+        yield f"padded heads, scaled queries {dtype}", lambda d=dtype, s=scaled: attend_as([1, 200], 80, d, **s)
+        yield f"padded windows {dtype}", lambda d=dtype, s=scaled: attend_as([1, 64], 80, d, **s, length_bound=64)
         yield f"fixed {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, config=fixed)
         yield (
             f"specialised, padded heads {dtype}",
-            lambda d=dtype: attend_as([200], 80, d, columns=72, config=specialised),
+            lambda d=dtype, s=scaled: attend_as([200], 80, d, **s, config=specialised),
         )
         for head_dim in (64, 80):
             yield (
@@ -236,6 +245,7 @@ def production() -> Iterator[Case]:
         for head_dim, padded in ((64, 64), (72, 80), (80, 80)):
             name = f"qkv rotated, heads of {head_dim}, {here}"
             yield name, lambda p=patches, h=head_dim, d=padded: project_heads(p, HEADS, h, d)
+        yield f"qkv not rotated, {here}", lambda p=patches: project_heads(p, HEADS, 72, 80, rotated=False)
         yield f"qkv rotated, planned, {here}", lambda p=patches: project_heads(p, HEADS, 80, 80, extent=live(p))
         yield f"mlp out, planned, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True, extent=live(p))
         yield f"interleaved gates, {here}", lambda p=patches: product(p, WIDTH, 2 * HIDDEN, GATED[1])
@@ -248,7 +258,10 @@ def production() -> Iterator[Case]:
             f"windows, {here}",
             lambda p=patches: attend_as([min(p, 64)] * max(1, p // 64), HEAD_DIM, BF16, length_bound=64),
         )
-        yield f"padded heads, {here}", lambda p=patches: attend_as([p], 80, BF16, columns=72)
+        yield (
+            f"padded heads, {here}",
+            lambda p=patches: attend_as([p], 80, BF16, columns=72, queries_scaled=True),
+        )
         for inner in (588, 1176):
             yield f"patches of {inner}, {here}", lambda p=patches, k=inner: project_patches(p, k, torch.uint8)
         for width in (1024, 1152, 1280, 4096, 5120):
@@ -286,7 +299,11 @@ def boundaries() -> Iterator[Case]:
         yield f"means {dtype}", lambda d=dtype: mean_rows(rows_of(27, 72, d, 3), 9)
         yield f"pooling {dtype}", lambda d=dtype: pool([1, 3], 16, 72, d)
         yield f"qkv rotated {dtype}", lambda d=dtype: project_heads(1, 1, 2, 2, d)
-        yield f"qkv rotated, split {dtype}", lambda d=dtype: project_heads(1, 1, 18, 20, d, config=SPLIT)
+        for turned in (True, False):
+            yield (
+                f"qkv, rotated {turned}, split {dtype}",
+                lambda d=dtype, t=turned: project_heads(1, 1, 18, 20, d, t, config=SPLIT),
+            )
     for inner in (1280, 1176):
         for kind in (None, *GATED):
             described = LinearConfig(64, 64, 64, 8, 4, 3, operands="descriptors")

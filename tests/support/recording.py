@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,11 +18,19 @@ class StepRecorder:
         captures: how often something was captured.
         replays: how often something was replayed.
         error: raised by the next captures.
+        allocates: bytes that the next captures take from the pool, which lives as long as one of the replays.
     """
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
         self.error: BaseException | None = None
+        self.allocates = 1000
+        self._pool_bytes = 0
+        self._alive: WeakSet[Steps] = WeakSet()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._pool_bytes if self._alive else 0
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         if self.error is not None:
@@ -29,12 +38,15 @@ class StepRecorder:
         self.captures += 1
         return Steps(self, work)
 
+    def _made(self, steps: "Steps") -> None:
+        self._pool_bytes = self.held_bytes + steps.allocated
+        self._alive.add(steps)
+
 
 class Steps:
-    allocated = 1000
-
     def __init__(self, recorder: StepRecorder, work: Callable[[], None]) -> None:
-        self.recorder, self.work = recorder, work
+        self.recorder, self.work, self.allocated = recorder, work, recorder.allocates
+        recorder._made(self)
 
     def __call__(self) -> None:
         self.recorder.replays += 1

@@ -1,19 +1,16 @@
-"""The shapes at which kernels are tested and timed: defined once, used by both.
+"""The calls by which kernels are tested and timed: defined once, used by both.
 
 A :class:`Case` is one call of a public operation.  It knows how to make its tensors, what the result should be (in fp64,
 for rows of choice, so that a long pack needs no memory of its own size), what torch itself offers for the same, and how
 many operations and bytes it takes.  :func:`check` holds a case's numbers against the formula; nothing is timed that does
-not pass it.
-
-Grids: ``small`` for the tests (the interpreter runs every one of them in a second or so), ``cpu`` and ``gpu`` with the
-towers' own shapes.
+not pass it.  The shapes are in :mod:`.shapes`.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -28,10 +25,9 @@ from tritontower.kernels.qkv_projection import arrange_heads, qkv_projection
 from tritontower.kernels.rope import rope_
 from tritontower.kernels.segments import Segments
 
-__all__ = ["GRIDS", "KERNELS", "TOLERANCE", "Case", "Grid", "Outcome", "Prepared", "cases", "check"]
+from .shapes import GRIDS, KERNELS, Grid, sizes_of
 
-Grid = Literal["small", "cpu", "gpu"]
-GRIDS: tuple[Grid, ...] = ("small", "cpu", "gpu")
+__all__ = ["GRIDS", "KERNELS", "TOLERANCE", "Case", "Grid", "Outcome", "Prepared", "cases", "check"]
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Largest relative distance from the formula in fp64 of a result that was rounded once: half a unit in the last place."""
@@ -53,6 +49,8 @@ class Prepared:
         result: what the first call has made, ``[rows, …]``.
         expected: row numbers → these rows in fp64.
         rivals: what torch offers for the same work, by name; not rounded alike, hence not compared.
+        parts: what torch offers for a part of the work, by name: a bound, not a rival.
+        own: other ways to the same result by this project's kernels, by name.
         flops: operations, two per multiply–add of the matrix products.
         bytes: what has to be read and written at least.
         roundings: how often a value is rounded on its way.
@@ -65,6 +63,8 @@ class Prepared:
     flops: int
     bytes: int
     roundings: int = 1
+    parts: Mapping[str, Call] = field(default_factory=dict)
+    own: Mapping[str, Call] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,130 +123,8 @@ def cases(grid: Grid, dtype: torch.dtype = torch.bfloat16, kernels: Sequence[str
         kernels: only these; see :data:`KERNELS`.
     """
     for kernel in kernels or KERNELS:
-        for label, sizes in _SIZES[kernel](grid):
+        for label, sizes in sizes_of(kernel, grid):
             yield Case(kernel, label, dtype, sizes)
-
-
-# -- sizes ------------------------------------------------------------------------------------------------------------
-
-_Sized = Iterator[tuple[str, dict[str, Any]]]
-
-_LENGTHS: Mapping[Grid, Mapping[str, list[int]]] = {
-    "small": {"70": [70], "5 × 16": [16] * 5, "mixed": [33, 1, 0, 64]},
-    "cpu": {"1,024": [1024], "16 × 64": [64] * 16, "mixed": [700, 24, 300]},
-    "gpu": {
-        "1,024": [1024],
-        "4,096": [4096],
-        "16,384": [16384],
-        "64 × 64": [64] * 64,
-        "16 × 256": [256] * 16,
-        "mixed": [4096, 64, 1540, 1024, 400, 16, 2304, 576],
-    },
-}
-_HEADS: Mapping[Grid, Sequence[tuple[int, int, int]]] = {
-    "small": ((2, 64, 64), (2, 72, 72), (2, 72, 80), (2, 80, 80), (1, 128, 128)),
-    "cpu": ((16, 64, 64), (16, 72, 72), (16, 80, 80)),
-    "gpu": ((16, 64, 64), (16, 72, 72), (16, 72, 80), (16, 80, 80), (16, 128, 128)),
-}
-"""Heads, columns of a head, and how many it has in memory."""
-_ROWS: Mapping[Grid, Sequence[int]] = {"small": (70,), "cpu": (1024,), "gpu": (256, 1024, 4096, 16384)}
-
-_LAYERS: Mapping[Grid, Sequence[tuple[str, int, int, str | None, bool]]] = {
-    "small": (
-        ("plain", 48, 80, None, False),
-        ("residual", 40, 96, None, True),
-        ("quick GELU", 96, 40, "quick_gelu", False),
-        ("tanh GELU", 64, 48, "gelu_tanh", False),
-        ("gated SiLU", 36, 64, "silu_gated", False),
-    ),
-    "cpu": (
-        ("attention output", 1280, 1280, None, True),
-        ("MLP up, quick GELU", 5120, 1280, "quick_gelu", False),
-        ("MLP down", 1280, 5120, None, True),
-        ("Qwen2.5-VL MLP up, gated SiLU", 3420, 1280, "silu_gated", False),
-    ),
-    "gpu": (
-        ("QKV", 3840, 1280, None, False),
-        ("attention output", 1280, 1280, None, True),
-        ("MLP up, quick GELU", 5120, 1280, "quick_gelu", False),
-        ("MLP down", 1280, 5120, None, True),
-        ("Qwen2.5-VL MLP up, gated SiLU", 3420, 1280, "silu_gated", False),
-        ("SigLIP MLP up, tanh GELU", 4304, 1152, "gelu_tanh", False),
-        ("SigLIP MLP down", 1152, 4304, None, True),
-    ),
-}
-"""Name, columns of the result, K, activation, residual."""
-
-
-def _attention_sizes(grid: Grid) -> _Sized:
-    for (heads, head_dim, padded), (name, lengths) in itertools.product(_HEADS[grid], _LENGTHS[grid].items()):
-        sizes = {"heads": heads, "head_dim": head_dim, "padded": padded, "lengths": lengths}
-        shown = f"{head_dim} of {padded}" if padded > head_dim else f"{head_dim}"
-        yield f"heads {heads} × {shown}, rows {name}", sizes
-
-
-def _linear_sizes(grid: Grid) -> _Sized:
-    for (name, columns, inner, activation, residual), rows in itertools.product(_LAYERS[grid], _ROWS[grid]):
-        sizes = {"rows": rows, "columns": columns, "inner": inner, "activation": activation, "residual": residual}
-        yield f"{name}, {rows:,} × {columns:,} × {inner:,}", sizes
-
-
-def _qkv_sizes(grid: Grid) -> _Sized:
-    shapes = ((2, 16, 48),) if grid == "small" else ((16, 80, 1280), (16, 72, 1152))
-    for (heads, head_dim, inner), rows in itertools.product(shapes, _ROWS[grid]):
-        sizes = {"rows": rows, "heads": heads, "head_dim": head_dim, "inner": inner}
-        yield f"heads {heads} × {head_dim}, {rows:,} rows", sizes
-
-
-def _patch_sizes(grid: Grid) -> _Sized:
-    shapes = ((48, 40),) if grid == "small" else ((588, 1280), (588, 1152))
-    for (inner, columns), rows, pixels in itertools.product(shapes, _ROWS[grid], ("float32", "uint8")):
-        sizes = {"rows": rows, "columns": columns, "inner": inner, "pixels": pixels}
-        yield f"{pixels} pixels, {rows:,} × {columns:,} × {inner:,}", sizes
-
-
-def _projector_sizes(grid: Grid) -> _Sized:
-    width, hidden, columns = (16, 64, 40) if grid == "small" else (1280, 5120, 3584)
-    for rows in _ROWS[grid]:
-        tokens = max(1, rows // 4)
-        sizes = {"tokens": tokens, "width": width, "hidden": hidden, "columns": columns}
-        yield f"{tokens:,} tokens of 4 × {width:,} to {columns:,}", sizes
-
-
-def _norm_sizes(grid: Grid) -> _Sized:
-    widths = (48, 80) if grid == "small" else (1152, 1280)
-    for width, rows, residual in itertools.product(widths, _ROWS[grid], (False, True)):
-        for kind in ("layer_norm", "rms_norm"):
-            added = " and residual" if residual else ""
-            sizes = {"rows": rows, "width": width, "kind": kind, "residual": residual}
-            yield f"{kind}{added}, {rows:,} × {width:,}", sizes
-
-
-def _rope_sizes(grid: Grid) -> _Sized:
-    heads = 2 if grid == "small" else 16
-    for head_dim, rows in itertools.product((72, 80), _ROWS[grid]):
-        yield f"heads {heads} × {head_dim}, {rows:,} rows", {"rows": rows, "heads": heads, "head_dim": head_dim}
-
-
-def _gather_sizes(grid: Grid) -> _Sized:
-    widths = (72,) if grid == "small" else (1280, 5120)
-    for width, rows, taps in itertools.product(widths, _ROWS[grid], (1, 4)):
-        yield f"{taps} of each {rows:,} rows of {width:,}", {"rows": rows, "width": width, "taps": taps}
-
-
-_SIZES: Mapping[str, Callable[[Grid], _Sized]] = {
-    "attention": _attention_sizes,
-    "linear": _linear_sizes,
-    "qkv_projection": _qkv_sizes,
-    "patch_projection": _patch_sizes,
-    "projector": _projector_sizes,
-    "norm": _norm_sizes,
-    "rope": _rope_sizes,
-    "gather": _gather_sizes,
-}
-
-KERNELS: tuple[str, ...] = tuple(_SIZES)
-"""The operations that have cases."""
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
@@ -298,13 +176,17 @@ def _attention(make: _Tensors, case: Case) -> Prepared:
     segments = Segments.from_lengths(lengths)
     held = make.normal(segments.total, 3, heads, padded)
     held[:, 0] *= case.sizes.get("boost", 1)
+    scale = head_dim**-0.5
     options: dict[str, Any] = {} if case.config is None else {"config": case.config}
     if "length_bound" in case.sizes:
         options["length_bound"] = case.sizes["length_bound"]
     if padded > head_dim:
         held[:, 1:, :, head_dim:] = 0
         held[:, 1:, :, head_dim] = 1
-        options["columns"] = head_dim
+        # As the projection that pads them leaves them.
+        held[:, 0] *= scale * math.log2(math.e)
+        scale = math.log(2)
+        options |= {"columns": head_dim, "queries_scaled": True}
     given = held.unbind(1)
     q, k, v = (tensor[..., :head_dim] for tensor in given)
     out = make.empty(segments.total, heads, head_dim)
@@ -318,7 +200,7 @@ def _attention(make: _Tensors, case: Case) -> Prepared:
             keys = slice(int(starts[number]), int(starts[number + 1]))
             mine = (segment == number).nonzero().squeeze(1).to(rows.device)
             query = q[rows[mine]].double()
-            weights = torch.einsum("qhd,khd->hqk", query, k[keys].double()) * head_dim**-0.5
+            weights = torch.einsum("qhd,khd->hqk", query, k[keys].double()) * scale
             result[mine] = torch.einsum("hqk,khd->qhd", weights.softmax(-1), v[keys].double())
         return result
 
@@ -329,7 +211,7 @@ def _attention(make: _Tensors, case: Case) -> Prepared:
         rivals=_attention_rivals(q, k, v, lengths),
         flops=4 * scores * heads * head_dim,
         bytes=_size_in_bytes(q, k, v, out),
-        roundings=1 if padded == head_dim else 2,  # a padded head's queries are scaled before the product
+        roundings=1,
     )
 
 
@@ -391,9 +273,10 @@ def _linear(make: _Tensors, case: Case) -> Prepared:
         call=lambda: linear(x, weight, bias, activation=activation, residual=residual, out=out, config=case.config),
         result=lambda: out,
         expected=expected,
-        rivals={"torch linear": by_torch, "torch product alone": lambda: functional.linear(x, weight, bias)},
+        rivals={"torch linear": by_torch},
         flops=2 * rows * width * inner,
         bytes=_size_in_bytes(x, weight, bias, residual, out),
+        parts={"torch product alone": lambda: functional.linear(x, weight, bias)},
     )
 
 
@@ -444,14 +327,12 @@ def _qkv_projection(make: _Tensors, case: Case) -> Prepared:
         ),
         result=lambda: out,
         expected=expected,
-        rivals={
-            "torch linear and rotation": lambda: by_torch(slice(None), x.dtype),
-            "linear, then rope": separate,
-            "torch product alone": lambda: functional.linear(x, weight, bias),
-        },
+        rivals={"torch linear and rotation": lambda: by_torch(slice(None), x.dtype)},
         flops=2 * rows * columns * inner,
         bytes=_size_in_bytes(x, weight, bias, cosines, sines, out),
         roundings=2,  # a CPU rounds the product before it rotates
+        parts={"torch product alone": lambda: functional.linear(x, weight, bias)},
+        own={"linear, then rope": separate},
     )
 
 
@@ -573,11 +454,15 @@ def _rope(make: _Tensors, case: Case) -> Prepared:
         turned = _rotated(turned, cosines[chosen].double(), sines[chosen].double())
         return turned.view(len(chosen), 2, heads, head_dim)
 
+    def by_torch() -> Tensor:
+        tables = cosines.to(q.dtype), sines.to(q.dtype)
+        return torch.stack([_rotated(q, *tables), _rotated(k, *tables)], dim=1)
+
     return Prepared(
         call=call,
         result=lambda: torch.stack([q, k], dim=1),
         expected=expected,
-        rivals={"torch": lambda: _rotated(q, cosines.to(q.dtype), sines.to(q.dtype))},
+        rivals={"torch": by_torch},
         flops=0,
         bytes=2 * _size_in_bytes(q, k) + _size_in_bytes(cosines, sines),
     )

@@ -111,7 +111,8 @@ def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str,
         "disk_bytes": _bytes_from_disk() - disk,
         "files_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
         "device_bytes": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
-        "weights_bytes": tower.weights_bytes,
+        # transformers holds the published numbers as they are; the tower pads, folds and packs them.
+        "weights_bytes": tower.weights_bytes if by == "tritontower" else tower.graph.parameters * tower.dtype.itemsize,
     }
 
 

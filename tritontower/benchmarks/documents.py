@@ -1,5 +1,6 @@
 """A benchmark's result as plain data: made, kept, and named."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tritontower.kernels import tables
 from tritontower.measuring import Timing, provenance
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "median",
     "reason_of",
     "seconds_of",
+    "tuned_tables",
     "write_json",
 ]
 
@@ -28,7 +31,7 @@ SCHEMA = 1
 """Counts up whenever the fields of a document change their meaning."""
 
 Document = dict[str, Any]
-"""``bench``, ``schema``, ``rows``, and the facts of :func:`tritontower.measuring.provenance`."""
+"""``bench``, ``schema``, ``rows``, the facts of :func:`tritontower.measuring.provenance`, and on a GPU ``tuned``."""
 
 
 def document(
@@ -40,8 +43,31 @@ def document(
     **facts: Any,
 ) -> Document:
     """The rows of one benchmark with all that they are worth nothing without; ``facts`` count before what is found out."""
-    named = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    named: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    if device.type == "cuda":
+        named["tuned"] = tuned_tables(tables.identity(device))
     return {"bench": bench, "schema": SCHEMA, **named, **provenance(device), **facts, "rows": list(rows)}
+
+
+def tuned_tables(who: tables.Identity) -> dict[str, str]:
+    """The tables of tuned configurations that are in force on a device, the one that counts most first.
+
+    Args:
+        who: the device, or an architecture without one.
+
+    Returns:
+        Name → the first 12 hexadecimal digits of the file's SHA-256.  A name is ``shipped:``, ``user:`` (the cache folder)
+        or ``chosen:`` (the environment's) and the file's, so that it holds no path of one machine.
+    """
+    places = {tables.packaged_folder(): "shipped", tables.user_folder(): "user"}
+    found: dict[str, str] = {}
+    for path in tables.table_paths(who.gpu, who.architecture):
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        except OSError:  # most of the places are empty
+            continue
+        found.setdefault(f"{places.get(path.parent, 'chosen')}:{path.name}", digest)
+    return found
 
 
 def reason_of(error: BaseException, limit: int = 300) -> str:

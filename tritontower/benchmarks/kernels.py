@@ -16,7 +16,7 @@ from .cases import Case, Grid, Prepared, cases, check
 from .documents import Document, document, machine, reason_of
 from .roofline import Roofline, measured_roofline, published_roofline
 
-__all__ = ["OURS", "benchmark_kernels", "kernel_table", "measure", "timings"]
+__all__ = ["OURS", "benchmark_kernels", "kernel_table", "measure", "rival_seconds", "timings"]
 
 OURS = "tritontower"
 """The name of this project's candidate in every document."""
@@ -72,7 +72,10 @@ def measure(
     facts |= {"distance": outcome.distance, "limit": outcome.limit}
     if not outcome.passed:
         return {**facts, "status": "failed", "reason": "the numbers are wrong"}
-    timed, notes = timings(prepared, device, rivals=rivals, budget_seconds=budget_seconds)
+    try:
+        timed, notes = timings(prepared, device, rivals=rivals, budget_seconds=budget_seconds)
+    except RuntimeError as error:  # too short to be timed
+        return {**facts, "status": "failed", "reason": reason_of(error)}
     ours = timed[OURS]
     return {
         **facts,
@@ -81,26 +84,43 @@ def measure(
         "best": {name: timing.best for name, timing in timed.items()},
         "spread": {name: timing.spread for name, timing in timed.items()},
         "method": ours.method,
+        "rivals": [name for name in prepared.rivals if name in timed],
         "notes": notes,
         "flops": prepared.flops,
         "bytes": prepared.bytes,
         "tflops": prepared.flops / ours.median / 1e12,
         "gigabytes_per_second": prepared.bytes / ours.median / 1e9,
-        "share": roofline.share(prepared.flops, prepared.bytes, ours.median),
+        "share": roofline.share(prepared.flops, prepared.bytes, ours.median) if device.type == "cuda" else None,
     }
+
+
+def rival_seconds(row: Mapping[str, Any]) -> dict[str, float]:
+    """What torch took for the same work, by name: neither a part of it nor this project's own kernels in another order."""
+    return {name: row["seconds"][name] for name in row["rivals"]}
 
 
 def timings(
     prepared: Prepared, device: torch.device, *, rivals: bool = True, budget_seconds: float = 0.2
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """The times of a case and of its rivals, and why those that are missing could not be timed."""
-    found = {OURS: time_on_device(prepared.call, device=device, budget_seconds=budget_seconds)}
-    notes = {}
-    for name, call in prepared.rivals.items() if rivals else ():
-        try:
-            found[name] = time_on_device(call, device=device, budget_seconds=budget_seconds)
-        except (RuntimeError, ValueError, TypeError) as error:  # not for this dtype or head size
-            notes[name] = reason_of(error)
+    """The times of a case and of what it is held against, and why those that are missing could not be timed.
+
+    All by one clock: where one of them cannot be captured in a CUDA graph, none is timed in one.
+    """
+    others = {**prepared.rivals, **prepared.parts, **prepared.own} if rivals else {}
+
+    def timed(*, graph: bool) -> tuple[dict[str, Timing], dict[str, str]]:
+        found = {OURS: time_on_device(prepared.call, device=device, budget_seconds=budget_seconds, graph=graph)}
+        notes = {}
+        for name, call in others.items():
+            try:
+                found[name] = time_on_device(call, device=device, budget_seconds=budget_seconds, graph=graph)
+            except (RuntimeError, ValueError, TypeError) as error:  # not for this dtype or head size
+                notes[name] = reason_of(error)
+        return found, notes
+
+    found, notes = timed(graph=True)
+    if len({timing.method for timing in found.values()}) > 1:
+        found, notes = timed(graph=False)
     return found, notes
 
 
@@ -123,15 +143,14 @@ def _cells(row: Mapping[str, Any]) -> Sequence[object]:
     if row["status"] != "ok":
         return (row["kernel"], row["case"], None, None, None, None, None, None, "FAILED")
     ours = row["seconds"][OURS]
-    others = [seconds for name, seconds in row["seconds"].items() if name != OURS and "alone" not in name]
-    best = min(others, default=None)
+    best = min(rival_seconds(row).values(), default=None)
     return (
         row["kernel"],
         row["case"],
         f"{ours * 1e6:,.1f}",
         f"{row['tflops']:,.2f}" if row["flops"] else None,
         f"{row['gigabytes_per_second']:,.0f}",
-        f"{row['share']:.0%}".replace("%", " %"),
+        None if row["share"] is None else f"{row['share']:.0%}".replace("%", " %"),
         None if best is None else f"{best * 1e6:,.1f}",
         None if best is None else f"{best / ours:.2f}",
         f"{row['distance']:.1e}",

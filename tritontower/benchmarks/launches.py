@@ -1,6 +1,9 @@
 """Launches of a block and of a pass, counted from the graph: as it is defined, and as it runs on a GPU.
 
-Nothing runs and no weights are read.  What is counted is said in :mod:`tritontower.launches`.
+Nothing runs and no weights are read.  What is counted is said in :mod:`tritontower.launches`.  *plain* and *fused* are the
+graph's own: every product is one launch.  Few rows are cut into parts along K as well, each such product with a second
+launch; how many do depends on the configurations, so the numbers of every architecture stand beside them, by the tables
+that this machine has for it and the defaults where they have nothing.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +12,12 @@ from typing import Any
 import torch
 
 from tritontower import VisionTower
+from tritontower.building import build
 from tritontower.drawing import text_table
 from tritontower.fusion import fold_still_pictures, fuse, passes_for
-from tritontower.graph import Graph, build
+from tritontower.graph import Graph
+from tritontower.kernels.configs import ARCHITECTURES
+from tritontower.kernels.tables import Identity
 from tritontower.launches import PassLaunches, launch_counts
 
 from .documents import Document, document
@@ -29,6 +35,7 @@ COLUMNS = (
     "a pass, plain",
     "a pass, fused",
     "of them library calls",
+    *ARCHITECTURES,
 )
 
 
@@ -40,10 +47,11 @@ def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -
     for name, make in passes:
         workload = make(tower).workload
 
-        def counted(graph: Graph, workload: Any = workload) -> PassLaunches:
-            return launch_counts(graph, workload, dtype=torch.bfloat16)
+        def counted(graph: Graph, where: Identity | None = None, workload: Any = workload) -> PassLaunches:
+            return launch_counts(graph, workload, dtype=torch.bfloat16, device=where)
 
         counts = {"plain": counted(plain), "fused": counted(fused)}
+        there = {name: counted(fused, Identity("", name)) for name in ARCHITECTURES}
         yield {
             "family": title or config.family,
             "pack": name,
@@ -52,6 +60,9 @@ def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -
             **{f"{kind}_block": found.per_block.total for kind, found in counts.items()},
             **{f"{kind}_pass": found.total.total for kind, found in counts.items()},
             "library_calls": counts["fused"].total.library,
+            "architectures": {
+                name: {"block": found.per_block.total, "pass": found.total.total} for name, found in there.items()
+            },
         }
 
 
@@ -74,9 +85,14 @@ def launch_table(found: Mapping[str, Any]) -> str:
             row["plain_pass"],
             row["fused_pass"],
             row["library_calls"],
+            *("{block} / {pass}".format(**row["architectures"][name]) for name in ARCHITECTURES),
         )
         for row in found["rows"]
     ]
     return text_table(
-        "Launches on a GPU, counted from the graph: as it is defined (plain) and as it runs (fused)", COLUMNS, rows
+        "Launches on a GPU, counted from the graph: as it is defined (plain) and as it runs (fused), with every product\n"
+        "one launch; by architecture: a block / a pass with the configurations that are listed for it, which cut the\n"
+        "products of few rows into parts",
+        COLUMNS,
+        rows,
     )

@@ -2,7 +2,8 @@
 
 The published figures are for dense 16-bit products at the boost clock and for the memory's full rate; no kernel gets
 there.  The measured ones are what the vendor's own library reaches on this machine at its present clocks, which is the
-fairer yardstick; for a device that is not in the table they are the only one.
+fairer yardstick; for a device that is not in the table they are the only one.  On a CPU they say what the machine does
+today, and nothing is given as a share of them.
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ class Roofline:
         return max(flops / self.flops, moved / self.bytes)
 
     def share(self, flops: int, moved: int, seconds: float) -> float:
-        """How much of what is possible was reached, 0 to 1."""
+        """How much of what is possible was reached; above 1 where a result never leaves a cache.
+
+        On a CPU that is usual, and what a copy reaches there (it reads what it overwrites) is no limit of the memory.
+        """
         return self.seconds(flops, moved) / seconds if seconds else 0.0
 
 

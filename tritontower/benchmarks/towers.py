@@ -1,13 +1,16 @@
 """A whole tower against transformers: same machine, same threads, same dtype, same checkpoint, in one run.
 
 The candidates take turns, so that a machine that drifts hits all alike, and their results are compared before anything is
-timed: there is no speed from a wrong result.  The tower's products alone take their turn as well (:mod:`.products`): they
+timed: there is no speed from a wrong result.  Each tower is first held against transformers in fp32, on a picture that costs
+little, by the project's own rule (:mod:`tritontower.parity`); then the results of every pass are held against each other.
+Where there is no transformers to compare with, a time says "unchecked".  The tower's products alone take their turn as well (:mod:`.products`): they
 say how much of a pass could still be saved.  Both implementations get the same preprocessed pixels on the device; preprocessing is not
 timed here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ from tritontower.costs import total_cost
 from tritontower.drawing import text_table
 from tritontower.errors import ReferenceModelError, UsageError
 from tritontower.measuring import interleaved
-from tritontower.parity import Reference, relative_error
+from tritontower.parity import OutputParity, Reference, relative_error
 
 from .documents import Document, document, machine, reason_of, seconds_of
+from .pictures import pictures_of
 from .products import products_alone
 from .split import node_seconds, split_table
 
@@ -30,6 +34,7 @@ __all__ = [
     "OURS",
     "PRODUCTS",
     "RIVALS",
+    "CheckedReference",
     "Pass",
     "Source",
     "benchmark_towers",
@@ -43,8 +48,12 @@ __all__ = [
 ]
 
 AGREEMENT = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.02}
-"""Largest distance of the two implementations from each other before timing them is refused.  In 16 bits two correct
-implementations of a full-depth tower differ by a few percent; this only catches what is plainly wrong."""
+"""Largest distance of the two implementations from each other, on the very pass, before timing them is refused.  In 16 bits
+two correct implementations of a full-depth tower differ by a few percent; this only catches what is plainly wrong, and
+:data:`CHECKED_SIZE` the rest."""
+
+CHECKED_SIZE = (224, 224)
+"""Width and height of the picture on which a tower is held against transformers in fp32."""
 
 OURS = "tritontower"
 EAGER = "tritontower eager"
@@ -66,6 +75,31 @@ Source = tuple[str | None, Callable[[], AbstractContextManager[Path]]]
 
 Pass = tuple[str, Callable[[VisionTower], PackedBatch]]
 """What to call a pass, and how its batch is made."""
+
+
+class CheckedReference(Reference):
+    """transformers' implementation in the tower's dtype, and what it says of the tower beside the one in fp32."""
+
+    @cached_property
+    def accuracy(self) -> Mapping[str, OutputParity]:
+        """How close each output of the tower comes to transformers in fp32, on a picture of :data:`CHECKED_SIZE`.
+
+        Raises:
+            ReferenceModelError: only one of the two has an output.
+        """
+        batch = pictures_of(self.tower, [CHECKED_SIZE])
+        ours = {name: rows.clone() for name, rows in self.tower.run(batch).items()}
+        theirs = self.run(batch)
+        exact = theirs if self.dtype == torch.float32 else Reference(self.tower, torch.float32).run(batch)
+        if absent := sorted(ours.keys() ^ exact.keys()):
+            raise ReferenceModelError(f"only one of the tower and transformers has the outputs {', '.join(absent)}")
+        return {
+            name: OutputParity(
+                relative_error(rows, exact[name]),
+                None if exact is theirs else relative_error(theirs[name], exact[name]),
+            )
+            for name, rows in ours.items()
+        }
 
 
 def benchmark_towers(
@@ -133,17 +167,17 @@ def load_towers(
     return tower, VisionTower.from_pretrained(folder, device=device, dtype=dtype, cuda_graphs=False)
 
 
-def reference_of(tower: VisionTower) -> tuple[Reference | None, dict[str, str]]:
+def reference_of(tower: VisionTower) -> tuple[CheckedReference | None, dict[str, str]]:
     """transformers' implementation, or why there is none."""
     try:
-        return Reference(tower, tower.dtype), {}
+        return CheckedReference(tower, tower.dtype), {}
     except ReferenceModelError as error:
         return None, {"transformers": reason_of(error)}
 
 
 def compare_times(
     tower: VisionTower,
-    reference: Reference | None,
+    reference: CheckedReference | None,
     batch: PackedBatch,
     *,
     repeats: int = 3,
@@ -152,6 +186,9 @@ def compare_times(
     **facts: Any,
 ) -> dict[str, Any]:
     """The row of one batch.
+
+    ``checked`` in it says whether the result was held against one of transformers' own; ``accuracy`` how far each output of
+    the tower, on the picture of :data:`CHECKED_SIZE`, is from transformers in fp32, and how far it may be.
 
     Args:
         tower: loaded.
@@ -173,13 +210,25 @@ def compare_times(
         "tokens": workload.tokens,
         "flops": cost.flops,
     }
+    notes: dict[str, str] = {}
+    if reference is not None:
+        try:
+            row["accuracy"] = {
+                name: {"error": output.error, "limit": output.limit} for name, output in reference.accuracy.items()
+            }
+        except (ReferenceModelError, RuntimeError) as error:  # torch's own where there is no memory for it
+            notes["transformers in fp32"] = reason_of(error)
+    off = [name for name, found in row.get("accuracy", {}).items() if not found["error"] <= found["limit"]]
+    if off:
+        words = ", ".join("{} by {error:.2e} (limit {limit:.2e})".format(name, **row["accuracy"][name]) for name in off)
+        reason = f"too far from transformers in fp32, on a picture of {' × '.join(map(str, CHECKED_SIZE))}: {words}"
+        return {**row, "checked": False, "distances": {}, "notes": notes, "status": "failed", "reason": reason}
     limit = AGREEMENT[str(tower.dtype).removeprefix("torch.")]
     result = tower.forward(batch).clone()
     calls: dict[str, Forward] = {OURS: lambda: tower.forward(batch)}
     if eager is not None:
         calls[EAGER] = lambda: eager.forward(batch)
     distances: dict[str, float] = {}
-    notes: dict[str, str] = {}
     for name, call in calls.items():
         distances[name] = relative_error(call(), result)  # type: ignore[arg-type]
     for rival in rivals if reference is not None else ():
@@ -192,7 +241,8 @@ def compare_times(
             notes[name] = reason_of(error)
         else:
             calls[name] = call
-    row |= {"distances": distances, "limit": limit, "notes": notes}
+    checked = any(name in distances for name in RIVALS.values())
+    row |= {"checked": checked, "distances": distances, "limit": limit, "notes": notes}
     wrong = {name: distance for name, distance in distances.items() if not distance <= limit}
     if wrong:
         words = ", ".join(f"{name} by {distance:.1e}" for name, distance in wrong.items())
@@ -314,7 +364,7 @@ def tower_table(found: Mapping[str, Any]) -> str:
                 *(f"{1e3 * seconds[name]:,.{_digits(seconds[name])}f}" if name in seconds else None for name in names),
                 f"{row['ratio']:.2f}" if ran and row["ratio"] else None,
                 f"{row['tflops']:,.3f}" if ran else "FAILED",
-                f"{max(row['distances'].values()):.1e}",
+                f"{max(row['distances'].values()):.1e}" if row["checked"] else "unchecked",
             )
         )
     title = f"Forward pass, {found['dtype']}, {machine(found)}; ratio: fastest transformers ÷ tritontower, medians"

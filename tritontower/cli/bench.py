@@ -1,14 +1,14 @@
 """Measure kernels, towers, preprocessing, loading, launches or memory on this machine.
 
   kernels        every kernel at the towers' shapes, beside torch's own and the roofline; one with wrong numbers is not timed
-  towers         the forward pass against transformers, after checking that both agree
+  towers         the forward pass against transformers, after checking it against fp32 and both against each other
   preprocessing  pictures to patches, against transformers' image processor
   loading        seconds and memory to load the tower, against transformers' model of it
-  launches       kernel launches of a block and of a pass, in the plain graph and in the fused one (nothing runs)
+  launches       kernel launches of a block and of a pass: plain, fused, and by architecture (nothing runs)
   memory         the memory plan against what a process takes
 
-Without MODEL the tower is that of Qwen2-VL-2B with random weights, made once and kept; --family takes others at their
-published width, made for the occasion.  Exit code 1 if any numbers are wrong.
+Without MODEL the tower is that of Qwen2-VL-2B with random weights, made once and kept where weights are needed; --family takes
+others at their published width, made for the occasion.  An option that a kind does not take is refused.  Exit code 1 if any numbers are wrong.
 
   tritontower bench towers MODEL --size 1024x768 --against sdpa,compile --dtype bfloat16
   tritontower bench towers --family all --depth 8 --pack mixed --output families.json
@@ -20,12 +20,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.cli.options import add_dtype, add_json, output_file, picture_size, positive_integer
+from tritontower.cli.options import add_dtype, add_json, output_file, patch_counts, picture_size, positive_integer
 from tritontower.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,8 +38,53 @@ __all__ = ["EXAMPLE", "add_arguments", "run"]
 
 EXAMPLE = "tritontower bench towers Qwen/Qwen2-VL-2B-Instruct --patches 1024,4096 --plot towers.png"
 
-KINDS = ("kernels", "towers", "preprocessing", "loading", "launches", "memory")
+_TOWER = ("model", "revision", "family")
+_TAKES: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "kernels": (
+        ("kernel", "against", "device", "dtype", "threads", "plot"),
+        "kernels are measured one by one, at the shapes of all towers",
+    ),
+    "towers": (
+        (
+            *_TOWER,
+            "depth",
+            "patches",
+            "size",
+            "pack",
+            "against",
+            "split",
+            "device",
+            "dtype",
+            "repeats",
+            "threads",
+            "plot",
+        ),
+        "towers are measured as a whole; --split says what each kind of node takes",
+    ),
+    "preprocessing": (
+        (*_TOWER, "size", "pack", "repeats", "threads", "plot"),
+        "preprocessing is measured on pictures, on the CPU, against transformers; name them with --size or --pack",
+    ),
+    "loading": (
+        (*_TOWER, "depth", "against", "device", "dtype", "repeats", "threads", "plot"),
+        "loading is measured without a pass",
+    ),
+    "launches": (
+        (*_TOWER, "depth", "patches", "size", "pack"),
+        "launches are counted from the graph, and nothing runs",
+    ),
+    "memory": (
+        (*_TOWER, "depth", "patches", "device", "dtype", "threads"),
+        "memory is measured for square pictures, against the plan; name them with --patches",
+    ),
+}
+"""Kind → the options that it takes, beside ``--json`` and ``--output``, and what to say of the others."""
+
+KINDS = tuple(_TAKES)
 ALL = "all"
+REPEATS = 3
+DEMONSTRATION = "Qwen2-VL-2B"
+"""What is measured where no tower is named."""
 EXIT_NO = 1
 
 
@@ -54,27 +99,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth",
         type=positive_integer,
-        default=0,
         metavar="N",
         help="at most so many blocks of --family (default: as published)",
     )
     passes = parser.add_argument_group("passes (towers, preprocessing, launches, memory)")
     passes.add_argument(
-        "--patches", type=_counts, metavar="N,N,...", help="one square still picture of about so many patches each"
+        "--patches", type=patch_counts, metavar="N,N,...", help="one square still picture of about so many patches each"
     )
     passes.add_argument("--size", type=picture_size, action="append", metavar="WIDTHxHEIGHT", help="a picture of noise")
     passes.add_argument("--pack", action="append", metavar="NAME", help="448, 1024, small, 64small or mixed")
     parser.add_argument(
         "--against",
-        default="sdpa",
         metavar="NAMES",
-        help="how transformers runs: sdpa, eager, compile, separated by commas, or none (default: sdpa)",
+        help="towers: how transformers runs: sdpa, eager, compile, separated by commas, or none (default: sdpa); "
+        "kernels and loading: none leaves out what they are held against",
     )
     parser.add_argument("--split", action="store_true", help="towers: also the time of each kind of node")
-    parser.add_argument("--kernel", action="append", metavar="NAME", help="only this kernel; may be repeated")
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="kernels: only this one; may be repeated")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
     add_dtype(parser)
-    parser.add_argument("--repeats", type=positive_integer, default=3, metavar="N", help="runs that count (default: 3)")
+    parser.add_argument("--repeats", type=positive_integer, metavar="N", help="runs that count (default: 3)")
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of the CPU (default: torch's)")
     add_json(parser)
     parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")
@@ -85,10 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints and keeps; returns 1 if anything was wrong."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1" and arguments.kind != "launches":
         raise UsageError("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it")
-    if arguments.family and arguments.model:
-        raise UsageError("MODEL and --family name different towers; give one of them")
-    if arguments.plot is not None and arguments.kind in ("launches", "memory"):
-        raise UsageError(f"there is no drawing of {arguments.kind}; leave --plot out")
+    _check_options(arguments)
     if arguments.plot is not None:
         _require_matplotlib()
     import torch
@@ -114,6 +155,25 @@ def run(arguments: argparse.Namespace) -> int:
     return EXIT_NO if any(row.get("status") == "failed" for row in found["rows"]) else 0
 
 
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuses what the kind would ignore, and what contradicts itself."""
+    taken, why = _TAKES[arguments.kind]
+    every = {option for options, _ in _TAKES.values() for option in options}
+    # An option that was not given is None or False; of the precision only "auto" says nothing.
+    given = {name for name in every if getattr(arguments, name) and getattr(arguments, name) != "auto"}
+    for name in sorted(given - set(taken)):
+        option = "MODEL" if name == "model" else f"--{name}"
+        raise UsageError(f"`bench {arguments.kind}` takes no {option}: {why}")
+    if arguments.family and arguments.model:
+        raise UsageError("MODEL and --family name different towers; give one of them")
+    if arguments.revision and not arguments.model:
+        raise UsageError("--revision is that of a hub id; name it as MODEL")
+    if arguments.depth and not arguments.family:
+        raise UsageError("--depth cuts the towers of --family; a checkpoint has the depth that it has")
+    if arguments.kind != "towers" and arguments.against not in (None, "none"):
+        raise UsageError(f"`bench {arguments.kind}` takes --against none or no --against, not {arguments.against}")
+
+
 # -- what can be measured ---------------------------------------------------------------------------------------------
 
 _Measured = tuple["Document", str]
@@ -125,8 +185,6 @@ def _kernels(arguments: argparse.Namespace) -> _Measured:
     from tritontower.benchmarks.cases import KERNELS
     from tritontower.benchmarks.kernels import benchmark_kernels, kernel_table
 
-    if arguments.model or arguments.family:
-        raise UsageError("kernels are measured at the shapes of all towers; leave MODEL and --family out")
     unknown = sorted(set(arguments.kernel or ()) - set(KERNELS))
     if unknown:
         raise UsageError(f"no kernel {unknown[0]!r}; there are {', '.join(KERNELS)}")
@@ -145,8 +203,8 @@ def _towers(arguments: argparse.Namespace) -> _Measured:
         _passes(arguments),
         device=_device(arguments),
         dtype=arguments.dtype,
-        rivals=[] if arguments.against == "none" else arguments.against.split(","),
-        repeats=arguments.repeats,
+        rivals=[] if arguments.against == "none" else (arguments.against or "sdpa").split(","),
+        repeats=arguments.repeats or REPEATS,
         split=arguments.split,
     )
     return found, tower_table(found)
@@ -156,25 +214,24 @@ def _loading(arguments: argparse.Namespace) -> _Measured:
     from tritontower.benchmarks.loading import benchmark_loading, loading_table
 
     found = _of_one_checkpoint(
-        arguments, partial(benchmark_loading, repeats=arguments.repeats, transformers=arguments.against != "none")
+        arguments,
+        partial(benchmark_loading, repeats=arguments.repeats or REPEATS, transformers=arguments.against != "none"),
     )
     return found, loading_table(found)
 
 
 def _preprocessing(arguments: argparse.Namespace) -> _Measured:
-    from tritontower.benchmarks.pictures import PACKS, family_configuration
+    from tritontower.benchmarks.pictures import PACKS
     from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
 
-    if arguments.patches:
-        raise UsageError("preprocessing is measured on pictures; name them with --size or --pack")
     _check_packs(arguments)
     sizes = {name: PACKS[name] for name in arguments.pack or ()}
     if arguments.size:
         sizes[_size_label(arguments)] = arguments.size
     found = _of_one_checkpoint(
         arguments,
-        partial(benchmark_preprocessing, sizes=sizes or DEFAULT_SIZES, repeats=arguments.repeats),
-        partial(family_configuration, depth=arguments.depth),
+        partial(benchmark_preprocessing, sizes=sizes or DEFAULT_SIZES, repeats=arguments.repeats or REPEATS),
+        weights=False,
     )
     return found, preprocessing_table(found)
 
@@ -184,11 +241,10 @@ def _launches(arguments: argparse.Namespace) -> _Measured:
 
     from tritontower import VisionTower
     from tritontower.benchmarks.launches import benchmark_launches, launch_table
-    from tritontower.benchmarks.pictures import family_configuration
 
     with ExitStack() as stack:
         towers = []
-        for title, source in _sources(arguments, partial(family_configuration, depth=arguments.depth)):
+        for title, source in _sources(arguments, weights=False):
             folder = stack.enter_context(source())
             towers.append((title, VisionTower.from_pretrained(folder, device="cpu", delay_load=True)))
         found = benchmark_launches(towers, _passes(arguments))
@@ -198,8 +254,6 @@ def _launches(arguments: argparse.Namespace) -> _Measured:
 def _memory(arguments: argparse.Namespace) -> _Measured:
     from tritontower.benchmarks.memory import benchmark_memory, memory_table
 
-    if arguments.size or arguments.pack:
-        raise UsageError("memory is measured for square pictures; name them with --patches")
     found = _of_one_checkpoint(arguments, partial(benchmark_memory, patches=arguments.patches or [1024, 4096]))
     return found, memory_table(found)
 
@@ -217,10 +271,6 @@ _MEASURE: Mapping[str, Callable[[argparse.Namespace], _Measured]] = {
 # -- what it is measured on -------------------------------------------------------------------------------------------
 
 
-def _counts(text: str) -> list[int]:
-    return [positive_integer(part) for part in text.split(",")]
-
-
 def _drawing(text: str) -> Path:
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r} is no name for a drawing; it is a PNG, so name it FILE.png")
@@ -233,23 +283,29 @@ def _device(arguments: argparse.Namespace) -> "torch.device":
     return device_of(arguments.device)
 
 
-def _sources(arguments: argparse.Namespace, make: Callable[..., Any] | None = None) -> "Sequence[Source]":
-    """The towers that the command line names; ``make`` says how one of a family is made, by default with weights."""
+def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequence[Source]":
+    """The towers that the command line names; without ``weights`` only their configurations are made or fetched."""
     import torch
 
-    from tritontower.benchmarks.pictures import family_checkpoint, family_titles
+    from tritontower.benchmarks.pictures import family_checkpoint, family_configuration, family_titles
     from tritontower.demonstration import demonstration_checkpoint
+    from tritontower.locate import locate
 
-    if arguments.depth and not arguments.family:
-        raise UsageError("--depth cuts the towers of --family; a checkpoint has the depth that it has")
+    depth = arguments.depth or 0
+    dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    make: Callable[[str], AbstractContextManager[Path]] = partial(family_configuration, depth=depth)
+    if weights:
+        make = partial(family_checkpoint, dtype=dtype, depth=depth)
     if arguments.family:
-        dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         titles = family_titles() if ALL in arguments.family else arguments.family
-        make = make or partial(family_checkpoint, dtype=dtype, depth=arguments.depth)
         return [(title, partial(make, title)) for title in titles]
-    if arguments.model:
+    if arguments.model and weights:
         return [(None, lambda: nullcontext(_folder(arguments)))]
-    return [("Qwen2-VL-2B", lambda: nullcontext(demonstration_checkpoint()))]
+    if arguments.model:
+        return [(None, lambda: nullcontext(locate(arguments.model, revision=arguments.revision)))]
+    if weights:
+        return [(DEMONSTRATION, lambda: nullcontext(demonstration_checkpoint()))]
+    return [(DEMONSTRATION, partial(make, "Qwen2-VL"))]
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
@@ -287,11 +343,11 @@ def _size_label(arguments: argparse.Namespace) -> str:
 
 
 def _of_one_checkpoint(
-    arguments: argparse.Namespace, measure: Callable[..., Any], make: Callable[..., Any] | None = None
+    arguments: argparse.Namespace, measure: Callable[..., Any], *, weights: bool = True
 ) -> "Document":
     from tritontower import VisionTower
 
-    (title, source), *others = _sources(arguments, make)
+    (title, source), *others = _sources(arguments, weights=weights)
     if others:
         raise UsageError(f"{arguments.kind} is measured for one tower at a time")
     with source() as folder:

@@ -22,10 +22,14 @@ __all__ = [
     "bounds_of",
     "load_tower",
     "output_file",
+    "patch_counts",
     "picture_size",
     "positive_integer",
     "reading_weights",
 ]
+
+MOST_PATCHES = 2**20
+"""Of a pass that a command makes up: a picture of 14,336 × 14,336 pixels at 14 a patch."""
 
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 
@@ -113,6 +117,14 @@ def positive_integer(text: str) -> int:
     if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def patch_counts(text: str) -> list[int]:
+    """``N,N,...``: patches of passes, each of them once, in the order given."""
+    counts = list(dict.fromkeys(positive_integer(part) for part in text.split(",")))
+    if max(counts) > MOST_PATCHES:
+        raise argparse.ArgumentTypeError(f"{max(counts)} patches are more than a pass has; the limit is {MOST_PATCHES}")
+    return counts
 
 
 def picture_size(text: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.cli.options import add_dtype, add_json, output_file, positive_integer
+from tritontower.cli.options import add_dtype, add_json, output_file, patch_counts, positive_integer
 from tritontower.drawing import text_table
 from tritontower.errors import BackendUnavailableError, UsageError
 
@@ -44,16 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a config.json or params.json instead of MODEL")
     parser.add_argument(
         "--patches",
-        type=_counts,
+        type=patch_counts,
         metavar="N,N,...",
         help="patches of a pass to tune for (default: 64,256,1024,4096,16384)",
     )
     add_dtype(parser)
-    parser.add_argument("--device", default="cuda", help="the GPU: cuda, cuda:1, ... (default: cuda)")
+    parser.add_argument("--device", help="the GPU: cuda, cuda:1, ... (default: cuda)")
     parser.add_argument(
-        "--static", action="store_true", help="predict from compiles instead of measuring; needs --arch"
+        "--arch", choices=_ARCHITECTURES, help="the architecture that --static, --show and --export are about"
     )
-    parser.add_argument("--arch", choices=_ARCHITECTURES, help="the architecture that --static and --show are about")
     parser.add_argument("--budget", type=_minutes, metavar="MINUTES", help="stop after so long, and keep what is done")
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="where the table goes (default: the user's cache)"
@@ -61,41 +60,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=positive_integer, default=None, metavar="N", help="compilers at the same time"
     )
-    parser.add_argument("--show", action="store_true", help="tune nothing: show what the tables say, and which")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--static", action="store_true", help="predict from compiles instead of measuring; needs --arch"
+    )
+    instead.add_argument("--show", action="store_true", help="tune nothing: show what the tables say, and which")
+    instead.add_argument(
         "--export", type=output_file, metavar="FILE", help="copy the table of this GPU or --arch to FILE"
     )
-    parser.add_argument("--import", dest="imported", type=Path, metavar="FILE", help="add the entries of a table")
+    instead.add_argument("--import", dest="imported", type=Path, metavar="FILE", help="add the entries of a table")
     add_json(parser)
+
+
+_TOWER = ("model", "revision", "config", "patches", "dtype")
+_TAKES = {
+    "measuring": (*_TOWER, "device", "budget", "output", "workers"),
+    "--static": (*_TOWER, "arch", "budget", "output", "workers"),
+    "--show": (*_TOWER, "device", "arch"),
+    "--export": ("device", "arch", "output"),
+    "--import": ("output",),
+}
+"""What is done → the options that have a say in it, beside ``--json``."""
+
+
+def _what(arguments: argparse.Namespace) -> str:
+    """What is to be done, of :data:`_TAKES`.
+
+    Raises:
+        UsageError: an option was given that has no say in it.
+    """
+    chosen = {
+        "--static": arguments.static,
+        "--show": arguments.show,
+        "--export": arguments.export is not None,
+        "--import": arguments.imported is not None,
+    }
+    what = next((name for name, given in chosen.items() if given), "measuring")
+    given = {name for names in _TAKES.values() for name in names if getattr(arguments, name) not in (None, "auto")}
+    for name in sorted(given - set(_TAKES[what])):
+        shown = "MODEL" if name == "model" else f"--{name}"
+        those = [other for other, names in _TAKES.items() if name in names]
+        raise UsageError(f"{shown} has no say in {what}; it goes with {', '.join(those)}")
+    return what
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Tunes, or does what else was asked for."""
-    if arguments.imported is not None:
+    what = _what(arguments)
+    if what == "--import":
         return _import(arguments)
-    if arguments.export is not None:
+    if what == "--export":
         return _export(arguments)
     if (arguments.model is None) == (arguments.config is None):
         raise UsageError("name one model, or --config FILE; see `tritontower tune --help`")
+    if arguments.revision is not None and arguments.model is None:
+        raise UsageError("--revision is of a hub id; --config names a file")
     if arguments.static and arguments.arch is None:
         raise UsageError("--static predicts for an architecture: name it with --arch, such as --arch sm_90")
-    if arguments.arch is not None and not (arguments.static or arguments.show):
-        raise UsageError("--arch goes with --static, --show or --export; measuring takes the architecture of the GPU")
+    if arguments.arch is not None and arguments.device is not None:
+        raise UsageError("--arch and --device both say whose tables are meant; name one of them")
     identity = _identity(arguments)
     tasks = _tasks(arguments)
     if arguments.show:
         return _show(tasks, identity, arguments.json)
-    return _tune(arguments, tasks, identity)
+    report = _tune(arguments, tasks, identity)
+    print(json.dumps(report, indent=2) if arguments.json else _text(report))
+    return 0 if report["tasks"] else 1
 
 
 # -- types of arguments -----------------------------------------------------------------------------------------------
-
-
-def _counts(text: str) -> list[int]:
-    counts = [positive_integer(part) for part in text.split(",")]
-    if max(counts) > 2**20:
-        raise argparse.ArgumentTypeError(f"{max(counts)} patches are more than a pass has; the limit is {2**20}")
-    return sorted(set(counts))
 
 
 def _minutes(text: str) -> float:
@@ -132,10 +165,14 @@ def _identity(arguments: argparse.Namespace) -> "Identity":
         raise BackendUnavailableError(
             "there is no GPU here to measure on; `--static --arch sm_90` predicts without one, for the architecture named"
         )
-    device = device_of(arguments.device)
+    device = device_of(_device(arguments))
     if device.type != "cuda":
         raise UsageError(f"--device is {arguments.device!r}; configurations are measured on a GPU, such as cuda:0")
     return tables.identity(device)
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    return str(arguments.device or "cuda")
 
 
 def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
@@ -193,54 +230,79 @@ def _folder(arguments: argparse.Namespace) -> Path:
 # -- the commands -----------------------------------------------------------------------------------------------------
 
 
-def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity") -> int:
-    import os
-
-    import torch
-
+def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity") -> dict[str, Any]:
+    """Chooses, writes the table, and reports."""
     from tritontower.kernels import tables
-    from tritontower.measuring import provenance
-    from tritontower.tuning.rehearsal import cache_folder
-    from tritontower.tuning.tuner import Gauge, Journal, choose_measured, choose_static
-    from tritontower.tuning.write import entries_of, merge, table_key
+    from tritontower.tuning.write import Merged, entries_of, merge, table_key
 
     path = _folder(arguments) / tables.table_name(identity.gpu or identity.architecture)
     start = time.monotonic()
-    with _progress_bar() as progress:
-        how: dict[str, Any] = {
-            "workers": arguments.workers or max(1, min(8, (os.cpu_count() or 2) // 2)),
-            "cache": cache_folder(),
-            "progress": progress,
-        }
-        if arguments.budget is not None:
-            how["deadline"] = start + 60 * arguments.budget
-        if arguments.static:
-            ptxas = None
-            choices = choose_static(tasks, identity.architecture, **how)
-            wanted = [task for task in tasks if task.kernel != "norm"]
-        else:
-            import triton
-
-            ptxas = provenance(torch.device(arguments.device))["ptxas"]
-            journal = Journal(path.with_suffix(".journal"), f"{identity.gpu} {triton.__version__} {ptxas}")
-            gauge = Gauge(torch.device(arguments.device))
-            choices = choose_measured(tasks, gauge, architecture=identity.architecture, journal=journal, **how)
-            wanted = tasks
-    count = merge(path, table_key(identity, ptxas), entries_of(choices)) if choices else 0
-    missing = len(wanted) - len(choices)
+    ptxas = None
+    if arguments.static:
+        # How fast a norm is no model tells; none is predicted.
+        tasks = [task for task in tasks if task.kernel != "norm"]
+        choices = _predicted(arguments, tasks, identity, start)
+    else:
+        choices, ptxas = _measured(arguments, tasks, identity, start, path.with_suffix(".journal"))
+    merged = merge(path, table_key(identity, ptxas), entries_of(choices)) if choices else Merged(0, 0, 0)
+    missing = len(tasks) - len(choices)
     if not missing:
         # Everything is in the table; whoever tunes again wants new times.
         path.with_suffix(".journal").unlink(missing_ok=True)
-    report = {
+    return {
         "table": str(path),
-        "entries": count,
+        "entries": merged.held,
+        "added": merged.added,
+        "given_up": merged.given_up,
         "measured": not arguments.static,
         "seconds": round(time.monotonic() - start, 1),
         "missing": missing,
         "tasks": [_described(choice, identity) for choice in choices],
     }
-    print(json.dumps(report, indent=2) if arguments.json else _text(report))
-    return 0 if choices else 1
+
+
+def _predicted(
+    arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity", start: float
+) -> "list[Choice]":
+    from tritontower.tuning.tuner import choose_static
+
+    with _progress_bar() as progress:
+        return choose_static(tasks, identity.architecture, **_how(arguments, start, progress))
+
+
+def _measured(
+    arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity", start: float, journal: Path
+) -> "tuple[list[Choice], str | None]":
+    """What was chosen by times, and the release of the assembler that they are of."""
+    import torch
+    import triton
+
+    from tritontower.measuring import provenance
+    from tritontower.tuning.journal import Journal
+    from tritontower.tuning.tuner import Gauge, choose_measured
+
+    device = torch.device(_device(arguments))
+    ptxas = provenance(device)["ptxas"]
+    known = Journal(journal, f"{identity.gpu} {triton.__version__} {ptxas}")
+    with _progress_bar() as progress:
+        how = _how(arguments, start, progress)
+        choices = choose_measured(tasks, Gauge(device), architecture=identity.architecture, journal=known, **how)
+    return choices, ptxas
+
+
+def _how(arguments: argparse.Namespace, start: float, progress: "Progress") -> dict[str, Any]:
+    """What choosing takes, with a GPU and without."""
+    import math
+    import os
+
+    from tritontower.tuning.rehearsal import cache_folder
+
+    return {
+        "workers": arguments.workers or max(1, min(8, (os.cpu_count() or 2) // 2)),
+        "cache": cache_folder(),
+        "progress": progress,
+        "deadline": math.inf if arguments.budget is None else start + 60 * arguments.budget,
+    }
 
 
 def _described(choice: "Choice", identity: "Identity") -> dict[str, Any]:
@@ -317,10 +379,23 @@ def _import(arguments: argparse.Namespace) -> int:
 
     table = read_checked(arguments.imported.expanduser())
     path = _folder(arguments) / tables.table_name(table.key["gpu"] or table.key["architecture"])
-    count = merge(path, table.key, table.entries)
-    report = {"table": str(path), "imported": len(table.entries), "entries": count}
-    print(json.dumps(report) if arguments.json else f"{len(table.entries)} entries added: {path} holds {count}")
+    merged = merge(path, table.key, table.entries)
+    report = {
+        "table": str(path),
+        "read": len(table.entries),
+        "imported": merged.added,
+        "entries": merged.held,
+        "given_up": merged.given_up,
+    }
+    text = f"{merged.added} of {len(table.entries)} entries added: {path} holds {merged.held}"
+    if merged.added < len(table.entries):
+        text += "; what the table knew better, or what did not agree with itself, was left out"
+    print(json.dumps(report) if arguments.json else text + _given_up(merged.given_up))
     return 0
+
+
+def _given_up(count: int) -> str:
+    return f"; {count} entries for other sizes were given up: they take a row's sums in another order" if count else ""
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -403,5 +478,6 @@ def _text(report: Mapping[str, Any]) -> str:
     if report["missing"]:
         lines.append(f"\n{report['missing']} tasks were not done in the time given; the next run goes on from here")
     if rows:
-        lines.append(f"\n{len(rows)} entries in {report['seconds']:.0f} s; {report['table']} holds {report['entries']}")
+        held = f"{report['table']} holds {report['entries']}" + _given_up(report["given_up"])
+        lines.append(f"\n{len(rows)} entries in {report['seconds']:.0f} s; {held}")
     return "\n".join(lines)

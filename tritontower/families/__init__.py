@@ -17,7 +17,7 @@ from tritontower.config import TowerConfig
 from tritontower.errors import Limits, NoVisionTowerError, UnsupportedArchitectureError
 from tritontower.mrope import MropeRule
 from tritontower.preprocessing import Preprocessor
-from tritontower.prompt import PromptLayout
+from tritontower.prompt_layout import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Recipe
 from tritontower.reference import ReferenceModel

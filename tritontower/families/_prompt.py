@@ -1,7 +1,7 @@
 """How the prompts of several families have pictures, read from ``config.json``."""
 
 from tritontower.config import TowerConfig
-from tritontower.prompt import ClipLayout, PromptLayout
+from tritontower.prompt_layout import ClipLayout, PromptLayout
 from tritontower.reader import ConfigReader
 
 __all__ = ["QWEN_TOKENS", "pixtral_prompt", "placeholder_prompt", "qwen_prompt", "token"]

@@ -14,7 +14,7 @@ from math import isqrt
 
 from tritontower.config import Normalisation, Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
-from tritontower.prompt import PromptLayout
+from tritontower.prompt_layout import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Stored, Transposed
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from tritontower.config import Projector, TowerConfig
-from tritontower.prompt import PromptLayout
+from tritontower.prompt_layout import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import ChannelMajor, InterleavedRotary, Recipe, Stacked, Stored
 

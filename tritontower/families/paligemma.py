@@ -8,7 +8,7 @@ of the supported releases, which do neither.
 
 from tritontower.config import Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
-from tritontower.prompt import PromptLayout
+from tritontower.prompt_layout import PromptLayout
 from tritontower.reader import ConfigReader
 from tritontower.recipes import Stored
 

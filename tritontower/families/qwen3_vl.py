@@ -15,7 +15,7 @@ from math import isqrt
 from tritontower.config import Normalisation, PositionTable, TowerConfig
 from tritontower.mrope import MropeRule
 from tritontower.preprocessing import SmartResize
-from tritontower.prompt import PromptLayout
+from tritontower.prompt_layout import PromptLayout
 from tritontower.reader import ConfigReader
 
 from . import Family, FamilySummary

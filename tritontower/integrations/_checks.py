@@ -97,7 +97,7 @@ def whole_rows(embedding: ImageEmbedding) -> torch.Tensor:
 
 def grids(embeddings: Sequence[ImageEmbedding]) -> torch.Tensor:
     """``[pictures, 3]`` int64: temporal patches, rows and columns of *patches* of each."""
-    return torch.tensor([embedding.grid_thw for embedding in embeddings], dtype=torch.int64)
+    return torch.tensor([embedding.grid_thw for embedding in embeddings], dtype=torch.int64, device="cpu")
 
 
 def _check(config: TowerConfig, embedding: ImageEmbedding, index: int) -> None:

@@ -49,7 +49,7 @@ def load_vlm(
         load_in_4bit: quantise the linears of the language model to NF4 with bitsandbytes, computing in ``dtype``.
         quantization_config: quantise it as this says instead, as in transformers.
         dtype: of the tower, and of the language model where it is not quantised; ``"auto"``: as the checkpoint says.
-        device: where the model runs; by default the first GPU, else the CPU.
+        device: where the model runs; by default the current GPU, else the CPU.
         attn_implementation: of the language model, as in transformers.
         revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
 

@@ -50,6 +50,7 @@ class ExLlamaEmbedding:
         pre_tokens, post_tokens: rows of tokens round the picture; 0, since they are no rows here.
         align, align_phase, align_lead: places at which the picture has to begin (ExLlamaV3); none.
         metadata: sizes in pixels, and whatever an application notes there.
+        source: the embedding with its ids, its rows those that are here.
     """
 
     embeddings: torch.Tensor
@@ -60,6 +61,7 @@ class ExLlamaEmbedding:
     mrope_merge_size: int
     deepstack_embeddings: list[torch.Tensor] | None
     model: Any
+    source: ImageEmbedding
     pre_tokens: int = 0
     post_tokens: int = 0
     align: int = 0
@@ -95,7 +97,7 @@ class ExLlamaEmbedding:
     @property
     def token_string(self) -> torch.Tensor:
         """``token_list`` as ``[1, full_length]`` int64."""
-        return torch.tensor([self.token_list], dtype=torch.long)
+        return torch.tensor([self.token_list], dtype=torch.long, device="cpu")
 
     def token_list_at(self, position: int) -> list[int]:
         """``token_list``; wherever it stands, since it begins at any place."""
@@ -116,6 +118,17 @@ class ExLlamaEmbedding:
     def get_size_in_bytes(self) -> int:
         """Bytes of all its rows."""
         return sum(rows.nbytes for rows in (self.embeddings, *(self.deepstack_embeddings or ())))
+
+    def release(self, space: TokenSpace) -> None:
+        """Ends the view's use of its ids; call it once, when no cache holds keys and values of them any more.
+
+        Args:
+            space: where its ids come from, such as :attr:`ExLlamaV2Vision.space`.
+
+        Raises:
+            UsageError: the ids are not that space's, or were released before.
+        """
+        space.release(self.source)
 
 
 @overload
@@ -158,7 +171,8 @@ def to_exllama(
         embeddings: one, or several.
         tokenizer: ExLlama's, transformers', or a function from text to ids: puts what the model has round a picture
             round the ids.  Without it there are the ids alone, and the caller's prompt has to have the rest.
-        space: where ids come from; may be left out if the embeddings have ids already.
+        space: where ids come from: every view holds one use of its ids, until :meth:`ExLlamaEmbedding.release`.  May be
+            left out if the embeddings have ids already, which then are the caller's to release.
         model: ExLlamaV2's language model, to be checked against the rows' width.
         dtype: of the rows; ExLlama computes in fp16.  ``None`` leaves them as they are.
 
@@ -176,7 +190,14 @@ def to_exllama(
         raise UsageError(
             f"the model's rows have {width} values, but the tower's {tower.hidden_size}; they do not belong together"
         )
-    views = [_view(tower, embedding, tokenizer, space, model, dtype) for embedding in given]
+    views: list[ExLlamaEmbedding] = []
+    try:
+        for embedding in given:
+            views.append(_view(tower, embedding, tokenizer, space, model, dtype))
+    except BaseException:
+        if space is not None:
+            space.release(*(view.source for view in views))
+        raise
     return views[0] if isinstance(embeddings, ImageEmbedding) else views
 
 
@@ -286,20 +307,30 @@ def _view(
     model: Any,
     dtype: torch.dtype | None,
 ) -> ExLlamaEmbedding:
-    numbered = _with_ids(embedding, space)
-    first = numbered.token_ids[0]
-    alias = numbered.text_alias or f"<$EMB_{first}$>"
+    # The pooled vector is nothing that ExLlama reads, and may stay behind.
+    rows = replace(embedding, pooled=None)
+    rounded = rows.with_tensors({name: _rounded(tensor, dtype) for name, tensor in rows.tensors.items()})
+    numbered = _with_ids(rounded, space)
+    try:
+        first = _first_id(numbered)
+        numbered = numbered.with_alias(numbered.text_alias or f"<$EMB_{first}$>")
+        token_list = _token_list(tower, numbered, tokenizer)
+    except BaseException:
+        if space is not None:
+            space.release(numbered)
+        raise
     merge = tower.config.merge
     stand_in = SimpleNamespace(config=SimpleNamespace(vision_spatial_merge_size=merge, hidden_size=tower.hidden_size))
     return ExLlamaEmbedding(
-        embeddings=_rounded(numbered.embeddings, dtype),
-        text_alias=alias,
+        embeddings=numbered.embeddings,
+        text_alias=str(numbered.text_alias),
         first_index=first,
-        token_list=_token_list(tower, numbered.with_alias(alias), tokenizer),
+        token_list=token_list,
         thw_grid=numbered.grid_thw,
         mrope_merge_size=merge,
-        deepstack_embeddings=[_rounded(level, dtype) for level in numbered.deepstack] or None,
+        deepstack_embeddings=list(numbered.deepstack) or None,
         model=stand_in if model is None else model,
+        source=numbered,
         metadata={
             "original_size": numbered.original_size,
             "preprocessed_size": numbered.processed_size,
@@ -311,7 +342,11 @@ def _view(
 def _with_ids(embedding: ImageEmbedding, space: TokenSpace | None) -> ImageEmbedding:
     if space is None and not embedding.token_ids:
         raise UsageError("an embedding has no token ids yet; pass space=TokenSpace(), one for all that share a cache")
-    numbered = embedding if space is None else space.assign(embedding)
+    return embedding if space is None else space.assign(embedding)
+
+
+def _first_id(numbered: ImageEmbedding) -> int:
+    """The first of an embedding's ids, if ExLlama takes them all for what they are."""
     ids = numbered.token_ids
     if ids != tuple(range(ids[0], ids[0] + len(ids))):
         raise UsageError("the token ids of an embedding do not follow upon each other; let TokenSpace.assign give them")
@@ -320,7 +355,7 @@ def _with_ids(embedding: ImageEmbedding, space: TokenSpace | None) -> ImageEmbed
             f"token ids from {ids[0]} on: ExLlama takes ids below {FIRST_PICTURE_ID} for the vocabulary's; make the space "
             f"with a base of at least that"
         )
-    return numbered
+    return ids[0]
 
 
 def _token_list(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any) -> list[int]:

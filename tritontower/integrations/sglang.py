@@ -140,4 +140,7 @@ def _facts(host: _Host, given: Sequence[ImageEmbedding], clips: bool) -> dict[st
             "a clip does not know its times, without which SGLang would give it positions of its own choice; pass fps= or "
             "timestamps= to encode_video"
         )
-    return {"video_grid_thw": grids(given), "second_per_grid_ts": torch.tensor(seconds)}
+    return {
+        "video_grid_thw": grids(given),
+        "second_per_grid_ts": torch.tensor(seconds, dtype=torch.float32, device="cpu"),
+    }

@@ -146,4 +146,8 @@ def _times(form: _Grids, clips: Sequence[ImageEmbedding]) -> dict[str, Any]:
             "a clip does not know its times, without which vLLM would refuse it or place it wrongly; pass fps= or "
             "timestamps= to encode_video"
         )
-    return {form.times: timestamps if form.times == "timestamps" else torch.tensor(seconds)}
+    return {
+        form.times: timestamps
+        if form.times == "timestamps"
+        else torch.tensor(seconds, dtype=torch.float32, device="cpu")
+    }

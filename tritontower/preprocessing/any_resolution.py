@@ -117,16 +117,17 @@ class Canvas:
 @lru_cache(maxsize=128)
 def tile_assembly(canvas: Canvas, newline: bool) -> Assembly:
     """How the rows of the squashed picture and of the tiles make a picture's tokens."""
-    base = torch.arange(canvas.side**2)[:, None]
+    base = torch.arange(canvas.side**2, device="cpu")[:, None]
     if canvas.shrunk is None:
         rows, columns = canvas.kept
-        tiles = canvas.rows_of(torch.arange(rows)[:, None], torch.arange(columns))[..., None]
+        down, across = (torch.arange(count, device="cpu") for count in (rows, columns))
+        tiles = canvas.rows_of(down[:, None], across)[..., None]
         if newline:
-            tiles = torch.cat((tiles, torch.full((rows, 1, 1), -1)), dim=1)
+            tiles = torch.cat((tiles, tiles.new_full((rows, 1, 1), -1)), dim=1)
         return Assembly(torch.cat((base, tiles.flatten(0, 1))).int())
     index, weights = _interpolated(canvas, canvas.shrunk)
     if newline:
-        index = torch.cat((index, torch.full((len(index), 1, 4), -1)), dim=1)
+        index = torch.cat((index, index.new_full((len(index), 1, 4), -1)), dim=1)
         weights = torch.cat((weights, _first_tap(len(weights), 1)), dim=1)
     index = torch.cat((base.expand(-1, 4), index.flatten(0, 1)))
     return Assembly(index.int(), torch.cat((_first_tap(len(base)), weights.flatten(0, 1))))
@@ -134,7 +135,7 @@ def tile_assembly(canvas: Canvas, newline: bool) -> Assembly:
 
 def _first_tap(*shape: int) -> torch.Tensor:
     """Weights ``[*shape, 4]`` of which only the first of four counts."""
-    return torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(*shape, 4)
+    return torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float32, device="cpu").expand(*shape, 4)
 
 
 def _interpolated(canvas: Canvas, target: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,8 +154,10 @@ def _linear_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor, 
     As in ``torch.nn.functional.interpolate`` with ``mode="bilinear"``, corners not aligned: the scale is fp32, and the
     product with it and the sum are rounded once, as fused instructions do.
     """
-    scale = torch.tensor(source, dtype=torch.float32) / target
-    place = ((torch.arange(target, dtype=torch.float64) + 0.5) * scale.double() - 0.5).float().clamp_(min=0)
+    scale = torch.tensor(source, dtype=torch.float32, device="cpu") / target
+    place = (
+        ((torch.arange(target, dtype=torch.float64, device="cpu") + 0.5) * scale.double() - 0.5).float().clamp_(min=0)
+    )
     first = place.long().clamp_(max=source - 1)
     return first, (first + 1).clamp_(max=source - 1), place - first
 

@@ -25,7 +25,7 @@ from tritontower.errors import (
     list_names,
     shorten,
 )
-from tritontower.images import CanonicalImage, check_size
+from tritontower.images import CanonicalImage, Digests, check_size, is_large
 from tritontower.layout import PictureLayout
 from tritontower.pixels import Rescaling
 
@@ -50,6 +50,9 @@ Each = Callable[..., Iterable[Any]]
 
 Resize = Callable[[NDArray[np.uint8], tuple[int, int]], NDArray[np.uint8]]
 """Resizes bytes ``[height, width, 3]`` to a width and height, as the processor does."""
+
+KEPT_BYTES = 2
+"""Bytes of a picture, for each byte of its patches, up to which it is kept for a digest that may never be asked for."""
 
 PIXEL_OPTIONS = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 """Settings that change pixels and no size; every rule hands them to the processor as they are."""
@@ -91,7 +94,7 @@ def cut_into_patches(picture: torch.Tensor, patch: int, merge: int, out: torch.T
         raise ValueError(f"{rows} × {columns} patches cannot be cut into blocks of {merge} × {merge}")
     shape = (views * rows * columns, channels * patch * patch)
     if out is None:
-        out = torch.empty(shape, dtype=picture.dtype)
+        out = picture.new_empty(shape)
     elif out.shape != shape:
         raise ValueError(f"out has shape {list(out.shape)}; the picture makes {list(shape)}")
     blocks = picture[:, :, : rows * patch, : columns * patch].reshape(
@@ -155,7 +158,7 @@ class Preprocessor(ABC):
             UsageError: a side that is not a whole number, or a bound that the rule does not have.
             ProcessorError, ConfigError: settings or bounds that allow nothing, or that do not fit the tower.
         """
-        self._refuse_foreign(bounds)
+        self.check_bounds(bounds)
         if not (isinstance(width, Integral) and isinstance(height, Integral)):
             raise UsageError(f"width {shorten(width)} and height {shorten(height)} must be whole numbers of pixels")
         check_size(int(width), int(height), limits=self.limits)
@@ -171,6 +174,9 @@ class Preprocessor(ABC):
     ) -> PackedBatch:
         """Packs still pictures, in order; see :meth:`layout` for the errors, which name the picture.
 
+        The batch keeps a picture until its digest is asked for, unless it is much larger than its patches: then the
+        digest is taken here.
+
         Args:
             images: the pictures.
             each: applies a function to every picture, as ``map`` does; the ``map`` of a thread pool to work on several
@@ -182,7 +188,7 @@ class Preprocessor(ABC):
         Raises:
             UsageError: ``raw``, and :attr:`rescaling` is not known.
         """
-        self._refuse_foreign(bounds)
+        self.check_bounds(bounds)
         raw = self._stay_bytes(raw)
         layouts = [self._layout_of(image, index, bounds) for index, image in enumerate(images)]
         return PackedBatch.pack(
@@ -190,7 +196,7 @@ class Preprocessor(ABC):
             self._patches(images, layouts, bounds, each, raw),
             layouts,
             original_sizes=[(image.width, image.height) for image in images],
-            content_hashes=[image.digest for image in images],
+            content_hashes=Digests(images),
         )
 
     def clip(
@@ -355,13 +361,26 @@ class Preprocessor(ABC):
             return pixels
         # Found here, not by every thread for itself.
         shortcut = self.shortcut
-        # Several pictures are several threads' already, where there are any.
-        largest = max(images[0].array.size // 3, counts[0] * self.config.patch.size**2) if len(images) == 1 else 0
-        with spread_over_threads(largest) as spread:
-            alike = map(repeat, (bounds, shortcut, spread))
-            for _ in each(self._fill, pixels.split(counts), images, layouts, *alike):
+        if len(images) > 1:
+            # They are several threads' already, where there are any.  Small ones would only wait for Python's lock there.
+            if shortcut is not None and not any(map(is_large, images)):
+                each = map
+            alike = map(repeat, (bounds, shortcut, alone))
+            for _ in each(self._fill_and_digest, pixels.split(counts), images, layouts, *alike):
                 pass
+            return pixels
+        (image,), (layout,) = images, layouts
+        largest = max(image.width * image.height, layout.patches * self.config.patch.size**2)
+        beside = (lambda: image.digest) if _outweighs(image, pixels) else None
+        with spread_over_threads(largest, beside) as spread:
+            self._fill(pixels, image, layout, bounds, shortcut, spread)
         return pixels
+
+    def _fill_and_digest(self, out: torch.Tensor, image: CanonicalImage, *arguments: Any) -> None:
+        """As :meth:`_fill`, and takes the digest of a picture that should not be kept for it."""
+        self._fill(out, image, *arguments)
+        if _outweighs(image, out):
+            _ = image.digest
 
     def _fill(
         self,
@@ -406,7 +425,7 @@ class Preprocessor(ABC):
         probe = CanonicalImage(probe_picture(), "probe")
         try:
             layout = self._plan(probe.width, probe.height, Bounds())
-            ours, theirs = torch.empty(2, layout.patches, self.config.patch.still_inner)
+            ours, theirs = (pixel_matrix(layout.patches, self.config.patch.still_inner) for _ in range(2))
             self._fill_by_processor(theirs, probe, layout, Bounds())
         except (ImageError, ProcessorError):
             # Whatever is wrong, the pictures themselves will show it.
@@ -480,7 +499,8 @@ class Preprocessor(ABC):
         except ImageError as error:
             raise type(error)(error.reason, index=index, source=image.source) from error
 
-    def _refuse_foreign(self, bounds: Bounds) -> None:
+    def check_bounds(self, bounds: Bounds) -> None:
+        """Raises :class:`~tritontower.errors.UsageError` for a bound that the resizing rule does not have."""
         foreign = [name for name, value in bounds.items() if value is not None and name not in self.BOUNDS]
         if foreign:
             has = f"it has {' and '.join(self.BOUNDS)}, because" if self.BOUNDS else "it has none, because"
@@ -497,6 +517,11 @@ class Preprocessor(ABC):
         if not isinstance(value, Integral) or isinstance(value, bool):
             raise ProcessorError(f"{name} = {shorten(value)} must be a whole number of pixels")
         return int(value)
+
+
+def _outweighs(image: CanonicalImage, patches: torch.Tensor) -> bool:
+    """Whether a picture is so much larger than its patches that it should not be kept as long as they are."""
+    return image.array.nbytes > KEPT_BYTES * patches.nbytes
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from tritontower.errors import UsageError
@@ -52,14 +51,14 @@ def cubic_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
         ``[4, target]`` int64, beyond the ends the outermost sample, and ``[4, target]`` fp32.
     """
     # In fp32 a coordinate near 4000 would be off by more than a ten-thousandth of a pixel, and the weights with it.
-    place = (torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5
+    place = (torch.arange(target, dtype=torch.float64, device="cpu") + 0.5) * (source / target) - 0.5
     first = place.floor()
     x, a = place - first, SHARPNESS
     inner = ((a + 2) * x - (a + 3)) * x * x + 1
     mirrored = ((a + 2) * (1 - x) - (a + 3)) * (1 - x) ** 2 + 1
     outer = ((a * (x + 1) - 5 * a) * (x + 1) + 8 * a) * (x + 1) - 4 * a
     weights = torch.stack((outer, inner, mirrored, 1 - outer - inner - mirrored))
-    index = (first.long() + torch.arange(-1, 3)[:, None]).clamp_(0, source - 1)
+    index = (first.long() + torch.arange(-1, 3, device="cpu")[:, None]).clamp_(0, source - 1)
     return index, weights.float()
 
 
@@ -68,7 +67,7 @@ def _resampled(picture: torch.Tensor, target: int, axis: int) -> torch.Tensor:
     index, weights = cubic_taps(picture.shape[axis], target)
     shape = [1] * picture.ndim
     shape[axis] = target
-    total = torch.zeros(*picture.shape[:axis], target, *picture.shape[axis + 1 :])
+    total = picture.new_zeros((*picture.shape[:axis], target, *picture.shape[axis + 1 :]), dtype=torch.float32)
     for tap, weight in zip(index, weights.view(4, *shape), strict=True):
         total.addcmul_(picture.index_select(axis, tap).float(), weight)
     return total
@@ -113,8 +112,8 @@ class MistralResize(Preprocessor):
 
     def _views(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
         width, height = self._plan(image.width, image.height, bounds).processed_size
-        picture = torch.from_numpy(np.ascontiguousarray(image.array))
+        picture = torch.from_numpy(image.array.copy())  # torch has no tensors that are read-only
         picture = _resampled(_resampled(picture, height, 0), width, 1)
         # The same divisions in the same order as there: a product with the reciprocal rounds differently.
-        normalised = (picture / 255.0 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
+        normalised = (picture / 255.0 - picture.new_tensor(MEAN)) / picture.new_tensor(DEVIATION)
         return normalised.permute(2, 0, 1)[None]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -18,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tritontower.pixels import Rescaling
+from tritontower.pixels import Rescaling, fresh
 
 __all__ = [
     "Shortcut",
@@ -30,6 +32,7 @@ __all__ = [
     "pixel_matrix",
     "probe_picture",
     "resized",
+    "resizing_passes",
     "shortcut_of",
     "spread_over_threads",
 ]
@@ -39,7 +42,11 @@ FILTERS = frozenset(int(filter) for filter in Image.Resampling)
 WORTH_THREADS = 2**18
 """Pixels of a picture from which on a second thread saves more than starting it costs."""
 MOST_THREADS = 4
-"""Threads for one picture: each of its three channels is resized by one, and what follows waits for memory."""
+"""Threads for one picture: more would wait for memory, and for each other where Pillow holds Python's lock."""
+
+PIECE = 2**18
+"""Pixels that Pillow is given at a time.  What it takes for them is memory that it had before, and stays in a cache; for
+whole pictures it takes new memory every time, which cost a sixth of the time at 2048 × 2048."""
 
 Spread = Callable[[Callable[[slice], None], int], None]
 """Has a function work through so many things of a kind, part by part."""
@@ -114,11 +121,8 @@ def probe_picture() -> Bytes:
 
 
 def pixel_matrix(patches: int, inner: int, raw: bool = False) -> torch.Tensor:
-    """``[patches, inner]`` fp32 or, ``raw``, uint8, with anything in it.
-
-    Allocated by numpy, which asks for huge pages: with ordinary ones, the first write of 50 MB took six times as long.
-    """
-    return torch.from_numpy(np.empty((patches, inner), np.uint8 if raw else np.float32))
+    """``[patches, inner]`` fp32 or, ``raw``, uint8, with anything in it."""
+    return torch.from_numpy(fresh((patches, inner), np.uint8 if raw else np.float32))
 
 
 def alone(work: Callable[[slice], None], count: int) -> None:
@@ -127,41 +131,130 @@ def alone(work: Callable[[slice], None], count: int) -> None:
 
 
 @contextmanager
-def spread_over_threads(pixels: int) -> Iterator[Spread]:
+def spread_over_threads(pixels: int, beside: Callable[[], object] | None = None) -> Iterator[Spread]:
     """A part for each of a few threads, for a picture of so many pixels; one part where that is not worth it.
 
-    As many as torch may use, but no more than :data:`MOST_THREADS`.
+    As many as torch may use, the caller's included, but no more than :data:`MOST_THREADS`.
+
+    Args:
+        pixels: how large the picture is, before or after it is resized.
+        beside: what else there is to do for it, in a thread of the same, over when the context ends.
     """
     threads = min(torch.get_num_threads(), MOST_THREADS)
     if threads < 2 or pixels < WORTH_THREADS:
         yield alone
+        if beside is not None:
+            beside()
         return
-    with ThreadPoolExecutor(threads, thread_name_prefix="tritontower-picture") as pool:
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="tritontower-picture") as pool:
 
         def spread(work: Callable[[slice], None], count: int) -> None:
             ends = [count * part // threads for part in range(threads + 1)]
-            for _ in pool.map(work, map(slice, ends[:-1], ends[1:])):
-                pass
+            first, *others = (slice(*ends) for ends in pairwise(ends) if ends[0] < ends[1])
+            coming = [pool.submit(work, part) for part in others]
+            work(first)
+            for future in coming:
+                future.result()
 
+        other = None if beside is None else pool.submit(beside)
         yield spread
+        if other is not None:
+            other.result()
 
 
 def resized(array: Bytes, size: tuple[int, int], resample: int, spread: Spread = alone) -> Bytes:
     """``array`` ``[height, width, 3]`` at ``size`` (width, height), as transformers resizes it; itself if it has it."""
     if array.shape[1::-1] == size:
         return array
-    if spread is alone:
-        return np.asarray(Image.fromarray(array).resize(size, resample=resample))
-    made = np.empty((size[1], size[0], array.shape[2]), np.uint8)
+    if max(array.size // array.shape[2], size[0] * size[1]) <= PIECE:
+        return _by_pillow(array, size, resample)
+    passes = resizing_passes(array.shape[1::-1], size, resample)
+    if passes is None:
+        made = fresh((size[1], size[0], array.shape[2]), np.uint8)
 
-    # Not the rows or columns: which of them Pillow resizes first, and rounds to bytes, is its own affair.
-    def resize_channels(part: slice) -> None:
-        for channel in range(part.start, part.stop):
-            plane = Image.fromarray(np.ascontiguousarray(array[..., channel]))
-            made[..., channel] = np.asarray(plane.resize(size, resample=resample))
+        def resize_channels(part: slice) -> None:
+            for channel in range(part.start, part.stop):
+                made[..., channel] = _by_pillow(np.ascontiguousarray(array[..., channel]), size, resample)
 
-    spread(resize_channels, array.shape[2])
+        spread(resize_channels, array.shape[2])
+        return made
+    for axis in passes:
+        array = _resized_along(axis, array, size[1 - axis], resample, spread)
+    return array
+
+
+def _by_pillow(array: Bytes, size: tuple[int, int], resample: int) -> Bytes:
+    return np.asarray(Image.fromarray(array).resize(size, resample=resample))
+
+
+def _resized_along(axis: int, array: Bytes, length: int, resample: int, spread: Spread) -> Bytes:
+    """``array`` with ``length`` rows (``axis`` 0) or columns (``axis`` 1), piece by piece of the others."""
+    made = fresh((length, *array.shape[1:]) if axis == 0 else (len(array), length, *array.shape[2:]), np.uint8)
+
+    step = max(1, PIECE // max(length, array.shape[axis]))
+
+    def resize_part(part: slice) -> None:
+        for first in range(part.start, part.stop, step):
+            last = min(first + step, part.stop)
+            piece = (slice(None), slice(first, last)) if axis == 0 else (slice(first, last), slice(None))
+            size = (last - first, length) if axis == 0 else (length, last - first)
+            made[piece] = _by_pillow(array[piece], size, resample)
+
+    spread(resize_part, array.shape[1 - axis])
     return made
+
+
+Passes = tuple[int, ...]
+"""The axes of ``[height, width, channels]`` along which a picture is resized, in order; it is rounded to bytes between."""
+
+
+def _width_first(old: tuple[int, int], new: tuple[int, int]) -> Passes:
+    """What Pillow does up to version 12."""
+    return tuple(axis for axis in (1, 0) if old[1 - axis] != new[1 - axis])
+
+
+def _larger_loss_first(old: tuple[int, int], new: tuple[int, int]) -> Passes:
+    """What Pillow 13 does: the height goes first where it loses more than twice as many pixels as the width."""
+    passes = _width_first(old, new)
+    lost_columns, lost_rows = (before - after for before, after in zip(old, new, strict=True))
+    return passes[::-1] if lost_rows > max(0, 2 * lost_columns) else passes
+
+
+def resizing_passes(old: tuple[int, int], new: tuple[int, int], resample: int) -> Passes | None:
+    """How Pillow resizes a picture from one width and height to another: pass by pass, the same bytes.
+
+    Along one axis, the parts of a picture do not depend on each other, so that each may be a thread's.
+
+    Args:
+        old: width and height before.
+        new: width and height after.
+        resample: the filter, as Pillow numbers them.
+
+    Returns:
+        The axes in order; ``None`` where this Pillow follows none of the orders that are known.
+    """
+    order = _order_of_passes(resample)
+    return None if order is None else order(old, new)
+
+
+@lru_cache
+def _order_of_passes(resample: int) -> Callable[[tuple[int, int], tuple[int, int]], Passes] | None:
+    """The first of the known orders that accounts for what Pillow makes of small pictures."""
+    generator = np.random.default_rng(0)
+    # Around the limit between one order and the other, and elsewhere.
+    limits = [((24, 40), (24 - loss, 40 - 2 * loss + more)) for loss in (-9, 0, 1, 5, 12) for more in (-1, 0, 1)]
+    sizes = [*limits, *((tuple(a), tuple(b)) for a, b in generator.integers(1, 50, (40, 2, 2)).tolist())]
+    for order in (_width_first, _larger_loss_first):
+        for old, new in sizes:
+            picture = generator.integers(0, 256, (old[1], old[0], 3), np.uint8)
+            made = picture
+            for axis in order(old, new):
+                made = _resized_along(axis, made, new[1 - axis], resample, alone)
+            if not np.array_equal(made, _by_pillow(picture, new, resample)):
+                break
+        else:
+            return order
+    return None
 
 
 def cropped(array: Bytes, height: int, width: int) -> Bytes:

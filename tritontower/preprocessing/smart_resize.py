@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tritontower.batch import PackedBatch
-from tritontower.errors import AspectRatioError, ProcessorError, UsageError, shorten
+from tritontower.errors import AspectRatioError, ImageTooLargeError, ProcessorError, UsageError, shorten
 from tritontower.images import CanonicalImage, check_size
 from tritontower.layout import Grid, PictureLayout
 
@@ -138,9 +138,10 @@ class SmartResize(Preprocessor):
 
         Raises:
             EmptyImageError, AspectRatioError, ImageTooLargeError, UsageError, ProcessorError: as for a still picture.
+            ImageTooLargeError: more pixels than :class:`~tritontower.errors.Limits` allow a clip.
             ProcessorError: fewer frames than the rule is defined for.
         """
-        self._refuse_foreign(bounds)
+        self.check_bounds(bounds)
         if not all(isinstance(number, Integral) for number in (frames, width, height)):
             shown = f"frames {shorten(frames)}, width {shorten(width)} and height {shorten(height)}"
             raise UsageError(f"{shown} must be whole numbers")
@@ -158,7 +159,15 @@ class SmartResize(Preprocessor):
             size = smart_resize_clip(frames, width, height, temporal, self.factor, area)
         else:
             size = smart_resize(width, height, self.factor, self._bounded(self.frame_area, bounds, 1))
-        return self._one_view(-(-frames // temporal), (width, height), size)
+        patches = -(-frames // temporal)
+        planned = patches * temporal * size[0] * size[1]
+        if planned > self.limits.max_clip_pixels:
+            raise ImageTooLargeError(
+                f"a clip of {frames} frames of {width} × {height} pixels would be resized to {size[0]} × {size[1]} each, "
+                f"{planned} pixels in all; the limit is {self.limits.max_clip_pixels}; take fewer frames, lower "
+                "max_pixels, or pass Limits(max_clip_pixels=...)"
+            )
+        return self._one_view(patches, (width, height), size)
 
     def clip(
         self,
@@ -241,6 +250,7 @@ class SmartResize(Preprocessor):
         def fill(number: int, frame: CanonicalImage) -> None:
             rows = self._frame_rows(frame, layout)
             slots[number // patch.temporal, :, :, number % patch.temporal] = rows.unflatten(1, (patch.channels, -1))
+            _ = frame.digest  # the clip's digest is made of it; here, several threads are at it
 
         for _ in each(fill, range(len(frames)), frames):
             pass

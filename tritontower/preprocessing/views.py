@@ -33,7 +33,7 @@ def pack_views(config: TowerConfig, views: Sequence[torch.Tensor]) -> PackedBatc
     layouts = [_layout(config, view, index) for index, view in enumerate(views)]
     counts = [layout.patches for layout in layouts]
     device = views[0].device if views else torch.device("cpu")
-    pixels = torch.empty(sum(counts), config.patch.still_inner, device=device)
+    pixels = torch.empty(sum(counts), config.patch.still_inner, dtype=torch.float32, device=device)
     for view, out in zip(views, pixels.split(counts), strict=True):
         cut_into_patches(view[None].detach(), config.patch.size, config.merge, out)
     sizes = [layout.processed_size for layout in layouts]

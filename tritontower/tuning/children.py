@@ -1,50 +1,70 @@
 """Compilers in processes of their own: orders go in, answers come out one by one, and a death costs one order.
 
 A failed assertion inside the compiler ends its process, and a process that *interprets* Triton (``TRITON_INTERPRET=1``)
-cannot compile; so the parent never compiles.
+cannot compile; so the parent never compiles.  Nor does it wait for ever: a child that takes too long is ended.
 """
 
 import base64
 import json
+import math
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Thread
+from threading import TIMEOUT_MAX, Event, Thread
 from typing import Any
 
 import tritontower
 
-__all__ = ["answer_orders", "answers"]
+__all__ = ["SECONDS", "Death", "answer_orders", "answers"]
 
 _MARK = "answer: "
 """Tells a child's answers from whatever else a compiler prints."""
 _READY = "ready for orders"
 """What a child says first: one that never does will not do better the next time."""
 
+SECONDS = 180.0
+"""How long a child may be at one order: a compile takes seconds on an idle core."""
 
-def answers(orders: Sequence[Any], code: str, *, workers: int = 1) -> Iterator[tuple[int, dict[str, Any] | str]]:
+
+@dataclass(frozen=True)
+class Death:
+    """How the child ended that was at an order."""
+
+    reason: str
+    aborted: bool = False
+    """Whether the compiler gave up by itself, as it does where one of its assertions fails; it will the next time."""
+
+
+def answers(
+    orders: Sequence[Any], code: str, *, workers: int = 1, deadline: float = math.inf, seconds: float = SECONDS
+) -> Iterator[tuple[int, dict[str, Any] | Death]]:
     """Hands ``orders`` to ``workers`` child processes and yields each order's index and its answer, as they come.
 
-    An answer that is a text says how the child died that was at this order.  Closing the iterator ends the children.
+    Closing the iterator ends the children; so does the deadline, and the orders that have no answer then get none.
 
     Args:
         orders: anything that can be pickled.
         code: what a child runs; it ends in :func:`answer_orders`.
         workers: children at the same time.
+        deadline: of ``time.monotonic()``.
+        seconds: how long a child may take for one order before it is ended.
     """
-    found: queue.SimpleQueue[tuple[int, dict[str, Any] | str] | BaseException | None] = queue.SimpleQueue()
+    found: queue.SimpleQueue[tuple[int, dict[str, Any] | Death] | BaseException | None] = queue.SimpleQueue()
     stop = Event()
     shares = [range(first, len(orders), workers) for first in range(min(workers, len(orders)))]
 
     def work(share: Sequence[int]) -> None:
         try:
-            with closing(_share([orders[index] for index in share], code, stop)) as results:
+            with closing(_share([orders[index] for index in share], code, stop, seconds)) as results:
                 for index, answer in zip(share, results, strict=False):
                     found.put((index, answer))
         except BaseException as error:  # it has to surface where the answers are waited for
@@ -58,7 +78,10 @@ def answers(orders: Sequence[Any], code: str, *, workers: int = 1) -> Iterator[t
     try:
         running = len(threads)
         while running:
-            answer = found.get()
+            try:
+                answer = found.get(timeout=min(max(0.0, deadline - time.monotonic()), TIMEOUT_MAX))
+            except queue.Empty:
+                return
             if answer is None:
                 running -= 1
             elif isinstance(answer, BaseException):
@@ -78,16 +101,16 @@ def answer_orders(answer: Callable[[Any], dict[str, Any]]) -> None:
         print(_MARK + json.dumps(answer(order)), flush=True)
 
 
-def _share(orders: list[Any], code: str, stop: Event) -> Generator[dict[str, Any] | str]:
+def _share(orders: list[Any], code: str, stop: Event, seconds: float) -> Generator[dict[str, Any] | Death]:
     """The answers to one worker's orders; where a child dies, a new one goes on behind the order that it was at."""
     done = 0
     while done < len(orders) and not stop.is_set():
-        for answer in _child(orders[done:], code, stop):
+        for answer in _child(orders[done:], code, stop, seconds):
             done += 1
             yield answer
 
 
-def _child(orders: list[Any], code: str, stop: Event) -> Iterator[dict[str, Any] | str]:
+def _child(orders: list[Any], code: str, stop: Event, seconds: float) -> Iterator[dict[str, Any] | Death]:
     """The answers that one child lives to give, and, if it died before the last, how."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(tritontower.__file__).resolve().parent.parent)
@@ -99,11 +122,12 @@ def _child(orders: list[Any], code: str, stop: Event) -> Iterator[dict[str, Any]
         child = subprocess.Popen(
             [sys.executable, "-c", code], stdin=letter, stdout=subprocess.PIPE, stderr=complaints, env=environment
         )
-        watch = Thread(target=_end_when_told, args=(child, stop), daemon=True)
+        watch = _Watch(child, stop, seconds)
         watch.start()
         try:
             missing, ready = len(orders), False
             for line in child.stdout or ():
+                watch.since = time.monotonic()
                 ready = ready or line.strip() == _READY.encode()
                 if line.startswith(_MARK.encode()):
                     yield json.loads(line.removeprefix(_MARK.encode()))
@@ -119,11 +143,26 @@ def _child(orders: list[Any], code: str, stop: Event) -> Iterator[dict[str, Any]
             complaints.seek(0)
             last_words = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["without a word"]
             cause = f"the compiler's process ended with {status}: {last_words[0][:200]}"
-            yield from [cause] * (1 if ready else missing)
+            if watch.late:
+                cause = f"the compiler took longer than {seconds:g} seconds"
+            # A shell, or a child of the child's, passes an abort on as 128 and the signal's number.
+            aborted = status in (-signal.SIGABRT, 128 + signal.SIGABRT)
+            yield from [Death(cause, aborted)] * (1 if ready else missing)
 
 
-def _end_when_told(child: "subprocess.Popen[bytes]", stop: Event) -> None:
-    while child.poll() is None:
-        if stop.wait(0.2):
-            child.kill()
-            return
+class _Watch(Thread):
+    """Ends a child when that is told, or when it says nothing for too long."""
+
+    def __init__(self, child: "subprocess.Popen[bytes]", stop: Event, seconds: float) -> None:
+        super().__init__(daemon=True)
+        self.child, self.stop, self.seconds = child, stop, seconds
+        self.since = time.monotonic()
+        self.late = False
+
+    def run(self) -> None:
+        """Looks five times a second."""
+        while self.child.poll() is None:
+            self.late = time.monotonic() - self.since > self.seconds
+            if self.late or self.stop.wait(0.2):
+                self.child.kill()
+                return

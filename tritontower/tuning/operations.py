@@ -4,6 +4,7 @@ The same code launches on a GPU, where it is timed and checked, in Triton's inte
 all (:mod:`.rehearsal`), where it is only compiled.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Operation:
     """What should come out, worked out in fp32 from the same tensors."""
 
 
-def prepare(task: Task, device: torch.device, *, filled: bool = True, hard: bool = False, rows: int = 0) -> Operation:
+def prepare(task: Task, device: torch.device, *, filled: bool = True, hard: bool = False) -> Operation:
     """The operation of ``task`` on ``device``.
 
     Args:
@@ -54,10 +55,9 @@ def prepare(task: Task, device: torch.device, *, filled: bool = True, hard: bool
         device: where its tensors lie.
         filled: with numbers; otherwise they are left as they are, for launches that nobody looks at.
         hard: with the numbers that are hardest to get right: large scores, segments of odd lengths.
-        rows: so many instead of the task's, for a check that need not be as large as what is timed.
     """
     make = _Tensors(device, getattr(torch, task.dtype), filled)
-    return _MAKERS[task.kernel](task, make, hard, rows)
+    return _MAKERS[task.kernel](task, make, hard)
 
 
 @dataclass
@@ -90,8 +90,8 @@ def _configured(task: Task, fields: Mapping[str, Any]) -> Any:
     return config
 
 
-def _product(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
-    rows = rows or task.fact("rows")
+def _product(task: Task, make: _Tensors, hard: bool) -> Operation:
+    rows = task.fact("rows")
     columns, inner, activation = task.fact("columns"), task.fact("inner"), task.fact("activation")
     gated = activation is not None and "gated" in activation
     x, weight = make.padded(rows, inner), make.padded(columns * (2 if gated else 1), inner, inner**-0.5)
@@ -125,9 +125,10 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _heads(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
-    rows = rows or task.fact("rows")
-    heads, head_dim, padded = task.fact("heads"), task.fact("head_dim"), task.fact("padded_head_dim")
+def _heads(task: Task, make: _Tensors, hard: bool) -> Operation:
+    rows = task.fact("rows")
+    shape = {name: task.fact(name) for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
+    heads, head_dim, padded, query_scale = shape.values()
     columns, inner = task.fact("columns"), task.fact("inner")
     x, weight = make.padded(rows, inner), make.padded(columns, inner, inner**-0.5)
     bias = make(columns) if task.fact("bias") else None
@@ -138,11 +139,11 @@ def _heads(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
     out = make(rows, columns)
 
     def run(fields: Mapping[str, Any]) -> torch.Tensor:
-        options = {"heads": heads, "head_dim": head_dim, "padded_head_dim": padded, "out": out}
-        return qkv_projection(x, weight, bias, cosines, sines, **options, config=_configured(task, fields))
+        return qkv_projection(x, weight, bias, cosines, sines, **shape, out=out, config=_configured(task, fields))
 
     def expected() -> torch.Tensor:
         y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        y[:, : columns // 3] *= query_scale
         if cosines is None or sines is None:
             return y
         y = y.view(rows, 3, heads, padded or head_dim)
@@ -157,8 +158,8 @@ def _heads(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
     return Operation(run, expected)
 
 
-def _patches(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
-    rows = rows or task.fact("rows")
+def _patches(task: Task, make: _Tensors, hard: bool) -> Operation:
+    rows = task.fact("rows")
     columns, inner, pixels = task.fact("columns"), task.fact("inner"), getattr(torch, task.fact("pixels"))
     x, weight = make.padded(rows, inner, dtype=pixels), make.padded(columns, inner, inner**-0.5)
     bias = make(columns) if task.fact("bias") else None
@@ -179,10 +180,10 @@ def _patches(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
     return Operation(run, expected)
 
 
-def _attention(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
+def _attention(task: Task, make: _Tensors, hard: bool) -> Operation:
     heads, head_dim, width = task.fact("heads"), task.fact("head_dim"), task.fact("width")
     length, bound = task.fact("longest"), task.fact("bounded")
-    total = max(length, (rows or task.fact("rows")) // length * length)
+    total = max(length, task.fact("rows") // length * length)
     lengths = [length] * (total // length)
     if hard:
         # Lengths that divide into no blocks, and the shortest there are; none longer than what is promised.
@@ -197,9 +198,16 @@ def _attention(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
         qkv[:, 1:, :, head_dim] = 1
     q, k, v = qkv.unbind(1)
     out = make(total, heads, head_dim)
-    options: dict[str, Any] = {"scale": head_dim**-0.5, "length_bound": bound or None}
+    options: dict[str, Any] = {"length_bound": bound or None}
     if width > head_dim:
         options["columns"] = head_dim
+    scale = head_dim**-0.5
+    if task.fact("queries_scaled"):
+        if make.filled:
+            qkv[:, 0] *= scale * math.log2(math.e)
+        scale, options["queries_scaled"] = math.log(2), True
+    else:
+        options["scale"] = scale
 
     def run(fields: Mapping[str, Any]) -> torch.Tensor:
         return flash_attention_varlen(q, k, v, segments, **options, out=out, config=_configured(task, fields))
@@ -209,17 +217,15 @@ def _attention(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
         for part in qkv[..., :head_dim].split(lengths):
             query, key, value = (each.transpose(0, 1).float() for each in part.unbind(1))
             # Head by head: the scores of all heads of a long segment would fill the memory.
-            mixed = [
-                torch.softmax(query[head] @ key[head].T * head_dim**-0.5, -1) @ value[head] for head in range(heads)
-            ]
+            mixed = [torch.softmax(query[head] @ key[head].T * scale, -1) @ value[head] for head in range(heads)]
             parts.append(torch.stack(mixed, 1))
         return torch.cat(parts)
 
     return Operation(run, expected)
 
 
-def _norm(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
-    rows = rows or task.fact("rows")
+def _norm(task: Task, make: _Tensors, hard: bool) -> Operation:
+    rows = task.fact("rows")
     width, kind, rounding = task.fact("width"), task.fact("kind"), task.fact("rounding")
     x, weight = make(rows, width), make(width)
     bias = make(width) if kind == "layer_norm" else None
@@ -246,7 +252,7 @@ def _norm(task: Task, make: _Tensors, hard: bool, rows: int) -> Operation:
     return Operation(run, expected)
 
 
-_MAKERS: dict[str, Callable[[Task, _Tensors, bool, int], Operation]] = {
+_MAKERS: dict[str, Callable[[Task, _Tensors, bool], Operation]] = {
     "flash_attention": _attention,
     "linear": _product,
     "norm": _norm,

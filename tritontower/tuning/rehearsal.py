@@ -4,16 +4,20 @@ A child process (:mod:`.children`) puts a stand-in in the place of Triton's driv
 the CPU, which nobody fills, in the place of the device's.  Then it calls the operation as a tower would.  Triton binds
 the arguments, specialises the kernel on them and compiles; there it ends.
 
-What was rehearsed is kept on disk, a file each, named by everything that decides what comes out: the kernel's source,
-Triton's version, the architecture, the launch and the configuration.  A run that is killed goes on where it was.
+What was rehearsed is kept on disk, a file each, named by everything that decides what comes out: the kernel's source, the
+source of what launches it and reads the machine code, the versions of Triton and of its assembler, the architecture, the
+launch and the configuration.  A run that is killed goes on where it was.  Of failures only the compiler's own are kept: a
+process that was killed, or ended because it took too long, says nothing of what a configuration compiles to.
 """
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,9 @@ import torch
 
 from tritontower.kernels import tables
 from tritontower.kernels.configs import SHARED_MEMORY_LIMIT
-from tritontower.tuning.children import answer_orders, answers
+from tritontower.measuring import ptxas_version
+from tritontower.tuning import disassembly, operations, static
+from tritontower.tuning.children import Death, answer_orders, answers
 from tritontower.tuning.predict import Compiled
 from tritontower.tuning.static import TENSOR_CORE_PREFIX, compiled_facts_of, machine_facts
 from tritontower.tuning.tasks import Task
@@ -137,12 +143,11 @@ def problems(rehearsal: Rehearsal, architecture: str, dtype: str, *, products: b
 
 def cache_folder() -> Path:
     """Where rehearsals are kept: ``compiled`` beside the user's tables."""
-    user = tables.user_folder()
-    return (user.parent if user else Path(tempfile.gettempdir()) / "tritontower") / "compiled"
+    return (tables.cache_folder() or Path(tempfile.gettempdir()) / "tritontower") / "compiled"
 
 
 def rehearse(
-    orders: Sequence[Order], *, workers: int = 1, cache: Path | None = None
+    orders: Sequence[Order], *, workers: int = 1, cache: Path | None = None, deadline: float = math.inf
 ) -> Generator[tuple[int, Rehearsal]]:
     """Yields every order's index and what became of it, those first that are known from before.
 
@@ -150,6 +155,7 @@ def rehearse(
         orders: what to compile; orders that stand for the same compile are compiled once.
         workers: compiler processes at the same time.
         cache: a folder to keep rehearsals in; ``None``: keep none.
+        deadline: of ``time.monotonic()``; what is not compiled then is not yielded.
     """
     places: dict[str, list[int]] = {}
     for index, order in enumerate(orders):
@@ -162,9 +168,12 @@ def rehearse(
         else:
             yield from ((index, known) for index in indices)
     todo = [stand_in(orders[places[digest][0]]) for digest in waiting]
-    for position, answer in answers(todo, _CHILD, workers=workers):
-        done = _rehearsal({"error": answer, "launches": []} if isinstance(answer, str) else answer)
-        if cache is not None:
+    for position, answer in answers(todo, _CHILD, workers=workers, deadline=deadline):
+        if isinstance(answer, Death):
+            done, lasting = Rehearsal(error=answer.reason), answer.aborted
+        else:
+            done, lasting = _rehearsal(answer), True
+        if cache is not None and lasting:
             _write(cache / f"{waiting[position]}.json", done)
         yield from ((index, done) for index in places[waiting[position]])
 
@@ -175,10 +184,23 @@ def _digest(order: Order) -> str:
     order = stand_in(order)
     task = order.task
     facts = [
-        tables.source_digest(task.kernel), triton.__version__, order.architecture, task.kernel, task.dtype,
-        task.constants, task.sizes, task.facts, order.config,
+        tables.source_digest(task.kernel), _reading_digest(), triton.__version__, _assembler(order.architecture),
+        order.architecture, task.kernel, task.dtype, task.constants, task.sizes, task.facts, order.config,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+
+
+@lru_cache
+def _reading_digest() -> str:
+    """Of the text of what launches a kernel for a rehearsal and of what reads what it compiled to."""
+    files = (__file__, operations.__file__, static.__file__, disassembly.__file__)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+
+
+@lru_cache
+def _assembler(architecture: str) -> str | None:
+    """The release of NVIDIA's assembler for an architecture; AMD's is a part of Triton."""
+    return ptxas_version(int(architecture.removeprefix("sm_"))) if architecture.startswith("sm_") else None
 
 
 def _rehearsal(answer: Mapping[str, Any], *, cached: bool = False) -> Rehearsal:
@@ -263,6 +285,8 @@ def _serve() -> None:
         try:
             prepare(order.task, torch.device("cpu"), filled=False).run(dict(order.config))
             return {"error": None, "launches": [_facts(name, compiled, chip, seen) for name, compiled in launched]}
+        except (OSError, MemoryError):  # the machine's fault, not the configuration's: the process ends
+            raise
         except Exception as error:
             text = f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
             return {"error": text, "launches": []}

@@ -4,8 +4,11 @@ The order is that of the model (:mod:`.predict`), fed with a guess of what each 
 compiled at all.  Configurations that cannot work (more shared memory than there is, more accumulators than registers) are
 left out.
 
-Some fields have to be the same whatever the size of a pass, because they decide in which order a row's sums are taken: a
-picture's numbers must not depend on what it is packed with.  :func:`uniform` names them.
+A row's numbers depend on its own segment and on the configuration; and the configuration on the size of the pass.  Where
+fields decide in which order a row's sums are taken, attention, norms and the patch projection have them in common for all
+sizes (:func:`uniform`), so there a picture's numbers do not depend on what it is packed with.  Other products are the
+exception: each number of rows may have another tile, and up to :data:`~tritontower.kernels.tables.SPLIT_ROWS` rows their K
+may be cut, in another number of parts for another number of rows; sums of parts differ from whole ones in the last bits.
 """
 
 import itertools
@@ -19,6 +22,7 @@ from tritontower.kernels import attention_fixed, flash_attention, norm, patch_pr
 from tritontower.kernels.attention_blocks import split_head_dim
 from tritontower.kernels.configs import SHARED_MEMORY_LIMIT
 from tritontower.kernels.linear_config import default_config as linear_default
+from tritontower.kernels.tables import SPLIT_ROWS
 from tritontower.tuning.operations import CONFIGS
 from tritontower.tuning.predict import CHIPS, Compiled, Prediction, attention_time, product_time, rows_time
 from tritontower.tuning.tasks import Task
@@ -32,17 +36,15 @@ _COPY_ENGINE = ("sm_90", "sm_100")
 _ACCUMULATORS = 128
 """fp32 sums that a thread may hold; the rest of its 255 registers is for operands, addresses and the epilogue."""
 _SPLITS = (1, 2, 3, 4, 6, 8)
-_SPLIT_ROWS = 1024
-"""Rows up to which K may be cut: sums that are taken in parts differ in their last bits from sums that are not."""
 
 
-def uniform(task: Task, architecture: str) -> tuple[str, ...]:
-    """The fields that all sizes of a task have in common."""
-    if task.kernel == "norm":
+def uniform(kernel: str, architecture: str) -> tuple[str, ...]:
+    """The fields of a kernel's configurations that all sizes of a task have in common."""
+    if kernel == "norm":
         return ("rows", "num_warps")
-    if task.kernel == "patch_projection":
+    if kernel == "patch_projection":
         return ("block_inner", "split")
-    if task.kernel == "flash_attention":
+    if kernel == "flash_attention":
         # Where the compiler lays the tiles of different heights out differently across lanes, these count as well.
         layout = () if architecture in ("sm_80", "sm_89", "sm_90") else ("block_queries", "num_warps")
         return ("variant", "block_keys", *layout)
@@ -99,8 +101,8 @@ def candidates(task: Task, architecture: str, *, measured: bool = False) -> list
         if measured or fields.get("variant") != "specialised"
     ]
     ranked = sorted(found, key=lambda fields: predict(task, architecture, fields, guess(task, architecture, fields)))
-    plain = task.kernel == "linear" or (task.kernel == "qkv_projection" and not task.fact("rotated"))
-    if measured and plain and "gated" not in str(dict(task.constants).get("activation")):
+    # (The library neither rotates nor scales the heads of a projection, one of which a tower always asks for.)
+    if measured and task.kernel == "linear" and "gated" not in str(task.fact("activation")):
         ranked.append(default_fields(task, architecture) | {"vendor": True})
     return ranked
 
@@ -148,7 +150,7 @@ def _product(task: Task, architecture: str) -> Iterator[Fields]:
 
 def _worth_splitting(task: Task, architecture: str, rows: int, columns: int, split: int) -> bool:
     """Whether the tiles alone leave multiprocessors idle, and each part keeps enough of K to repay its sums."""
-    if task.fact("rows") > _SPLIT_ROWS:
+    if task.fact("rows") > SPLIT_ROWS:
         return False
     tiles = -(-task.fact("rows") // rows) * -(-task.fact("columns") // columns)
     return bool(tiles * (split - 1) < 2 * CHIPS[architecture].multiprocessors and task.fact("inner") // split >= 256)

@@ -24,7 +24,7 @@ from typing import Any
 
 import tritontower.kernels
 from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT, CompileSpec
-from tritontower.tuning.children import answer_orders, answers
+from tritontower.tuning.children import Death, answer_orders, answers
 from tritontower.tuning.disassembly import MachineCode, hot_loop, read_amd, read_nvidia
 from tritontower.tuning.predict import Compiled, attention_time, product_time
 
@@ -146,8 +146,8 @@ def compile_each(
         replace(spec, kernel=(_function(spec.kernel).__module__, _function(spec.kernel).__name__)) for spec in specs
     ]
     for index, answer in answers([(spec, architecture) for spec in portable], _CHILD, workers=workers):
-        if isinstance(answer, str):
-            yield index, _blank(specs[index], architecture, error=answer)
+        if isinstance(answer, Death):
+            yield index, _blank(specs[index], architecture, error=answer.reason)
         else:
             yield index, StaticReport(**answer)
 

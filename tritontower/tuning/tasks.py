@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from tritontower.batch import expected_workload
+from tritontower.building import build
 from tritontower.config import TowerConfig
 from tritontower.fusion import DEFAULT_PASSES, KERNEL_PASSES, chunk_mlp, fold_still_pictures, fuse
-from tritontower.graph import Graph, Node, Workload, build
+from tritontower.graph import Graph, Node, Workload
 from tritontower.kernels.tables import bucket, dtype_name
 
 __all__ = ["PATCHES", "Task", "tasks_of", "tower_graph"]
@@ -144,6 +145,7 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
                 padded_head_dim=attributes["padded_head_dim"],
                 bias="bias" in widths,
                 rotated=len(node.inputs) > 1,
+                query_scale=attributes["query_scale"],
             ),
             name,
         )
@@ -174,7 +176,12 @@ def _attention(node: Node, workload: Workload, dtype: str, name: str) -> Task:
         dtype,
         _facts(head_dim=attributes["head_dim"], padded=padded is not None, bounded=bound),
         _facts(longest=min(length, bound) if bound else length),
-        _facts(heads=attributes["heads"], rows=workload.patches, width=padded or attributes["head_dim"]),
+        _facts(
+            heads=attributes["heads"],
+            rows=workload.patches,
+            width=padded or attributes["head_dim"],
+            queries_scaled=attributes.get("queries_scaled", False),
+        ),
         name,
     )
 

@@ -5,24 +5,25 @@ model only says which are worth the time: those, the default, and what only a GP
 numbers first; one that is wrong is dropped and named.  Those that are right are timed.
 
 Both stop when their time is up: what is chosen by then is kept, and the next run goes on from there, since compiles are
-kept on disk (:mod:`.rehearsal`) and times in a journal beside the table.
+kept on disk (:mod:`.rehearsal`) and times in a journal (:mod:`.journal`) beside the table.
 """
 
-import json
 import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tritontower.errors import BackendUnavailableError
-from tritontower.kernels import configs, tables
-from tritontower.measuring import time_on_device
+from tritontower.kernels import configs
+from tritontower.measuring import can_capture, time_on_device
+from tritontower.tuning.journal import ATTEMPTS, Journal
 from tritontower.tuning.operations import prepare
 from tritontower.tuning.predict import Prediction
 from tritontower.tuning.rehearsal import Order, Rehearsal, problems, rehearse
@@ -34,7 +35,6 @@ __all__ = [
     "Candidate",
     "Choice",
     "Gauge",
-    "Journal",
     "Progress",
     "choose_measured",
     "choose_static",
@@ -200,7 +200,8 @@ def _rehearse(
     missing = {index: task for index, (task, _) in enumerate(orders)}
     results: dict[int, Candidate] = {}
     progress("compiling", 0, len(orders))
-    with closing(rehearse([order for _, order in orders], workers=workers, cache=cache)) as rehearsals:
+    wanted = [order for _, order in orders]
+    with closing(rehearse(wanted, workers=workers, cache=cache, deadline=deadline)) as rehearsals:
         for index, rehearsal in rehearsals:
             task, order = orders[index]
             results[index] = _judged(task, dict(order.config), rehearsal, order.architecture)
@@ -221,7 +222,7 @@ def _ranked(task: Task, architecture: str, *, measured: bool) -> list[dict[str, 
     """
     default = default_fields(task, architecture)
     listed = candidates(task, architecture, measured=measured)
-    shared = uniform(task, architecture)
+    shared = uniform(task.kernel, architecture)
     often: dict[tuple[Any, ...], int] = {}
     places = []
     for fields in listed:
@@ -248,7 +249,7 @@ def _choices(known: Mapping[Task, Sequence[Candidate]], architecture: str, margi
     """The best of each task, where all tasks of a group agree in the fields that they have to agree in."""
     best: dict[Task, Choice] = {}
     for tasks in _groups(known):
-        shared = uniform(tasks[0], architecture)
+        shared = uniform(tasks[0].kernel, architecture)
         defaults = {task: tuple(sorted(default_fields(task, architecture).items())) for task in tasks}
         values = {_values(each, shared) for task in tasks for each in known[task] if math.isfinite(each.cost)}
         ways = [
@@ -308,6 +309,11 @@ class Gauge:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @cached_property
+    def captures(self) -> bool:
+        """Whether calls are timed inside CUDA graphs here."""
+        return can_capture(self.device)
+
     def error(self, task: Task, config: Mapping[str, Any]) -> tuple[float, str]:
         """The distance from the fp32 result, and what is wrong with the numbers; empty where nothing is."""
         size = {name: min(value, LARGEST_CHECK) for name, value in task.sizes}
@@ -330,9 +336,20 @@ class Gauge:
         return largest, ""
 
     def microseconds(self, task: Task, config: Mapping[str, Any]) -> float:
-        """The time of one launch, with cold caches."""
+        """The time of one launch, with cold caches.
+
+        All candidates are timed by one clock: in a CUDA graph, or, where the GPU captures nothing, between events.  A time
+        between events has the start of the launch in it and would be ranked against times that have not.
+
+        Raises:
+            RuntimeError: this configuration cannot be captured where others can, or is too short to be timed.
+        """
         operation = prepare(task, self.device)
-        timing = time_on_device(lambda: operation.run(config), device=self.device, budget_seconds=0.1)
+        timing = time_on_device(
+            lambda: operation.run(config), device=self.device, budget_seconds=0.1, graph=self.captures
+        )
+        if self.captures and timing.method != "graph":
+            raise RuntimeError("it cannot be captured in a CUDA graph, as a tower's passes are")
         return timing.median * 1e6
 
 
@@ -344,41 +361,6 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]
     usual = rows.norm(dim=1).mean()
     worst = (off.norm(dim=1) / rows.norm(dim=1).clamp_min(0.1 * usual).clamp_min(1e-30)).max()
     return float(whole.nan_to_num(nan=math.inf)), float(worst.nan_to_num(nan=math.inf))
-
-
-class Journal:
-    """Times that were taken, a line each, so that a run that is killed does not take them again."""
-
-    def __init__(self, path: Path | None, identity: str) -> None:
-        self.path = path
-        self.identity = identity
-        self.known: dict[str, dict[str, Any]] = {}
-        if path is None or not path.is_file():
-            return
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                self.known[str(entry["key"])] = {
-                    "microseconds": None if entry["microseconds"] is None else float(entry["microseconds"]),
-                    "error": float(entry["error"]),
-                    "dropped": str(entry["dropped"]),
-                }
-            except (ValueError, TypeError, KeyError):  # the line that was being written when the run was killed
-                continue
-
-    def key(self, task: Task, candidate: Candidate) -> str:
-        """Everything that decides a time."""
-        return json.dumps(
-            [self.identity, tables.source_digest(task.kernel), *task.key, task.sizes, task.facts, candidate.identity]
-        )
-
-    def write(self, key: str, **facts: Any) -> None:
-        """Adds a line."""
-        self.known[key] = facts
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, **facts}) + "\n")
 
 
 def choose_measured(
@@ -419,7 +401,9 @@ def choose_measured(
     todo: list[tuple[float, list[tuple[Task, Candidate]]]] = []
     for group in _groups(known):
         chosen = _finalists({task: known[task] for task in group}, architecture, finalists)
-        weight = max(task.launches * each.cost for task, each in chosen if math.isfinite(each.cost))
+        costs = (task.launches * each.cost for task, each in chosen if math.isfinite(each.cost))
+        # Where nothing compiled that could be predicted, what is left is still tried, last.
+        weight = max(costs, default=0.0)
         todo.append((weight, chosen))
     total, done = sum(len(chosen) for _, chosen in todo), 0
     timed: dict[Task, list[Candidate]] = {}
@@ -442,7 +426,7 @@ def _finalists(
     known: Mapping[Task, Sequence[Candidate]], architecture: str, count: int
 ) -> list[tuple[Task, Candidate]]:
     """What to time for the tasks of a group: the default, what has no prediction, and the best of the best values."""
-    shared = uniform(next(iter(known)), architecture)
+    shared = uniform(next(iter(known)).kernel, architecture)
     values = {_values(each, shared) for each_task in known.values() for each in each_task if not each.dropped}
 
     def cost(value: tuple[Any, ...]) -> float:
@@ -464,8 +448,16 @@ def _finalists(
 
 def _timed(task: Task, candidate: Candidate, gauge: Gauge, journal: Journal, architecture: str) -> Candidate:
     key = journal.key(task, candidate)
+    if key not in journal.known and journal.begun.get(key, 0) >= ATTEMPTS:
+        ended = f"ended the process {ATTEMPTS} times, or hung until it was ended"
+        journal.write(key, microseconds=None, error=1e9, dropped=ended)
     if key not in journal.known:
-        facts = _measurement(task, candidate, gauge)
+        journal.begin(key, journal.begun.get(key, 0) + 1)
+        try:
+            facts = _measurement(task, candidate, gauge)
+        except BaseException:  # somebody wants the run to end
+            journal.begin(key, 0)
+            raise
         journal.write(key, **facts)
         if _DEAD.search(facts["dropped"]):
             raise BackendUnavailableError(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -20,9 +20,19 @@ from tritontower.errors import UsageError, shorten
 from tritontower.kernels import tables
 from tritontower.kernels.tables import Identity
 from tritontower.tuning.predict import CHIPS
+from tritontower.tuning.space import uniform
 from tritontower.tuning.tuner import Candidate, Choice
 
-__all__ = ["entries_of", "merge", "read_checked", "replace_table", "static_identity", "table_key", "table_text"]
+__all__ = [
+    "Merged",
+    "entries_of",
+    "merge",
+    "read_checked",
+    "replace_table",
+    "static_identity",
+    "table_key",
+    "table_text",
+]
 
 _LOCK_SECONDS = 60.0
 
@@ -123,11 +133,28 @@ def read_checked(path: Path) -> tables.Table:
         raise UsageError(f"{shorten(str(path), 200)} is no table of tuned configurations: {reason}") from error
 
 
-def merge(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> int:
-    """Puts ``entries`` into the table in ``path`` and returns how many it holds then.
+class Merged(NamedTuple):
+    """What became of a table and of the entries that were put into it."""
 
-    An entry takes the place of one of the same kernel, dtype, constants and buckets of sizes; only a predicted one leaves
-    a measured one that still counts where it is.  A file that is no table is kept beside the new one, as ``….broken``.
+    held: int
+    """Entries that the table holds now."""
+    added: int
+    """Those of them that are new."""
+    given_up: int
+    """Entries for other sizes that the table held before and that do not agree with the new ones."""
+
+
+def merge(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Merged:
+    """Puts ``entries`` into the table in ``path``.
+
+    An entry takes the place of one of the same kernel, dtype, constants and buckets of sizes, unless that one is worth
+    more: what counts here (source, Triton) more than what does not, and a measured one more than a predicted one.
+
+    Entries of one launch for several sizes have fields in common (:func:`~tritontower.tuning.space.uniform`), and a table
+    never holds two values of them.  Of two that do not agree, the one that is worth more stays; of two that are worth the
+    same, the new one, and of two new ones that for the larger sizes.
+
+    A file that is no table is kept beside the new one, as ``….broken``.
 
     Raises:
         ValueError: the entries could not be read back.
@@ -135,19 +162,44 @@ def merge(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
-        merged: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+        known: Sequence[Mapping[str, Any]] = ()
         try:
-            merged = {_place(entry): entry for entry in tables.read_table(path).entries}
+            known = tables.read_table(path).entries
         except FileNotFoundError:
             pass
         except ValueError:
             os.replace(path, path.with_name(f"{path.name}.broken"))
-        for entry in entries:
-            known = merged.get(_place(entry))
-            if known is None or entry["microseconds"] is not None or not _holds(known):
-                merged[_place(entry)] = entry
-        replace_table(path, key, list(merged.values()))
-    return len(merged)
+        # What is worth the most comes last, of that the new, of those the largest sizes; and what comes last counts.
+        ranked = sorted([*sorted(known, key=_sizes), *sorted(entries, key=_sizes)], key=_worth)
+        merged = {_place(entry): entry for entry in ranked}
+        kept = _agreeing(list(merged.values()), ranked, key["architecture"])
+        replace_table(path, key, kept)
+    old, held = {id(entry) for entry in known}, {id(entry) for entry in kept}
+    given_up = sum(id(entry) in old and id(entry) not in held for entry in merged.values())
+    return Merged(len(kept), len(held - old), given_up)
+
+
+def _agreeing(
+    entries: Sequence[Mapping[str, Any]], ranked: Sequence[Mapping[str, Any]], architecture: str
+) -> list[Mapping[str, Any]]:
+    """Those of ``entries`` whose common fields are those of the last in ``ranked`` that belongs to the same launch."""
+
+    def launch(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+        return _place(entry)[:3]
+
+    def common(entry: Mapping[str, Any]) -> list[Any]:
+        return [entry["config"].get(name) for name in uniform(entry["kernel"], architecture)]
+
+    wanted = {launch(entry): common(entry) for entry in ranked}
+    return [entry for entry in entries if common(entry) == wanted[launch(entry)]]
+
+
+def _worth(entry: Mapping[str, Any]) -> tuple[bool, bool]:
+    return tables.is_current(entry), entry["microseconds"] is not None
+
+
+def _sizes(entry: Mapping[str, Any]) -> list[int]:
+    return [size for _, size in sorted(entry["sizes"].items())]
 
 
 def replace_table(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
@@ -162,11 +214,6 @@ def replace_table(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, text)
     tables.forget()
-
-
-def _holds(entry: Mapping[str, Any]) -> bool:
-    """Whether a measured entry still counts."""
-    return entry["microseconds"] is not None and entry["source"] == tables.source_digest(entry["kernel"])
 
 
 def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -1,0 +1,92 @@
+"""Torch's default dtype and device are the caller's affair: no tower's number depends on them.
+
+Engines load language models under ``torch.set_default_dtype(torch.bfloat16)`` and ``torch.device("meta")``.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import noise
+from support.towers import TowerCase, all_cases
+
+from tritontower import TokenSpace, VisionTower, encode_prompt, merge_embeddings, weights
+from tritontower.kernels import cpu
+from tritontower.mrope import prompt_positions
+
+CASES = all_cases()
+PROBES = (cpu.onednn_multiplies, cpu.onednn_packs, cpu.onednn_exponentiates)
+"""What is found out once a process, by products of a few numbers."""
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Other defaults than torch's own, and nothing found out yet."""
+    before = torch.get_default_dtype()
+    for probe in PROBES:
+        probe.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+        for probe in PROBES:
+            probe.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
+    """A small fp32 checkpoint of a case, made once."""
+    folders: dict[str, Path] = {}
+
+    def save(case: TowerCase) -> Path:
+        if case.name not in folders:
+            folders[case.name] = case.save(tmp_path_factory.mktemp("defaults") / case.name)
+        return folders[case.name]
+
+    return save
+
+
+def tensors_of(folder: Path, case: TowerCase) -> list[torch.Tensor]:
+    """All that a new tower makes of pictures and of a clip, and what a prompt with them becomes."""
+    tower = VisionTower.from_pretrained(folder, device="cpu")
+    embeddings = tower.encode([noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:3])])
+    if case.video:
+        embeddings.append(tower.encode_video([noise(60, 60, seed) for seed in range(7)], fps=0.9))
+    tensors = [tensor for embedding in embeddings for tensor in embedding.tensors.values()]
+    # A layout with tokens behind rows looks them up in a vocabulary; a function has none.
+    if tower.prompt_layout is None or tower.prompt_layout.row_break is not None:
+        return tensors
+    aliased = [embedding.with_alias(f"<{index}>") for index, embedding in enumerate(embeddings)]
+    text = "And ".join(f"<{index}>" for index in range(len(aliased)))
+    prompt = encode_prompt(lambda text: [*map(ord, text)], text, aliased, tower=tower, space=TokenSpace())
+    rows = torch.zeros(len(prompt.input_ids), tower.hidden_size, dtype=torch.float32, device="cpu")
+    tensors += [prompt.input_ids, prompt.placeholder_ids, prompt.token_types]
+    tensors += [merge_embeddings(rows, ids, prompt.embeddings) for ids in (prompt.input_ids, prompt.input_ids.tolist())]
+    return tensors if tower.mrope is None else [*tensors, prompt_positions(tower.mrope, prompt).positions]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"),
+    [(torch.bfloat16, "cpu"), (torch.float16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")],
+    ids=["bfloat16", "float16", "float64", "meta"],
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_number_depends_on_torch_s_defaults(
+    case: TowerCase,
+    dtype: torch.dtype,
+    device: str,
+    saved: Callable[[TowerCase], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(weights, "_ALONE_BYTES", 2**12)  # small towers have no weight that is large enough
+    expected = tensors_of(saved(case), case)
+    with defaults(dtype, device):
+        found = tensors_of(saved(case), case)
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)

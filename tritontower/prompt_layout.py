@@ -1,0 +1,78 @@
+"""How a model's prompt has a picture: markers round it, a token behind each row of patches, time stamps of a clip.
+
+This is data, which a tower's family makes out of the checkpoint; :func:`tritontower.prompt.encode_prompt` goes by it.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["ClipLayout", "HasPromptLayout", "Piece", "PromptLayout"]
+
+Piece = str | int
+"""Text, which is tokenized together with what stands beside it, or one token by its id."""
+
+
+@dataclass(frozen=True)
+class ClipLayout:
+    """How a prompt has a clip.
+
+    Attributes:
+        placeholder: the token that transformers repeats for the clip's rows.
+        before, after: what a chat template writes round a clip; it comes with an alias.
+        time_stamp: text before each temporal patch, its ``{}`` the seconds at its middle, such as
+            ``"<{:.1f} seconds>"``; ``None`` where a clip's rows follow upon each other.
+        frame_before, frame_after: what stands round the rows of each temporal patch, where there are time stamps.
+    """
+
+    placeholder: int
+    before: tuple[Piece, ...] = ()
+    after: tuple[Piece, ...] = ()
+    time_stamp: str | None = None
+    frame_before: tuple[Piece, ...] = ()
+    frame_after: tuple[Piece, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """How a prompt has pictures.
+
+    Attributes:
+        placeholder: the token that transformers repeats for a picture's rows.
+        marker: the token that stands for a whole picture in a prompt written for transformers; ``None``: the placeholder.
+        merge: side of the square of patches that one token stands for.
+        before, after: what a chat template writes round a picture; it comes with an alias, while round a marker it is
+            there already.
+        view_before, view_after: what stands round the rows of each view, whoever wrote the prompt.
+        between_views: where a picture has several views, the text before the first, the second, and every other one;
+            ``None`` where views are not told apart.
+        row_break, row_end: the token behind each row of tokens but the last, and behind the last; text has to be the name
+            of one token.
+        behind_pictures: what follows upon the last picture of a prompt, and stands at its beginning where there is none.
+        ending: text at the end of a prompt.
+        special_tokens: whether the tokenizer adds its own tokens, such as the one for the beginning.
+        clip: how it has clips; ``None`` where it has none.
+    """
+
+    placeholder: int
+    marker: int | None = None
+    merge: int = 1
+    before: tuple[Piece, ...] = ()
+    after: tuple[Piece, ...] = ()
+    view_before: tuple[Piece, ...] = ()
+    view_after: tuple[Piece, ...] = ()
+    between_views: tuple[str, str, str] | None = None
+    row_break: Piece | None = None
+    row_end: Piece | None = None
+    behind_pictures: tuple[Piece, ...] = ()
+    ending: str = ""
+    special_tokens: bool = True
+    clip: ClipLayout | None = None
+
+
+class HasPromptLayout(Protocol):
+    """A tower, as far as a prompt needs it."""
+
+    @property
+    def prompt_layout(self) -> PromptLayout | None:
+        """How its language model's prompt has pictures; ``None`` for a tower that comes without a language model."""
+        ...
