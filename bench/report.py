@@ -123,7 +123,8 @@ def _preamble(contents: Sequence[Found]) -> str:
         f"Measured on {machine(contents[0])}, {_joined(versions, '; ')}, {_when(contents)}; random weights. Medians of "
         f"{_runs(contents)} that take turns with transformers' (SDPA), which gets the same preprocessed pixels; the ratio is "
         "transformers ÷ tritontower. *products* are the tower's products of rows by weights alone, by the same library and "
-        "with nothing around them: no candidate can be faster. ± says how far the farthest run lies from the median. Raw results with provenance are in [`bench/results/`](bench/results)."
+        "with nothing around them, timed behind the others: what a pass does not get below but for noise. ± says how far "
+        "the farthest run lies from the median. Raw results with provenance are in [`bench/results/`](bench/results)."
     )
 
 

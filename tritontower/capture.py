@@ -28,7 +28,7 @@ import torch
 from .batch import PackedBatch
 from .bindings import PassFacts, Step, Tensors
 from .buckets import Bucket, Division, Planner, planned
-from .errors import UsageError
+from .errors import UsageError, is_out_of_memory
 from .graph import Graph, Node, Rows, Workload
 from .kernels.extent import Extent
 from .kernels.segments import PlannedSegments, Segments
@@ -556,7 +556,7 @@ class Passes:
             same = all(_same_bits(entry.tensors[name][: len(rows)], rows) for name, rows in outputs.items())
         except Exception as error:  # torch, Triton and the driver each raise their own
             reason = f"it could not be captured as a CUDA graph ({type(error).__name__}: {error})"
-            if _is_out_of_memory(error):
+            if _failed_for_memory(error):
                 history.refused = False
                 history.postpone()
                 reason += f"; it is tried again after {history.due - history.uses} more of them, and by warm_up()"
@@ -604,18 +604,15 @@ class Passes:
         )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a capture failed for want of device memory.
+def _failed_for_memory(error: BaseException) -> bool:
+    """Whether a capture failed for want of memory.
 
-    Ending a capture in which an allocation failed may raise an error of its own, which has the first as its context; the
-    driver's errors have no class of their own.
+    Ending a capture in which an allocation failed may raise an error of its own, which has the first as its context.
     """
     link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, torch.OutOfMemoryError) or "out of memory" in str(link):
-            return True
+    while link is not None and not is_out_of_memory(link):
         link = link.__cause__ or link.__context__
-    return False
+    return link is not None
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

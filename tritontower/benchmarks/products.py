@@ -1,4 +1,4 @@
-"""A tower's products of rows by weights and nothing else: what no implementation on the same library gets below.
+"""A tower's products of rows by weights and nothing else: what no pass on the same library gets below, but for noise.
 
 No attention, norm, activation, bias or residual, and no copy: each product reads rows that are there and writes rows that
 nobody reads.  Products of one shape share their operands, so even a cache is kinder to them than to a tower.
