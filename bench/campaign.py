@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from tritontower.benchmarks.documents import machine_slug
+from tritontower.benchmarks.measuring import provenance
 from tritontower.cli.parity import hide_reference_progress
-from tritontower.measuring import provenance
 
 from .cpu_stages import CPU_STAGES
 from .runner import (

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from tritontower.benchmarks.images import family_titles
 from tritontower.benchmarks.loading import benchmark_loading
 from tritontower.benchmarks.memory import benchmark_memory
-from tritontower.benchmarks.pictures import family_titles
-from tritontower.demonstration import demonstration_checkpoint
+from tritontower.demo.checkpoint import demonstration_checkpoint
 
 from .runner import Item, Setting, Stage
 from .tower_stages import TINY_FAMILY, packs, preprocessing_items, squares, tiny_checkpoint, tower_items

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tritontower.kernels import dispatch
-from tritontower.kernels.device import dot
-from tritontower.measuring import time_on_device
+from tritontower.benchmarks.measuring import time_on_device
+from tritontower.kernels.runtime import dispatch
+from tritontower.kernels.runtime.device_functions import dot
 
 __all__ = ["SHAPES", "measure_dot"]
 

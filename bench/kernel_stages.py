@@ -11,14 +11,14 @@ import torch
 
 from tritontower.benchmarks.cases import Case, Grid, cases
 from tritontower.benchmarks.kernels import measure
+from tritontower.benchmarks.measuring import time_on_device
 from tritontower.benchmarks.roofline import Roofline, measured_roofline, published_roofline
-from tritontower.kernels import attention_fixed, attention_specialised
-from tritontower.kernels.configs import architecture
-from tritontower.kernels.flash_attention import FlashAttentionConfig
-from tritontower.kernels.linear import LinearConfig
-from tritontower.kernels.linear import default_config as default_linear_config
-from tritontower.kernels.vendor_product import vendor_takes
-from tritontower.measuring import time_on_device
+from tritontower.kernels.attention import fixed_max, warp_specialized
+from tritontower.kernels.attention.attention import FlashAttentionConfig
+from tritontower.kernels.gemm.linear import LinearConfig
+from tritontower.kernels.gemm.linear import default_config as default_linear_config
+from tritontower.kernels.gemm.vendor import vendor_takes
+from tritontower.kernels.runtime.config import architecture
 
 from .dot16 import SHAPES, measure_dot
 from .runner import Item, Row, Setting
@@ -127,14 +127,14 @@ def falls_back(case: Case, device: torch.device) -> str | None:
     """Why another variant would run in the place of the configured one; ``None`` if none would."""
     here = architecture(device)
     config: FlashAttentionConfig = case.config
-    if config.variant == "fixed" and here not in attention_fixed.ARCHITECTURES:
+    if config.variant == "fixed" and here not in fixed_max.ARCHITECTURES:
         return f"the fixed stabiliser is not compiled for {here}"
     if config.variant != "specialised":
         return None
     heads, head_dim = case.sizes["heads"], case.sizes["head_dim"]
     width = case.sizes.get("padded", head_dim)
     q, k, v = torch.empty(1, 3, heads, width, dtype=case.dtype, device=device).unbind(1)
-    return attention_specialised.obstacle(q, k, v, head_dim, config, here)
+    return warp_specialized.obstacle(q, k, v, head_dim, config, here)
 
 
 def _words(chosen: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ import sys
 import torch
 
 from tritontower.benchmarks.documents import Document, document, write_json
-from tritontower.benchmarks.pictures import family_configuration, family_titles
+from tritontower.benchmarks.images import family_configuration, family_titles
 from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
 from tritontower.cli.options import output_file, picture_size, positive_integer
 from tritontower.errors import TowerError, shorten

@@ -17,10 +17,10 @@ from typing import Any
 
 from tritontower.benchmarks.documents import machine, machine_slug, seconds_of
 from tritontower.benchmarks.kernels import rival_seconds
+from tritontower.benchmarks.measuring import Timing
 from tritontower.benchmarks.plots import plot
 from tritontower.benchmarks.preprocessing import BYTES, DIGESTS, THEIRS
 from tritontower.benchmarks.towers import EAGER, OURS, PRODUCTS, RIVALS, fastest_rival
-from tritontower.measuring import Timing
 
 from .runner import ROOT
 
@@ -234,7 +234,7 @@ def _memory(content: Found) -> str:
         for row in content["rows"]
     ]
     return (
-        f"**Memory** beyond weights and memory plan, peak of the process, bfloat16 (`tests/test_full_size.py` holds it under "
+        f"**Memory** beyond weights and memory plan, peak of the process, bfloat16 (`tests/parity/test_full_size.py` holds it under "
         f"300 MB): {', '.join(words)}."
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from tritontower.benchmarks.pictures import family_configuration
+from tritontower.benchmarks.images import family_configuration
 
 from .kernel_stages import attention_items, dot_items, gemm_items, peak_items, rope_items
 from .runner import ROOT, Item, Row, Setting, Stage

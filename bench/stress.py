@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tritontower.benchmarks.cases import Case, check
-from tritontower.kernels.flash_attention import FlashAttentionConfig
+from tritontower.kernels.attention.attention import FlashAttentionConfig
 
 from .kernel_stages import attention_fields, falls_back
 from .runner import Item, Row, Setting

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from tritontower import VisionTower
-from tritontower.batch import PackedBatch
-from tritontower.benchmarks.kernels import OURS
-from tritontower.benchmarks.pictures import (
+from tritontower.batch.packed_batch import PackedBatch
+from tritontower.benchmarks.images import (
     PACKS,
     family_checkpoint,
     family_configuration,
@@ -23,10 +22,11 @@ from tritontower.benchmarks.pictures import (
     square,
     summaries,
 )
+from tritontower.benchmarks.kernels import OURS
+from tritontower.benchmarks.measuring import interleaved
 from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, compare_preprocessing
 from tritontower.benchmarks.towers import Pass, compare_times, load_towers, reference_of
-from tritontower.measuring import interleaved
-from tritontower.random_checkpoint import write_random_checkpoint
+from tritontower.demo.random_checkpoint import write_random_checkpoint
 
 from .runner import Item, Row, Setting
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 
 from tritontower import VisionTower
-from tritontower.mrope import prompt_positions
-from tritontower.prompt import TokenSpace, encode_prompt, merge_embeddings, sanitize_ids
+from tritontower.prompt.encode import TokenSpace, encode_prompt, merge_embeddings, sanitize_ids
+from tritontower.prompt.mrope import prompt_positions
 
 
 @torch.inference_mode()

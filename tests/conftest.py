@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 from support.checkpoints import save_qwen2_vl
 
-from tritontower.kernels import dispatch
+from tritontower.kernels.runtime import dispatch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

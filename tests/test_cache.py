@@ -19,11 +19,11 @@ from support.checkpoints import noise, save_qwen2_vl
 from tritontower import VisionTower
 from tritontower.cache import CacheStats, EmbeddingCache, files_identity, framed_digest, preprocessing_identity
 from tritontower.embedding import ImageEmbedding
-from tritontower.encoding import ItemError
+from tritontower.engine.executor import Executor
 from tritontower.errors import BackendUnavailableError, Limits, NonFiniteOutputError, TowerError, UsageError
-from tritontower.executor import Executor
-from tritontower.images import canonical_rgb
 from tritontower.preprocessing import SmartResize
+from tritontower.preprocessing.images.image import canonical_rgb
+from tritontower.scheduler.scheduler import ItemError
 
 
 def filled(value: float, floats: int = 4) -> ImageEmbedding:

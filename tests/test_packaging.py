@@ -25,7 +25,9 @@ PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "-
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
 
 # Where a package and its kernels come from, as seen by a process that knows nothing of the checkout.
-WHERE = "import tritontower, tritontower.kernels.norm as norm; print(tritontower.__file__); print(norm.__file__)"
+WHERE = (
+    "import tritontower, tritontower.kernels.rowwise.norm as norm; print(tritontower.__file__); print(norm.__file__)"
+)
 
 
 def _run(*command: str | Path, cwd: Path, **environment: str) -> str:

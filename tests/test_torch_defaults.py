@@ -12,9 +12,10 @@ import torch
 from support.checkpoints import noise
 from support.towers import TowerCase, all_cases
 
-from tritontower import TokenSpace, VisionTower, encode_prompt, merge_embeddings, weights
-from tritontower.kernels import cpu
-from tritontower.mrope import prompt_positions
+from tritontower import TokenSpace, VisionTower, encode_prompt, merge_embeddings
+from tritontower.engine import weight_loader
+from tritontower.kernels.gemm import cpu
+from tritontower.prompt.mrope import prompt_positions
 
 CASES = all_cases()
 PROBES = (cpu.onednn_multiplies, cpu.onednn_packs, cpu.onednn_exponentiates)
@@ -82,7 +83,7 @@ def test_no_number_depends_on_torch_s_defaults(
     saved: Callable[[TowerCase], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weights, "_ALONE_BYTES", 2**12)  # small towers have no weight that is large enough
+    monkeypatch.setattr(weight_loader, "_ALONE_BYTES", 2**12)  # small towers have no weight that is large enough
     expected = tensors_of(saved(case), case)
     with defaults(dtype, device):
         found = tensors_of(saved(case), case)

@@ -20,7 +20,7 @@ from support.checkpoints import noise, rename_tensors, save_qwen2_vl
 from support.towers import all_cases
 
 from tritontower import VisionTower, has_vision
-from tritontower.capture import CaptureLimits
+from tritontower.engine.cuda_graphs import CaptureLimits
 from tritontower.errors import (
     AspectRatioError,
     BackendUnavailableError,
@@ -35,9 +35,9 @@ from tritontower.errors import (
     TowerNotLoadedError,
     UsageError,
 )
-from tritontower.graph import Workload
-from tritontower.parity import compare, compare_nodes, relative_error
-from tritontower.reference import flat_patches
+from tritontower.graph.ir import Workload
+from tritontower.models.common.hf_reference import flat_patches
+from tritontower.parity.parity import compare, compare_nodes, relative_error
 
 SIZES = [(157, 243), (28, 28), (300, 64), (14, 700), (90, 90)]
 PICTURES = [noise(width, height, seed) for seed, (width, height) in enumerate(SIZES)]

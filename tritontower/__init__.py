@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CaptureLimits": "capture",
+    "CaptureLimits": "engine.cuda_graphs",
     "EmbeddingCache": "cache",
     "ImageEmbedding": "embedding",
-    "ItemError": "encoding",
+    "ItemError": "scheduler.scheduler",
     "Limits": "errors",
-    "PackedBatch": "batch",
-    "TokenSpace": "token_space",
+    "PackedBatch": "batch.packed_batch",
+    "TokenSpace": "prompt.token_ids",
     "TowerConfig": "config",
     "TowerError": "errors",
     "VisionTower": "tower",
-    "encode_prompt": "prompt",
+    "encode_prompt": "prompt.encode",
     "has_vision": "tower",
     "load_embeddings": "embedding",
-    "merge_embeddings": "merging",
-    "mrope_positions": "mrope",
+    "merge_embeddings": "prompt.merge",
+    "mrope_positions": "prompt.mrope",
     "save_embeddings": "embedding",
 }
 
@@ -55,17 +55,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .batch import PackedBatch
+    from .batch.packed_batch import PackedBatch
     from .cache import EmbeddingCache
-    from .capture import CaptureLimits
     from .config import TowerConfig
     from .embedding import ImageEmbedding, load_embeddings, save_embeddings
-    from .encoding import ItemError
+    from .engine.cuda_graphs import CaptureLimits
     from .errors import Limits, TowerError
-    from .merging import merge_embeddings
-    from .mrope import mrope_positions
-    from .prompt import encode_prompt
-    from .token_space import TokenSpace
+    from .prompt.encode import encode_prompt
+    from .prompt.merge import merge_embeddings
+    from .prompt.mrope import mrope_positions
+    from .prompt.token_ids import TokenSpace
+    from .scheduler.scheduler import ItemError
     from .tower import VisionTower, has_vision
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from .config import TowerConfig
+from .devices import device_of
 from .embedding import ImageEmbedding
 from .errors import UsageError, is_out_of_memory, shorten
-from .placement import device_of
 from .preprocessing import Bounds, Preprocessor
-from .preprocessing.settings import VIDEO_FILES
+from .preprocessing.processor_config import VIDEO_FILES
 
 __all__ = [
     "CacheStats",

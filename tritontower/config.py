@@ -1,7 +1,7 @@
 """What a vision tower *is*: a frozen description, independent of any model's name.
 
-A file in :mod:`tritontower.families` reads a checkpoint's ``config.json`` into a :class:`TowerConfig`;
-:func:`tritontower.building.build` turns that into a layer graph.  Nothing in between knows which model it came from.
+A file in :mod:`tritontower.models.common.registry` reads a checkpoint's ``config.json`` into a :class:`TowerConfig`;
+:func:`tritontower.graph.builder.build` turns that into a layer graph.  Nothing in between knows which model it came from.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -183,7 +183,7 @@ class TowerConfig:
     """
 
     family: str
-    """Which file of :mod:`tritontower.families` read it; for messages, never for decisions."""
+    """Which file of :mod:`tritontower.models.common.registry` read it; for messages, never for decisions."""
     patch: PatchEmbedding
     width: int
     depth: int

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from .batch import Grid
+from .batch.packed_batch import Grid
+from .checkpoint.files import explained, open_safetensors
+from .devices import device_of
 from .errors import CheckpointCorruptError, EmbeddingFileError, UsageError, shorten
-from .placement import device_of
-from .weight_files import explained, open_safetensors
 
 __all__ = ["ImageEmbedding", "checked_alias", "load_embeddings", "save_embeddings"]
 

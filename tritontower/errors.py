@@ -336,7 +336,7 @@ class HostRefusalError(TowerError, ValueError):
 
     Attributes:
         host: the engine and the release that was read, such as ``"vLLM 0.33.0"``.
-        model_type: the checkpoint's model type, as in :func:`tritontower.families.model_types`.
+        model_type: the checkpoint's model type, as in :func:`tritontower.models.common.registry.model_types`.
         reason: what the engine does with such embeddings.
         instead: what works.
     """

@@ -12,8 +12,33 @@ from typing import Any, Literal, Unpack, overload
 import numpy as np
 import torch
 
-from .ahead import canonical_pictures, workers
-from .arguments import (
+from .batch.packed_batch import PackedBatch
+from .cache import EmbeddingCache, embedding_key, files_identity, tower_identity
+from .checkpoint.checkpoint import Checkpoint, Progress
+from .checkpoint.hub import fetch_shards, locate
+from .config import TowerConfig
+from .devices import device_of, dtype_of
+from .embedding import ImageEmbedding, checked_alias
+from .engine.cuda_graphs import CaptureLimits, plan_planned_pass
+from .engine.executor import Executor
+from .engine.onednn_weights import pack_weights
+from .engine.runner import Executors, expected_weights_bytes
+from .engine.weight_loader import read_weights, stored_shapes
+from .errors import Limits, TowerNotLoadedError, UsageError, shorten
+from .graph.builder import build
+from .graph.fusion import fold_still_pictures, fuse, passes_for
+from .graph.ir import Graph, Workload
+from .graph.memory_plan import MemoryPlan, plan_memory
+from .graph.summary import Description
+from .kernels.runtime.dispatch import backend_on
+from .models.common.detection import configuration_in, has_vision
+from .models.common.feature_layers import with_features
+from .models.common.registry import Family, declared_dtype, read_family
+from .preprocessing import Bounds, Preprocessor, pack_views
+from .preprocessing.images.image import ChannelOrder, Picture
+from .prompt.encode import PromptLayout
+from .prompt.mrope import MropeRule
+from .scheduler.arguments import (
     check_instance,
     frames_of,
     is_one_picture,
@@ -23,35 +48,10 @@ from .arguments import (
     views_of,
     workload_of,
 )
-from .batch import PackedBatch
-from .building import build
-from .cache import EmbeddingCache, embedding_key, files_identity, tower_identity
-from .capture import CaptureLimits, plan_planned_pass
-from .checkpoint import Checkpoint, Progress
-from .clips import ClipTimes, encode_clip
-from .config import TowerConfig
-from .description import Description
-from .detection import configuration_in, has_vision
-from .embedding import ImageEmbedding, checked_alias
-from .encoding import Call, ItemError, encode_pictures, patches_per_pass
-from .errors import Limits, TowerNotLoadedError, UsageError, shorten
-from .executor import Executor
-from .executors import Executors, expected_weights_bytes
-from .families import Family, read_family
-from .features import with_features
-from .fusion import fold_still_pictures, fuse, passes_for
-from .graph import Graph, Workload
-from .images import ChannelOrder, Picture
-from .kernels.dispatch import backend_on
-from .locate import fetch_shards, locate
-from .memory import MemoryPlan, plan_memory
-from .mrope import MropeRule
-from .packing import pack_weights
-from .placement import declared_dtype, device_of, dtype_of
-from .preprocessing import Bounds, Preprocessor, pack_views
-from .prompt import PromptLayout
-from .results import aliases_of, embeddings_of
-from .weights import read_weights, stored_shapes
+from .scheduler.outputs import aliases_of, embeddings_of
+from .scheduler.prefetch import canonical_pictures, workers
+from .scheduler.scheduler import Call, ItemError, encode_pictures, patches_per_pass
+from .scheduler.video import ClipTimes, encode_clip
 
 __all__ = ["VisionTower", "has_vision"]
 
@@ -65,7 +65,7 @@ class VisionTower:
     """A vision tower of a published checkpoint; :meth:`from_pretrained` makes one.
 
     ``encode`` is ``preprocess`` and ``forward`` in a row, as often as the pictures take
-    (:mod:`tritontower.encoding`); an engine that schedules its own passes calls the two halves.
+    (:mod:`tritontower.scheduler.scheduler`); an engine that schedules its own passes calls the two halves.
 
     Attributes:
         family: what the family file read out of the checkpoint's configuration.
@@ -152,7 +152,7 @@ class VisionTower:
             cache: keeps embeddings, so that a picture that comes again is not encoded again; by default nothing is kept.
                 Several towers may share one.
             cuda_graphs: whether passes on a GPU are captured as CUDA graphs when their size comes the second time, and
-                replayed from then on; a :class:`~tritontower.capture.CaptureLimits` says what they may hold (by default
+                replayed from then on; a :class:`~tritontower.engine.cuda_graphs.CaptureLimits` says what they may hold (by default
                 32 graphs and 4 GiB).  See :meth:`warm_up`.  It changes no number, and nothing at all on a CPU.
             revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
             progress: called with the bytes read so far and in all.
@@ -371,7 +371,7 @@ class VisionTower:
             max_patches: patches of one pass, class tokens not counted; a picture with more is a pass of its own.  By
                 default as many as take 1 GiB, or half of what is free on a GPU if that is less.
             on_error: what a picture that cannot be encoded does: ``"raise"`` ends the call, ``"return"`` leaves an
-                :class:`~tritontower.encoding.ItemError` in the picture's place and goes on.
+                :class:`~tritontower.scheduler.scheduler.ItemError` in the picture's place and goes on.
             output_device: where the embeddings go; by default they stay where the tower is.  From a GPU to ``"cpu"`` they
                 come in page-locked memory.
             text_alias: what stands for the picture in a prompt; for several, a list with one, or ``None``, for each.

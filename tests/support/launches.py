@@ -18,23 +18,23 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from tritontower.kernels import configs, dispatch
-from tritontower.kernels.attention_pooling import attention_pooling
-from tritontower.kernels.elementwise import ACTIVATIONS, activation, add
-from tritontower.kernels.extent import Extent
-from tritontower.kernels.flash_attention import FlashAttentionConfig, flash_attention_varlen
-from tritontower.kernels.gather import MAX_TAPS, gather_rows
-from tritontower.kernels.linear import EPILOGUES, GATED, LinearConfig, linear
-from tritontower.kernels.norm import norm
-from tritontower.kernels.patch_projection import patch_projection
-from tritontower.kernels.pooling import mean_rows
-from tritontower.kernels.positions import axial_frequencies, rotary_table
-from tritontower.kernels.projector import projector_mlp
-from tritontower.kernels.qkv_projection import qkv_projection
-from tritontower.kernels.rope import rope_
-from tritontower.kernels.segments import Segments
-from tritontower.kernels.splice import splice_rows
-from tritontower.tuning.disassembly import read_amd, read_nvidia
+from tritontower.kernels.attention.attention import FlashAttentionConfig, flash_attention_varlen
+from tritontower.kernels.attention.pooling_head import attention_pooling
+from tritontower.kernels.gemm.linear import EPILOGUES, GATED, LinearConfig, linear
+from tritontower.kernels.gemm.patch_projection import patch_projection
+from tritontower.kernels.gemm.projector import projector_mlp
+from tritontower.kernels.gemm.qkv_projection import qkv_projection
+from tritontower.kernels.rowwise.activations import ACTIVATIONS, activation, add
+from tritontower.kernels.rowwise.gather import MAX_TAPS, gather_rows
+from tritontower.kernels.rowwise.mean_pool import mean_rows
+from tritontower.kernels.rowwise.norm import norm
+from tritontower.kernels.rowwise.positions import axial_frequencies, rotary_table
+from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.rowwise.splice import splice_rows
+from tritontower.kernels.runtime import config, dispatch
+from tritontower.kernels.runtime.segments import Segments
+from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.tuning.compile.disassembly import read_amd, read_nvidia
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH, HEADS, HEAD_DIM, HIDDEN, MERGED = 1280, 16, 80, 5120, 5120
@@ -413,7 +413,7 @@ def read(compiled: Any, architecture: str) -> dict[str, int]:
 def main(architecture: str, wanted: str) -> None:
     """Prints what every launch of every case compiled to."""
     driver.set_active(StandInDriver(architecture))
-    configs.architecture = lambda device: architecture
+    config.architecture = lambda device: architecture
     launches: list[tuple[str, tuple[int, ...], Any]] = []
     run = JITFunction.run
 

@@ -10,8 +10,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tritontower.config import Normalisation, PatchEmbedding, PositionTable, Projector, TowerConfig
 from tritontower.errors import Limits
-from tritontower.images import CanonicalImage, canonical_rgb
 from tritontower.preprocessing import Preprocessor
+from tritontower.preprocessing.images.image import CanonicalImage, canonical_rgb
 
 LIMITS = Limits()
 

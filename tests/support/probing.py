@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from tritontower import VisionTower
-from tritontower.batch import PackedBatch
-from tritontower.graph import Node
+from tritontower.batch.packed_batch import PackedBatch
+from tritontower.graph.ir import Node
 
 __all__ = ["assert_angles_are_fp32", "assert_frames_do_not_see_each_other", "row_of", "tokens_moved_by", "values_of"]
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritontower.families import (
-    FamilySummary,
+from tritontower.models import (
     gemma3,
     llava,
     llava_onevision,
@@ -24,6 +23,7 @@ from tritontower.families import (
     qwen2_vl,
     qwen3_vl,
 )
+from tritontower.models.common.registry import FamilySummary
 
 __all__ = ["PUBLISHED", "PictureFacts", "PublishedTower", "write_published"]
 

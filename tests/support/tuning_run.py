@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from tritontower.families import qwen2_vl, read_family
-from tritontower.reader import ConfigReader
+from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.models import qwen2_vl
+from tritontower.models.common.registry import read_family
 from tritontower.tuning.tasks import tasks_of
 from tritontower.tuning.tuner import Choice, choose_static
 

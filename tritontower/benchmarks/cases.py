@@ -15,15 +15,15 @@ from typing import Any, cast
 import torch
 from torch.nn import functional
 
-from tritontower.kernels.flash_attention import flash_attention_varlen
-from tritontower.kernels.gather import gather_rows
-from tritontower.kernels.linear import linear
-from tritontower.kernels.norm import norm
-from tritontower.kernels.patch_projection import patch_projection
-from tritontower.kernels.projector import projector_mlp
-from tritontower.kernels.qkv_projection import arrange_heads, qkv_projection
-from tritontower.kernels.rope import rope_
-from tritontower.kernels.segments import Segments
+from tritontower.kernels.attention.attention import flash_attention_varlen
+from tritontower.kernels.gemm.linear import linear
+from tritontower.kernels.gemm.patch_projection import patch_projection
+from tritontower.kernels.gemm.projector import projector_mlp
+from tritontower.kernels.gemm.qkv_projection import arrange_heads, qkv_projection
+from tritontower.kernels.rowwise.gather import gather_rows
+from tritontower.kernels.rowwise.norm import norm
+from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.runtime.segments import Segments
 
 from .shapes import GRIDS, KERNELS, Grid, sizes_of
 

@@ -18,10 +18,10 @@ import torch
 
 import tritontower
 from tritontower import VisionTower
-from tritontower.memory_use import pass_peak
-from tritontower.parity import Reference
+from tritontower.parity.parity import Reference
 
-from .pictures import square
+from .images import square
+from .memory_use import pass_peak
 
 __all__ = ["ask", "forget_files", "load", "peak_bytes"]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from tritontower.kernels import tables
-from tritontower.measuring import Timing, provenance
+from tritontower.kernels.runtime import tables
+
+from .measuring import Timing, provenance
 
 __all__ = [
     "SCHEMA",
@@ -31,7 +32,7 @@ SCHEMA = 1
 """Counts up whenever the fields of a document change their meaning."""
 
 Document = dict[str, Any]
-"""``bench``, ``schema``, ``rows``, the facts of :func:`tritontower.measuring.provenance`, and on a GPU ``tuned``."""
+"""``bench``, ``schema``, ``rows``, the facts of :func:`tritontower.benchmarks.measuring.provenance`, and on a GPU ``tuned``."""
 
 
 def document(

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from tritontower.drawing import text_table
-from tritontower.measuring import Timing, time_on_device
+from tritontower.text_table import text_table
 
 from .cases import Case, Grid, Prepared, cases, check
 from .documents import Document, document, machine, reason_of
+from .measuring import Timing, time_on_device
 from .roofline import Roofline, measured_roofline, published_roofline
 
 __all__ = ["OURS", "benchmark_kernels", "kernel_table", "measure", "rival_seconds", "timings"]

@@ -1,6 +1,6 @@
 """Launches of a block and of a pass, counted from the graph: as it is defined, and as it runs on a GPU.
 
-Nothing runs and no weights are read.  What is counted is said in :mod:`tritontower.launches`.  *plain* and *fused* are the
+Nothing runs and no weights are read.  What is counted is said in :mod:`tritontower.graph.launch_count`.  *plain* and *fused* are the
 graph's own: every product is one launch.  Few rows are cut into parts along K as well, each such product with a second
 launch; how many do depends on the configurations, so the numbers of every architecture stand beside them, by the tables
 that this machine has for it and the defaults where they have nothing.
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from tritontower import VisionTower
-from tritontower.building import build
-from tritontower.drawing import text_table
-from tritontower.fusion import fold_still_pictures, fuse, passes_for
-from tritontower.graph import Graph
-from tritontower.kernels.configs import ARCHITECTURES
-from tritontower.kernels.tables import Identity
-from tritontower.launches import PassLaunches, launch_counts
+from tritontower.graph.builder import build
+from tritontower.graph.fusion import fold_still_pictures, fuse, passes_for
+from tritontower.graph.ir import Graph
+from tritontower.graph.launch_count import PassLaunches, launch_counts
+from tritontower.kernels.runtime.config import ARCHITECTURES
+from tritontower.kernels.runtime.tables import Identity
+from tritontower.text_table import text_table
 
 from .documents import Document, document
 from .towers import Pass

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tritontower.drawing import text_table
+from tritontower.text_table import text_table
 
 from .children import ask
 from .documents import Document, document, machine

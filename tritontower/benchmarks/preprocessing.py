@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 
 from tritontower import VisionTower
-from tritontower.drawing import text_table
-from tritontower.images import canonical_rgb
-from tritontower.measuring import interleaved
+from tritontower.preprocessing.images.image import canonical_rgb
+from tritontower.text_table import text_table
 
 from .documents import Document, document, machine, seconds_of
-from .pictures import noise_pictures
+from .images import noise_pictures
+from .measuring import interleaved
 
 __all__ = [
     "BYTES",

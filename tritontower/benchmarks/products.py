@@ -10,9 +10,9 @@ from functools import partial
 
 import torch
 
-from tritontower.costs import products_of
-from tritontower.graph import Graph, Workload
-from tritontower.kernels.cpu import PackedWeight, compute_dtype, pack, product
+from tritontower.graph.cost import products_of
+from tritontower.graph.ir import Graph, Workload
+from tritontower.kernels.gemm.cpu import PackedWeight, compute_dtype, pack, product
 
 __all__ = ["products_alone"]
 

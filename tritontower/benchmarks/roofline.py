@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tritontower.measuring import time_on_device
+from .measuring import time_on_device
 
 __all__ = ["PUBLISHED", "Roofline", "measured_roofline", "published_roofline"]
 

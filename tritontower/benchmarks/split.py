@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from tritontower import VisionTower
-from tritontower.batch import PackedBatch
-from tritontower.drawing import text_table
-from tritontower.graph import Node
+from tritontower.batch.packed_batch import PackedBatch
+from tritontower.graph.ir import Node
+from tritontower.text_table import text_table
 
 __all__ = ["node_seconds", "split_table"]
 

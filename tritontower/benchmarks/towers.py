@@ -2,7 +2,7 @@
 
 The candidates take turns, so that a machine that drifts hits all alike, and their results are compared before anything is
 timed: there is no speed from a wrong result.  Each tower is first held against transformers in fp32, on a picture that costs
-little, by the project's own rule (:mod:`tritontower.parity`); then the results of every pass are held against each other.
+little, by the project's own rule (:mod:`tritontower.parity.parity`); then the results of every pass are held against each other.
 Where there is no transformers to compare with, a time says "unchecked".  The tower's products alone are timed behind them
 (:mod:`.products`): they say how much of a pass could still be saved.  Both implementations get the same preprocessed pixels
 on the device; preprocessing is not timed here.
@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from tritontower import VisionTower
-from tritontower.batch import PackedBatch
-from tritontower.costs import total_cost
-from tritontower.drawing import text_table
+from tritontower.batch.packed_batch import PackedBatch
 from tritontower.errors import ReferenceModelError, UsageError
-from tritontower.measuring import interleaved
-from tritontower.parity import OutputParity, Reference, relative_error
+from tritontower.graph.cost import total_cost
+from tritontower.parity.parity import OutputParity, Reference, relative_error
+from tritontower.text_table import text_table
 
 from .documents import Document, document, machine, reason_of, seconds_of
-from .pictures import pictures_of
+from .images import pictures_of
+from .measuring import interleaved
 from .products import products_alone
 from .split import node_seconds, split_table
 

@@ -25,8 +25,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.cli.options import add_dtype, add_json, output_file, patch_counts, picture_size, positive_integer
 from tritontower.errors import UsageError
+
+from .options import add_dtype, add_json, output_file, patch_counts, picture_size, positive_integer
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from tritontower.benchmarks.documents import write_json
-    from tritontower.cli.parity import hide_reference_progress
+
+    from .parity import hide_reference_progress
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -221,7 +223,7 @@ def _loading(arguments: argparse.Namespace) -> _Measured:
 
 
 def _preprocessing(arguments: argparse.Namespace) -> _Measured:
-    from tritontower.benchmarks.pictures import PACKS
+    from tritontower.benchmarks.images import PACKS
     from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
 
     _check_packs(arguments)
@@ -278,7 +280,7 @@ def _drawing(text: str) -> Path:
 
 
 def _device(arguments: argparse.Namespace) -> "torch.device":
-    from tritontower.placement import device_of
+    from tritontower.devices import device_of
 
     return device_of(arguments.device)
 
@@ -287,9 +289,9 @@ def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequenc
     """The towers that the command line names; without ``weights`` only their configurations are made or fetched."""
     import torch
 
-    from tritontower.benchmarks.pictures import family_checkpoint, family_configuration, family_titles
-    from tritontower.demonstration import demonstration_checkpoint
-    from tritontower.locate import locate
+    from tritontower.benchmarks.images import family_checkpoint, family_configuration, family_titles
+    from tritontower.checkpoint.hub import locate
+    from tritontower.demo.checkpoint import demonstration_checkpoint
 
     depth = arguments.depth or 0
     dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
@@ -320,7 +322,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 def _passes(arguments: argparse.Namespace) -> "Sequence[Pass]":
     """The passes that the command line names."""
-    from tritontower.benchmarks.pictures import PACKS, pictures_of, square
+    from tritontower.benchmarks.images import PACKS, pictures_of, square
 
     _check_packs(arguments)
     passes: list[Pass] = [(f"{count} patches", partial(square, patches=count)) for count in arguments.patches or ()]
@@ -331,7 +333,7 @@ def _passes(arguments: argparse.Namespace) -> "Sequence[Pass]":
 
 
 def _check_packs(arguments: argparse.Namespace) -> None:
-    from tritontower.benchmarks.pictures import PACKS
+    from tritontower.benchmarks.images import PACKS
 
     unknown = sorted(set(arguments.pack or ()) - set(PACKS))
     if unknown:

@@ -10,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tritontower.cli.options import add_bounds, add_dtype, add_pictures, bounds_of, load_tower
-from tritontower.cli.parity import describe as describe_parity
-from tritontower.cli.parity import hide_reference_progress
-from tritontower.drawing import text_table
+from tritontower.text_table import text_table
+
+from .options import add_bounds, add_dtype, add_pictures, bounds_of, load_tower
+from .parity import describe as describe_parity
+from .parity import hide_reference_progress
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
     from tritontower import ImageEmbedding, PackedBatch, VisionTower
-    from tritontower.graph import Node
+    from tritontower.graph.ir import Node
     from tritontower.preprocessing import Bounds
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the demonstration; returns 1 if the parity check fails."""
     names, pictures = _pictures(arguments.pictures)
     if arguments.model is None:
-        from tritontower.demonstration import demonstration_checkpoint
+        from tritontower.demo.checkpoint import demonstration_checkpoint
 
         arguments.model = demonstration_checkpoint()
     tower = load_tower(arguments)
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     # A GPU may cut the products of a few rows into parts, and then adds them up in another order.
     passed = difference == 0.0 or (tower.device.type != "cpu" and difference < PACK_TOLERANCE)
     if arguments.parity != "none":
-        from tritontower.parity import compare
+        from tritontower.parity.parity import compare
 
         hide_reference_progress()
         smallest = min(range(len(pictures)), key=lambda index: packed[index].num_tokens)
@@ -94,13 +95,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _pictures(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
     """Names and pictures: those on the command line, or the photographs of the demonstration."""
     if not paths:
-        from tritontower.demonstration import demonstration_pictures
+        from tritontower.demo.checkpoint import demonstration_pictures
 
         photographs = demonstration_pictures()
         return list(photographs), list(photographs.values())
     from PIL import Image
 
-    from tritontower.images import canonical_rgb
+    from tritontower.preprocessing.images.image import canonical_rgb
 
     images = [canonical_rgb(path, index=index) for index, path in enumerate(paths)]
     return [path.name for path in paths], [Image.fromarray(image.array) for image in images]
@@ -131,7 +132,7 @@ def _table(names: Sequence[str], embeddings: Sequence["ImageEmbedding"], millise
 
 def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
     """Relative L2 distance of two embeddings; exactly zero if they are the same bit for bit."""
-    from tritontower.parity import relative_error
+    from tritontower.parity.parity import relative_error
 
     return relative_error(first.embeddings, second.embeddings)
 
@@ -166,7 +167,7 @@ def _draw(
     names: Sequence[str], pictures: Sequence["Image.Image"], features: Sequence["torch.Tensor"], folder: Path
 ) -> Path:
     """Writes the pictures beside the features of their patches, as PNG; returns where."""
-    from tritontower.visualise import principal_component_picture, side_by_side
+    from tritontower.demo.pca import principal_component_picture, side_by_side
 
     maps = [principal_component_picture(part.flatten(0, 1), *part.shape[:2]) for part in features]
     titles = [

@@ -10,17 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.cli.options import (
-    add_bounds,
-    add_json,
-    add_model,
-    add_pictures,
-    add_placement,
-    bounds_of,
-    load_tower,
-    output_file,
-)
-from tritontower.drawing import text_table
+from tritontower.text_table import text_table
+
+from .options import add_bounds, add_json, add_model, add_pictures, add_placement, bounds_of, load_tower, output_file
 
 if TYPE_CHECKING:
     from tritontower import ImageEmbedding

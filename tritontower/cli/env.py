@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritontower import __version__
-from tritontower.cli.options import add_json
-from tritontower.drawing import text_table
+from tritontower.text_table import text_table
+
+from .options import add_json
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ class Accelerator:
         name: the vendor's name.
         memory_bytes: what it has.
         architecture: ``"sm_90"``, ``"gfx942"`` and the like.
-        backend: what an operation on it takes, as :mod:`tritontower.kernels.dispatch` says.
+        backend: what an operation on it takes, as :mod:`tritontower.kernels.runtime.dispatch` says.
     """
 
     device: str
@@ -151,7 +152,7 @@ def observe() -> Environment:
 def _with_torch(environment: Environment) -> Environment:
     import torch
 
-    from tritontower.kernels.dispatch import backend_for
+    from tritontower.kernels.runtime.dispatch import backend_for
 
     accelerators = []
     for index in range(torch.cuda.device_count()):

@@ -8,10 +8,10 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from tritontower.drawing import text_table
+from tritontower.text_table import text_table
 
 if TYPE_CHECKING:
-    from tritontower.catalogue import CatalogueEntry
+    from tritontower.models.common.catalog import CatalogueEntry
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the catalogue."""
-    from tritontower.catalogue import catalogue, families_table, weight_formats
+    from tritontower.models.common.catalog import catalogue, families_table, weight_formats
 
     if arguments.markdown:
         print(families_table())

@@ -10,21 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.cli.options import (
-    add_bounds,
-    add_json,
-    add_model,
-    add_placement,
-    bounds_of,
-    load_tower,
-    output_file,
-    picture_size,
-)
-from tritontower.drawing import text_table
+from tritontower.text_table import text_table
+
+from .options import add_bounds, add_json, add_model, add_placement, bounds_of, load_tower, output_file, picture_size
 
 if TYPE_CHECKING:
     from tritontower import VisionTower
-    from tritontower.description import Description
+    from tritontower.graph.summary import Description
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -159,7 +151,7 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_Picture
 
 def _launches_remark(tower: "VisionTower") -> str:
     """A graph for a CPU is not fused as one for a GPU, and torch runs its nodes: its launches are nobody's."""
-    from tritontower.kernels.dispatch import backend_on
+    from tritontower.kernels.runtime.dispatch import backend_on
 
     if backend_on(tower.device) != "reference":
         return ""

@@ -12,21 +12,14 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-from tritontower.cli.options import (
-    add_bounds,
-    add_json,
-    add_model,
-    add_pictures,
-    add_placement,
-    bounds_of,
-    load_tower,
-)
-from tritontower.drawing import text_table
+from tritontower.text_table import text_table
+
+from .options import add_bounds, add_json, add_model, add_pictures, add_placement, bounds_of, load_tower
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from tritontower.parity import NodeParity, Parity
+    from tritontower.parity.parity import NodeParity, Parity
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "hide_reference_progress", "run", "synthetic_pictures"]
 
@@ -45,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Compares, prints, and returns 1 if the tower is not as close as it must be."""
-    from tritontower.parity import compare, compare_nodes
+    from tritontower.parity.parity import compare, compare_nodes
 
     hide_reference_progress()
     tower = load_tower(arguments)

@@ -15,15 +15,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.cli.options import add_dtype, add_json, output_file, patch_counts, positive_integer
-from tritontower.drawing import text_table
 from tritontower.errors import BackendUnavailableError, UsageError
+from tritontower.text_table import text_table
+
+from .options import add_dtype, add_json, output_file, patch_counts, positive_integer
 
 if TYPE_CHECKING:
     import torch
 
     from tritontower.config import TowerConfig
-    from tritontower.kernels.tables import Identity
+    from tritontower.kernels.runtime.tables import Identity
     from tritontower.tuning.tasks import Task
     from tritontower.tuning.tuner import Choice, Progress
 
@@ -146,15 +147,15 @@ def _minutes(text: str) -> float:
 
 def _identity(arguments: argparse.Namespace) -> "Identity":
     """Whose table it is: that of the GPU, or of the architecture that was named."""
-    from tritontower.tuning.write import static_identity
+    from tritontower.tuning.table_writer import static_identity
 
     if arguments.arch is not None:
         return static_identity(arguments.arch)
     import torch
 
-    from tritontower.kernels import tables
-    from tritontower.kernels._triton import HAS_TRITON
-    from tritontower.placement import device_of
+    from tritontower.devices import device_of
+    from tritontower.kernels.runtime import tables
+    from tritontower.kernels.runtime._triton import HAS_TRITON
 
     if not HAS_TRITON or not torch.cuda.is_available():
         if arguments.show or arguments.export is not None:
@@ -179,11 +180,11 @@ def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
     """The tower's description and the precision to tune for."""
     import torch
 
+    from tritontower.checkpoint.config_reader import ConfigReader
+    from tritontower.checkpoint.hub import CONFIG_NAME, locate
+    from tritontower.devices import dtype_of
     from tritontower.errors import CheckpointNotFoundError
-    from tritontower.families import MISTRAL_FORMAT, read_family
-    from tritontower.locate import CONFIG_NAME, locate
-    from tritontower.placement import declared_dtype, dtype_of
-    from tritontower.reader import ConfigReader
+    from tritontower.models.common.registry import MISTRAL_FORMAT, declared_dtype, read_family
 
     if arguments.config is not None:
         paths = [arguments.config.expanduser()]
@@ -209,7 +210,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
     """Where the table goes; made and asked for before the work, not after."""
     import os
 
-    from tritontower.kernels import tables
+    from tritontower.kernels.runtime import tables
 
     folder = arguments.output.expanduser() if arguments.output is not None else tables.user_folder()
     if folder is None:
@@ -232,8 +233,8 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity") -> dict[str, Any]:
     """Chooses, writes the table, and reports."""
-    from tritontower.kernels import tables
-    from tritontower.tuning.write import Merged, entries_of, merge, table_key
+    from tritontower.kernels.runtime import tables
+    from tritontower.tuning.table_writer import Merged, entries_of, merge, table_key
 
     path = _folder(arguments) / tables.table_name(identity.gpu or identity.architecture)
     start = time.monotonic()
@@ -277,7 +278,7 @@ def _measured(
     import torch
     import triton
 
-    from tritontower.measuring import provenance
+    from tritontower.benchmarks.measuring import provenance
     from tritontower.tuning.journal import Journal
     from tritontower.tuning.tuner import Gauge, choose_measured
 
@@ -295,7 +296,7 @@ def _how(arguments: argparse.Namespace, start: float, progress: "Progress") -> d
     import math
     import os
 
-    from tritontower.tuning.rehearsal import cache_folder
+    from tritontower.tuning.compile.aot_compile import cache_folder
 
     return {
         "workers": arguments.workers or max(1, min(8, (os.cpu_count() or 2) // 2)),
@@ -326,7 +327,7 @@ def _described(choice: "Choice", identity: "Identity") -> dict[str, Any]:
 
 
 def _show(tasks: "Sequence[Task]", identity: "Identity", as_json: bool) -> int:
-    from tritontower.kernels import tables
+    from tritontower.kernels.runtime import tables
 
     found = []
     for task in tasks:
@@ -362,7 +363,7 @@ def _show(tasks: "Sequence[Task]", identity: "Identity", as_json: bool) -> int:
 
 
 def _remark(path: Path) -> str:
-    from tritontower.kernels import tables
+    from tritontower.kernels.runtime import tables
 
     try:
         tables.read_table(path)
@@ -374,8 +375,8 @@ def _remark(path: Path) -> str:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from tritontower.kernels import tables
-    from tritontower.tuning.write import merge, read_checked
+    from tritontower.kernels.runtime import tables
+    from tritontower.tuning.table_writer import merge, read_checked
 
     table = read_checked(arguments.imported.expanduser())
     path = _folder(arguments) / tables.table_name(table.key["gpu"] or table.key["architecture"])
@@ -399,8 +400,8 @@ def _given_up(count: int) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from tritontower.kernels import tables
-    from tritontower.tuning.write import read_checked, table_text
+    from tritontower.kernels.runtime import tables
+    from tritontower.tuning.table_writer import read_checked, table_text
 
     identity = _identity(arguments)
     name = tables.table_name(identity.gpu or identity.architecture)

@@ -5,6 +5,5 @@ Nothing here knows what a tower is.
 
 from .nodes import DrawnGroup, DrawnNode, Edge, collapse_repeats, number_ranges
 from .svg import graph_svg
-from .tables import text_table
 
-__all__ = ["DrawnGroup", "DrawnNode", "Edge", "collapse_repeats", "graph_svg", "number_ranges", "text_table"]
+__all__ = ["DrawnGroup", "DrawnNode", "Edge", "collapse_repeats", "graph_svg", "number_ranges"]

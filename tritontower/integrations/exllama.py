@@ -22,11 +22,11 @@ import torch
 
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import UsageError, shorten
-from tritontower.images import Picture
-from tritontower.prompt import DEFAULT_BASE, TokenSpace, encode_prompt
+from tritontower.preprocessing.images.image import Picture
+from tritontower.prompt.encode import DEFAULT_BASE, TokenSpace, encode_prompt
 from tritontower.tower import VisionTower
 
-from ._checks import checked
+from .checks import checked
 
 __all__ = ["ExLlamaEmbedding", "ExLlamaV2Vision", "ExLlamaV3Vision", "to_exllama"]
 

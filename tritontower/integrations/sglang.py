@@ -23,7 +23,7 @@ from tritontower.embedding import ImageEmbedding
 from tritontower.errors import HostRefusalError, UsageError, shorten
 from tritontower.tower import VisionTower
 
-from ._checks import NO_LANGUAGE_MODEL, Refusal, checked, grids, taken_form, whole_rows
+from .checks import NO_LANGUAGE_MODEL, Refusal, checked, grids, taken_form, whole_rows
 
 __all__ = ["SGLANG_READ", "to_sglang"]
 

@@ -18,7 +18,7 @@ from tritontower.embedding import ImageEmbedding
 from tritontower.errors import HostRefusalError, UsageError
 from tritontower.tower import VisionTower
 
-from ._checks import NO_LANGUAGE_MODEL, Refusal, checked, grids, taken_form, whole_rows
+from .checks import NO_LANGUAGE_MODEL, Refusal, checked, grids, taken_form, whole_rows
 
 __all__ = ["VLLM_READ", "to_vllm"]
 

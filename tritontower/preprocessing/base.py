@@ -14,23 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tritontower.batch import PackedBatch
+from tritontower.batch.digests import Digests
+from tritontower.batch.layout import PictureLayout
+from tritontower.batch.normalization import Rescaling
+from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
-from tritontower.errors import (
-    ImageError,
-    ImageTooLargeError,
-    Limits,
-    ProcessorError,
-    UsageError,
-    list_names,
-    shorten,
-)
-from tritontower.images import CanonicalImage, Digests, check_size, is_large
-from tritontower.layout import PictureLayout
-from tritontower.pixels import Rescaling
+from tritontower.errors import ImageError, ImageTooLargeError, Limits, ProcessorError, UsageError, list_names, shorten
 
-from .settings import IMAGE_FILES, Settings
-from .shortcut import (
+from .fast_path import (
     Shortcut,
     Spread,
     alone,
@@ -42,6 +33,8 @@ from .shortcut import (
     shortcut_of,
     spread_over_threads,
 )
+from .images.image import CanonicalImage, check_size, is_large
+from .processor_config import IMAGE_FILES, Settings
 
 __all__ = ["Bounds", "Preprocessor", "cut_into_patches"]
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.kernels import tables
-from tritontower.tuning.tasks import Task
+from tritontower.kernels.runtime import tables
+
+from .tasks import Task
 
 if TYPE_CHECKING:
-    from tritontower.tuning.tuner import Candidate
+    from .tuner import Candidate
 
 __all__ = ["ATTEMPTS", "Journal"]
 

@@ -11,21 +11,22 @@ from typing import Any
 
 import torch
 
-from tritontower.kernels.attention_blocks import FlashAttentionConfig
-from tritontower.kernels.flash_attention import flash_attention_varlen
-from tritontower.kernels.linear import linear
-from tritontower.kernels.linear_config import LinearConfig
-from tritontower.kernels.norm import NormConfig, norm
-from tritontower.kernels.patch_projection import patch_projection
-from tritontower.kernels.qkv_projection import qkv_projection
-from tritontower.kernels.segments import Segments
-from tritontower.kernels.tables import configuration
-from tritontower.tuning.tasks import Task
+from tritontower.kernels.attention.attention import flash_attention_varlen
+from tritontower.kernels.attention.common import FlashAttentionConfig
+from tritontower.kernels.gemm.linear import linear
+from tritontower.kernels.gemm.linear_config import LinearConfig
+from tritontower.kernels.gemm.patch_projection import patch_projection
+from tritontower.kernels.gemm.qkv_projection import qkv_projection
+from tritontower.kernels.rowwise.norm import NormConfig, norm
+from tritontower.kernels.runtime.segments import Segments
+from tritontower.kernels.runtime.tables import configuration
+
+from .tasks import Task
 
 __all__ = ["CONFIGS", "Operation", "prepare"]
 
 CONFIGS: dict[str, type[Any]] = {
-    "flash_attention": FlashAttentionConfig,
+    "attention": FlashAttentionConfig,
     "linear": LinearConfig,
     "norm": NormConfig,
     "patch_projection": LinearConfig,
@@ -253,7 +254,7 @@ def _norm(task: Task, make: _Tensors, hard: bool) -> Operation:
 
 
 _MAKERS: dict[str, Callable[[Task, _Tensors, bool], Operation]] = {
-    "flash_attention": _attention,
+    "attention": _attention,
     "linear": _product,
     "norm": _norm,
     "patch_projection": _patches,

@@ -13,6 +13,7 @@ Command line: ``python -m tritontower.tuning.static --architecture sm_90 --kerne
 
 import argparse
 import importlib
+import importlib.util
 import json
 import pkgutil
 import re
@@ -23,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import tritontower.kernels
-from tritontower.kernels.configs import ARCHITECTURES, SHARED_MEMORY_LIMIT, CompileSpec
-from tritontower.tuning.children import Death, answer_orders, answers
-from tritontower.tuning.disassembly import MachineCode, hot_loop, read_amd, read_nvidia
-from tritontower.tuning.predict import Compiled, attention_time, product_time
+from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT, CompileSpec
+
+from .compile.disassembly import MachineCode, hot_loop, read_amd, read_nvidia
+from .compile.worker import Death, answer_orders, answers
+from .predict import Compiled, attention_time, product_time
 
 __all__ = [
     "StaticReport",
@@ -63,7 +65,7 @@ class StaticReport:
     """What one :class:`CompileSpec` became on one architecture."""
 
     kernel: str
-    """The kernel file, e.g. ``"flash_attention"``."""
+    """The kernel file, e.g. ``"attention"``."""
     name: str
     architecture: str
     triton: str
@@ -97,8 +99,10 @@ class StaticReport:
 
 def kernel_modules() -> list[str]:
     """The kernel files that list compile specifications, by module name without the package."""
-    names = sorted(module.name for module in pkgutil.iter_modules(tritontower.kernels.__path__))
-    return [name for name in names if hasattr(_kernel_module(name), "compile_specs")]
+    prefix = "tritontower.kernels."
+    modules = pkgutil.walk_packages(tritontower.kernels.__path__, prefix)
+    names = sorted(module.name.removeprefix(prefix) for module in modules if not module.ispkg)
+    return [name.rpartition(".")[2] for name in names if hasattr(_kernel_module(name), "compile_specs")]
 
 
 def discover(architecture: str, kernels: Sequence[str] | None = None) -> list[CompileSpec]:
@@ -191,11 +195,17 @@ def table(reports: Iterable[StaticReport]) -> str:
 
 
 def _kernel_module(name: str) -> Any:
+    if "." not in name:
+        name = next(
+            p
+            for p in (f"{d}.{name}" for d in ("attention", "gemm", "rowwise", "runtime"))
+            if importlib.util.find_spec(f"tritontower.kernels.{p}")
+        )
     return importlib.import_module(f"tritontower.kernels.{name}")
 
 
 def kernel_name(spec: CompileSpec) -> str:
-    """The kernel file of ``spec``, e.g. ``"flash_attention"``."""
+    """The kernel file of ``spec``, e.g. ``"attention"``."""
     return str(_function(spec.kernel).__module__).rpartition(".")[2]
 
 
@@ -370,7 +380,7 @@ HEADER = """\
 # What the shipped configurations compile to
 
 Compiled ahead of time with Triton {triton}; nothing here was measured on hardware. Regenerate with
-`python -m tritontower.tuning.static --write`; `tests/test_ahead_of_time.py` keeps the table honest.
+`python -m tritontower.tuning.static --write`; `tests/tuning/test_aot_compile.py` keeps the table honest.
 
 Registers are per thread, shared memory in bytes per program. *Instructions per element* counts thread instructions of
 the hot loop (attention: for each score; GEMM: for each output element and loop iteration), or of the whole program

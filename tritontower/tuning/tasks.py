@@ -1,7 +1,7 @@
 """What there is to tune in a tower: its graph and the sizes of its pictures → the distinct launches of its kernels.
 
 Two nodes whose launches the tables cannot tell apart (the same kernel, dtype, constants and buckets of sizes) are one
-task.  The names of constants and sizes are those with which the kernels ask :func:`tritontower.kernels.tables.tuned`.
+task.  The names of constants and sizes are those with which the kernels ask :func:`tritontower.kernels.runtime.tables.tuned`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from tritontower.batch import expected_workload
-from tritontower.building import build
+from tritontower.batch.packed_batch import expected_workload
 from tritontower.config import TowerConfig
-from tritontower.fusion import DEFAULT_PASSES, KERNEL_PASSES, chunk_mlp, fold_still_pictures, fuse
-from tritontower.graph import Graph, Node, Workload
-from tritontower.kernels.tables import bucket, dtype_name
+from tritontower.graph.builder import build
+from tritontower.graph.fusion import DEFAULT_PASSES, KERNEL_PASSES, chunk_mlp, fold_still_pictures, fuse
+from tritontower.graph.ir import Graph, Node, Workload
+from tritontower.kernels.runtime.tables import bucket, dtype_name
 
 __all__ = ["PATCHES", "Task", "tasks_of", "tower_graph"]
 
@@ -172,7 +172,7 @@ def _attention(node: Node, workload: Workload, dtype: str, name: str) -> Task:
     bound = attributes["length_bound"] or 0
     padded = attributes.get("padded_head_dim")
     return Task(
-        "flash_attention",
+        "attention",
         dtype,
         _facts(head_dim=attributes["head_dim"], padded=padded is not None, bounded=bound),
         _facts(longest=min(length, bound) if bound else length),

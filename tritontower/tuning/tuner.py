@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
+from tritontower.benchmarks.measuring import can_capture, time_on_device
 from tritontower.errors import BackendUnavailableError
-from tritontower.kernels import configs
-from tritontower.measuring import can_capture, time_on_device
-from tritontower.tuning.journal import ATTEMPTS, Journal
-from tritontower.tuning.operations import prepare
-from tritontower.tuning.predict import Prediction
-from tritontower.tuning.rehearsal import Order, Rehearsal, problems, rehearse
-from tritontower.tuning.space import candidates, default_fields, guess, prediction, uniform
-from tritontower.tuning.tasks import Task
+from tritontower.kernels.runtime import config as configs
+
+from .compile.aot_compile import Order, Rehearsal, problems, rehearse
+from .journal import ATTEMPTS, Journal
+from .operations import prepare
+from .predict import Prediction
+from .search_space import candidates, default_fields, guess, prediction, uniform
+from .tasks import Task
 
 __all__ = [
     "COMPILED",
@@ -321,7 +322,7 @@ class Gauge:
         smaller = replace(task, sizes=tuple(sorted(size.items())), facts=tuple(sorted(facts.items())))
         repeats = REPEATS * (10 if config.get("variant") == "specialised" else 1)
         largest = 0.0
-        for hard in (False, True) if task.kernel == "flash_attention" else (False,):
+        for hard in (False, True) if task.kernel == "attention" else (False,):
             operation = prepare(smaller, self.device, hard=hard)
             first = operation.run(config).clone()
             error, worst = distance(first, operation.expected())

@@ -1,6 +1,6 @@
 """One file per family: how to make its small random checkpoints, and how transformers alone encodes pictures with them.
 
-Every file here lists its :class:`TowerCase` s in ``CASES``; ``tests/test_every_tower.py`` holds each of them to the same
+Every file here lists its :class:`TowerCase` s in ``CASES``; ``tests/models/test_every_model.py`` holds each of them to the same
 promises.  A new family's test entry is one new file.
 """
 

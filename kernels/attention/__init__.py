@@ -1,0 +1,1 @@
+"""Variable-length flash attention and the attention pooling head."""

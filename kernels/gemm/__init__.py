@@ -1,0 +1,1 @@
+"""Matrix multiplications with epilogues: linear, QKV, projector and patch projection."""

@@ -1,0 +1,1 @@
+"""Kernels that process rows independently: norms, rotary embedding, activations, gathers and means."""

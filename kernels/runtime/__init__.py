@@ -1,0 +1,1 @@
+"""What all kernels share: backend choice, launch configurations, segments and device functions."""

@@ -1,0 +1,521 @@
+"""`tritontower bench`: what it measures on small towers, what it prints and keeps, and what it refuses."""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from tritontower import VisionTower, cli
+from tritontower.benchmarks import children, documents, images, measuring, plots, preprocessing, products, towers
+from tritontower.benchmarks.launches import launch_rows
+from tritontower.benchmarks.measuring import Timing, interleaved, portable_command, provenance, time_on_device
+from tritontower.benchmarks.towers import CheckedReference
+from tritontower.demo.random_checkpoint import write_random_checkpoint
+from tritontower.errors import UsageError
+from tritontower.graph.builder import build
+from tritontower.graph.cost import cost_of, total_cost
+from tritontower.graph.launch_count import launch_counts
+from tritontower.graph.workspace import SMALL_BYTES
+from tritontower.models import qwen2_vl
+
+CPU = torch.device("cpu")
+(PUBLISHED,) = qwen2_vl.SUMMARIES
+NARROW = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "narrow"
+    config = {**PUBLISHED.example, "vision_config": NARROW}
+    return write_random_checkpoint(folder, config, PUBLISHED.processor, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def tower(model) -> VisionTower:
+    return VisionTower.from_pretrained(model, device="cpu")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command as a user has it, without the interpreter; gives exit code and what was printed."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def command(*words: object) -> tuple[int, str, str]:
+        code = cli.main(["bench", *map(str, words)])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
+class TestMeasuring:
+    def test_candidates_take_turns_after_a_first_round_that_does_not_count(self):
+        calls: list[str] = []
+        candidates = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+        times = interleaved(candidates, repeats=2, device=CPU)
+        assert "".join(calls) == "ababab"
+        assert [len(timing.seconds) for timing in times.values()] == [2, 2]
+
+    def test_timing(self):
+        timing = Timing((4.0, 1.0, 2.0, 3.0, 10.0))
+        assert (timing.best, timing.median) == (1.0, 3.0)
+        assert timing.spread == pytest.approx((4.0 - 2.0) / 3.0)
+        assert Timing((1.0,)).spread == 0.0
+
+    def test_on_a_cpu_the_wall_clock_counts(self):
+        calls: list[int] = []
+        timing = time_on_device(lambda: calls.append(1), device=CPU, budget_seconds=0.0, least=4)
+        assert timing.method == "clock"
+        assert (len(calls), len(timing.seconds)) == (5, 4)
+        assert len(time_on_device(lambda: None, device=CPU, budget_seconds=60.0, most=6).seconds) == 6
+
+    def test_on_a_cpu_caches_are_cold(self, monkeypatch):
+        order: list[str] = []
+        monkeypatch.setattr(measuring, "_evict_from_cpu", lambda: order.append("evict"))
+        time_on_device(lambda: order.append("call"), device=CPU, budget_seconds=0.0, least=2)
+        assert order == ["call", "evict", "call", "evict", "call"]
+
+    def test_what_evicts_is_more_than_the_caches_hold(self):
+        assert measuring._cpu_filler().numel() * 4 >= 64 * 2**20
+
+    def graphs(self, monkeypatch, busy: list[float], idle: list[float]) -> None:
+        """A GPU whose captured graphs take these times."""
+        times = {"busy": iter(busy), "idle": iter(idle)}
+
+        class Graph:
+            def __init__(self, name: str) -> None:
+                self.replay = name
+
+        names = iter(("busy", "idle"))
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(measuring, "_cache_bytes", lambda _: 64)
+        monkeypatch.setattr(measuring, "_captured", lambda _: Graph(next(names)))
+        monkeypatch.setattr(measuring, "_between_events", lambda name: next(times[name]))
+        monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+
+    def test_a_single_difference_below_zero_counts_like_any_other(self, monkeypatch):
+        self.graphs(monkeypatch, [11e-5, 10e-5, 12e-5], [10e-5, 11e-5, 10e-5])
+        timing = time_on_device(lambda: None, device=torch.device("cuda"), least=3, most=3)
+        assert timing.seconds == pytest.approx((1e-6, -1e-6, 2e-6))
+        assert (timing.method, timing.median) == ("graph", pytest.approx(1e-6))
+
+    def test_a_time_of_nothing_is_no_time(self, monkeypatch):
+        self.graphs(monkeypatch, [9e-5, 10e-5, 12e-5], [10e-5, 11e-5, 10e-5])
+        with pytest.raises(RuntimeError, match=r"the median of 3 differences is -1.00 µs"):
+            time_on_device(lambda: None, device=torch.device("cuda"), least=3, most=3)
+
+    def test_provenance_names_what_a_figure_needs(self):
+        facts = provenance(CPU)
+        assert facts["torch"] == torch.__version__
+        assert facts["command"].startswith("python ")
+        assert {"date", "commit", "triton", "transformers", "cpu", "threads", "capability"} <= facts.keys()
+        json.dumps(facts)
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (["/usr/bin/python3.12", "-m", "bench.campaign", "--cpu"], "python -m bench.campaign --cpu"),
+            (["python", "/here/docs/make_api.py"], "python docs/make_api.py"),
+            (["python", "/usr/local/bin/tritontower", "bench", "../model"], "python tritontower bench ../model"),
+            (["python", "x.py", "--output=/elsewhere/found here"], "python x.py '--output=found here'"),
+        ],
+    )
+    def test_a_command_holds_no_path_of_one_machine(self, words, expected):
+        assert portable_command(words, Path("/here")) == expected
+
+    @pytest.mark.gpu
+    def test_graph_and_events_agree_on_a_gpu(self):
+        device = torch.device("cuda")
+        left = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+        out = torch.empty_like(left)
+
+        def product() -> None:
+            torch.mm(left, left, out=out)
+
+        by_graph = time_on_device(product, device=device)
+        by_events = time_on_device(product, device=device, graph=False)
+        assert (by_graph.method, by_events.method) == ("graph", "events")
+        assert 0 < by_graph.median < 2 * by_events.median
+        assert provenance(device)["gpu"]
+
+    @pytest.mark.gpu
+    def test_what_waits_for_the_device_is_timed_by_events(self):
+        device = torch.device("cuda")
+        rows = torch.ones(10, device=device)
+        timing = time_on_device(lambda: rows.sum().item(), device=device, budget_seconds=0.01)
+        assert timing.method == "events"
+        assert torch.equal(rows.cpu(), torch.ones(10))
+
+
+class TestTowers:
+    def test_all_candidates_agree_and_have_times(self, tower):
+        reference = CheckedReference(tower, tower.dtype)
+        row = towers.compare_times(
+            tower, reference, images.square(tower, 64), repeats=2, rivals=["sdpa", "eager"], family="x"
+        )
+        assert row["status"] == "ok"
+        assert set(row["seconds"]) == {"tritontower", "transformers sdpa", "transformers eager", "products alone"}
+        assert {len(seconds) for seconds in row["seconds"].values()} == {2}
+        assert 0 < max(row["distances"].values()) < 1e-5
+        medians = documents.seconds_of(row)
+        fastest = min(medians["transformers sdpa"], medians["transformers eager"])
+        assert row["ratio"] == pytest.approx(fastest / medians["tritontower"])
+        assert (row["patches"], row["tokens"]) == (64, 16)
+        assert row["checked"]
+        assert 0 < row["accuracy"]["embeddings"]["error"] < row["accuracy"]["embeddings"]["limit"] == 1e-5
+
+    def test_eager_attention_is_for_the_call_only(self, tower):
+        model = CheckedReference(tower, tower.dtype).model
+        attention = [module for module in model.modules() if type(module).__name__ == "VisionAttention"]
+        with towers._attention(model, "eager"):
+            assert {module.config._attn_implementation for module in attention} == {"eager"}
+        assert {module.config._attn_implementation for module in attention} == {"sdpa"}
+
+    def test_a_disagreement_is_not_timed(self, tower, monkeypatch):
+        monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
+        monkeypatch.setattr(towers, "AGREEMENT", {"float32": 1e-12})
+        reference = CheckedReference(tower, tower.dtype)
+        row = towers.compare_times(tower, reference, images.square(tower, 16))
+        assert row["status"] == "failed"
+        assert "transformers sdpa by" in row["reason"]
+        assert "seconds" not in row
+
+    def test_a_rival_that_fails_is_left_out(self, tower, monkeypatch):
+        def cannot(reference, inputs):
+            raise RuntimeError("no compiler\nhere")
+
+        monkeypatch.setitem(towers._BUILD_RIVAL, "compile", cannot)
+        reference = CheckedReference(tower, tower.dtype)
+        row = towers.compare_times(tower, reference, images.square(tower, 16), repeats=1, rivals=["compile"])
+        assert row["notes"] == {"transformers sdpa, torch.compile": "RuntimeError: no compiler here"}
+        assert list(row["seconds"]) == ["tritontower", "products alone"]
+        assert row["ratio"] is None
+        assert not row["checked"]
+        assert row["accuracy"]["embeddings"]["error"] < 1e-5
+        document = {"dtype": "float32", "gpu": "made up", "rows": [{**row, "family": "F", "pack": "P"}]}
+        assert "unchecked" in towers.tower_table(document)
+
+    @pytest.mark.parametrize("rivals", [["sdpa"], ["compile"]])
+    def test_16_bit_results_are_held_against_float32(self, model, monkeypatch, rivals):
+        """Off by 4 %: less than what two correct towers may differ by, and more than transformers is off by itself."""
+
+        def cannot(reference, inputs):
+            raise RuntimeError("no compiler here")
+
+        monkeypatch.setitem(towers._BUILD_RIVAL, "compile", cannot)
+        monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
+        tower = VisionTower.from_pretrained(model, device="cpu", dtype="bfloat16")
+        forward, run = tower.forward, tower.run
+        monkeypatch.setattr(tower, "forward", lambda batch: forward(batch) * 1.04)
+        monkeypatch.setattr(tower, "run", lambda batch: {name: rows * 1.04 for name, rows in run(batch).items()})
+        row = towers.compare_times(tower, CheckedReference(tower, tower.dtype), images.square(tower, 16), rivals=rivals)
+        assert row["status"] == "failed"
+        assert "too far from transformers in fp32, on a picture of 224 × 224: embeddings by" in row["reason"]
+        found = row["accuracy"]["embeddings"]
+        assert found["error"] > found["limit"] > 0
+
+    def test_a_right_tower_in_16_bits_passes(self, model):
+        tower = VisionTower.from_pretrained(model, device="cpu", dtype="bfloat16")
+        reference = CheckedReference(tower, tower.dtype)
+        row = towers.compare_times(tower, reference, images.square(tower, 16), repeats=1)
+        assert (row["status"], row["checked"]) == ("ok", True)
+        assert row["accuracy"]["embeddings"]["limit"] == 1.1 * reference.accuracy["embeddings"].reference_error
+
+    def test_without_a_reference_a_time_is_unchecked(self, tower):
+        row = towers.compare_times(tower, None, images.square(tower, 16), repeats=1)
+        assert (row["status"], row["checked"]) == ("ok", False)
+        assert "accuracy" not in row
+
+    def test_a_reference_that_is_too_large_is_a_note(self, tower, monkeypatch):
+        def too_large(*_, **__):
+            raise torch.OutOfMemoryError("out of memory")
+
+        reference = CheckedReference(tower, tower.dtype)
+        monkeypatch.setattr(CheckedReference, "accuracy", property(too_large))
+        row = towers.compare_times(tower, reference, images.square(tower, 16), repeats=1)
+        assert row["status"] == "ok"
+        assert row["notes"] == {"transformers in fp32": "OutOfMemoryError: out of memory"}
+
+    def test_products_alone_are_all_of_a_pass(self, tower, monkeypatch):
+        """Every one of them is made, with the operations that the graph counts, less those of attention."""
+        made: list[int] = []
+
+        def count(x: torch.Tensor, weight: torch.Tensor, bias: None) -> None:
+            made.append(2 * x.shape[0] * weight.shape[0] * x.shape[1])
+
+        monkeypatch.setattr(products, "product", count)
+        monkeypatch.setattr(products, "pack", lambda weight: weight)
+        workload = images.square(tower, 64).workload
+        products.products_alone(tower.graph, workload, device=CPU, dtype=torch.float32)()
+        attention = [node for node in tower.graph.nodes if node.kind == "attention"]
+        by_attention = sum(cost_of(tower.graph, node, workload, 4).flops for node in attention)
+        assert len(attention) == tower.config.depth
+        assert sum(made) == total_cost(tower.graph, workload, 4).flops - by_attention
+
+    def test_fixed_sizes_are_packed_to_the_count(self):
+        with images.family_configuration("CLIP", depth=1) as folder:
+            clip = VisionTower.from_pretrained(folder, device="cpu", dtype="float32", delay_load=True)
+            batch = images.square(clip, 3 * clip.config.num_patches)
+        assert len(batch) == 3
+
+    def test_a_batch_that_cannot_be_is_refused(self, tower, monkeypatch):
+        def refuses(*_, **__):
+            raise ValueError("no such grid")
+
+        monkeypatch.setattr(images.PackedBatch, "pack", refuses)
+        with pytest.raises(UsageError, match=r"no square picture of 64 patches \(no such grid\); name picture sizes"):
+            images.square(tower, 64)
+
+
+class TestFamilies:
+    def test_cutting_the_depth_leaves_no_level_behind_it(self):
+        config = {"vision_config": {"depth": 27, "deepstack_visual_indexes": [8, 16, 24]}, "model_type": "x"}
+        assert images.shallow(config, 10)["vision_config"] == {"depth": 10, "deepstack_visual_indexes": [8]}
+        assert images.shallow(config, 0) == config
+
+    def test_all_families_of_transformers_are_there(self):
+        assert {"CLIP", "Gemma 3", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Pixtral", "SigLIP"} <= set(
+            images.family_titles()
+        )
+
+    def test_an_unknown_family_is_named(self):
+        with (
+            pytest.raises(UsageError, match="no family 'Qwen9'; there are CLIP"),
+            images.family_configuration("Qwen9"),
+        ):
+            pass
+
+
+class TestPreprocessing:
+    def test_like_is_compared_with_like(self, tower):
+        row = preprocessing.compare_preprocessing(tower, "two", [(56, 84), (100, 60)], repeats=1)
+        assert row["status"] == "ok"
+        assert {"tritontower", "transformers"} <= row["seconds"].keys()
+        assert row["distance"] <= row["limit"]
+
+    def test_other_pixels_are_not_timed(self, tower, monkeypatch):
+        monkeypatch.setattr(preprocessing, "LIMIT", -1.0)
+        monkeypatch.setattr(preprocessing, "interleaved", lambda *_, **__: pytest.fail("was timed"))
+        row = preprocessing.compare_preprocessing(tower, "one", [(56, 56)])
+        assert row["status"] == "failed"
+
+
+class TestLaunches:
+    def test_rows_are_the_counts_of_the_graphs(self, tower):
+        (row,) = launch_rows(tower, [("64 patches", lambda tower: images.square(tower, 64))], "x")
+        plain = launch_counts(build(tower.config), images.square(tower, 64).workload)
+        assert row["plain_pass"] == plain.total.total
+        assert row["fused_block"] < row["plain_block"]
+        assert row["fused_pass"] < row["plain_pass"]
+
+
+class TestChildren:
+    def test_memory_and_loading_are_asked_of_fresh_processes(self, model):
+        facts = {"folder": str(model), "dtype": "float32", "device": "cpu"}
+        memory = children.ask("memory", **facts, patches=64)
+        assert memory["patches"] == 64
+        assert memory["growth_bytes"] > memory["weights_bytes"] > 0
+        assert 0 < memory["plan_bytes"] <= memory["planned_bytes"]
+        assert memory["allocated_bytes"] <= memory["planned_bytes"]
+        assert memory["allocated_bytes"] == pytest.approx(memory["planned_bytes"] - SMALL_BYTES, rel=0.1)
+        load = children.ask("load", **facts, by="transformers", cold=True)
+        assert load["kind"] == "Reference"
+        assert load["seconds"] > 0
+        assert load["files_bytes"] > load["weights_bytes"] > 0
+
+    def test_what_the_tower_reads_is_counted(self, model):
+        load = children.load(str(model), "float32", "cpu", by="tritontower", cold=False)
+        assert load["kind"] == "VisionTower"
+        assert 0 < load["read_bytes"] <= load["files_bytes"]
+
+    def test_a_child_that_fails_says_why(self, tmp_path):
+        with pytest.raises(RuntimeError, match=r"CheckpointNotFoundError|ConfigError|no config"):
+            children.ask("memory", folder=str(tmp_path), dtype="float32", device="cpu", patches=64)
+
+
+class TestDocuments:
+    def test_written_as_a_whole(self, tmp_path):
+        path = tmp_path / "new" / "report.json"
+        documents.write_json(path, {"rows": [1]})
+        assert json.loads(path.read_text()) == {"rows": [1]}
+        with pytest.raises(TypeError):
+            documents.write_json(path, {"rows": object()})
+        assert json.loads(path.read_text()) == {"rows": [1]}
+        assert os.listdir(path.parent) == ["report.json"]
+
+    @pytest.mark.parametrize(("threads", "words"), [(1, "1 thread of Some CPU"), (2, "2 threads of Some CPU")])
+    def test_machines_in_words(self, threads, words):
+        assert documents.machine({"cpu": "Some CPU", "threads": threads}) == words
+        assert documents.machine({"gpu": "NVIDIA Test", "cpu": "Some CPU"}) == "NVIDIA Test"
+
+    def test_machines_have_names_for_folders(self):
+        assert documents.machine_slug({"gpu": "NVIDIA H200"}) == "nvidia-h200"
+        assert documents.machine_slug({"cpu": "AMD EPYC (x)", "threads": 2}) == "cpu-amd-epyc-x-2-threads"
+
+    def test_reasons_are_one_short_line(self):
+        assert documents.reason_of(ValueError("a\n  b")) == "ValueError: a b"
+        assert len(documents.reason_of(ValueError("a" * 999), 100)) == 100
+
+
+DOCUMENT = {
+    "bench": "towers",
+    "dtype": "bfloat16",
+    "gpu": "made up",
+    "rows": [
+        {
+            "status": "ok",
+            "family": "F",
+            "pictures": pictures_in_pass,
+            "patches": 1024,
+            "seconds": {"transformers sdpa": [0.2], "tritontower": [0.1, 0.3, 0.2]},
+        }
+        for pictures_in_pass in (1, 6)
+    ]
+    + [{"status": "failed", "family": "G"}],
+}
+
+
+class TestPlots:
+    def test_groups_and_candidates(self):
+        assert plots._groups(DOCUMENT) == [
+            ("F: 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
+            ("F: 6 pictures, 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
+        ]
+        assert plots._names(DOCUMENT, plots._groups(DOCUMENT))[0] == "tritontower"
+
+    def test_without_matplotlib_the_message_says_so(self, monkeypatch, tmp_path):
+        for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(UsageError, match="plots need matplotlib"):
+            plots.plot(DOCUMENT, tmp_path / "plot.png")
+
+    def test_a_picture_is_drawn(self, tmp_path):
+        pytest.importorskip("matplotlib", reason="matplotlib is optional, and not installed here")
+        plots.plot(DOCUMENT, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_nothing_to_draw(self, tmp_path):
+        with pytest.raises(UsageError, match="nothing in this towers report"):
+            plots.plot({**DOCUMENT, "rows": []}, tmp_path / "plot.png")
+
+
+class TestCommand:
+    def test_towers(self, run, model, tmp_path):
+        output = tmp_path / "report.json"
+        words = (
+            "towers",
+            model,
+            "--split",
+            "--patches",
+            "16,64",
+            "--size",
+            "84x56",
+            "--repeats",
+            1,
+            "--output",
+            output,
+            "--json",
+        )
+        code, printed, table = run(*words)
+        assert code == 0
+        report = json.loads(printed.splitlines()[-1])
+        assert report == json.loads(output.read_text())
+        assert [row["pack"] for row in report["rows"]] == ["16 patches", "64 patches", "84 × 56"]
+        assert report["dtype"] == "float32"
+        assert "ratio: fastest transformers ÷ tritontower" in table
+        assert "Milliseconds by node kind" in table
+
+    def test_a_failure_is_exit_code_1(self, run, model, monkeypatch):
+        monkeypatch.setattr(towers, "AGREEMENT", {"float32": 1e-12})
+        code, printed, _ = run("towers", model, "--patches", 16, "--split")
+        assert code == 1
+        assert "the embeddings differ" in printed
+
+    def test_kernels(self, run, monkeypatch):
+        code, printed, _ = run("kernels", "--kernel", "rope", "--dtype", "float32", "--against", "none")
+        assert code == 0
+        assert "% of roofline" in printed
+        assert printed.count("\nrope ") == 2
+
+    def test_preprocessing(self, run, model):
+        code, printed, _ = run("preprocessing", model, "--size", "84x56", "--repeats", 1)
+        assert code == 0
+        assert "84 × 56" in printed
+
+    @pytest.mark.parametrize("kind", [("launches",), ("preprocessing", "--size", "56x56", "--repeats", 1)])
+    def test_nothing_is_made_that_is_not_read(self, run, monkeypatch, tmp_path, kind):
+        """Neither the demonstration's weights nor a hub id's."""
+        monkeypatch.setenv("TRITONTOWER_CACHE", str(tmp_path))
+        monkeypatch.setattr(
+            "tritontower.engine.weight_loader.read_weights", lambda *_, **__: pytest.fail("weights were read")
+        )
+        code, printed, _ = run(*kind)
+        assert code == 0
+        assert "448" in printed or "56 × 56" in printed
+        assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize("kind", [("launches",), ("preprocessing", "--size", "56x56", "--repeats", 1)])
+    def test_of_a_hub_id_only_the_configuration_is_fetched(self, run, model, monkeypatch, kind):
+        asked: list[tuple[str, str | None]] = []
+
+        def locate(name, *, revision=None, **_):
+            asked.append((name, revision))
+            return model
+
+        monkeypatch.setattr("tritontower.checkpoint.hub.locate", locate)
+        monkeypatch.setattr(VisionTower, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+        code, _, _ = run(kind[0], "some/tower", *kind[1:], "--revision", "v2")
+        assert code == 0
+        assert asked == [("some/tower", "v2")]
+
+    def test_launches_need_no_weights_and_no_clock(self, run, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        code, printed, _ = run("launches", "--family", "Qwen2-VL", "--family", "CLIP", "--json")
+        assert code == 0
+        assert [row["blocks"] for row in json.loads(printed)["rows"]] == [32, 24]
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("towers", "some/model", "--family", "CLIP"), "MODEL and --family name different towers"),
+            (("kernels", "--kernel", "attenshun"), "no kernel 'attenshun'; there are attention"),
+            (("kernels", "some/model"), "`bench kernels` takes no MODEL: kernels are measured one by one"),
+            (("kernels", "--patches", "64", "--against", "none", "--split"), "`bench kernels` takes no --patches"),
+            (("kernels", "--against", "bogus"), "takes --against none or no --against, not bogus"),
+            (("loading", "--against", "sdpa,none"), "takes --against none or no --against, not sdpa,none"),
+            (("memory", "--against", "bogus"), "`bench memory` takes no --against"),
+            (("launches", "--split"), "`bench launches` takes no --split: launches are counted"),
+            (("launches", "--kernel", "x"), "`bench launches` takes no --kernel"),
+            (("launches", "--repeats", "3"), "`bench launches` takes no --repeats"),
+            (("towers", "--kernel", "linear"), "`bench towers` takes no --kernel: towers are measured as a whole"),
+            (("preprocessing", "--depth", "2", "--family", "CLIP"), "`bench preprocessing` takes no --depth"),
+            (("towers", "--revision", "main"), "--revision is that of a hub id; name it as MODEL"),
+            (("towers", "--family", "CLIP", "--patches", "100000000"), "the limit is 1048576"),
+            (("towers", "--pack", "huge"), "no pack 'huge'; there are 448"),
+            (("towers", "--depth", "3"), "--depth cuts the towers of --family"),
+            (("towers", "--family", "CLIP", "--depth", "-3"), "'-3' is not a positive whole number"),
+            (("towers", "--plot", "towers.svg"), "'towers.svg' is no name for a drawing; it is a PNG"),
+            (("towers", "--against", "jax"), "transformers runs as sdpa, eager, compile; not as jax"),
+            (("memory", "--plot", "x.png"), "`bench memory` takes no --plot"),
+            (("memory", "--pack", "448"), "name them with --patches"),
+            (("preprocessing", "--patches", "64"), "name them with --size or --pack"),
+            (("loading", "--family", "all"), "loading is measured for one tower at a time"),
+            (("everything",), "invalid choice: 'everything'"),
+        ],
+    )
+    def test_refusals_are_one_line_and_exit_code_2(self, run, words, message):
+        code, _, error = run(*words)
+        assert code == 2
+        assert message in error
+        assert error.count("\n") == 1
+
+    def test_the_interpreter_is_refused(self, run, monkeypatch):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        code, _, error = run("kernels")
+        assert code == 2
+        assert "the interpreter's times mean nothing" in error

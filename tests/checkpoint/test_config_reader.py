@@ -1,0 +1,197 @@
+"""The typed reader believes nothing that a configuration says."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tritontower.checkpoint.config_reader import ConfigReader, parse_json, read_json
+from tritontower.errors import CheckpointNotFoundError, ConfigError, TowerError
+
+NOT_JSON_OBJECTS = {
+    "empty": b"",
+    "garbage": b"hello",
+    "truncated": b'{"a": 1',
+    "byte order mark": b'\xef\xbb\xbf{"a": 1}',
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "not UTF-8": b'{"a": "\xff"}',
+    "list": b"[1, 2]",
+    "number": b"3",
+    "null": b"null",
+    "NaN": b'{"a": NaN}',
+    "infinity": b'{"a": {"b": -Infinity}}',
+    "duplicate key": b'{"a": 1, "b": 2, "a": 1}',
+    "duplicate key deep inside": b'{"a": {"b": [{"c": 1, "c": 2}]}}',
+    "100000 deep lists": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "100000 deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+    "number of 10000 digits": b'{"a": ' + b"9" * 10_000 + b"}",
+    "comment": b'{"a": 1 /* one */}',
+}
+
+
+@pytest.mark.parametrize("data", NOT_JSON_OBJECTS.values(), ids=NOT_JSON_OBJECTS)
+def test_file_that_is_not_one_strict_object(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError) as caught:
+        read_json(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert len(message) < 400 + len(str(path))
+    assert isinstance(caught.value, ValueError)
+
+
+def test_duplicate_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="hidden_size") as caught:
+        parse_json(b'{"x": 1, "hidden_size": 1, "hidden_size": 2}', source="config.json")
+    assert caught.value.key == "hidden_size"
+
+
+def test_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "config.json", tmp_path):
+        with pytest.raises(CheckpointNotFoundError, match="does not exist or is not a file"):
+            read_json(path)
+
+
+def test_file_above_the_limit_is_not_parsed(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"a": "x" * 100}))
+    with pytest.raises(ConfigError, match="at most 64 bytes"):
+        read_json(path, limit_bytes=64)
+    assert read_json(path, limit_bytes=path.stat().st_size)["a"] == "x" * 100
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.binary(max_size=64) | st.text(alphabet='{}[]",:0123e.-+nulltrefasNI', max_size=40).map(str.encode))
+def test_any_bytes_are_an_object_or_a_tower_error(data: bytes) -> None:
+    try:
+        value = parse_json(data, source="config.json")
+    except TowerError:
+        return
+    assert value == json.loads(data)
+
+
+def reader(**values: Any) -> ConfigReader:
+    return ConfigReader({"vision_config": values, "model_type": "qwen2_vl"})
+
+
+def test_reads_each_type() -> None:
+    config = reader(depth=32, eps=1e-6, act="gelu", bias=True, scale=2)
+    assert config.get(int, "vision_config.depth", minimum=1, maximum=64) == 32
+    assert config.get(float, "vision_config.eps") == 1e-6
+    assert config.get(str, "vision_config.act", choices=("gelu", "silu")) == "gelu"
+    assert config.get(bool, "vision_config.bias") is True
+    scale = config.get(float, "vision_config.scale")
+    assert (scale, type(scale)) == (2.0, float)
+
+
+WRONG: dict[str, tuple[type[Any], Any, dict[str, Any]]] = {
+    "true for an integer": (int, True, {}),
+    "float for an integer": (int, 14.0, {}),
+    "text for an integer": (int, "14", {}),
+    "list for an integer": (int, [14], {}),
+    "object for an integer": (int, {"a": 1}, {}),
+    "one for a truth value": (bool, 1, {}),
+    "true for a float": (float, True, {}),
+    "NaN": (float, math.nan, {}),
+    "infinity out of 1e999": (float, json.loads("1e999"), {}),
+    "integer beyond floats": (float, 10**400, {}),
+    "number for a text": (str, 3, {}),
+    "layers −3": (int, -3, {"minimum": 1}),
+    "patch 0": (int, 0, {"minimum": 1}),
+    "hidden 2**40": (int, 2**40, {"maximum": 2**20}),
+    "negative eps": (float, -1e-6, {"minimum": 0.0}),
+    "unknown activation": (str, "mish", {"choices": ("gelu", "silu")}),
+}
+
+
+@pytest.mark.parametrize(("kind", "value", "bounds"), WRONG.values(), ids=WRONG)
+def test_wrong_value_is_named_with_what_is_allowed(kind: type[Any], value: Any, bounds: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        reader(key=value).get(kind, "vision_config.key", **bounds)
+    error = caught.value
+    assert error.key == "vision_config.key"
+    assert error.value is value
+    assert str(error).startswith("config.json: vision_config.key is ")
+    for bound in bounds.values():
+        assert (repr(bound[0]) if isinstance(bound, tuple) else str(bound)) in error.allowed
+    assert len(str(error)) < 300
+
+
+def test_absent_key_needs_a_default_and_null_is_absent() -> None:
+    config = reader(nothing=None)
+    for key in ("vision_config.nothing", "vision_config.missing", "other.missing"):
+        assert not config.has(key)
+        assert config.get(int, key, 7) == 7
+        assert config.get(int, key, None) is None
+        with pytest.raises(ConfigError, match="an integer ≥ 1"):
+            config.get(int, key, minimum=1)
+
+
+def test_path_through_something_that_is_no_object() -> None:
+    with pytest.raises(ConfigError, match=r"vision_config\.size is 3; allowed: an object"):
+        reader(size=3).get(int, "vision_config.size.height")
+
+
+def test_section_keeps_the_full_path_in_messages() -> None:
+    section = reader(depth="x").section("vision_config")
+    with pytest.raises(ConfigError, match=r"config\.json: vision_config\.depth is 'x'"):
+        section.get(int, "depth")
+    assert not reader().section("nowhere", optional=True).has("depth")
+    with pytest.raises(ConfigError, match="nowhere"):
+        reader().section("nowhere")
+    with pytest.raises(ConfigError, match="model_type"):
+        reader().section("model_type")
+
+
+def test_lists_are_checked_element_by_element() -> None:
+    config = reader(layers=[5, 11, 17], mixed=[1, True], size=4)
+    assert config.get_list(int, "vision_config.layers", length=3, minimum=0, maximum=31) == (5, 11, 17)
+    assert config.get_list(int, "vision_config.missing", (1, 2)) == (1, 2)
+    with pytest.raises(ConfigError, match=r"layers\[2\] is 17"):
+        config.get_list(int, "vision_config.layers", maximum=16)
+    with pytest.raises(ConfigError, match=r"mixed\[1\] is True"):
+        config.get_list(int, "vision_config.mixed")
+    with pytest.raises(ConfigError, match="a list of 2"):
+        config.get_list(int, "vision_config.layers", length=2)
+    for key in ("vision_config.size", "vision_config.missing"):
+        with pytest.raises(ConfigError, match="a list, each element an integer"):
+            config.get_list(int, key)
+
+
+def test_lists_of_lists_are_checked_element_by_element() -> None:
+    config = reader(sizes=[[336, 672], [672, 336]], ragged=[[1, 2], [3]], flat=[1, 2], mixed=[[1, 2], [3, "4"]], size=4)
+    assert config.get_rows(int, "vision_config.sizes", length=2, minimum=1) == ((336, 672), (672, 336))
+    assert config.get_rows(int, "vision_config.missing", [[1, 2]], length=2) == ((1, 2),)
+    with pytest.raises(ConfigError, match=r"sizes\[0\]\[0\] is 336"):
+        config.get_rows(int, "vision_config.sizes", length=2, minimum=337)
+    with pytest.raises(ConfigError, match=r"ragged\[1\] is .*a list of 2"):
+        config.get_rows(int, "vision_config.ragged", length=2)
+    with pytest.raises(ConfigError, match=r"flat\[0\] is 1.*a list of 2"):
+        config.get_rows(int, "vision_config.flat", length=2)
+    with pytest.raises(ConfigError, match=r"mixed\[1\]\[1\] is '4'"):
+        config.get_rows(int, "vision_config.mixed", length=2)
+    for key in ("vision_config.size", "vision_config.missing"):
+        with pytest.raises(ConfigError, match="a list of lists of 2, each element an integer"):
+            config.get_rows(int, key, length=2)
+
+
+@pytest.mark.parametrize(
+    "key", ["auto_map", "_attn_implementation", "attn_implementation", "_attn_implementation_internal"]
+)
+def test_keys_that_steer_loaders_into_code_do_not_exist(key: str) -> None:
+    config = ConfigReader({key: "evil/kernel", "vision_config": {key: "evil/kernel"}})
+    assert config.get(str, key, None) is None
+    assert config.get(str, f"vision_config.{key}", None) is None
+    assert not config.has(key)
+
+
+def test_message_never_repeats_a_hostile_value_at_length() -> None:
+    with pytest.raises(ConfigError) as caught:
+        reader(depth="A" * 10_000 + "\x1b[2J\n").get(int, "vision_config.depth")
+    assert len(str(caught.value)) < 200
+    assert str(caught.value).isprintable()

@@ -1,0 +1,594 @@
+"""Quantised vision weights: files made number by number, against sums done one by one in plain Python."""
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save, save_file
+
+from tritontower.checkpoint.checkpoint import Checkpoint
+from tritontower.checkpoint.dequantize import SUPPORTED_SCHEMES
+from tritontower.errors import (
+    CheckpointCorruptError,
+    NonFiniteWeightsError,
+    ShapeMismatchError,
+    TowerError,
+    UnexpectedTensorError,
+    UnsupportedDtypeError,
+    UsageError,
+)
+
+ROOTS = {"visual.": ""}
+NF4 = "quant_state.bitsandbytes__nf4"
+TABLE = [-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
+Tensors = dict[str, torch.Tensor]
+single = np.float32
+
+
+def numbers(seed: int, count: int, low: int, high: int) -> list[int]:
+    return np.random.default_rng(seed).integers(low, high, count).tolist()
+
+
+def as_bytes(description: object) -> torch.Tensor:
+    text = description if isinstance(description, bytes) else json.dumps(description).encode()
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def describe(shape: Sequence[int], block: int = 64, **more: Any) -> dict[str, Any]:
+    return {"quant_type": "nf4", "blocksize": block, "dtype": "float16", "shape": list(shape), **more}
+
+
+def four_bit(
+    shape: tuple[int, ...], block: int = 64, name: str = "visual.x.weight"
+) -> tuple[Tensors, list[np.float32]]:
+    """A weight in 4 bits, and its numbers in order."""
+    count = int(np.prod(shape))
+    codes = numbers(1, count, 0, 16)
+    maxima = [single(0.37) * single(1 + index) for index in range(-(-count // block))]
+    padded = [*codes, 0] if count % 2 else codes
+    packed = [16 * high + low for high, low in zip(padded[::2], padded[1::2], strict=True)]
+    tensors = {
+        name: torch.tensor(packed, dtype=torch.uint8).unsqueeze(1),
+        f"{name}.absmax": torch.tensor(np.array(maxima)),
+        f"{name}.quant_map": torch.tensor(TABLE),
+        f"{name}.{NF4}": as_bytes(describe(shape, block)),
+    }
+    return tensors, [single(TABLE[code]) * maxima[index // block] for index, code in enumerate(codes)]
+
+
+def nested_four_bit(shape: tuple[int, ...]) -> tuple[Tensors, list[np.float32]]:
+    """The same with block maxima in 8 bits, which have blocks of 32 of their own."""
+    tensors, _ = four_bit(shape, 32)
+    count = int(np.prod(shape))
+    blocks = -(-count // 32)
+    codes, table = numbers(2, blocks, 0, 256), [single(index) / single(255) - single(0.5) for index in range(256)]
+    outer = [single(0.1) * single(1 + index) for index in range(-(-blocks // 32))]
+    offset = 2.614628553390503
+    maxima = [table[code] * outer[index // 32] + single(offset) for index, code in enumerate(codes)]
+    tensors |= {
+        "visual.x.weight.absmax": torch.tensor(codes, dtype=torch.uint8),
+        "visual.x.weight.nested_absmax": torch.tensor(np.array(outer)),
+        "visual.x.weight.nested_quant_map": torch.tensor(np.array(table)),
+        f"visual.x.weight.{NF4}": as_bytes(
+            describe(shape, 32, nested_blocksize=32, nested_dtype="float32", nested_offset=offset)
+        ),
+    }
+    return tensors, [single(TABLE[code]) * maxima[i // 32] for i, code in enumerate(numbers(1, count, 0, 16))]
+
+
+def float8(shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers that FP8 has exactly, zeros and both ends among them."""
+    count = int(np.prod(shape))
+    choice = [0.0, -0.0, 448.0, -448.0, 2.0**-9, 0.4375, -3.5, 26.0]
+    return torch.tensor([choice[code] for code in numbers(3, count, 0, 8)]).view(shape).to(torch.float8_e4m3fn)
+
+
+def write(folder: Path, tensors: Tensors) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def load(folder: Path, tensors: Tensors, dtype: torch.dtype = torch.float32) -> Tensors:
+    with Checkpoint.open(write(folder, tensors), roots=ROOTS) as checkpoint:
+        return dict(checkpoint.iterate(dtype))
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [32, 64, 4096])
+@pytest.mark.parametrize("shape", [(6, 50), (7, 5), (4, 3, 2, 2), (1, 1), (64,)], ids=str)
+def test_four_bits(tmp_path: Path, shape: tuple[int, ...], block: int) -> None:
+    tensors, expected = four_bit(shape, block)
+    loaded = load(tmp_path, tensors)
+    assert list(loaded) == ["x.weight"]
+    assert loaded["x.weight"].shape == shape
+    assert loaded["x.weight"].flatten().tolist() == expected
+
+
+def test_four_bits_in_one_dimension(tmp_path: Path) -> None:
+    tensors, expected = four_bit((6, 50))
+    tensors["visual.x.weight"] = tensors["visual.x.weight"].flatten()
+    assert load(tmp_path, tensors)["x.weight"].flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (7, 5), (33, 32)], ids=str)
+def test_four_bits_with_nested_maxima(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensors, expected = nested_four_bit(shape)
+    assert load(tmp_path, tensors)["x.weight"].flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_result_is_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors, expected = nested_four_bit((40, 50))
+    loaded = load(tmp_path, tensors, dtype)["x.weight"]
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded.flatten(), torch.tensor(np.array(expected)).to(dtype))
+
+
+def test_int8(tmp_path: Path) -> None:
+    codes, maxima = numbers(4, 35, -128, 128), [single(0.3) * single(1 + row) for row in range(7)]
+    tensors = {
+        "visual.x.weight": torch.tensor(codes, dtype=torch.int8).view(7, 5),
+        "visual.x.SCB": torch.tensor(np.array(maxima)),
+    }
+    expected = [single(code) * maxima[index // 5] * single(1 / 127) for index, code in enumerate(codes)]
+    assert load(tmp_path, tensors)["x.weight"].flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("role", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("scale", [torch.tensor(0.37), torch.tensor([0.37]), torch.tensor(0.37).bfloat16()])
+@pytest.mark.parametrize("shape", [(130, 7), (5, 3, 2, 2), (6,)], ids=str)
+def test_float8_with_one_scale(tmp_path: Path, role: str, scale: torch.Tensor, shape: tuple[int, ...]) -> None:
+    weight = float8(shape)
+    loaded = load(tmp_path, {"visual.x.weight": weight, f"visual.x.{role}": scale})["x.weight"]
+    expected = [single(value) * single(scale.item()) for value in weight.float().flatten().tolist()]
+    assert loaded.shape == shape
+    assert loaded.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("shape", [(130, 7), (5, 3, 2, 2)], ids=str)
+def test_float8_with_a_scale_for_every_row(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    weight = float8(shape)
+    scales = [single(0.01) * single(1 + row) for row in range(shape[0])]
+    scale = torch.tensor(np.array(scales)).view(-1, *(1 for _ in shape[1:]))
+    loaded = load(tmp_path, {"visual.x.weight": weight, "visual.x.weight_scale": scale})["x.weight"]
+    for row in range(shape[0]):
+        expected = [single(value) * scales[row] for value in weight[row].float().flatten().tolist()]
+        assert loaded[row].flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("role", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("shape", [(256, 384), (300, 130), (128, 129), (3, 5)], ids=str)
+def test_float8_with_a_scale_for_every_block(tmp_path: Path, role: str, shape: tuple[int, int]) -> None:
+    weight = float8(shape)
+    grid = [-(-size // 128) for size in shape]
+    scale = torch.arange(1, grid[0] * grid[1] + 1).view(grid) * 0.013
+    loaded = load(tmp_path, {"visual.x.weight": weight, f"visual.x.{role}": scale})["x.weight"]
+    plain, scales = weight.float().numpy(), scale.numpy()
+    expected = np.empty(shape, np.float32)
+    for row, column in product(range(shape[0]), range(shape[1])):
+        expected[row, column] = plain[row, column] * scales[row // 128, column // 128]
+    assert loaded.numpy().tolist() == expected.tolist()
+
+
+def test_scales_may_be_in_another_shard(tmp_path: Path) -> None:
+    tensors, expected = four_bit((6, 50))
+    shards: dict[str, Tensors] = {"a.safetensors": {}, "b.safetensors": {}, "c.safetensors": {}}
+    for (name, tensor), shard in zip(tensors.items(), ["b", "a", "c", "a"], strict=True):
+        shards[f"{shard}.safetensors"][name] = tensor
+    for file, content in shards.items():
+        save_file(content, tmp_path / file)
+    weight_map = {name: file for file, content in shards.items() for name in content}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+        checkpoint.expect({"x.weight": (6, 50)})
+        ((_, tensor),) = checkpoint.iterate(torch.float32)
+        assert checkpoint.tensors["x.weight"].file == "b.safetensors"
+    assert tensor.flatten().tolist() == expected
+
+
+# -- what is seen of it -----------------------------------------------------------------------------------------------
+
+
+def mixed() -> Tensors:
+    tensors, _ = four_bit((6, 50))
+    return {
+        "visual.norm.weight": torch.ones(4, dtype=torch.float16),
+        **tensors,
+        "visual.x.bias": torch.ones(6, dtype=torch.float16),
+        "visual.y.weight": float8((130, 7)),
+        "visual.y.weight_scale_inv": torch.ones(2, 1),
+        "visual.y.input_scale": torch.ones(1),
+    }
+
+
+MIXED_SHAPES = {"norm.weight": (4,), "x.weight": (6, 50), "x.bias": (6,), "y.weight": (130, 7)}
+
+
+def test_one_tensor_stands_for_all_parts_of_a_weight(tmp_path: Path) -> None:
+    with Checkpoint.open(write(tmp_path, mixed()), roots=ROOTS) as checkpoint:
+        checkpoint.expect(MIXED_SHAPES)
+        headers = dict(checkpoint.tensors)
+        assert {name: header.shape for name, header in headers.items()} == MIXED_SHAPES
+        assert {name: header.scheme for name, header in headers.items()} == {
+            "norm.weight": None,
+            "x.weight": "bitsandbytes NF4",
+            "x.bias": None,
+            "y.weight": "block FP8",
+        }
+        assert headers["x.weight"].dtype == "U8"
+        assert headers["x.weight"].name == "visual.x.weight"
+        with pytest.raises(ShapeMismatchError, match=r"visual\.x\.weight.* has shape \[6, 50\]"):
+            checkpoint.expect({**MIXED_SHAPES, "x.weight": (150, 1)})
+
+
+def test_progress_counts_stored_bytes_with_scales_but_not_what_is_never_read(tmp_path: Path) -> None:
+    tensors = mixed()
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    steps: list[tuple[int, int]] = []
+    with Checkpoint.open(write(tmp_path, tensors), roots=ROOTS) as checkpoint:
+        list(checkpoint.iterate(torch.float32, progress=lambda done, total: steps.append((done, total))))
+        total = sum(sizes.values()) - sizes["visual.y.input_scale"]
+        assert [step[1] for step in steps] == [total] * 4
+        assert steps[-1] == (total, total)
+        parts = sum(size for name, size in sizes.items() if name.startswith("visual.x.weight"))
+        assert checkpoint.tensors["x.weight"].nbytes == parts
+        assert parts in {after - before for (before, _), (after, _) in zip([(0, 0), *steps], steps, strict=False)}
+
+
+def test_configuration_is_not_asked(tmp_path: Path) -> None:
+    config = {"quantization_config": {"quant_method": "awq", "modules_to_not_convert": ["visual"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors, expected = four_bit((6, 50))
+    assert load(tmp_path, tensors)["x.weight"].flatten().tolist() == expected
+
+
+def test_plain_tower_beside_a_quantised_language_model(tmp_path: Path) -> None:
+    tensors = {
+        "visual.x.weight": torch.ones(2, 2, dtype=torch.float16),
+        "model.layers.0.q_proj.qweight": torch.ones(2, 2, dtype=torch.int32),
+        "model.layers.0.q_proj.scales": torch.ones(2, dtype=torch.float16),
+    }
+    loaded = load(tmp_path, tensors, torch.bfloat16)
+    assert list(loaded) == ["x.weight"]
+    assert loaded["x.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["attn.k_proj.input_scale", "attn.k_proj.k_scale", "attn.k_scale", "attn.v_scale"])
+def test_scales_of_activations_are_ignored_beside_a_quantised_weight_only(tmp_path: Path, name: str) -> None:
+    scales = {"visual.attn.k_proj.weight_scale": torch.ones(1), f"visual.{name}": torch.ones(1)}
+    write(tmp_path, {"visual.attn.k_proj.weight": float8((4, 4)), **scales})
+    Checkpoint.open(tmp_path, roots=ROOTS).expect({"attn.k_proj.weight": (4, 4)})
+    write(tmp_path, {"visual.attn.k_proj.weight": torch.ones(4, 4), f"visual.{name}": torch.ones(1)})
+    with pytest.raises(UnexpectedTensorError, match=re.escape(name)):
+        Checkpoint.open(tmp_path, roots=ROOTS).expect({"attn.k_proj.weight": (4, 4)})
+
+
+@pytest.mark.parametrize("extra", ["x.weight_scale", "x.SCB", "x.weight_shape", "attn.input_scale", "attn.q.SCB"])
+def test_companions_that_belong_to_nothing_are_unexpected(tmp_path: Path, extra: str) -> None:
+    specs = {"x.weight": (4, 4), "attn.q.weight": (4, 4)}
+    quantised = {"visual.attn.q.weight": float8((4, 4)), "visual.attn.q.weight_scale": torch.ones(())}
+    write(tmp_path, {"visual.x.weight": torch.ones(4, 4), **quantised, f"visual.{extra}": torch.ones(1)})
+    with pytest.raises(UnexpectedTensorError, match=re.escape(f"visual.{extra}")):
+        Checkpoint.open(tmp_path, roots=ROOTS).expect(specs)
+
+
+def test_dtype_is_that_of_the_plain_tensors_or_the_recorded_one_or_bfloat16(tmp_path: Path) -> None:
+    def dtype_of(tensors: Tensors) -> torch.dtype:
+        return Checkpoint.open(write(tmp_path, tensors), roots=ROOTS).dtype
+
+    packed, _ = four_bit((60, 50))
+    scaled = {"visual.y.weight": float8((130, 7)), "visual.y.weight_scale": torch.ones(1)}
+    assert dtype_of({**packed, **scaled, "visual.norm": torch.ones(2)}) == torch.float32
+    assert dtype_of({**scaled, **packed}) == torch.float16
+    assert dtype_of(scaled) == torch.bfloat16
+
+
+def test_closed_checkpoint_keeps_the_shapes_that_were_asked_for(tmp_path: Path) -> None:
+    tensors = {**four_bit((6, 50))[0], **four_bit((4, 4), name="visual.y.weight")[0]}
+    with Checkpoint.open(write(tmp_path, tensors), roots=ROOTS) as checkpoint:
+        checkpoint.expect({"x.weight": (6, 50)}, unneeded=["y.weight"])
+    assert checkpoint.tensors["x.weight"].shape == (6, 50)
+    with pytest.raises(UsageError, match="closed"):
+        _ = checkpoint.tensors["y.weight"]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def i32(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.int32)
+
+
+def u8(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.uint8)
+
+
+def i8(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.int8)
+
+
+REFUSED: dict[str, tuple[Tensors, str, str]] = {
+    # the tensors of one module, the one that is named, and what it is called
+    "AWQ": ({"qweight": i32(8, 1), "qzeros": i32(1, 1), "scales": torch.ones(1, 8)}, "qweight", "AWQ/GPTQ int4"),
+    "GPTQ": (
+        {"qweight": i32(1, 8), "qzeros": i32(1, 1), "scales": torch.ones(1, 8), "g_idx": i32(8)},
+        "qweight",
+        "AWQ/GPTQ int4",
+    ),
+    "packed": (
+        {"weight_packed": i32(8, 1), "weight_scale": torch.ones(8, 1), "weight_shape": torch.tensor([8, 8])},
+        "weight_packed",
+        "compressed-tensors pack-quantized",
+    ),
+    "packed with zero points": (
+        {"weight_packed": i32(8, 1), "weight_scale": torch.ones(8, 1), "weight_zero_point": i32(1, 1)},
+        "weight_packed",
+        "compressed-tensors pack-quantized",
+    ),
+    "NVFP4": (
+        {
+            "weight_packed": u8(8, 8),
+            "weight_scale": float8((8, 1)),
+            "weight_global_scale": torch.ones(1),
+            "input_global_scale": torch.ones(1),
+        },
+        "weight_packed",
+        "NVFP4",
+    ),
+    "NVFP4 of ModelOpt": (
+        {
+            "weight": u8(8, 8),
+            "weight_scale": float8((8, 1)),
+            "weight_scale_2": torch.ones(()),
+            "input_scale": torch.ones(()),
+        },
+        "weight",
+        "NVFP4",
+    ),
+    "MXFP4": ({"weight_packed": u8(8, 16), "weight_scale": u8(8, 1)}, "weight_packed", "MXFP4"),
+    "int8": ({"weight": i8(8, 8), "weight_scale": torch.ones(8, 1)}, "weight", "compressed-tensors int-quantized"),
+    "zero point": (
+        {"weight": float8((8, 8)), "weight_scale": torch.ones(1), "weight_zero_point": float8((1,))},
+        "weight",
+        "FP8 with a zero point",
+    ),
+    "two scales": (
+        {"weight": float8((8, 8)), "weight_scale": torch.ones(1), "weight_scale_inv": torch.ones(1)},
+        "weight",
+        "FP8 with both",
+    ),
+    "two levels": (
+        {"weight": float8((8, 8)), "weight_scale": torch.ones(1), "weight_scale_2": torch.ones(1)},
+        "weight",
+        "FP8 with two levels",
+    ),
+    "Mistral": (
+        {"weight": float8((8, 8)), "qscale_weight": torch.ones(()), "qscale_act": torch.ones(())},
+        "weight",
+        "Mistral's own FP8",
+    ),
+    "4 bits without a description": (
+        {"weight": u8(32, 1), "weight.absmax": torch.ones(1), "weight.quant_map": torch.ones(16)},
+        "weight",
+        "bitsandbytes 4-bit without",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "named", "scheme"), REFUSED.values(), ids=REFUSED)
+def test_other_schemes_are_refused_by_name_unless_nobody_needs_them(
+    tmp_path: Path, parts: Tensors, named: str, scheme: str
+) -> None:
+    write(
+        tmp_path, {"visual.norm.weight": torch.ones(4), **{f"visual.fc.{name}": part for name, part in parts.items()}}
+    )
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "some-method"}}')
+    message = (
+        rf"tensor 'visual\.fc\.{named}' in model\.safetensors is stored as \w+, {scheme}.*'some-method'.* can be lo"
+    )
+    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+        assert set(checkpoint.tensors) == {"norm.weight", "fc.weight"}
+        assert checkpoint.tensors["fc.weight"].shape == tuple(parts[named].shape)
+        for needed in ({"norm.weight": (4,)}, {"norm.weight": (4,), "fc.weight": (8, 8)}):
+            with pytest.raises(UnsupportedDtypeError, match=message):
+                checkpoint.expect(needed)
+        with pytest.raises(UnsupportedDtypeError, match=message):
+            list(checkpoint.iterate(torch.float32))
+        assert checkpoint.dtype == torch.float32
+        checkpoint.expect({"norm.weight": (4,)}, unneeded=["fc.weight"])
+        checkpoint.expect({"norm.weight": (4,)}, ignored=["fc.*"])
+        assert [name for name, _ in checkpoint.iterate(torch.float32)] == ["norm.weight"]
+
+
+def test_a_weight_in_two_ways_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, {"visual.fc.weight": torch.ones(8, 8), "visual.fc.qweight": i32(8, 1)})
+    checkpoint = Checkpoint.open(tmp_path, roots=ROOTS)
+    assert set(checkpoint.tensors) == {"fc.weight", "fc.qweight"}
+    with pytest.raises(UnsupportedDtypeError, match=r"visual\.fc\.qweight"):
+        checkpoint.expect({"fc.weight": (8, 8)})
+
+
+VARIANTS: dict[str, tuple[Tensors, str]] = {
+    "scales of exponents": ({"weight": float8((8, 8)), "weight_scale": u8(8, 1)}, "'visual.fc.weight_scale'"),
+    "no scale": ({"weight": float8((8, 8))}, "stored as F8_E4M3;"),
+    "scale per column": ({"weight": float8((8, 6)), "weight_scale": torch.ones(1, 6)}, "shape [1, 6]"),
+    "flat scale per row": ({"weight": float8((8, 6)), "weight_scale": torch.ones(8)}, "shape [8]"),
+    "scale per group": ({"weight": float8((8, 64)), "weight_scale": torch.ones(8, 2)}, "weight of shape [8, 64]"),
+    "inverse scale per row": ({"weight": float8((8, 6)), "weight_scale_inv": torch.ones(8, 1)}, "128 x 128"),
+    "other blocks": ({"weight": float8((128, 128)), "weight_scale_inv": torch.ones(2, 2)}, "128 x 128"),
+    "blocks of a convolution": ({"weight": float8((8, 3, 2, 2)), "weight_scale_inv": torch.ones(1, 1)}, "128 x 128"),
+    "another order of rows": ({"weight": i8(4, 4), "SCB": torch.ones(4), "weight_format": u8()}, "row by row"),
+}
+
+
+@pytest.mark.parametrize(("parts", "text"), VARIANTS.values(), ids=VARIANTS)
+def test_variants_are_refused_rather_than_guessed(tmp_path: Path, parts: Tensors, text: str) -> None:
+    write(tmp_path, {f"visual.fc.{name}": part for name, part in parts.items()})
+    checkpoint = Checkpoint.open(tmp_path, roots=ROOTS)
+    with pytest.raises(UnsupportedDtypeError, match=re.escape(text)):
+        checkpoint.expect({"fc.weight": tuple(parts["weight"].shape)})
+    with pytest.raises(UnsupportedDtypeError, match=re.escape(text)):
+        list(checkpoint.iterate(torch.float32))
+
+
+DESCRIPTIONS: dict[str, tuple[object, str]] = {
+    "not JSON": (b"{", "not JSON"),
+    "not text": (b"\xff\xfe", "not UTF-8"),
+    "empty": (b"", "not JSON"),
+    "a list": ([1], "a list"),
+    "deep": (b"[" * 60_000, "too deeply"),
+    "too long": (b" " * 70_000, "at most 65536 bytes"),
+    "no shape": ({"quant_type": "nf4", "blocksize": 64, "dtype": "float16"}, "shape is None"),
+    "shape null": (describe([]) | {"shape": None}, "shape is None"),
+    "shape a text": (describe([]) | {"shape": "6, 50"}, "a list"),
+    "shape negative": (describe([-6, -50]), "shape[0] is -6"),
+    "shape zero": (describe([0, 50]), "shape[0] is 0"),
+    "shape of floats": (describe([6.0, 50.0]), "shape[0] is 6.0"),
+    "shape of truth": (describe([True, 300]), "shape[0] is True"),
+    "shape astronomic": (describe([2**40, 2**40]), "604462909807314587353088 bytes"),
+    "shape beyond": (describe([2**41]), "shape[0] is"),
+    "shape with many digits": (b'{"shape": [' + b"9" * 5000 + b"]}", "too many digits"),
+    "shape too small": (describe([6, 49]), "147 bytes in one column"),
+    "shape too large": (describe([6, 51]), "153 bytes in one column"),
+    "block zero": (describe([6, 50], 0), "blocksize is 0"),
+    "block odd": (describe([6, 50], 65), "blocksize is 65"),
+    "block missing": (describe([6, 50]) | {"blocksize": None}, "blocksize is None"),
+    "block that does not fit the maxima": (describe([6, 50], 128), "F32 of shape [3]"),
+    "other kind": (describe([6, 50]) | {"quant_type": "fp4"}, "quant_type is 'fp4'"),
+    "unknown type": (describe([6, 50]) | {"dtype": "int4"}, "dtype is 'int4'"),
+    "key twice": (b'{"dtype": "float16", "dtype": "float32"}', "given twice"),
+    "NaN": (b'{"nested_offset": NaN}', "strict JSON"),
+}
+
+
+@pytest.mark.parametrize(("description", "text"), DESCRIPTIONS.values(), ids=DESCRIPTIONS)
+def test_faulty_description_of_four_bits(tmp_path: Path, description: object, text: str) -> None:
+    tensors, _ = four_bit((6, 50))
+    tensors[f"visual.x.weight.{NF4}"] = as_bytes(description)
+    checkpoint = Checkpoint.open(write(tmp_path, tensors), roots=ROOTS)
+    with pytest.raises(CheckpointCorruptError, match=re.escape(text)) as caught:
+        checkpoint.expect({"x.weight": (6, 50)})
+    assert "visual.x.weight" in str(caught.value)
+    assert str(caught.value).isprintable()
+    with pytest.raises(CheckpointCorruptError):
+        list(checkpoint.iterate(torch.float32))
+    with pytest.raises(CheckpointCorruptError):
+        _ = checkpoint.tensors["x.weight"]
+
+
+NESTED: dict[str, dict[str, Any]] = {
+    "nested_blocksize": {"nested_blocksize": 0},
+    "nested_offset": {"nested_offset": "2.0"},
+    "nested_dtype": {"nested_dtype": "bfloat16"},
+    "nested_absmax": {"nested_blocksize": 4096},
+}
+
+
+@pytest.mark.parametrize(("text", "change"), NESTED.items(), ids=NESTED)
+def test_faulty_description_of_nested_maxima(tmp_path: Path, text: str, change: dict[str, Any]) -> None:
+    tensors, _ = nested_four_bit((40, 50))
+    nested = {"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": 2.0, **change}
+    tensors[f"visual.x.weight.{NF4}"] = as_bytes(describe([40, 50], 32, **nested))
+    with pytest.raises(CheckpointCorruptError, match=text):
+        load(tmp_path, tensors)
+
+
+PARTS: dict[str, tuple[str, torch.Tensor | None, str]] = {
+    # part, what it becomes, what is said
+    "codes in two columns": ("", u8(500, 2), "1000 bytes in one column"),
+    "codes too few": ("", u8(999, 1), "1000 bytes in one column"),
+    "codes in an odd type": ("", torch.ones(125, 1, dtype=torch.int64), "1000 bytes in one column"),
+    "no maxima": (".absmax", None, "its absmax is missing"),
+    "maxima not in 8 bits": (".absmax", torch.ones(63), "U8 of shape [63]"),
+    "maxima too few": (".absmax", u8(62), "U8 of shape [63]"),
+    "no table": (".quant_map", None, "its quant_map is missing"),
+    "table too short": (".quant_map", torch.ones(15), "F32 of shape [16]"),
+    "table of another type": (".quant_map", torch.ones(16).double(), "F32 of shape [16]"),
+    "no outer maxima": (".nested_absmax", None, "its nested_absmax is missing"),
+    "outer maxima too many": (".nested_absmax", torch.ones(3), "F32 of shape [2]"),
+    "no outer table": (".nested_quant_map", None, "its nested_quant_map is missing"),
+    "outer table too short": (".nested_quant_map", torch.ones(255), "F32 of shape [256]"),
+    "description in a square": (f".{NF4}", u8(4, 4), "U8, at most"),
+    "description of another type": (f".{NF4}", torch.ones(4), "U8, at most"),
+}
+
+
+@pytest.mark.parametrize(("part", "value", "text"), PARTS.values(), ids=PARTS)
+def test_parts_that_contradict_one_another(tmp_path: Path, part: str, value: torch.Tensor | None, text: str) -> None:
+    tensors, _ = nested_four_bit((40, 50))
+    name = f"visual.x.weight{part}"
+    tensors = {other: tensor for other, tensor in tensors.items() if other != name}
+    if value is not None:
+        tensors[name] = value
+    checkpoint = Checkpoint.open(write(tmp_path, tensors), roots=ROOTS)
+    with pytest.raises(CheckpointCorruptError, match=re.escape(text)):
+        checkpoint.expect({"x.weight": (40, 50)})
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"weight": i8(4, 4), "SCB": torch.ones(5)},
+        {"weight": i8(4, 4), "SCB": torch.ones(4).half()},
+        {"weight": i8(4), "SCB": torch.ones(4)},
+        {"weight": i8(4, 4), "SCB": torch.ones(4), "weight_format": u8(2)},
+        {"weight": i8(4, 4), "SCB": torch.ones(4), "weight_format": torch.zeros(())},
+    ],
+)
+def test_parts_of_int8_that_contradict_one_another(tmp_path: Path, parts: Tensors) -> None:
+    with pytest.raises(CheckpointCorruptError, match=r"visual\.x\.(SCB|weight_format)"):
+        load(tmp_path, {f"visual.x.{name}": part for name, part in parts.items()})
+
+
+def test_non_finite_results_are_refused(tmp_path: Path) -> None:
+    weight = float8((4, 4))
+    tensors = {"visual.x.weight": weight, "visual.x.weight_scale": torch.tensor(1e3)}
+    assert load(tmp_path, tensors)["x.weight"].abs().max() == 448_000
+    with pytest.raises(NonFiniteWeightsError, match=r"values up to 448000, but torch\.float16 ends at 65504"):
+        load(tmp_path, tensors, torch.float16)
+    weight.view(torch.uint8)[1, 2] = 0x7F  # FP8's only NaN
+    with pytest.raises(NonFiniteWeightsError, match="holds NaN or infinity") as caught:
+        load(tmp_path, tensors)
+    assert caught.value.name == "visual.x.weight"
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+@given(data=st.data())
+def test_mutated_file_raises_nothing_but_tower_errors(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(save({**mixed(), **nested_four_bit((40, 50))[0]}))
+    description = content.index(b'{"quant_type"')
+    for _ in range(data.draw(st.integers(1, 3))):
+        last = len(content) - 1
+        position = data.draw(st.integers(0, last) | st.integers(description, min(description + 170, last)))
+        byte = data.draw(st.integers(0, 255) | st.sampled_from(list(b'0123456789[]{},:"-.eE')))
+        content[position] = byte
+    (tmp_path / "model.safetensors").write_bytes(content)
+    try:
+        with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+            checkpoint.expect({**MIXED_SHAPES, "x.weight": (40, 50)})
+            loaded = dict(checkpoint.iterate(torch.float32))
+    except TowerError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert loaded["x.weight"].shape == (40, 50)
+    assert message.isprintable() or not message
+
+
+def test_every_supported_scheme_is_one_that_messages_promise(tmp_path: Path) -> None:
+    write(tmp_path, {"visual.x.weight": i8(2, 2)})
+    with pytest.raises(UnsupportedDtypeError) as caught:
+        Checkpoint.open(tmp_path, roots=ROOTS).expect({})
+    assert all(scheme in str(caught.value) for scheme in SUPPORTED_SCHEMES)

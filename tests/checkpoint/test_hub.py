@@ -1,0 +1,394 @@
+"""Which files are asked of the hub, and what each way of not finding a model says.  No network: the hub is a folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import save_file
+
+from tritontower.checkpoint.checkpoint import Checkpoint
+from tritontower.checkpoint.hub import fetch_shards, locate
+from tritontower.errors import (
+    CheckpointIncompleteError,
+    CheckpointNotFoundError,
+    TowerError,
+    UnsafeFormatError,
+    UnsafePathError,
+    UsageError,
+)
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MODEL = "org/name"
+ROOTS = {"visual.": ""}
+NATIVE_ROOTS = {"vision_encoder.": "tower."}
+
+
+class FakeHub:
+    """A repository that hands its files out into a cache of the hub's layout, and notes what was asked for."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.files: dict[str, bytes] = {"config.json": b"{}"}
+        self.requests: list[tuple[str, str | None]] = []
+        self.options: list[dict[str, Any]] = []
+        self.failure: Exception | None = None
+        self.listings: list[tuple[str | None, str | None]] = []
+        self.listing_failure: Exception | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.requests]
+
+    def hf_hub_download(self, repo_id: str, filename: str, *, revision: str | None, **options: Any) -> str:
+        self.requests.append((filename, revision))
+        self.options.append(options)
+        if self.failure is not None:
+            raise self.failure
+        if repo_id != MODEL or filename not in self.files:
+            raise errors.LocalEntryNotFoundError(f"no {filename}")
+        repository = self.cache / "models--org--name"
+        blob, link = repository / "blobs" / filename, repository / "snapshots" / COMMIT / filename
+        for path in (blob, link):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        blob.write_bytes(self.files[filename])
+        if not link.exists():
+            link.symlink_to(Path("../../blobs") / filename)
+        return str(link)
+
+    def list_repo_files(self, repo_id: str, *, revision: str | None, token: str | None) -> list[str]:
+        self.listings.append((revision, token))
+        if self.listing_failure is not None:
+            raise self.listing_failure
+        return list(self.files)
+
+    def file_exists(self, repo_id: str, filename: str, **_: Any) -> bool:
+        return filename in self.files
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    fake = FakeHub(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "file_exists", fake.file_exists)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fake.list_repo_files)
+    return fake
+
+
+def weights(folder: Path, *names: str) -> bytes:
+    path = folder / "weights"
+    save_file({name: torch.ones(2) for name in names}, path)
+    return path.read_bytes()
+
+
+def test_local_folder_asks_the_hub_for_nothing(tmp_path: Path, hub: FakeHub) -> None:
+    assert locate(tmp_path) == tmp_path
+    assert locate(str(tmp_path)) == tmp_path
+    fetch_shards(tmp_path, ROOTS)
+    assert hub.requests == []
+
+
+def test_local_folder_wins_over_a_hub_id(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / MODEL).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert locate(MODEL) == Path(MODEL)
+    assert hub.requests == []
+
+
+def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate("~/model") == tmp_path / "model"
+
+
+def test_sharded_repository_gives_only_the_shards_with_vision_tensors(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files |= {
+        "preprocessor_config.json": b"{}",
+        "tokenizer.json": b"{}",
+        "a.safetensors": weights(tmp_path, "visual.one", "model.layers.0"),
+        "b.safetensors": weights(tmp_path, "model.layers.1"),
+        "c.safetensors": weights(tmp_path, "visual.two"),
+        "model.safetensors.index.json": json.dumps(
+            {
+                "weight_map": {
+                    "visual.one": "a.safetensors",
+                    "model.layers.0": "a.safetensors",
+                    "model.layers.1": "b.safetensors",
+                    "visual.two": "c.safetensors",
+                }
+            }
+        ).encode(),
+    }
+    folder = locate(MODEL, revision="main")
+    assert folder.name == COMMIT
+    assert hub.names == [
+        "config.json",
+        "params.json",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+        "model.safetensors.index.json",
+    ]
+    hub.requests.clear()
+    fetch_shards(folder, ROOTS)
+    assert hub.names == ["a.safetensors", "c.safetensors"]
+    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"one", "two"}
+
+
+def test_single_file_repository(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
+    folder = locate(MODEL)
+    hub.requests.clear()
+    fetch_shards(folder, ROOTS)
+    assert hub.names == ["model.safetensors"]
+    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"one"}
+
+
+@pytest.fixture
+def native(hub: FakeHub) -> FakeHub:
+    """A repository in Mistral's own layout, with nothing of transformers'."""
+    hub.files = {"params.json": b"{}", "tekken.json": b"{}", "README.md": b""}
+    return hub
+
+
+def test_repository_without_config_is_located_by_its_params(native: FakeHub) -> None:
+    folder = locate(MODEL, revision="main")
+    assert (folder / "params.json").is_file()
+    assert native.requests[:2] == [("config.json", "main"), ("params.json", "main")]
+    assert {revision for _, revision in native.requests[2:]} == {COMMIT}
+    assert "tekken.json" not in native.names
+
+
+def test_params_come_along_where_there_is_a_config(hub: FakeHub) -> None:
+    hub.files["params.json"] = b"{}"
+    assert (locate(MODEL) / "params.json").is_file()
+
+
+def test_repository_with_neither_names_both(hub: FakeHub) -> None:
+    hub.files = {"README.md": b""}
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"org/name: config\.json \(or params\.json\) is not in"
+    ) as caught:
+        locate(MODEL)
+    assert str(caught.value).isprintable()
+
+
+def test_native_index_gives_only_the_shards_with_vision_tensors(tmp_path: Path, native: FakeHub) -> None:
+    weight_map = {
+        "vision_encoder.one": "consolidated-00002-of-00002.safetensors",
+        "output": "consolidated-1.safetensors",
+    }
+    native.files |= {
+        "consolidated.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
+        "consolidated-00002-of-00002.safetensors": weights(tmp_path, "vision_encoder.one"),
+    }
+    folder = locate(MODEL)
+    native.requests.clear()
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    assert native.names == ["consolidated.safetensors.index.json", "consolidated-00002-of-00002.safetensors"]
+    assert native.listings == []
+    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+
+
+def test_native_single_file_beside_the_files_of_transformers(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files |= {
+        "consolidated.safetensors": weights(tmp_path, "vision_encoder.one"),
+        "model.safetensors": weights(tmp_path, "visual.two"),
+    }
+    folder = locate(MODEL)
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    assert not (folder / "model.safetensors").exists()
+    assert hub.listings == []
+    fetch_shards(folder, ROOTS)
+    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"two"}
+
+
+def numbered(tmp_path: Path) -> dict[str, bytes]:
+    return {
+        "consolidated-00001-of-00002.safetensors": weights(tmp_path, "output"),
+        "consolidated-00002-of-00002.safetensors": weights(tmp_path, "vision_encoder.one"),
+    }
+
+
+def test_native_numbered_files_without_an_index_are_all_fetched(tmp_path: Path, native: FakeHub) -> None:
+    native.files |= numbered(tmp_path)
+    folder = locate(MODEL)
+    native.requests.clear()
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral", token="secret")
+    assert native.names[-2:] == ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"]
+    assert native.listings == [(COMMIT, "secret")]
+    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+
+
+@pytest.mark.parametrize("how", ["local_files_only", "offline mode"])
+def test_native_numbered_files_are_found_in_the_cache_without_the_hub(
+    tmp_path: Path, native: FakeHub, how: str
+) -> None:
+    native.files |= numbered(tmp_path)
+    folder = locate(MODEL)
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    native.listing_failure = errors.OfflineModeIsEnabled("story")
+    native.listings.clear()
+    fetch_shards(folder, NATIVE_ROOTS, layout="mistral", local_files_only=how == "local_files_only")
+    assert len(native.listings) == (how == "offline mode")
+    (folder / "consolidated-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointIncompleteError, match="1 of 2 numbered files"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral", local_files_only=True)
+
+
+def test_list_of_files_that_cannot_be_fetched(native: FakeHub) -> None:
+    native.listing_failure = ConnectionError("story")
+    folder = locate(MODEL)
+    with pytest.raises(CheckpointNotFoundError, match=r"the list of files cannot be fetched \(ConnectionError\)"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+
+
+def test_native_repository_of_pickles_and_one_without_weights(native: FakeHub) -> None:
+    folder = locate(MODEL)
+    with pytest.raises(CheckpointNotFoundError, match=r"holds neither consolidated\.safetensors nor consolidated\."):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    native.files["consolidated.00.pth"] = b""
+    with pytest.raises(UnsafeFormatError, match=r"consolidated\.00\.pth"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    native.files["model.safetensors"] = b""
+    with pytest.raises(CheckpointNotFoundError, match="holds neither"):
+        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+
+
+def test_everything_comes_from_the_commit_of_the_configuration(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
+    fetch_shards(locate(MODEL, revision="v1.0"), ROOTS)
+    assert hub.requests[0] == ("config.json", "v1.0")
+    assert {revision for _, revision in hub.requests[1:]} == {COMMIT}
+
+
+def test_options_reach_every_request(tmp_path: Path, hub: FakeHub) -> None:
+    hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
+    folder = locate(MODEL, token="secret", cache_dir=hub.cache, local_files_only=True)
+    fetch_shards(folder, ROOTS, token="secret", local_files_only=True)
+    assert all(
+        options == {"token": "secret", "cache_dir": hub.cache, "local_files_only": True} for options in hub.options
+    )
+
+
+def test_repository_of_pickles(hub: FakeHub) -> None:
+    hub.files["pytorch_model.bin"] = b""
+    folder = locate(MODEL)
+    with pytest.raises(UnsafeFormatError, match=r"org/name holds its weights only as pickles \(pytorch_model\.bin\)"):
+        fetch_shards(folder, ROOTS)
+    assert "pytorch_model.bin" not in hub.names
+
+
+def test_repository_without_weights(hub: FakeHub) -> None:
+    folder = locate(MODEL)
+    with pytest.raises(CheckpointNotFoundError, match="org/name holds neither"):
+        fetch_shards(folder, ROOTS)
+
+
+def test_unsafe_shard_name_is_never_asked_for(hub: FakeHub) -> None:
+    index = {"weight_map": {"visual.one": "good.safetensors", "visual.two": "../../evil.safetensors"}}
+    hub.files |= {"model.safetensors.index.json": json.dumps(index).encode(), "good.safetensors": b""}
+    folder = locate(MODEL)
+    hub.requests.clear()
+    with pytest.raises(UnsafePathError):
+        fetch_shards(folder, ROOTS)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "text"),
+    [
+        ("https://huggingface.co/org/name", UsageError, "is a URL; pass a local folder, or a hub id"),
+        ("file:///etc/passwd", UsageError, "is a URL"),
+        ("no-such-folder", CheckpointNotFoundError, "neither a local folder nor a hub id"),
+        ("./org/name", CheckpointNotFoundError, "neither a local folder nor a hub id"),
+        ("/no/such/folder", CheckpointNotFoundError, "neither a local folder nor a hub id"),
+        ("../up", CheckpointNotFoundError, "neither a local folder nor a hub id"),
+        ("a/b/c", CheckpointNotFoundError, "neither a local folder nor a hub id"),
+        ("", UsageError, "model is empty"),
+        ("~no-such-user-here/model", CheckpointNotFoundError, "cannot be looked up"),
+        ("x" * 5000, CheckpointNotFoundError, "cannot be looked up"),
+        (Path("org/name"), CheckpointNotFoundError, "neither a local folder nor a hub id"),
+    ],
+)
+def test_what_is_no_model_is_not_asked_of_the_hub(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str | Path, error: type[TowerError], text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=text):
+        locate(model)
+    assert hub.requests == []
+
+
+def test_file_instead_of_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(UsageError, match="is a file; pass the folder that it is in"):
+        locate(path)
+
+
+FAILURES = {
+    "offline": (errors.LocalEntryNotFoundError("https://long\nstory"), "not in the local cache"),
+    "offline mode": (errors.OfflineModeIsEnabled("story"), "HF_HUB_OFFLINE unset"),
+    "connection": (ConnectionError("story"), r"cannot be fetched \(ConnectionError\)"),
+    "disk full": (OSError(28, "No space left on device"), r"cannot be fetched \(OSError\)"),
+}
+
+
+@pytest.mark.parametrize(("failure", "text"), FAILURES.values(), ids=FAILURES)
+def test_hub_that_cannot_be_reached(hub: FakeHub, failure: Exception, text: str) -> None:
+    hub.failure = failure
+    with pytest.raises(CheckpointNotFoundError, match=text) as caught:
+        locate(MODEL, revision="v2", token="secret")
+    message = str(caught.value)
+    assert message.startswith("org/name at revision 'v2': config.json ")
+    assert message.isprintable(), "one line"
+    assert "secret" not in message
+    assert isinstance(caught.value, OSError)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (errors.GatedRepoError, "the repository is gated"),
+        (errors.RepositoryNotFoundError, "no such repository, or a private one"),
+        (errors.RevisionNotFoundError, "no such revision"),
+        (errors.RemoteEntryNotFoundError, "is not in the repository"),
+    ],
+)
+def test_what_the_hub_refuses(hub: FakeHub, kind: type[Exception], text: str) -> None:
+    hub.failure = kind.__new__(kind)  # their constructors want the response, which only the network has
+    with pytest.raises(CheckpointNotFoundError, match=text):
+        locate(MODEL)
+
+
+def test_failure_on_an_optional_file_is_not_taken_for_its_absence(hub: FakeHub) -> None:
+    original = hub.hf_hub_download
+
+    def fail_later(repo_id: str, filename: str, **options: Any) -> str:
+        if filename == "processor_config.json":
+            raise ConnectionError
+        return original(repo_id, filename, **options)
+
+    huggingface_hub.hf_hub_download = fail_later  # the fixture restores it
+    with pytest.raises(CheckpointNotFoundError, match=r"processor_config\.json cannot be fetched"):
+        locate(MODEL)
+
+
+def test_real_hub_offline_says_so_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="not in the local cache") as caught:
+        locate(MODEL, cache_dir=tmp_path, local_files_only=True)
+    assert str(caught.value).isprintable()
+
+
+def test_failure_of_the_transport_is_one_of_ours(hub: FakeHub) -> None:
+    class ReadTimeout(Exception):  # as the hub's HTTP library has it: neither an OSError nor the hub's own
+        pass
+
+    hub.failure = ReadTimeout("0x7f00")
+    with pytest.raises(CheckpointNotFoundError, match=r"cannot be fetched \(ReadTimeout\)"):
+        locate(MODEL)

@@ -1,0 +1,207 @@
+"""The commands over a small checkpoint: what they print, write and return, and what a newcomer's mistakes get."""
+
+import json
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL import Image
+from support.towers.qwen3_vl import save_of
+from support.towers.siglip import save_siglip
+
+from tritontower import VisionTower, cli
+from tritontower.cli.parity import synthetic_pictures
+from tritontower.demo.random_checkpoint import write_random_checkpoint
+from tritontower.embedding import load_embeddings
+from tritontower.models import qwen2_vl
+from tritontower.parity import parity as parity_module
+
+(PUBLISHED,) = qwen2_vl.SUMMARIES
+SMALL = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "small"
+    config = {**PUBLISHED.example, "vision_config": SMALL}
+    return write_random_checkpoint(folder, config, PUBLISHED.processor, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = []
+    for index, picture in enumerate(synthetic_pictures()[:2]):
+        paths.append(folder / f"{index}.png")
+        picture.save(paths[-1])
+    return paths
+
+
+def _run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+class TestInspect:
+    def test_counts_what_encoding_gives(self, model, pictures, capsys):
+        assert _run("inspect", model, "--json", "--size", "350x120") == 0
+        report = json.loads(capsys.readouterr().out)
+        (embedding,) = VisionTower.from_pretrained(model, device="cpu").encode([pictures[1]])
+        (picture,) = report["pictures"]
+        assert picture["tokens"] == embedding.num_tokens
+        assert picture["grid"] == list(embedding.grid_thw[1:])
+        assert report["dtype"] == "float32"
+        assert report["config"]["depth"] == 2
+
+    def test_needs_no_weights(self, model, tmp_path, capsys):
+        for file in model.glob("*.json"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        assert _run("inspect", model, "--json") == 0
+        expected = json.loads(capsys.readouterr().out)
+        assert _run("inspect", tmp_path, "--json") == 0
+        assert json.loads(capsys.readouterr().out) == expected
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["torch_dtype"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert _run("inspect", tmp_path, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
+
+    @pytest.mark.parametrize(("backend", "said"), [("reference", True), ("interpreter", False)])
+    def test_launches_of_a_cpus_graph_are_nobodys(self, model, backend, said, monkeypatch, capsys):
+        monkeypatch.setattr("tritontower.kernels.runtime.dispatch.backend_on", lambda device: backend)
+        assert _run("inspect", model, "--device", "cpu") == 0
+        assert ("this is the graph for a CPU" in capsys.readouterr().out) == said
+
+    def test_text_and_drawing(self, model, tmp_path, capsys):
+        assert _run("inspect", model, "--svg", tmp_path / "tower.svg", "--dtype", "bfloat16") == 0
+        output = capsys.readouterr().out
+        assert "1920 × 1080" in output
+        assert "in bfloat16" in output
+        texts = [element.text for element in ElementTree.parse(tmp_path / "tower.svg").iter() if element.text]
+        assert "blocks 0–1  × 2" in texts
+        assert "attention" in texts
+
+
+class TestEncode:
+    def test_writes_what_the_tower_gives(self, model, pictures, tmp_path, capsys):
+        output = tmp_path / "embeddings.safetensors"
+        assert _run("encode", model, *pictures, "-o", output, "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        expected = VisionTower.from_pretrained(model, device="cpu").encode(pictures)
+        for index, (written, embedding) in enumerate(zip(load_embeddings(output), expected, strict=True)):
+            assert torch.equal(written.embeddings, embedding.embeddings)
+            assert (written.grid_thw, written.content_hash) == (embedding.grid_thw, embedding.content_hash)
+            assert report["pictures"][index]["num_tokens"] == embedding.num_tokens
+            assert report["pictures"][index]["content_hash"] == embedding.content_hash
+            assert report["pictures"][index]["picture"] == str(pictures[index])
+
+    @pytest.mark.parametrize(("save", "outputs"), [(save_of("qwen3_vl"), "deepstack"), (save_siglip, "pooled")])
+    def test_writes_every_output(self, save, outputs, pictures, tmp_path):
+        output = tmp_path / "embeddings.safetensors"
+        folder = save(tmp_path / "model")
+        assert _run("encode", folder, pictures[0], "-o", output) == 0
+        (written,) = load_embeddings(output)
+        (expected,) = VisionTower.from_pretrained(folder, device="cpu").encode(pictures[0])
+        assert any(name.startswith(outputs) for name in written.tensors)
+        assert written.tensors.keys() == expected.tensors.keys()
+        assert all(torch.equal(written.tensors[name], rows) for name, rows in expected.tensors.items())
+
+    def test_pixel_limits(self, model, pictures, tmp_path, capsys):
+        assert _run("encode", model, pictures[0], "-o", tmp_path / "e", "--json", "--max-pixels", 112 * 112) == 0
+        (picture,) = json.loads(capsys.readouterr().out)["pictures"]
+        assert picture["processed_size"] == [112, 112]
+
+
+class TestParity:
+    def test_passes(self, model, capsys):
+        assert _run("parity", model, "--per-node", "--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["passed"]
+        assert 0 < report["error"] <= report["limit"] == 1e-5
+        assert report["nodes"][-1]["value"] == "embeddings"
+
+    def test_a_difference_is_exit_code_1(self, model, pictures, monkeypatch, capsys):
+        monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
+        assert _run("parity", model, pictures[0]) == 1
+        assert "FAIL" in capsys.readouterr().out
+
+
+class TestDemo:
+    @pytest.mark.parametrize(("parity", "compared"), [("smallest", "1.png"), ("all", "0.png, 1.png"), ("none", None)])
+    def test_shows_checks_and_draws(self, parity, compared, model, pictures, tmp_path, capsys):
+        assert _run("demo", *pictures, "--model", model, "--output", tmp_path / "out", "--parity", parity) == 0
+        output = capsys.readouterr().out
+        assert "0.png" in output
+        assert "bit for bit what each gives alone" in output
+        assert ("\npass:" in output) == (compared is not None)
+        assert compared is None or f"(compared: {compared})" in output
+        with Image.open(tmp_path / "out" / "features.png") as drawing:
+            assert drawing.height > drawing.width / 3
+
+    def test_a_difference_is_exit_code_1(self, model, pictures, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
+        assert _run("demo", pictures[0], "--model", model, "--output", tmp_path) == 1
+        assert "FAIL" in capsys.readouterr().out
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["encode", "https://example.org/model", "{picture}"], "is a URL"),
+            (["encode", "{folder}/absent", "{picture}"], "neither a local folder nor a hub id"),
+            (["encode", "{model}", "https://example.org/a.png"], "is a URL; download the picture"),
+            (["encode", "{model}", "{folder}/absent.png"], "is no file"),
+            (["encode", "{model}", "{folder}/corrupt.png"], "corrupt.png"),
+            (["encode", "{model}", "{folder}/notes.txt"], "not a picture"),
+            (["encode", "{model}", "{picture}", "--device", "gpu"], "'gpu' is not one of torch's"),
+            (["inspect", "{folder}"], "config.json"),
+            (["inspect", "{folder}/text-only"], "vision"),
+        ],
+    )
+    def test_each_gets_one_line_and_exit_code_2(self, arguments, message, model, pictures, tmp_path, capsys):
+        (tmp_path / "corrupt.png").write_bytes(pictures[0].read_bytes()[:200])
+        (tmp_path / "notes.txt").write_text("no picture")
+        (tmp_path / "text-only").mkdir()
+        (tmp_path / "text-only" / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
+        words = [word.format(model=model, folder=tmp_path, picture=pictures[0]) for word in arguments]
+        if words[0] == "encode":
+            words += ["-o", str(tmp_path / "out.safetensors")]
+        assert cli.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("tritontower: error: ")
+        assert message in captured.err
+        assert not (tmp_path / "out.safetensors").exists()
+
+    def test_an_output_that_cannot_be_written(self, model, pictures, capsys):
+        assert _run("encode", model, pictures[0], "-o", "/proc/embeddings") == 2
+        assert "/proc/embeddings cannot be written" in capsys.readouterr().err
+
+    def test_an_interrupted_write_leaves_the_file_that_was_there(self, model, pictures, tmp_path, monkeypatch, capsys):
+        output = tmp_path / "out.safetensors"
+        output.write_bytes(b"before")
+
+        def interrupted(_tensors, path, **_):
+            Path(path).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+        assert _run("encode", model, pictures[0], "-o", output) == 130
+        assert [path.name for path in tmp_path.iterdir()] == [output.name]
+        assert output.read_bytes() == b"before"
+
+    def test_an_output_that_is_no_ordinary_file(self, model, pictures, tmp_path, capsys):
+        os.mkfifo(tmp_path / "pipe")  # a device would do as well, until a failing test replaced it by a file
+        assert _run("encode", model, pictures[0], "-o", tmp_path / "pipe") == 2
+        assert "not an ordinary file" in capsys.readouterr().err
+        assert (tmp_path / "pipe").is_fifo()
+
+    def test_a_report_is_json_even_where_numbers_overflow(self, model, pictures, monkeypatch, capsys):
+        monkeypatch.setattr(parity_module, "relative_error", lambda *_: float("nan"))
+        assert _run("parity", model, pictures[0], "--json") == 1
+        report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert report["error"] is None
+        assert not report["passed"]

@@ -1,0 +1,327 @@
+"""The command line's frame, its shared options, and what ``tritontower env`` says about machines good and bad."""
+
+import argparse
+import json
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tritontower
+from tritontower import cli
+from tritontower.cli import env, options
+from tritontower.errors import TowerError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GPU = env.Accelerator("cuda:0", "A fine GPU", 80 * 2**30, "sm_90", "triton")
+GOOD = env.Environment(
+    python="3.12.1",
+    system="Linux 6 x86_64",
+    packages={
+        "torch": "2.13.0+cpu",
+        "triton": "3.7.1",
+        "transformers": "5.20.0",
+        "huggingface-hub": "2.0.0",
+        "safetensors": "0.8.1",
+        "pillow": "13.0.0",
+        "numpy": "2.4.0",
+        "torchvision": None,
+    },
+    cpu_backend="reference",
+    cpu_cores=2,
+    cpu_threads=2,
+    cpu_features=("avx2", "avx512_bf16"),
+)
+
+
+def _with(environment: env.Environment = GOOD, /, **packages: str | None) -> env.Environment:
+    return replace(environment, packages={**environment.packages, **packages})
+
+
+def _broken(environment: env.Environment) -> list[str]:
+    return [finding.what for finding in env.find_trouble(environment) if finding.broken]
+
+
+@pytest.fixture
+def fake_command(monkeypatch):
+    """Registers a command whose ``run`` is given; it takes one number."""
+
+    def register(run) -> None:
+        command = types.ModuleType("tritontower.cli.fake", "Do nothing in particular.\n\nAt length.")
+        command.EXAMPLE = "tritontower fake 3"
+        command.add_arguments = lambda parser: parser.add_argument("number", type=options.positive_integer)
+        command.run = run
+        monkeypatch.setitem(sys.modules, "tritontower.cli.fake", command)
+        monkeypatch.setattr(cli, "COMMANDS", (*cli.COMMANDS, "fake"))
+
+    return register
+
+
+class TestFrame:
+    @pytest.mark.parametrize("word", ["--help", "-h", "help"])
+    def test_help_lists_every_command_on_one_line(self, word, capsys):
+        assert cli.main([word]) == 0
+        output = capsys.readouterr().out
+        for name in cli.COMMANDS:
+            assert [line for line in output.splitlines() if line.startswith(f"  {name} ") and len(line) < 130]
+
+    def test_nothing_typed_is_bad_usage_and_answered_with_help(self, capsys):
+        assert cli.main([]) == 2
+        assert "commands:" in capsys.readouterr().err
+
+    def test_version(self, capsys):
+        assert cli.main(["--version"]) == 0
+        assert capsys.readouterr().out == f"tritontower {tritontower.__version__}\n"
+
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_every_command_explains_itself_with_an_example(self, name, capsys):
+        assert cli.main([name, "--help"]) == 0
+        output = capsys.readouterr().out
+        assert output.startswith(f"usage: tritontower {name} ")
+        assert f"example:\n  tritontower {name} " in output
+
+    @pytest.mark.parametrize("name", cli.COMMANDS)
+    def test_every_example_is_valid(self, name, monkeypatch, tmp_path):
+        command = cli._load(name)
+        monkeypatch.chdir(tmp_path)
+        for picture in ("cat.jpg", "chart.png", "holiday.jpg", "diagram.png"):
+            (tmp_path / picture).touch()
+        words = command.EXAMPLE.split()
+        assert words[:2] == ["tritontower", name]
+        assert isinstance(cli._command_parser(name, command).parse_args(words[2:]), argparse.Namespace)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["inspekt"], "no command 'inspekt'; did you mean inspect?"),
+            (["qqq"], "no command 'qqq'; there are demo, env,"),
+            (["fake"], "the following arguments are required: number; see `tritontower fake --help`"),
+            (["fake", "x"], "argument number: 'x' is not a positive whole number; see"),
+            (["fake", "1", "--frobnicate"], "unrecognized arguments: --frobnicate; see"),
+        ],
+    )
+    def test_bad_usage_gets_one_line(self, words, message, fake_command, capsys):
+        fake_command(lambda arguments: 0)
+        assert cli.main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith(f"tritontower: error: {message}")
+
+    @pytest.mark.parametrize("code", [0, 1])
+    def test_the_command_gives_the_exit_code(self, code, fake_command):
+        fake_command(lambda arguments: code)
+        assert cli.main(["fake", "3"]) == code
+
+    @pytest.mark.parametrize("error", [TowerError("many\n  lines\nof text"), OSError("many lines of text")])
+    def test_errors_become_one_line(self, error, fake_command, capsys):
+        def run(arguments):
+            raise error
+
+        fake_command(run)
+        assert cli.main(["fake", "3"]) == 2
+        assert capsys.readouterr().err == "tritontower: error: many lines of text\n"
+        assert cli.main(["fake", "3", "--traceback"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0] == "Traceback (most recent call last):"
+        assert lines[-1] == "tritontower: error: many lines of text"
+
+    def test_a_bug_is_not_dressed_up_as_bad_input(self, fake_command):
+        fake_command(lambda arguments: {}["missing"])
+        with pytest.raises(KeyError):
+            cli.main(["fake", "3"])
+
+    def test_interruption(self, fake_command, capsys):
+        def run(arguments):
+            raise KeyboardInterrupt
+
+        fake_command(run)
+        assert cli.main(["fake", "3"]) == 130
+        assert capsys.readouterr().err == "tritontower: interrupted\n"
+
+    def test_a_reader_that_leaves_early_causes_no_traceback(self):
+        command = f"{sys.executable} -m tritontower --help | true; exit ${{PIPESTATUS[0]}}"
+        # Whether the pipe breaks before or after the text is written is a matter of timing; neither may complain.
+        process = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert process.returncode in (0, 141)
+        assert process.stderr == ""
+
+    def test_a_broken_pipe_has_its_exit_code(self):
+        code = (
+            "import os, sys\nfrom tritontower.cli import main\n"
+            "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\nsys.exit(main(['--help']))"
+        )
+        process = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (process.returncode, process.stderr) == (141, "")
+
+
+class TestOptions:
+    @pytest.mark.parametrize("text", ["float32", "float16", "bfloat16", "auto"])
+    def test_precisions(self, text):
+        assert options.dtype_name(text) == text
+        assert options.dtype_name(f"torch.{text}") == text
+
+    @pytest.mark.parametrize("command", ["inspect", "encode", "parity"])
+    def test_int8_gets_one_line(self, command, capsys):
+        assert cli.main([command, "somewhere", "--dtype", "int8"]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1
+        assert "--dtype: 'int8' is not a precision that towers run in: float32, float16, bfloat16, auto" in line
+
+    @pytest.mark.parametrize("text", ["0", "-3", "1.5", "", "1e3", "9" * 30])
+    def test_not_a_count(self, text):
+        with pytest.raises(argparse.ArgumentTypeError, match="positive whole number"):
+            options.positive_integer(text)
+
+    def test_sizes(self):
+        assert options.picture_size("1024x768") == (1024, 768)
+        with pytest.raises(argparse.ArgumentTypeError, match="WIDTHxHEIGHT"):
+            options.picture_size("1024")
+
+    def test_pictures_are_files_of_this_machine(self, tmp_path):
+        (tmp_path / "a.png").touch()
+        assert options.picture_path(str(tmp_path / "a.png")) == tmp_path / "a.png"
+        for text, message in [
+            ("https://example.org/a.png", "is a URL"),
+            (str(tmp_path / "b.png"), "is no file"),
+            (str(tmp_path), "is a folder"),
+        ]:
+            with pytest.raises(argparse.ArgumentTypeError, match=message):
+                options.picture_path(text)
+
+    def test_outputs_are_checked_before_the_work(self, tmp_path):
+        assert options.output_file(str(tmp_path / "new")) == tmp_path / "new"
+        with pytest.raises(argparse.ArgumentTypeError, match="is a folder"):
+            options.output_file(str(tmp_path))
+        with pytest.raises(argparse.ArgumentTypeError, match="there is no folder"):
+            options.output_file(str(tmp_path / "absent" / "new"))
+
+
+class TestTrouble:
+    def test_a_good_machine_has_none(self):
+        assert env.find_trouble(GOOD) == []
+        assert env.find_trouble(replace(GOOD, accelerators=(GPU,), gpu_driver=True)) == []
+
+    @pytest.mark.parametrize(
+        ("package", "release"),
+        [
+            ("triton", "3.5.1"),
+            ("triton", "3.10.0"),
+            ("torch", "2.10.0+cu130"),
+            ("numpy", "1.25.0"),
+            ("pillow", "12.2.9"),
+        ],
+    )
+    def test_releases_outside_the_range(self, package, release):
+        (what,) = _broken(_with(**{package: release}))
+        assert what == f"{package} {release} is outside {env.SUPPORTED[package]}"
+
+    def test_prereleases_and_local_builds_inside_the_range(self):
+        assert env.find_trouble(_with(torch="2.14.0.dev20261001+cu130", triton="3.8.0+git1234")) == []
+
+    def test_missing_packages(self):
+        assert _broken(_with(transformers=None)) == ["transformers is not installed"]
+
+    def test_triton_is_needed_on_a_gpu_only(self):
+        assert env.find_trouble(_with(triton=None)) == []
+        assert _broken(replace(_with(triton=None), accelerators=(GPU,))) == ["triton is not installed"]
+
+    def test_a_torchvision_of_another_build(self):
+        environment = replace(
+            _with(torchvision="0.28.0"),
+            import_errors={"torchvision": "RuntimeError: operator torchvision::nms does not exist"},
+        )
+        (finding,) = env.find_trouble(environment)
+        assert finding.broken
+        assert "torchvision 0.28.0 does not import beside torch 2.13.0+cpu" in finding.what
+        assert "nms does not exist" in finding.what
+        assert "pip uninstall torchvision" in finding.remedy
+
+    def test_a_torchvision_that_works_is_fine(self):
+        assert env.find_trouble(_with(torchvision="0.28.0")) == []
+
+    def test_a_torch_that_does_not_import(self):
+        (what,) = _broken(replace(GOOD, import_errors={"torch": "ImportError: libcudart.so.13"}))
+        assert what == "torch 2.13.0+cpu does not import (ImportError: libcudart.so.13)"
+
+    def test_a_gpu_that_torch_does_not_see(self):
+        (what,) = _broken(replace(GOOD, gpu_driver=True))
+        assert "torch 2.13.0+cpu sees no GPU" in what
+
+    @pytest.mark.parametrize(("architecture", "count"), [("sm_75", 1), ("sm_80", 0), ("sm_100", 0), ("gfx942", 0)])
+    def test_a_gpu_that_is_too_old(self, architecture, count):
+        gpu = replace(GPU, architecture=architecture)
+        assert len(_broken(replace(GOOD, accelerators=(gpu,), gpu_driver=True))) == count
+
+    @pytest.mark.parametrize("on_gpu", [False, True])
+    def test_the_interpreter_is_wrong_on_a_gpu_and_odd_elsewhere(self, on_gpu):
+        environment = replace(GOOD, variables={"TRITON_INTERPRET": "1"}, accelerators=(GPU,) if on_gpu else ())
+        (finding,) = env.find_trouble(environment)
+        assert finding.broken == on_gpu
+        assert "unset TRITON_INTERPRET" in finding.remedy
+
+    @pytest.mark.parametrize(
+        ("triton", "numpy", "interprets", "expected"),
+        [
+            ("3.6.0", "2.4.6", True, [True]),
+            ("3.6.0", "2.4.6", False, [False]),
+            ("3.6.0", "2.3.9", False, []),
+            ("3.7.1", "2.5.0", False, []),
+        ],
+    )
+    def test_numpy_and_the_old_interpreter(self, triton, numpy, interprets, expected):
+        environment = _with(triton=triton, numpy=numpy)
+        if interprets:
+            environment = replace(environment, variables={"TRITON_INTERPRET": "1"})
+        findings = [finding for finding in env.find_trouble(environment) if "numpy" in finding.what]
+        assert [finding.broken for finding in findings] == expected
+
+    def test_what_is_broken_comes_first(self):
+        environment = replace(_with(triton="3.6.0", transformers=None))
+        assert [finding.broken for finding in env.find_trouble(environment)] == [True, False]
+
+
+class TestReport:
+    def test_text(self):
+        environment = replace(GOOD, accelerators=(GPU,), gpu_driver=True)
+        text = env.describe(environment, env.find_trouble(environment))
+        assert "cuda:0  A fine GPU          sm_90         80 GiB  Triton kernels" in text
+        assert "bfloat16 by avx512_bf16" in text
+        assert text.endswith("No known problems.")
+
+    def test_problems_come_with_remedies(self):
+        environment = _with(triton="3.5.0", numpy="2.4.0")
+        text = env.describe(environment, env.find_trouble(environment))
+        assert 'PROBLEM: triton 3.5.0 is outside >=3.6,<3.10\n  → pip install "triton>=3.6,<3.10"' in text
+        assert "note: the interpreter of triton 3.5.0 fails with numpy 2.4.0" in text
+
+    @pytest.mark.parametrize(("environment", "code"), [(GOOD, 0), (_with(torch="1.13"), 1)])
+    def test_exit_code_and_json(self, environment, code, monkeypatch, capsys):
+        monkeypatch.setattr(env, "observe", lambda: environment)
+        assert cli.main(["env", "--json"]) == code
+        report = json.loads(capsys.readouterr().out)
+        assert report["ok"] is (code == 0)
+        assert report["packages"] == dict(environment.packages)
+        assert len(report["findings"]) == code
+
+    def test_this_machine(self):
+        environment = env.observe()
+        assert environment.packages["torch"] is not None
+        assert environment.cpu_backend == "reference"  # what the tests have switched to
+        assert environment.cpu_cores >= 1
+        assert "torch" not in environment.import_errors
+
+    def test_a_broken_package_is_found_by_importing_it(self, tmp_path, monkeypatch):
+        (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms\\n does not exist')\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+        errors = env.observe().import_errors
+        assert errors["torchvision"] == "RuntimeError: operator torchvision::nms does not exist"

@@ -1,0 +1,260 @@
+"""Pixels that stay bytes: the same embeddings, from weights into which rescaling and normalisation are folded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import noise
+from support.towers import TowerCase, all_cases
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from tritontower import VisionTower
+from tritontower.batch.normalization import Rescaling
+from tritontower.engine.executor import Executor
+from tritontower.engine.uint8_graph import folded_tensors, graph_for_bytes
+from tritontower.errors import UsageError
+from tritontower.graph.builder import build
+from tritontower.graph.fusion import fold_still_pictures, fuse
+from tritontower.graph.ir import Workload
+from tritontower.parity.parity import compare, compare_nodes, relative_error
+
+CASES = {case.name: case for case in all_cases()}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
+WITH_CLASS_TOKEN = ("clip", "llava", "llava_next")
+KERNEL_CASES = ("clip", "qwen2_vl", "siglip", "pixtral")
+
+Saved = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A small checkpoint of a case, made once."""
+    folders: dict[tuple[str, torch.dtype], Path] = {}
+
+    def save(case: TowerCase, dtype: torch.dtype = torch.float32) -> Path:
+        key = case.name, dtype
+        if key not in folders:
+            folders[key] = case.save(tmp_path_factory.mktemp("folding") / case.name, dtype=dtype)
+        return folders[key]
+
+    return save
+
+
+def load(folder: Path, **options: Any) -> VisionTower:
+    return VisionTower.from_pretrained(folder, device="cpu", **options)
+
+
+def pictures_of(case: TowerCase) -> list[np.ndarray]:
+    """Noise, and what real pictures are like: smooth, and of one colour, where errors of weights add up."""
+    column, row = np.arange(120), np.arange(100)[:, None]
+    ramp = np.broadcast_to(((column + row) * 255 // 218)[..., None], (100, 120, 3)).astype(np.uint8)
+    noisy = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:2])]
+    return [*noisy, ramp, np.full((90, 90, 3), 255, np.uint8), np.zeros((64, 80, 3), np.uint8)]
+
+
+@each_case
+def test_bytes_lead_to_transformers_embeddings(case: TowerCase, saved: Saved) -> None:
+    tower = load(saved(case))
+    pictures = pictures_of(case)
+    batch = tower.preprocess(pictures, raw=True)
+    assert batch.pixels.dtype == torch.uint8
+    assert torch.equal(tower.preprocessor.normalised(batch).pixels, tower.preprocess(pictures).pixels)
+    assert compare(tower, batch).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@each_case
+def test_half_precision_errs_no_more_than_transformers(case: TowerCase, dtype: torch.dtype, saved: Saved) -> None:
+    tower = load(saved(case, dtype))
+    parity = compare(tower, tower.preprocess(pictures_of(case), raw=True))
+    assert parity.dtype == dtype
+    assert parity.passed, parity.outputs
+
+
+@pytest.mark.parametrize("name", KERNEL_CASES)
+def test_kernels_take_bytes(name: str, saved: Saved, kernel_device: torch.device) -> None:
+    tower = VisionTower.from_pretrained(saved(CASES[name]), device=kernel_device)
+    pictures = [noise(28, 56), np.full((28, 28, 3), 200, np.uint8)]
+    batch = tower.preprocess(pictures, raw=True)
+    assert compare(tower, batch).passed
+    usual = tower.forward(tower.preprocess(pictures, raw=False))
+    assert relative_error(tower.forward(batch), usual) <= 1e-5
+
+
+@pytest.mark.parametrize("name", WITH_CLASS_TOKEN)
+def test_the_class_tokens_row_keeps_its_bits(name: str, saved: Saved) -> None:
+    tower = load(saved(CASES[name]))
+    assert tower.config.class_token
+    rows: list[dict[str, torch.Tensor]] = []
+    for raw in (False, True):
+        batch = tower.preprocess(pictures_of(CASES[name]), raw=raw)
+        executor = tower.executor_for(batch)
+        (node,) = (node for node in executor.graph.nodes if node.kind == "patch_projection")
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep(
+            done: Any,
+            tensors: dict[str, torch.Tensor],
+            node: Any = node,
+            kept: dict[str, torch.Tensor] = kept,
+            batch: Any = batch,
+        ) -> None:
+            if done is node:
+                found = tensors[node.outputs[0]]
+                kept["class"] = found[batch.class_rows.flatten().long()].clone()
+                kept["all"] = found.clone()
+
+        executor.run(batch, keep)
+        rows.append(kept)
+    assert torch.equal(rows[0]["class"], rows[1]["class"])
+    assert 0 < relative_error(rows[1]["all"], rows[0]["all"]) <= 1e-5
+
+
+def test_every_node_is_as_close_as_with_normalised_pixels(saved: Saved) -> None:
+    tower = load(saved(CASES["qwen2_vl"]))
+    nodes = compare_nodes(tower, tower.preprocess(pictures_of(CASES["qwen2_vl"]), raw=True))
+    assert nodes[0].node == "patch_projection"
+    assert max(node.error for node in nodes) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES.values() if case.video])
+def test_clips_of_bytes(name: str, saved: Saved) -> None:
+    tower = load(saved(CASES[name]))
+    clip = [noise(90, 60, seed) for seed in range(5)]
+    raw, usual = (tower.preprocess_video(clip, raw=raw) for raw in (True, False))
+    assert raw.pixels.dtype == torch.uint8
+    assert raw.pixels.shape == usual.pixels.shape
+    assert torch.equal(tower.preprocessor.normalised(raw).pixels, usual.pixels)
+    assert relative_error(tower.forward(raw), tower.forward(usual)) <= 1e-5
+    assert compare(tower, raw).passed
+
+
+def test_a_row_does_not_depend_on_its_neighbours(saved: Saved) -> None:
+    tower = load(saved(CASES["qwen2_vl"]))
+    pictures = pictures_of(CASES["qwen2_vl"])
+    together = tower.preprocess(pictures, raw=True)
+    for picture, rows in zip(pictures, tower.forward(together).split(together.token_counts), strict=True):
+        assert torch.equal(tower.forward(tower.preprocess([picture], raw=True)), rows)
+
+
+# -- who decides ------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_gets_values_and_a_gpu_bytes(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["qwen2_vl"]
+    pictures = pictures_of(case)
+    plain = load(saved(case))
+    assert plain.preprocess(pictures).pixels.dtype == torch.float32
+    expected = plain.encode(pictures)
+
+    tower = load(saved(case))
+    monkeypatch.setattr("tritontower.tower.backend_on", lambda _: "triton")
+    assert tower.preprocess(pictures).pixels.dtype == torch.uint8
+    assert tower.preprocess(pictures, raw=False).pixels.dtype == torch.float32
+    assert tower.preprocess_video(pictures[2:3] * 2).pixels.dtype == torch.uint8
+    seen = []
+    run = tower.run
+    tower.run = lambda batch: seen.append(batch.pixels.dtype) or run(batch)  # type: ignore[method-assign, func-returns-value]
+    for mine, theirs in zip(tower.encode(pictures, max_patches=1), expected, strict=True):
+        assert relative_error(mine.embeddings, theirs.embeddings) <= 1e-5
+    assert set(seen) == {torch.uint8}
+
+
+class Own(Qwen2VLImageProcessorPil):
+    """Somebody's own processor, whose arithmetic nobody knows."""
+
+
+def test_an_unknown_processor_keeps_values_even_on_a_gpu(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES["qwen2_vl"]
+    tower = load(saved(case), processor=Own(min_pixels=3136, max_pixels=20000))
+    monkeypatch.setattr("tritontower.tower.backend_on", lambda _: "triton")
+    assert tower.preprocess(pictures_of(case)).pixels.dtype == torch.float32
+    with pytest.raises(UsageError, match="cannot be packed as bytes"):
+        tower.preprocess(pictures_of(case), raw=True)
+    raw = load(saved(case)).preprocess(pictures_of(case), raw=True)
+    with pytest.raises(UsageError, match="uint8 pixels is another tower's"):
+        tower.forward(raw)
+
+
+# -- the pass ---------------------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_the_pass_changes_the_patch_projection_alone(case: TowerCase, saved: Saved) -> None:
+    config = VisionTower.from_pretrained(saved(case), device="cpu", delay_load=True).config
+    for graph in (fuse(build(config)), fold_still_pictures(fuse(build(config)))):
+        folded = graph_for_bytes(graph, class_token=config.class_token)
+        assert [node.name for node in folded.nodes] == [node.name for node in graph.nodes]
+        changed = [node for node, old in zip(folded.nodes, graph.nodes, strict=True) if node != old]
+        assert [node.kind for node in changed] == ["patch_projection"]
+        pixels = folded.values["pixels"]
+        assert pixels.dtype == "uint8"
+        workload = Workload(patches=12, tokens=3, scores=144)
+        assert pixels.size(workload, 2) == 12 * pixels.width
+        assert graph.values["pixels"].size(workload, 2) == 4 * 12 * pixels.width
+
+
+def test_a_class_token_needs_positions_in_the_same_node(saved: Saved) -> None:
+    graph = build(load(saved(CASES["clip"]), delay_load=True).config)
+    with pytest.raises(ValueError, match="nothing tells a class token's row from a patch's"):
+        graph_for_bytes(graph, class_token=True)
+    with pytest.raises(ValueError, match="nothing tells a class token's row from a patch's"):
+        folded_tensors(
+            graph,
+            {"patch_projection.weight": torch.zeros(1)},
+            Rescaling(1.0, (0.0,) * 3, (1.0,) * 3),
+            class_token=True,
+        )
+
+
+@pytest.mark.parametrize("name", ["clip", "qwen2_vl", "siglip"])
+def test_folded_weights_are_rounded_once(name: str, saved: Saved) -> None:
+    tower = load(saved(CASES[name], torch.bfloat16))
+    rescaling, class_token = tower.preprocessor.rescaling, tower.config.class_token
+    assert rescaling is not None
+    sources = plain_sources(tower)
+    exact_sources = {key: tensor.double() for key, tensor in sources.items()}
+    made = folded_tensors(tower.graph, sources, rescaling, class_token=class_token)
+    kernel = exact_sources["patch_projection.weight"]
+    whole = kernel.sum(2) if tower.config.patch.temporal > 1 else kernel
+    means, deviations = (
+        torch.tensor(values, dtype=torch.float64) for values in (rescaling.means, rescaling.deviations)
+    )
+    planes = whole.flatten(1).unflatten(1, (3, -1))
+    weight = (planes * (rescaling.factor / deviations)[:, None]).flatten(1)
+    constant = planes.sum(2) @ ((128 * rescaling.factor - means) / deviations)
+    assert torch.equal(made["patch_projection.weight:bytes"], weight.float().bfloat16())
+    if class_token:
+        (held,) = (tensor for key, tensor in sources.items() if key != "patch_projection.weight")
+        table = held.double()
+        table[1:] += constant
+        found = made["patch_projection.position_table:bytes"]
+        assert (found.double() - table).norm() <= 2**-8 * table.norm()
+        assert torch.equal(found[0], held[0])
+    else:
+        bias = constant + exact_sources.get("patch_projection.bias", 0)
+        assert (made["patch_projection.bias:bytes"].double() - bias).norm() <= 2**-8 * bias.norm()
+
+
+def plain_sources(tower: VisionTower) -> dict[str, torch.Tensor]:
+    """What the patch projection is made of."""
+    (node,) = (node for node in tower.graph.nodes if node.kind == "patch_projection")
+    names = [tower.graph.weights[name].held_name for name in node.weights.values()]
+    weights = tower._read_weights(None)
+    return {name: weights[name] for name in names}
+
+
+def test_an_executor_of_the_folded_graph_needs_nothing_else(saved: Saved) -> None:
+    tower = load(saved(CASES["siglip"]))
+    weights = tower._read_weights(None)
+    made = folded_tensors(tower.graph, weights, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
+    graph = graph_for_bytes(tower.graph, class_token=False)
+    unused = {tower.graph.weights[name].held_name for name in tower.graph.weights if name not in graph.weights}
+    assert unused
+    sources = {name: tensor for name, tensor in weights.items() if name not in unused}
+    batch = tower.preprocess(pictures_of(CASES["siglip"]), raw=True)
+    found = Executor(graph, {**sources, **made}).run(batch)
+    assert torch.equal(found["embeddings"], tower.run(batch)["embeddings"])

@@ -1,0 +1,131 @@
+"""From stored tensors to the weights of a graph: one allocation, padding, and nothing kept that is not used."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from support.configs import CONFIG
+
+from tritontower.checkpoint.weight_map import Stacked, Stored
+from tritontower.config import TowerConfig
+from tritontower.engine.ops import bound_weight
+from tritontower.engine.weight_loader import read_weights, stored_shapes
+from tritontower.graph.builder import build
+from tritontower.graph.fusion import KERNEL_PASSES, fuse
+
+SMALL = replace(
+    CONFIG,
+    width=64,
+    heads=4,
+    depth=2,
+    features=(2,),
+    gated=True,
+    activation="silu",
+    mlp_hidden=70,
+    projector=replace(CONFIG.projector, hidden=256, output=48),
+)
+
+
+def recipes_of(config: TowerConfig) -> dict:
+    recipes = {name: Stored(f"stored.{name}") for name in build(config).sources}
+    for name in recipes:
+        if "mlp_gate_up" in name:
+            recipes[name] = Stacked.of(f"gate.{name}", f"up.{name}")
+        elif "qkv" in name:
+            recipes[name] = Stacked.of(f"q.{name}", f"k.{name}", f"v.{name}")
+    return recipes
+
+
+class OneAtATime:
+    """A checkpoint that sees whether anybody keeps what it yields."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+        self.kept: list[str] = []
+
+    def iterate(self, dtype, device, *, names, progress) -> Iterator[tuple[str, torch.Tensor]]:
+        assert set(names) == self.tensors.keys()
+        for name, stored in self.tensors.items():
+            tensor = stored.to(dtype).clone()
+            reference = weakref.ref(tensor)
+            yield name, tensor
+            del tensor
+            if reference() is not None:
+                self.kept.append(name)
+
+
+def test_weights_lie_side_by_side_padded_and_in_their_places() -> None:
+    graph, recipes = build(SMALL), recipes_of(SMALL)
+    checkpoint = OneAtATime(stored_shapes(graph, recipes))
+    weights = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == graph.held_shapes
+    assert len({weight.untyped_storage().data_ptr() for weight in weights.values()}) == 1
+    assert all(weight.data_ptr() % 256 == next(iter(weights.values())).data_ptr() % 256 for weight in weights.values())
+    assert not any(weight.requires_grad for weight in weights.values())
+    gate_up, down = weights["blocks.1.mlp_gate_up.weight"], weights["blocks.1.mlp_down.weight"]
+    assert gate_up.shape == (256, 64)
+    assert torch.equal(gate_up[128:198], checkpoint.tensors["up.blocks.1.mlp_gate_up.weight"])
+    assert not gate_up[70:128].any()
+    assert torch.equal(down[:, :70], checkpoint.tensors["stored.blocks.1.mlp_down.weight"])
+    assert not down[:, 70:].any()
+    assert checkpoint.kept == []
+
+
+def test_arranged_weights_are_arranged_where_they_lie() -> None:
+    config = replace(SMALL, width=144, heads=2, projector=replace(SMALL.projector, hidden=576))
+    plain, recipes = fuse(build(config)), recipes_of(config)
+    graph = fuse(plain, KERNEL_PASSES)
+    checkpoint = OneAtATime(stored_shapes(plain, recipes))
+    canonical = read_weights(checkpoint, plain, recipes, torch.float32, torch.device("cpu"))
+    weights = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == graph.held_shapes
+    # Every tensor is there once: in its order or in another.
+    assert len(weights) == len(canonical)
+    assert checkpoint.kept == []
+    qkv = canonical["blocks.0.qkv.weight"].view(3, 2, 72, 144)
+    heads = weights["blocks.0.qkv.weight:heads-80-pairs"].view(3, 2, 80, 144)
+    for part in (0, 1):
+        assert torch.equal(heads[part, :, 0:72:2], qkv[part, :, :36])
+        assert torch.equal(heads[part, :, 1:72:2], qkv[part, :, 36:])
+    assert torch.equal(heads[2, :, :72], qkv[2])
+    assert not heads[:, :, 72:].any()
+    bias = weights["blocks.0.qkv.bias:heads-80-pairs-ones"].view(3, 2, 80)
+    assert torch.equal(bias[2, :, :72], canonical["blocks.0.qkv.bias"].view(3, 2, 72)[2])
+    assert bias[:, :, 72].tolist() == [[0, 0], [1, 1], [1, 1]]
+    assert not bias[:, :, 73:].any()
+    gates = weights["blocks.1.mlp_gate_up.weight:interleaved"]
+    assert gates.shape == (256, 144)
+    assert torch.equal(gates[0::2], canonical["blocks.1.mlp_gate_up.weight"][:128])
+    assert torch.equal(gates[1::2], canonical["blocks.1.mlp_gate_up.weight"][128:])
+    same = canonical.keys() & weights.keys()
+    assert all(torch.equal(canonical[name], weights[name]) for name in same)
+
+
+def test_canonical_weights_are_arranged_in_copies() -> None:
+    plain, recipes = fuse(build(SMALL)), recipes_of(SMALL)
+    graph = fuse(plain, KERNEL_PASSES)
+    checkpoint = OneAtATime(stored_shapes(plain, recipes))
+    canonical = read_weights(checkpoint, plain, recipes, torch.float32, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in canonical.items()}
+    held = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    assert held.keys() != canonical.keys()
+    for weight in graph.weights.values():
+        assert torch.equal(bound_weight(weight, canonical), bound_weight(weight, held)), weight.name
+    assert all(torch.equal(canonical[name], tensor) for name, tensor in before.items())
+
+
+def test_padding_is_not_counted_as_parameters() -> None:
+    wide = replace(SMALL, mlp_hidden=128)
+    difference = build(wide).parameters - build(SMALL).parameters
+    assert build(wide).held_shapes == build(SMALL).held_shapes
+    assert difference == 2 * 58 * (3 * 64 + 2)
+
+
+def test_a_stored_tensor_may_serve_two_weights() -> None:
+    graph, recipes = build(SMALL), recipes_of(SMALL)
+    recipes["projector.norm.weight"] = Stored("stored.blocks.0.norm1.weight")
+    checkpoint = OneAtATime(stored_shapes(graph, recipes))
+    weights = read_weights(checkpoint, graph, recipes, torch.bfloat16, torch.device("cpu"))
+    assert torch.equal(weights["projector.norm.weight"], weights["blocks.0.norm1.weight"])
+    assert weights["projector.norm.weight"].any()

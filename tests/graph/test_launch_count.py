@@ -1,0 +1,278 @@
+"""Launches are counted from the graph, and the executor launches exactly what was counted."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.checkpoints import noise
+from support.configs import CONFIG, PASSES, TOWERS, graph_of
+from support.towers import TowerCase, all_cases
+
+from tritontower import VisionTower
+from tritontower.config import TowerConfig
+from tritontower.engine.executor import Executor
+from tritontower.engine.weight_loader import read_weights
+from tritontower.graph.builder import build
+from tritontower.graph.fusion import fold_still_pictures, fuse
+from tritontower.graph.ir import Graph, Workload
+from tritontower.graph.launch_count import Launches, launch_counts
+from tritontower.kernels.attention.attention import FlashAttentionConfig
+from tritontower.kernels.gemm import linear as linears
+from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
+from tritontower.kernels.runtime import tables
+from tritontower.kernels.runtime.config import ARCHITECTURES
+from tritontower.kernels.runtime.tables import Identity
+
+CASES = {case.name: case for case in all_cases()}
+MANY = Workload(16384, 4096, 16384**2, views=1)
+
+
+@contextmanager
+def counted_launches() -> Iterator[list[str]]:
+    """Collects the name of every Triton kernel that is launched inside the block."""
+    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+    interpreted, compiled = GridExecutor.__call__, JITFunction.run
+
+    def interpret(self: Any, *arguments: Any, **options: Any) -> Any:
+        names.append(self.fn.__name__)
+        return interpreted(self, *arguments, **options)
+
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not options.get("warmup"):
+            names.append(self.fn.__name__)
+        return compiled(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", interpret)
+        patch.setattr(JITFunction, "run", run)
+        yield names
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
+    """A small checkpoint of a case, made once."""
+    folders: dict[str, Path] = {}
+
+    def save(case: TowerCase) -> Path:
+        if case.name not in folders:
+            folders[case.name] = case.save(tmp_path_factory.mktemp("towers") / case.name)
+        return folders[case.name]
+
+    return save
+
+
+@pytest.mark.parametrize("passes", ["plain", "default", "kernels"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_pass_launches_exactly_what_is_counted(
+    case: str, passes: str, saved: Callable[[TowerCase], Path], kernel_device: torch.device
+) -> None:
+    tower = VisionTower.from_pretrained(saved(CASES[case]), device=kernel_device, delay_load=True)
+    width, height = CASES[case].sizes[0]
+    batch = tower.preprocess([noise(width, height, 0)]).to(kernel_device)
+    graph = fold_still_pictures(fuse(build(tower.config), PASSES[passes]))
+    with tower._checkpoint() as checkpoint:
+        weights = read_weights(checkpoint, graph, tower.family.tensors, torch.float32, kernel_device)
+    expected = launch_counts(graph, batch.workload, dtype=torch.float32, device=kernel_device)
+    seen: dict[str, int] = {}
+    with counted_launches() as names:
+
+        def watch(node: Any, _: Any) -> None:
+            seen[node.name] = len(names) - sum(seen.values())
+
+        executor = Executor(graph, weights)
+        names.clear()  # binding a learned query multiplies it once
+        executor.run(batch, watch)
+    assert seen == {name: launches.kernels for name, launches in expected.nodes.items()}
+    assert expected.total.kernels == len(names) > 0
+
+
+def block_of(config: TowerConfig, passes: str, workload: Workload = MANY) -> Launches:
+    return launch_counts(graph_of(passes, config), workload).per_block
+
+
+def test_a_block_takes_at_most_seven_launches_where_no_product_is_cut() -> None:
+    assert block_of(CONFIG, "plain") == Launches(11)
+    assert block_of(CONFIG, "default") == Launches(8)
+    assert block_of(CONFIG, "kernels") == Launches(7)
+    for name, config in TOWERS.items():
+        assert block_of(config, "kernels").total <= 7, name
+        assert block_of(config, "kernels").total < block_of(config, "plain").total, name
+
+
+@pytest.fixture
+def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A folder for tables, and no other; what was read before does not count."""
+    monkeypatch.setattr(tables, "packaged_folder", lambda: tmp_path / "packaged")
+    monkeypatch.setattr(tables, "user_folder", lambda: None)
+    monkeypatch.setenv(tables.FOLDER_VARIABLE, str(tmp_path))
+    tables.forget()
+    yield tmp_path
+    tables.forget()
+
+
+def still(patches: int) -> Workload:
+    """One picture."""
+    return Workload(patches, patches // 4, patches**2, views=1)
+
+
+def on(architecture: str, patches: int) -> tuple[int, int]:
+    """Launches of a block and of a pass of Qwen2-VL's tower in bf16."""
+    graph = fold_still_pictures(graph_of("kernels"))
+    counts = launch_counts(graph, still(patches), device=Identity("", architecture))
+    return counts.per_block.total, counts.total.total
+
+
+def test_few_rows_take_more_launches_on_every_architecture(no_tables: Path) -> None:
+    """By default each of a block's four products is cut up to 256 rows, and so are the projector's two by their own rows."""
+    for architecture in ARCHITECTURES:
+        found = [on(architecture, patches) for patches in (64, 256, 1024, 4096)]
+        assert found == [(11, 32 * 11 + 7), (11, 32 * 11 + 7), (7, 32 * 7 + 7), (7, 32 * 7 + 5)], architecture
+
+
+def test_what_a_table_says_is_counted(no_tables: Path) -> None:
+    """One with a cut for MLP down up to 1,024 rows, and with attention that repairs."""
+
+    def entry(kernel: str, constants: dict[str, Any], sizes: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "kernel": kernel, "source": tables.source_digest(kernel), "triton": "3.7", "dtype": "bfloat16",
+            "constants": constants, "sizes": sizes, "config": config, "microseconds": None, "tflops": None,
+            "predicted": None, "static": None, "runner_up": None, "verified": None, "date": "2026-01-01",
+        }  # fmt: skip
+
+    fields = {
+        "block_rows": 64,
+        "block_columns": 64,
+        "block_inner": 64,
+        "group_rows": 8,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    down = {"columns": 1280, "inner": 5120, "activation": None, "residual": True}
+    entries = [
+        entry("linear", down, {"rows": rows}, fields | {"split": split}) for rows, split in ((1024, 4), (4096, 1))
+    ]
+    key = {
+        "gpu": None,
+        "architecture": "sm_90",
+        "capability": "9.0",
+        "multiprocessors": 0,
+        "triton": "3.7",
+        "ptxas": None,
+    }
+    content = {"schema": 1, "key": key, "entries": entries}
+    (no_tables / "sm_90.json").write_text(json.dumps(content), encoding="utf-8")
+    assert [on("sm_90", patches)[0] for patches in (1024, 4096)] == [8, 7]
+    assert [on("sm_80", patches)[0] for patches in (1024, 4096)] == [7, 7]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_with_the_shipped_tables_a_block_takes_seven_to_eleven(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "user_folder", lambda: None)
+    monkeypatch.delenv(tables.FOLDER_VARIABLE, raising=False)
+    tables.forget()
+    found = [on(architecture, patches)[0] for patches in (64, 256, 1024, 4096)]
+    assert found == sorted(found, reverse=True)
+    assert 7 < found[0] <= 11
+    assert found[-1] == 7
+    tables.forget()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_architecture_counts_like_a_device_of_it(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' own choice for a device, asked of one that is not here."""
+    who, gpu = Identity("", architecture), torch.device("cuda", 0)
+    graph = fold_still_pictures(graph_of("kernels"))
+    counted = [launch_counts(graph, still(patches), device=who).nodes for patches in (64, 256, 1024, 4096)]
+    monkeypatch.setattr(tables, "identity", lambda _: who)
+    monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: architecture)
+    tables.forget()
+    assert [launch_counts(graph, still(patches), device=gpu).nodes for patches in (64, 256, 1024, 4096)] == counted
+    tables.forget()
+
+
+def test_a_pass_takes_its_blocks_and_little_else() -> None:
+    counts = launch_counts(fold_still_pictures(graph_of("kernels")), MANY)
+    # Patch projection, rotary table; the projector's norm and two products.
+    assert counts.total == Launches(32 * 7 + 2 + 3)
+    assert set(counts.blocks) == set(range(32))
+    assert sum(counts.blocks.values(), Launches()) == Launches(32 * 7)
+
+
+def test_an_mlp_takes_its_products_once_a_run_of_rows() -> None:
+    longer = replace(MANY, patches=16385, scores=16385**2)
+    assert block_of(CONFIG, "kernels", longer) == Launches(9)
+    assert block_of(CONFIG, "default", longer) == Launches(10)
+
+
+def test_rows_that_torch_gathers_or_copies_are_library_calls() -> None:
+    selecting = launch_counts(graph_of("default", TOWERS["class token"]), MANY)
+    assert selecting.nodes["projector"] == Launches(kernels=2, library=1)
+    several = launch_counts(graph_of("default", TOWERS["several layers"]), MANY)
+    assert several.nodes["features"] == Launches(kernels=3)
+    means = launch_counts(graph_of("plain", replace(CONFIG, depth=1, features=(0, 1))), MANY)
+    assert means.nodes["features"] == Launches(library=2)
+
+
+@pytest.mark.parametrize(("inner", "block", "split", "parts"), [(1280, 64, 4, 4), (640, 64, 8, 5), (64, 64, 8, 1)])
+def test_a_short_product_is_cut_into_fewer_parts(inner: int, block: int, split: int, parts: int) -> None:
+    assert parts_of(inner, LinearConfig(64, 64, block, 8, 4, 3, split)) == parts
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Makes every product's configuration a given one, for the counter."""
+    config = LinearConfig(**({"block_rows": 64, "block_columns": 64, "block_inner": 64, "group_rows": 8} | changes), num_warps=4, num_stages=3)  # fmt: skip
+    monkeypatch.setattr("tritontower.graph.launch_count.choose_linear", lambda *_, **__: config)
+
+
+def test_products_cut_into_parts_take_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen(monkeypatch, split=4)
+    counts = launch_counts(graph_of("plain"), MANY, device=torch.device("cpu"))
+    assert counts.nodes["blocks.0.mlp_up"] == Launches(2)
+    assert counts.nodes["projector"] == Launches(1 + 2 + 2)
+    assert launch_counts(graph_of("plain"), MANY).nodes["blocks.0.mlp_up"] == Launches(1)
+
+
+def test_attention_that_repairs_takes_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FlashAttentionConfig(128, 128, 4, 2, "specialised")
+    monkeypatch.setattr("tritontower.graph.launch_count.choose_attention", lambda *_, **__: config)
+    chosen(monkeypatch)
+    graph, cpu = graph_of("kernels"), torch.device("cpu")
+    monkeypatch.setattr("tritontower.graph.launch_count.choose_qkv", lambda *_, **__: LinearConfig(64, 64, 64, 8, 4, 3))
+    assert launch_counts(graph, MANY, device=cpu).per_block == Launches(8)
+    assert launch_counts(graph, MANY, device=cpu, dtype=torch.float16).per_block == Launches(7)
+    assert launch_counts(graph, MANY).per_block == Launches(7)
+
+
+def test_a_librarys_product_counts_as_one_and_its_missing_epilogues_as_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen(monkeypatch, vendor=True)
+
+    def nodes(config: TowerConfig) -> dict[str, Launches]:
+        graph: Graph = fuse(build(config))
+        return dict(launch_counts(graph, MANY, device=torch.device("cpu")).nodes)
+
+    with_bias, without = nodes(CONFIG), nodes(replace(CONFIG, mlp_bias=False, attention_bias=False))
+    assert with_bias["blocks.0.mlp_up"] == Launches(kernels=1, library=1)
+    assert with_bias["blocks.0.mlp_down"] == Launches(kernels=1, library=1)
+    assert without["blocks.0.mlp_down"] == without["blocks.0.attention_output"] == Launches(library=1)
+    assert nodes(TOWERS["gated"])["blocks.0.mlp_gate_up"] == Launches(1)
+
+
+def test_split_products_are_launched_as_counted(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LinearConfig(16, 16, 16, 8, 4, 3, split=3)
+    monkeypatch.setattr(linears, "choose_config", lambda *_, **__: config)
+    x, weight = (torch.randn(5, 48, device=kernel_device) for _ in range(2))
+    with counted_launches() as names:
+        linears.linear(x, weight)
+    assert len(names) == (1 if parts_of(48, config) == 1 else 2) == 2

@@ -1,0 +1,662 @@
+"""Hand-over to vLLM, SGLang and ExLlama: the forms are those of the recorded releases, the values are the tower's.
+
+``tests/data/hosts.json`` records what was read in which release.  Where an engine is installed, its own code is shown the
+data as well; without it those tests are skipped.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import noise
+from support.mistral_format import to_mistral_format
+from support.towers import TowerCase, all_cases
+
+from tritontower import VisionTower
+from tritontower.embedding import ImageEmbedding
+from tritontower.errors import HostRefusalError, UsageError
+from tritontower.integrations.exllama import ExLlamaEmbedding, ExLlamaV2Vision, ExLlamaV3Vision, to_exllama
+from tritontower.integrations.sglang import SGLANG_READ, to_sglang
+from tritontower.integrations.vllm import VLLM_READ, to_vllm
+from tritontower.models.common.registry import model_types
+from tritontower.prompt.encode import TokenSpace, encode_prompt, merge_embeddings
+
+HOSTS = json.loads((Path(__file__).parents[1] / "data" / "hosts.json").read_text())
+VLLM, SGLANG = HOSTS["vllm"], HOSTS["sglang"]
+CASES = all_cases()
+BY_NAME = {case.name: case for case in CASES}
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QWEN = [case for case in CASES if case.video]
+each_qwen = pytest.mark.parametrize("case", QWEN, ids=lambda case: case.name)
+
+Load = Callable[[TowerCase], VisionTower]
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """A small fp32 tower of a case, made once."""
+    towers: dict[str, VisionTower] = {}
+
+    def get(case: TowerCase) -> VisionTower:
+        if case.name not in towers:
+            folder = case.save(tmp_path_factory.mktemp("hosts") / case.name)
+            towers[case.name] = VisionTower.from_pretrained(folder, device="cpu")
+        return towers[case.name]
+
+    return get
+
+
+def two(case: TowerCase) -> list[np.ndarray]:
+    return [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[1:3])]
+
+
+def side_by_side(embedding: ImageEmbedding) -> torch.Tensor:
+    return torch.cat((embedding.embeddings, *embedding.deepstack), dim=1)
+
+
+def short(model_type: str) -> str:
+    """The entry of a record: the whole name, or what is before the tower's."""
+    known = {*VLLM["matrices"], *VLLM["dictionaries"], *VLLM["refused"]}
+    return model_type if model_type in known else model_type.partition("/")[0]
+
+
+# -- vLLM -------------------------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_vllm_gets_the_recorded_form_or_a_refusal(case: TowerCase, load: Load) -> None:
+    tower = load(case)
+    kind = short(tower.family.model_type)
+    embeddings = tower.encode(two(case))
+    if kind in VLLM["refused"]:
+        with pytest.raises(HostRefusalError, match=re.escape(f"vLLM {VLLM['version']}")) as refusal:
+            to_vllm(tower, embeddings)
+        assert refusal.value.reason in str(refusal.value)
+        assert refusal.value.instead in str(refusal.value)
+    elif kind in VLLM["dictionaries"]:
+        assert_dictionary(tower, to_vllm(tower, embeddings), VLLM["dictionaries"][kind], embeddings)
+    else:
+        assert_matrices(tower, VLLM["matrices"][kind]["one_count"], embeddings)
+
+
+def assert_dictionary(
+    tower: VisionTower, data: dict[str, Any], record: dict[str, list[str]], embeddings: list[ImageEmbedding]
+) -> None:
+    assert list(data) == ["image"]
+    image = data["image"]
+    assert list(image) == record["image"]
+    rows, grids = image["image_embeds"], image["image_grid_thw"]
+    assert torch.equal(rows, torch.cat([side_by_side(embedding) for embedding in embeddings]))
+    assert rows.shape[1] == tower.hidden_size * (1 + len(tower.config.deepstack))
+    assert torch.equal(rows[:, : tower.hidden_size], torch.cat([e.embeddings for e in embeddings]))
+    assert grids.dtype == torch.int64
+    assert grids.tolist() == [list(embedding.grid_thw) for embedding in embeddings]
+    assert (grids.prod(-1) // tower.config.merge**2).tolist() == [embedding.num_tokens for embedding in embeddings]
+
+
+def assert_matrices(tower: VisionTower, one_count: bool, embeddings: list[ImageEmbedding]) -> None:
+    for given in ([embeddings[0]], [embeddings[1], embeddings[1]]):
+        data = to_vllm(tower, given)
+        assert list(data) == ["image"]
+        assert [matrix.ndim for matrix in data["image"]] == [2] * len(given)
+        assert all(torch.equal(found, e.embeddings) for found, e in zip(data["image"], given, strict=True))
+    counts = {embedding.num_tokens for embedding in embeddings}
+    assert one_count == (len(counts) > 1), "the case has to show whether counts may differ"
+    if one_count:
+        with pytest.raises(HostRefusalError, match=f"these have {min(counts)}, {max(counts)}"):
+            to_vllm(tower, embeddings)
+    else:
+        assert len(to_vllm(tower, embeddings)["image"]) == 2
+
+
+@each_qwen
+def test_vllm_gets_clips_beside_pictures(case: TowerCase, load: Load) -> None:
+    tower = load(case)
+    record = VLLM["dictionaries"][tower.family.model_type]
+    clip = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=2.0)
+    (picture,) = tower.encode([noise(60, 40, 9)])
+    data = to_vllm(tower, [clip, picture])
+    assert list(data) == ["image", "video"]
+    assert list(data["video"]) == record["video"]
+    assert torch.equal(data["video"]["video_embeds"], side_by_side(clip))
+    assert data["video"]["video_grid_thw"].tolist() == [list(clip.grid_thw)]
+    assert torch.equal(data["image"]["image_embeds"], side_by_side(picture))
+    if "timestamps" in record["video"]:
+        assert data["video"]["timestamps"] == [[0.25, 1.25, 2.0]]
+    if "second_per_grid_ts" in record["video"]:
+        assert data["video"]["second_per_grid_ts"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_clip_without_times_is_refused_where_positions_depend_on_them(name: str, load: Load) -> None:
+    tower = load(BY_NAME[name])
+    clip = tower.encode_video([noise(120, 80, seed) for seed in range(4)])
+    with pytest.raises(UsageError, match="pass fps="):
+        to_vllm(tower, clip)
+
+
+@pytest.mark.parametrize("model_type", model_types())
+def test_every_model_type_was_looked_up(model_type: str) -> None:
+    from tritontower.integrations import sglang, vllm
+
+    # A family that nobody looked up would be refused for a reason that helps nobody.
+    vllm_takes = short(model_type) in {*VLLM["matrices"], *VLLM["dictionaries"]}
+    assert vllm_takes != (short(model_type) in VLLM["refused"])
+    for ask, taken in ((vllm._form, vllm_takes), (sglang._host, model_type in SGLANG["taken"])):
+        reason = reason_of(ask, model_type)
+        assert (reason is None) == taken
+        assert reason is None or "nobody" not in reason
+
+
+def reason_of(ask: Callable[[str], object], model_type: str) -> str | None:
+    """Why an engine refuses; ``None`` where it does not."""
+    try:
+        ask(model_type)
+    except HostRefusalError as refusal:
+        return refusal.reason
+    return None
+
+
+def test_a_model_type_that_nobody_looked_up_is_refused() -> None:
+    from tritontower.integrations import sglang, vllm
+
+    for ask, read, record in ((vllm._form, VLLM_READ, VLLM), (sglang._host, SGLANG_READ, SGLANG)):
+        with pytest.raises(HostRefusalError, match="nobody has looked") as refusal:
+            ask("next_years_model")
+        assert refusal.value.host == read
+        assert read.endswith(f" {record['version']}")
+
+
+def test_mistrals_own_format_is_refused_by_vllm_and_taken_by_sglang(load: Load, tmp_path: Path) -> None:
+    folder = to_mistral_format(load(BY_NAME["pixtral"]).folder, tmp_path / "native")
+    tower = VisionTower.from_pretrained(folder, device="cpu")
+    embeddings = tower.encode(two(BY_NAME["pixtral"]))
+    with pytest.raises(HostRefusalError, match=r"no input but pixels.*merge_embeddings.*prompt_embeds"):
+        to_vllm(tower, embeddings)
+    assert to_sglang(tower, embeddings)["format"] == "processor_output"
+
+
+# -- SGLang -----------------------------------------------------------------------------------------------------------
+
+
+@each_case
+def test_sglang_gets_the_recorded_form_or_a_refusal(case: TowerCase, load: Load) -> None:
+    tower = load(case)
+    model_type = tower.family.model_type
+    embeddings = tower.encode(two(case))
+    record = SGLANG["taken"].get(model_type)
+    if record is None:
+        with pytest.raises(HostRefusalError, match=re.escape(SGLANG_READ)):
+            to_sglang(tower, embeddings)
+        return
+    item = to_sglang(tower, embeddings)
+    assert item["format"] == record["form"]
+    assert_sglang_rows(tower, item, embeddings)
+    assert ("image_grid_thw" in item) == record["grids"]
+    by_force = to_sglang(tower, embeddings, form="processor_output")
+    assert by_force["format"] == "processor_output"
+    assert by_force["modality"] == "image"
+    assert_sglang_rows(tower, by_force, embeddings)
+    if record["form"] == "processor_output":
+        with pytest.raises(HostRefusalError, match="for pixels"):
+            to_sglang(tower, embeddings, form="precomputed_embedding")
+    with pytest.raises(UsageError, match="form is 'pixels'; allowed: 'precomputed_embedding', 'processor_output'"):
+        to_sglang(tower, embeddings, form="pixels")  # type: ignore[arg-type]
+
+
+def assert_sglang_rows(tower: VisionTower, item: dict[str, Any], embeddings: list[ImageEmbedding]) -> None:
+    rows = item[SGLANG["rows_under"][item["format"]]]
+    assert torch.equal(rows, torch.cat([side_by_side(embedding) for embedding in embeddings]))
+    assert rows.shape[1] == tower.hidden_size * (1 + len(tower.config.deepstack))
+    if "image_grid_thw" in item:
+        assert item["image_grid_thw"].tolist() == [list(embedding.grid_thw) for embedding in embeddings]
+
+
+def test_one_frame_is_a_clip_where_it_was_encoded_as_one(load: Load) -> None:
+    """Nothing but its origin tells it from a picture: one temporal patch, and no times."""
+    tower = load(BY_NAME["qwen2_vl"])
+    frame = noise(60, 40, 9)
+    clip = tower.encode_video([frame])
+    (picture,) = tower.encode([frame])
+    assert clip.grid_thw == picture.grid_thw
+    assert list(to_vllm(tower, clip)) == ["video"]
+    assert list(to_vllm(tower, picture)) == ["image"]
+    assert "video_grid_thw" in to_sglang(tower, clip)
+    assert "image_grid_thw" in to_sglang(tower, picture)
+
+
+@each_qwen
+def test_sglang_gets_clips_in_an_item_of_their_own(case: TowerCase, load: Load) -> None:
+    tower = load(case)
+    clip = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=4.0)
+    item = to_sglang(tower, clip)
+    assert (item["format"], item["modality"]) == ("processor_output", "video")
+    assert torch.equal(item["precomputed_embeddings"], side_by_side(clip))
+    assert item["video_grid_thw"].tolist() == [list(clip.grid_thw)]
+    timed = tower.family.model_type == "qwen2_5_vl"
+    assert ("second_per_grid_ts" in item) == timed
+    if timed:
+        assert item["second_per_grid_ts"].tolist() == [0.5]
+    (picture,) = tower.encode([noise(60, 40, 9)])
+    with pytest.raises(UsageError, match=r"image_data=\[…\], video_data=\[…\]"):
+        to_sglang(tower, [picture, clip])
+
+
+# -- what no engine checks --------------------------------------------------------------------------------------------
+
+Change = Callable[[ImageEmbedding], Any]
+
+DAMAGES: dict[str, tuple[str, Change, str]] = {
+    "a row too few": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[1:], view_tokens=()), "its grid"),
+    "a row too many": (
+        "qwen2_vl",
+        lambda e: replace(e, embeddings=torch.cat((e.embeddings, e.embeddings[:1])), view_tokens=()),
+        "its grid",
+    ),
+    "another grid": ("qwen2_vl", lambda e: replace(e, grid_thw=(1, 2, 2)), "its grid"),
+    "merged grid": (
+        "qwen2_vl",
+        lambda e: replace(e, grid_thw=(1, e.grid_thw[1] // 2, e.grid_thw[2] // 2)),
+        "its grid",
+    ),
+    "half a view": ("llava", lambda e: replace(e, embeddings=e.embeddings[::2], view_tokens=()), "its grid"),
+    "no tiles": ("llava_next", lambda e: replace(e, embeddings=e.embeddings[:4], view_tokens=()), "its grid"),
+    "views of other rows": ("llava", lambda e: replace(e, view_tokens=(1,)), "views"),
+    "narrower": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[:, 1:]), "another one"),
+    "without deepstack": ("qwen3_vl", lambda e: replace(e, deepstack=()), "deepstack"),
+    "a short level": ("qwen3_vl", lambda e: replace(e, deepstack=(e.deepstack[0], e.deepstack[1][1:])), "shape"),
+    "a level of another dtype": (
+        "qwen3_vl",
+        lambda e: replace(e, deepstack=(e.deepstack[0], e.deepstack[1].half())),
+        "dtype",
+    ),
+    "a clip that does not say so": ("qwen2_vl", lambda e: replace(e, grid_thw=(2, 2, 2)), "does not say"),
+    "times of another clip": ("qwen3_vl", lambda e: replace(e, timestamps=(0.0, 1.0)), "time stamps"),
+    "whole numbers": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings.long()), "floating"),
+    "rows alone": ("qwen2_vl", lambda e: e.embeddings, "a Tensor"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_embeddings_that_cannot_be_the_towers_are_refused(damage: str, load: Load) -> None:
+    name, change, message = DAMAGES[damage]
+    tower = load(BY_NAME[name])
+    embeddings = tower.encode([noise(120, 90, 1)])
+    to_vllm(tower, embeddings)
+    for hand_over in (to_vllm, to_exllama):
+        with pytest.raises(UsageError, match=message):
+            hand_over(tower, [*embeddings, change(embeddings[0])])
+
+
+def test_nothing_and_several_dtypes_are_refused(load: Load) -> None:
+    tower = load(BY_NAME["qwen2_vl"])
+    (embedding,) = tower.encode([noise(60, 40, 0)])
+    half = replace(embedding, embeddings=embedding.embeddings.half())
+    for hand_over in (to_vllm, to_sglang):
+        with pytest.raises(UsageError, match="no embedding"):
+            hand_over(tower, [])
+        with pytest.raises(UsageError, match="several dtypes"):
+            hand_over(tower, [embedding, half])
+        assert hand_over(tower, embedding).keys() == hand_over(tower, [embedding]).keys()
+
+
+# -- ExLlama ----------------------------------------------------------------------------------------------------------
+
+
+class WordTokenizer:
+    """A tokenizer as ExLlama's are used: single tokens by name, text by its characters."""
+
+    def __init__(self, tokens: dict[str, int]) -> None:
+        self.tokens = tokens
+        self.pattern = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+
+    def single_id(self, token: str) -> int:
+        return self.tokens[token]
+
+    def encode(self, text: str, *, encode_special_tokens: bool = False, embeddings: Any = ()) -> torch.Tensor:
+        assert encode_special_tokens or embeddings
+        aliases = {embedding.text_alias: embedding for embedding in embeddings}
+        ids: list[int] = []
+        parts = re.split("(" + "|".join(map(re.escape, aliases)) + ")", text) if aliases else [text]
+        for part in parts:
+            if part in aliases:
+                ids += aliases[part].get_ids()
+                continue
+            for piece in self.pattern.split(part):
+                ids += [self.tokens[piece]] if piece in self.tokens else [200 + ord(c) % 50 for c in piece]
+        return torch.tensor([ids])
+
+
+@pytest.mark.parametrize("engine", ["exllamav2", "exllamav3"])
+def test_views_have_what_exllama_reads(engine: str, load: Load) -> None:
+    record = HOSTS[engine]
+    tower = load(BY_NAME["qwen3_vl"])
+    view = to_exllama(tower, tower.encode([noise(90, 60, 2)])[0], space=TokenSpace())
+    assert [name for name in (*record["attributes"], *record["methods"]) if not hasattr(view, name)] == []
+    adapter = {"exllamav2": ExLlamaV2Vision, "exllamav3": ExLlamaV3Vision}[engine]
+    for method, parameters in record["signatures"].items():
+        assert list(inspect.signature(getattr(adapter, method)).parameters)[1:] == parameters
+
+
+@each_case
+def test_views_hold_the_embedding_and_its_ids(case: TowerCase, load: Load) -> None:
+    tower = load(case)
+    space = TokenSpace()
+    embeddings = tower.encode(two(case))
+    views = to_exllama(tower, embeddings, space=space, dtype=None)
+    for view, embedding in zip(views, embeddings, strict=True):
+        assert torch.equal(view.embeddings, embedding.embeddings)
+        assert view.length == view.mm_length == view.full_length == embedding.num_tokens
+        assert view.get_ids() == view.token_list == list(range(view.first_index, view.last_index))
+        assert view.get_vision_token_range() == (view.first_index, view.first_index + view.length)
+        assert torch.equal(view.get_ids_tensor(), torch.arange(view.first_index, view.last_index)[None])
+        assert view.first_index >= 1_000_000_000
+        assert view.text_alias == f"<$EMB_{view.first_index}$>"
+        assert view.grid_thw == view.thw_grid == embedding.grid_thw
+        assert view.model.config.vision_spatial_merge_size == view.mrope_merge_size == tower.config.merge
+        levels = view.deepstack_embeddings or []
+        assert all(map(torch.equal, levels, embedding.deepstack))
+        assert (view.deepstack_embeddings is None) == (not embedding.deepstack)
+        assert view.get_size_in_bytes() == embedding.embeddings.nbytes * (1 + len(levels))
+    assert views[0].last_index <= views[1].first_index or views[1].last_index <= views[0].first_index
+    # ExLlama gives the same picture new ids each time, and its key-value cache never finds it again.
+    assert to_exllama(tower, embeddings[0], space=space).first_index == views[0].first_index
+
+
+def splice_as_exllama(ids: torch.Tensor, views: list[ExLlamaEmbedding], table: torch.Tensor) -> torch.Tensor:
+    """``ExLlamaV2Embedding.forward`` in a few lines: rows by id, everything below a billion from the table."""
+    rows = torch.empty(*ids.shape, table.shape[1])
+    text = ids < 1_000_000_000
+    rows[text] = table[ids[text]]
+    for view in views:
+        here = (ids >= view.first_index) & (ids < view.first_index + view.length)
+        rows[here] = view.embeddings[ids[here] - view.first_index].float()
+    return rows
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "pixtral", "mistral3", "gemma3", "llava", "llava_next"])
+def test_what_exllama_makes_of_a_prompt_is_what_merging_makes(name: str, load: Load) -> None:
+    tower = load(BY_NAME[name])
+    layout = tower.prompt_layout
+    assert layout is not None
+    tokens = {str(piece): piece for piece in range(40)}
+    tokenizer = WordTokenizer({f"<t{number}>": number for number in tokens.values()} | named_tokens(layout))
+    space = TokenSpace()
+    embeddings = tower.encode(two(BY_NAME[name]))
+    views = to_exllama(tower, embeddings, tokenizer=tokenizer, space=space, dtype=None)
+    text = f"Look: {views[0].text_alias} and {views[1].text_alias}."
+    theirs = tokenizer.encode(text, encode_special_tokens=True, embeddings=views)
+    aliased = [e.with_alias(v.text_alias) for e, v in zip(embeddings, views, strict=True)]
+    ours = encode_prompt(
+        lambda piece: tokenizer.encode(piece, encode_special_tokens=True)[0].tolist(),
+        text,
+        aliased,
+        layout=layout,
+        space=space,
+    )
+    assert theirs[0].tolist() == ours.input_ids.tolist()
+    table = torch.randn(300_000, tower.hidden_size)
+    plain = table[torch.where(ours.input_ids < 1_000_000_000, ours.input_ids, 0)]
+    expected = merge_embeddings(plain, ours.input_ids, ours.embeddings)
+    assert torch.equal(splice_as_exllama(theirs, views, table)[0], expected)
+    assert len(views[0].token_list) > views[0].length or name.startswith("llava")
+
+
+def named_tokens(layout: Any) -> dict[str, int]:
+    """An id for every piece of a layout that is a name."""
+    pieces = (*layout.before, *layout.after, *layout.view_before, *layout.view_after, layout.row_break, layout.row_end)
+    names = {piece for piece in pieces if isinstance(piece, str)}
+    return {name: 60 + number for number, name in enumerate(sorted(names))}
+
+
+@pytest.mark.parametrize("name", ["pixtral", "mistral3"])
+def test_pixtrals_rows_end_as_in_transformers_not_as_in_exllama(name: str, load: Load) -> None:
+    tower = load(BY_NAME[name])
+    layout = tower.prompt_layout
+    assert layout is not None
+    tokenizer = WordTokenizer({"<t>": 1} | named_tokens(layout))
+    view = to_exllama(tower, tower.encode([noise(64, 96, 0)])[0], tokenizer=tokenizer, space=TokenSpace())
+    lines, columns = (side // tower.config.merge for side in view.grid_thw[1:])
+    markers = [token for token in view.token_list if token < 1_000_000_000]
+    assert len(view.token_list) == lines * (columns + 1)
+    assert len(markers) == lines
+    assert markers[-1] not in markers[:-1]
+    assert view.token_list[-1] == markers[-1]
+
+
+def test_what_ends_a_prompt_does_not_come_with_a_picture(load: Load) -> None:
+    tower = load(BY_NAME["paligemma"])
+    layout = tower.prompt_layout
+    assert layout is not None
+    assert layout.behind_pictures
+    assert layout.ending
+    view = to_exllama(
+        tower, tower.encode([noise(64, 96, 0)])[0], tokenizer=WordTokenizer({"<t>": 1}), space=TokenSpace()
+    )
+    assert view.token_list == list(range(view.first_index, view.last_index))
+
+
+def test_a_tower_stands_in_for_exllamav2s_vision_model(load: Load) -> None:
+    tower = load(BY_NAME["qwen2_vl"])
+    vision = ExLlamaV2Vision(tower)
+    model = SimpleNamespace(config=SimpleNamespace(hidden_size=tower.hidden_size, vision_spatial_merge_size=2))
+    tokenizer = WordTokenizer({"<t>": 1})
+    image = noise(120, 80, 3)
+    positional = vision.get_image_embeddings(model, tokenizer, image, "{{picture}}", True)
+    named = vision.get_image_embeddings(model=model, tokenizer=tokenizer, image=image)
+    assert positional.text_alias == "{{picture}}"
+    assert positional.first_index == named.first_index
+    assert positional.model is model
+    assert positional.embeddings.dtype == torch.float16
+    assert positional.metadata["original_size"] == (80, 120)
+    assert len(positional.get_ids()) == positional.length + 2
+    clip = vision.get_video_embeddings(model, tokenizer, [noise(60, 40, seed) for seed in range(4)])
+    assert clip.thw_grid[0] == 2
+    narrow = SimpleNamespace(config=SimpleNamespace(hidden_size=tower.hidden_size + 1))
+    with pytest.raises(UsageError, match="do not belong together"):
+        vision.get_image_embeddings(narrow, tokenizer, image)
+
+
+def test_a_tower_stands_in_for_exllamav3s_vision_model(load: Load) -> None:
+    tower = load(BY_NAME["qwen3_vl"])
+    vision = ExLlamaV3Vision(tower)
+    tokenizer = WordTokenizer({"<t>": 1})
+    images = [noise(120, 80, 3), noise(64, 200, 4)]
+    # Of lists ExLlamaV3 encodes pictures of one size only.
+    several = vision.get_image_embeddings(tokenizer, images)
+    one = vision.get_image_embeddings(tokenizer=tokenizer, image=images[1], text_alias="{{picture}}")
+    assert [view.metadata["original_size"] for view in several] == [(120, 80), (64, 200)]
+    assert one.text_alias == "{{picture}}"
+    assert one.token_list == several[1].token_list
+    assert torch.equal(one.embeddings, several[1].embeddings)
+    assert one.token_list_at(7) == one.token_list == one.token_string[0].tolist()
+    assert vision.get_image_embeddings(tokenizer, []) == []
+    with pytest.raises(UsageError, match="list of pictures"):
+        vision.get_image_embeddings(tokenizer, images, "{{picture}}")  # type: ignore[call-overload]
+
+
+def test_ids_and_values_that_exllama_would_misread_are_refused(load: Load) -> None:
+    tower = load(BY_NAME["qwen2_vl"])
+    (embedding,) = tower.encode([noise(60, 40, 0)])
+    with pytest.raises(UsageError, match="pass space="):
+        to_exllama(tower, embedding)
+    with pytest.raises(UsageError, match="below 1000000000"):
+        to_exllama(tower, embedding, space=TokenSpace(200_000))
+    scattered = embedding.with_token_ids([2_000_000_000 - 2 * row for row in range(embedding.num_tokens)])
+    with pytest.raises(UsageError, match="follow upon each other"):
+        to_exllama(tower, scattered)
+    large = replace(embedding, embeddings=embedding.embeddings * 1e6)
+    with pytest.raises(UsageError, match="dtype=None"):
+        to_exllama(tower, large, space=TokenSpace())
+    assert torch.equal(to_exllama(tower, large, space=TokenSpace(), dtype=None).embeddings, large.embeddings)
+
+
+def test_views_hold_and_release_their_ids(load: Load) -> None:
+    tower = load(BY_NAME["qwen2_vl"])
+    vision = ExLlamaV3Vision(tower)
+    tokenizer = WordTokenizer({"<t>": 1})
+    images = [noise(120, 80, 3), noise(64, 200, 4)]
+    once, again = (vision.get_image_embeddings(tokenizer, images) for _ in range(2))
+    rows = sum(view.length for view in once)
+    for view in once:
+        view.release(vision.space)
+    assert vision.space.ids_in_use == rows
+    for view in again:
+        # It keeps no second copy of its rows.
+        assert view.source.embeddings is view.embeddings
+        view.release(vision.space)
+    assert vision.space.ids_in_use == 0
+    with pytest.raises(UsageError, match="not in use for this picture"):
+        again[0].release(vision.space)
+
+
+def test_no_ids_stay_assigned_where_no_view_is_made(load: Load) -> None:
+    tower = load(BY_NAME["qwen2_vl"])
+    pictures = tower.encode([noise(60, 40, 0), noise(90, 60, 1)])
+    large = replace(pictures[1], embeddings=pictures[1].embeddings * 1e6)
+    space = TokenSpace()
+    with pytest.raises(UsageError, match="dtype=None"):
+        to_exllama(tower, [pictures[0], large], space=space)
+    assert space.ids_in_use == 0
+    with pytest.raises(UsageError, match="tokenizer is 5"):
+        to_exllama(tower, pictures, tokenizer=5, space=space)
+    assert space.ids_in_use == 0
+    low = TokenSpace(200_000)
+    with pytest.raises(UsageError, match="below 1000000000"):
+        to_exllama(tower, pictures, space=low)
+    assert low.ids_in_use == 0
+
+
+# -- the engines' own code, where it is installed ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
+def test_vllms_parser_takes_matrices_for_embeddings(name: str, load: Load) -> None:
+    parse = pytest.importorskip("vllm.multimodal.parse")
+    tower = load(BY_NAME[name])
+    embeddings = tower.encode([noise(120, 90, 1), noise(120, 90, 2)])
+    parser = parse.MultiModalDataParser(expected_hidden_size=tower.hidden_size)
+    items = parser.parse_mm_data(to_vllm(tower, embeddings))["image"]
+    assert isinstance(items, parse.ImageEmbeddingItems)
+    assert [items.get_feature_size(index) for index in range(2)] == [e.num_tokens for e in embeddings]
+    assert all(torch.equal(items.get(index), e.embeddings) for index, e in enumerate(embeddings))
+
+
+@each_qwen
+def test_vllms_fields_cut_the_rows_where_the_pictures_end(case: TowerCase, load: Load) -> None:
+    parse = pytest.importorskip("vllm.multimodal.parse")
+    inputs = importlib.import_module("vllm.multimodal.inputs")
+    tower = load(case)
+    embeddings = tower.encode(two(case))
+    data = to_vllm(tower, embeddings)["image"]
+    fields = inputs.MultiModalFieldConfig
+
+    def declared(given: dict[str, torch.Tensor]) -> dict[str, Any]:
+        sizes = given["image_grid_thw"].prod(-1) // tower.config.merge // tower.config.merge
+        return {
+            "image_embeds": fields.flat_from_sizes("image", sizes),
+            "image_grid_thw": fields.batched("image", keep_on_cpu=True),
+        }
+
+    items = parse.DictEmbeddingItems(data, modality="image", required_fields=set(data), fields_factory=declared)
+    assert items.get_count() == 2
+    for index, embedding in enumerate(embeddings):
+        found = items.get(index)
+        assert torch.equal(found["image_embeds"], side_by_side(embedding))
+        assert found["image_grid_thw"].tolist() == list(embedding.grid_thw)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "gemma3", "pixtral", "mistral3"])
+def test_sglangs_scheduler_serves_the_rows_in_any_pieces(name: str, load: Load) -> None:
+    processors = pytest.importorskip("sglang.srt.multimodal.processors.base_processor")
+    utilities = pytest.importorskip("sglang.srt.managers.mm_utils")
+    schedule = pytest.importorskip("sglang.srt.managers.mm_schedule")
+    tower = load(BY_NAME[name])
+    embeddings = tower.encode(two(BY_NAME[name]))
+    item = to_sglang(tower, embeddings, form="processor_output")
+    processor = object.__new__(processors.BaseMultimodalProcessor)
+    processor.FEATURE_NAMES, processor.ATTR_NAME_TO_MODALITY = [], {}
+    processors.BaseMultimodalProcessor.validate_mm_data(image_data=[item])
+    (collected,) = processor.collect_mm_items_from_processor_output(item)
+    ids = torch.tensor([1, *[9] * embeddings[0].num_tokens, 2, 3, *[9] * embeddings[1].num_tokens, 4])
+    collected.offsets = processor.get_mm_items_offset(ids, 9)
+    items = utilities.get_new_expanded_mm_items([collected])
+    offsets = [offset for found in items for offset in found.offsets]
+    rows = torch.cat([side_by_side(embedding) for embedding in embeddings])
+    for start in range(0, len(ids), 7):
+        length = min(11, len(ids) - start)
+        here = (ids[start : start + length] == 9).nonzero().flatten() + start
+        served = schedule._get_precomputed_embedding(items, [0, len(items)], [start], [length], [offsets])
+        assert torch.equal(served, rows[(ids == 9).cumsum(0)[here] - 1])
+
+
+def test_sglang_knows_the_documented_form(load: Load) -> None:
+    processors = pytest.importorskip("sglang.srt.multimodal.processors.base_processor")
+    tower = load(BY_NAME["qwen2_5_vl"])
+    item = to_sglang(tower, tower.encode([noise(60, 40, 0)]))
+    found = processors.BaseMultimodalProcessor._get_preprocessed_input_format(item)
+    assert found.name == "PRECOMPUTED_EMBEDDING"
+    with pytest.raises(ValueError, match="exactly one item"):
+        processors.BaseMultimodalProcessor.validate_mm_data(image_data=[item, item])
+
+
+def module_of(package: str, *path: str) -> ModuleType:
+    """One file of an installed package, without importing the package, which would build its kernels."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        pytest.skip(f"{package} is not installed")
+    found = importlib.util.spec_from_file_location(f"_{package}_{path[-1]}", Path(spec.origin).parent.joinpath(*path))
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def test_exllamav2s_class_has_nothing_that_a_view_lacks(load: Load) -> None:
+    theirs = module_of("exllamav2", "generator", "dynamic_embeddings.py")
+    tower = load(BY_NAME["qwen2_vl"])
+    view = to_exllama(tower, tower.encode([noise(90, 60, 2)])[0], space=TokenSpace())
+    original = theirs.ExLlamaV2MMEmbedding(model=view.model, embeddings=view.embeddings, thw_grid=view.thw_grid)
+    public = [name for name in dir(original) if not name.startswith("_")]
+    assert [name for name in public if not hasattr(view, name)] == []
+    assert len(view.get_ids()) == len(original.get_ids())
+    assert view.get_ids_tensor().shape == original.get_ids_tensor().shape
+    assert view.get_size_in_bytes() == original.get_size_in_bytes()
+
+
+def test_exllamav3_sends_and_receives_a_view(load: Load) -> None:
+    theirs = module_of("exllamav3", "tokenizer", "mm_embedding.py")
+    tower = load(BY_NAME["qwen3_vl"])
+    view = to_exllama(tower, tower.encode([noise(90, 60, 2)])[0], space=TokenSpace())
+    channel = SimpleNamespace(send=lambda tensor, cache_id: tensor, recv=lambda tensor: tensor)
+    (received,) = theirs.recv_embeddings(channel, theirs.send_embeddings(channel, [view]))
+    assert received.first_index == view.first_index
+    assert received.last_index == view.last_index
+    assert torch.equal(received.embeddings, view.embeddings)
+    assert len(received.deepstack_embeddings) == len(view.deepstack_embeddings or [])
+    original = theirs.MMEmbedding(embeddings=view.embeddings, token_string=torch.full((1, view.length), -1))
+    public = [name for name in dir(original) if not name.startswith("_")]
+    assert [name for name in public if not hasattr(view, name)] == []
+    assert (original.full_length, original.mm_length) == (view.full_length, view.mm_length)
+
+
+def test_handing_over_imports_no_engine() -> None:
+    code = (
+        "import sys, tritontower.integrations.vllm, tritontower.integrations.sglang, tritontower.integrations.exllama\n"
+        "print([name for name in ('vllm', 'sglang', 'exllamav2', 'exllamav3', 'transformers') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout.strip() == "[]"

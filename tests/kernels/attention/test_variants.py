@@ -1,0 +1,534 @@
+"""The other kernels of attention (fixed stabiliser, specialised warps, one shot): the same numbers, promises and limits."""
+
+import contextvars
+import math
+
+import pytest
+import torch
+from support.numbers import TOLERANCE, relative_error
+
+from tritontower.kernels.attention import attention, common, fixed_max, online_softmax, single_block, warp_specialized
+from tritontower.kernels.attention.attention import (
+    FlashAttentionConfig,
+    choose_config,
+    default_config,
+    flash_attention_varlen,
+)
+from tritontower.kernels.gemm.qkv_projection import arrange_heads, qkv_projection
+from tritontower.kernels.runtime import config as configs
+from tritontower.kernels.runtime import dispatch
+from tritontower.kernels.runtime.segments import Segments
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ONLINE = FlashAttentionConfig(32, 32, 4, 1)
+FIXED = FlashAttentionConfig(32, 32, 4, 1, "fixed")
+SPECIALISED = FlashAttentionConfig(128, 32, 4, 2, "specialised")
+ONE_SHOT = FlashAttentionConfig(64, 64, 4, 1, "one_shot")
+RAGGED = Segments([1, 32, 45, 0, 64, 97])
+WINDOWS = Segments([64, 1, 0, 33, 64, 16])
+LOG2_E = math.log2(math.e)
+
+recent_triton = pytest.mark.skipif(
+    not warp_specialized._triton_is_recent(), reason="padded heads with specialised warps need Triton 3.7"
+)
+
+WALKING = [pytest.param(ONLINE, dtype, id=f"online-{dtype}") for dtype in (BF16,)] + [
+    pytest.param(config, dtype, id=f"{config.variant}-{str(dtype).removeprefix('torch.')}")
+    for config, dtypes in ((FIXED, (BF16, FP16, FP32)), (SPECIALISED, (BF16, FP16)))
+    for dtype in dtypes
+]
+"""Variants that walk over the keys, in the dtypes that they take."""
+
+
+def attention_fp64(q, k, v, segments, scale):
+    """Attention by its definition, one segment at a time."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    start = 0
+    for length in segments.lengths:
+        query, key, value = (tensor[start : start + length].cpu().double().transpose(0, 1) for tensor in (q, k, v))
+        out[start : start + length] = (torch.softmax(query @ key.mT * scale, dim=-1) @ value).transpose(0, 1)
+        start += length
+    return out
+
+
+def projection(segments, head_dim, dtype, device, *, heads=2, width=None, seed=0):
+    """Views of one ``[T, 3, H, width]`` tensor; padded heads have ones and zeros, and NaN in the queries, as padding."""
+    generator = torch.Generator().manual_seed(seed)
+    width = width or head_dim
+    qkv = torch.randn(segments.total, 3, heads, width, generator=generator).to(device, dtype)
+    if width > head_dim:
+        qkv[:, 1:, :, head_dim:] = 0
+        qkv[:, 1:, :, head_dim] = 1
+        qkv[:, 0, :, head_dim:] = float("nan")
+    return qkv.unbind(1)
+
+
+def turned(qkv, cosines, sines, *, heads, head_dim, padded_head_dim):
+    """q, k and v ``[T, 3, H, head_dim]`` in fp64 from a product whose pairs of columns stand side by side."""
+    qkv = qkv.unflatten(1, (3, heads, padded_head_dim))[..., :head_dim]
+    if cosines is None:
+        return qkv
+    first, second = qkv[:, :2, :, ::2], qkv[:, :2, :, 1::2]
+    cosine, sine = cosines.double()[:, None, None], sines.double()[:, None, None]
+    pairs = torch.stack((first * cosine - second * sine, second * cosine + first * sine), -1)
+    return torch.cat((pairs.flatten(-2), qkv[:, 2:]), 1)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The variants that were launched, in order; a repair counts as one."""
+    seen = []
+    modules = {
+        "online": online_softmax,
+        "fixed": fixed_max,
+        "specialised": warp_specialized,
+        "one_shot": single_block,
+    }
+    for name, module in modules.items():
+
+        def record(*arguments, _launch=module.launch, _name=name, **options):
+            seen.append("repair" if options.get("faults") is not None else _name)
+            return _launch(*arguments, **options)
+
+        monkeypatch.setattr(module, "launch", record)
+    return seen
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """What the specialised kernel marked as faulty, launch by launch."""
+    seen = []
+    launch = online_softmax.launch
+
+    def record(*arguments, **options):
+        seen.append(options["faults"].clone())
+        return launch(*arguments, **options)
+
+    monkeypatch.setattr(online_softmax, "launch", record)
+    return seen
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(("config", "dtype"), WALKING)
+    @pytest.mark.parametrize("head_dim", [64, 72, 80, 88, 104, 128])
+    def test_head_dims(self, kernel_device, poisoned_empty, launches, config, dtype, head_dim):
+        q, k, v = projection(RAGGED, head_dim, dtype, kernel_device)
+        out = flash_attention_varlen(q, k, v, RAGGED, config=config)
+        assert relative_error(out, attention_fp64(q, k, v, RAGGED, head_dim**-0.5)) <= TOLERANCE[dtype]
+        exact = head_dim in (64, 80, 128)
+        assert launches[0] == (config.variant if config.variant != "specialised" or exact else "online")
+        assert launches[1:] == (["repair"] if launches[0] == "specialised" and dtype == BF16 else [])
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+    @pytest.mark.parametrize("head_dim", [16, 64, 80, 104])
+    def test_one_shot(self, kernel_device, poisoned_empty, launches, dtype, head_dim):
+        q, k, v = projection(WINDOWS, head_dim, dtype, kernel_device)
+        out = flash_attention_varlen(q, k, v, WINDOWS, config=ONE_SHOT, length_bound=64)
+        assert relative_error(out, attention_fp64(q, k, v, WINDOWS, head_dim**-0.5)) <= TOLERANCE[dtype]
+        assert launches == ["one_shot"]
+
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALISED, ONE_SHOT], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+    @pytest.mark.parametrize(("head_dim", "width"), [(72, 80), (64, 80), (60, 64), (100, 104)])
+    def test_padded_heads(self, kernel_device, poisoned_empty, launches, config, dtype, head_dim, width):
+        """Queries that were scaled before: nothing is rounded that is not rounded anyway."""
+        q, k, v = projection(WINDOWS, head_dim, dtype, kernel_device, width=width)
+        q *= 0.18
+        scale = math.log(2)
+        how = {"columns": head_dim, "length_bound": 64, "config": config}
+        out = flash_attention_varlen(q, k, v, WINDOWS, scale=scale, **how)
+        assert out.shape == (WINDOWS.total, 2, head_dim)
+        assert out.is_contiguous()
+        counted = [tensor[..., :head_dim] for tensor in (q, k, v)]
+        assert relative_error(out, attention_fp64(*counted, WINDOWS, scale)) <= TOLERANCE[dtype]
+        # Scores times one, or scores as they are.
+        assert torch.equal(flash_attention_varlen(q, k, v, WINDOWS, queries_scaled=True, **how), out)
+
+    @pytest.mark.parametrize(
+        "config", [FIXED, pytest.param(SPECIALISED, marks=recent_triton)], ids=lambda config: config.variant
+    )
+    @pytest.mark.parametrize("norm", [1, 2, 3])
+    def test_padding_costs_no_accuracy(self, kernel_device, launches, config, norm):
+        """Queries are not rounded once more on the way into the product, which would show where scores are large.
+
+        (A fixed stabiliser costs a tenth by itself: the online softmax holds a row's largest weight, 1, exactly.)
+        """
+        q, k, v = projection(RAGGED, 72, BF16, kernel_device, width=80)
+        q[..., :72] *= norm
+        k[..., :72] *= norm
+        counted = [tensor[..., :72] for tensor in (q, k, v)]
+        truth = attention_fp64(*counted, RAGGED, 72**-0.5)
+        usual = relative_error(flash_attention_varlen(*counted, RAGGED, config=ONLINE), truth)
+        launches.clear()
+        out = flash_attention_varlen(q, k, v, RAGGED, columns=72, config=config)
+        assert relative_error(out, truth) <= 1.2 * usual
+        assert launches[0] == config.variant
+
+    @pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+    @pytest.mark.parametrize(
+        ("dtype", "config", "norm"),
+        [(BF16, FIXED, 0.3), (BF16, FIXED, 1), (BF16, FIXED, 2), (BF16, ONLINE, 2), (FP16, ONLINE, 0.1),
+         (FP16, ONLINE, 1), (FP32, ONLINE, 1)],
+    )  # fmt: skip
+    def test_queries_scaled_by_their_projection_cost_no_accuracy(self, kernel_device, config, rotated, dtype, norm):
+        """From the rows to the mixed values: scaled before the one rounding, or after it and in every score."""
+        heads, inner, segments = 2, 64, Segments([64, 97])
+        generator = torch.Generator().manual_seed(7)
+
+        def normal(*shape, scale=1.0):
+            return (torch.randn(shape, generator=generator) * scale).to(kernel_device)
+
+        tables = [table.contiguous() for angle in [normal(segments.total, 36)] for table in (angle.cos(), angle.sin())]
+        tables = tables if rotated else [None, None]
+        layout = {"heads": heads, "head_dim": 72, "padded_head_dim": 80}
+        wrong = {False: 0.0, True: 0.0}
+        for _ in range(2):
+            x, weight, bias = normal(segments.total, inner), normal(432, inner, scale=inner**-0.5), normal(432)
+            weight[:288], bias[:288] = norm * weight[:288], norm * bias[:288]
+            weight, bias = (arrange_heads(t.to(dtype), **layout, ones=t.dim() == 1) for t in (weight, bias))
+            x = x.to(dtype)
+            exact = turned(x.double() @ weight.double().T + bias.double(), *tables, **layout)
+            truth = attention_fp64(*exact.unbind(1), segments, 72**-0.5)
+            for scaled in wrong:
+                options = {"query_scale": 72**-0.5 * LOG2_E} if scaled else {}
+                qkv = qkv_projection(x, weight, bias, *tables, **layout, **options).unflatten(1, (3, heads, 80))
+                how = {"queries_scaled": True, "config": config} if scaled else {"config": ONLINE}
+                out = flash_attention_varlen(*qkv.unbind(1), segments, columns=72, **how)
+                wrong[scaled] += float((out.double().cpu() - truth).square().sum())
+        assert wrong[True] <= 1.1**2 * wrong[False]
+
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALISED], ids=lambda config: config.variant)
+    def test_views(self, kernel_device, config):
+        """Token-major queries, head-major keys, values with gaps, and a result in the middle of something else."""
+        generator = torch.Generator().manual_seed(5)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator).to(kernel_device, BF16)
+
+        q = normal(RAGGED.total, 2, 80)
+        k = normal(2, RAGGED.total, 80).transpose(0, 1)
+        v = normal(RAGGED.total, 5, 88)[:, 1:5:2, :80]
+        buffer = torch.full((RAGGED.total, 3, 96), 7.0, dtype=BF16, device=kernel_device)
+        out = buffer[:, 1:, 8:88]
+        flash_attention_varlen(q, k, v, RAGGED, config=config, out=out)
+        assert relative_error(out, attention_fp64(q, k, v, RAGGED, 80**-0.5)) <= TOLERANCE[BF16]
+        out.fill_(7.0)
+        assert bool((buffer == 7.0).all())
+
+
+def boosted(boost, where, dtype, device, *, head_dim=64, width=None, scale):
+    """Scores ``boost`` (in units of log 2) above the others in a segment of 97 rows: its last key, others, or per row."""
+    segments = Segments([97, 40])
+    q, k, v = (t.clone() for t in projection(segments, head_dim, dtype, device, heads=1, width=width, seed=3))
+    q[..., 0], k[..., 0] = 1, 0
+    step = boost / (scale * LOG2_E)
+    if where == "last block":
+        k[96, :, 0] = step
+    elif where == "before it":
+        k[10, :, 0] = step
+        k[70, :, 0] = step
+    else:
+        # Some rows love what others hate, some do not care.
+        q[..., 0] = torch.tensor([1.0, -1.0, 0.0, 0.25])[torch.arange(segments.total) % 4, None].to(q)
+        k[5, :, 0], k[96, :, 0] = step, -step
+    return q, k, v, segments
+
+
+class TestFarApart:
+    """Right or repaired, never silently wrong."""
+
+    @pytest.mark.parametrize("boost", [0, 20, 60, 100, 140, 400])
+    @pytest.mark.parametrize("where", ["last block", "before it", "row by row"])
+    @pytest.mark.parametrize(("config", "dtype"), WALKING)
+    def test_scores_far_apart(self, kernel_device, config, dtype, where, boost):
+        scale = 64**-0.5
+        q, k, v, segments = boosted(boost, where, dtype, kernel_device, scale=scale)
+        out = flash_attention_varlen(q, k, v, segments, config=config)
+        # Scores of magnitude S carry an absolute error of about S · 2⁻²⁴ in fp32, which the exponential makes relative.
+        tolerance = TOLERANCE[dtype] + boost * 2.0**-22
+        assert relative_error(out, attention_fp64(q, k, v, segments, scale)) <= tolerance
+
+    @pytest.mark.parametrize("boost", [0, 20, 60, 100, 140, 400])
+    @pytest.mark.parametrize("where", ["last block", "before it", "row by row"])
+    @pytest.mark.parametrize("config", [FIXED, SPECIALISED], ids=lambda config: config.variant)
+    def test_in_padded_heads(self, kernel_device, config, where, boost):
+        """The stabiliser is rounded here, far from the maximum where that is large."""
+        scale = math.log(2)
+        q, k, v, segments = boosted(boost, where, BF16, kernel_device, head_dim=72, width=80, scale=scale)
+        q[..., 1:72] *= 0.17
+        out = flash_attention_varlen(q, k, v, segments, config=config, queries_scaled=True, columns=72)
+        counted = [tensor[..., :72] for tensor in (q, k, v)]
+        tolerance = TOLERANCE[BF16] + boost * 2.0**-22
+        assert relative_error(out, attention_fp64(*counted, segments, scale)) <= tolerance
+
+    @pytest.mark.parametrize(("boost", "repaired"), [(0, 0), (60, 0), (140, 97), (400, 97)])
+    def test_which_rows_are_repaired(self, kernel_device, faults, boost, repaired):
+        q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, scale=64**-0.5)
+        flash_attention_varlen(q, k, v, segments, config=SPECIALISED)
+        assert int(faults[0].sum()) == repaired
+
+    @recent_triton
+    @pytest.mark.parametrize(("boost", "repaired"), [(0, 0), (60, 0), (400, 97)])
+    def test_which_rows_are_repaired_in_padded_heads(self, kernel_device, faults, boost, repaired):
+        scale = math.log(2)
+        q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, head_dim=72, width=80, scale=scale)
+        q[..., 1:72] *= 0.17
+        flash_attention_varlen(q, k, v, segments, config=SPECIALISED, scale=scale, columns=72)
+        assert int(faults[0].sum()) == repaired
+
+    @pytest.mark.parametrize("config", [FIXED, SPECIALISED], ids=lambda config: config.variant)
+    def test_values_that_overflow_before_the_sum_does(self, kernel_device, config):
+        q, k, v, segments = boosted(80, "before it", BF16, kernel_device, scale=64**-0.5)
+        v *= 1e25
+        out = flash_attention_varlen(q, k, v, segments, config=config)
+        assert relative_error(out, attention_fp64(q, k, v, segments, 64**-0.5)) <= TOLERANCE[BF16] + 80 * 2.0**-22
+
+    @pytest.mark.parametrize(("config", "dtype"), WALKING)
+    def test_out_may_be_q_where_rows_are_repaired(self, kernel_device, config, dtype):
+        q, k, v, segments = boosted(140, "row by row", dtype, kernel_device, scale=64**-0.5)
+        expected = attention_fp64(q, k, v, segments, 64**-0.5)
+        flash_attention_varlen(q, k, v, segments, config=config, out=q)
+        assert relative_error(q, expected) <= TOLERANCE[dtype] + 140 * 2.0**-22
+
+    def test_a_row_does_not_depend_on_its_tile(self, kernel_device):
+        """Rows in doubt are repaired one by one: tiles of another height give the same bits."""
+        q, k, v, segments = boosted(140, "row by row", BF16, kernel_device, scale=64**-0.5)
+        tall = flash_attention_varlen(q, k, v, segments, config=FlashAttentionConfig(128, 32, 4, 1, "fixed"))
+        short = flash_attention_varlen(q, k, v, segments, config=FlashAttentionConfig(16, 32, 4, 1, "fixed"))
+        assert torch.equal(tall, short)
+
+
+NEIGHBOURS = [(FIXED, BF16, 72), (FIXED, FP16, 80), (SPECIALISED, BF16, 80), (SPECIALISED, FP16, 64)]
+
+
+class TestNeighbours:
+    @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbours are NaN, and numpy says so
+    @pytest.mark.filterwarnings("ignore:invalid value")
+    @pytest.mark.parametrize(("config", "dtype", "head_dim"), NEIGHBOURS)
+    @pytest.mark.parametrize("length", [1, 33, 64, 97])
+    def test_the_same_bits_alone_and_between_nan(self, kernel_device, config, dtype, head_dim, length):
+        self.check(kernel_device, config, dtype, head_dim, None, length, {})
+
+    @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
+    @pytest.mark.parametrize("config", [FIXED, SPECIALISED], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("length", [1, 64, 97])
+    def test_in_padded_heads(self, kernel_device, config, length):
+        self.check(kernel_device, config, BF16, 72, 80, length, {"columns": 72})
+
+    @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
+    @pytest.mark.parametrize("length", [1, 33, 64])
+    def test_in_one_shot(self, kernel_device, length):
+        self.check(kernel_device, ONE_SHOT, BF16, 80, None, length, {"length_bound": 64})
+
+    def check(self, device, config, dtype, head_dim, width, length, options):
+        """First, between NaN, and last in a pack; NaN follows at once, where a whole block of keys reaches."""
+        other = min(60, options.get("length_bound", 130))
+        segments = Segments([length, other, length, other, 5, length])
+        q, k, v = (t.clone() for t in projection(segments, head_dim, dtype, device, width=width))
+        starts = [int(segments.cu_seqlens[index]) for index in (0, 2, 5)]
+        for tensor in (q, k, v):
+            for start in starts[1:]:
+                tensor[start : start + length] = tensor[:length]
+            for index in (1, 3):
+                tensor[segments.cu_seqlens[index] : segments.cu_seqlens[index + 1]] = float("nan")
+        alone = flash_attention_varlen(q[:length], k[:length], v[:length], Segments([length]), config=config, **options)
+        packed = flash_attention_varlen(q, k, v, segments, config=config, **options)
+        assert bool(torch.isfinite(alone).all())
+        for start in starts:
+            assert torch.equal(packed[start : start + length], alone)
+        assert bool(torch.isnan(packed[length : length + other]).all())
+
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALISED, ONE_SHOT], ids=lambda config: config.variant)
+    def test_tiles_that_only_fill_up_the_list(self, kernel_device, config):
+        """A list planned for more: rows beyond the end of a segment, and segments without rows."""
+
+        class Planned(Segments):
+            def tiles(self, block_rows, device):
+                beyond = torch.tensor([[0, 40], [2, 0], [4, 1]], dtype=torch.int32)
+                return torch.cat([super().tiles(block_rows, device), beyond.to(device)])
+
+        lengths = [33, 64, 0, 20, 7]
+        q, k, v = projection(Segments(lengths), 80, BF16, kernel_device)
+        buffer = torch.full((q.shape[0] + 50, 2, 80), 7.0, dtype=BF16, device=kernel_device)
+        out = buffer[: q.shape[0]]
+        options = {"config": config, "length_bound": 64}
+        flash_attention_varlen(q, k, v, Planned(lengths), out=out, **options)
+        assert torch.equal(out, flash_attention_varlen(q, k, v, Segments(lengths), **options))
+        assert bool((buffer[q.shape[0] :] == 7.0).all())
+
+
+class TestFallback:
+    def launch(self, device, *, head_dim=64, dtype=BF16, gap=0, offset=0, config=SPECIALISED):
+        shape = (RAGGED.total, 2, head_dim + gap)
+        q, k, v = (
+            torch.randn(math.prod(shape) + offset).to(device, dtype)[offset:].view(shape)[..., :head_dim]
+            for _ in range(3)
+        )
+        out = flash_attention_varlen(q, k, v, RAGGED, config=config)
+        assert relative_error(out, attention_fp64(q, k, v, RAGGED, head_dim**-0.5)) <= TOLERANCE[dtype]
+
+    @pytest.mark.parametrize(
+        "case",
+        [
+            {"offset": 1},
+            {"gap": 4},
+            {"head_dim": 72},
+            {"dtype": FP32},
+            {"config": FlashAttentionConfig(64, 32, 4, 2, "specialised")},
+        ],
+        ids=str,
+    )
+    def test_what_the_copy_engine_does_not_take(self, kernel_device, launches, case):
+        self.launch(kernel_device, **case)
+        assert "specialised" not in launches
+
+    def test_aligned_gaps_are_taken(self, kernel_device, launches):
+        self.launch(kernel_device, gap=8, offset=8)
+        assert launches[0] == "specialised"
+
+    def test_other_architectures(self):
+        tensor = torch.empty(4, 2, 64, dtype=BF16)
+        reason = warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALISED, "sm_100")
+        assert reason == "the compiler specialises warps for sm_90, not for sm_100"
+
+    def test_rows_inside_rows(self):
+        tensor = torch.empty(4, 2, 64, dtype=BF16)
+        inside = tensor.as_strided((4, 2, 64), (64, 64, 1))
+        assert "one after another" in warp_specialized.obstacle(inside, tensor, tensor, 64, SPECIALISED, "sm_90")
+        assert warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALISED, "sm_90") is None
+
+    def test_padded_heads_under_an_old_compiler(self, monkeypatch):
+        tensor = torch.empty(4, 2, 80, dtype=BF16)
+        for version, reason in (("3.6.0", "padded heads need Triton 3.7"), ("3.10.1", None)):
+            monkeypatch.setattr(warp_specialized.triton, "__version__", version)
+            assert warp_specialized.obstacle(tensor, tensor, tensor, 72, SPECIALISED, "sm_90") == reason
+            assert warp_specialized.obstacle(tensor, tensor, tensor, 80, SPECIALISED, "sm_90") is None
+
+    def test_the_callers_allocator_stays(self, kernel_device):
+        allocation = pytest.importorskip("triton.runtime._allocation")
+        before = allocation._allocator.get() if hasattr(allocation._allocator, "get") else allocation._allocator
+
+        def launch():
+            self.launch(kernel_device)
+            return allocation._allocator.get()
+
+        assert contextvars.copy_context().run(launch) is before
+
+    def test_fixed_where_its_compiler_rejects_it(self, kernel_device, launches, monkeypatch):
+        monkeypatch.setattr(fixed_max, "ARCHITECTURES", ())
+        self.launch(kernel_device, config=FIXED)
+        assert launches == ["online"]
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize("architecture", [*configs.ARCHITECTURES, "interpreter"])
+    @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+    def test_defaults(self, architecture, dtype):
+        for head_dim in (16, 64, 72, 80, 96, 128):
+            for bound in (None, 16, 64, 65, 4096):
+                chosen = default_config(head_dim, dtype, architecture, length_bound=bound)
+                if dtype == FP32 and architecture != "interpreter":
+                    assert chosen.variant == "online"
+                elif bound in (16, 64):
+                    assert chosen.variant == "one_shot"
+                    assert chosen.block_keys >= bound
+                elif dtype == BF16 and architecture in ("sm_80", "sm_89", "sm_90"):
+                    assert chosen.variant == "fixed"
+                else:
+                    assert chosen.variant == "online"
+            assert default_config(head_dim, dtype, architecture).variant in ("online", "fixed")
+
+    @pytest.mark.parametrize("architecture", [*configs.ARCHITECTURES, "interpreter"])
+    def test_what_a_pack_decides_leaves_the_variant_alone(self, architecture):
+        for head_dim in (64, 80, 128):
+            usual = default_config(head_dim, BF16, architecture)
+            for longest in (1, 64, 65, 5000):
+                chosen = default_config(head_dim, BF16, architecture, longest=longest)
+                assert (chosen.variant, chosen.block_keys) == (usual.variant, usual.block_keys)
+
+    def test_tables_are_asked(self, monkeypatch):
+        asked = []
+
+        def tuned(*question):
+            asked.append(question)
+            return {"block_queries": 64, "block_keys": 64, "num_warps": 4, "num_stages": 1, "variant": "one_shot"}
+
+        monkeypatch.setattr(attention, "tuned", tuned)
+        cpu = torch.device("cpu")
+        bounded = choose_config(72, BF16, cpu, padded=True, longest=50, length_bound=64)
+        assert bounded == ONE_SHOT
+        assert asked == [("attention", cpu, BF16, {"head_dim": 72, "padded": True, "bounded": 64}, {"longest": 50})]
+        # Nobody promised that no segment is longer than the block.
+        unbounded = choose_config(72, BF16, cpu, padded=False, longest=0, length_bound=None)
+        assert unbounded == default_config(72, BF16, "interpreter", longest=0)
+        assert asked[1][3:] == ({"head_dim": 72, "padded": False, "bounded": 0}, {"longest": 1})
+
+    def test_an_unknown_variant(self):
+        with pytest.raises(
+            ValueError, match="variant must be one of online, fixed, specialised, one_shot, got 'magic'"
+        ):
+            FlashAttentionConfig(64, 64, 4, 2, "magic")
+
+    def test_a_limit_for_every_dtype(self):
+        assert fixed_max.sum_limit(FP16) < torch.finfo(FP16).max
+        assert fixed_max.sum_limit(BF16) < torch.finfo(BF16).max
+        assert fixed_max.REDO_KEYS <= 32
+
+    def test_spare_columns(self):
+        assert fixed_max.spare_column(72, 80, BF16)
+        assert not fixed_max.spare_column(72, 72, BF16)
+        assert not fixed_max.spare_column(64, 80, BF16)
+        assert not fixed_max.spare_column(72, 80, FP16)
+        assert common.Heads.of(72, 80, BF16).text == "head 72 in 80 = 64 + 16"
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"length_bound": 3}, "a segment has 4 rows, more than the length_bound of 3"),
+            ({"columns": 16}, r"columns must be 1 to 15, .* got 16"),
+            ({"columns": 0}, r"columns must be 1 to 15, .* got 0"),
+            ({"columns": 8, "out": torch.empty(4, 2, 16)}, r"out must be like q, \[4, 2, 8\]"),
+            ({"scale": 0.1, "queries_scaled": True}, "scale is 0.1, but queries_scaled says"),
+            ({"config": ONE_SHOT}, "'one_shot' takes at most block_keys=64 rows .* length_bound is None"),
+            ({"config": ONE_SHOT, "length_bound": 65}, "length_bound is 65; say length_bound, or take another"),
+        ],
+    )
+    def test_that_do_not_fit(self, options, message):
+        tensor = torch.zeros(4, 2, 16)
+        with pytest.raises(ValueError, match=message):
+            flash_attention_varlen(tensor, tensor, tensor, Segments([4]), **options)
+
+    def test_reference_of_padded_heads(self):
+        q, k, v = projection(RAGGED, 72, FP32, "cpu", width=80)
+        with dispatch.use("reference"):
+            out = flash_attention_varlen(q, k, v, RAGGED, columns=72)
+            scaled = flash_attention_varlen(q * (72**-0.5 * LOG2_E), k, v, RAGGED, columns=72, queries_scaled=True)
+        counted = [tensor[..., :72] for tensor in (q, k, v)]
+        for result in (out, scaled):
+            assert relative_error(result, attention_fp64(*counted, RAGGED, 72**-0.5)) <= TOLERANCE[FP32]
+
+
+@pytest.mark.parametrize(("boost", "again"), [(0, False), (60, False), (140, True)])
+@pytest.mark.parametrize("width", [64, 80])
+def test_a_second_attempt_is_the_exception(kernel_device, monkeypatch, boost, again, width):
+    """Otherwise the numbers would be right and the kernel no faster than the online softmax."""
+    if kernel_device.type != "cpu":
+        pytest.skip("a compiled kernel does not say what it did")
+    seen = []
+    redo = fixed_max._redo
+
+    def record(*arguments, **options):
+        seen.append(True)
+        return redo(*arguments, **options)
+
+    monkeypatch.setattr(fixed_max, "_redo", record)
+    padded = {"columns": 60} if width == 64 else {}
+    head_dim = padded.get("columns", width)
+    q, k, v, segments = boosted(
+        boost, "before it", BF16, kernel_device, head_dim=head_dim, width=width, scale=math.log(2)
+    )
+    q[..., 1:head_dim] *= 0.17
+    flash_attention_varlen(q, k, v, segments, config=FIXED, queries_scaled=True, **padded)
+    assert bool(seen) == again

@@ -1,0 +1,616 @@
+"""Linear layer and epilogues: both backends against fp64, split K, and rows whose bits depend on no other row."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.numbers import TOLERANCE, relative_error, tolerance
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tritontower.kernels.gemm import cpu, vendor
+from tritontower.kernels.gemm import linear as linear_module
+from tritontower.kernels.gemm import torch_reference as linear_reference_module
+from tritontower.kernels.gemm.linear import (
+    EPILOGUES,
+    GATED,
+    LinearConfig,
+    choose_config,
+    compile_specs,
+    default_config,
+    interleave_gated,
+    linear,
+)
+from tritontower.kernels.gemm.linear_config import epilogue_passes
+from tritontower.kernels.gemm.tiles import descriptors_fit
+from tritontower.kernels.gemm.torch_reference import linear_reference
+from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from tritontower.kernels.runtime.valid_rows import Extent
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ACTIVATIONS = [None, *EPILOGUES]
+SMALL = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=1)
+"""Several tiles in every direction for the shapes here, and a group of row tiles that is not full."""
+
+
+def expected(x, weight, bias=None, activation=None, residual=None):
+    """The formula in fp64."""
+    y = x.double() @ weight.double().T
+    if bias is not None:
+        y = y + bias.double()
+    if activation in GATED:
+        gate, up = y.chunk(2, dim=1) if activation == "silu_gated" else (y[:, ::2], y[:, 1::2])
+        y = torch.nn.functional.silu(gate) * up
+    elif activation == "quick_gelu":
+        y = y * torch.sigmoid(1.702 * y)
+    elif activation == "silu":
+        y = torch.nn.functional.silu(y)
+    elif activation is not None:
+        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y if residual is None else y + residual.double()
+
+
+def inputs(rows, columns, inner, dtype, activation=None, device="cpu", seed=0):
+    """x, weight, bias and residual, such that the sums are of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    width = columns * 2 if activation in GATED else columns
+    x = torch.randn(rows, inner, generator=generator)
+    weight = torch.randn(width, inner, generator=generator) / inner**0.5
+    bias = torch.randn(width, generator=generator)
+    residual = torch.randn(rows, columns, generator=generator)
+    return [tensor.to(device, dtype) for tensor in (x, weight, bias, residual)]
+
+
+# One row and few columns; a K that fills its blocks, and ragged rows and columns; 588 = 18 blocks and an end.
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 3, 77), (37, 40, 64), (70, 20, 588)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_kernel_matches_fp64(kernel_device, dtype, activation, rows, columns, inner):
+    x, weight, bias, residual = inputs(rows, columns, inner, dtype, activation, kernel_device)
+    y = linear(x, weight, bias, activation=activation, residual=residual, config=SMALL)
+    assert relative_error(y, expected(x, weight, bias, activation, residual)) <= tolerance(dtype, y.numel())
+
+
+@pytest.mark.parametrize(("rows", "columns", "inner"), [(1, 3, 77), (7, 40, 64), (515, 20, 588)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_reference_matches_fp64(dtype, activation, rows, columns, inner):
+    x, weight, bias, residual = inputs(rows, columns, inner, dtype, activation)
+    y = linear(x, weight, bias, activation=activation, residual=residual)
+    # With an activation there is a second rounding, of what it is applied to or of what the residual is added to.
+    allowed = TOLERANCE[dtype] * (1 if activation is None else 1.5)
+    assert relative_error(y, expected(x, weight, bias, activation, residual)) <= allowed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_default_configuration_without_bias(kernel_device, dtype):
+    x, weight, _, _ = inputs(130, 140, 150, dtype, device=kernel_device)
+    assert relative_error(linear(x, weight), expected(x, weight)) <= tolerance(dtype, 1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 64, 200, 1024, 5000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_towers_shapes_on_a_gpu(kernel_device, dtype, rows, activation):
+    x, weight, bias, residual = inputs(rows, 1280, 1176, dtype, activation, kernel_device)
+    y = linear(x, weight, bias, activation=activation, residual=residual)
+    assert relative_error(y, expected(x, weight, bias, activation, residual)) <= tolerance(dtype, y.numel())
+
+
+@pytest.mark.parametrize("split", [2, 3, 64])
+@pytest.mark.parametrize(("activation", "inner"), [(None, 128), ("gelu", 77), ("silu_gated", 200)])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_split_sums_to_the_same_every_time(kernel_device, activation, inner, split):
+    x, weight, bias, residual = inputs(37, 20, inner, torch.float32, activation, kernel_device)
+    config = replace(SMALL, split=split)
+    y = linear(x, weight, bias, activation=activation, residual=residual, config=config)
+    again = linear(x, weight, bias, activation=activation, residual=residual, config=config)
+    assert torch.equal(y, again)
+    assert relative_error(y, expected(x, weight, bias, activation, residual)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_row_alone_has_the_bits_it_has_in_a_pack(kernel_device, dtype, split):
+    x, weight, bias, residual = inputs(70, 20, 77, dtype, device=kernel_device)
+    config = replace(SMALL, split=split)
+
+    def run(rows):
+        return linear(x[rows], weight, bias, activation="quick_gelu", residual=residual[rows], config=config)
+
+    pack = run(slice(None))
+    for start, stop in ((0, 1), (31, 33), (69, 70)):
+        assert torch.equal(run(slice(start, stop)), pack[start:stop])
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_row_alone_has_the_bits_it_has_in_a_pack(monkeypatch, threads, dtype, activation, fused):
+    if not fused:
+        monkeypatch.setattr(cpu, "onednn_multiplies", lambda dtype: False)
+    monkeypatch.setattr(linear_reference_module, "_CHUNK_BYTES", 500 * 34 * 4)
+    x, weight, bias, residual = inputs(1030, 34, 588, dtype, activation)
+
+    def run(rows):
+        plain = linear(x[rows], weight, bias, activation=activation)
+        return plain, linear(x[rows], weight, bias, activation=activation, residual=residual[rows])
+
+    pack = run(slice(None))
+    for start, stop in ((0, 1), (17, 18), (1029, 1030), (5, 7), (40, 43), (100, 117), (0, 513), (3, 1028)):
+        for part, whole in zip(run(slice(start, stop)), pack, strict=True):
+            assert torch.equal(part, whole[start:stop]), (start, stop)
+
+
+@pytest.mark.parametrize("inner", [77, 1176, 1280])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_is_row_invariant_for_strided_rows(threads, dtype, inner):
+    storage, weight, bias, _ = inputs(600, 48, inner + 12, dtype)
+    x, weight = storage[:, :inner], weight[:, :inner]
+    pack = linear(x, weight, bias)
+    for start, stop in ((0, 1), (9, 10), (50, 53), (599, 600)):
+        assert torch.equal(linear(x[start:stop], weight, bias), pack[start:stop])
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("activation", [None, "gelu", "silu_gated"])
+def test_out_may_be_the_residual(request, monkeypatch, backend, activation):
+    monkeypatch.setattr(linear_reference_module, "_CHUNK_BYTES", 8 * 20 * 2)
+    device = request.getfixturevalue("kernel_device") if backend == "kernel" else "cpu"
+    rows = 37
+    x, weight, bias, residual = inputs(rows, 20, 77, torch.bfloat16, activation, device)
+    apart = linear(x, weight, bias, activation=activation, residual=residual, config=SMALL)
+    result = linear(x, weight, bias, activation=activation, residual=residual, out=residual, config=SMALL)
+    assert result is residual
+    assert torch.equal(residual, apart)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("split", [1, 2])
+def test_rows_may_stand_apart(request, backend, dtype, split):
+    device = request.getfixturevalue("kernel_device") if backend == "kernel" else "cpu"
+    x, weight, bias, residual = inputs(37, 20, 77, dtype, device=device)
+    x, weight = (torch.nn.functional.pad(tensor, (0, 3), value=float("nan"))[:, :77] for tensor in (x, weight))
+    residual = torch.nn.functional.pad(residual, (0, 5), value=float("nan"))[:, :20]
+    storage = torch.full((37, 29), 7.0, dtype=dtype, device=device)
+    out = storage[:, 4:24]
+    result = linear(x, weight, bias, residual=residual, out=out, config=replace(SMALL, split=split))
+    assert result is out
+    assert relative_error(out, expected(x, weight, bias, None, residual)) <= TOLERANCE[dtype]
+    assert (storage[:, :4] == 7).all()
+    assert (storage[:, 24:] == 7).all()
+
+
+def test_rows_beyond_32_bit_offsets(kernel_device):
+    # The third row begins beyond element 2³¹ of a sparse file: only the pages touched exist.
+    stride, inner = 2**30 + 64, 64
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "sparse")
+        with path.open("wb") as file:
+            file.truncate(3 * stride * 2)
+        if kernel_device.type == "cuda":
+            storage = torch.empty(3 * stride, dtype=torch.bfloat16, device=kernel_device)
+        else:
+            storage = torch.from_file(str(path), shared=True, size=3 * stride, dtype=torch.bfloat16)
+        rows = storage.as_strided((3, inner), (stride, 1))
+        near, weight, bias, residual = inputs(3, inner, inner, torch.bfloat16, device=kernel_device)
+        want = expected(near, weight, bias, None, residual)
+        rows.copy_(near)
+        for split in (1, 2):
+            y = linear(rows, weight, bias, residual=residual, config=replace(SMALL, split=split))
+            assert relative_error(y, want) <= TOLERANCE[torch.bfloat16]
+        rows.copy_(residual)
+        linear(near, weight, bias, residual=rows, out=rows, config=SMALL)
+        assert relative_error(rows, want) <= TOLERANCE[torch.bfloat16]
+        del storage, rows
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 8), (3, 0, 8)])
+def test_nothing_to_compute(kernel_device, shape):
+    rows, columns, inner = shape
+    x, weight = torch.empty(rows, inner, device=kernel_device), torch.empty(columns, inner, device=kernel_device)
+    assert linear(x, weight).shape == (rows, columns)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"activation": "relu"}, ValueError, "unknown activation 'relu'.*quick_gelu"),
+        ({"weight": torch.zeros(6, 9)}, ValueError, r"weight has shape \(6, 9\).*\[N, 8\]"),
+        ({"weight": torch.zeros(8, 6).T}, ValueError, "weight.*strides.*contiguous"),
+        ({"weight": torch.zeros(6, 8, dtype=torch.bfloat16)}, TypeError, "weight is torch.bfloat16.*float32"),
+        ({"weight": torch.zeros(5, 8), "bias": None, "activation": "silu_gated"}, ValueError, "even number of rows"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias has shape \(5,\).*\[6\]"),
+        ({"residual": torch.zeros(4, 5)}, ValueError, r"residual has shape \(4, 5\).*\(4, 6\)"),
+        ({"out": torch.zeros(3, 6)}, ValueError, r"out has shape \(3, 6\).*\(4, 6\)"),
+        ({"out": torch.zeros(4, 6), "activation": "silu_gated"}, ValueError, r"out has shape.*\(4, 3\)"),
+        ({"x": torch.zeros(4, 0), "weight": torch.zeros(6, 0)}, ValueError, r"x has shape \(4, 0\).*K at least 1"),
+        ({"x": torch.zeros(8)}, ValueError, r"x has shape \(8,\).*\[M, K\]"),
+        ({"x": torch.zeros(8, 4).T}, ValueError, "x.*strides.*contiguous"),
+        ({"x": torch.zeros(4, 8, dtype=torch.int32)}, TypeError, "x is torch.int32"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, error, message):
+    arguments = {"x": torch.zeros(4, 8), "weight": torch.zeros(6, 8), "bias": torch.zeros(6)} | change
+    x, weight = arguments.pop("x"), arguments.pop("weight")
+    with pytest.raises(error, match=message):
+        linear(x, weight, arguments.pop("bias"), **arguments)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_defaults_split_few_rows_only(architecture):
+    def split(rows):
+        config = default_config(rows, 3584, 5120, dtype=torch.bfloat16, activation=None, architecture=architecture)
+        return config.split
+
+    assert split(1) == split(64) > 1
+    assert split(65) == split(256) > 1
+    assert split(257) == 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_default_tiles_fit_shared_memory(architecture):
+    for spec in compile_specs(architecture):
+        constants = spec.constants
+        if "BLOCK_INNER" not in constants:
+            continue
+        size = {"*fp32": 4}.get(spec.signature["X"], 2)
+        columns = constants["BLOCK_COLUMNS"] * (2 if constants.get("ACTIVATION") in GATED else 1)
+        held = (constants["BLOCK_ROWS"] + columns) * constants["BLOCK_INNER"] * size * spec.num_stages
+        assert held <= SHARED_MEMORY_LIMIT[architecture], spec.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compile_specs_describe_every_argument(architecture):
+    specs = compile_specs(architecture)
+    assert len({spec.name for spec in specs}) == len(specs)
+    for spec in specs:
+        assert set(spec.kernel.arg_names) == set(spec.signature) | set(spec.constants), spec.name
+        assert set(spec.divisible_by_16) <= set(spec.signature), spec.name
+
+
+def test_reference_allocates_its_result():
+    x, weight, bias, _ = inputs(3, 4, 8, torch.float32)
+    assert relative_error(linear_reference(x, weight, bias), expected(x, weight, bias)) <= TOLERANCE[torch.float32]
+
+
+# -- extents ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operands", ["pointers", "descriptors"])
+@pytest.mark.parametrize("split", [1, 3])
+# None; a tile and one more; whole tiles; more than there are.
+@pytest.mark.parametrize("live", [0, 33, 64, 100])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_extent_leaves_live_rows_alone_and_the_rest_zero(kernel_device, live, split, operands):
+    x, weight, bias, residual = inputs(70, 20, 72, torch.bfloat16, "silu_gated_interleaved", kernel_device)
+    how = {"activation": "silu_gated_interleaved", "residual": residual}
+    config = replace(SMALL, split=split, operands=operands)
+    whole = linear(x, weight, bias, **how, config=config)
+    extent = Extent(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = linear(x, weight, bias, **how, config=config, extent=extent)
+    assert torch.equal(y[:live], whole[:live])
+    # Where K is split, the tile that is stored is that of the sums' sum.
+    height = SMALL.block_rows if split == 1 else linear_module.REDUCE_ROWS
+    dead = min(70, -(-live // height) * height)
+    assert torch.equal(y[live:dead], whole[live:dead])
+    assert torch.equal(y[dead:], torch.zeros_like(y[dead:]))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_dead_rows_are_not_read(kernel_device, split):
+    """Padding may hold anything, as long as a whole tile of it does."""
+    x, weight, bias, residual = inputs(70, 20, 64, torch.float32, device=kernel_device)
+    x[64:] = float("nan")
+    residual[64:] = float("nan")
+    extent = Extent(70, torch.tensor([64], dtype=torch.int32, device=kernel_device))
+    config = replace(SMALL, split=split)
+    assert linear(x, weight, bias, residual=residual, out=residual, config=config, extent=extent).isfinite().all()
+
+
+def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch):
+    chosen = []
+
+    def choose(rows, columns, inner, **options):
+        chosen.append((rows, columns, inner, options["activation"], options["residual"]))
+        return SMALL
+
+    monkeypatch.setattr(linear_module, "choose_config", choose)
+    x, weight, bias, residual = inputs(7, 20, 64, torch.float32, device=kernel_device)
+    want = linear(x, weight, bias, residual=residual, config=SMALL)
+    for planned in (7, 512):
+        assert torch.equal(linear(x, weight, bias, residual=residual, extent=Extent(planned)), want)
+    linear(x, weight, activation="silu")
+    assert chosen == [(7, 20, 64, None, True), (512, 20, 64, None, True), (7, 20, 64, "silu", False)]
+
+
+def test_a_tuned_configuration_is_taken(monkeypatch):
+    asked = []
+
+    def tuned(kernel, device, dtype, constants, sizes):
+        asked.append((kernel, dtype, constants, sizes))
+        return answer
+
+    monkeypatch.setattr(linear_module, "tuned", tuned)
+    how = {"dtype": torch.bfloat16, "activation": "gelu", "residual": True, "device": torch.device("cpu")}
+    default = default_config(
+        300, 64, 32, dtype=torch.bfloat16, activation="gelu", residual=True, architecture="interpreter"
+    )
+    answer = {
+        "block_rows": 64,
+        "block_columns": 64,
+        "block_inner": 32,
+        "group_rows": 4,
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+    assert choose_config(300, 64, 32, **how) == LinearConfig(**answer)
+    assert asked == [
+        ("linear", torch.bfloat16, {"columns": 64, "inner": 32, "activation": "gelu", "residual": True}, {"rows": 300})
+    ]
+    answer = answer | {"block_rows": 48}
+    assert choose_config(300, 64, 32, **how) == default
+    answer = None
+    assert choose_config(300, 64, 32, **how) == default
+
+
+@pytest.mark.parametrize(
+    ("live", "error", "message"),
+    [
+        (torch.zeros(1), TypeError, "extent.live is torch.float32 on cpu.*torch.int32"),
+        (torch.zeros(2, dtype=torch.int32), ValueError, r"extent.live has shape \(2,\)"),
+    ],
+)
+def test_refuses_an_extent_that_is_no_number(live, error, message):
+    with pytest.raises(error, match=message):
+        linear(torch.zeros(4, 8), torch.zeros(6, 8), extent=Extent(4, live))
+
+
+# -- descriptors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("activation", [None, "gelu", "silu_gated", "silu_gated_interleaved"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_descriptors_give_the_bits_of_pointers(kernel_device, monkeypatch, dtype, activation, split):
+    """72 and 144 are no multiples of a block: the copy engine fills up with zeros, as the masked loads do."""
+    described = described_launches(monkeypatch)
+    for rows, inner in ((33, 72), (1, 144)):
+        x, weight, bias, residual = inputs(rows, 20, inner, dtype, activation, kernel_device)
+        config = replace(SMALL, split=split)
+        first, second = (
+            linear(x, weight, bias, activation=activation, residual=residual, config=replace(config, operands=operands))
+            for operands in ("pointers", "descriptors")
+        )
+        assert torch.equal(first, second)
+    assert described == [False, True] * 2
+
+
+@pytest.mark.parametrize("gap", [0, 4, 8])
+def test_descriptors_where_the_copy_engine_can_read(kernel_device, monkeypatch, gap):
+    """Rows of 588 bf16 elements begin at multiples of 8 bytes; 4 elements more make it 16, 8 more do not."""
+    described = described_launches(monkeypatch)
+    x, weight, bias, _ = inputs(5, 20, 588, torch.bfloat16, device=kernel_device)
+    want = linear(x, weight, bias, config=SMALL)
+    x, weight = (torch.nn.functional.pad(tensor, (0, gap), value=float("nan"))[:, :588] for tensor in (x, weight))
+    y = linear(x, weight, bias, config=replace(SMALL, operands="descriptors"))
+    assert torch.equal(y, want)
+    assert described == [False, gap == 4]
+
+
+def described_launches(monkeypatch):
+    """Whether each launch from now on is handed descriptors."""
+    seen = []
+
+    def operands(*arguments):
+        found = real(*arguments)
+        seen.append(found[2])
+        return found
+
+    real = linear_module.operands
+    monkeypatch.setattr(linear_module, "operands", operands)
+    return seen
+
+
+def test_what_descriptors_fit():
+    matrix = torch.zeros(8, 64, dtype=torch.bfloat16)
+    assert descriptors_fit(matrix, matrix[:, :33])
+    assert not descriptors_fit(matrix, matrix[:, 1:])
+    assert not descriptors_fit(matrix.view(-1)[:480].view(8, 60))
+    assert not descriptors_fit(matrix[:1].expand(8, 64))
+    assert not descriptors_fit(matrix.T)
+    assert descriptors_fit(torch.zeros(3, 16, dtype=torch.uint8))
+
+
+def test_older_chips_and_amd_take_pointers(monkeypatch):
+    x, weight = torch.zeros(4, 16), torch.zeros(8, 16)
+    config = replace(SMALL, operands="descriptors")
+    for architecture in ARCHITECTURES:
+        monkeypatch.setattr(linear_module.configs, "architecture", lambda device, name=architecture: name)
+        left, right, described = linear_module.operands(x, weight, config, 2)
+        assert described == (architecture in ("sm_90", "sm_100"))
+        if described:
+            assert (left.block_shape, right.block_shape) == ([32, 32], [32, 32])
+            assert (list(left.shape), list(right.shape)) == ([4, 16], [8, 16])
+
+
+# -- the vendor's product ---------------------------------------------------------------------------------------------
+
+VENDOR = replace(SMALL, vendor=True)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("activation", [activation for activation in ACTIVATIONS if activation not in GATED])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_vendor_matches_fp64(kernel_device, dtype, activation, with_residual, with_bias):
+    x, weight, bias, residual = inputs(37, 40, 77, dtype, device=kernel_device)
+    bias, residual = bias if with_bias else None, residual if with_residual else None
+    y = linear(x, weight, bias, activation=activation, residual=residual, config=VENDOR)
+    # A rounding after the product, one after the activation, one after the sum.
+    roundings = 1 + (activation is not None) + (residual is not None and (with_bias or activation is not None))
+    want = expected(x, weight, bias, activation, residual)
+    assert relative_error(y, want) <= tolerance(dtype, want.numel()) * (1, 1.6, 2)[roundings - 1]
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_vendor_out_may_be_the_residual(kernel_device, activation, with_bias):
+    x, weight, bias, residual = inputs(37, 20, 77, torch.bfloat16, device=kernel_device)
+    bias = bias if with_bias else None
+    apart = linear(x, weight, bias, activation=activation, residual=residual, config=VENDOR)
+    assert linear(x, weight, bias, activation=activation, residual=residual, out=residual, config=VENDOR) is residual
+    assert torch.equal(residual, apart)
+
+
+def test_vendor_writes_into_out_only(kernel_device):
+    x, weight, bias, residual = inputs(37, 20, 77, torch.bfloat16, device=kernel_device)
+    storage = torch.full((37, 29), 7.0, dtype=torch.bfloat16, device=kernel_device)
+    out = storage[:, 4:24]
+    for added in (None, residual):
+        assert linear(x, weight, bias, residual=added, out=out, config=VENDOR) is out
+        assert relative_error(out, expected(x, weight, bias, None, added)) <= 1.5 * TOLERANCE[torch.bfloat16]
+    assert (storage[:, :4] == 7).all()
+    assert (storage[:, 24:] == 7).all()
+
+
+def test_vendor_computes_padding_too(kernel_device):
+    x, weight, bias, _ = inputs(70, 20, 64, torch.float32, device=kernel_device)
+    extent = Extent(70, torch.tensor([3], dtype=torch.int32, device=kernel_device))
+    assert torch.equal(linear(x, weight, bias, config=VENDOR, extent=extent), linear(x, weight, bias, config=VENDOR))
+
+
+@pytest.mark.parametrize(
+    ("with_bias", "activation", "with_residual", "operations"),
+    [
+        (True, None, False, ["addmm"]),
+        (False, None, False, ["mm"]),
+        (False, None, True, ["addmm"]),
+        (True, "gelu_tanh", False, ["_addmm_activation"]),
+        (False, "gelu_tanh", False, ["mm", "activation"]),
+        (True, "silu", True, ["addmm", "activation", "add"]),
+        (True, None, True, ["addmm", "add"]),
+    ],
+)
+def test_what_the_vendor_is_asked_on_a_gpu(monkeypatch, with_bias, activation, with_residual, operations):
+    """On tensors that say that they are on a GPU: nothing is computed, and nothing is allocated."""
+
+    class Product(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "_addmm_activation"):
+                seen.append(name)
+                assert options["out"] is y
+                return y
+            assert not name.startswith(("empty", "new_empty", "zeros"))
+            return function(*arguments, **(options or {}))
+
+    seen = []
+    monkeypatch.setattr(vendor, "apply_activation", lambda x, kind, out: seen.append("activation"))
+    monkeypatch.setattr(vendor, "add", lambda x, y, out: seen.append("add"))
+    monkeypatch.setattr(vendor, "on_gpu", lambda tensor: True)
+    x, weight, bias, residual = inputs(5, 6, 8, torch.bfloat16)
+    y = torch.empty(5, 6, dtype=torch.bfloat16)
+    with Product():
+        vendor.launch_vendor_product(
+            x, weight, bias if with_bias else None, residual if with_residual else None, y, activation
+        )
+    assert seen == operations
+
+
+def test_vendor_takes_what_it_computes_as_defined():
+    half, full = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
+    assert vendor.vendor_takes(half, "gelu")
+    assert vendor.vendor_takes(full, None)
+    assert not vendor.vendor_takes(half, "silu_gated")
+    assert not vendor.vendor_takes(half, "silu_gated_interleaved")
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert vendor.vendor_takes(half, None)
+        assert not vendor.vendor_takes(full, None)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert vendor.vendor_takes(full, None)
+
+
+def test_what_the_vendor_does_not_take_is_launched(kernel_device):
+    x, weight, bias, _ = inputs(37, 20, 64, torch.bfloat16, "silu_gated", kernel_device)
+    first, second = (linear(x, weight, bias, activation="silu_gated", config=config) for config in (SMALL, VENDOR))
+    assert torch.equal(first, second)
+
+
+# -- interleaved gates ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split", [1, 2])
+def test_interleaved_gates_give_the_bits_of_stacked_ones(device, dtype, split):
+    x, weight, bias, residual = inputs(37, 20, 77, dtype, "silu_gated", device)
+    config = replace(SMALL, split=split)
+    stacked = linear(x, weight, bias, activation="silu_gated", residual=residual, config=config)
+    how = {"activation": "silu_gated_interleaved", "residual": residual, "config": config}
+    assert torch.equal(linear(x, interleave_gated(weight), interleave_gated(bias), **how), stacked)
+
+
+def test_interleave_gated_by_hand():
+    assert interleave_gated(torch.arange(6)).tolist() == [0, 3, 1, 4, 2, 5]
+    assert interleave_gated(torch.arange(8).view(4, 2)).tolist() == [[0, 1], [4, 5], [2, 3], [6, 7]]
+    with pytest.raises(ValueError, match=r"tensor has shape \(3, 2\).*even number of rows"):
+        interleave_gated(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_rows": 24}, r"blocks are \(24, 16, 32\)"),
+        ({"block_inner": 8}, r"blocks are \(32, 16, 8\)"),
+        ({"split": 0}, "have to be at least 1"),
+        ({"passes": 3}, "passes is 3"),
+        ({"operands": "tma"}, "operands is 'tma'; known are pointers, descriptors"),
+    ],
+)
+def test_refuses_configurations_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+# -- passes of the epilogue -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "silu_gated", "silu_gated_interleaved"])
+def test_passes_give_the_same_bits(kernel_device, activation):
+    x, weight, bias, residual = inputs(37, 80, 64, torch.bfloat16, activation, kernel_device)
+    how = {"activation": activation, "residual": residual}
+    config = replace(SMALL, block_columns=64)
+    once, *others = (linear(x, weight, bias, **how, config=replace(config, passes=passes)) for passes in (1, 2, 4))
+    assert all(torch.equal(once, other) for other in others)
+    assert relative_error(once, expected(x, weight, bias, activation, residual)) <= tolerance(torch.bfloat16, 2000)
+
+
+def test_passes_for_every_epilogue():
+    wide = replace(SMALL, block_columns=128)
+    assert epilogue_passes(wide, None, "sm_90") == 1
+    assert epilogue_passes(wide, "gelu_tanh", "sm_90") == 1
+    assert epilogue_passes(wide, "gelu", "sm_90") == epilogue_passes(wide, None, "sm_90", residual=True) == 2
+    assert epilogue_passes(wide, None, "sm_90", rotation=True) == 4
+    assert epilogue_passes(wide, None, "gfx942", rotation=True) == 1
+    assert epilogue_passes(SMALL, None, "sm_90", rotation=True) == 1
+    assert epilogue_passes(replace(wide, passes=4), None, "gfx942") == 4
+    assert epilogue_passes(replace(SMALL, passes=4), None, "sm_90") == 1

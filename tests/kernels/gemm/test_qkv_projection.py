@@ -1,0 +1,389 @@
+"""Projection to q, k and v with the rotation inside: fp64, the two operations it replaces, arrangement, padding, extents."""
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.numbers import TOLERANCE, relative_error, tolerance
+
+from tritontower.kernels.gemm import qkv_projection as qkv_projection_module
+from tritontower.kernels.gemm.linear import LinearConfig, linear
+from tritontower.kernels.gemm.qkv_projection import (
+    arrange_heads,
+    choose_config,
+    compile_specs,
+    default_config,
+    qkv_projection,
+    qkv_projection_reference,
+)
+from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.runtime.config import ARCHITECTURES
+from tritontower.kernels.runtime.dispatch import runs_kernel
+from tritontower.kernels.runtime.valid_rows import Extent
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SMALL = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=1)
+
+
+def inputs(rows, heads, head_dim, inner, dtype, device="cpu", seed=0):
+    """x, weight and bias in the published order, cosines and sines; the sums are of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inner, generator=generator)
+    weight = torch.randn(3 * heads * head_dim, inner, generator=generator) / inner**0.5
+    bias = torch.randn(3 * heads * head_dim, generator=generator)
+    angles = torch.randn(rows, head_dim // 2, generator=generator) * 3
+    tables = [angles.cos().to(device), angles.sin().to(device)]
+    return [tensor.to(device, dtype) for tensor in (x, weight, bias)] + tables
+
+
+def expected(x, weight, bias, cosines, sines, heads, head_dim):
+    """q, k and v ``[M, 3, H, hd]`` in fp64 and the published order of columns."""
+    qkv = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    qkv = qkv.unflatten(1, (3, heads, head_dim))
+    first, second = qkv[:, :2].chunk(2, dim=-1)
+    cosine, sine = cosines.double()[:, None, None], sines.double()[:, None, None]
+    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+    return torch.cat((turned, qkv[:, 2:]), 1)
+
+
+def published_order(y, heads, head_dim, padded=None):
+    """What the operation wrote, ``[M, 3, H, hd]``, its pairs taken apart and its padding left out."""
+    y = y.unflatten(1, (3, heads, padded or head_dim))[..., :head_dim]
+    return torch.cat((torch.cat((y[:, :2, :, ::2], y[:, :2, :, 1::2]), -1), y[:, 2:]), 1)
+
+
+# One row; 77, no multiple of anything; heads that a tile of 16 columns cuts; whole blocks.
+@pytest.mark.parametrize(
+    ("rows", "heads", "head_dim", "padded", "inner"),
+    [(1, 1, 4, None, 77), (37, 3, 20, 24, 64), (70, 2, 18, 20, 40), (33, 2, 16, None, 96)],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_matches_fp64(device, dtype, rows, heads, head_dim, padded, inner):
+    x, weight, bias, cosines, sines = inputs(rows, heads, head_dim, inner, dtype, device)
+    how = {"heads": heads, "head_dim": head_dim, "padded_head_dim": padded, "pairs": True}
+    y = qkv_projection(
+        x,
+        arrange_heads(weight, **how),
+        arrange_heads(bias, **how, ones=padded is not None),
+        cosines,
+        sines,
+        heads=heads,
+        head_dim=head_dim,
+        padded_head_dim=padded,
+        config=SMALL,
+    )
+    want = expected(x, weight, bias, cosines, sines, heads, head_dim)
+    # The kernel rounds once, the reference also before it rotates.
+    allowed = tolerance(dtype, want.numel()) if runs_kernel(x) else 1.5 * TOLERANCE[dtype]
+    assert relative_error(published_order(y, heads, head_dim, padded), want) <= allowed
+    if padded is not None:
+        padding = y.unflatten(1, (3, heads, padded))[..., head_dim:]
+        ones = torch.zeros_like(padding)
+        ones[:, 1:, :, 0] = 1
+        assert torch.equal(padding, ones)
+
+
+@pytest.mark.parametrize("split", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_few_rows_split_and_then_rotate(kernel_device, dtype, split):
+    x, weight, bias, cosines, sines = inputs(5, 7, 18, 200, dtype, kernel_device)
+    how = {"heads": 7, "head_dim": 18, "padded_head_dim": 20}
+    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
+    config = replace(SMALL, split=split)
+    y = qkv_projection(x, weight_, bias_, cosines, sines, **how, config=config)
+    again = qkv_projection(x, weight_, bias_, cosines, sines, **how, config=config)
+    assert torch.equal(y, again)
+    want = expected(x, weight, bias, cosines, sines, 7, 18)
+    assert relative_error(published_order(y, 7, 18, 20), want) <= tolerance(dtype, want.numel())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_are_those_of_the_separate_operations(device, dtype):
+    """q·kᵀ does not see the order of columns, and one rounding fewer brings it no further from the truth."""
+    rows, heads, head_dim, inner = 37, 2, 20, 96
+    x, weight, bias, cosines, sines = inputs(rows, heads, head_dim, inner, dtype, device)
+    how = {"heads": heads, "head_dim": head_dim}
+    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
+    fused = qkv_projection(x, weight_, bias_, cosines, sines, **how, config=SMALL)
+    apart = linear(x, weight, bias, config=SMALL).unflatten(1, (3, heads, head_dim))
+    rope_(apart[:, 0], apart[:, 1], cosines, sines)
+
+    def scores(qkv):
+        q, k, _ = qkv.double().unbind(1)
+        return torch.einsum("qhd,khd->hqk", q, k)
+
+    truth = scores(expected(x, weight, bias, cosines, sines, heads, head_dim))
+    error = relative_error(scores(fused.unflatten(1, (3, heads, head_dim))), truth)
+    assert error <= 1.02 * relative_error(scores(apart), truth) + 1e-7
+    assert torch.equal(fused.unflatten(1, (3, heads, head_dim))[:, 2], apart[:, 2])
+
+
+def test_without_tables_it_is_a_linear_layer(device):
+    x, weight, bias, _, _ = inputs(37, 2, 5, 64, torch.bfloat16, device)
+    y = qkv_projection(x, weight, bias, None, None, heads=2, head_dim=5, config=SMALL)
+    assert torch.equal(y, linear(x, weight, bias, config=SMALL))
+
+
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_empty")
+def test_queries_are_scaled(device, dtype, split, rotated):
+    heads, head_dim, padded = 3, 18, 20
+    x, weight, bias, cosines, sines = inputs(37, heads, head_dim, 72, dtype, device)
+    how = {"heads": heads, "head_dim": head_dim, "padded_head_dim": padded}
+    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True, ones=tensor.dim() == 1) for tensor in (weight, bias))
+    tables = (cosines, sines) if rotated else (None, None)
+    config = replace(SMALL, split=split)
+    plain = qkv_projection(x, weight_, bias_, *tables, **how, config=config)
+    y = qkv_projection(x, weight_, bias_, *tables, **how, config=config, query_scale=0.17)
+    columns = heads * padded
+    assert torch.equal(y[:, columns:], plain[:, columns:])
+    if rotated:
+        want = expected(x, weight, bias, cosines, sines, heads, head_dim)[:, 0]
+    else:
+        want = linear(x.double().cpu().float(), weight.float().cpu(), bias.float().cpu()).double()
+        want = want.unflatten(1, (3, heads, head_dim))[:, 0].to(device)
+    # The kernel rounds once, the reference also before it rotates and scales.
+    allowed = tolerance(dtype, want.numel()) if runs_kernel(x) else 1.5 * TOLERANCE[dtype]
+    q = published_order(y, heads, head_dim, padded)[:, 0]
+    assert relative_error(q, 0.17 * want) <= allowed
+    alone = qkv_projection(
+        x[5:6], weight_, bias_, *(table if table is None else table[5:6] for table in tables), **how, config=config,
+        query_scale=0.17,
+    )  # fmt: skip
+    assert torch.equal(alone, y[5:6])
+
+
+def test_heads_of_an_odd_width_are_scaled(device):
+    x, weight, bias, _, _ = inputs(37, 2, 5, 64, torch.float32, device)
+    how = {"heads": 2, "head_dim": 5, "config": SMALL}
+    y = qkv_projection(x, weight, bias, None, None, **how, query_scale=4.0)
+    plain = linear(x, weight, bias, config=SMALL)
+    assert torch.equal(y, torch.cat((4 * plain[:, :10], plain[:, 10:]), 1))
+
+
+@pytest.mark.parametrize("operands", ["pointers", "descriptors"])
+@pytest.mark.parametrize("split", [1, 2])
+def test_rows_may_stand_apart(device, operands, split):
+    x, weight, _, cosines, sines = inputs(37, 2, 20, 64, torch.float32, device)
+    want = expected(x, weight, None, cosines, sines, 2, 20)
+    how = {"heads": 2, "head_dim": 20}
+    weight = arrange_heads(weight, **how, pairs=True)
+    x, weight, cosines, sines = (
+        torch.nn.functional.pad(tensor, (0, 4), value=float("nan"))[:, : tensor.shape[1]]
+        for tensor in (x, weight, cosines, sines)
+    )
+    storage = torch.full((37, 131), 7.0, device=device)
+    out = storage[:, 5:125]
+    config = replace(SMALL, operands=operands, split=split)
+    assert qkv_projection(x, weight, None, cosines, sines, **how, out=out, config=config) is out
+    assert relative_error(published_order(out, 2, 20), want) <= TOLERANCE[torch.float32]
+    assert (storage[:, :5] == 7).all()
+    assert (storage[:, 125:] == 7).all()
+
+
+def test_passes_give_the_same_bits(kernel_device):
+    x, weight, bias, cosines, sines = inputs(37, 3, 20, 64, torch.bfloat16, kernel_device)
+    config = replace(SMALL, block_columns=64)
+    once, *others = (
+        qkv_projection(x, weight, bias, cosines, sines, heads=3, head_dim=20, config=replace(config, passes=passes))
+        for passes in (1, 2, 4)
+    )
+    assert all(torch.equal(once, other) for other in others)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_descriptors_give_the_same_bits(kernel_device, split):
+    x, weight, bias, cosines, sines = inputs(70, 2, 20, 72, torch.bfloat16, kernel_device)
+    how = {"heads": 2, "head_dim": 20}
+    first, second = (
+        qkv_projection(x, weight, bias, cosines, sines, **how, config=replace(SMALL, split=split, operands=operands))
+        for operands in ("pointers", "descriptors")
+    )
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("live", [0, 33, 64, 70])
+@pytest.mark.usefixtures("poisoned_empty")
+def test_extent(kernel_device, live, split):
+    x, weight, bias, cosines, sines = inputs(70, 2, 20, 64, torch.bfloat16, kernel_device)
+    how = {"heads": 2, "head_dim": 20, "config": replace(SMALL, split=split)}
+    whole = qkv_projection(x, weight, bias, cosines, sines, **how)
+    extent = Extent(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = qkv_projection(x, weight, bias, cosines, sines, **how, extent=extent)
+    assert torch.equal(y[:live], whole[:live])
+    assert torch.isfinite(y).all()
+    dead = -(-live // 32) * 32
+    assert not y[dead:].any()
+
+
+def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch):
+    chosen = []
+
+    def choose(*sizes, head_dim, dtype, device):
+        chosen.append((*sizes, head_dim, dtype))
+        return SMALL
+
+    monkeypatch.setattr(qkv_projection_module, "choose_config", choose)
+    x, weight, bias, cosines, sines = inputs(7, 2, 20, 64, torch.float32, kernel_device)
+    how = {"heads": 2, "head_dim": 20}
+    want = qkv_projection(x, weight, bias, cosines, sines, **how, config=SMALL)
+    assert torch.equal(qkv_projection(x, weight, bias, cosines, sines, **how, extent=Extent(512)), want)
+    qkv_projection(x, weight, bias, cosines, sines, **how)
+    assert chosen == [(rows, 120, 64, 20, torch.float32) for rows in (512, 7)]
+
+
+def test_a_tuned_configuration_is_taken(monkeypatch):
+    asked = []
+
+    def tuned(kernel, device, dtype, constants, sizes):
+        asked.append((kernel, dtype, constants, sizes))
+        return answer
+
+    monkeypatch.setattr(qkv_projection_module, "tuned", tuned)
+    how = {"head_dim": 20, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    answer = asdict(SMALL)
+    assert choose_config(7, 120, 64, **how) == SMALL
+    assert asked == [("qkv_projection", torch.bfloat16, {"columns": 120, "inner": 64, "head_dim": 20}, {"rows": 7})]
+    answer = None
+    assert choose_config(7, 120, 64, **how) == default_config(
+        7, 120, 64, dtype=torch.bfloat16, architecture="interpreter"
+    )
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_alone_has_the_bits_it_has_in_a_pack(device, dtype, split):
+    x, weight, bias, cosines, sines = inputs(70, 2, 20, 77, dtype, device)
+
+    def run(rows):
+        how = {"heads": 2, "head_dim": 20, "config": replace(SMALL, split=split)}
+        return qkv_projection(x[rows], weight, bias, cosines[rows], sines[rows], **how)
+
+    pack = run(slice(None))
+    for start, stop in ((0, 1), (31, 33), (69, 70)):
+        assert torch.equal(run(slice(start, stop)), pack[start:stop])
+
+
+def test_rows_beyond_32_bit_offsets(kernel_device):
+    """The third row begins beyond element 2³¹ of a sparse file: only the pages touched exist."""
+    stride, inner = 2**30 + 64, 64
+    near, weight, bias, cosines, sines = inputs(3, 2, 20, inner, torch.bfloat16, device=kernel_device)
+    want = expected(near, weight, bias, cosines, sines, 2, 20)
+    weight, bias = (arrange_heads(tensor, heads=2, head_dim=20, pairs=True) for tensor in (weight, bias))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "sparse")
+        with path.open("wb") as file:
+            file.truncate(3 * stride * 2)
+        if kernel_device.type == "cuda":
+            storage = torch.empty(3 * stride, dtype=torch.bfloat16, device=kernel_device)
+        else:
+            storage = torch.from_file(str(path), shared=True, size=3 * stride, dtype=torch.bfloat16)
+        x, out = (storage.as_strided((3, width), (stride, 1), offset) for width, offset in ((inner, 0), (120, 64)))
+        x.copy_(near)
+        for split in (1, 2):
+            config = replace(SMALL, split=split)
+            qkv_projection(x, weight, bias, cosines, sines, heads=2, head_dim=20, out=out, config=config)
+            assert relative_error(published_order(out, 2, 20), want) <= TOLERANCE[torch.bfloat16]
+        del storage, x, out
+
+
+def test_no_rows(device):
+    x, weight, bias, cosines, sines = inputs(0, 2, 20, 64, torch.float32, device)
+    assert qkv_projection(x, weight, bias, cosines, sines, heads=2, head_dim=20).shape == (0, 120)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 64, 200, 5000])
+@pytest.mark.parametrize(("head_dim", "padded"), [(64, 64), (72, 80), (80, 80)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_towers_shapes_on_a_gpu(kernel_device, dtype, head_dim, padded, rows):
+    x, weight, bias, cosines, sines = inputs(rows, 16, head_dim, 1280, dtype, kernel_device)
+    how = {"heads": 16, "head_dim": head_dim, "padded_head_dim": padded}
+    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
+    y = qkv_projection(x, weight_, bias_, cosines, sines, **how)
+    want = expected(x, weight, bias, cosines, sines, 16, head_dim)
+    assert relative_error(published_order(y, 16, head_dim, padded), want) <= tolerance(dtype, want.numel())
+
+
+def test_arrange_heads_by_hand():
+    bias = torch.arange(12.0)
+    assert arrange_heads(bias, heads=1, head_dim=4).tolist() == bias.tolist()
+    pairs = [0, 2, 1, 3, 4, 6, 5, 7, 8, 9, 10, 11]
+    assert arrange_heads(bias, heads=1, head_dim=4, pairs=True).tolist() == pairs
+    assert arrange_heads(bias[:, None] * torch.ones(5), heads=1, head_dim=4, pairs=True)[:, 3].tolist() == pairs
+    padded = [0, 1, 0, 2, 3, 0, 4, 5, 1, 6, 7, 1, 8, 9, 1, 10, 11, 1]
+    assert arrange_heads(bias, heads=2, head_dim=2, padded_head_dim=3, ones=True).tolist() == padded
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, r"tensor has shape \(12,\).*3 heads of 2.*\[18, K\]"),
+        ({"head_dim": 4, "heads": 1, "padded_head_dim": 3}, "padded_head_dim is 3.*at least head_dim, 4"),
+        ({"head_dim": 1, "heads": 4, "pairs": True}, "head_dim is 1; pairs need an even one"),
+        ({"ones": True}, "ones go into the padding of a bias"),
+        ({"tensor": torch.zeros(12, 2), "padded_head_dim": 4, "ones": True}, "ones go into the padding of a bias"),
+    ],
+)
+def test_arrange_heads_refuses(change, message):
+    arguments = {"tensor": torch.zeros(12), "heads": 2, "head_dim": 2} | change
+    with pytest.raises(ValueError, match=message):
+        arrange_heads(arguments.pop("tensor"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(3, 8).int()}, TypeError, "x is torch.int32"),
+        ({"x": torch.zeros(3, 0), "weight": torch.zeros(24, 0)}, ValueError, "K at least 1"),
+        ({"weight": torch.zeros(18, 8)}, ValueError, r"weight has shape \(18, 8\).*2 heads of 4.*\[24, 8\]"),
+        ({"bias": torch.zeros(23)}, ValueError, r"bias has shape \(23,\).*\[24\]"),
+        ({"cosines": None}, ValueError, "one of cosines and sines is missing"),
+        ({"sines": torch.zeros(3, 4)}, ValueError, r"sines has shape \(3, 4\).*\(3, 2\)"),
+        ({"sines": torch.zeros(3, 2).double()}, TypeError, "sines is torch.float64.*torch.float32"),
+        ({"heads": 0}, ValueError, "heads is 0"),
+        ({"query_scale": 0.0}, ValueError, "query_scale must be a positive, finite fp32 number, got 0.0"),
+        ({"padded_head_dim": 2}, ValueError, "padded_head_dim 2"),
+        ({"head_dim": 3, "padded_head_dim": 4}, ValueError, "to be rotated they have to be even"),
+        ({"out": torch.zeros(3, 25)}, ValueError, r"out has shape \(3, 25\).*\[3, 24\]"),
+        ({"extent": Extent(3, torch.zeros(1))}, TypeError, "extent.live is torch.float32.*torch.int32"),
+    ],
+)
+def test_refuses_what_does_not_fit(change, error, message):
+    tables = {"cosines": torch.zeros(3, 2), "sines": torch.zeros(3, 2)}
+    arguments = {"x": torch.zeros(3, 8), "weight": torch.zeros(24, 8), "bias": torch.zeros(24), **tables}
+    arguments |= {"heads": 2, "head_dim": 4} | change
+    tensors = [arguments.pop(name) for name in ("x", "weight", "bias", "cosines", "sines")]
+    with pytest.raises(error, match=message):
+        qkv_projection(*tensors, **arguments)
+
+
+def test_reference_allocates_its_result():
+    x, weight, bias, cosines, sines = inputs(3, 2, 4, 8, torch.float32)
+    y = qkv_projection_reference(x, weight, bias, cosines, sines, heads=2, head_dim=4)
+    assert torch.equal(y, qkv_projection(x, weight, bias, cosines, sines, heads=2, head_dim=4))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compile_specs_describe_every_argument(architecture):
+    specs = compile_specs(architecture)
+    assert len({spec.name for spec in specs}) == len(specs)
+    for spec in specs:
+        assert set(spec.kernel.arg_names) == set(spec.signature) | set(spec.constants), spec.name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_few_rows_split(architecture):
+    configs = [
+        default_config(rows, 3840, 5120, dtype=torch.bfloat16, architecture=architecture) for rows in (64, 16384)
+    ]
+    assert configs[0].split > 1
+    assert configs[1].split == 1
+    assert configs[1].block_columns <= 128

@@ -1,0 +1,149 @@
+"""The arithmetic of a packed batch's division into segments."""
+
+import pytest
+import torch
+
+from tritontower.kernels.runtime.segments import PlannedSegments, SegmentRun, Segments
+
+CPU = torch.device("cpu")
+
+
+def test_attributes():
+    segments = Segments.from_lengths([3, 0, 150, 1])
+    assert segments.lengths == (3, 0, 150, 1)
+    assert (segments.total, segments.count, segments.longest) == (154, 4, 150)
+
+
+def test_cumulative_lengths_are_int32_and_start_at_zero():
+    cu_seqlens = Segments([3, 0, 150, 1]).cu_seqlens
+    assert cu_seqlens.dtype == torch.int32
+    assert cu_seqlens.tolist() == [0, 3, 3, 153, 154]
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
+def test_nothing_to_attend(lengths):
+    segments = Segments(lengths)
+    assert (segments.total, segments.longest) == (0, 0)
+    assert segments.cu_seqlens.tolist() == [0] * (len(lengths) + 1)
+    assert segments.tiles(64, CPU).shape == (0, 2)
+    assert segments.groups() == ()
+
+
+def test_tiles_name_every_row_once():
+    segments = Segments([1, 64, 77, 0, 150, 64])
+    rows = [
+        segments.cu_seqlens[segment].item() + row
+        for segment, tile in segments.tiles(32, CPU).tolist()
+        for row in range(tile * 32, min((tile + 1) * 32, segments.lengths[segment]))
+    ]
+    assert sorted(rows) == list(range(segments.total))
+
+
+def test_tiles_of_long_segments_come_first_and_equal_ones_keep_their_order():
+    segments = Segments([64, 1, 200, 64])
+    assert segments.tiles(100, CPU).tolist() == [[2, 0], [2, 1], [0, 0], [3, 0], [1, 0]]
+    assert segments.tiles(100, CPU).dtype == torch.int32
+
+
+def test_device_tensors_are_made_once():
+    segments = Segments([5, 6])
+    assert segments.tiles(4, CPU) is segments.tiles(4, CPU)
+    assert segments.tiles(4, CPU) is not segments.tiles(8, CPU)
+    assert segments.cu_seqlens_on(CPU) is segments.cu_seqlens_on(CPU)
+
+
+def test_groups_are_runs_of_equal_neighbours():
+    groups = Segments([64, 64, 48, 64, 64, 64]).groups()
+    assert groups == (SegmentRun(64, 0, 2), SegmentRun(48, 128, 1), SegmentRun(64, 176, 3))
+    assert [run.stop for run in groups] == [128, 176, 368]
+
+
+def test_an_empty_segment_interrupts_no_run():
+    assert Segments([0, 7, 0, 7, 0]).groups() == (SegmentRun(7, 0, 2),)
+
+
+def test_equal_lengths_make_equal_segments():
+    assert Segments([1, 2]) == Segments((1, 2))
+    assert hash(Segments([1, 2])) == hash(Segments([1, 2]))
+    assert Segments([1, 2]) != Segments([2, 1])
+    assert Segments([1]) != (1,)
+
+
+def test_repr_stays_short():
+    assert repr(Segments([3, 4])) == "Segments([3, 4])"
+    assert repr(Segments([1] * 1000)) == "Segments([1, 1, 1, 1, 1, 1, 1, 1, …; 1000 in all])"
+
+
+def test_negative_length():
+    with pytest.raises(ValueError, match=r"must not be negative, got \[3, -1\]"):
+        Segments([3, -1])
+
+
+def test_more_rows_than_int32_counts():
+    assert Segments([2**31 - 1]).total == 2**31 - 1
+    with pytest.raises(ValueError, match="exceed the limit of 2147483647"):
+        Segments([2**30, 2**30])
+
+
+def test_tile_without_rows():
+    with pytest.raises(ValueError, match="block_rows=0"):
+        Segments([3]).tiles(0, CPU)
+
+
+class TestPlanned:
+    """Segments whose division changes in place, in tables that stay where they are."""
+
+    def make(self, total=100, count=8, longest=64):
+        return PlannedSegments(total, count, longest, lambda size: torch.full((size,), -7, dtype=torch.int32))
+
+    def fill(self, segments):
+        for table, rows in segments.rows_of_tables():
+            table.copy_(torch.from_numpy(rows))
+
+    @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
+    def test_tables_hold_each_division_in_turn(self, block_rows):
+        segments = self.make()
+        tables = segments.cu_seqlens_on(CPU), None
+        for lengths in ([64, 30, 6], [1] * 4 + [64, 32], [20] * 5, [0, 50, 50]):
+            segments.assign(lengths)
+            self.fill(segments)
+            tiles = segments.tiles(block_rows, CPU)
+            assert tables[1] in (None, tiles.data_ptr())
+            tables = tables[0], tiles.data_ptr()
+            assert segments.cu_seqlens_on(CPU) is tables[0]
+            assert tables[0].tolist() == Segments(lengths).cu_seqlens.tolist() + [100] * (8 - len(lengths))
+            assert segments.cu_seqlens.tolist() == tables[0].tolist()
+            expected = Segments(lengths).tiles(block_rows, CPU)
+            assert torch.equal(tiles[: len(expected)], expected)
+            segment, tile = tiles[len(expected) :].unbind(1)
+            assert (tile * block_rows >= torch.tensor(segments.lengths)[segment.long()]).all()
+            assert segments.groups() == Segments(lengths).groups()
+
+    def test_what_it_is_planned_for_does_not_change(self):
+        segments = self.make()
+        segments.assign([50, 50])
+        assert (segments.total, segments.count, segments.longest) == (100, 8, 64)
+        assert len(segments.lengths) == 8
+        assert segments != self.make()
+        assert segments == segments
+
+    def test_no_division_has_more_tiles_than_planned(self):
+        for total, count, longest, block_rows in [(100, 8, 64, 16), (100, 100, 1, 16), (100, 3, 100, 64), (7, 7, 7, 2)]:
+            planned = PlannedSegments.planned_tiles(total, count, longest, block_rows)
+            worst = [min(longest, total - (count - 1))] + [1] * (count - 1)
+            for lengths in (worst, [longest] * (total // longest)):
+                assert len(Segments(lengths[:count]).tiles(block_rows, CPU)) <= planned
+
+    @pytest.mark.parametrize("lengths", [[99], [101], [65, 35], [12] * 8 + [4]])
+    def test_a_division_that_was_not_planned_for(self, lengths):
+        with pytest.raises(ValueError, match="planned are 100 in at most 8 of at most 64"):
+            self.make().assign(lengths)
+
+    def test_a_table_that_is_missing_when_none_may_be_made(self):
+        segments = self.make()
+        segments.assign([50, 50])
+        known = segments.tiles(16, CPU)
+        segments.sealed = True
+        assert segments.tiles(16, CPU) is known
+        with pytest.raises(RuntimeError, match="tiles of 32 rows"):
+            segments.tiles(32, CPU)

@@ -1,0 +1,319 @@
+"""Pixtral and Mistral 3 in Mistral's own format: the same embeddings as in transformers', from other files and names."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import noise
+from support.mistral_format import by_definition, interleaved, to_mistral_format
+from support.towers.pixtral import save
+
+from tritontower import VisionTower, has_vision
+from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.config import Normalisation
+from tritontower.errors import (
+    CheckpointIncompleteError,
+    ConfigError,
+    NoVisionTowerError,
+    ReferenceModelError,
+    ShapeMismatchError,
+    UsageError,
+)
+from tritontower.graph.builder import build
+from tritontower.models import mistral_format
+from tritontower.models.common.hf_reference import view_pictures
+from tritontower.models.common.registry import MISTRAL_FORMAT, Family, read_family
+from tritontower.parity.parity import HALF_TOLERANCE, Reference, compare, relative_error
+
+PIXTRAL, MISTRAL3 = (summary.example for summary in mistral_format.SUMMARIES)
+KINDS = ["llava", "mistral3"]
+PICTURES = [noise(157, 243, 1), noise(300, 64, 2), noise(28, 28, 3)]
+
+Saved = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A small fp32 checkpoint of a kind in transformers' format and in Mistral's own, made once."""
+    folders: dict[str, tuple[Path, Path]] = {}
+
+    def made(kind: str) -> tuple[Path, Path]:
+        if kind not in folders:
+            folder = tmp_path_factory.mktemp("checkpoints")
+            theirs = save(kind, folder / "hf")
+            folders[kind] = theirs, to_mistral_format(theirs, folder / "native")
+        return folders[kind]
+
+    return made
+
+
+def load(folder: Path, **options: Any) -> VisionTower:
+    return VisionTower.from_pretrained(folder, device="cpu", **options)
+
+
+def read(values: Mapping[str, Any], **vision: Any) -> Family:
+    changed = {**values, "vision_encoder": {**values["vision_encoder"], **vision}}
+    return read_family(ConfigReader(changed, MISTRAL_FORMAT))
+
+
+def same(first: VisionTower, second: VisionTower) -> bool:
+    found, expected = first.encode(PICTURES), second.encode(PICTURES)
+    return all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(found, expected, strict=True))
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_formats_give_the_same_embeddings(kind: str, saved: Saved) -> None:
+    theirs, native = map(load, saved(kind))
+    for ours, expected in zip(native.encode(PICTURES), theirs.encode(PICTURES), strict=True):
+        assert relative_error(ours.embeddings, expected.embeddings) <= 1e-5
+        assert ours.grid_thw == expected.grid_thw
+    assert compare(theirs, theirs.preprocess(PICTURES)).passed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_embeddings_are_those_of_the_formats_own_definition(kind: str, saved: Saved) -> None:
+    _, folder = saved(kind)
+    tower = load(folder)
+    batch = tower.preprocess(PICTURES)
+    rows = tower.forward(batch).split(batch.token_counts)
+    for ours, picture in zip(rows, view_pictures(batch, tower.config), strict=True):
+        assert relative_error(ours, by_definition(folder, picture)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_errs_no_more_than_transformers(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    theirs = save(kind, tmp_path / "hf", dtype=dtype, depth=6)
+    reader, tower = load(theirs), load(to_mistral_format(theirs, tmp_path / "native"))
+    assert tower.dtype == dtype
+    batch = reader.preprocess(PICTURES)
+    exact = Reference(reader, torch.float32).forward(batch)
+    limit = HALF_TOLERANCE * relative_error(Reference(reader, dtype).forward(batch), exact)
+    assert relative_error(tower.forward(tower.preprocess(PICTURES)), exact) <= limit
+
+
+def test_queries_and_keys_are_rotated_in_fp32_here_and_in_the_activation_dtype_there(tmp_path: Path) -> None:
+    theirs = save("llava", tmp_path / "hf", dtype=torch.bfloat16)
+    towers = load(theirs), load(to_mistral_format(theirs, tmp_path / "native"))
+    rotations = [tower.config.rotary.rotation for tower in towers if tower.config.rotary is not None]
+    assert rotations == ["activation", "float32"]
+    first, second = (tower.encode(PICTURES[0])[0].embeddings for tower in towers)
+    assert 0.0 < relative_error(first, second) < 0.05
+
+
+def test_rows_of_queries_left_in_stored_order_would_show(saved: Saved, tmp_path: Path) -> None:
+    theirs, native = saved("llava")
+    tensors = load_file(native / "consolidated.safetensors")
+    for name, tensor in tensors.items():
+        if name.startswith("vision_encoder") and (".wq." in name or ".wk." in name):
+            tensors[name] = interleaved(tensor, 4)
+    shutil.copytree(native, tmp_path / "twice")
+    save_file(tensors, tmp_path / "twice" / "consolidated.safetensors")
+    wrong, right = load(tmp_path / "twice").encode(PICTURES)[0], load(theirs).encode(PICTURES)[0]
+    assert relative_error(wrong.embeddings, right.embeddings) > 1e-2
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files", ["index", "numbered", "rank"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_with_and_without_an_index(kind: str, files: str, saved: Saved, tmp_path: Path) -> None:
+    theirs, native = saved(kind)
+    folder = to_mistral_format(theirs, tmp_path / "shards", files=files)
+    assert len(list(folder.glob("consolidated*.safetensors"))) == 2
+    assert (folder / "consolidated.safetensors.index.json").exists() == (files == "index")
+    assert same(load(folder), load(native))
+
+
+def test_a_folder_with_both_formats_is_read_as_transformers_reads_it(saved: Saved, tmp_path: Path) -> None:
+    theirs, native = saved("mistral3")
+    shutil.copytree(theirs, tmp_path / "both")
+    shutil.copytree(native, tmp_path / "both", dirs_exist_ok=True)
+    tower = load(tmp_path / "both")
+    assert (tower.family.layout, tower.config.family) == ("hf", "mistral3")
+    (tmp_path / "both" / "config.json").unlink()
+    again = load(tmp_path / "both")
+    assert (again.family.layout, again.config.family) == ("mistral", "mistral_format")
+    assert same(tower, again)
+
+
+def test_transformers_reads_no_such_checkpoint_and_parity_says_so(saved: Saved) -> None:
+    tower = load(saved("llava")[1])
+    with pytest.raises(ReferenceModelError, match="transformers reads no checkpoint in the format of"):
+        compare(tower, tower.preprocess(PICTURES))
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_are_prepared_as_by_transformers_without_its_files(kind: str, saved: Saved, tmp_path: Path) -> None:
+    theirs, native = saved(kind)
+    assert not list(native.glob("*processor*"))
+    expected, found = load(theirs).preprocess(PICTURES), load(native).preprocess(PICTURES)
+    assert torch.equal(found.pixels, expected.pixels)
+    bounds = (
+        load(native, delay_load=True).preprocess(PICTURES, longest_edge=84),
+        load(theirs).preprocess(PICTURES, longest_edge=84),
+    )
+    assert torch.equal(bounds[0].pixels, bounds[1].pixels)
+    assert len(bounds[0].pixels) < len(found.pixels)
+    # Where a file is there, it says.
+    shutil.copytree(native, tmp_path / "with file")
+    processor = json.loads((theirs / "preprocessor_config.json").read_text())
+    processor["image_mean"] = [0.0, 0.0, 0.0]
+    (tmp_path / "with file" / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert not torch.equal(load(tmp_path / "with file").preprocess(PICTURES).pixels, expected.pixels)
+
+
+def test_options_count_without_files_too(saved: Saved) -> None:
+    _, native = saved("mistral3")
+    smaller = load(native, delay_load=True, processor_options={"size": {"longest_edge": 84}})
+    assert smaller.count_tokens(300, 300) == 9
+    plain = load(native, delay_load=True, processor_options={"do_normalize": False}).preprocess(PICTURES)
+    assert 0.0 <= plain.pixels.min() < plain.pixels.max() <= 1.0
+    with pytest.raises(UsageError, match="no option"):
+        load(native, delay_load=True, processor_options={"crop": 3})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mistrals_own_preprocessing_needs_no_files_either(kind: str, saved: Saved) -> None:
+    theirs, native = (load(folder, preprocessing="mistral") for folder in saved(kind))
+    assert same(theirs, native)
+    assert not torch.equal(native.preprocess(PICTURES).pixels, load(saved(kind)[1]).preprocess(PICTURES).pixels)
+
+
+def test_the_longest_edge_is_the_greatest_side_where_the_file_has_both(saved: Saved, tmp_path: Path) -> None:
+    theirs, _ = saved("llava")
+    folder = to_mistral_format(theirs, tmp_path / "native", image_size=64, max_image_size=320)
+    for preprocessing in ("hf", "mistral"):
+        assert load(folder, delay_load=True, preprocessing=preprocessing).count_tokens(1000, 1000) == 400
+
+
+# -- what the configuration leaves open -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [None, True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_checkpoints_tensors_decide_whether_the_adapter_has_biases(
+    bias: bool, said: bool | None, tmp_path: Path
+) -> None:
+    theirs = save("llava", tmp_path / "hf", multimodal_projector_bias=bias)
+    folder = to_mistral_format(theirs, tmp_path / "native", adapter_bias=said)
+    waiting = load(folder, delay_load=True)
+    assert waiting.count_tokens(64, 64) == 16
+    assert waiting.config.projector is not None
+    assert waiting.config.projector.bias == (said is not False)
+    tower = waiting.load()
+    assert tower.config.projector is not None
+    assert tower.config.projector.bias == bias
+    assert ("projector.linear_1.bias" in tower.graph.sources) == bias
+    assert same(tower, load(theirs))
+
+
+def test_one_bias_without_the_other_is_incomplete(saved: Saved, tmp_path: Path) -> None:
+    _, native = saved("llava")
+    for name in ("w_in", "w_out"):
+        folder = tmp_path / name
+        shutil.copytree(native, folder)
+        tensors = load_file(native / "consolidated.safetensors")
+        del tensors[f"vision_language_adapter.{name}.bias"]
+        save_file(tensors, folder / "consolidated.safetensors")
+        with pytest.raises(CheckpointIncompleteError, match=rf"projector\.{name}\.bias"):
+            load(folder)
+
+
+def test_a_tower_of_another_width_is_told_by_name(saved: Saved, tmp_path: Path) -> None:
+    theirs, _ = saved("llava")
+    folder = to_mistral_format(theirs, tmp_path / "native", intermediate_size=96)
+    with pytest.raises(ShapeMismatchError, match=r"feed_forward\.w[123]\.weight"):
+        load(folder)
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+def test_published_files_and_their_parameters() -> None:
+    for values, millions, merge in ((PIXTRAL, 403.5 + 31.5, 1), (MISTRAL3, 403.3 + 35.7, 2)):
+        config = read(values).config
+        assert round(build(config).parameters / 1e6, 1) == millions
+        assert (config.merge, config.hidden_size, config.head_dim) == (merge, 5120, 64)
+        assert config.norm == Normalisation("rms_norm", 1e-5, "before_weight")
+    assert build(read(PIXTRAL).config).parameters - build(read(PIXTRAL, adapter_bias=False).config).parameters == 10240
+    empty = read(PIXTRAL, mm_projector_id="", spatial_merge_size=1, add_pre_mm_projector_layer_norm=False)
+    assert empty.config == read(PIXTRAL).config
+
+
+def test_norm_and_merging_are_asked_for_separately(saved: Saved, tmp_path: Path) -> None:
+    theirs, _ = saved("mistral3")
+    folder = to_mistral_format(theirs, tmp_path / "native", add_pre_mm_projector_layer_norm=False)
+    tensors = load_file(folder / "consolidated.safetensors")
+    del tensors["pre_mm_projector_norm.weight"]
+    save_file(tensors, folder / "consolidated.safetensors")
+    tower = load(folder)
+    batch = tower.preprocess(PICTURES[0])
+    (picture,) = view_pictures(batch, tower.config)
+    assert relative_error(tower.forward(batch), by_definition(folder, picture)) <= 1e-5
+    alone = read(PIXTRAL, add_pre_mm_projector_layer_norm=True).config.projector
+    assert alone is not None
+    assert alone.norm == Normalisation("rms_norm", 1e-5, "before_weight")
+    assert not alone.merging_linear
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", None),
+        ("hidden_size", 1000),
+        ("num_hidden_layers", "24"),
+        ("num_attention_heads", 0),
+        ("intermediate_size", None),
+        ("patch_size", 16.0),
+        ("image_size", None),
+        ("max_image_size", 0),
+        ("rope_theta", 0.0),
+        ("adapter_bias", 1),
+        ("mm_projector_id", "average"),
+        ("spatial_merge_size", 2),
+        ("add_pre_mm_projector_layer_norm", "yes"),
+    ],
+)
+def test_impossible_values_name_file_key_and_what_is_allowed(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(PIXTRAL, **{key: value})
+    key = "num_attention_heads" if value == 1000 else key
+    assert str(caught.value).startswith(f"params.json: vision_encoder.{key}")
+    assert "allowed" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, "5120", 0])
+def test_the_language_models_width_has_to_be_there(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"params\.json: dim"):
+        read({**PIXTRAL, "dim": value})
+
+
+def test_has_vision_looks_for_the_encoder(tmp_path: Path) -> None:
+    for name, values, expected in (
+        ("pixtral", PIXTRAL, True),
+        ("typed", {**MISTRAL3, "model_type": "transformer"}, True),
+        ("text", {"dim": 4096, "n_layers": 32, "vocab_size": 32768}, False),
+        ("null", {"dim": 4096, "vision_encoder": None}, False),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "params.json").write_text(json.dumps(values))
+        assert has_vision(folder) == expected, name
+    with pytest.raises(NoVisionTowerError, match=r"params\.json: there is no `vision_encoder`"):
+        load(tmp_path / "text")
+    # Another file with that key is no such configuration.
+    (tmp_path / "text" / "config.json").write_text(json.dumps({"vision_encoder": {}}))
+    assert not has_vision(tmp_path / "text")

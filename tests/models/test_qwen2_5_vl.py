@@ -1,0 +1,262 @@
+"""Qwen2.5-VL: its config.json, and what of it other implementations have got wrong: windows, angles, norms, merger."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import noise
+from support.probing import (
+    assert_angles_are_fp32,
+    assert_frames_do_not_see_each_other,
+    row_of,
+    tokens_moved_by,
+    values_of,
+)
+from support.towers.qwen2_5_vl import TINY_VISION, save_qwen2_5_vl
+
+from tritontower import VisionTower
+from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.config import TowerConfig
+from tritontower.errors import ConfigError
+from tritontower.graph.builder import build
+from tritontower.models import qwen2_5_vl
+from tritontower.models.common.registry import read_family
+from tritontower.parity.parity import Reference, relative_error
+
+(PUBLISHED,) = qwen2_5_vl.SUMMARIES
+
+# The tower's part of the files published with 3B and 7B, and, with a wider MLP, with 32B and 72B.
+OLD_VISION = PUBLISHED.example["vision_config"]
+NEW_VISION = {
+    "depth": 32,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "hidden_act": "silu",
+    "hidden_size": 1280,
+    "in_channels": 3,
+    "in_chans": 3,
+    "initializer_range": 0.02,
+    "intermediate_size": 3420,
+    "model_type": "qwen2_5_vl_vision",
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "patch_size": 14,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+    "spatial_merge_size": 2,
+    "spatial_patch_size": 14,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 2,
+    "window_size": 112,
+}
+
+
+def read(vision: dict, **others: object) -> TowerConfig:
+    return read_family(ConfigReader({"model_type": "qwen2_5_vl", "vision_config": vision, **others})).config
+
+
+def load(folder: Path, **options: object) -> VisionTower:
+    return VisionTower.from_pretrained(folder, device="cpu", **options)
+
+
+# -- config.json ----------------------------------------------------------------------------------------------------------
+
+
+def test_old_new_and_sparse_generations_read_the_same() -> None:
+    old = read_family(ConfigReader(PUBLISHED.example)).config
+    assert old == read(NEW_VISION, text_config={"hidden_size": 3584, "model_type": "qwen2_5_vl_text"})
+    assert old == read({"hidden_size": 1280, "out_hidden_size": 3584, "in_chans": 3, "tokens_per_second": 2})
+    assert (old.width, old.depth, old.heads, old.head_dim, old.mlp_hidden) == (1280, 32, 16, 80, 3420)
+    assert old.windows is not None
+    assert (old.windows.side, old.windows.full_blocks) == (4, (7, 15, 23, 31))
+    assert (old.norm.kind, old.norm.eps, old.norm.rounding) == ("rms_norm", 1e-6, "before_weight")
+
+
+def test_defaults_are_those_of_transformers() -> None:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+    stated = Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=2048).to_dict()
+    assert read(stated) == read({"hidden_size": 1280, "out_hidden_size": 2048})
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen2_5_vl_vision", None])
+def test_vision_model_type_may_be_old_new_or_absent(model_type: str | None) -> None:
+    assert read({**TINY_VISION, "model_type": model_type}) == read(TINY_VISION)
+
+
+@pytest.mark.parametrize(
+    ("output", "hidden", "millions"),
+    [(2048, 3420, 668.7), (3584, 3420, 676.6), (5120, 3456, 688.8), (8192, 3456, 704.6)],
+    ids=["3B", "7B", "32B", "72B"],
+)
+def test_parameters_of_all_published_sizes(output: int, hidden: int, millions: float) -> None:
+    config = read({**OLD_VISION, "out_hidden_size": output, "intermediate_size": hidden})
+    assert round(build(config).parameters / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", None),
+        ("hidden_size", 3584.0),
+        ("out_hidden_size", None),
+        ("out_hidden_size", "2048"),
+        ("depth", 0),
+        ("num_heads", 7),
+        ("num_heads", 32),
+        ("intermediate_size", 0),
+        ("hidden_act", "gelu"),
+        ("patch_size", [14, 14]),
+        ("temporal_patch_size", 0),
+        ("spatial_merge_size", True),
+        ("window_size", 27),
+        ("window_size", "112"),
+        ("fullatt_block_indexes", 7),
+        ("fullatt_block_indexes", [7, -1]),
+        ("fullatt_block_indexes", [7, "15"]),
+        ("model_type", "qwen2_vl"),
+        ("rope_parameters", {"rope_type": "yarn"}),
+    ],
+)
+def test_impossible_values_name_key_value_and_what_is_allowed(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read({**TINY_VISION, key: value})
+    assert f"vision_config.{key}" in str(caught.value)
+    assert "allowed" in str(caught.value)
+
+
+def test_indices_behind_the_last_block_are_left_out_as_transformers_does() -> None:
+    windows = read({**TINY_VISION, "fullatt_block_indexes": [31, 2, 0, 2]}).windows
+    assert windows is not None
+    assert windows.full_blocks == (0, 2)
+
+
+# -- widths that no GEMM likes --------------------------------------------------------------------------------------------
+
+
+def test_the_inner_width_is_padded_with_zeros(tmp_path: Path) -> None:
+    published = build(read(OLD_VISION)).held_shapes
+    assert published["blocks.31.mlp_down.weight"] == (1280, 3456)
+    assert published["blocks.31.mlp_gate_up.weight"] == (2 * 3456, 1280)
+    folder = save_qwen2_5_vl(tmp_path / "model")
+    stored, weights = load_file(folder / "model.safetensors"), load(folder)._read_weights(None)
+    for kind in ("weight", "bias"):
+        gate, up = weights[f"blocks.2.mlp_gate_up.{kind}"].split(128)
+        for half, name in ((gate, "gate_proj"), (up, "up_proj")):
+            assert torch.equal(half[:84], stored[f"visual.blocks.2.mlp.{name}.{kind}"])
+            assert not half[84:].any()
+    assert torch.equal(weights["blocks.2.mlp_down.weight"][:, :84], stored["visual.blocks.2.mlp.down_proj.weight"])
+    assert not weights["blocks.2.mlp_down.weight"][:, 84:].any()
+
+
+# -- who sees whom --------------------------------------------------------------------------------------------------------
+
+GRID = (5, 7)
+"""Rows and columns of tokens of the picture below, which windows of 2 × 2 tokens do not divide."""
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VisionTower]:
+    """Makes and loads a small tower with these changes."""
+
+    def make(**changes: object) -> VisionTower:
+        return load(save_qwen2_5_vl(tmp_path_factory.mktemp("model") / "model", **changes))
+
+    return make
+
+
+@pytest.mark.parametrize("place", [(0, 0), (3, 5), (4, 9), (9, 2), (9, 13)], ids=str)
+def test_window_blocks_see_no_further_than_their_window(
+    place: tuple[int, int], towers: Callable[..., VisionTower]
+) -> None:
+    tower = towers(fullatt_block_indexes=[])
+    batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
+    assert batch.view_grids == ((1, 2 * GRID[0], 2 * GRID[1]),)
+    window = (place[0] // 4, place[1] // 4)
+    together = {
+        row * GRID[1] + column
+        for row in range(GRID[0])
+        for column in range(GRID[1])
+        if (row // 2, column // 2) == window
+    }
+    assert tokens_moved_by(tower, batch, row_of(batch, place)) == together
+
+
+def test_one_full_block_sees_the_whole_picture(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(fullatt_block_indexes=[2])
+    batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
+    assert tokens_moved_by(tower, batch, row_of(batch, (9, 13))) == set(range(GRID[0] * GRID[1]))
+
+
+def test_frames_of_a_clip_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(fullatt_block_indexes=[0, 1, 2])
+    batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(6)], min_pixels=784)
+    assert batch.grids[0][0] == 3
+    assert_frames_do_not_see_each_other(tower, batch)
+
+
+def test_windows_of_a_clip_lie_within_a_frame(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(fullatt_block_indexes=[])
+    batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(4)], min_pixels=784)
+    assert batch.windows is not None
+    _, height, width = batch.grids[0]
+    frame = [
+        4 * min(2, height // 2 - row) * min(2, width // 2 - column)
+        for row in range(0, height // 2, 2)
+        for column in range(0, width // 2, 2)
+    ]
+    assert list(batch.windows.lengths) == frame * 2
+    assert list(batch.segments.lengths) == [height * width] * 2
+
+
+# -- where the merger finds its patches -----------------------------------------------------------------------------------
+
+
+def test_a_token_is_made_of_its_own_four_patches(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(window_size=28, fullatt_block_indexes=[])
+    batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
+    for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
+        token = place[0] // 2 * GRID[1] + place[1] // 2
+        assert tokens_moved_by(tower, batch, row_of(batch, place)) == {token}
+
+
+def test_merged_rows_are_put_back_into_the_pictures_order(towers: Callable[..., VisionTower]) -> None:
+    tower = towers()
+    batch = tower.preprocess([noise(GRID[1] * 28, GRID[0] * 28), noise(90, 300)])
+    merged: list[torch.Tensor] = []
+    reference = Reference(tower, torch.float32)
+    reference.model.visual.merger.register_forward_hook(lambda module, inputs, output: merged.append(output))
+    reference.run(batch)
+    assert batch.selection is not None
+    windowed = batch.selection.view(-1, 4)[:, 0].argsort()
+    assert not torch.equal(windowed, torch.arange(len(windowed)))
+    assert relative_error(tower.forward(batch)[windowed], merged[0]) <= 1e-5
+    assert relative_error(tower.forward(batch), merged[0]) > 0.1
+
+
+# -- precision ------------------------------------------------------------------------------------------------------------
+
+
+def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> None:
+    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
+
+    tower = towers(dtype=torch.bfloat16)
+    batch = tower.preprocess(noise(4200, 28))
+    assert batch.side == 300
+    assert_angles_are_fp32(
+        tower, batch, Qwen2_5_VLVisionRotaryEmbedding(Qwen2_5_VLVisionConfig(hidden_size=64, num_heads=4))
+    )
+
+
+def test_norms_round_before_they_meet_their_weight(towers: Callable[..., VisionTower]) -> None:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+    tower = towers(dtype=torch.bfloat16)
+    rows, normed = values_of(tower, tower.preprocess(noise(200, 200)), "patch_rows", "blocks.0.norm1_rows")
+    reference = Qwen2_5_VLRMSNorm(64, eps=1e-6)
+    weight = load_file(tower.folder / "model.safetensors")["visual.blocks.0.norm1.weight"]
+    reference.weight.data = weight
+    assert (normed == reference(rows)).float().mean() > 0.999
+    exact = rows.float() * torch.rsqrt(rows.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert (normed == (exact * weight.float()).bfloat16()).float().mean() < 0.9

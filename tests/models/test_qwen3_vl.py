@@ -1,0 +1,294 @@
+"""Qwen3-VL and Qwen3.5: their config.json, and what of them other implementations have got wrong: positions, deepstack."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import noise
+from support.probing import (
+    assert_angles_are_fp32,
+    assert_frames_do_not_see_each_other,
+    row_of,
+    tokens_moved_by,
+    values_of,
+)
+from support.qwen import by_transformers
+from support.towers.qwen3_vl import DEEPSTACK, TINY_VISION, save_qwen3
+
+from tritontower import VisionTower
+from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.config import TowerConfig
+from tritontower.errors import ConfigError
+from tritontower.graph.builder import build
+from tritontower.kernels.rowwise.positions import bilinear_taps, merge_block_positions
+from tritontower.models import qwen3_vl
+from tritontower.models.common.registry import read_family
+from tritontower.parity.parity import Reference, relative_error
+
+QWEN3_VL, QWEN3_5 = qwen3_vl.SUMMARIES
+
+SMALL: dict[str, Any] = {
+    "deepstack_visual_indexes": [5, 11, 17],
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+}
+"""What 2B and 4B have otherwise than the larger towers."""
+
+
+def read(vision: dict[str, Any], model_type: str = "qwen3_vl") -> TowerConfig:
+    return read_family(ConfigReader({"model_type": model_type, "vision_config": vision})).config
+
+
+def load(folder: Path, **options: object) -> VisionTower:
+    return VisionTower.from_pretrained(folder, device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VisionTower]:
+    """Makes and loads a small tower with these changes."""
+
+    def make(model_type: str = "qwen3_vl", **changes: Any) -> VisionTower:
+        return load(save_qwen3(model_type, tmp_path_factory.mktemp("model") / "model", **changes))
+
+    return make
+
+
+# -- config.json ----------------------------------------------------------------------------------------------------------
+
+
+def test_published_and_sparse_generations_read_the_same() -> None:
+    published = read_family(ConfigReader(QWEN3_VL.example)).config
+    assert published == read({"out_hidden_size": 4096})
+    resaved = {
+        **QWEN3_VL.example["vision_config"],
+        "model_type": "qwen3_vl_vision",
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
+    }
+    assert published == read(resaved)
+    assert (published.width, published.depth, published.heads, published.head_dim) == (1152, 27, 16, 72)
+    assert published.deepstack == (8, 16, 24)
+    assert published.position_table is not None
+    assert published.position_table.side == 48
+    assert published.patch.bias
+
+
+@pytest.mark.parametrize("model_type", qwen3_vl.MODEL_TYPES)
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    stated = AutoConfig.for_model(f"{model_type}_vision", out_hidden_size=2048).to_dict()
+    assert stated["model_type"] == f"{model_type}_vision"
+    assert read(stated, model_type) == read({"out_hidden_size": 2048}, model_type)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe"])
+def test_models_with_experts_have_the_same_tower(model_type: str) -> None:
+    vision = {**TINY_VISION, **DEEPSTACK}
+    expected = read(vision)
+    for named in (model_type, f"{model_type}_vision", None):
+        assert read({**vision, "model_type": named}, model_type) == expected
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("indices", [[], [8, 16, 24], [99], None])
+def test_qwen3_5_has_no_deepstack_whatever_its_file_says(model_type: str, indices: list[int] | None) -> None:
+    vision = {**QWEN3_5.example["vision_config"], "deepstack_visual_indexes": indices}
+    config = read(vision, model_type)
+    assert config == read_family(ConfigReader(QWEN3_5.example)).config
+    assert config.deepstack == ()
+    assert config.deepstack_projector is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "output", "millions"),
+    [
+        (SMALL, 2048, 407.0),
+        (SMALL, 2560, 415.3),
+        ({}, 4096, 576.4),
+        ({}, 5120, 595.3),
+        ({}, 2048, 538.6),
+    ],
+    ids=["2B", "4B", "8B and 235B-A22B", "32B", "30B-A3B"],
+)
+def test_parameters_of_all_published_sizes(changes: dict[str, Any], output: int, millions: float) -> None:
+    config = read({**QWEN3_VL.example["vision_config"], **changes, "out_hidden_size": output})
+    assert round(build(config).parameters / 1e6, 1) == millions
+
+
+def test_parameters_of_qwen3_5_27b() -> None:
+    assert round(build(read_family(ConfigReader(QWEN3_5.example)).config).parameters / 1e6, 1) == 460.7
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("out_hidden_size", None),
+        ("out_hidden_size", 0),
+        ("hidden_size", "1152"),
+        ("depth", 2.5),
+        ("num_heads", 7),
+        ("num_heads", 32),
+        ("intermediate_size", -1),
+        ("hidden_act", "mish"),
+        ("patch_size", [16, 16]),
+        ("temporal_patch_size", 0),
+        ("spatial_merge_size", "2"),
+        ("num_position_embeddings", 0),
+        ("num_position_embeddings", 2303),
+        ("num_position_embeddings", True),
+        ("deepstack_visual_indexes", 1),
+        ("deepstack_visual_indexes", [0, "2"]),
+        ("deepstack_visual_indexes", [-1]),
+        ("deepstack_visual_indexes", [0, 3]),
+        ("deepstack_visual_indexes", [2, 0]),
+        ("deepstack_visual_indexes", [1, 1]),
+        ("deepstack_visual_indexes", None),
+        ("model_type", "qwen2_5_vl"),
+        ("rope_parameters", {"rope_type": "yarn"}),
+    ],
+)
+def test_impossible_values_name_key_value_and_what_is_allowed(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read({**TINY_VISION, **DEEPSTACK, key: value})
+    assert f"vision_config.{key}" in str(caught.value)
+    assert "allowed" in str(caught.value)
+
+
+# -- positions ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(num_position_embeddings=36)
+    batch = tower.preprocess([noise(160, 224), noise(96, 96)])
+    assert batch.view_grids == ((1, 14, 10), (1, 6, 6))
+    bare, placed = values_of(tower, batch, "patch_rows", "placed_rows")
+    table = tower._read_weights(None)["position_table.weight"]
+    square = table.T.view(1, -1, 6, 6)
+    expected = []
+    for grid in batch.view_grids:
+        stretched = torch.nn.functional.interpolate(square, grid[1:], mode="bilinear", align_corners=True)[0]
+        row, column = merge_block_positions([grid], 2).long().unbind(1)
+        expected.append(stretched[:, row, column].T)
+    assert relative_error(placed - bare, torch.cat(expected)) <= 1e-5
+    # The second picture has the table's own grid: every patch gets one row of it.
+    row, column = merge_block_positions([(1, 6, 6)], 2).long().unbind(1)
+    assert torch.equal(placed[140:], bare[140:] + table[row * 6 + column])
+
+
+def test_weights_of_the_table_are_not_rounded_to_bf16(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(num_position_embeddings=2304)
+    batch = tower.preprocess(noise(352, 416))
+    _, weights = bilinear_taps(merge_block_positions(batch.view_grids, 2), batch.view_grids, 48)
+    assert batch.position_weights is not None
+    assert torch.equal(batch.position_weights, weights)
+    assert (weights - weights.bfloat16().float()).abs().max() > 1e-4
+    in_bf16 = load(tower.folder, dtype="bfloat16")
+    bare, placed = values_of(in_bf16, batch, "patch_rows", "placed_rows")
+    index, table = batch.position_index, in_bf16._read_weights(None)["position_table.weight"].float()
+    assert index is not None
+    learned = (table[index.long()] * weights[..., None]).sum(1)
+    assert (placed == (bare.float() + learned).bfloat16()).float().mean() > 0.999
+
+
+def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> None:
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
+
+    tower = towers(dtype=torch.bfloat16)
+    batch = tower.preprocess(noise(32, 4800))
+    assert batch.side == 300
+    assert_angles_are_fp32(tower, batch, Qwen3VLVisionRotaryEmbedding(Qwen3VLVisionConfig(hidden_size=64, num_heads=4)))
+
+
+# -- deepstack ------------------------------------------------------------------------------------------------------------
+
+
+def test_deepstack_mergers_normalise_whole_tokens(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(deepstack_visual_indexes=[0, 2])
+    shapes = tower.graph.sources
+    assert shapes["projector.norm.weight"] == (64,)
+    assert shapes["deepstack.0.norm.weight"] == shapes["deepstack.1.norm.bias"] == (256,)
+    batch = tower.preprocess([noise(157, 243), noise(300, 64)])
+    ours, theirs = tower.run(batch), Reference(tower, torch.float32).run(batch)
+    assert list(ours) == list(theirs) == ["embeddings", "deepstack.0", "deepstack.1"]
+    for name, rows in ours.items():
+        assert relative_error(rows, theirs[name]) <= 1e-5
+    # Behind the last block, where both read the same rows, they still differ in their weights and in what they normalise.
+    assert relative_error(ours["deepstack.1"], ours["embeddings"]) > 0.5
+
+
+def test_deepstack_rows_come_in_the_order_of_their_blocks(towers: Callable[..., VisionTower]) -> None:
+    tower = towers(depth=4, deepstack_visual_indexes=[0, 1, 3])
+    batch = tower.preprocess(noise(157, 243))
+    seen: list[torch.Tensor] = []
+    reference = Reference(tower, torch.float32)
+    for merger in reference.model.visual.deepstack_merger_list:
+        merger.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    reference.run(batch)
+    (embedding,) = tower.encode(noise(157, 243))
+    assert len(embedding.deepstack) == 3
+    for level, rows in enumerate(embedding.deepstack):
+        errors = [relative_error(rows, other) for other in seen]
+        assert [error <= 1e-5 for error in errors] == [level == other for other in range(3)]
+
+
+def test_qwen3_5_loads_with_deepstack_indices_in_its_file(tmp_path: Path) -> None:
+    folder, pictures = save_qwen3("qwen3_5", tmp_path / "model"), [noise(157, 243), noise(90, 90)]
+    expected = load(folder).encode(pictures)
+    config = json.loads((folder / "config.json").read_text())
+    assert "deepstack_visual_indexes" not in config["vision_config"]
+    config["vision_config"]["deepstack_visual_indexes"] = [0, 2]
+    (folder / "config.json").write_text(json.dumps(config))
+    tower = load(folder)
+    for embedding, before, rows in zip(
+        tower.encode(pictures), expected, by_transformers(folder, pictures, torch.float32), strict=True
+    ):
+        assert embedding.deepstack == ()
+        assert torch.equal(embedding.embeddings, before.embeddings)
+        assert relative_error(embedding.embeddings, rows) <= 1e-5
+
+
+# -- pictures and clips ---------------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
+    folder = save_qwen3("qwen3_vl", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "visual" in name and "attn.proj" in name:
+            tensor.zero_()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tower = load(folder)
+    batch = tower.preprocess(noise(7 * 32, 5 * 32))
+    assert batch.view_grids == ((1, 10, 14),)
+    # Nobody hears of a patch but the token that it is a part of.
+    for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
+        assert tokens_moved_by(tower, batch, row_of(batch, place)) == {place[0] // 2 * 7 + place[1] // 2}
+
+
+def test_frames_of_a_clip_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
+    tower = towers()
+    batch = tower.preprocess_video([noise(160, 96, seed) for seed in range(6)], min_pixels=2048)
+    assert batch.grids[0][0] == 3
+    assert_frames_do_not_see_each_other(tower, batch)
+
+
+def test_a_clips_frames_share_one_budget(towers: Callable[..., VisionTower]) -> None:
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    tower = towers()
+    area = {"min_pixels": 32 * 32, "max_pixels": 400_000}
+    grids = []
+    for frames in (2, 7, 16):
+        batch = tower.preprocess_video([noise(320, 240, seed) for seed in range(frames)], **area)
+        height, width = smart_resize(frames, 240, 320, 2, 32, *area.values())
+        assert batch.grids == ((-(-frames // 2), height // 16, width // 16),)
+        grids.append(batch.grids[0])
+    assert grids[0][1:] > grids[1][1:] > grids[2][1:]
+    still = tower.preprocess(noise(320, 240), **area).grids[0]
+    assert still[1:] == grids[0][1:]

@@ -1,0 +1,51 @@
+"""The tower of Qwen2-VL-2B at its published size: parity and memory, with random weights that are made once and kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import noise
+
+from tritontower import VisionTower
+from tritontower.benchmarks.children import ask
+from tritontower.demo.checkpoint import demonstration_checkpoint
+from tritontower.parity.parity import compare, compare_nodes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+PICTURES = [noise(210, 250, 0), noise(300, 100, 1), noise(56, 56, 2)]
+MEMORY_ALLOWANCE = 300e6
+"""Bytes that a process may hold beside the weights and the memory plan: the libraries' own workspaces."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    return demonstration_checkpoint()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores() -> None:
+    torch.set_num_threads(2)
+
+
+def test_fp32_agrees_with_transformers(checkpoint: Path) -> None:
+    tower = VisionTower.from_pretrained(checkpoint, device="cpu", dtype=torch.float32)
+    batch = tower.preprocess(PICTURES)
+    parity = compare(tower, batch)
+    assert parity.error <= 1e-5, parity
+    assert parity.worst_picture <= 1e-5, parity
+
+
+def test_bf16_errs_no_more_than_transformers(checkpoint: Path) -> None:
+    tower = VisionTower.from_pretrained(checkpoint, device="cpu")
+    assert tower.dtype == torch.bfloat16
+    parity = compare(tower, tower.preprocess(PICTURES))
+    assert parity.passed, parity
+    # Every block adds its share of rounding; the first must still be near the floor of one bf16 store.
+    assert next(line.error for line in compare_nodes(tower, tower.preprocess(PICTURES[2]))) <= 5e-3
+
+
+@pytest.mark.parametrize("patches", [1024, 4096])
+def test_memory_stays_within_weights_and_plan(checkpoint: Path, patches: int) -> None:
+    memory = ask("memory", folder=str(checkpoint), dtype="bfloat16", device="cpu", patches=patches)
+    assert memory["growth_bytes"] <= memory["weights_bytes"] + memory["plan_bytes"] + MEMORY_ALLOWANCE, memory

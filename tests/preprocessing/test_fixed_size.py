@@ -1,0 +1,248 @@
+"""Pictures of one size: transformers' CLIP, SigLIP, LLaVA and Gemma 3 processors, and pan-and-scan."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import noise
+from support.preprocessing import (
+    LIMITS,
+    blank,
+    canonical,
+    patches_of,
+    put_together,
+    random_sizes,
+    reference_processor,
+    tower,
+    write_settings,
+)
+from transformers.image_transforms import get_resize_output_image_size
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+from tritontower.errors import ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError, UsageError
+from tritontower.preprocessing import FixedSize
+from tritontower.preprocessing.resize.fixed_size import PanAndScan, scaled_by_shorter_side
+
+SQUARE = tower(patch=14, table_side=4)
+HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56}, "crop_size": 56}
+SIGLIP = {"image_processor_type": "SiglipImageProcessor", "size": {"height": 56, "width": 56}, **HALF}
+GEMMA = {**SIGLIP, "image_processor_type": "Gemma3ImageProcessor", "resample": 2}
+PUBLISHED_GEMMA = {
+    **GEMMA,
+    "do_convert_rgb": None,
+    "do_pan_and_scan": None,
+    "pan_and_scan_max_num_crops": None,
+    "pan_and_scan_min_crop_size": None,
+    "pan_and_scan_min_ratio_to_activate": None,
+}
+
+
+def rule(folder: Path, content: dict[str, Any], config: Any = SQUARE, **arguments: Any) -> FixedSize:
+    return FixedSize(config, write_settings(folder, content), LIMITS, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "edges"),
+    [
+        (CLIP, 56),
+        ({**CLIP, "size": 56, "crop_size": {"height": 56, "width": 56}}, 56),
+        ({**CLIP, "image_processor_type": "CLIPImageProcessorFast"}, 56),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 64, "crop_size": 56}, 56),
+        ({**CLIP, "size": {"shortest_edge": 40}}, 56),
+        ({**CLIP, "size": {"height": 70, "width": 60}}, 56),
+        ({**CLIP, "image_processor_type": "LlavaImageProcessor"}, 56),
+        ({**CLIP, "image_processor_type": "LlavaImageProcessor", "do_pad": True}, 56),
+        (SIGLIP, 56),
+        ({**SIGLIP, "size": [56, 56]}, 56),
+        ({**SIGLIP, "size": {"height": 60, "width": 67}}, (60, 67)),
+        (PUBLISHED_GEMMA, 56),
+        ({**GEMMA, "size": 56}, 56),
+    ],
+)
+def test_pixels_and_sizes_are_those_of_transformers(tmp_path: Path, content: dict[str, Any], edges: Any) -> None:
+    preprocessor = rule(tmp_path, content)
+    reference = reference_processor(tmp_path)
+    height, width = (edges, edges) if isinstance(edges, int) else edges
+    images = [canonical(noise(*size, seed)) for seed, size in enumerate(random_sizes(25, largest=300))]
+    for image, rows in zip(images, patches_of(preprocessor, images), strict=True):
+        layout = preprocessor.layout(image.width, image.height)
+        assert layout.views == ((1, 4, 4),)
+        assert layout.processed_size == (width, height)
+        expected = reference(images=[image.array], input_data_format="channels_last", return_tensors="pt")
+        assert expected["pixel_values"].shape == (1, 3, height, width)
+        assert torch.equal(put_together(rows, layout.grid, 14, 1), expected["pixel_values"][0, :, :56, :56])
+
+
+def test_every_size_has_the_same_layout(tmp_path: Path) -> None:
+    for name, content in (("clip", CLIP), ("siglip", SIGLIP)):
+        preprocessor = rule(tmp_path / name, content)
+        for width, height in random_sizes(400):
+            layout = preprocessor.layout(width, height)
+            assert (layout.views, layout.grid, layout.assembly) == (((1, 4, 4),), (1, 4, 4), None)
+            assert layout.tokens(SQUARE) == 16
+
+
+def test_the_size_before_the_crop_is_that_of_transformers() -> None:
+    for width, height in random_sizes(1000):
+        picture: Any = np.broadcast_to(np.uint8(0), (3, height, width))
+        expected = get_resize_output_image_size(
+            picture, 336, default_to_square=False, input_data_format="channels_first"
+        )
+        assert scaled_by_shorter_side(width, height, 336) == expected[::-1]
+
+
+def test_a_class_default_stands_for_what_the_file_leaves_out(tmp_path: Path) -> None:
+    config = tower(patch=14, table_side=16)
+    for kind in ("CLIPImageProcessor", "SiglipImageProcessor", "Gemma3ImageProcessor", "LlavaImageProcessor"):
+        preprocessor = rule(tmp_path / kind, {"image_processor_type": kind}, config)
+        assert preprocessor.layout(300, 200).processed_size == (224, 224)
+        (rows,) = patches_of(preprocessor, [canonical(noise(300, 200))])
+        reference = reference_processor(tmp_path / kind)
+        expected = reference(images=[noise(300, 200)], input_data_format="channels_last", return_tensors="pt")
+        assert torch.equal(put_together(rows, (1, 16, 16), 14, 1), expected["pixel_values"][0])
+
+
+def test_options_stand_for_the_file(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, {**CLIP, "size": 224, "crop_size": 224}, options={"size": 56, "crop_size": 56})
+    assert preprocessor.layout(300, 200).processed_size == (56, 56)
+    squashed = rule(tmp_path, CLIP, options={"size": {"height": 56, "width": 56}, "do_center_crop": False})
+    reference = reference_processor(write_settings(tmp_path / "squashed", {**CLIP, "do_center_crop": False}))
+    expected = reference(
+        images=[noise(90, 60)], size={"height": 56, "width": 56}, input_data_format="channels_last", return_tensors="pt"
+    )
+    (rows,) = patches_of(squashed, [canonical(noise(90, 60))])
+    assert torch.equal(put_together(rows, (1, 4, 4), 14, 1), expected["pixel_values"][0])
+
+
+def test_a_picture_stretched_before_the_crop_is_refused_at_once(tmp_path: Path) -> None:
+    content = {**CLIP, "size": {"shortest_edge": 336}, "crop_size": 56}
+    write_settings(tmp_path, content)
+    preprocessor = FixedSize(SQUARE, tmp_path, Limits(max_aspect_ratio=1e6))
+    assert preprocessor.layout(1, 594).processed_size == (56, 56)
+    start = time.perf_counter()
+    with pytest.raises(ImageTooLargeError, match=r"1 × 10000 pixels would be resized to 336 × 3360000"):
+        preprocessor.layout(1, 10000)
+    with pytest.raises(ImageTooLargeError, match="picture 0"):
+        preprocessor.pictures([blank(1, 10000)])
+    assert time.perf_counter() - start < 0.05
+    write_settings(tmp_path / "padded", {**content, "image_processor_type": "LlavaImageProcessor", "do_pad": True})
+    padded = FixedSize(SQUARE, tmp_path / "padded", Limits(max_aspect_ratio=1e6))
+    with pytest.raises(ImageTooLargeError, match=r"resized to 10000 × 10000"):
+        padded.layout(1, 10000)
+    assert padded.layout(8000, 10).processed_size == (56, 56)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (
+            {**CLIP, "size": 100, "crop_size": 100},
+            ProcessorError,
+            r"100 × 100 pixels, 7 × 7 patches, but .* 16 patches",
+        ),
+        ({**SIGLIP, "size": {"height": 28, "width": 112}}, ProcessorError, r"112 × 28 pixels, 2 × 8 patches"),
+        ({**CLIP, "do_center_crop": False}, ProcessorError, r"scales the shorter side to 56 pixels and crops nothing"),
+        ({**SIGLIP, "size": {"longest_edge": 56}}, ConfigError, r"allowed: an object with height and width"),
+        ({**SIGLIP, "size": "large"}, ConfigError, r"size is 'large'"),
+        ({"image_processor_type": "OtherImageProcessor"}, ConfigError, r"size is None"),
+        ({"size": 56, "do_center_crop": True}, ConfigError, r"crop_size is None"),
+        ({**CLIP, "crop_size": {"shortest_edge": 56}}, ConfigError, r"crop_size is a dict"),
+        ({**CLIP, "do_center_crop": "yes"}, ConfigError, r"do_center_crop is 'yes'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path, content: dict[str, Any], error: type[TowerError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        rule(tmp_path, content).layout(100, 100)
+
+
+def test_a_tower_that_takes_any_grid_still_wants_whole_tokens(tmp_path: Path) -> None:
+    loose = tower(patch=14, merge=3)
+    assert rule(tmp_path, {**SIGLIP, "size": [84, 126]}, loose).layout(9, 9).grid == (1, 6, 9)
+    with pytest.raises(ProcessorError, match=r"5 × 6 patches, but the tower needs multiples of 3"):
+        rule(tmp_path, {**SIGLIP, "size": [70, 84]}, loose).layout(9, 9)
+
+
+# -- pan-and-scan -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [(256, 4, 1.2), (100, 6, 1.0), (32, 1, 1.5), (1000, 4, 1.2)])
+def test_crops_are_those_of_transformers(settings: tuple[int, int, float]) -> None:
+    processor = Gemma3ImageProcessorPil()
+    counts = set()
+    for width, height in random_sizes(1000, largest=4000):
+        picture = np.broadcast_to(np.uint8(0), (3, height, width))
+        expected = len(processor.pan_and_scan(picture, *settings))
+        assert PanAndScan(*settings).crops(width, height) == expected
+        counts.add(expected)
+    assert len(counts) > 1
+
+
+def test_pan_and_scan_shows_the_whole_picture_first(tmp_path: Path) -> None:
+    options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 30}
+    preprocessor = rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True, options=options)
+    plain = rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True)
+    reference = reference_processor(tmp_path)
+    usual = {"pan_and_scan_max_num_crops": 4, "pan_and_scan_min_ratio_to_activate": 1.2}
+    seen = set()
+    for seed, (width, height) in enumerate([(300, 90), (90, 170), (100, 100), (29, 300), (500, 60), (1, 1)]):
+        image = canonical(noise(width, height, seed))
+        expected = reference(
+            images=[image.array], input_data_format="channels_last", return_tensors="pt", **options, **usual
+        )
+        layout = preprocessor.layout(width, height)
+        views = expected["pixel_values"]
+        assert layout.views == ((1, 4, 4),) * len(views)
+        assert layout.tokens(SQUARE) == 16 * len(views)
+        assert layout.assembly is None
+        (rows,) = patches_of(preprocessor, [image])
+        for view, part in zip(views, rows.chunk(len(views)), strict=True):
+            assert torch.equal(put_together(part, (1, 4, 4), 14, 1), view)
+        # The whole picture comes first, whether or not crops follow it.
+        assert torch.equal(rows[:16], patches_of(plain, [image])[0])
+        seen.add(len(views))
+    assert seen == {1, 3, 4, 5}
+
+
+def test_pan_and_scan_is_done_only_where_it_is_known_and_asked_for(tmp_path: Path) -> None:
+    asked = {**PUBLISHED_GEMMA, "do_pan_and_scan": True}
+    assert len(rule(tmp_path, asked, pan_and_scan=True).layout(1000, 300).views) == 4
+    assert len(rule(tmp_path, asked).layout(1000, 300).views) == 1
+    assert len(rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True).layout(1000, 300).views) == 1
+    with pytest.raises(UsageError, match="no option do_pan_and_scan"):
+        rule(tmp_path, CLIP, options={"do_pan_and_scan": True})
+
+
+def test_crops_count_towards_the_limit(tmp_path: Path) -> None:
+    write_settings(tmp_path, {**PUBLISHED_GEMMA, "do_pan_and_scan": True})
+    preprocessor = FixedSize(SQUARE, tmp_path, Limits(max_planned_pixels=3 * 56 * 56), pan_and_scan=True)
+    assert len(preprocessor.layout(600, 300).views) == 3
+    with pytest.raises(ImageTooLargeError, match=r"would be resized to 4 times 56 × 56"):
+        preprocessor.layout(1000, 300)
+
+
+def test_crops_that_would_be_empty_are_refused() -> None:
+    with pytest.raises(ProcessorError, match=r"cut 10 pixels into 7 crops of 2, the last of them empty"):
+        PanAndScan(least_crop=1, most_crops=7).crops(10, 1)
+    with pytest.raises(ProcessorError, match="empty"):
+        PanAndScan(least_crop=1, most_crops=7).crops(1, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("do_pan_and_scan", "yes"),
+        ("pan_and_scan_min_crop_size", 0),
+        ("pan_and_scan_max_num_crops", 1.5),
+        ("pan_and_scan_min_ratio_to_activate", "wide"),
+    ],
+)
+def test_settings_of_pan_and_scan_are_checked(tmp_path: Path, name: str, value: Any) -> None:
+    options = {"do_pan_and_scan": True, name: value}
+    with pytest.raises(ConfigError, match=name):
+        rule(tmp_path, GEMMA, pan_and_scan=True, options=options).layout(100, 100)

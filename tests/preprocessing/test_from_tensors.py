@@ -1,0 +1,58 @@
+"""Preprocessed pixels → batch: what is taken, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.configs import CONFIG, FIXED, TILED
+
+from tritontower.errors import UsageError
+from tritontower.models.common.hf_reference import view_pictures
+from tritontower.preprocessing import pack_views
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+def test_a_view_is_found_again_in_its_patches(merge: int) -> None:
+    config = replace(CONFIG, projector=replace(CONFIG.projector, merge=merge))
+    views = [torch.randn(3, 56, 84), torch.randn(3, 28, 28)]
+    batch = pack_views(config, views)
+    assert batch.token_counts == (24 // merge**2, 4 // merge**2)
+    assert batch.processed_sizes == ((84, 56), (28, 28))
+    assert all(map(torch.equal, view_pictures(batch, config), views))
+
+
+def test_a_view_of_a_tower_with_a_class_token_is_found_again() -> None:
+    views = list(torch.randn(2, 3, 6, 6))
+    assert all(map(torch.equal, view_pictures(pack_views(FIXED, views), FIXED), views))
+    assert pack_views(TILED, views).token_counts == (9, 9)
+
+
+def test_what_is_left_of_a_side_is_left_out() -> None:
+    view = torch.randn(3, 7, 7)
+    (cut,) = view_pictures(pack_views(FIXED, [view]), FIXED)
+    assert torch.equal(cut, view[:, :6, :6])
+
+
+def test_no_views_is_an_empty_batch() -> None:
+    assert len(pack_views(CONFIG, [])) == 0
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (torch.zeros(3, 28, 28, dtype=torch.uint8), r"view 0 has shape \[3, 28, 28\] and dtype torch.uint8.*encode"),
+        ("photo.jpg", r"view 0 is 'photo.jpg'"),
+        (torch.zeros(4, 28, 28), r"\[4, 28, 28\].*\[3, height, width\]"),
+        (torch.zeros(1, 3, 28, 28), r"\[1, 3, 28, 28\]"),
+        (torch.zeros(3, 28, 42), r"42 × 28 pixels; both sides have to be multiples of 28"),
+        (torch.zeros(3, 0, 28), r"28 × 0 pixels"),
+    ],
+)
+def test_what_does_not_fit_is_refused(view: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pack_views(CONFIG, [view])
+
+
+def test_another_size_than_the_towers_is_refused() -> None:
+    with pytest.raises(UsageError, match="8 × 6 pixels; this tower takes 3 × 3 patches of 2"):
+        pack_views(FIXED, [torch.zeros(3, 6, 8)])

@@ -1,0 +1,646 @@
+"""Every kind of picture becomes the same canonical RGB, or a named error; never silently other pixels."""
+
+import io
+import os
+import pickle
+import re
+import struct
+import threading
+import tracemalloc
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tritontower.batch.digests import Digests
+from tritontower.errors import (
+    AspectRatioError,
+    EmptyImageError,
+    ImageDecodeError,
+    ImageError,
+    ImageFormatError,
+    ImageTooLargeError,
+    ImageTypeError,
+    ImageValueError,
+    Limits,
+    TowerError,
+)
+from tritontower.preprocessing.images.image import CanonicalImage, canonical_rgb, check_size, is_large
+
+ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
+
+
+def png(width: int, height: int, colour_type: int, depth: int, rows: bytes, *, transparent: bytes = b"") -> bytes:
+    """A PNG written by hand, for what Pillow cannot write; ``rows`` without the filter bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    stride = len(rows) // height if height and rows else 0
+    filtered = b"".join(b"\0" + rows[row * stride : (row + 1) * stride] for row in range(height if rows else 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+        + (chunk(b"tRNS", transparent) if transparent else b"")
+        + chunk(b"IDAT", zlib.compress(filtered))
+        + chunk(b"IEND", b"")
+    )
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int = 6, width: int = 7, channels: int = 3) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def pixel(picture: Any, **options: Any) -> list[int]:
+    """The upper left canonical pixel."""
+    return canonical_rgb(picture, **options).array[0, 0].tolist()
+
+
+# -- the same picture in every disguise -------------------------------------------------------------------------------
+
+DISGUISES: dict[str, Callable[[Any, Path], Any]] = {
+    "PIL": lambda array, folder: Image.fromarray(array),
+    "numpy, channels last": lambda array, folder: array,
+    "numpy, channels first": lambda array, folder: np.ascontiguousarray(array.transpose(2, 0, 1)),
+    "numpy, a reversed view": lambda array, folder: np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1],
+    "numpy uint16": lambda array, folder: array.astype(np.uint16) * 257,
+    "numpy big-endian uint16": lambda array, folder: (array.astype(np.uint16) * 257).astype(">u2"),
+    "numpy float32": lambda array, folder: array.astype(np.float32) / 255,
+    "numpy float16": lambda array, folder: (array.astype(np.float32) / 255).astype(np.float16),
+    "numpy float64": lambda array, folder: array / 255.0,
+    "torch, channels first": lambda array, folder: torch.from_numpy(array).permute(2, 0, 1),
+    "torch, with a gradient": lambda array, folder: (torch.from_numpy(array).float() / 255).requires_grad_(),
+    "torch uint16": lambda array, folder: torch.from_numpy(array.astype(np.uint16) * 257),
+    "bytes of a PNG": lambda array, folder: encoded(Image.fromarray(array)),
+    "memoryview": lambda array, folder: memoryview(encoded(Image.fromarray(array))),
+    "bytes of a BMP": lambda array, folder: encoded(Image.fromarray(array), "BMP"),
+    "bytes of a lossless WebP": lambda array, folder: encoded(Image.fromarray(array), "WEBP", lossless=True),
+    "bytes of a TIFF": lambda array, folder: encoded(Image.fromarray(array), "TIFF"),
+    "bytes of a PPM": lambda array, folder: encoded(Image.fromarray(array), "PPM"),
+    "path": lambda array, folder: write(folder / "picture.png", encoded(Image.fromarray(array))),
+    "opaque RGBA": lambda array, folder: Image.fromarray(array).convert("RGBA"),
+    "numpy, opaque RGBA": lambda array, folder: np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
+}
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
+def test_one_picture_in_every_disguise(tmp_path: Path, disguise: Callable[[Any, Path], Any]) -> None:
+    array = noise()
+    image = canonical_rgb(disguise(array, tmp_path))
+    assert np.array_equal(image.array, array)
+    assert image.array.dtype == np.uint8
+    assert image.array.flags.c_contiguous
+    assert (image.width, image.height) == (7, 6)
+    assert image.digest == canonical_rgb(array).digest
+
+
+def test_bfloat16_is_read_within_its_precision() -> None:
+    array = noise()
+    image = canonical_rgb((torch.from_numpy(array).float() / 255).bfloat16())
+    assert np.abs(image.array.astype(int) - array).max() <= 1
+
+
+def test_result_shares_no_memory_with_the_input() -> None:
+    array = noise()
+    image = canonical_rgb(array)
+    tensor = torch.from_numpy(array)
+    other = canonical_rgb(tensor)
+    array[:] = 0
+    assert image.array.any()
+    assert other.array.any()
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("1", 1, [255, 255, 255]),
+        ("L", 77, [77, 77, 77]),
+        ("P", 0, [0, 0, 0]),
+        ("RGB", (1, 2, 3), [1, 2, 3]),
+        ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
+        ("YCbCr", (255, 128, 128), [255, 255, 255]),
+        ("HSV", (0, 255, 255), [255, 0, 0]),
+        ("RGBA", (255, 0, 0, 0), [255, 255, 255]),
+        ("RGBA", (255, 0, 0, 255), [255, 0, 0]),
+        ("RGBA", (0, 0, 0, 51), [204, 204, 204]),
+        ("LA", (10, 0), [255, 255, 255]),
+        ("LA", (10, 255), [10, 10, 10]),
+        ("PA", (0, 0), [255, 255, 255]),
+        ("I;16", 65535, [255, 255, 255]),
+        ("I;16", 300, [1, 1, 1]),
+        ("I;16B", 65535, [255, 255, 255]),
+        ("I", 65535, [255, 255, 255]),
+        ("I", 32768, [128, 128, 128]),
+        ("F", 1.0, [255, 255, 255]),
+        ("F", 0.5, [128, 128, 128]),
+    ],
+)
+def test_mode(mode: str, colour: Any, expected: list[int]) -> None:
+    assert pixel(Image.new(mode, (2, 2), colour)) == expected
+
+
+def transparent_palette() -> Image.Image:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putdata([0, 1])
+    image.info["transparency"] = 0
+    return image
+
+
+# First pixel transparent, second not.
+TRANSPARENT_COLOURS = {
+    "RGB": (png(2, 1, 2, 8, bytes([255, 0, 0, 0, 255, 0]), transparent=struct.pack(">3H", 255, 0, 0)), [0, 255, 0]),
+    "grey": (png(2, 1, 0, 8, bytes([5, 9]), transparent=struct.pack(">H", 5)), [9, 9, 9]),
+    "1 bit": (png(2, 1, 0, 1, b"\x80", transparent=struct.pack(">H", 1)), [0, 0, 0]),
+    "16-bit grey": (png(2, 1, 0, 16, struct.pack(">2H", 1000, 514), transparent=struct.pack(">H", 1000)), [2, 2, 2]),
+    "palette": (encoded(transparent_palette()), [0, 255, 0]),
+    "palette, PIL": (transparent_palette(), [0, 255, 0]),
+}
+
+
+@pytest.mark.parametrize(("picture", "opaque"), TRANSPARENT_COLOURS.values(), ids=TRANSPARENT_COLOURS)
+def test_transparent_colour_becomes_white(picture: Any, opaque: list[int]) -> None:
+    assert canonical_rgb(picture).array.tolist() == [[[255, 255, 255], opaque]]
+
+
+def test_array_with_alpha_is_composited_as_pil_images_are() -> None:
+    array = noise(channels=4)
+    expected = canonical_rgb(Image.fromarray(array)).array
+    assert np.array_equal(canonical_rgb(array).array, expected)
+    assert np.array_equal(canonical_rgb(array.transpose(2, 0, 1)).array, expected)
+    assert not np.array_equal(expected, array[..., :3])
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(ramp / 257).astype(np.uint8)
+    file = png(256, 256, 0, 16, ramp.astype(">u2").tobytes())
+    for picture in (ramp, Image.fromarray(ramp), file, torch.from_numpy(ramp)):
+        array = canonical_rgb(picture).array
+        assert np.array_equal(array, np.dstack([expected] * 3))
+
+
+def test_greyscale_arrays() -> None:
+    grey = noise(channels=1)
+    expected = np.repeat(grey, 3, axis=2)
+    for array in (grey[..., 0], grey, grey.transpose(2, 0, 1)):
+        assert np.array_equal(canonical_rgb(array).array, expected)
+    assert pixel(np.ones((2, 2), dtype=bool)) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_files_and_not_pil_images(tmp_path: Path, kind: str, orientation: int) -> None:
+    upright = np.zeros((32, 16, 3), dtype=np.uint8)
+    upright[:16, :8] = 255  # one bright quarter: each of the eight ways to hold the camera shows it elsewhere
+    upright[16:, 8:] = 90
+    as_stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(Image.fromarray(np.ascontiguousarray(as_stored)), kind, exif=exif, **options)
+    for picture in (data, write(tmp_path / "picture", data)):
+        array = canonical_rgb(picture).array
+        assert array.shape == upright.shape
+        assert np.abs(array.astype(int) - upright).mean() < 3
+    if kind != "TIFF":  # Pillow itself turns a TIFF when it loads it
+        assert canonical_rgb(Image.open(io.BytesIO(data))).array.shape == as_stored.shape
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_malformed_exif_is_ignored(exif: bytes) -> None:
+    array = noise(16, 16)
+    data = encoded(Image.fromarray(array), "JPEG", exif=exif, quality=100)
+    assert canonical_rgb(data).array.shape == array.shape
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_first_frame_only_and_the_position_is_restored(kind: str) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    options = {} if kind == "TIFF" else {"duration": 10}
+    if kind == "WEBP":
+        options["lossless"] = True
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert pixel(data) == [255, 0, 0]
+    image = Image.open(io.BytesIO(data))
+    for frame in (0, 2):
+        image.seek(frame)
+        assert pixel(image) == [255, 0, 0]
+        assert image.tell() == frame
+    assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16", "F"])
+def test_callers_image_is_left_as_it_was(mode: str) -> None:
+    image = Image.new(mode, (3, 2))
+    image.info["transparency"] = 0
+    before = (image.mode, image.size, dict(image.info), image.tobytes())
+    canonical_rgb(image)
+    assert (image.mode, image.size, dict(image.info), image.tobytes()) == before
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_one_lazy_image_in_many_threads(kind: str) -> None:
+    data = encoded(Image.fromarray(noise(300, 300)), kind)
+    expected = canonical_rgb(data).digest
+    for _ in range(5):
+        image = Image.open(io.BytesIO(data))
+        start = threading.Barrier(8)
+        digests: list[str] = []
+
+        def work(image: Image.Image = image, start: threading.Barrier = start, digests: list[str] = digests) -> None:
+            start.wait()
+            digests.append(canonical_rgb(image).digest)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert digests == [expected] * 8
+
+
+# -- digest -----------------------------------------------------------------------------------------------------------
+
+
+def test_digest_depends_on_size_and_every_byte() -> None:
+    flat = np.arange(3000, dtype=np.uint32).astype(np.uint8)
+    shapes = [(10, 100, 3), (100, 10, 3), (20, 50, 3), (50, 20, 3)]
+    digests = {canonical_rgb(flat.reshape(shape)).digest for shape in shapes}
+    changed = flat.copy()
+    changed[-1] ^= 1
+    digests.add(canonical_rgb(changed.reshape(10, 100, 3)).digest)
+    assert len(digests) == 5
+    assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
+
+
+def test_digest_is_of_the_canonical_picture() -> None:
+    image = transparent_palette()
+    assert (
+        canonical_rgb(image).digest
+        == canonical_rgb(canonical_rgb(image).array, input_data_format="channels_last").digest
+    )
+    opaque = image.copy()
+    del opaque.info["transparency"]
+    assert canonical_rgb(image).digest != canonical_rgb(opaque).digest
+
+
+def test_pixels_cannot_change_under_their_digest() -> None:
+    array = noise(40, 30)
+    picture = Image.fromarray(array)
+    images = [canonical_rgb(array), canonical_rgb(picture), canonical_rgb(torch.from_numpy(array))]
+    expected = canonical_rgb(array.copy()).digest
+    array[:] = 0
+    picture.paste((1, 2, 3), (0, 0, 30, 40))
+    assert {image.digest for image in images} == {expected}
+    for image in images:
+        with pytest.raises(ValueError, match="read-only"):
+            image.array[0, 0] = 0
+
+
+def test_digests_are_taken_when_they_are_asked_for() -> None:
+    known, waiting = canonical_rgb(noise(5, 5)), canonical_rgb(noise(6, 5))
+    expected = (known.digest, canonical_rgb(noise(6, 5)).digest)
+    digests = Digests([known, waiting])
+    assert "digest" not in vars(waiting)
+    assert digests.kept_bytes == waiting.array.nbytes
+    assert digests[0] == expected[0]
+    assert "digest" not in vars(waiting)
+    assert digests[-1] == expected[1]
+    assert digests.kept_bytes == 0
+
+
+def test_a_picture_is_let_go_once_its_digest_is_taken() -> None:
+    image = canonical_rgb(noise())
+    alive, digests = weakref.ref(image), Digests([image])
+    del image
+    assert alive() is not None
+    assert len(digests[0]) == 64
+    assert alive() is None
+
+
+def test_digests_are_like_a_tuple() -> None:
+    def images() -> list[CanonicalImage]:
+        return [canonical_rgb(noise(height)) for height in (5, 6, 7)]
+
+    texts = tuple(image.digest for image in images())
+    assert Digests(images()) == texts
+    assert texts == Digests(images())
+    assert Digests(images()) == Digests(images())
+    assert Digests(images()) != Digests(images()[:2])
+    assert Digests(images()) != list(texts)
+    assert hash(Digests(images())) == hash(texts)
+    assert Digests(images())[1:] == texts[1:]
+    assert list(Digests(images())) == list(texts)
+    assert texts[2] in Digests(images())
+    restored = pickle.loads(pickle.dumps(Digests(images())))
+    assert type(restored) is tuple
+    assert restored == texts
+    with pytest.raises(IndexError):
+        Digests(images())[3]
+    assert "0 bytes" not in repr(Digests(images()))
+
+
+def test_digests_in_many_threads() -> None:
+    images = [canonical_rgb(np.full((50, 50 + number, 3), number, np.uint8)) for number in range(20)]
+    expected = [canonical_rgb(image.array.copy()).digest for image in images]
+    digests, start, found = Digests(images), threading.Barrier(8), []
+
+    def ask() -> None:
+        start.wait()
+        found.append(list(digests))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [expected] * 8
+    assert digests.kept_bytes == 0
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (700, 1), (1, 700), (211, 331), (30000, 4), (3, 30000), (1000, 900)])
+def test_pixels_come_out_of_pillow_strip_by_strip(size: tuple[int, int]) -> None:
+    array = noise(size[1], size[0])
+    for picture in (Image.fromarray(array), Image.fromarray(array).convert("RGBA")):
+        image = canonical_rgb(picture, limits=Limits(max_aspect_ratio=1e5))
+        assert np.array_equal(image.array, array)
+        assert image.array.flags.c_contiguous
+
+
+def test_what_is_worth_a_thread() -> None:
+    small, large = noise(20, 30), noise(500, 400)
+    lazy = Image.open(io.BytesIO(encoded(Image.fromarray(small))))
+    for few in (small, torch.from_numpy(small), Image.fromarray(small), canonical_rgb(small), small[..., 0]):
+        assert not is_large(few)
+    for many in (large, torch.from_numpy(large), Image.fromarray(large), canonical_rgb(large), large[..., 0]):
+        assert is_large(many)
+    for to_decode in (lazy, encoded(Image.fromarray(small)), Path("small.png")):
+        assert is_large(to_decode)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 200), (200, 1)])
+def test_small_and_long_pictures_within_the_limits_work(size: tuple[int, int]) -> None:
+    assert canonical_rgb(Image.new("RGB", size)).array.shape == (size[1], size[0], 3)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_zero_area(size: tuple[int, int]) -> None:
+    with pytest.raises(EmptyImageError, match=f"{size[0]} × {size[1]} pixels"):
+        canonical_rgb(Image.new("RGB", size))
+    with pytest.raises(EmptyImageError):
+        canonical_rgb(np.zeros((size[1], size[0], 3), dtype=np.float32))
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (201, 1)])
+def test_extreme_aspect_ratio_is_refused_before_decoding(size: tuple[int, int]) -> None:
+    with pytest.raises(AspectRatioError, match="the limit is 200; crop it, or pass Limits") as caught:
+        canonical_rgb(png(*size, 2, 8, b""), index=4)  # the pixels are not even there
+    assert caught.value.index == 4
+    assert check_size(*size, limits=Limits(max_aspect_ratio=1e5)) is None
+
+
+@pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (14_000, 14_000)])
+@pytest.mark.parametrize("pillow_limit", [None, 89_478_485])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_header_is_refused_before_decoding(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], pillow_limit: int | None
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
+    data = png(*size, 2, 8, b"")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageTooLargeError, match="scale it down"):
+            canonical_rgb(data)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert pillow_limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_pixel_limit_holds_for_every_kind_of_input(tmp_path: Path) -> None:
+    array = noise(20, 20)
+    limits = Limits(max_image_pixels=399)
+    for disguise in DISGUISES.values():
+        with pytest.raises(ImageTooLargeError, match=r"20 × 20 = 400 pixels, the limit is 399"):
+            canonical_rgb(disguise(array, tmp_path), limits=limits)
+    assert canonical_rgb(array, limits=Limits(max_image_pixels=400)).width == 20
+
+
+# -- what is not a picture --------------------------------------------------------------------------------------------
+
+
+def _bad_checksum() -> bytes:
+    data = bytearray(encoded(Image.fromarray(noise(16, 16))))
+    position = data.index(b"IDAT") + 8
+    data[position] ^= 0xFF
+    return bytes(data)
+
+
+UNDECODABLE = {
+    "empty": b"",
+    "garbage": b"\x13\x37" * 50,
+    "text": b"this is not a picture",
+    "PNG signature alone": b"\x89PNG\r\n\x1a\n",
+    "bad checksum": _bad_checksum(),
+    "truncated PNG": encoded(Image.fromarray(noise(64, 64)))[:-3000],
+    "truncated JPEG": encoded(Image.fromarray(noise(64, 64)), "JPEG")[:-800],
+    "truncated WebP": encoded(Image.fromarray(noise(64, 64)), "WEBP")[:-300],
+}
+
+
+@pytest.mark.parametrize("data", UNDECODABLE.values(), ids=UNDECODABLE)
+def test_undecodable_bytes(data: bytes) -> None:
+    with pytest.raises(ImageDecodeError) as caught:
+        canonical_rgb(data, index=2)
+    assert str(caught.value).startswith("picture 2 (encoded bytes): ")
+    assert not ADDRESS.search(str(caught.value))
+    assert caught.value.index == 2
+    assert isinstance(caught.value, OSError)
+    assert isinstance(caught.value, ValueError)
+
+
+REFUSED = {
+    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+    "PDF": b"%PDF-1.7\n",
+    "PSD": b"8BPS" + b"\0" * 40,
+    "FITS": b"SIMPLE  =                    T",
+    "GRIB": b"GRIB" + b"\0" * 20,
+    "ICO": encoded(Image.new("RGB", (16, 16)), "ICO"),
+    "HEIF": b"\0\0\0\x18ftypheic" + b"\0" * 20,
+    "SVG": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+}
+
+
+@pytest.mark.parametrize(("name", "data"), REFUSED.items(), ids=REFUSED)
+def test_format_outside_the_allowed_ones(name: str, data: bytes) -> None:
+    with pytest.raises(ImageFormatError, match=f"the format {name} is not opened, only PNG, JPEG"):
+        canonical_rgb(data)
+
+
+def test_formats_can_be_allowed_and_forbidden() -> None:
+    ico, bmp = encoded(Image.new("RGB", (16, 16), "red"), "ICO"), encoded(Image.new("RGB", (2, 2)), "BMP")
+    assert pixel(ico, limits=Limits(image_formats=("PNG", "ICO"))) == [255, 0, 0]
+    with pytest.raises(ImageError):
+        canonical_rgb(bmp, limits=Limits(image_formats=("PNG", "no such format")))
+
+
+@pytest.mark.parametrize("text", ["photo.jpg", "https://example.org/a.png", "data:image/png;base64,AAAA"])
+def test_text_is_refused_with_a_hint(text: str) -> None:
+    with pytest.raises(ImageTypeError, match=r"str is not a picture.*pathlib\.Path") as caught:
+        canonical_rgb(text, index=1)  # type: ignore[arg-type]
+    assert isinstance(caught.value, TypeError)
+    assert text not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "thing", [None, 3, [], [np.zeros((2, 2, 3))], (x for x in []), {}, object()], ids=lambda x: type(x).__name__
+)
+def test_other_objects_are_refused_without_their_address(thing: Any) -> None:
+    with pytest.raises(ImageTypeError, match=f"^picture 5: {type(thing).__name__} is not a picture") as caught:
+        canonical_rgb(thing, index=5)
+    assert not ADDRESS.search(str(caught.value))
+
+
+def test_path_that_is_missing_a_folder_or_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "nothing.png", tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ImageDecodeError, match="no such file, or it is not an ordinary file") as caught:
+            canonical_rgb(path)
+        assert caught.value.source == str(path)
+
+
+# -- values, shapes and order of axes ---------------------------------------------------------------------------------
+
+FLOAT = np.float32
+WRONG_ARRAYS: dict[str, tuple[Any, type[ImageError], str]] = {
+    "float 0..255": (np.full((8, 8, 3), 200.0), ImageValueError, r"divide by their range.*astype\(uint8\)"),
+    "float slightly above 1": (np.full((8, 8, 3), 1.01, FLOAT), ImageValueError, "have to lie in 0 … 1"),
+    "negative float": (np.full((8, 8, 3), -0.1, FLOAT), ImageValueError, "-0.1"),
+    "one NaN": (np.array([[0.5, np.nan]], FLOAT), ImageValueError, "NaN"),
+    "infinity": (np.full((8, 8), np.inf, FLOAT), ImageValueError, "inf"),
+    "int64": (np.zeros((8, 8, 3), np.int64), ImageValueError, "int64 has no range of its own"),
+    "int8": (np.zeros((8, 8, 3), np.int8), ImageValueError, "convert to uint8"),
+    "uint32": (np.zeros((8, 8, 3), np.uint32), ImageValueError, "uint32"),
+    "objects": (np.full((8, 8, 3), None), ImageTypeError, "object holds no pixels"),
+    "texts": (np.full((8, 8, 3), "a"), ImageTypeError, "holds no pixels"),
+    "complex": (np.zeros((8, 8, 3), complex), ImageTypeError, "complex128"),
+    "(3, 8, 3)": (np.zeros((3, 8, 3), np.uint8), ImageValueError, "input_data_format"),
+    "(1, 1, 3)": (np.zeros((1, 1, 3), np.uint8), ImageValueError, "input_data_format"),
+    "(4, 5, 4)": (np.zeros((4, 5, 4), np.uint8), ImageValueError, "input_data_format"),
+    "two channels": (np.zeros((8, 8, 2), np.uint8), ImageValueError, "no axis of 1, 3 or 4 channels"),
+    "channels in the middle": (np.zeros((8, 3, 8), np.uint8), ImageValueError, "no axis of 1, 3 or 4 channels"),
+    "batch": (np.zeros((1, 3, 8, 8), np.uint8), ImageValueError, "one by one"),
+    "one dimension": (np.zeros(8, np.uint8), ImageValueError, "1 dimensions"),
+    "no dimension": (np.zeros((), np.uint8), ImageValueError, "0 dimensions"),
+    "meta tensor": (torch.zeros(3, 8, 8, device="meta"), ImageTypeError, "dense"),
+    "sparse tensor": (torch.zeros(8, 8).to_sparse(), ImageTypeError, "dense"),
+    "mode F out of range": (Image.new("F", (2, 2), 200.0), ImageValueError, "200"),
+    "mode I above 16 bits": (Image.new("I", (2, 2), 65536), ImageValueError, "0 to 65535"),
+    "mode I negative": (Image.new("I", (2, 2), -1), ImageValueError, "-1"),
+    "mode I of 8 bits": (Image.new("L", (2, 2), 200).convert("I"), ImageValueError, '"L" or "I;16"'),
+}
+
+
+@pytest.mark.parametrize(("array", "error", "text"), WRONG_ARRAYS.values(), ids=WRONG_ARRAYS)
+def test_array_that_cannot_be_read_without_guessing(array: Any, error: type[ImageError], text: str) -> None:
+    with pytest.raises(error, match=text):
+        canonical_rgb(array)
+
+
+def test_named_order_of_axes_is_followed() -> None:
+    array = noise(3, 8, 3)
+    assert np.array_equal(canonical_rgb(array, input_data_format="channels_last").array, array)
+    first = canonical_rgb(array, input_data_format="channels_first").array
+    assert np.array_equal(first, array.transpose(1, 2, 0))
+    with pytest.raises(ImageValueError, match="where input_data_format='channels_first' puts it"):
+        canonical_rgb(noise(8, 8), input_data_format="channels_first")
+    with pytest.raises(ImageValueError, match='has to be "channels_first"'):
+        canonical_rgb(array, input_data_format="HWC")  # type: ignore[arg-type]
+
+
+# -- anything at all --------------------------------------------------------------------------------------------------
+
+SEEDS = [
+    encoded(Image.fromarray(noise(12, 12)), "PNG"),
+    encoded(Image.fromarray(noise(12, 12)), "JPEG"),
+    encoded(Image.fromarray(noise(12, 12)), "GIF"),
+    encoded(Image.fromarray(noise(12, 12)), "TIFF"),
+    encoded(Image.fromarray(noise(12, 12)), "WEBP"),
+    encoded(Image.fromarray(noise(12, 12)), "BMP"),
+    encoded(Image.fromarray(noise(12, 12)), "PPM"),
+    encoded(transparent_palette()),
+]
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_mutated_files_raise_nothing_but_tower_errors(data: st.DataObject) -> None:
+    content = bytearray(data.draw(st.sampled_from(SEEDS)))
+    for _ in range(data.draw(st.integers(1, 6))):
+        position = data.draw(st.integers(0, len(content) - 1))
+        content[position : position + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = canonical_rgb(bytes(content), limits=Limits(max_image_pixels=10**6))
+        except TowerError as error:
+            text = str(error)
+        else:
+            text = ""
+            assert image.array.shape == (image.height, image.width, 3)
+    assert not ADDRESS.search(text)
+    assert "\\x" not in text
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    shape=st.lists(st.integers(0, 5), max_size=4),
+    dtype=st.sampled_from(["u1", "u2", "i4", "f2", "f4", "f8", "?", "c8", "O"]),
+    order=st.sampled_from([None, "channels_first", "channels_last"]),
+)
+def test_any_array_is_a_picture_or_a_tower_error(shape: list[int], dtype: str, order: Any) -> None:
+    try:
+        image = canonical_rgb(np.zeros(shape, dtype=dtype), input_data_format=order)
+    except TowerError:
+        return
+    assert image.array.shape == (image.height, image.width, 3)
+    assert image.width * image.height > 0

@@ -1,0 +1,207 @@
+"""The longest-edge rules: transformers' Pixtral processor, and Mistral's own pixels."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.checkpoints import noise
+from support.preprocessing import (
+    LIMITS,
+    blank,
+    canonical,
+    patches_of,
+    put_together,
+    random_sizes,
+    reference_processor,
+    tower,
+    write_settings,
+)
+from transformers.models.pixtral.image_processing_pil_pixtral import (
+    get_resize_output_image_size as reference_size,
+)
+
+from tritontower.errors import AspectRatioError, ConfigError, Limits, ProcessorError, TowerError, UsageError
+from tritontower.preprocessing import LongestEdge, MistralResize
+from tritontower.preprocessing.resize.longest_edge import shrunk_to_fit
+from tritontower.preprocessing.resize.mistral import cubic_taps, rounded_to_fit
+
+PIXTRAL = tower(patch=16, merge=1)
+MISTRAL = tower(patch=14, merge=2)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"image_processor_type": "PixtralImageProcessor", "patch_size": 14, **changes}
+
+
+def rule(folder: Path, content: dict[str, Any], config: Any = MISTRAL, **arguments: Any) -> LongestEdge:
+    return LongestEdge(config, write_settings(folder, content), LIMITS, **arguments)
+
+
+@pytest.mark.parametrize(("edge", "factor"), [(1024, 16), (1540, 28), (1000, 28), (64, 16)])
+def test_sizes_are_those_of_transformers(edge: int, factor: int) -> None:
+    for width, height in random_sizes(1500, largest=6000):
+        picture: Any = np.broadcast_to(np.uint8(0), (3, height, width))
+        expected = reference_size(picture, edge, factor, "channels_first")
+        if 0 in expected:
+            with pytest.raises(AspectRatioError, match="less than one pixel"):
+                shrunk_to_fit(width, height, (edge, edge), factor)
+        else:
+            assert shrunk_to_fit(width, height, (edge, edge), factor) == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "content", "largest"),
+    [
+        (PIXTRAL, settings(patch_size={"height": 16, "width": 16}, size={"longest_edge": 128}), (128, 128)),
+        (MISTRAL, settings(size={"longest_edge": 154}), (154, 154)),
+        (MISTRAL, settings(patch_size=28, size={"longest_edge": 154}), (154, 154)),
+        (MISTRAL, settings(size={"height": 112, "width": 196}), (196, 112)),
+        (MISTRAL, settings(size=140), (140, 140)),
+        (MISTRAL, settings(), (1024, 1024)),
+    ],
+)
+def test_pixels_and_grids_are_those_of_transformers(
+    tmp_path: Path, config: Any, content: dict[str, Any], largest: tuple[int, int]
+) -> None:
+    preprocessor = rule(tmp_path, content, config)
+    assert preprocessor.largest == largest
+    reference = reference_processor(tmp_path)
+    sizes = [size for size in random_sizes(40, largest=500) if max(size) < 50 * min(size)]
+    images = [canonical(noise(*size, seed)) for seed, size in enumerate(sizes)]
+    side, merge = config.patch.size, config.merge
+    for image, rows in zip(images, patches_of(preprocessor, images), strict=True):
+        # As PixtralProcessor calls it.
+        expected = reference(
+            images=[image.array], patch_size=side * merge, input_data_format="channels_last", return_tensors="pt"
+        )
+        layout = preprocessor.layout(image.width, image.height)
+        assert layout.processed_size == tuple(expected["image_sizes"][0].tolist())[::-1]
+        assert torch.equal(put_together(rows, layout.grid, side, merge), expected["pixel_values"][0])
+
+
+def test_the_callers_longest_edge_counts_for_layout_and_pixels(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, settings(size={"longest_edge": 1540}))
+    image = canonical(noise(400, 300))
+    layout = preprocessor.layout(400, 300, longest_edge=140)
+    assert layout.processed_size == (140, 112)
+    (rows,) = patches_of(preprocessor, [image], longest_edge=140)
+    reference = reference_processor(tmp_path)
+    expected = reference(
+        images=[image.array], patch_size=28, size={"longest_edge": 140}, input_data_format="channels_last"
+    )
+    assert torch.equal(put_together(rows, layout.grid, 14, 2), torch.as_tensor(np.asarray(expected["pixel_values"]))[0])
+
+
+def test_settings_without_a_file_stand_for_one_that_is_missing(tmp_path: Path) -> None:
+    content = settings(size={"longest_edge": 154})
+    image = canonical(noise(300, 200))
+    filed = rule(tmp_path / "filed", content)
+    missing = LongestEdge(MISTRAL, tmp_path / "missing", LIMITS, without_file=content)
+    assert torch.equal(patches_of(missing, [image])[0], patches_of(filed, [image])[0])
+    other = rule(tmp_path / "filed", content, without_file=settings(size={"longest_edge": 56}))
+    assert other.layout(300, 200).processed_size == filed.layout(300, 200).processed_size
+    with pytest.raises(ProcessorError, match="holds no image processor"):
+        LongestEdge(MISTRAL, tmp_path / "missing", LIMITS).layout(300, 200)
+
+
+def test_pictures_of_a_batch_do_not_pad_each_other(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, settings(size={"longest_edge": 154}))
+    images = [canonical(noise(300, 40)), canonical(noise(20, 200, 1))]
+    together = patches_of(preprocessor, images)
+    for image, rows in zip(images, together, strict=True):
+        assert torch.equal(rows, patches_of(preprocessor, [image])[0])
+    batch = preprocessor.pictures(images)
+    assert batch.token_counts == tuple(len(rows) // 4 for rows in together)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"patch_size": 16}, ProcessorError, r"patch_size = \[16\], but the tower needs 14"),
+        ({"patch_size": {"height": 14, "width": 28}}, ProcessorError, r"patch_size = \[14, 28\]"),
+        ({"size": {"shortest_edge": 100}}, ConfigError, r"size is a dict of 1; allowed: an object with longest_edge"),
+        ({"size": {"longest_edge": "long"}}, ConfigError, r"size\.longest_edge is 'long'"),
+        ({"size": {"longest_edge": 20}}, ProcessorError, r"longest_edge = 20 is less than the side of one token, 28"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, Any], error: type[TowerError], message: str
+) -> None:
+    preprocessor = rule(tmp_path, settings(**change))
+    with pytest.raises(error, match=message):
+        preprocessor.layout(100, 100)
+
+
+def test_a_crop_that_the_file_asks_for_is_noticed(tmp_path: Path) -> None:
+    content = settings(size={"longest_edge": 154}, do_center_crop=True, crop_size=28)
+    with pytest.raises(ProcessorError, match=r"made grids \[\(1, 2, 2\)\] where \[\(1, 12, 12\)\] were planned"):
+        patches_of(rule(tmp_path, content), [blank(400, 400)])
+
+
+# -- Mistral's own ----------------------------------------------------------------------------------------------------
+
+
+def mistral(config: Any = MISTRAL, edge: int = 1540, limits: Limits = LIMITS) -> MistralResize:
+    return MistralResize(config, Path("nowhere"), limits, longest_edge=edge)
+
+
+def test_mistrals_sizes_are_rounded_to_the_nearest() -> None:
+    differing = 0
+    for width, height in random_sizes(3000, largest=6000):
+        found = rounded_to_fit(width, height, 1540, 28)
+        longer = max(width, height, 1540)
+        exact = [Fraction(side * 1540, longer) for side in (width, height)]
+        if all(side.denominator != 2 for side in exact):
+            assert found == tuple(-(-max(round(side), 1) // 28) * 28 for side in exact)
+        differing += found != shrunk_to_fit(width, height, (1540, 1540), 28)
+    assert 5 < differing < 300
+    assert rounded_to_fit(1, 100_000, 1540, 28) == (28, 1540)
+    # Halves go to the even pixel: 910.5 to 910, 911.5 to 912.
+    assert rounded_to_fit(3080, 1821, 1540, 1) == (1540, 910)
+    assert rounded_to_fit(3080, 1823, 1540, 1) == (1540, 912)
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 28), (5, 28), (28, 28), (400, 140), (4000, 1540), (157, 112)])
+def test_cubic_taps_are_those_of_an_exact_convolution(source: int, target: int) -> None:
+    index, weights = cubic_taps(source, target)
+    signal = torch.randn(1, 1, 1, source, dtype=torch.float64)
+    found = (signal[0, 0, 0][index] * weights).sum(0)
+    expected = torch.nn.functional.interpolate(signal, (1, target), mode="bicubic", align_corners=False)
+    assert torch.allclose(found, expected[0, 0, 0], atol=1e-6)
+    assert torch.allclose(weights.sum(0), torch.ones(target), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(400, 300), (90, 30), (1, 1), (37, 5), (2000, 1500)])
+def test_mistrals_pixels_are_a_cubic_convolution_without_a_wider_filter(size: tuple[int, int]) -> None:
+    preprocessor = mistral(edge=280)
+    image = canonical(noise(*size))
+    (rows,) = patches_of(preprocessor, [image])
+    layout = preprocessor.layout(*size)
+    width, height = layout.processed_size
+    exact = torch.nn.functional.interpolate(
+        torch.from_numpy(image.array.copy()).double().permute(2, 0, 1)[None], (height, width), mode="bicubic"
+    )[0]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    expected = (exact / 255 - mean) / deviation
+    found = put_together(rows, layout.grid, 14, 2)
+    # A ten-thousandth of a level of 255; nothing is clipped or rounded to whole levels.
+    assert (found - expected).abs().max() * 255 * 0.26 <= 2e-4
+    if size == (2000, 1500):
+        assert found.min() < ((0 - mean) / deviation).min()
+
+
+def test_mistrals_pictures_need_no_file_and_take_no_processor() -> None:
+    preprocessor = mistral(PIXTRAL, 1024)
+    batch = preprocessor.pictures([canonical(noise(300, 40))])
+    assert batch.grids == ((1, 3, 19),)
+    assert preprocessor.layout(3000, 400, longest_edge=320).processed_size == (320, 48)
+    with pytest.raises(ProcessorError, match="longest_edge = 8"):
+        preprocessor.layout(100, 100, longest_edge=8)
+    with pytest.raises(UsageError, match="done without a processor"):
+        MistralResize(PIXTRAL, Path("nowhere"), LIMITS, object(), longest_edge=1024)
+    with pytest.raises(UsageError, match="has no image processor"):
+        _ = preprocessor.processor

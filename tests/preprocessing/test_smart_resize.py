@@ -1,0 +1,350 @@
+"""The area rule: sizes, settings, pixels and clips against transformers' Qwen-VL processors."""
+
+import math
+import re
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.checkpoints import noise
+from support.preprocessing import (
+    LIMITS,
+    blank,
+    canonical,
+    patches_of,
+    random_sizes,
+    reference_processor,
+    tower,
+    write_settings,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
+
+from tritontower.errors import AspectRatioError, ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError
+from tritontower.preprocessing import SmartResize
+from tritontower.preprocessing.images.image import CanonicalImage
+from tritontower.preprocessing.resize.smart_resize import CLIP_AREAS, STILL_AREA, smart_resize, smart_resize_clip
+
+PICTURES = [canonical(noise(157, 243, 0)), canonical(noise(60, 200, 1)), canonical(noise(5, 3, 2))]
+QWEN2 = tower(patch=14, merge=2, temporal=2)
+QWEN3 = tower(patch=16, merge=2, temporal=2)
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    return {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2, **changes}
+
+
+def rule(folder: Path, files: dict[str, Any], **arguments: Any) -> SmartResize:
+    """A preprocessor of a folder whose settings files are exactly ``files``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_settings(folder, content, name)
+    return SmartResize(arguments.pop("config", QWEN2), folder, LIMITS, **arguments)
+
+
+@pytest.mark.parametrize("area", [STILL_AREA, (3136, 12845056), (65536, 16777216), (100352, 100352)])
+@pytest.mark.parametrize("factor", [28, 32])
+def test_sizes_are_those_of_transformers(factor: int, area: tuple[int, int]) -> None:
+    for width, height in random_sizes(1000, largest=8000):
+        expected = reference_resize(height, width, factor, *area)
+        assert smart_resize(width, height, factor, area) == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    ("config", "content"),
+    [
+        (QWEN2, settings(min_pixels=3136, max_pixels=100352)),
+        (
+            QWEN3,
+            settings(
+                patch_size=16,
+                size={"shortest_edge": 65536, "longest_edge": 16777216},
+                image_mean=[0.5, 0.5, 0.5],
+                image_std=[0.5, 0.5, 0.5],
+            ),
+        ),
+    ],
+)
+def test_pixels_and_grids_are_those_of_transformers(tmp_path: Path, config: Any, content: dict[str, Any]) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": content}, config=config)
+    reference = reference_processor(tmp_path)
+    images = [*PICTURES, *(canonical(noise(*size, seed)) for seed, size in enumerate(random_sizes(30, largest=300)))]
+    expected = reference(images=[image.array for image in images], input_data_format="channels_last")
+    layouts = [preprocessor.layout(image.width, image.height) for image in images]
+    assert [list(layout.grid) for layout in layouts] == np.asarray(expected["image_grid_thw"]).tolist()
+    rows = torch.from_numpy(expected["pixel_values"]).unflatten(1, (3, 2, -1))
+    assert torch.equal(rows[:, :, 0], rows[:, :, 1])
+    assert torch.equal(torch.cat(patches_of(preprocessor, images)), rows[:, :, 0].flatten(1))
+
+
+def test_bounds_of_the_call_count_for_layout_and_pixels(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
+    bounds = {"min_pixels": 5000, "max_pixels": 20000}
+    reference = Qwen2VLImageProcessorPil(**bounds)
+    expected = reference(images=[PICTURES[0].array], input_data_format="channels_last")
+    (rows,) = patches_of(preprocessor, PICTURES[:1], **bounds)
+    assert torch.equal(rows, torch.from_numpy(expected["pixel_values"]).unflatten(1, (3, 2, -1))[:, :, 0].flatten(1))
+    assert preprocessor.layout(157, 243, **bounds).patches == len(rows) < preprocessor.layout(157, 243).patches
+
+
+def test_a_batch_of_pictures_is_packed(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
+    batch = preprocessor.pictures(PICTURES)
+    layouts = [preprocessor.layout(image.width, image.height) for image in PICTURES]
+    assert batch.grids == tuple(layout.grid for layout in layouts)
+    assert batch.original_sizes == ((157, 243), (60, 200), (5, 3))
+    assert batch.content_hashes == tuple(image.digest for image in PICTURES)
+    assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, PICTURES)))
+    assert len(preprocessor.pictures([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "area"),
+    [
+        ({"preprocessor_config.json": settings(min_pixels=5000, max_pixels=60000)}, (5000, 60000)),
+        ({"preprocessor_config.json": settings(size={"shortest_edge": 5000, "longest_edge": 60000})}, (5000, 60000)),
+        ({"preprocessor_config.json": settings(size={"min_pixels": 5000, "max_pixels": 60000})}, (5000, 60000)),
+        ({"processor_config.json": {"image_processor": settings(min_pixels=5000, max_pixels=60000)}}, (5000, 60000)),
+        (
+            {
+                "processor_config.json": {"image_processor": settings(min_pixels=5000, max_pixels=60000)},
+                "preprocessor_config.json": settings(min_pixels=4000, max_pixels=50000),
+            },
+            (5000, 60000),
+        ),
+        (
+            {
+                "processor_config.json": {"processor_class": "Qwen2VLProcessor"},
+                "preprocessor_config.json": settings(min_pixels=4000, max_pixels=50000),
+            },
+            (4000, 50000),
+        ),
+        ({"preprocessor_config.json": settings(max_pixels=50000)}, (3136, 50000)),
+        ({"preprocessor_config.json": settings()}, (3136, 1003520)),
+    ],
+)
+def test_every_spelling_of_the_allowed_area(tmp_path: Path, files: dict[str, Any], area: tuple[int, int]) -> None:
+    preprocessor = rule(tmp_path, files)
+    assert preprocessor.picture_area == area
+    images = [blank(400, 300), blank(20, 20)]
+    large, small = patches_of(preprocessor, images)
+    assert len(large) * 196 <= area[1]
+    assert len(small) * 196 >= area[0]
+    reference = Qwen2VLImageProcessorPil(min_pixels=area[0], max_pixels=area[1])
+    expected = reference(images=[image.array for image in images], input_data_format="channels_last")
+    assert [len(large), len(small)] == np.prod(expected["image_grid_thw"], axis=1).tolist()
+
+
+def test_options_stand_for_the_files_area(tmp_path: Path) -> None:
+    content = settings(size={"shortest_edge": 5000, "longest_edge": 60000})
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": content}, options={"max_pixels": 30000})
+    assert preprocessor.picture_area == (5000, 30000)
+    (rows,) = patches_of(preprocessor, [blank(400, 300)])
+    assert len(rows) * 196 <= 30000
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"patch_size": 16}, ProcessorError, r"patch_size = 16, but the tower needs 14"),
+        ({"merge_size": 4}, ProcessorError, r"merge_size = 4"),
+        ({"min_pixels": "many"}, ConfigError, r"min_pixels is 'many'"),
+        ({"size": 224}, ConfigError, r"size is 224; allowed: an object"),
+        ({"min_pixels": 9000, "max_pixels": 8000}, ConfigError, r"allowed: a least area"),
+    ],
+)
+def test_a_processor_that_does_not_fit_is_refused(
+    tmp_path: Path, change: dict[str, Any], error: type[TowerError], message: str
+) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings(**change)})
+    with pytest.raises(error, match=message):
+        patches_of(preprocessor, PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"min_pixels": 9000, "max_pixels": 8000}, r"positive and in order; the checkpoint's own are 3136 and 1003520"),
+        ({"max_pixels": 783, "min_pixels": 1}, r"less than one token's 28 × 28 pixels; allowed: at least 784"),
+        ({"min_pixels": 0}, r"min_pixels = 0"),
+    ],
+)
+def test_bounds_that_allow_nothing_are_refused(tmp_path: Path, bounds: dict[str, int], message: str) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
+    with pytest.raises(ProcessorError, match=message):
+        preprocessor.layout(100, 100, **bounds)
+
+
+def test_a_tower_of_other_channels_is_refused(tmp_path: Path) -> None:
+    grey = replace(QWEN2, patch=replace(QWEN2.patch, channels=1))
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()}, config=grey)
+    with pytest.raises(ProcessorError, match="pictures of 3 channels, but the tower takes 1"):
+        preprocessor.pictures([canonical(noise(56, 84))])
+
+
+def test_ratios_that_the_rule_does_not_know_are_refused_whatever_the_limits(tmp_path: Path) -> None:
+    write_settings(tmp_path, settings())
+    preprocessor = SmartResize(QWEN2, tmp_path, Limits(max_aspect_ratio=1000))
+    assert preprocessor.layout(2000, 10).processed_size == reference_resize(10, 2000)[::-1]
+    with pytest.raises(AspectRatioError, match="aspect ratio above 200"):
+        preprocessor.layout(2001, 10)
+
+
+# -- clips ------------------------------------------------------------------------------------------------------------
+
+
+def frames_of(rows: torch.Tensor, temporal_patches: int) -> torch.Tensor:
+    """``[frames, patches, channels, pixels]`` of a clip's rows."""
+    rows = rows.unflatten(0, (temporal_patches, -1)).unflatten(2, (3, 2, -1))
+    return rows.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_a_clip_interleaves_its_frames_and_repeats_the_last(tmp_path: Path, count: int) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
+    frames = [canonical(noise(120, 80, seed)) for seed in range(count)]
+    bounds = {"min_pixels": 3136, "max_pixels": 12845056}
+    clip = preprocessor.clip(frames, **bounds)
+    stills = [rows.unflatten(1, (3, -1)) for rows in patches_of(preprocessor, frames, **bounds)]
+    found = frames_of(clip.pixels, -(-count // 2))
+    assert len(found) == count + count % 2
+    for slot, rows in enumerate(found):
+        assert torch.equal(rows, stills[min(slot, count - 1)])
+    assert clip.grids == preprocessor.clip_layout(count, 120, 80, **bounds).views
+    assert clip.original_sizes == ((120, 80),)
+
+
+def test_a_clips_digest_is_of_all_its_frames_in_order(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
+    a, b, c = (canonical(noise(30, 30, seed)) for seed in range(3))
+    hashes = [preprocessor.clip(frames).content_hashes[0] for frames in ([a, b], [a, c], [b, a], [a], [a, b])]
+    assert hashes[0] == hashes[4]
+    assert len(set(hashes)) == 4
+
+
+def test_clips_have_their_own_area(tmp_path: Path) -> None:
+    nested = {"image_processor": settings(), "video_processor": {"size": {"shortest_edge": 4000, "longest_edge": 9000}}}
+    for name, files, area in (
+        ("nested", {"processor_config.json": nested}, (4000, 9000)),
+        (
+            "own",
+            {
+                "preprocessor_config.json": settings(),
+                "video_preprocessor_config.json": {"min_pixels": 4000, "max_pixels": 9000},
+            },
+            (4000, 9000),
+        ),
+        ("old", {"preprocessor_config.json": settings(min_pixels=4000, max_pixels=9000)}, (4000, 9000)),
+    ):
+        assert rule(tmp_path / name, files).frame_area == area, name
+
+
+@pytest.mark.parametrize("budget", ["per_frame", "per_clip"])
+def test_a_clips_default_area_is_that_of_transformers(budget: str) -> None:
+    name = {"per_frame": "qwen2_vl", "per_clip": "qwen3_vl"}[budget]
+    spec = find_spec(f"transformers.models.{name}.video_processing_{name}")
+    assert spec is not None
+    assert spec.origin is not None
+    # Read, not imported: the classes need torchvision.
+    (written,) = re.findall(r"^    size = (\{.*\})$", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
+    size = {key: math.prod(map(int, product.split("*"))) for key, product in re.findall(r'"(\w+)": ([\d* ]+)', written)}
+    assert (size["shortest_edge"], size["longest_edge"]) == CLIP_AREAS[budget]
+
+
+def test_clips_of_a_given_processor_have_the_default_area(tmp_path: Path) -> None:
+    preprocessor = SmartResize(QWEN2, tmp_path, LIMITS, Qwen2VLImageProcessorPil())
+    assert preprocessor.frame_area == CLIP_AREAS["per_frame"]
+    with pytest.raises(ProcessorError, match="holds no image processor"):
+        _ = SmartResize(QWEN2, tmp_path, LIMITS).frame_area
+
+
+@pytest.mark.parametrize("area", [(4096, 25165824), (131072, 786432), (4096, 40000)])
+def test_sizes_of_whole_clips_are_those_of_transformers(area: tuple[int, int]) -> None:
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_clip
+
+    generator = np.random.default_rng(0)
+    refused = 0
+    for width, height in [(2010, 10), (10, 2010), (6401, 32), (6400, 32), *random_sizes(1000, largest=4000)]:
+        frames = int(generator.integers(2, 200))
+        try:
+            expected = reference_clip(frames, height, width, 2, 32, *area)
+        except ValueError:
+            refused += 1
+            with pytest.raises(AspectRatioError):
+                smart_resize_clip(frames, width, height, 2, 32, area)
+            continue
+        assert smart_resize_clip(frames, width, height, 2, 32, area) == expected[::-1]
+    assert 3 <= refused < 100
+
+
+def test_a_whole_clips_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
+    video = {"size": {"shortest_edge": 4096, "longest_edge": 200_000}}
+    files = {"preprocessor_config.json": settings(patch_size=16), "video_preprocessor_config.json": video}
+    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_clip")
+    few, many = (preprocessor.clip_layout(count, 640, 480) for count in (2, 16))
+    assert few.patches * 256 * 2 <= 200_000
+    assert many.patches * 256 * 2 <= 200_000
+    assert few.processed_size > many.processed_size
+    frames = [canonical(noise(200, 150, seed)) for seed in range(5)]
+    clip = preprocessor.clip(frames)
+    layout = preprocessor.clip_layout(5, 200, 150)
+    assert clip.grids == layout.views
+    assert layout.processed_size[0] % 32 == layout.processed_size[1] % 32 == 0
+    reference = reference_processor(tmp_path)
+    found = frames_of(clip.pixels, 3)
+    for slot, rows in enumerate(found):
+        frame = Image.fromarray(frames[min(slot, 4)].array).resize(layout.processed_size, Image.Resampling.BICUBIC)
+        expected = reference(images=[frame], do_resize=False, return_tensors="pt")["pixel_values"]
+        assert torch.equal(rows, expected.unflatten(1, (3, 2, -1))[:, :, 0])
+
+
+def test_a_whole_clips_bounds_must_leave_a_token_in_every_temporal_patch(tmp_path: Path) -> None:
+    files = {"preprocessor_config.json": settings(patch_size=16)}
+    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_clip")
+    assert preprocessor.clip_layout(2, 100, 100, min_pixels=1, max_pixels=2048).grid == (1, 2, 2)
+    with pytest.raises(ProcessorError, match=r"32 × 32 pixels in each of 2 frames; allowed: at least 2048"):
+        preprocessor.clip_layout(2, 100, 100, min_pixels=1, max_pixels=2047)
+    with pytest.raises(ProcessorError, match=r"a clip of 1 frames; this model's clips need at least 2"):
+        preprocessor.clip([blank(100, 100)])
+
+
+def test_clips_that_are_none_are_refused(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
+    with pytest.raises(ProcessorError, match="at least one frame"):
+        preprocessor.clip([])
+    with pytest.raises(ProcessorError, match=r"differ in size: \[\(20, 20\), \(20, 30\)\]"):
+        preprocessor.clip([blank(20, 20), blank(20, 30)])
+    with pytest.raises(AspectRatioError):
+        preprocessor.clip_layout(4, 1, 300)
+
+
+@pytest.mark.parametrize("budget", ["per_frame", "per_clip"])
+def test_a_clip_has_a_limit_that_is_checked_before_anything_is_made(tmp_path: Path, budget: Any) -> None:
+    files = {"preprocessor_config.json": settings(patch_size=16)}
+    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget=budget)
+    for frames in (10**6, 10**18):
+        with pytest.raises((ImageTooLargeError, ProcessorError), match=rf"{frames} frames"):
+            preprocessor.clip_layout(frames, 1000, 1000)
+    # The last frame of an odd number is repeated, and takes as much.
+    area = {"min_pixels": 1, "max_pixels": 64 * 64 * (1 if budget == "per_frame" else 8)}
+    limited = replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64))
+    assert limited.clip_layout(7, 64, 64, **area).grid == (4, 4, 4)
+    message = r"8 frames of 64 × 64 pixels would be resized to 64 × 64 each, 32768 pixels .* 32767; .*max_clip_pixels="
+    with pytest.raises(ImageTooLargeError, match=message):
+        replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64 - 1)).clip_layout(8, 64, 64, **area)
+    with pytest.raises(ImageTooLargeError, match="a clip of 7 frames"):
+        replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64 - 1)).clip([blank(64, 64)] * 7, **area)
+
+
+def test_frames_keep_their_colours_in_a_clip(tmp_path: Path) -> None:
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
+    red = CanonicalImage(np.full((56, 56, 3), (255, 0, 0), np.uint8), "red")
+    clip = preprocessor.clip([red, blank(56, 56)], min_pixels=3136)
+    first, second = frames_of(clip.pixels, 1)
+    assert (first[:, 0] > first[:, 1].max()).all()
+    assert torch.equal(second[:, 0], second[:1, 0].expand_as(second[:, 0]))

@@ -1,0 +1,1 @@
+"""The packed batch: what preprocessing hands to the engine."""

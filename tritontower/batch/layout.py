@@ -1,0 +1,69 @@
+"""What a picture of a given size becomes: how many views, of which grids, and how their rows make its tokens.
+
+Most towers see one *view* of a picture: the picture, resized.  Some see several (tiles, crops, a thumbnail), and put the
+rows of all of them together, with rows left out, averaged or added.  A layout depends on the size alone, so tokens can be
+counted without a picture.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tritontower.config import TowerConfig
+
+__all__ = ["Assembly", "Grid", "PictureLayout"]
+
+Grid = tuple[int, int, int]
+"""Temporal patches, rows and columns of patches of one view or clip."""
+
+
+@dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
+class Assembly:
+    """A picture's tokens as sums of the rows that its views became.
+
+    Attributes:
+        index: ``[tokens, taps]`` int32 on the CPU: rows of the picture's views as they leave the projector, counted
+            through from its first view to its last, each view's rows in raster order; −1 is the newline embedding.
+        weights: ``[tokens, taps]`` fp32, what each of them counts; ``None`` where there is one tap, and it counts 1.
+    """
+
+    index: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the picture."""
+        return self.index.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class PictureLayout:
+    """What a picture of one size becomes.
+
+    Attributes:
+        views: the grid of patches of every view, in order.
+        processed_size: width and height after resizing, pixels; of a tiled picture, those of all its tiles together.
+        grid: the grid that an engine is told: of the only view, or of the tiles together.
+        assembly: how the views' rows make the tokens; ``None``: one after the other.
+    """
+
+    views: tuple[Grid, ...]
+    processed_size: tuple[int, int]
+    grid: Grid
+    assembly: Assembly | None = None
+
+    @classmethod
+    def of_one_view(cls, grid: Grid, patch_side: int) -> "PictureLayout":
+        """The layout of a picture that is its only view."""
+        return cls((grid,), (grid[2] * patch_side, grid[1] * patch_side), grid)
+
+    @property
+    def patches(self) -> int:
+        """Patches of all views."""
+        return sum(t * h * w for t, h, w in self.views)
+
+    def tokens(self, config: TowerConfig) -> int:
+        """Tokens of the picture in a tower."""
+        if self.assembly is not None:
+            return self.assembly.tokens
+        return self.patches // config.rows_per_token + (len(self.views) if config.keep_class_token else 0)

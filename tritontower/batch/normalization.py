@@ -1,0 +1,108 @@
+"""What a pixel's byte means to a tower: the arithmetic of transformers' ``rescale`` and ``normalize``, and its inverse.
+
+A value is ``(byte × factor − mean) / deviation``, where the product is computed in fp64 and rounded to fp32, and the rest
+in fp32: there are 256 values per channel, and :attr:`Rescaling.table` lists them.  Where a tower's weights take bytes
+instead (:mod:`tritontower.engine.uint8_graph`), the arithmetic is in the weights.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tritontower.kernels.gemm.patch_projection import PIXEL_CENTRE, fold_normalisation
+
+__all__ = ["PIXEL_CENTRE", "Rescaling", "fresh"]
+
+BYTES = 256
+LARGEST_BYTE = np.float32(255)
+HUGE_PAGE = 2**21
+"""Bytes."""
+CHUNK_ROWS = 128
+"""Patches that are worked on at a time: they stay in a core's cache between the three operations."""
+
+
+def fresh(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """An array with anything in it, in huge pages if it is large and the system has any.
+
+    With ordinary pages, the first write of 2.4 MB took four times as long, that of 50 MB six times.  numpy asks for huge
+    pages from 4 MiB on; what is not written of them takes address space and no memory.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < HUGE_PAGE:
+        return np.empty(shape, dtype)
+    room = np.empty((-(-size // HUGE_PAGE) + 1) * HUGE_PAGE, np.uint8)
+    start = -room.ctypes.data % HUGE_PAGE
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """How bytes become what a tower was trained on.
+
+    Attributes:
+        factor: what a byte is multiplied with, commonly 1/255; 1 where nothing is rescaled.
+        means: one per channel, of the rescaled values; 0 where nothing is normalised.
+        deviations: one per channel, positive; 1 where nothing is normalised.
+    """
+
+    factor: float
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+
+    @property
+    def channels(self) -> int:
+        """Channels of a picture."""
+        return len(self.means)
+
+    @cached_property
+    def table(self) -> NDArray[np.float32]:
+        """``[channels, 256]``: the value of every byte."""
+        rescaled = (np.arange(BYTES, dtype=np.float64) * self.factor).astype(np.float32)
+        table: NDArray[np.float32] = (rescaled - self._means) / self._deviations
+        return table
+
+    @cached_property
+    def _means(self) -> NDArray[np.float32]:
+        return np.array(self.means, np.float32)[:, None]
+
+    @cached_property
+    def _deviations(self) -> NDArray[np.float32]:
+        return np.array(self.deviations, np.float32)[:, None]
+
+    @cached_property
+    def _divides(self) -> bool:
+        """Whether fp32 division by 255 gives the table's values, bit for bit: vector instructions instead of look-ups."""
+        divided = np.arange(BYTES, dtype=np.uint8) / LARGEST_BYTE
+        return np.array_equal((divided - self._means) / self._deviations, self.table)
+
+    def normalise(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+        """Writes the values of bytes.
+
+        Args:
+            raw: ``[rows, channels · n]``, channel-major.
+            out: of the same shape; its rows may lie any distance apart.
+        """
+        per_channel = raw.shape[1] // self.channels
+        shape = (-1, self.channels, per_channel)
+        # As long as a row: numpy starts anew with every run of values, which is worth it for long ones only.
+        means, deviations = (values.repeat(per_channel) for values in (self._means, self._deviations))
+        for start in range(0, len(raw), CHUNK_ROWS):
+            taken, made = raw[start : start + CHUNK_ROWS], out[start : start + CHUNK_ROWS]
+            if self._divides:
+                np.copyto(made, taken)
+                np.divide(made, LARGEST_BYTE, out=made)
+                np.subtract(made, means, out=made)
+                np.divide(made, deviations, out=made)
+                continue
+            taken, made = taken.reshape(shape), made.reshape(shape)
+            for channel, values in enumerate(self.table):
+                np.take(values, taken[:, channel], out=made[:, channel], mode="clip")
+
+    def folded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A patch projection's weight ``[D, K]``, fp32, for ``byte − 128``, and what else there is to every row, ``[D]``."""
+        return fold_normalisation(weight, None, mean=self.means, std=self.deviations, rescale_factor=self.factor)

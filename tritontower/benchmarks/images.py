@@ -1,0 +1,139 @@
+"""What towers are timed on: batches of noise of given patch counts, picture sizes or named packs, and random checkpoints."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from tritontower import VisionTower
+from tritontower.batch.layout import PictureLayout
+from tritontower.batch.packed_batch import PackedBatch
+from tritontower.demo.random_checkpoint import write_random_checkpoint
+from tritontower.errors import UsageError
+from tritontower.models.common.registry import FamilySummary, family_files
+
+__all__ = [
+    "PACKS",
+    "family_checkpoint",
+    "family_configuration",
+    "family_titles",
+    "noise_pictures",
+    "pictures_of",
+    "shallow",
+    "square",
+    "summaries",
+]
+
+PACKS: Mapping[str, Sequence[tuple[int, int]]] = {
+    "448": [(448, 448)],
+    "1024": [(1024, 1024)],
+    "small": [(224, 224)] * 16,
+    "64small": [(112, 112)] * 64,
+    "mixed": [(448, 448), (224, 160), (640, 480), (112, 112), (300, 700), (900, 120)],
+}
+"""Name → width and height of the pictures of one pass."""
+
+DEPTH_KEYS = ("depth", "num_hidden_layers")
+
+
+def summaries() -> dict[str, FamilySummary]:
+    """Title → summary of every family whose checkpoints transformers reads as well."""
+    files = dict.fromkeys(family_files().values())
+    found = [summary for file in files for summary in file.SUMMARIES]
+    return {summary.title: summary for summary in found if "model_type" in summary.example}
+
+
+def family_titles() -> Sequence[str]:
+    """The titles of :func:`summaries`."""
+    return sorted(summaries())
+
+
+def shallow(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """``config`` with at most ``depth`` vision blocks (0: all), and without what it says of blocks behind them."""
+    vision: dict[str, Any] = dict(config.get("vision_config") or config)
+    key = next((key for key in DEPTH_KEYS if key in vision), DEPTH_KEYS[-1])
+    if depth:
+        vision[key] = min(depth, vision.get(key, depth))
+        if "deepstack_visual_indexes" in vision:
+            vision["deepstack_visual_indexes"] = [
+                level for level in vision["deepstack_visual_indexes"] if level < depth
+            ]
+    return {**config, "vision_config": vision} if "vision_config" in config else vision
+
+
+@contextmanager
+def family_checkpoint(title: str, *, dtype: torch.dtype, depth: int = 0) -> Iterator[Path]:
+    """A checkpoint of a family at its published width with random weights, gone afterwards.
+
+    Raises:
+        UsageError: there is no family of this title that transformers reads as well.
+    """
+    summary = _summary(title)
+    with TemporaryDirectory() as folder:
+        config = shallow(summary.example, depth)
+        yield write_random_checkpoint(Path(folder), config, summary.processor, dtype=dtype)
+
+
+@contextmanager
+def family_configuration(title: str, *, depth: int = 0) -> Iterator[Path]:
+    """Like :func:`family_checkpoint`, without weights: enough for all that is known before anything is read."""
+    summary = _summary(title)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(shallow(summary.example, depth)), encoding="utf-8")
+        if summary.processor:
+            (folder / "preprocessor_config.json").write_text(json.dumps(summary.processor), encoding="utf-8")
+        yield folder
+
+
+def _summary(title: str) -> FamilySummary:
+    known = summaries()
+    if title not in known:
+        raise UsageError(f"no family {title!r}; there are {', '.join(sorted(known))}")
+    return known[title]
+
+
+def noise_pictures(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray[Any, Any]]:
+    """Pictures of noise of these widths and heights, the same every time."""
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes]
+
+
+def pictures_of(tower: VisionTower, sizes: Sequence[tuple[int, int]]) -> PackedBatch:
+    """A pass over pictures of noise, as the tower's own preprocessing makes it."""
+    return tower.preprocess(noise_pictures(sizes))
+
+
+def square(tower: VisionTower, patches: int) -> PackedBatch:
+    """About ``patches`` patches of noise: one square picture, or as many as that takes where the size is fixed.
+
+    Raises:
+        UsageError: the tower takes no picture of that size.
+    """
+    config = tower.config
+    if config.num_patches is None:
+        unit = config.merge
+        side = unit * max(1, round(patches**0.5 / unit))
+        count, layout = 1, PictureLayout.of_one_view((1, side, side), config.patch.size)
+    else:
+        side = round(config.num_patches**0.5)
+        count, layout = max(1, round(patches / side**2)), PictureLayout.of_one_view((1, side, side), config.patch.size)
+    generator = torch.Generator().manual_seed(patches)
+    pixels = torch.randn(count * side * side, config.patch.still_inner, generator=generator)
+    try:
+        return PackedBatch.pack(
+            config,
+            pixels,
+            [layout] * count,
+            original_sizes=[layout.processed_size] * count,
+            content_hashes=[f"noise-{patches}-{number}" for number in range(count)],
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"this tower takes no square picture of {patches:,} patches ({error}); name picture sizes instead"
+        ) from error

@@ -1,0 +1,355 @@
+"""How things are measured here: after a warm-up, repeated, in turn, with the machine written beside the figures.
+
+Two clocks.  :func:`interleaved` takes the wall time of whole passes, host work included, several candidates in turn.
+:func:`time_on_device` takes the time that one operation keeps a GPU busy, without what the host needs to launch it.
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Timing", "can_capture", "interleaved", "portable_command", "provenance", "ptxas_version", "time_on_device"]
+
+CALLS_A_GRAPH = 10
+"""Calls behind one another in a captured graph: what starting the graph costs is shared among them."""
+
+DRIVER_FACTS = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock",
+    "clocks.max.sm": "sm_clock_limit",
+    "clocks.mem": "memory_clock",
+    "power.limit": "power_limit",
+    "temperature.gpu": "temperature",
+}
+"""What ``nvidia-smi`` calls a fact → its name here."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one thing, seconds."""
+
+    seconds: tuple[float, ...]
+    method: str = "clock"
+    """``"clock"``: wall time, host work included; ``"graph"`` or ``"events"``: time on the GPU."""
+
+    @property
+    def best(self) -> float:
+        """The least: what the code costs when nothing else runs."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The median: what to expect on this machine as it was."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles as a share of the median: how far a single figure may be trusted."""
+        if len(self.seconds) < 2 or not self.median:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device
+) -> dict[str, Timing]:
+    """Times every candidate ``repeats`` times in turn (A B C, A B C, …), so that a machine that drifts hits all alike.
+
+    Each is called once beforehand, uncounted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_number in range(repeats + 1):
+        for name, call in candidates.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            if round_number:
+                times[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
+
+
+def time_on_device(
+    call: Callable[[], object],
+    *,
+    device: torch.device,
+    budget_seconds: float = 0.2,
+    least: int = 5,
+    most: int = 50,
+    graph: bool = True,
+) -> Timing:
+    """How long ``call`` keeps ``device`` busy, each time with the caches cold.
+
+    On a GPU the calls are captured into a CUDA graph, each behind one that fills the second-level cache with something
+    else; a second graph holds only the latter, and the difference of the two is what the calls take.  So neither the host
+    nor the start of a launch is in the figure.  A single difference may come out below zero, their median may not.  What
+    cannot be captured is timed between two events, which leaves the start of the first launch in: hold such a time only
+    against others of the same :attr:`Timing.method`.  On a CPU it is the wall time, behind a walk through more memory
+    than the caches hold.
+
+    Args:
+        call: launches the work on the current stream; it has to do the same every time, and should allocate nothing.
+        device: where it runs.
+        budget_seconds: about how long to measure, seconds; the first call, which compiles, is not counted.
+        least: samples taken whatever they cost.
+        most: samples at most.
+        graph: whether to try a CUDA graph.
+
+    Raises:
+        RuntimeError: the call is too short to be told from nothing.
+    """
+    call()
+    if device.type != "cuda":
+
+        def behind_walk() -> float:
+            _evict_from_cpu()
+            return _clock(call)
+
+        return _samples(behind_walk, budget_seconds, least, most, "clock")
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        filler = torch.empty(_cache_bytes(device) // 4, dtype=torch.int32, device=device)
+        if graph:
+            try:
+                busy = _captured(lambda: (filler.zero_(), call()))
+                idle = _captured(lambda: filler.zero_())
+            except RuntimeError:  # a call that waits for the device, or allocates beside the graph's pool
+                torch.cuda.synchronize()
+            else:
+
+                def difference() -> float:
+                    return (_between_events(busy.replay) - _between_events(idle.replay)) / CALLS_A_GRAPH
+
+                return _above_zero(_samples(difference, budget_seconds, least, most, "graph"))
+
+        def behind_filler() -> float:
+            filler.zero_()
+            return _between_events(call)
+
+        return _samples(behind_filler, budget_seconds, least, most, "events")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where and when, with which versions and by which command: what a figure is worth nothing without."""
+    facts: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": portable_command(sys.orig_argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        # With the build behind the plus sign, which a package's record may leave out.
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "transformers")},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "gpu_capability": f"{properties.major}.{properties.minor}",
+            "gpu_processors": properties.multi_processor_count,
+            "gpu_bytes": properties.total_memory,
+            "cuda": torch.version.cuda or torch.version.hip,
+            "ptxas": ptxas_version(10 * properties.major + properties.minor),
+            **_driver_facts(device),
+        }
+    return facts
+
+
+def portable_command(words: Sequence[str], folder: Path | None = None) -> str:
+    """A command line as somebody else would type it: ``python``, and no path that only this machine has.
+
+    Args:
+        words: the program and its arguments.
+        folder: what absolute paths become relative to; by default the working directory.  Of one that lies elsewhere only
+            the last part is kept.
+    """
+    folder = Path.cwd() if folder is None else folder
+
+    def portable(word: str) -> str:
+        option, separator, value = word.rpartition("=")
+        path = Path(value)
+        if not path.is_absolute():
+            return word
+        kept = path.relative_to(folder) if path.is_relative_to(folder) else path.name
+        return f"{option}{separator}{kept}"
+
+    return shlex.join(["python", *map(portable, words[1:])])
+
+
+# -- clocks -----------------------------------------------------------------------------------------------------------
+
+
+def _samples(sample: Callable[[], float], budget_seconds: float, least: int, most: int, method: str) -> Timing:
+    seconds: list[float] = []
+    start = time.perf_counter()
+    while len(seconds) < least or (len(seconds) < most and time.perf_counter() - start < budget_seconds):
+        seconds.append(sample())
+    return Timing(tuple(seconds), method)
+
+
+def _above_zero(timing: Timing) -> Timing:
+    """``timing``, if there is a time in it: a ratio to nothing, or a kernel that takes none, would win every ranking."""
+    if timing.median <= 0:
+        raise RuntimeError(
+            f"the median of {len(timing.seconds)} differences is {timing.median * 1e6:.2f} µs: a call this short cannot be "
+            "told from the launch beside it on this GPU; time one with more rows"
+        )
+    return timing
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether the least of calls can be captured as a CUDA graph on ``device``."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        number = torch.zeros(1, device=device)
+        try:
+            _captured(number.zero_)
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return False
+    return True
+
+
+def _clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """``call``, :data:`CALLS_A_GRAPH` times, as a graph; run once before, as libraries set themselves up when first used."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_A_GRAPH):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def _between_events(call: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _cache_bytes(device: torch.device) -> int:
+    """Enough to push everything else out of the second-level cache."""
+    cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 0
+    return max(2 * int(cache), 64 * 2**20)
+
+
+@lru_cache
+def _cpu_filler() -> torch.Tensor:
+    """More memory than the CPU's caches hold, as far as the system says what they do."""
+    cache = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        size = re.fullmatch(r"(\d+)([KM])", path.read_text(encoding="ascii").strip())
+        if size is not None:
+            cache = max(cache, int(size[1]) * (2**10 if size[2] == "K" else 2**20))
+    return torch.zeros(max(2 * cache, 64 * 2**20) // 4)
+
+
+def _evict_from_cpu() -> None:
+    """Reads the filler, so that the caches hold nothing else; writing it would leave work for the call that is timed."""
+    _cpu_filler().sum()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- facts ------------------------------------------------------------------------------------------------------------
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, ``+`` behind it if its tree is another; ``None`` elsewhere.
+
+    New files count unless git ignores them.  Results do not: a campaign leaves them while it runs.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    # Without the lock that a mere question would take from whoever is committing.
+    status = ("git", "--no-optional-locks", "-C", str(root), "status", "--porcelain", "--untracked-files=normal")
+    changed = _output(*status, "--", ".", ":(exclude)bench/results")
+    return f"{commit}+" if commit and changed else commit
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _driver_facts(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, power limit and temperature of a GPU, where ``nvidia-smi`` is there to be asked."""
+    identity = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    chosen = f"GPU-{identity}" if identity else str(index)
+    line = _output("nvidia-smi", f"--id={chosen}", f"--query-gpu={','.join(DRIVER_FACTS)}", "--format=csv,noheader")
+    cells = line.splitlines()[0].split(", ") if line else []
+    return dict(zip(DRIVER_FACTS.values(), cells, strict=True)) if len(cells) == len(DRIVER_FACTS) else {}
+
+
+def ptxas_version(capability: int) -> str | None:
+    """The release of the assembler that Triton uses for a chip."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ImportError:
+        return None
+    try:
+        return str(get_ptxas(capability).version)
+    except (TypeError, RuntimeError, AttributeError):  # the function's arguments differ between releases
+        return None
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, without the last newline; ``None`` if it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

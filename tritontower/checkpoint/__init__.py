@@ -1,0 +1,1 @@
+"""Finds and reads checkpoints: hub, safetensors files, configuration, weight map and dequantization."""

@@ -1,0 +1,362 @@
+"""What each node kind of a layer graph does: one operation of :mod:`tritontower.kernels`, bound to its weights.
+
+Which backend an operation takes (a compiled kernel, the interpreter, torch) is decided by the tensors' device, in
+:mod:`tritontower.kernels.runtime.dispatch`, and nowhere here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tritontower.errors import UsageError
+from tritontower.graph.ir import Node, NodeKind, Rows, Weight
+from tritontower.kernels.attention.attention import flash_attention_varlen
+from tritontower.kernels.attention.pooling_head import attention_pooling
+from tritontower.kernels.gemm.linear import linear
+from tritontower.kernels.gemm.patch_projection import fold_temporal, patch_projection
+from tritontower.kernels.gemm.projector import projector_mlp
+from tritontower.kernels.gemm.qkv_projection import qkv_projection
+from tritontower.kernels.rowwise.activations import activation, add
+from tritontower.kernels.rowwise.gather import gather_rows
+from tritontower.kernels.rowwise.mean_pool import mean_rows
+from tritontower.kernels.rowwise.norm import norm
+from tritontower.kernels.rowwise.positions import axial_frequencies, rotary_table
+from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.runtime.segments import Segments
+from tritontower.kernels.runtime.valid_rows import Extent
+
+__all__ = ["BINDINGS", "TRANSFORMS", "PassFacts", "Step", "Tensors", "bound_weight"]
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class PassFacts:
+    """What a step has to know of the batch beside its tensors."""
+
+    segments: Segments
+    windows: Segments | None
+    views: Segments
+    side: int
+    extents: Mapping[Rows, Extent] = field(default_factory=dict)
+    """How many rows along each dimension a pass is planned for; none: as many as its tensors have."""
+
+    def segments_within(self, *, windows: bool) -> Segments:
+        """The runs of rows that attend to each other, in a block that attends within windows or in another.
+
+        Raises:
+            UsageError: the batch has no windows.
+        """
+        if not windows:
+            return self.segments
+        if self.windows is None:
+            raise UsageError(
+                "a block attends within windows, and the batch has none: it is another tower's; pack the pictures with this "
+                "tower's own preprocess()"
+            )
+        return self.windows
+
+
+Step = Callable[[Tensors, PassFacts], None]
+
+
+TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as_is": lambda source: source,
+    "flatten": lambda source: source.flatten(1),
+    "fold_temporal": fold_temporal,
+}
+
+
+def bound_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A weight as its node takes it, out of the tensors that a graph is made from.
+
+    Args:
+        weight: which.
+        sources: the tensors as :func:`tritontower.engine.weight_loader.read_weights` holds them; or, where the weight is an arranged
+            one and only the canonical tensor is there, that, which is left as it is.
+    """
+    held = sources.get(weight.held_name)
+    if held is None and weight.arrangement is not None:
+        held = weight.arrangement.apply(sources[weight.source])
+    return TRANSFORMS[weight.transform](sources[weight.source] if held is None else held)
+
+
+# -- one binding per node kind: a node and the weights → a step -------------------------------------------------------
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def _bind_patch_projection(node: Node, weights: Weights) -> Step:
+    pixels, *index = node.inputs
+    (rows,) = node.outputs
+    weight, bias, table = _roles(node, weights, "weight", "bias", "position_table")
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        places: dict[str, Any] = {}
+        if index:
+            places = {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
+        patch_projection(tensors[pixels], weight, bias, **places, **_extent(node, facts), out=tensors[rows])
+
+    return step
+
+
+def _bind_add_positions(node: Node, weights: Weights) -> Step:
+    rows, index, *share = node.inputs
+    (result,) = node.outputs
+    (table,) = _roles(node, weights, "position_table")
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        counted = tensors[share[0]] if share else None
+        gather_rows(table, tensors[index], counted, residual=tensors[rows], out=tensors[result])
+
+    return step
+
+
+def _bind_rotary_table(node: Node, weights: Weights) -> Step:
+    (positions,), (cosines, sines) = node.inputs, node.outputs
+    attributes = node.attributes
+    frequencies = axial_frequencies(attributes["head_dim"], attributes["theta"], attributes["layout"])
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        table = {"out_cos": tensors[cosines], "out_sin": tensors[sines]}
+        rotary_table(tensors[positions], frequencies, side=facts.side, **table)
+
+    return step
+
+
+def _bind_norm(node: Node, weights: Weights) -> Step:
+    rows, *residual = node.inputs
+    normed, *summed = node.outputs
+    weight, bias = _roles(node, weights, "weight", "bias")
+    how = _norm_attributes(node, "kind")
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        added: dict[str, Any] = {}
+        if residual:
+            added = {"residual": tensors[residual[0]], "residual_out": tensors[summed[0]]}
+        norm(tensors[rows], weight, bias, **how, **added, **_extent(node, facts), out=tensors[normed])
+
+    return step
+
+
+def _bind_linear(node: Node, weights: Weights) -> Step:
+    rows, *residual = node.inputs
+    (result,) = node.outputs
+    weight, bias = _roles(node, weights, "weight", "bias")
+    kind, joined = node.attributes["activation"], node.attributes["joined"]
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        how: dict[str, Any] = {"activation": kind, "residual": tensors[residual[0]] if residual else None}
+        linear(_joined(tensors[rows], joined), weight, bias, **how, **_extent(node, facts), out=tensors[result])
+
+    return step
+
+
+def _bind_activation(node: Node, weights: Weights) -> Step:
+    (rows,), (result,) = node.inputs, node.outputs
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        activation(tensors[rows], node.attributes["activation"], out=tensors[result])
+
+    return step
+
+
+def _bind_add(node: Node, weights: Weights) -> Step:
+    (first, second), (result,) = node.inputs, node.outputs
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        add(tensors[first], tensors[second], out=tensors[result])
+
+    return step
+
+
+def _bind_rope(node: Node, weights: Weights) -> Step:
+    qkv, cosines, sines = node.inputs
+    shape = (3, node.attributes["heads"], node.attributes["head_dim"])
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        q, k, _ = tensors[qkv].unflatten(1, shape).unbind(1)
+        dtype = torch.float32 if node.attributes["rotation"] == "float32" else q.dtype
+        rope_(q, k, tensors[cosines], tensors[sines], rotation_dtype=dtype)
+
+    return step
+
+
+def _bind_qkv_projection(node: Node, weights: Weights) -> Step:
+    rows, *tables = node.inputs
+    (qkv,) = node.outputs
+    weight, bias = _roles(node, weights, "weight", "bias")
+    heads = {name: node.attributes[name] for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        cosines, sines = (tensors[name] for name in tables) if tables else (None, None)
+        qkv_projection(tensors[rows], weight, bias, cosines, sines, **heads, **_extent(node, facts), out=tensors[qkv])
+
+    return step
+
+
+def _bind_attention(node: Node, weights: Weights) -> Step:
+    (qkv,), (mixed,) = node.inputs, node.outputs
+    heads, head_dim = node.attributes["heads"], node.attributes["head_dim"]
+    padded = node.attributes.get("padded_head_dim")
+    scaled = node.attributes.get("queries_scaled", False)
+    # The padding must not count: neither in the scale nor in what is written.
+    how: dict[str, Any] = {
+        "scale": None if scaled else head_dim**-0.5,
+        "queries_scaled": scaled,
+        "length_bound": node.attributes["length_bound"],
+        "columns": None if padded is None else head_dim,
+    }
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        q, k, v = tensors[qkv].unflatten(1, (3, heads, padded or head_dim)).unbind(1)
+        segments = facts.segments_within(windows=node.attributes["windows"])
+        flash_attention_varlen(q, k, v, segments, **how, out=tensors[mixed].unflatten(1, (heads, head_dim)))
+
+    return step
+
+
+def _bind_mlp(node: Node, weights: Weights) -> Step:
+    rows, *residual = node.inputs
+    (result,), (hidden,) = node.outputs, node.scratch
+    first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        x, out, between = tensors[rows], tensors[result], tensors[hidden]
+        total, most = x.shape[0], between.shape[0]
+        added = tensors[residual[0]] if residual else None
+        for start in range(0, total, most):
+            run = slice(start, min(start + most, total))
+            # A configuration for all rows: that of a run could sum in another order where the last one is short.
+            how: dict[str, Any] = (
+                _extent(node, facts) if total <= most else {"extent": _extent_of_run(node, facts, total, start)}
+            )
+            held = between[: run.stop - run.start]
+            linear(x[run], first, first_bias, activation=node.attributes["activation"], out=held, **how)
+            linear(held, second, second_bias, residual=None if added is None else added[run], out=out[run], **how)
+
+    return step
+
+
+def _bind_select(node: Node, weights: Weights) -> Step:
+    features, index = node.inputs[: node.attributes["features"]], node.inputs[node.attributes["features"] :]
+    (result,) = node.outputs
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        columns = tensors[result].tensor_split(len(features), dim=1)
+        for feature, out in zip(features, columns, strict=True):
+            if index:
+                gather_rows(tensors[feature], tensors[index[0]], out=out)
+            else:
+                out.copy_(tensors[feature])
+
+    return step
+
+
+def _bind_pool(node: Node, weights: Weights) -> Step:
+    (rows,), (result,) = node.inputs, node.outputs
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        mean_rows(tensors[rows], node.attributes["count"], out=tensors[result])
+
+    return step
+
+
+def _bind_projector(node: Node, weights: Weights) -> Step:
+    rows, *index = node.inputs
+    (tokens,), (hidden, *normed) = node.outputs, node.scratch
+    norm_weight, norm_bias = _roles(node, weights, "norm_weight", "norm_bias")
+    first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+    merge, over_token = node.attributes["merge"], node.attributes["over_token"]
+    how: dict[str, Any] = {"merge": 1 if over_token else merge, "activation": node.attributes["activation"]}
+    if norm_weight is not None:
+        how |= _norm_attributes(node, "norm_kind")
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        where: dict[str, Any] = {"hidden": tensors[hidden], "out": tensors[tokens]}
+        if normed:
+            where["normed"] = tensors[normed[0]]
+        if index:
+            where["row_index"] = tensors[index[0]].squeeze(1)
+        x = _joined(tensors[rows], merge) if over_token else tensors[rows]
+        where |= _extent(node, facts)
+        projector_mlp(x, norm_weight, norm_bias, first, first_bias, second, second_bias, **how, **where)
+
+    return step
+
+
+def _bind_assemble(node: Node, weights: Weights) -> Step:
+    rows, index, share = node.inputs
+    (tokens,) = node.outputs
+    (newline,) = _roles(node, weights, "newline")
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        counted = tensors[share] if tensors[share].shape[1] > 1 else None
+        gather_rows(tensors[rows], tensors[index], counted, fill=newline, out=tensors[tokens])
+
+    return step
+
+
+def _bind_attention_pooling(node: Node, weights: Weights) -> Step:
+    (keys_values,), (mixed,) = node.inputs, node.outputs
+    probe, weight, bias = _roles(node, weights, "probe", "weight", "bias")
+    heads = (node.attributes["heads"], node.attributes["head_dim"])
+    # The query is learned, hence the same in every pass.
+    query = linear(probe, weight, bias).view(heads)
+
+    def step(tensors: Tensors, facts: PassFacts) -> None:
+        parts = tensors[keys_values].unflatten(1, (2, *heads))
+        attention_pooling(query, parts, facts.views, out=tensors[mixed].unflatten(1, heads))
+
+    return step
+
+
+def _extent(node: Node, facts: PassFacts) -> dict[str, Any]:
+    """How many rows the node is planned for, as a keyword; none where it is as many as there are."""
+    extent = facts.extents.get(node.rows)
+    return {} if extent is None else {"extent": extent}
+
+
+def _extent_of_run(node: Node, facts: PassFacts, total: int, start: int) -> Extent:
+    """The extent of a run of rows from ``start`` on: planned like all of them.
+
+    Only in the first run the rows that count begin where the run does; the others compute whatever is there.
+    """
+    extent = facts.extents.get(node.rows) or Extent(total)
+    return extent if start == 0 else Extent(extent.planned)
+
+
+def _joined(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``count`` neighbouring rows side by side."""
+    return rows if count == 1 else rows.view(-1, count * rows.shape[1])
+
+
+def _roles(node: Node, weights: Weights, *roles: str) -> list[Any]:
+    """The node's weights in these roles; ``None`` for a role that it does not fill."""
+    return [weights[node.weights[role]] if role in node.weights else None for role in roles]
+
+
+def _norm_attributes(node: Node, kind: str) -> dict[str, Any]:
+    return {kind: node.attributes["norm"], "eps": node.attributes["eps"], "rounding": node.attributes["rounding"]}
+
+
+BINDINGS: dict[NodeKind, Callable[[Node, Weights], Step]] = {
+    "patch_projection": _bind_patch_projection,
+    "add_positions": _bind_add_positions,
+    "rotary_table": _bind_rotary_table,
+    "norm": _bind_norm,
+    "linear": _bind_linear,
+    "activation": _bind_activation,
+    "add": _bind_add,
+    "rope": _bind_rope,
+    "qkv_projection": _bind_qkv_projection,
+    "attention": _bind_attention,
+    "mlp": _bind_mlp,
+    "select": _bind_select,
+    "pool": _bind_pool,
+    "projector": _bind_projector,
+    "assemble": _bind_assemble,
+    "attention_pooling": _bind_attention_pooling,
+}

@@ -1,0 +1,1 @@
+"""The supported models, one file per family; what families share is in :mod:`tritontower.models.common`."""

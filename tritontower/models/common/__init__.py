@@ -1,0 +1,1 @@
+"""What several model files share: the registry, encoders, configuration fields and prompt layouts."""

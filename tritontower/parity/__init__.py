@@ -1,0 +1,1 @@
+"""Compares a tower with the implementation of transformers on the same checkpoint."""

@@ -1,0 +1,1 @@
+"""Decodes any accepted image into canonical RGB within limits."""

@@ -1,0 +1,1 @@
+"""The resizing rules, one file per rule."""

@@ -1,0 +1,108 @@
+"""What callers may pass to a tower in more than one form, in the one that it works with."""
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import TypeGuard, cast
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tritontower.batch.packed_batch import expected_workload
+from tritontower.config import TowerConfig
+from tritontower.errors import UsageError, shorten
+from tritontower.graph.ir import Workload
+from tritontower.preprocessing.images.image import Picture
+
+__all__ = [
+    "check_instance",
+    "frames_of",
+    "is_one_picture",
+    "is_whole_number",
+    "pack_of",
+    "pictures_of",
+    "views_of",
+    "workload_of",
+]
+
+
+def check_instance(name: str, value: object, kinds: tuple[type, ...], allowed: str) -> None:
+    """Raises :class:`~tritontower.errors.UsageError` unless the argument ``name`` is one of ``kinds``."""
+    if not isinstance(value, kinds):
+        raise UsageError(f"{name} is {shorten(value)}; allowed: {allowed}")
+
+
+def is_whole_number(value: object) -> TypeGuard[int]:
+    """Whether this is a whole number and not a truth value, which Python counts among them."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_one_picture(pictures: object) -> bool:
+    """Whether this is a picture and not several; what is neither counts as one, for its error message."""
+    alone = (Image.Image, np.ndarray, torch.Tensor, bytes, bytearray, memoryview, Path, str)
+    return isinstance(pictures, alone) or not isinstance(pictures, Iterable)
+
+
+def pictures_of(pictures: Iterable[Picture] | Picture) -> list[Picture]:
+    """One picture or several, in a list."""
+    return [cast("Picture", pictures)] if is_one_picture(pictures) else list(cast("Iterable[Picture]", pictures))
+
+
+def frames_of(frames: Iterable[Picture]) -> list[Picture]:
+    """The frames of a clip, in a list.
+
+    Raises:
+        UsageError: a single picture, whose rows would pass for grey frames.
+    """
+    if is_one_picture(frames) and getattr(frames, "ndim", 0) != 4:
+        raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the clip's frames, in order")
+    return list(frames)
+
+
+def views_of(views: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Pixels that are preprocessed already, view by view.
+
+    Raises:
+        UsageError: neither a tensor of several views nor a list of tensors.
+    """
+    alone = isinstance(views, torch.Tensor) and views.ndim == 0
+    if alone or isinstance(views, str) or not isinstance(views, Iterable):
+        raise UsageError(
+            f"batch is {shorten(views)}; allowed: what preprocess() returned, pixels [B, C, H, W], or a list of [C, H, W]"
+        )
+    return list(views)
+
+
+def pack_of(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Width and height of each picture of a pass, of which there may be one.
+
+    Raises:
+        UsageError: neither a size nor a list of sizes.
+    """
+    alone = isinstance(sizes, tuple) and not any(isinstance(side, Iterable) for side in sizes)
+    several = [sizes] if alone else sizes
+    if not isinstance(several, Iterable) or not all(
+        isinstance(size, Iterable) and len([*size]) == 2 for size in several
+    ):
+        raise UsageError(f"{shorten(sizes)} is no pack; allowed: (width, height), or a list of these, in pixels")
+    return [cast("tuple[int, int]", tuple(cast("Sequence[int]", size))) for size in several]
+
+
+def workload_of(config: TowerConfig, patches: int | Sequence[int] | Workload) -> Workload:
+    """The workload of a pass over still pictures of so many patches each, of which there may be one.
+
+    Raises:
+        UsageError: a count of patches that no picture of the tower has.
+    """
+    if isinstance(patches, Workload):
+        return patches
+    counts = list(patches) if isinstance(patches, Iterable) and not isinstance(patches, str) else [patches]
+    if not all(map(is_whole_number, counts)):
+        raise UsageError(f"patches is {shorten(patches)}; allowed: a whole number, or a list of them")
+    counts = [int(count) for count in counts]
+    unit = config.num_patches or config.rows_per_token
+    if any(count < 0 or count % unit for count in counts):
+        reason = "the patches of one token" if config.num_patches is None else "the patches of one view"
+        raise UsageError(f"patches {counts} must be multiples of {unit}, {reason}")
+    return expected_workload(config, counts)

@@ -1,0 +1,79 @@
+"""A pass's rows, cut into the embeddings of its pictures, and the names that a call gives them."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+
+import torch
+
+from tritontower.batch.packed_batch import PackedBatch
+from tritontower.config import TowerConfig
+from tritontower.embedding import ImageEmbedding, checked_alias
+from tritontower.errors import UsageError, shorten
+
+__all__ = ["aliases_of", "embeddings_of"]
+
+
+def embeddings_of(
+    config: TowerConfig, outputs: Mapping[str, torch.Tensor], batch: PackedBatch, *, bidirectional: bool = False
+) -> list[ImageEmbedding]:
+    """The rows of a pass, picture by picture.
+
+    Args:
+        config: the tower.
+        outputs: what it made of the batch, by name.
+        batch: the batch.
+        bidirectional: whether a language model lets the rows of a view attend to each other in both directions.
+    """
+
+    def parts(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        # A view would keep, and take along when it is pickled, the rows of the whole pack.
+        return [part.clone() for part in rows.split(list(counts))] if len(batch) > 1 else [rows][: len(batch)]
+
+    tokens = {name: parts(rows, batch.token_counts) for name, rows in outputs.items() if name != "pooled"}
+    pooled = parts(outputs["pooled"], batch.view_counts) if "pooled" in outputs else None
+    levels = [tokens[f"deepstack.{level}"] for level in range(len(config.deepstack))]
+    views = _view_tokens(config, batch)
+    return [
+        ImageEmbedding(
+            embeddings=rows,
+            grid_thw=batch.grids[index],
+            original_size=batch.original_sizes[index],
+            processed_size=batch.processed_sizes[index],
+            content_hash=batch.content_hashes[index],
+            deepstack=tuple(level[index] for level in levels),
+            pooled=None if pooled is None else pooled[index],
+            view_tokens=views[index],
+            bidirectional_spans=tuple(pairwise(accumulate(views[index], initial=0))) if bidirectional else (),
+        )
+        for index, rows in enumerate(tokens["embeddings"])
+    ]
+
+
+def _view_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...]]:
+    """Per picture the tokens of its views; of one that is put together of tiles, all of its tokens."""
+    if batch.assembly_index is not None:
+        return [(tokens,) for tokens in batch.token_counts]
+    extra = 1 if config.keep_class_token else 0
+    counts = [t * h * w // config.rows_per_token + extra for t, h, w in batch.view_grids]
+    ends = list(accumulate(batch.view_counts, initial=0))
+    return [tuple(counts[first:last]) for first, last in pairwise(ends)]
+
+
+def aliases_of(text_alias: str | Sequence[str | None] | None, pictures: int) -> Sequence[str | None]:
+    """An alias, or ``None``, for every picture.
+
+    Raises:
+        UsageError: no alias and no list of them, another number of aliases than pictures, or one that cannot be.
+    """
+    aliases = [text_alias] if isinstance(text_alias, str) else text_alias
+    if aliases is None:
+        return [None] * pictures
+    if not isinstance(aliases, Sequence):
+        raise UsageError(
+            f"text_alias is {shorten(aliases)}; allowed: a text for one picture, a list with one for each, or None"
+        )
+    if len(aliases) != pictures:
+        raise UsageError(
+            f"text_alias has {len(aliases)} aliases for {pictures} pictures; allowed: one for each, or None"
+        )
+    return [checked_alias(alias) for alias in aliases]
