@@ -26,7 +26,7 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install -qq --disable-pip-version-check
 PYTEST_FLAGS ?= -n auto --dist loadfile
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-PICTURES    ?=
+IMAGES    ?=
 DEMO_FLAGS  ?=
 BENCH       ?= towers
 BENCH_FLAGS ?=
@@ -38,8 +38,8 @@ GPU_PYTHON  := $(if $(NO_VENV),$(PYTHON),$(VENV_PYTHON))
 help: ## Say what can be made
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-demo: $(VENV)/.ready-demo ## Run the tower of Qwen2-VL-2B over photographs, check it, draw what it sees (PICTURES="a.jpg b.png")
-	@$(VENV_PYTHON) -m tritontower demo $(DEMO_FLAGS) $(PICTURES)
+demo: $(VENV)/.ready-demo ## Run the tower of Qwen2-VL-2B over photographs, check it, draw what it sees (IMAGES="a.jpg b.png")
+	@$(VENV_PYTHON) -m tritontower demo $(DEMO_FLAGS) $(IMAGES)
 
 test: $(VENV)/.ready-dev ## Run the tests (PYTEST_FLAGS="-k norm")
 	@$(TEST_ENVIRONMENT) $(VENV_PYTHON) -m pytest $(PYTEST_FLAGS)

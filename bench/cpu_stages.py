@@ -87,9 +87,9 @@ def _memory(setting: Setting) -> Iterator[Item]:
 CPU_STAGES: tuple[Stage, ...] = (
     Stage("towers", "the tower of Qwen2-VL-2B against transformers, bfloat16", _towers),
     Stage("towers-float32", "the same in float32", _towers_float32),
-    Stage("families", f"every family at its published width, {DEPTH} blocks, one picture of 448 × 448", _families),
-    Stage("packs", f"large pictures, many small ones and mixed sizes in one pass, {DEPTH} blocks", _packs),
-    Stage("preprocessing", "pictures to patches against transformers' image processors", _preprocessing),
+    Stage("families", f"every family at its published width, {DEPTH} blocks, one image of 448 × 448", _families),
+    Stage("packs", f"large images, many small ones and mixed sizes in one pass, {DEPTH} blocks", _packs),
+    Stage("preprocessing", "images to patches against transformers' image processors", _preprocessing),
     Stage("memory", "peak memory beside the plan", _memory),
     Stage("loading", "seconds and memory to load the tower of Qwen2-VL-2B", _loading),
 )

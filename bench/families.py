@@ -1,6 +1,6 @@
-"""Every family's tower at its published width against transformers' own, on the same pictures and random weights.
+"""Every family's tower at its published width against transformers' own, on the same images and random weights.
 
-    python -m bench.families                                 # all families, 8 blocks each, a picture of 448 × 448
+    python -m bench.families                                 # all families, 8 blocks each, an image of 448 × 448
     python -m bench.families --family Qwen2.5-VL --pack mixed --depth 0
 
 This is ``tritontower bench towers --family all --depth 8``.  The depth is cut (``--depth``, 0 for the published one):

@@ -98,7 +98,7 @@ def _attention_variants(head_dim: int, longest: int) -> Iterator[dict[str, Any]]
         for variant in ("online", "fixed"):
             yield attention_fields(shape, variant)
     for shape in ((128, 128, 4, 2), (128, 64, 4, 2), (128, 128, 4, 3)):
-        yield attention_fields(shape, "specialised")
+        yield attention_fields(shape, "specialized")
     if longest <= 64:
         yield attention_fields((64, 64, 4, 1), "one_shot")
 
@@ -128,8 +128,8 @@ def falls_back(case: Case, device: torch.device) -> str | None:
     here = architecture(device)
     config: FlashAttentionConfig = case.config
     if config.variant == "fixed" and here not in fixed_max.ARCHITECTURES:
-        return f"the fixed stabiliser is not compiled for {here}"
-    if config.variant != "specialised":
+        return f"the fixed stabilizer is not compiled for {here}"
+    if config.variant != "specialized":
         return None
     heads, head_dim = case.sizes["heads"], case.sizes["head_dim"]
     width = case.sizes.get("padded", head_dim)
@@ -161,7 +161,7 @@ def attention_items(setting: Setting) -> Iterator[Item]:
 
 
 def _tells_apart(lengths: Sequence[int]) -> bool:
-    """One long picture, or windows."""
+    """One long image, or windows."""
     return list(lengths) in ([4096], [16384]) or set(lengths) == {64}
 
 

@@ -1,4 +1,4 @@
-"""Pictures to patches, every family's rule against transformers' own image processor, on the same pictures.
+"""Images to patches, every family's rule against transformers' own image processor, on the same images.
 
     python -m bench.preprocessing                            # all families: 448², 1024², 2048², 16 of 224²
     python -m bench.preprocessing --family Qwen2-VL --size 900x700 --threads 1
@@ -16,7 +16,7 @@ import torch
 from tritontower.benchmarks.documents import Document, document, write_json
 from tritontower.benchmarks.images import family_configuration, family_titles
 from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
-from tritontower.cli.options import output_file, picture_size, positive_integer
+from tritontower.cli.options import image_size, output_file, positive_integer
 from tritontower.errors import TowerError, shorten
 
 
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument(
         "--family", action="append", choices=titles, metavar="TITLE", help="may be repeated; default: all"
     )
-    parser.add_argument("--size", type=picture_size, action="append", metavar="WIDTHxHEIGHT", help="a picture of noise")
+    parser.add_argument("--size", type=image_size, action="append", metavar="WIDTHxHEIGHT", help="an image of noise")
     parser.add_argument("--repeats", type=positive_integer, default=7, metavar="N", help="runs that count (default: 7)")
     parser.add_argument("--threads", type=positive_integer, default=torch.get_num_threads(), metavar="N")
     parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")

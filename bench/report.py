@@ -1,7 +1,7 @@
 """Writes what campaigns have measured into the README, between the markers ``<!-- bench:... -->``.
 
     python -m bench.report             # rewrite the README's tables
-    python -m bench.report --plots     # and draw the pictures beside the results (needs matplotlib)
+    python -m bench.report --plots     # and draw the images beside the results (needs matplotlib)
     python -m bench.report --check     # exit code 1 if the README says anything else than the results
 
 Of every stage the latest complete result of each machine counts; machines have sections of their own.  Dry runs are refused,
@@ -32,7 +32,7 @@ Found = Mapping[str, Any]
 Stages = Mapping[str, tuple[Path, Found]]
 """Stage → file and content of what one machine has found."""
 DRAWN: Mapping[str, Sequence[str]] = {"cpu": ("families", "packs"), "gpu": ("towers",)}
-"""Campaign → stages whose rows are those of the towers' benchmark, and make a picture."""
+"""Campaign → stages whose rows are those of the towers' benchmark, and make an image."""
 
 CPU_NOT_RUN = "The CPU campaign (`python -m bench.campaign --cpu`) has not been run yet."
 NOT_RUN = (
@@ -111,9 +111,9 @@ def _cpu(found: Stages) -> str:
         if name in found:
             path, content = found[name]
             parts.append(describe(content))
-            picture = path.with_suffix(".png")
-            if name in DRAWN["cpu"] and picture.is_file():
-                parts.append(f"![{content['summary']}]({_relative(picture)})")
+            image = path.with_suffix(".png")
+            if name in DRAWN["cpu"] and image.is_file():
+                parts.append(f"![{content['summary']}]({_relative(image)})")
     return "\n\n".join(parts)
 
 
@@ -171,7 +171,7 @@ def _tower_rows(content: Found) -> Iterable[Sequence[str]]:
 
 TOWER_COLUMNS = (
     "family",
-    "pictures",
+    "images",
     "patches",
     "tokens",
     "tritontower, ms",
@@ -182,7 +182,7 @@ TOWER_COLUMNS = (
 
 
 def _towers(content: Found) -> str:
-    return f"**The tower of Qwen2-VL-2B**, {content['dtype_of_rows']}, one square still picture:\n\n" + _markdown(
+    return f"**The tower of Qwen2-VL-2B**, {content['dtype_of_rows']}, one square still image:\n\n" + _markdown(
         TOWER_COLUMNS, _tower_rows(content)
     )
 
@@ -190,19 +190,19 @@ def _towers(content: Found) -> str:
 def _families(content: Found) -> str:
     return (
         "**Every family** (ShieldGemma 2 has the tower of Gemma 3) at its published width, depth cut to 8 blocks "
-        "(LLaVA: 7 of 8), bfloat16, one picture of 448 × 448:\n\n"
+        "(LLaVA: 7 of 8), bfloat16, one image of 448 × 448:\n\n"
     ) + _markdown(TOWER_COLUMNS, _tower_rows(content))
 
 
 def _packs(content: Found) -> str:
-    return "**Large pictures, many small ones, and mixed sizes in one pass**, 8 blocks, bfloat16:\n\n" + _markdown(
+    return "**Large images, many small ones, and mixed sizes in one pass**, 8 blocks, bfloat16:\n\n" + _markdown(
         TOWER_COLUMNS, _tower_rows(content)
     )
 
 
 def _preprocessing(content: Found) -> str:
     ways = (OURS, DIGESTS, BYTES)
-    columns = ("pictures", "fp32, ms", "with digests, ms", "bytes, ms", "transformers, ms", "ratios", "of first calls")
+    columns = ("images", "fp32, ms", "with digests, ms", "bytes, ms", "transformers, ms", "ratios", "of first calls")
     rows = []
     for row in content["rows"]:
         if row["status"] != "ok":
@@ -212,10 +212,10 @@ def _preprocessing(content: Found) -> str:
         milliseconds = (_with_quartiles(row["seconds"].get(way)) for way in (*ways, THEIRS))
         rows.append((row["label"], *milliseconds, _ratios(row["seconds"], ways), _ratios(row["in_turn"], ways)))
     return (
-        "**Preprocessing**, PIL pictures to patches, against transformers' own image processor; the pixels are the same, bit "
-        "for bit. *fp32* is the like of what transformers returns (but for the frames of a still picture, which are not "
-        "repeated), *with digests* also names every picture by its pixels, which a cache asks for, and *bytes* are what goes "
-        "to a GPU; all check the pictures and copy them. Every candidate makes two calls in its turn and the second counts; "
+        "**Preprocessing**, PIL images to patches, against transformers' own image processor; the pixels are the same, bit "
+        "for bit. *fp32* is the like of what transformers returns (but for the frames of a still image, which are not "
+        "repeated), *with digests* also names every image by its pixels, which a cache asks for, and *bytes* are what goes "
+        "to a GPU; all check the images and copy them. Every candidate makes two calls in its turn and the second counts; "
         "the first, behind another candidate's, finds other caches and no memory of its own. ± is half the distance of the "
         "quartiles, ratios are those of *fp32 / with digests / bytes*:\n\n"
     ) + _markdown(columns, rows)
@@ -292,9 +292,9 @@ def _gpu(found: Stages) -> str:
     ]
     if "towers" in found:
         parts.append(_gpu_towers(found["towers"][1], _peak_of(found)))
-        picture = found["towers"][0].with_suffix(".png")
-        if picture.is_file():
-            parts.append(f"![Whole towers against transformers]({_relative(picture)})")
+        image = found["towers"][0].with_suffix(".png")
+        if image.is_file():
+            parts.append(f"![Whole towers against transformers]({_relative(image)})")
     if "attention" in found:
         parts.append(_gpu_attention(found["attention"][1]))
     if "gemm" in found:
@@ -316,7 +316,7 @@ def _gpu_towers(content: Found, peak: float | None) -> str:
     compiled = RIVALS["compile"]
     columns = (
         "tower",
-        "pictures",
+        "images",
         "patches",
         "ms",
         "without graphs, ms",
@@ -445,7 +445,7 @@ _NAMED = {
 
 
 def _pack(row: Mapping[str, Any]) -> str:
-    return _NAMED.get(row["pack"], "one square" if row["pictures"] == 1 else f"{row['pictures']} of one size")
+    return _NAMED.get(row["pack"], "one square" if row["images"] == 1 else f"{row['images']} of one size")
 
 
 def _with_farthest(seconds: Sequence[float] | None) -> str:

@@ -93,7 +93,7 @@ GPU_STAGES: tuple[Stage, ...] = (
     Stage("gemm", "products at the towers' shapes against the vendor's library", gemm_items, interpreted=True),
     Stage("rope", "rotation in the epilogue against its own kernel; norms and gathers", rope_items, interpreted=True),
     Stage("towers", "whole towers against transformers, with memory peaks", gpu_tower_items),
-    Stage("preprocessing", "pictures to patches, and the whole way to embeddings", gpu_preprocessing_items),
+    Stage("preprocessing", "images to patches, and the whole way to embeddings", gpu_preprocessing_items),
     Stage("tune", "the tuner within its budget", _tune_items),
     Stage("stress", "random lengths in the variants that nothing but a GPU can prove", stress_items, interpreted=True),
     Stage("families", "every family at full depth", family_items),

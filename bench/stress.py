@@ -19,7 +19,7 @@ Shape = tuple[int, int, int, int]
 """Query rows and keys of a block, warps, stages."""
 
 VARIANTS: Mapping[str, Sequence[Shape]] = {
-    "specialised": [(128, 128, 4, 2), (128, 64, 4, 2)],
+    "specialized": [(128, 128, 4, 2), (128, 64, 4, 2)],
     "fixed": [(128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3)],
     "one_shot": [(64, 64, 4, 1)],
     "online": [(128, 64, 4, 3), (64, 64, 4, 3)],
@@ -39,7 +39,7 @@ def stress_items(setting: Setting) -> Iterator[Item]:
     """Random lengths in every variant and head size; a result has to be right, and the same every time."""
     taken: dict[str, list[tuple[int, int]]] = {}
     for variant in VARIANTS:
-        if setting.dry and variant == "specialised":
+        if setting.dry and variant == "specialized":
             continue  # nothing but a GPU runs it
         taken[variant] = []
         for head_dim, padded in HEADS:

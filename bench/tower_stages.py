@@ -1,4 +1,4 @@
-"""What a campaign measures of whole towers, and of the way from pictures to patches; see :mod:`bench.campaign`."""
+"""What a campaign measures of whole towers, and of the way from images to patches; see :mod:`bench.campaign`."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from tritontower.benchmarks.images import (
     family_checkpoint,
     family_configuration,
     family_titles,
-    noise_pictures,
-    pictures_of,
+    images_of,
+    noise_images,
     square,
     summaries,
 )
@@ -143,13 +143,13 @@ def _repeats(tower: VisionTower, batch: PackedBatch, least: int) -> int:
 
 
 def squares(*counts: int) -> list[Pass]:
-    """Passes over one square picture each, or as many views of a fixed size."""
+    """Passes over one square image each, or as many views of a fixed size."""
     return [(f"{count} patches", partial(square, patches=count)) for count in counts]
 
 
 def packs(*names: str) -> list[Pass]:
     """Passes over named packs."""
-    return [(name, partial(pictures_of, sizes=PACKS[name])) for name in names]
+    return [(name, partial(images_of, sizes=PACKS[name])) for name in names]
 
 
 def gpu_tower_items(setting: Setting) -> Iterator[Item]:
@@ -186,7 +186,7 @@ def family_items(setting: Setting) -> Iterator[Item]:
 
 
 def preprocessing_items(setting: Setting, titles: Sequence[str]) -> Iterator[Item]:
-    """Pictures to patches, for towers of several rules of resizing."""
+    """Images to patches, for towers of several rules of resizing."""
     sizes: Mapping[str, Sequence[tuple[int, int]]] = {"56 × 56": [(56, 56)]} if setting.dry else DEFAULT_SIZES
 
     def run(title: str, label: str) -> Row:
@@ -212,8 +212,8 @@ def gpu_preprocessing_items(setting: Setting) -> Iterator[Item]:
                 else stack.enter_context(family_checkpoint(TINY_FAMILY, dtype=torch.bfloat16))
             )
             tower = VisionTower.from_pretrained(folder, device=setting.device)
-            pictures = noise_pictures([(56, 56)] if setting.dry else DEFAULT_SIZES[label])
-            times = interleaved({"encode": lambda: tower.encode(pictures)}, repeats=2, device=setting.device)
+            images = noise_images([(56, 56)] if setting.dry else DEFAULT_SIZES[label])
+            times = interleaved({"encode": lambda: tower.encode(images)}, repeats=2, device=setting.device)
         return {"status": "ok", "label": f"encode, {label}", "seconds": {OURS: list(times["encode"].seconds)}}
 
     for label in ("448 × 448",) if setting.dry else DEFAULT_SIZES:

@@ -1,6 +1,6 @@
-"""An engine's own loop: ids of a prompt with a picture, rows for them, positions, a prefill in chunks, greedy tokens.
+"""An engine's own loop: ids of a prompt with an image, rows for them, positions, a prefill in chunks, greedy tokens.
 
-    python examples/engine_loop.py photo.jpg "What is in the picture?"
+    python examples/engine_loop.py photo.jpg "What is in the image?"
 
 The language model is borrowed from transformers; it takes rows and positions, as any engine's does.
 """
@@ -18,9 +18,9 @@ from tritontower.prompt.mrope import prompt_positions
 
 @torch.inference_mode()
 def main() -> None:
-    """Answers one question about one picture."""
+    """Answers one question about one image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="Qwen2-VL or Qwen2.5-VL")
     parser.add_argument("--chunk", type=int, default=256, help="tokens of the prompt that run at once")
@@ -32,10 +32,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=tower.dtype).to(tower.device)
     language, table = model.model.language_model, model.get_input_embeddings()
-    pictures = tower.encode(arguments.picture, text_alias="<picture>")
-    question = [{"role": "user", "content": f"<picture>{arguments.question}"}]
+    images = tower.encode(arguments.image, text_alias="<image>")
+    question = [{"role": "user", "content": f"<image>{arguments.question}"}]
     text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    prompt = encode_prompt(tokenizer, text, pictures, tower=tower, space=TokenSpace())
+    prompt = encode_prompt(tokenizer, text, images, tower=tower, space=TokenSpace())
 
     cache, state = DynamicCache(), None
     for ids in prompt.input_ids.split(arguments.chunk):

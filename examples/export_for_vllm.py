@@ -21,7 +21,7 @@ def main() -> None:
     """Writes the file, or reads it and asks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("encode", "ask"))
-    parser.add_argument("given", nargs="+", help="pictures to encode, or the prompt to ask with")
+    parser.add_argument("given", nargs="+", help="images to encode, or the prompt to ask with")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="a local folder or a hub id")
     parser.add_argument("--file", type=Path, required=True, help="where the embeddings are kept")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""A model whose language part is quantised to 4 bits, and whose vision part is a tower in full precision.
+"""A model whose language part is quantized to 4 bits, and whose vision part is a tower in full precision.
 
-    python examples/four_bit_vlm.py photo.jpg "What is in the picture?" --model Qwen/Qwen2.5-VL-7B-Instruct
+    python examples/four_bit_vlm.py photo.jpg "What is in the image?" --model Qwen/Qwen2.5-VL-7B-Instruct
 
 Needs bitsandbytes.
 """
@@ -14,9 +14,9 @@ from tritontower.integrations.transformers import accelerated, load_vlm
 
 
 def main() -> None:
-    """Answers one question about one picture."""
+    """Answers one question about one image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
+    parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="a local folder or a hub id")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to generate at most")
@@ -25,12 +25,12 @@ def main() -> None:
     model, processor = load_vlm(arguments.model, load_in_4bit=True)
     swapped = accelerated(model)
     assert swapped is not None  # load_vlm puts a tower into every model
-    quantised = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
-    print(f"{quantised} linears of the language model in 4 bits, the vision part in {swapped.tower.dtype}")
+    quantized = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
+    print(f"{quantized} linears of the language model in 4 bits, the vision part in {swapped.tower.dtype}")
 
     content = [{"type": "image"}, {"type": "text", "text": arguments.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[Image.open(arguments.picture)], text=[text], return_tensors="pt").to(model.device)
+    inputs = processor(images=[Image.open(arguments.image)], text=[text], return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False)
     print(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 

@@ -1,4 +1,4 @@
-"""Pictures in, embeddings out, and nothing of the checkpoint loaded but its vision tower.
+"""Images in, embeddings out, and nothing of the checkpoint loaded but its vision tower.
 
     python examples/minimal_encode.py photo.jpg page.png --output embeddings.safetensors
 
@@ -13,16 +13,16 @@ from tritontower.embedding import load_embeddings, save_embeddings
 
 
 def main() -> None:
-    """Encodes the pictures, keeps the embeddings in a file, and reads them back."""
+    """Encodes the images, keeps the embeddings in a file, and reads them back."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", nargs="+", type=Path, help="of any sizes")
+    parser.add_argument("images", nargs="+", type=Path, help="of any sizes")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="a local folder or a hub id")
     parser.add_argument("--output", type=Path, help="a safetensors file to write")
     arguments = parser.parse_args()
 
     tower = VisionTower.from_pretrained(arguments.model)
-    embeddings = tower.encode(arguments.pictures)
-    for path, embedding in zip(arguments.pictures, embeddings, strict=True):
+    embeddings = tower.encode(arguments.images)
+    for path, embedding in zip(arguments.images, embeddings, strict=True):
         width, height = embedding.original_size
         rows = embedding.embeddings
         print(f"{path.name}: {width} × {height} pixels, {embedding.num_tokens} tokens, {list(rows.shape)} {rows.dtype}")

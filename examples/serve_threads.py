@@ -1,9 +1,9 @@
-"""A server with one tower for all its threads: POST a picture, get its embedding as a safetensors file.
+"""A server with one tower for all its threads: POST an image, get its embedding as a safetensors file.
 
     python examples/serve_threads.py --port 8000
     curl --data-binary @photo.jpg http://127.0.0.1:8000 --output embedding.safetensors
 
-Threads decode and preprocess side by side and take turns on the device; a picture that came before is not encoded again.
+Threads decode and preprocess side by side and take turns on the device; an image that came before is not encoded again.
 """
 
 import argparse

@@ -18,8 +18,8 @@ from tritontower.integrations.transformers import accelerate_vision, restore
 def main() -> None:
     """Generates an answer both ways."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("prompt", help="with the model's marker for a picture in it")
+    parser.add_argument("image", type=Path)
+    parser.add_argument("prompt", help="with the model's marker for an image in it")
     parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", help="a local folder or a hub id")
     parser.add_argument("--tokens", type=int, default=32, help="tokens to generate at most")
     arguments = parser.parse_args()
@@ -27,7 +27,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype="auto").to(device)
     processor = AutoProcessor.from_pretrained(arguments.model)
-    inputs = processor(images=Image.open(arguments.picture), text=arguments.prompt, return_tensors="pt").to(device)
+    inputs = processor(images=Image.open(arguments.image), text=arguments.prompt, return_tensors="pt").to(device)
 
     def answer() -> str:
         tokens = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False)

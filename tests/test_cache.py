@@ -188,7 +188,7 @@ def test_other_preprocessing_has_another_identity(qwen2_vl: Path, tmp_path: Path
     same = SmartResize(config, qwen2_vl, Limits(max_image_pixels=5))
     assert preprocessing_identity(plain) == preprocessing_identity(same)
     others = [
-        SmartResize(config, qwen2_vl, Limits(), frame_budget="per_clip"),
+        SmartResize(config, qwen2_vl, Limits(), frame_budget="per_video"),
         SmartResize(config, qwen2_vl, Limits(), options={"resample": 2}),
         SmartResize(config, qwen2_vl, Limits(), options={"image_mean": [0.0, 0.0, 0.0]}),
         SmartResize(config, qwen2_vl, Limits(), given=plain.processor),
@@ -217,35 +217,35 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_a_picture_that_comes_again_is_not_encoded_again(qwen2_vl: Path, passes: list[int]) -> None:
+def test_an_image_that_comes_again_is_not_encoded_again(qwen2_vl: Path, passes: list[int]) -> None:
     cache = EmbeddingCache(2**20)
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
-    picture, other = noise(90, 60, 1), noise(90, 60, 2)
-    (first,) = tower.encode(picture)
+    image, other = noise(90, 60, 1), noise(90, 60, 2)
+    (first,) = tower.encode(image)
     assert len(passes) == 1
-    again, new = tower.encode([Image.fromarray(picture), other], text_alias=["<a>", None])
+    again, new = tower.encode([Image.fromarray(image), other], text_alias=["<a>", None])
     assert len(passes) == 2
     assert passes[1] == 4 * new.num_tokens
     assert torch.equal(again.embeddings, first.embeddings)
     assert (again.text_alias, first.text_alias) == ("<a>", None)
     assert again.content_hash == first.content_hash
     # Other bounds make other rows; the same in another spelling do not.
-    tower.encode(picture, max_pixels=4000)
+    tower.encode(image, max_pixels=4000)
     assert len(passes) == 3
-    tower.encode(picture, max_pixels=np.int64(4000), min_pixels=None)
+    tower.encode(image, max_pixels=np.int64(4000), min_pixels=None)
     assert len(passes) == 3
     assert cache.stats.entries == 3
-    frames = [picture, other]
-    clip = tower.encode_video(frames, fps=2)
+    frames = [image, other]
+    video = tower.encode_video(frames, fps=2)
     assert len(passes) == 4
     known = tower.encode_video(frames, timestamps=[3.0, 5.0], text_alias="<b>")
     assert len(passes) == 4
-    assert torch.equal(known.embeddings, clip.embeddings)
-    assert (clip.timestamps, known.timestamps) == ((0.25,), (4.0,))
-    assert clip.is_clip
-    assert known.is_clip
-    assert not again.is_clip
-    assert (clip.text_alias, known.text_alias) == (None, "<b>")
+    assert torch.equal(known.embeddings, video.embeddings)
+    assert (video.timestamps, known.timestamps) == ((0.25,), (4.0,))
+    assert video.is_video
+    assert known.is_video
+    assert not again.is_video
+    assert (video.text_alias, known.text_alias) == (None, "<b>")
 
 
 def test_a_call_that_asks_for_it_finds_numbers_that_an_earlier_call_kept(qwen2_vl: Path) -> None:
@@ -256,15 +256,15 @@ def test_a_call_that_asks_for_it_finds_numbers_that_an_earlier_call_kept(qwen2_v
         return {name: rows.fill_(float("inf")) for name, rows in forward(batch).items()}
 
     tower.run = run  # type: ignore[method-assign]
-    picture, frames = noise(60, 60, 1), [noise(60, 60, 2)] * 2
-    assert tower.encode(picture)[0].embeddings.isinf().all()
+    image, frames = noise(60, 60, 1), [noise(60, 60, 2)] * 2
+    assert tower.encode(image)[0].embeddings.isinf().all()
     tower.encode_video(frames)
     tower.run = forward  # type: ignore[method-assign]
     with pytest.raises(NonFiniteOutputError, match="NaN or infinity"):
-        tower.encode(picture, check_output=True)
+        tower.encode(image, check_output=True)
     with pytest.raises(NonFiniteOutputError, match="NaN or infinity"):
         tower.encode_video(frames, check_output=True)
-    bad, good = tower.encode([picture, noise(60, 60, 3)], check_output=True, on_error="return")
+    bad, good = tower.encode([image, noise(60, 60, 3)], check_output=True, on_error="return")
     assert isinstance(bad, ItemError)
     assert isinstance(good, ImageEmbedding)
 
@@ -284,8 +284,8 @@ def test_a_device_without_memory_for_the_cache_does_not_stop_a_call(
 ) -> None:
     cache = EmbeddingCache(2**20)
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
-    picture = noise(60, 60, 1)
-    (first,) = tower.encode(picture)
+    image = noise(60, 60, 1)
+    (first,) = tower.encode(image)
     move = ImageEmbedding.to
 
     def full(self: ImageEmbedding, device: Any, *, copy: bool = False) -> ImageEmbedding:
@@ -294,7 +294,7 @@ def test_a_device_without_memory_for_the_cache_does_not_stop_a_call(
         return move(self, device)
 
     monkeypatch.setattr(ImageEmbedding, "to", full)
-    again, other = tower.encode([picture, noise(60, 60, 2)])
+    again, other = tower.encode([image, noise(60, 60, 2)])
     assert torch.equal(again.embeddings, first.embeddings)
     assert other.num_tokens == first.num_tokens
     assert cache.stats.entries == 1
@@ -304,12 +304,12 @@ def test_a_device_without_memory_for_the_cache_does_not_stop_a_call(
     with pytest.raises(RuntimeError, match="an illegal instruction"):
         cache.put("new", first)
     with pytest.raises(RuntimeError, match="an illegal instruction"):
-        tower.encode(picture)
+        tower.encode(image)
 
 
 def test_towers_that_differ_never_share(qwen2_vl: Path, tmp_path: Path, passes: list[int]) -> None:
     cache = EmbeddingCache(2**22)
-    picture = noise(60, 60, 1)
+    image = noise(60, 60, 1)
     tuned = save_qwen2_vl(tmp_path / "tuned", seed=1)
 
     def tower(folder: Path, **options: Any) -> VisionTower:
@@ -322,63 +322,63 @@ def test_towers_that_differ_never_share(qwen2_vl: Path, tmp_path: Path, passes: 
         tower(qwen2_vl, feature_layer=-2),
         tower(tuned),
     ]
-    embeddings = [one.encode(picture)[0].embeddings.float() for one in towers]
+    embeddings = [one.encode(image)[0].embeddings.float() for one in towers]
     assert len(passes) == len(towers)
     assert all(not torch.equal(a, b) for i, a in enumerate(embeddings) for b in embeddings[:i])
-    assert torch.equal(tower(qwen2_vl).encode(picture)[0].embeddings, embeddings[0])
+    assert torch.equal(tower(qwen2_vl).encode(image)[0].embeddings, embeddings[0])
     assert len(passes) == len(towers)
 
 
 def _confusable() -> list[Image.Image]:
-    """Pictures whose stored bytes are equal, and whose pixels are not."""
+    """Images whose stored bytes are equal, and whose pixels are not."""
     stored = bytes(random.Random(0).randrange(256) for _ in range(3000 * 3))
     indices = Image.frombytes("P", (30, 30), stored[:900])
     palettes = [[channel for index in range(256) for channel in (index, 255 - index, base)] for base in (0, 200)]
-    pictures = [
+    images = [
         Image.frombytes("RGB", (30, 100), stored),
         Image.frombytes("RGB", (100, 30), stored),
         Image.frombytes("L", (30, 30), stored[:900]),
     ]
     for palette in palettes:
-        picture = indices.copy()
-        picture.putpalette(palette)
-        pictures.append(picture)
-    transparent = pictures[-1].copy()
+        image = indices.copy()
+        image.putpalette(palette)
+        images.append(image)
+    transparent = images[-1].copy()
     transparent.info["transparency"] = stored[0]
-    pictures.append(transparent)
+    images.append(transparent)
     for alpha in (0, 128, 255):
-        picture = pictures[0].convert("RGBA")
-        picture.putalpha(alpha)
-        pictures.append(picture)
-    return pictures
+        image = images[0].convert("RGBA")
+        image.putalpha(alpha)
+        images.append(image)
+    return images
 
 
-def test_pictures_that_look_alike_in_memory_are_kept_apart(qwen2_vl: Path) -> None:
+def test_images_that_look_alike_in_memory_are_kept_apart(qwen2_vl: Path) -> None:
     cache = EmbeddingCache(2**22)
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
     plain = VisionTower.from_pretrained(qwen2_vl, device="cpu")
-    pictures = _confusable()
-    expected = plain.encode(pictures)
+    images = _confusable()
+    expected = plain.encode(images)
     for _ in range(2):
-        for found, one in zip(tower.encode(pictures), expected, strict=True):
+        for found, one in zip(tower.encode(images), expected, strict=True):
             assert torch.equal(found.embeddings, one.embeddings)
-    # Fully opaque is the same picture; everything else is one of its own.
-    assert cache.stats.entries == len(pictures) - 1
-    assert len({canonical_rgb(picture).digest for picture in pictures}) == len(pictures) - 1
+    # Fully opaque is the same image; everything else is one of its own.
+    assert cache.stats.entries == len(images) - 1
+    assert len({canonical_rgb(image).digest for image in images}) == len(images) - 1
 
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_a_small_cache_never_mixes_two_pictures(qwen2_vl: Path, data: st.DataObject) -> None:
+def test_a_small_cache_never_mixes_two_images(qwen2_vl: Path, data: st.DataObject) -> None:
     tower = _TOWER.setdefault("tower", VisionTower.from_pretrained(qwen2_vl, device="cpu"))
-    pictures = _PICTURES
-    expected = _EXPECTED or _EXPECTED.extend(tower.encode(pictures)) or _EXPECTED
+    images = _IMAGES
+    expected = _EXPECTED or _EXPECTED.extend(tower.encode(images)) or _EXPECTED
     limit = data.draw(st.integers(0, sum(one.nbytes for one in expected)))
     tower.cache = EmbeddingCache(limit)
     try:
         for _ in range(data.draw(st.integers(1, 4))):
-            chosen = data.draw(st.lists(st.integers(0, len(pictures) - 1), max_size=6))
-            found = tower.encode([pictures[index] for index in chosen])
+            chosen = data.draw(st.lists(st.integers(0, len(images) - 1), max_size=6))
+            found = tower.encode([images[index] for index in chosen])
             assert all(torch.equal(a.embeddings, expected[i].embeddings) for a, i in zip(found, chosen, strict=True))
             assert tower.cache.stats.bytes <= limit
     finally:
@@ -386,7 +386,7 @@ def test_a_small_cache_never_mixes_two_pictures(qwen2_vl: Path, data: st.DataObj
 
 
 _TOWER: dict[str, VisionTower] = {}
-_PICTURES = [noise(28 + 14 * (seed % 3), 28 + 14 * (seed // 3), seed) for seed in range(6)]
+_IMAGES = [noise(28 + 14 * (seed % 3), 28 + 14 * (seed // 3), seed) for seed in range(6)]
 _EXPECTED: list[ImageEmbedding] = []
 
 

@@ -44,12 +44,12 @@ def rich(seed: int = 0) -> ImageEmbedding:
         deepstack=(rows + 1, rows * 2),
         pooled=torch.randn(2, 5),
         token_ids=tuple(range(10**9, 10**9 + 6)),
-        text_alias="<picture ü\n>",
+        text_alias="<image ü\n>",
         bidirectional_spans=((0, 4), (4, 6)),
         view_tokens=(4, 2),
         seconds_per_grid=1 / 3,
         timestamps=(0.1, 0.7),
-        is_clip=True,
+        is_video=True,
     )
 
 
@@ -143,7 +143,7 @@ def test_any_embedding_survives_a_file(tmp_path: Path, data: st.DataObject) -> N
     views = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
     tokens, seconds = sum(views), st.floats(0, 1e6)
     frames = data.draw(st.integers(1, 3))
-    clip = frames > 1 or data.draw(st.booleans())
+    video = frames > 1 or data.draw(st.booleans())
     one = embedding(
         tokens,
         data.draw(st.integers(1, 5)),
@@ -152,9 +152,9 @@ def test_any_embedding_survives_a_file(tmp_path: Path, data: st.DataObject) -> N
         view_tokens=tuple(views),
         token_ids=data.draw(st.sampled_from([(), tuple(range(2**40, 2**40 + tokens))])),
         text_alias=data.draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]))),
-        seconds_per_grid=data.draw(st.none() | seconds) if clip else None,
-        timestamps=data.draw(st.sampled_from([0, frames if clip else 0]).map(lambda count: (0.5,) * count)),
-        is_clip=clip,
+        seconds_per_grid=data.draw(st.none() | seconds) if video else None,
+        timestamps=data.draw(st.sampled_from([0, frames if video else 0]).map(lambda count: (0.5,) * count)),
+        is_video=video,
     )
     one.save(tmp_path / "one.safetensors")
     assert_same(ImageEmbedding.load(tmp_path / "one.safetensors"), one)
@@ -213,9 +213,9 @@ def saved(tmp_path: Path) -> Path:
         ("deepstack_levels", "2"),
         ("pooled", False),
         ("pooled", 1),
-        ("is_clip", False),
-        ("is_clip", None),
-        ("is_clip", 1),
+        ("is_video", False),
+        ("is_video", None),
+        ("is_video", 1),
     ],
 )
 def test_a_wrong_fact_is_refused_by_name(saved: Path, tmp_path: Path, name: str, value: Any) -> None:
@@ -355,4 +355,4 @@ def test_a_file_has_the_permissions_of_any_other_or_keeps_its_own(tmp_path: Path
 
 def test_it_says_what_it_is_without_its_numbers() -> None:
     assert repr(embedding()) == "<ImageEmbedding [6, 8] torch.float32 on cpu, grid (1, 4, 6)>"
-    assert "2 deepstack levels, pooled, alias '<picture ü\\n>'" in repr(rich())
+    assert "2 deepstack levels, pooled, alias '<image ü\\n>'" in repr(rich())

@@ -59,8 +59,8 @@ def test_is_also_a_builtin_and_survives_pickling(error: TowerError) -> None:
 def test_messages_say_what_where_and_what_is_allowed() -> None:
     by_type = {type(error).__name__: str(error) for error in EXAMPLES}
     assert by_type["ConfigError"] == "config.json: vision_config.depth is -3; allowed: an integer ≥ 1"
-    assert by_type["ImageDecodeError"] == "picture 1 (b): a"
-    assert by_type["ImageTooLargeError"] == "picture 0: a"
+    assert by_type["ImageDecodeError"] == "image 1 (b): a"
+    assert by_type["ImageTooLargeError"] == "image 0: a"
     assert "tensor a in b has shape [3], but config.json implies [1, 2]" in by_type["ShapeMismatchError"]
 
 

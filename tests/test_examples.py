@@ -22,7 +22,7 @@ from tritontower import VisionTower
 from tritontower.embedding import load_embeddings
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-WORDS = ["what", "is", "in", "the", "picture", "?", "a", "cat", "USER", "ASSISTANT", ":", *(f"w{n}" for n in range(80))]
+WORDS = ["what", "is", "in", "the", "image", "?", "a", "cat", "USER", "ASSISTANT", ":", *(f"w{n}" for n in range(80))]
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 Run = Callable[..., str]
@@ -60,7 +60,7 @@ CHAT_TEMPLATE = (
 
 
 def save_qwen(folder: Path, prefix: str, vision: dict[str, Any]) -> Path:
-    """A small Qwen-VL with a tokenizer, of widths that bitsandbytes can quantise on a CPU."""
+    """A small Qwen-VL with a tokenizer, of widths that bitsandbytes can quantize on a CPU."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -139,11 +139,11 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
     paths = []
     for index, size in enumerate([(90, 60), (56, 112)]):
-        paths.append(folder / f"picture{index}.png")
+        paths.append(folder / f"image{index}.png")
         Image.fromarray(noise(*size, seed=index)).save(paths[-1])
     return paths
 
@@ -172,16 +172,16 @@ def test_all_of_them_are_short_tested_and_listed() -> None:
         assert f"(examples/{file.name})" in readme
 
 
-def test_minimal_encode(run: Run, qwen: Path, pictures: list[Path], tmp_path: Path) -> None:
-    output = run("minimal_encode.py", *pictures, "--model", qwen, "--output", tmp_path / "rows.safetensors")
-    expected = VisionTower.from_pretrained(qwen).encode(pictures)
-    for path, embedding in zip(pictures, expected, strict=True):
+def test_minimal_encode(run: Run, qwen: Path, images: list[Path], tmp_path: Path) -> None:
+    output = run("minimal_encode.py", *images, "--model", qwen, "--output", tmp_path / "rows.safetensors")
+    expected = VisionTower.from_pretrained(qwen).encode(images)
+    for path, embedding in zip(images, expected, strict=True):
         assert re.search(rf"{path.name}: .* {embedding.num_tokens} tokens", output)
     for found, embedding in zip(load_embeddings(tmp_path / "rows.safetensors"), expected, strict=True):
         assert torch.equal(found.embeddings, embedding.embeddings)
 
 
-def answer_of_transformers(folder: Path, picture: Path, text: str, tokens: int) -> str:
+def answer_of_transformers(folder: Path, image: Path, text: str, tokens: int) -> str:
     """What transformers alone generates from the same prompt."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -189,7 +189,7 @@ def answer_of_transformers(folder: Path, picture: Path, text: str, tokens: int) 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    pixels = processor(images=[Image.open(picture)], return_tensors="pt")
+    pixels = processor(images=[Image.open(image)], return_tensors="pt")
     count = int(pixels["image_grid_thw"].prod()) // 4
     ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt")["input_ids"]
     types = (ids == model.config.image_token_id).int()
@@ -205,27 +205,27 @@ def answer_of_transformers(folder: Path, picture: Path, text: str, tokens: int) 
 
 
 @pytest.mark.parametrize(("model", "chunk"), [("qwen", 7), ("qwen", 256), ("qwen2_5", 5)])
-def test_engine_loop(run: Run, pictures: list[Path], request: pytest.FixtureRequest, model: str, chunk: int) -> None:
+def test_engine_loop(run: Run, images: list[Path], request: pytest.FixtureRequest, model: str, chunk: int) -> None:
     folder = request.getfixturevalue(model)
-    output = run("engine_loop.py", pictures[0], "what is in", "--model", folder, "--chunk", chunk)
+    output = run("engine_loop.py", images[0], "what is in", "--model", folder, "--chunk", chunk)
     text = "user : <|vision_start|><|image_pad|><|vision_end|>what is in ASSISTANT :"
-    expected = answer_of_transformers(folder, pictures[0], text, 32)
+    expected = answer_of_transformers(folder, images[0], text, 32)
     assert len(set(expected.split())) > 2
     assert output.strip() == expected
 
 
-def test_swap_into_transformers(run: Run, llava: Path, pictures: list[Path]) -> None:
-    prompt = "USER : <image> what is in the picture ? ASSISTANT :"
-    output = run("swap_into_transformers.py", pictures[0], prompt, "--model", llava, "--tokens", 8)
+def test_swap_into_transformers(run: Run, llava: Path, images: list[Path]) -> None:
+    prompt = "USER : <image> what is in the image ? ASSISTANT :"
+    output = run("swap_into_transformers.py", images[0], prompt, "--model", llava, "--tokens", 8)
     swapped, own = re.findall(r"^with(?:out it| the tower): +(.*)$", output, re.MULTILINE)
     assert swapped == own
     assert len(set(own.split())) > 2
     assert float(re.findall(r"([\d.]+) MiB of vision weights shared", output)[0]) > 0
 
 
-def test_four_bit_vlm(run: Run, qwen: Path, pictures: list[Path]) -> None:
+def test_four_bit_vlm(run: Run, qwen: Path, images: list[Path]) -> None:
     pytest.importorskip("bitsandbytes")
-    output = run("four_bit_vlm.py", pictures[0], "what is in", "--model", qwen, "--tokens", 8)
+    output = run("four_bit_vlm.py", images[0], "what is in", "--model", qwen, "--tokens", 8)
     first, answer = output.strip().splitlines()
     # q, k, v, o and the three of the MLP, in both layers.
     assert first == "14 linears of the language model in 4 bits, the vision part in torch.float32"
@@ -233,11 +233,11 @@ def test_four_bit_vlm(run: Run, qwen: Path, pictures: list[Path]) -> None:
 
 
 def test_export_for_vllm(
-    run: Run, qwen: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, qwen: Path, images: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     file = tmp_path / "embeddings.safetensors"
-    first = run("export_for_vllm.py", "encode", *pictures, "--model", qwen, "--file", file)
+    first = run("export_for_vllm.py", "encode", *images, "--model", qwen, "--file", file)
     tokens = sum(embedding.num_tokens for embedding in load_embeddings(file))
     assert first.startswith(f"2 embeddings, {tokens} tokens")
     second = run("export_for_vllm.py", "ask", "what is <|image_pad|> ?", "--model", qwen, "--file", file)
@@ -247,7 +247,7 @@ def test_export_for_vllm(
     ]
 
 
-def test_serve_threads(qwen: Path, pictures: list[Path]) -> None:
+def test_serve_threads(qwen: Path, images: list[Path]) -> None:
     command = [sys.executable, EXAMPLES / "serve_threads.py", "--model", qwen, "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("TRITON_INTERPRET", None)
@@ -260,15 +260,15 @@ def test_serve_threads(qwen: Path, pictures: list[Path]) -> None:
             with urlopen(Request(address, data=body, method="POST"), timeout=60) as response:
                 return load(response.read())["embeddings"]
 
-        expected = [embedding.embeddings for embedding in VisionTower.from_pretrained(qwen).encode(pictures)]
+        expected = [embedding.embeddings for embedding in VisionTower.from_pretrained(qwen).encode(images)]
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(post, [path.read_bytes() for path in pictures] * 8))
+            found = list(pool.map(post, [path.read_bytes() for path in images] * 8))
         for index, rows in enumerate(found):
             assert torch.equal(rows, expected[index % 2])
         with pytest.raises(HTTPError) as refused:
-            post(b"no picture")
+            post(b"no image")
         assert refused.value.code == 400
-        assert b"picture 0" in refused.value.read()
+        assert b"image 0" in refused.value.read()
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -52,7 +52,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Pat
 
 
 def tensors_of(folder: Path, case: TowerCase) -> list[torch.Tensor]:
-    """All that a new tower makes of pictures and of a clip, and what a prompt with them becomes."""
+    """All that a new tower makes of images and of a video, and what a prompt with them becomes."""
     tower = VisionTower.from_pretrained(folder, device="cpu")
     embeddings = tower.encode([noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:3])])
     if case.video:

@@ -1,4 +1,4 @@
-"""The whole way: pictures → embeddings, held against transformers on small random checkpoints."""
+"""The whole way: images → embeddings, held against transformers on small random checkpoints."""
 
 import contextvars
 import gc
@@ -40,7 +40,7 @@ from tritontower.models.common.hf_reference import flat_patches
 from tritontower.parity.parity import compare, compare_nodes, relative_error
 
 SIZES = [(157, 243), (28, 28), (300, 64), (14, 700), (90, 90)]
-PICTURES = [noise(width, height, seed) for seed, (width, height) in enumerate(SIZES)]
+IMAGES = [noise(width, height, seed) for seed, (width, height) in enumerate(SIZES)]
 
 
 @pytest.fixture(scope="module")
@@ -52,32 +52,32 @@ def rows_of(embeddings: list[Any]) -> torch.Tensor:
     return torch.cat([embedding.embeddings for embedding in embeddings])
 
 
-def test_a_clip_of_one_still_is_the_still(tower: VisionTower) -> None:
-    # The size rules of clips and pictures differ; the same bounds make the same grid.
+def test_a_video_of_one_still_is_the_still(tower: VisionTower) -> None:
+    # The size rules of videos and images differ; the same bounds make the same grid.
     bounds = {"min_pixels": 3136, "max_pixels": 100_000}
-    still = tower.encode(PICTURES[0], **bounds)[0]
-    clip = tower.encode_video([PICTURES[0]], **bounds)
-    assert clip.grid_thw == still.grid_thw
-    assert relative_error(clip.embeddings, still.embeddings) <= 1e-5
+    still = tower.encode(IMAGES[0], **bounds)[0]
+    video = tower.encode_video([IMAGES[0]], **bounds)
+    assert video.grid_thw == still.grid_thw
+    assert relative_error(video.embeddings, still.embeddings) <= 1e-5
 
 
-def test_frames_of_a_clip_do_not_see_each_other(tower: VisionTower) -> None:
-    clip = [noise(120, 80, seed) for seed in range(6)]
-    other = [*clip[:4], noise(120, 80, 77), noise(120, 80, 78)]
-    first, second = (tower.encode_video(frames).embeddings for frames in (clip, other))
+def test_frames_of_a_video_do_not_see_each_other(tower: VisionTower) -> None:
+    video = [noise(120, 80, seed) for seed in range(6)]
+    other = [*video[:4], noise(120, 80, 77), noise(120, 80, 78)]
+    first, second = (tower.encode_video(frames).embeddings for frames in (video, other))
     third = len(first) // 3
     assert torch.equal(first[: 2 * third], second[: 2 * third])
     assert not torch.equal(first[2 * third :], second[2 * third :])
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_picture_alone_and_in_a_pack_of_ten_is_bitwise_the_same(tower: VisionTower, threads: int) -> None:
+def test_an_image_alone_and_in_a_pack_of_ten_is_bitwise_the_same(tower: VisionTower, threads: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         pack = [noise(50 + 37 * seed, 40 + 29 * seed, seed) for seed in range(9)]
         pack.insert(4, noise(28, 28, 99))
-        # The smallest picture becomes one token: the row of a product that has no other row.
+        # The smallest image becomes one token: the row of a product that has no other row.
         packed = tower.encode(pack, min_pixels=28 * 28)
         assert packed[4].num_tokens == 1
         for position in (0, 4, 9):
@@ -90,7 +90,7 @@ def test_a_picture_alone_and_in_a_pack_of_ten_is_bitwise_the_same(tower: VisionT
 
 
 def test_folding_the_frames_of_a_still_leaves_the_numbers_where_they_were(tower: VisionTower) -> None:
-    batch = tower.preprocess(PICTURES)
+    batch = tower.preprocess(IMAGES)
     unfolded = replace(batch, pixels=flat_patches(batch, tower.config))
     assert unfolded.pixels.shape[1] == 2 * batch.pixels.shape[1]
     assert relative_error(tower.forward(unfolded), tower.forward(batch)) <= 2e-6
@@ -104,10 +104,10 @@ def test_a_wrong_weight_is_found_at_its_node(tower: VisionTower, qwen2_vl: Path)
             return weights
 
     broken = Broken.from_pretrained(qwen2_vl, device="cpu")
-    found = compare_nodes(broken, broken.preprocess(PICTURES[:1]))
+    found = compare_nodes(broken, broken.preprocess(IMAGES[:1]))
     wrong = next(line for line in found if line.error > 1e-4)
     assert (wrong.node, wrong.value) == ("blocks.1.mlp", "blocks.1.mlp_hidden")
-    assert not compare(broken, broken.preprocess(PICTURES[:1])).passed
+    assert not compare(broken, broken.preprocess(IMAGES[:1])).passed
 
 
 def test_count_tokens_is_what_encode_gives(tower: VisionTower) -> None:
@@ -118,18 +118,18 @@ def test_count_tokens_is_what_encode_gives(tower: VisionTower) -> None:
     for width, height in sizes:
         assert tower.count_tokens(width, height) == processor.get_number_of_image_patches(height, width) // 4
     for width, height in [(w, h) for w, h in sizes if w * h < 40_000][:25]:
-        picture = np.zeros((height, width, 3), np.uint8)
-        assert tower.encode(picture)[0].num_tokens == tower.count_tokens(width, height)
+        image = np.zeros((height, width, 3), np.uint8)
+        assert tower.encode(image)[0].num_tokens == tower.count_tokens(width, height)
     bounds = {"min_pixels": 50_000, "max_pixels": 60_000}
-    assert tower.encode(PICTURES[0], **bounds)[0].num_tokens == tower.count_tokens(*SIZES[0], **bounds)
+    assert tower.encode(IMAGES[0], **bounds)[0].num_tokens == tower.count_tokens(*SIZES[0], **bounds)
     assert 50_000 <= tower.count_tokens(*SIZES[0], **bounds) * 28 * 28 <= 60_000
 
 
-def test_the_kinds_of_pictures_agree(tower: VisionTower, tmp_path: Path) -> None:
-    path = tmp_path / "picture.png"
-    Image.fromarray(PICTURES[0]).save(path)
-    tensor = torch.from_numpy(PICTURES[0])
-    kinds = [PICTURES[0], Image.fromarray(PICTURES[0]), path, path.read_bytes(), tensor]
+def test_the_kinds_of_images_agree(tower: VisionTower, tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(IMAGES[0]).save(path)
+    tensor = torch.from_numpy(IMAGES[0])
+    kinds = [IMAGES[0], Image.fromarray(IMAGES[0]), path, path.read_bytes(), tensor]
     embeddings = tower.encode(kinds)
     assert all(torch.equal(embedding.embeddings, embeddings[0].embeddings) for embedding in embeddings)
     assert len({embedding.content_hash for embedding in embeddings}) == 1
@@ -137,14 +137,14 @@ def test_the_kinds_of_pictures_agree(tower: VisionTower, tmp_path: Path) -> None
     assert embeddings[0].processed_size == (embeddings[0].grid_thw[2] * 14, embeddings[0].grid_thw[1] * 14)
 
 
-def test_no_pictures_is_no_work(tower: VisionTower) -> None:
+def test_no_images_is_no_work(tower: VisionTower) -> None:
     assert tower.encode([]) == []
 
 
 def test_a_tower_that_goes_gives_its_memory_back_at_once(qwen2_vl: Path) -> None:
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu")
-    tower.encode(PICTURES[:2])
-    batches = [tower.preprocess(PICTURES[0], raw=raw) for raw in (False, True)]
+    tower.encode(IMAGES[:2])
+    batches = [tower.preprocess(IMAGES[0], raw=raw) for raw in (False, True)]
     executors = [weakref.ref(tower.executor_for(batch)) for batch in batches]
     gc.collect()
     gc.disable()
@@ -156,22 +156,22 @@ def test_a_tower_that_goes_gives_its_memory_back_at_once(qwen2_vl: Path) -> None
 
 
 def test_results_outlive_later_passes(tower: VisionTower) -> None:
-    first = tower.encode(PICTURES[0])[0].embeddings
+    first = tower.encode(IMAGES[0])[0].embeddings
     kept = first.clone()
-    tower.encode(PICTURES[1:])
+    tower.encode(IMAGES[1:])
     assert torch.equal(first, kept)
     assert not first.requires_grad
 
 
 def test_threads_share_a_tower(tower: VisionTower) -> None:
-    expected = [tower.encode(picture)[0].embeddings for picture in PICTURES]
+    expected = [tower.encode(image)[0].embeddings for image in IMAGES]
     wrong: list[int] = []
 
     def work(seed: int) -> None:
-        order = list(range(len(PICTURES)))
+        order = list(range(len(IMAGES)))
         random.Random(seed).shuffle(order)
         for number in order:
-            if not torch.equal(tower.encode(PICTURES[number])[0].embeddings, expected[number]):
+            if not torch.equal(tower.encode(IMAGES[number])[0].embeddings, expected[number]):
                 wrong.append(number)
 
     # A thread starts without this test's choice of backend unless it gets a copy of its context.
@@ -209,8 +209,8 @@ def test_threads_that_load_at_once_read_the_weights_once(qwen2_vl: Path, monkeyp
 
 
 def test_an_interrupted_pass_leaves_the_tower_usable(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = tower.encode(PICTURES[0])[0].embeddings
-    batch = tower.preprocess(PICTURES[0])
+    expected = tower.encode(IMAGES[0])[0].embeddings
+    batch = tower.preprocess(IMAGES[0])
     executor = tower.executor_for(batch)
 
     def interrupt(*_: Any) -> None:
@@ -230,20 +230,20 @@ def test_an_interrupted_pass_leaves_the_tower_usable(tower: VisionTower, monkeyp
     assert torch.equal(tower.forward(batch), expected)
 
 
-def test_several_pictures_come_in_any_iterable(tower: VisionTower) -> None:
-    expected = rows_of(tower.encode(PICTURES[:2]))
-    for several in (tuple(PICTURES[:2]), iter(PICTURES[:2]), dict(enumerate(PICTURES[:2])).values()):
+def test_several_images_come_in_any_iterable(tower: VisionTower) -> None:
+    expected = rows_of(tower.encode(IMAGES[:2]))
+    for several in (tuple(IMAGES[:2]), iter(IMAGES[:2]), dict(enumerate(IMAGES[:2])).values()):
         assert torch.equal(rows_of(tower.encode(several)), expected)
-    frames = [PICTURES[0], PICTURES[0][::-1]]
-    clip = tower.encode_video(frames).embeddings
-    assert torch.equal(tower.encode_video(np.stack(frames)).embeddings, clip)
-    assert torch.equal(tower.encode_video(frame for frame in frames).embeddings, clip)
+    frames = [IMAGES[0], IMAGES[0][::-1]]
+    video = tower.encode_video(frames).embeddings
+    assert torch.equal(tower.encode_video(np.stack(frames)).embeddings, video)
+    assert torch.equal(tower.encode_video(frame for frame in frames).embeddings, video)
 
 
 def test_an_embedding_is_an_ordinary_tensor_of_its_own(tower: VisionTower) -> None:
-    batch = tower.preprocess(PICTURES)
+    batch = tower.preprocess(IMAGES)
     assert not tower.forward(batch).is_inference()
-    for embedding in tower.encode(PICTURES):
+    for embedding in tower.encode(IMAGES):
         rows = embedding.embeddings
         assert not rows.is_inference()
         assert rows.untyped_storage().nbytes() == rows.nbytes
@@ -267,15 +267,15 @@ def test_delayed_loading_answers_before_it_reads_weights(qwen2_vl: Path, monkeyp
     assert tower.memory_plan(64).peak_bytes > 0
     assert not [name for name in opened if name.endswith(".safetensors")]
     with pytest.raises(TowerNotLoadedError, match="load"):
-        tower.encode(PICTURES[0])
+        tower.encode(IMAGES[0])
     seen: list[tuple[int, int]] = []
     assert tower.load(progress=lambda done, total: seen.append((done, total))).is_loaded
     assert seen[-1][0] == seen[-1][1] > 0
-    assert tower.encode(PICTURES[0])[0].num_tokens == tower.count_tokens(*SIZES[0])
+    assert tower.encode(IMAGES[0])[0].num_tokens == tower.count_tokens(*SIZES[0])
 
 
 def test_memory_plan_covers_what_a_pass_allocates(tower: VisionTower) -> None:
-    batch = tower.preprocess(PICTURES)
+    batch = tower.preprocess(IMAGES)
     counts = [h * w for _, h, w in batch.grids]
     plan = tower.memory_plan(counts)
     assert plan.workload == batch.workload
@@ -299,7 +299,7 @@ def test_description_is_of_the_graph_that_runs(tower: VisionTower) -> None:
     assert "40 patches → 10 tokens" in description.text()
 
 
-def test_wrong_pictures_are_refused_by_name(tower: VisionTower) -> None:
+def test_wrong_images_are_refused_by_name(tower: VisionTower) -> None:
     with pytest.raises(AspectRatioError, match="5 × 2000"):
         tower.encode(np.zeros((2000, 5, 3), np.uint8))
     with pytest.raises(EmptyImageError):
@@ -311,15 +311,15 @@ def test_wrong_pictures_are_refused_by_name(tower: VisionTower) -> None:
     with pytest.raises(ProcessorError, match="at least one frame"):
         tower.encode_video([])
     with pytest.raises(ProcessorError, match="differ in size"):
-        tower.encode_video([PICTURES[0], PICTURES[1]])
+        tower.encode_video([IMAGES[0], IMAGES[1]])
     with pytest.raises(ProcessorError, match="in order"):
-        tower.encode(PICTURES[0], min_pixels=5000, max_pixels=4000)
+        tower.encode(IMAGES[0], min_pixels=5000, max_pixels=4000)
     with pytest.raises(ProcessorError, match="28 × 28"):
-        tower.encode(PICTURES[0], min_pixels=1, max_pixels=700)
+        tower.encode(IMAGES[0], min_pixels=1, max_pixels=700)
     with pytest.raises(ProcessorError, match="whole number of pixels"):
-        tower.encode(PICTURES[0], max_pixels="5000")
-    for single in (PICTURES[0], torch.from_numpy(PICTURES[0]), Image.fromarray(PICTURES[0]), Path("clip.mp4"), None):
-        with pytest.raises(UsageError, match="list of the clip's frames"):
+        tower.encode(IMAGES[0], max_pixels="5000")
+    for single in (IMAGES[0], torch.from_numpy(IMAGES[0]), Image.fromarray(IMAGES[0]), Path("clip.mp4"), None):
+        with pytest.raises(UsageError, match="list of the video's frames"):
             tower.encode_video(single)
 
 
@@ -343,7 +343,7 @@ def test_batches_of_all_towers_of_another_form_are_refused(tmp_path: Path) -> No
     towers["patch of 8"] = VisionTower.from_pretrained(
         save_qwen2_vl(tmp_path / "8", depth=1, patch_size=8), device="cpu"
     )
-    batches = {name: tower.preprocess(PICTURES[0]) for name, tower in towers.items()}
+    batches = {name: tower.preprocess(IMAGES[0]) for name, tower in towers.items()}
     refused = 0
     for name, tower in towers.items():
         for other, batch in batches.items():
@@ -353,8 +353,8 @@ def test_batches_of_all_towers_of_another_form_are_refused(tmp_path: Path) -> No
             with pytest.raises(UsageError, match="is another tower's, with "):
                 tower.forward(batch)
             refused += 1
-        clip = tower.preprocess_video([PICTURES[0]] * 2) if tower.config.patch.temporal > 1 else batches[name]
-        assert torch.isfinite(tower.forward(clip)).all()
+        video = tower.preprocess_video([IMAGES[0]] * 2) if tower.config.patch.temporal > 1 else batches[name]
+        assert torch.isfinite(tower.forward(video)).all()
     assert refused > len(towers) ** 2 / 2
     # The same patches in another order: nothing but the form tells these two apart.
     one, other = batches["qwen2_vl"], batches["qwen2_5_vl"]
@@ -395,9 +395,9 @@ def test_arguments_of_calls_are_checked_at_the_door(tower: VisionTower) -> None:
         with pytest.raises(UsageError, match=r"batch is .*; allowed: what preprocess\(\) returned"):
             tower.forward(wrong)
     with pytest.raises(UsageError, match="timestamps is 5; allowed: a number of seconds for each frame"):
-        tower.encode_video(PICTURES[:1], timestamps=5)
+        tower.encode_video(IMAGES[:1], timestamps=5)
     with pytest.raises(UsageError, match="max_patches is True; allowed: a whole number"):
-        tower.encode(PICTURES[:1], max_patches=True)
+        tower.encode(IMAGES[:1], max_patches=True)
     with pytest.raises(UsageError, match="patches is True; allowed: a whole number"):
         tower.memory_plan(True)
 
@@ -409,7 +409,7 @@ def test_an_order_of_axes_is_said_where_a_shape_allows_both(tower: VisionTower) 
     for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
         with pytest.raises(ImageValueError, match="say which with input_data_format="):
             call([rows])
-    for encode in (tower.encode, lambda pictures, **how: [tower.encode_video(pictures, **how)]):
+    for encode in (tower.encode, lambda images, **how: [tower.encode_video(images, **how)]):
         (flat,) = encode([rows], input_data_format="channels_last")
         (tall,) = encode([rows], input_data_format="channels_first")
         assert (flat.original_size, tall.original_size) == ((50, 3), (3, 50))
@@ -424,7 +424,7 @@ def test_an_order_of_axes_is_said_where_a_shape_allows_both(tower: VisionTower) 
 def test_a_foreign_bound_is_refused_before_anything_is_decoded(tower: VisionTower) -> None:
     for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
         with pytest.raises(UsageError, match="no bound longest_edge"):
-            call([b"no picture"], longest_edge=100)
+            call([b"no image"], longest_edge=100)
 
 
 def test_weights_that_do_not_fit_are_refused(qwen2_vl: Path, tmp_path: Path) -> None:

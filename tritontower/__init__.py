@@ -1,11 +1,11 @@
 """tritontower: a Triton-kernel inference engine for the vision towers of vision-language models.
 
-Pictures in, language-model-ready embeddings out::
+Images in, language-model-ready embeddings out::
 
     from tritontower import VisionTower
 
     tower = VisionTower.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")
-    embeddings = tower.encode([picture, Path("photo.jpg")])
+    embeddings = tower.encode([image, Path("photo.jpg")])
 
 Importing the package is cheap: each public name loads what it needs when it is first used.
 """

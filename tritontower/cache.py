@@ -1,8 +1,8 @@
 """Embeddings that were computed before: a least-recently-used cache bounded by bytes, and the keys it is asked by.
 
-A key stands for everything that an embedding depends on.  Two pictures, two towers or two settings never share one: every
-part of a key is framed by its length, digests are never shortened, and a picture is known by its canonical pixels and
-size, not by its file, so that a palette, a transparent colour or swapped sides make another picture.
+A key stands for everything that an embedding depends on.  Two images, two towers or two settings never share one: every
+part of a key is framed by its length, digests are never shortened, and an image is known by its canonical pixels and
+size, not by its file, so that a palette, a transparent color or swapped sides make another image.
 """
 
 import hashlib
@@ -190,7 +190,7 @@ def files_identity(folder: Path) -> str:
 
 
 def preprocessing_identity(preprocessor: Preprocessor) -> str:
-    """A digest of everything that decides about a picture's pixels and views beside the picture and the call's bounds.
+    """A digest of everything that decides about an image's pixels and views beside the image and the call's bounds.
 
     That is the rule, its settings and options, and the processor's files.  A setting that is no plain value makes a digest
     of its own every time: such a preprocessor shares with nobody.
@@ -212,7 +212,7 @@ def preprocessing_identity(preprocessor: Preprocessor) -> str:
 def tower_identity(
     weights: str, config: TowerConfig, preprocessor: Preprocessor, computes: tuple[torch.dtype, str, str]
 ) -> str:
-    """A digest of everything that an embedding depends on beside the picture and the call's bounds.
+    """A digest of everything that an embedding depends on beside the image and the call's bounds.
 
     Args:
         weights: of a checkpoint :func:`files_identity`, which tells any two apart; of other weights what nothing else has.
@@ -231,7 +231,7 @@ def tower_identity(
 
 
 def embedding_key(tower: str, bounds: Bounds, content_hash: str) -> str:
-    """The key of one picture's embedding, out of its tower's identity, the call's bounds and the digest of its pixels."""
+    """The key of one image's embedding, out of its tower's identity, the call's bounds and the digest of its pixels."""
     given = sorted((name, value) for name, value in bounds.items() if value is not None)
     return framed_digest([tower, json.dumps(given, default=int), content_hash])
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 __all__ = [
     "Activation",
     "BatchForm",
-    "Normalisation",
+    "Normalization",
     "PatchEmbedding",
     "Pooling",
     "PositionTable",
@@ -35,7 +35,7 @@ class PatchEmbedding:
     size: int
     """Side of a square patch, pixels."""
     temporal: int
-    """Frames that one patch spans; a still picture is that many copies of itself."""
+    """Frames that one patch spans; a still image is that many copies of itself."""
     bias: bool
 
     @property
@@ -50,13 +50,13 @@ class PatchEmbedding:
 
 
 @dataclass(frozen=True)
-class Normalisation:
+class Normalization:
     """A norm over the last dimension."""
 
     kind: Literal["layer_norm", "rms_norm", "gemma_rms_norm"]
     eps: float
     rounding: Literal["once", "before_weight"] = "once"
-    """``before_weight``: the normalised value is rounded to the activation dtype before it meets the weight."""
+    """``before_weight``: the normalized value is rounded to the activation dtype before it meets the weight."""
 
     @property
     def bias(self) -> bool:
@@ -97,13 +97,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class Projector:
-    """Patches to language-model tokens: norm, join ``merge``² neighbours, one linear or two with an activation between.
+    """Patches to language-model tokens: norm, join ``merge``² neighbors, one linear or two with an activation between.
 
     Raises:
         ValueError: a norm that would stand on the other side of the join than it is said to.
     """
 
-    norm: Normalisation | None
+    norm: Normalization | None
     merge: int
     """Side of the square of patches that one token stands for."""
     hidden: int | None
@@ -134,12 +134,12 @@ class Projector:
 
 @dataclass(frozen=True)
 class Pooling:
-    """One vector for a whole picture, beside its tokens."""
+    """One vector for a whole image, beside its tokens."""
 
     kind: Literal["class_token", "attention"]
     """``class_token``: that token, through the output norm; ``attention``: a learned query attends to all rows behind the
     output norm, then an MLP as wide as a block's."""
-    norm: Normalisation | None = None
+    norm: Normalization | None = None
     """In front of that MLP."""
 
 
@@ -154,7 +154,7 @@ class BatchForm:
     """Frames that one patch spans."""
     merge: int
     """Side of the square of patches that one token stands for."""
-    segments: Literal["frame", "picture"]
+    segments: Literal["frame", "image"]
     window: int | None
     """Tokens along one side of a window; ``None``: no windows."""
     table_side: int | None
@@ -176,7 +176,7 @@ class BatchForm:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """A pre-norm transformer over picture patches, with a projector behind it.
+    """A pre-norm transformer over image patches, with a projector behind it.
 
     Raises:
         ValueError: fields that contradict each other.
@@ -189,7 +189,7 @@ class TowerConfig:
     depth: int
     """Blocks of the checkpoint; those behind the last one that is needed are neither built nor read."""
     heads: int
-    norm: Normalisation
+    norm: Normalization
     qkv_bias: bool
     attention_bias: bool
     """Bias of the projection behind the attention."""
@@ -204,14 +204,14 @@ class TowerConfig:
     """Whether a learned row stands before the patches of every view."""
     keep_class_token: bool = False
     """Whether that row becomes a token."""
-    input_norm: Normalisation | None = None
+    input_norm: Normalization | None = None
     """Before the first block."""
-    output_norm: Normalisation | None = None
+    output_norm: Normalization | None = None
     """Behind the last block; read only by what asks for it: ``features_normed``, ``pooling``."""
     features_normed: bool = False
     """Whether the features of the last block are those behind the output norm."""
-    segments: Literal["frame", "picture"] = "picture"
-    """How far a patch sees: its own temporal patch of a video, or everything of its view or clip."""
+    segments: Literal["frame", "image"] = "image"
+    """How far a patch sees: its own temporal patch of a video, or everything of its view or video."""
     windows: Windows | None = None
     features: tuple[int, ...]
     """Blocks behind which the rows are taken: ``depth`` for the last, 0 for what enters the first.  Several are put side
@@ -222,9 +222,9 @@ class TowerConfig:
     projector: Projector | None = None
     pooling: Pooling | None = None
     newline: bool = False
-    """Whether a picture is cut into tiles, whose tokens are put together with a learned embedding at the end of every row."""
+    """Whether an image is cut into tiles, whose tokens are put together with a learned embedding at the end of every row."""
     assembly_taps: int = 1
-    """Rows of the tiles that one token is a weighted sum of: 4 where a large picture's tokens are shrunk."""
+    """Rows of the tiles that one token is a weighted sum of: 4 where a large image's tokens are shrunk."""
 
     def __post_init__(self) -> None:
         if self.class_token and (self.patch.bias or self.merge != 1):
@@ -309,13 +309,13 @@ class TowerConfig:
 
     @property
     def num_patches(self) -> int | None:
-        """Patches of one view, where every view has as many; ``None`` where the picture decides."""
+        """Patches of one view, where every view has as many; ``None`` where the image decides."""
         table = self.position_table
         return None if table is None or table.sampling != "exact" else table.side**2
 
     @property
     def longest_segment(self) -> int | None:
-        """Rows that no segment ever exceeds, where all views are of one size; ``None`` where the picture decides."""
+        """Rows that no segment ever exceeds, where all views are of one size; ``None`` where the image decides."""
         return None if self.num_patches is None else self.num_patches + self.class_token
 
     @property

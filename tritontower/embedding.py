@@ -1,4 +1,4 @@
-"""What a picture becomes: rows that a language model takes in place of token embeddings, and files of them.
+"""What an image becomes: rows that a language model takes in place of token embeddings, and files of them.
 
 Files are safetensors: the rows as tensors, everything else as JSON in the metadata.  Nothing in them can run code, and
 nothing in them is believed before it is checked.
@@ -31,27 +31,27 @@ FOREVER = 2**63
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class ImageEmbedding:
-    """The embeddings of one picture or clip, and what an engine needs to place them.
+    """The embeddings of one image or video, and what an engine needs to place them.
 
     Attributes:
         embeddings: ``[num_tokens, hidden_size]``, in the tower's dtype, in raster order (per temporal patch).
         grid_thw: temporal patches, rows and columns of *patches*; a token stands for a square of them.
-        original_size: width and height as the picture came, pixels.
+        original_size: width and height as the image came, pixels.
         processed_size: width and height after resizing, pixels.
-        content_hash: digest of the pixels as they came; equal pictures have equal ones.
-        deepstack: ``[num_tokens, hidden_size]`` each, which the language model adds to the picture's rows behind its first,
+        content_hash: digest of the pixels as they came; equal images have equal ones.
+        deepstack: ``[num_tokens, hidden_size]`` each, which the language model adds to the image's rows behind its first,
             second … layer (Qwen3-VL); empty for other towers.
-        pooled: ``[views, width]``, one vector for the picture (for each of its tiles or crops, where it has several);
+        pooled: ``[views, width]``, one vector for the image (for each of its tiles or crops, where it has several);
             ``None`` for towers without.
         token_ids: the ids that stand for its rows in a prompt; empty until a token space assigns them.
         text_alias: the text that stands for it in a prompt, where it has one.
         bidirectional_spans: first row and the row behind the last of every run of rows that a language model lets attend
             to each other in both directions (Gemma 3: a view's rows); empty where it has none.
         view_tokens: rows of each view, where the views stand one after the other; ``(num_tokens,)`` otherwise.
-        seconds_per_grid: of a clip whose frame rate is known, the time that one temporal patch spans.
-        timestamps: of such a clip, the middle of each temporal patch, seconds; empty otherwise.
-        is_clip: whether it is a clip's; one of a single temporal patch, whose frame rate is not known, has nothing else
-            that tells it from a picture's.
+        seconds_per_grid: of a video whose frame rate is known, the time that one temporal patch spans.
+        timestamps: of such a video, the middle of each temporal patch, seconds; empty otherwise.
+        is_video: whether it is a video's; one of a single temporal patch, whose frame rate is not known, has nothing else
+            that tells it from an image's.
     """
 
     embeddings: torch.Tensor
@@ -67,7 +67,7 @@ class ImageEmbedding:
     view_tokens: tuple[int, ...] = ()
     seconds_per_grid: float | None = None
     timestamps: tuple[float, ...] = ()
-    is_clip: bool = False
+    is_video: bool = False
 
     def __post_init__(self) -> None:
         if not self.view_tokens:
@@ -83,7 +83,7 @@ class ImageEmbedding:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of ``embeddings``: the tokens that the picture takes in a prompt."""
+        """Rows of ``embeddings``: the tokens that the image takes in a prompt."""
         return self.embeddings.shape[0]
 
     @property
@@ -151,7 +151,7 @@ class ImageEmbedding:
 
 
 def checked_alias(alias: str | None) -> str | None:
-    """``alias``, if it can stand for a picture in a prompt.
+    """``alias``, if it can stand for an image in a prompt.
 
     Raises:
         UsageError: not a text, or an empty one.
@@ -248,7 +248,7 @@ def _facts(embedding: ImageEmbedding) -> dict[str, Any]:
         "view_tokens": embedding.view_tokens,
         "seconds_per_grid": embedding.seconds_per_grid,
         "timestamps": embedding.timestamps,
-        "is_clip": embedding.is_clip,
+        "is_video": embedding.is_video,
     }
 
 
@@ -311,7 +311,7 @@ def _embedding(facts: "_Facts", tensors: dict[str, torch.Tensor]) -> ImageEmbedd
         view_tokens=facts.counts("view_tokens"),
         seconds_per_grid=facts.seconds("seconds_per_grid"),
         timestamps=tuple(facts.each_second("timestamps")),
-        is_clip=facts.flag("is_clip"),
+        is_video=facts.flag("is_video"),
     )
     if len(embedding.token_ids) not in (0, tokens):
         raise facts.error("token_ids", f"none, or one for each of its {tokens} rows")
@@ -320,8 +320,8 @@ def _embedding(facts: "_Facts", tensors: dict[str, torch.Tensor]) -> ImageEmbedd
     if len(embedding.timestamps) not in (0, embedding.grid_thw[0]):
         raise facts.error("timestamps", f"none, or one for each of its {embedding.grid_thw[0]} temporal patches")
     timed = embedding.timestamps or embedding.seconds_per_grid is not None
-    if not embedding.is_clip and (timed or embedding.grid_thw[0] > 1):
-        raise facts.error("is_clip", "true, since it has times or several temporal patches")
+    if not embedding.is_video and (timed or embedding.grid_thw[0] > 1):
+        raise facts.error("is_video", "true, since it has times or several temporal patches")
     return embedding
 
 

@@ -52,26 +52,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may cost before it is refused; checked on the header, before anything is decoded.
+    """What an image may cost before it is refused; checked on the header, before anything is decoded.
 
     Attributes:
-        max_image_pixels: width × height of one picture.  The default is where Pillow itself gives up.
+        max_image_pixels: width × height of one image.  The default is where Pillow itself gives up.
         max_aspect_ratio: longer side ÷ shorter side.
-        max_planned_pixels: width × height that a processor may resize one picture to.  A picture of 1 × 10000 pixels
+        max_planned_pixels: width × height that a processor may resize one image to.  An image of 1 × 10000 pixels
             weighs nothing, but scaled to a shortest edge of 224 it has 500 million.
-        max_clip_pixels: frames × width × height that a processor may resize one clip to.  The default takes 3 GiB as fp32,
+        max_video_pixels: frames × width × height that a processor may resize one video to.  The default takes 3 GiB as fp32,
             and has room for 445 frames of the largest size that Qwen2-VL's processor gives one.
         image_formats: the encoded formats that are opened, by Pillow's names.  Pillow registers more than forty
             openers, and nearly all of its advisories concern the ones left out here.
-        max_decoded_bytes: what the decoded pictures of one call may take at once.  ``encode`` works off more of them in
-            portions; ``encode_video`` and ``preprocess`` need all of theirs, and refuse more.  A picture that takes more
+        max_decoded_bytes: what the decoded images of one call may take at once.  ``encode`` works off more of them in
+            portions; ``encode_video`` and ``preprocess`` need all of theirs, and refuse more.  An image that takes more
             than this is taken alone.
     """
 
     max_image_pixels: int = 178_956_970
     max_aspect_ratio: float = 200.0
     max_planned_pixels: int = 64 * 2**20
-    max_clip_pixels: int = 256 * 2**20
+    max_video_pixels: int = 256 * 2**20
     image_formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
     max_decoded_bytes: int = 715_827_880
 
@@ -123,8 +123,8 @@ class TowerError(Exception):
     """The root of every error that this package raises on purpose.
 
     Attributes:
-        index: of an error about one of several pictures, its position in the caller's list.
-        completed: of an error that stopped ``encode``, the embeddings of the pictures before the one that was next.
+        index: of an error about one of several images, its position in the caller's list.
+        completed: of an error that stopped ``encode``, the embeddings of the images before the one that was next.
     """
 
     index: int | None = None
@@ -181,7 +181,7 @@ class CheckpointCorruptError(CheckpointError, ValueError):
 
 
 class CheckpointIncompleteError(CheckpointError, ValueError):
-    """Tensors or shards are missing.  Nothing is ever initialised in their place."""
+    """Tensors or shards are missing.  Nothing is ever initialized in their place."""
 
     def __init__(self, message: str, names: Sequence[str] = ()) -> None:
         self.names = tuple(names)
@@ -213,7 +213,7 @@ class UnexpectedTensorError(CheckpointError, ValueError):
 
 
 class UnsupportedDtypeError(CheckpointError, ValueError):
-    """A vision tensor is stored in a type (quantised, integer) that cannot be used as it is."""
+    """A vision tensor is stored in a type (quantized, integer) that cannot be used as it is."""
 
 
 class UnsafePathError(CheckpointError, ValueError):
@@ -232,29 +232,29 @@ class NonFiniteWeightsError(CheckpointError, ValueError):
         super().__init__(f"tensor {name} {reason}")
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 class ImageError(TowerError, ValueError):
-    """The root of what can be wrong with a picture.
+    """The root of what can be wrong with an image.
 
     Attributes:
-        index: position of the picture in the caller's list, where there is one.
+        index: position of the image in the caller's list, where there is one.
         source: what kind of input it was, or the path it was read from.
     """
 
     def __init__(self, reason: str, *, index: int | None = None, source: str | None = None) -> None:
         self.reason, self.index, self.source = reason, index, source
-        name = "picture" if index is None else f"picture {index}"
+        name = "image" if index is None else f"image {index}"
         super().__init__(f"{name} ({source}): {reason}" if source else f"{name}: {reason}")
 
 
 class ImageDecodeError(ImageError, OSError):
-    """The bytes are not a picture, or a damaged one, or the file cannot be read."""
+    """The bytes are not an image, or a damaged one, or the file cannot be read."""
 
 
 class ImageFormatError(ImageError):
-    """A picture in an encoded format that is not opened."""
+    """An image in an encoded format that is not opened."""
 
 
 class ImageTooLargeError(ImageError):
@@ -270,15 +270,15 @@ class AspectRatioError(ImageError):
 
 
 class ImageValueError(ImageError):
-    """Pixel values, a shape or a channel order that cannot be read as a picture without guessing."""
+    """Pixel values, a shape or a channel order that cannot be read as an image without guessing."""
 
 
 class ImageTypeError(ImageError, TypeError):
-    """An object that is not a picture; a plain ``str`` above all."""
+    """An object that is not an image; a plain ``str`` above all."""
 
 
 class ProcessorError(TowerError, ValueError):
-    """The checkpoint's image processor cannot be used, or it refused the pictures."""
+    """The checkpoint's image processor cannot be used, or it refused the images."""
 
 
 class ReferenceModelError(TowerError, ValueError):
@@ -297,10 +297,10 @@ class TowerNotLoadedError(TowerError, RuntimeError):
 
 
 class TowerOutOfMemoryError(TowerError, RuntimeError):
-    """A single picture or clip does not fit into the device's memory; smaller passes were tried before.
+    """A single image or video does not fit into the device's memory; smaller passes were tried before.
 
     Attributes:
-        remaining: positions in the caller's list of the pictures that were not encoded.
+        remaining: positions in the caller's list of the images that were not encoded.
     """
 
     remaining: Sequence[int] = ()
@@ -314,11 +314,11 @@ class NonFiniteOutputError(TowerError, ValueError):
 
 
 class PromptError(TowerError, ValueError):
-    """A text and its pictures do not fit together: aliases, markers, token ids, or a tokenizer of another model."""
+    """A text and its images do not fit together: aliases, markers, token ids, or a tokenizer of another model."""
 
 
 class TokenSpaceExhaustedError(TowerError, RuntimeError):
-    """A token space has no ids left for another picture."""
+    """A token space has no ids left for another image."""
 
 
 # -- embeddings in files ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The vision tower: pictures in, language-model-ready embeddings out."""
+"""The vision tower: images in, language-model-ready embeddings out."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from .engine.runner import Executors, expected_weights_bytes
 from .engine.weight_loader import read_weights, stored_shapes
 from .errors import Limits, TowerNotLoadedError, UsageError, shorten
 from .graph.builder import build
-from .graph.fusion import fold_still_pictures, fuse, passes_for
+from .graph.fusion import fold_still_images, fuse, passes_for
 from .graph.ir import Graph, Workload
 from .graph.memory_plan import MemoryPlan, plan_memory
 from .graph.summary import Description
@@ -35,23 +35,23 @@ from .models.common.detection import configuration_in, has_vision
 from .models.common.feature_layers import with_features
 from .models.common.registry import Family, declared_dtype, read_family
 from .preprocessing import Bounds, Preprocessor, pack_views
-from .preprocessing.images.image import ChannelOrder, Picture
+from .preprocessing.images.image import ChannelOrder, ImageInput
 from .prompt.encode import PromptLayout
 from .prompt.mrope import MropeRule
 from .scheduler.arguments import (
     check_instance,
     frames_of,
-    is_one_picture,
+    images_of,
+    is_one_image,
     is_whole_number,
     pack_of,
-    pictures_of,
     views_of,
     workload_of,
 )
 from .scheduler.outputs import aliases_of, embeddings_of
-from .scheduler.prefetch import canonical_pictures, workers
-from .scheduler.scheduler import Call, ItemError, encode_pictures, patches_per_pass
-from .scheduler.video import ClipTimes, encode_clip
+from .scheduler.prefetch import canonical_images, workers
+from .scheduler.scheduler import Call, ItemError, encode_images, patches_per_pass
+from .scheduler.video import VideoTimes, encode_video
 
 __all__ = ["VisionTower", "has_vision"]
 
@@ -64,15 +64,15 @@ _ALIASES = count(1)
 class VisionTower:
     """A vision tower of a published checkpoint; :meth:`from_pretrained` makes one.
 
-    ``encode`` is ``preprocess`` and ``forward`` in a row, as often as the pictures take
+    ``encode`` is ``preprocess`` and ``forward`` in a row, as often as the images take
     (:mod:`tritontower.scheduler.scheduler`); an engine that schedules its own passes calls the two halves.
 
     Attributes:
         family: what the family file read out of the checkpoint's configuration.
         folder: the checkpoint.
-        preprocessor: turns pictures into packed batches.
+        preprocessor: turns images into packed batches.
         cache: embeddings of earlier calls, if they are kept.
-        graph: the layer graph that runs for still pictures.
+        graph: the layer graph that runs for still images.
     """
 
     _shares_weights = False
@@ -104,8 +104,8 @@ class VisionTower:
 
     def _describe(self, family: Family) -> None:
         self.family = family
-        self._clip_graph: Graph = fuse(build(family.config), passes_for(self._device))
-        self.graph: Graph = fold_still_pictures(self._clip_graph)
+        self._video_graph: Graph = fuse(build(family.config), passes_for(self._device))
+        self.graph: Graph = fold_still_images(self._video_graph)
 
     @classmethod
     def from_pretrained(
@@ -143,13 +143,13 @@ class VisionTower:
                 Several are put side by side.  There is then no pooled output, and blocks that are not needed for the
                 features are not read.
             feature_select: ``"patch"`` leaves the class token out, ``"cls_patch"`` keeps it.
-            preprocessing: ``"hf"`` prepares pictures as transformers does, ``"mistral"`` as Mistral's own library
+            preprocessing: ``"hf"`` prepares images as transformers does, ``"mistral"`` as Mistral's own library
                 (Pixtral and Mistral3 only).
             processor: an image processor of transformers, for checkpoints that ship none.
             processor_options: settings of the image processor to use instead of those in its file, such as
                 ``{"do_pan_and_scan": True}``.
-            limits: what a picture may cost before it is refused.
-            cache: keeps embeddings, so that a picture that comes again is not encoded again; by default nothing is kept.
+            limits: what an image may cost before it is refused.
+            cache: keeps embeddings, so that an image that comes again is not encoded again; by default nothing is kept.
                 Several towers may share one.
             cuda_graphs: whether passes on a GPU are captured as CUDA graphs when their size comes the second time, and
                 replayed from then on; a :class:`~tritontower.engine.cuda_graphs.CaptureLimits` says what they may hold (by default
@@ -205,12 +205,12 @@ class VisionTower:
 
     @property
     def prompt_layout(self) -> PromptLayout | None:
-        """How the language model's prompt has pictures; ``None`` for a tower that comes without a language model."""
+        """How the language model's prompt has images; ``None`` for a tower that comes without a language model."""
         return self.family.prompt
 
     @property
     def mrope(self) -> MropeRule | None:
-        """How the language model numbers the tokens of pictures and clips; ``None`` where it numbers them like text."""
+        """How the language model numbers the tokens of images and videos; ``None`` where it numbers them like text."""
         return self.family.mrope
 
     # -- weights --------------------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ class VisionTower:
 
     @property
     def _graphs(self) -> tuple[Graph, ...]:
-        """What runs: still pictures and clips have a graph each where a patch spans several frames."""
-        return (self.graph, self._clip_graph) if self.config.patch.temporal > 1 else (self.graph,)
+        """What runs: still images and videos have a graph each where a patch spans several frames."""
+        return (self.graph, self._video_graph) if self.config.patch.temporal > 1 else (self.graph,)
 
     @property
     def _loaded(self) -> Executors:
@@ -291,7 +291,7 @@ class VisionTower:
         """Bytes that the weights take where the tower runs; ``graph.parameters`` counts the model's own numbers.
 
         Once they are loaded, this is the memory that holds them: padded and in the order that the kernels want, on a CPU in
-        oneDNN's blocks, with the patch projection for still pictures beside that for clips, and with that for bytes once
+        oneDNN's blocks, with the patch projection for still images beside that for videos, and with that for bytes once
         such a batch has come.  Before, it is what is going to be held, but for oneDNN's blocks, the projection for bytes
         and gaps between tensors: for published towers about a percent less.
         """
@@ -306,20 +306,20 @@ class VisionTower:
 
     @property
     def num_patches(self) -> int | None:
-        """Patches of one view; ``None`` where the picture's size decides.  A class token is not counted."""
+        """Patches of one view; ``None`` where the image's size decides.  A class token is not counted."""
         return self.config.num_patches
 
     @property
     def dummy_feature(self) -> torch.Tensor:
-        """``[1, hidden_size]`` of zeros, on the tower's device and in its dtype: stands in where there is no picture."""
+        """``[1, hidden_size]`` of zeros, on the tower's device and in its dtype: stands in where there is no image."""
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
-    # -- pictures to embeddings -----------------------------------------------------------------------------------
+    # -- images to embeddings -----------------------------------------------------------------------------------
 
     @overload
     def encode(
         self,
-        pictures: Iterable[Picture] | Picture,
+        images: Iterable[ImageInput] | ImageInput,
         *,
         max_patches: int | None = None,
         on_error: Literal["raise"] = "raise",
@@ -334,7 +334,7 @@ class VisionTower:
     @overload
     def encode(
         self,
-        pictures: Iterable[Picture] | Picture,
+        images: Iterable[ImageInput] | ImageInput,
         *,
         max_patches: int | None = None,
         on_error: Literal["return"],
@@ -348,7 +348,7 @@ class VisionTower:
 
     def encode(
         self,
-        pictures: Iterable[Picture] | Picture,
+        images: Iterable[ImageInput] | ImageInput,
         *,
         max_patches: int | None = None,
         on_error: Literal["raise", "return"] = "raise",
@@ -359,46 +359,46 @@ class VisionTower:
         input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> list[ImageEmbedding] | list[ImageEmbedding | ItemError]:
-        """Encodes still pictures of any mix of sizes; the order is kept.
+        """Encodes still images of any mix of sizes; the order is kept.
 
-        Several pictures share a pass, and a long list takes several, the next of which is preprocessed in threads while
-        the device works.  Pictures with equal pixels are encoded once.  None of this changes a number: on a CPU a
-        picture's embedding is the same, bit for bit, however a call is split.
+        Several images share a pass, and a long list takes several, the next of which is preprocessed in threads while
+        the device works.  Images with equal pixels are encoded once.  None of this changes a number: on a CPU a
+        image's embedding is the same, bit for bit, however a call is split.
 
         Args:
-            pictures: one or several ``PIL.Image``, numpy or torch arrays (uint8, or float in 0 … 1), ``bytes`` of an
+            images: one or several ``PIL.Image``, numpy or torch arrays (uint8, or float in 0 … 1), ``bytes`` of an
                 encoded file, or ``pathlib.Path``.  A plain ``str`` is refused, and nothing is fetched from a URL.
-            max_patches: patches of one pass, class tokens not counted; a picture with more is a pass of its own.  By
+            max_patches: patches of one pass, class tokens not counted; an image with more is a pass of its own.  By
                 default as many as take 1 GiB, or half of what is free on a GPU if that is less.
-            on_error: what a picture that cannot be encoded does: ``"raise"`` ends the call, ``"return"`` leaves an
-                :class:`~tritontower.scheduler.scheduler.ItemError` in the picture's place and goes on.
+            on_error: what an image that cannot be encoded does: ``"raise"`` ends the call, ``"return"`` leaves an
+                :class:`~tritontower.scheduler.scheduler.ItemError` in the image's place and goes on.
             output_device: where the embeddings go; by default they stay where the tower is.  From a GPU to ``"cpu"`` they
                 come in page-locked memory.
-            text_alias: what stands for the picture in a prompt; for several, a list with one, or ``None``, for each.
+            text_alias: what stands for the image in a prompt; for several, a list with one, or ``None``, for each.
             check_output: look for NaN and infinity in the embeddings, which a GPU has to be waited for.
-            progress: show a progress bar; by default for 64 pictures or more, on a terminal.
+            progress: show a progress bar; by default for 64 images or more, on a terminal.
             input_data_format: ``"channels_first"`` or ``"channels_last"``, the order of the axes of every array among the
-                pictures; needed only where a shape allows both, such as ``[3, 50, 3]``.
+                images; needed only where a shape allows both, such as ``[3, 50, 3]``.
             **bounds: instead of the checkpoint's own, as far as its resizing rule has them: ``min_pixels`` and
-                ``max_pixels``, the area of a resized picture, or ``longest_edge``, its longer side in pixels.
+                ``max_pixels``, the area of a resized image, or ``longest_edge``, its longer side in pixels.
 
         Returns:
-            An :class:`~tritontower.embedding.ImageEmbedding` per picture, in memory of its own.
+            An :class:`~tritontower.embedding.ImageEmbedding` per image, in memory of its own.
 
         Raises:
-            ImageError, ProcessorError: a picture cannot be used; the message or ``index`` says which one.
-            TowerOutOfMemoryError: a picture does not fit into the device's memory, not even in a pass of its own.
+            ImageError, ProcessorError: an image cannot be used; the message or ``index`` says which one.
+            TowerOutOfMemoryError: an image does not fit into the device's memory, not even in a pass of its own.
             NonFiniteOutputError: with ``check_output``, an embedding holds NaN or infinity.
             UsageError: a bound that the tower's resizing rule does not have, or another argument that makes no sense.
             TowerNotLoadedError: the tower was made with ``delay_load`` and :meth:`load` was not called.
 
-            ``completed`` of whatever ends a call, also of ``KeyboardInterrupt``, holds the embeddings of the pictures
+            ``completed`` of whatever ends a call, also of ``KeyboardInterrupt``, holds the embeddings of the images
             before the first that has none.
         """
-        several = pictures_of(pictures)
+        several = images_of(images)
         aliases = aliases_of(text_alias, len(several))
         call = self._call(bounds, output_device, max_patches, on_error, check_output, input_data_format)
-        embeddings = encode_pictures(call, several, progress=progress)
+        embeddings = encode_images(call, several, progress=progress)
         return [
             embedding if alias is None or isinstance(embedding, ItemError) else embedding.with_alias(alias)
             for embedding, alias in zip(embeddings, aliases, strict=True)
@@ -406,7 +406,7 @@ class VisionTower:
 
     def encode_video(
         self,
-        frames: Iterable[Picture],
+        frames: Iterable[ImageInput],
         *,
         fps: float | None = None,
         timestamps: Sequence[float] | None = None,
@@ -416,9 +416,9 @@ class VisionTower:
         input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> ImageEmbedding:
-        """Encodes the frames of one clip, in order and all of one size; see :meth:`encode` for what a frame may be.
+        """Encodes the frames of one video, in order and all of one size; see :meth:`encode` for what a frame may be.
 
-        A clip in one array has four dimensions, the first of them time.
+        A video in one array has four dimensions, the first of them time.
         A patch spans ``config.patch.temporal`` frames; the last frame is repeated until they come out even.
 
         Args:
@@ -436,18 +436,18 @@ class VisionTower:
             ImageError, ProcessorError, TowerOutOfMemoryError, NonFiniteOutputError, TowerNotLoadedError: as in
                 :meth:`encode`.
         """
-        self.preprocessor.check_takes_clips()
-        clip = frames_of(frames)
-        times = ClipTimes.of(len(clip), fps, timestamps)
+        self.preprocessor.check_takes_videos()
+        video = frames_of(frames)
+        times = VideoTimes.of(len(video), fps, timestamps)
         alias = checked_alias(text_alias)
         call = self._call(bounds, output_device, None, "raise", check_output)
-        embedding = encode_clip(call, self.preprocess_video(clip, input_data_format=input_data_format, **bounds))
+        embedding = encode_video(call, self.preprocess_video(video, input_data_format=input_data_format, **bounds))
         return times.put_on(embedding, self.config.patch.temporal).with_alias(alias)
 
     @overload
     def get_image_embeddings(
         self,
-        image: Picture,
+        image: ImageInput,
         text_alias: str | None = None,
         embeddings_cpu: bool = True,
         **bounds: Unpack[Bounds],
@@ -456,7 +456,7 @@ class VisionTower:
     @overload
     def get_image_embeddings(
         self,
-        image: Sequence[Picture],
+        image: Sequence[ImageInput],
         text_alias: Sequence[str | None] | None = None,
         embeddings_cpu: bool = True,
         **bounds: Unpack[Bounds],
@@ -464,42 +464,42 @@ class VisionTower:
 
     def get_image_embeddings(
         self,
-        image: Picture | Sequence[Picture],
+        image: ImageInput | Sequence[ImageInput],
         text_alias: str | Sequence[str | None] | None = None,
         embeddings_cpu: bool = True,
         **bounds: Unpack[Bounds],
     ) -> ImageEmbedding | list[ImageEmbedding]:
-        """Encodes one picture, or a list of them, the way ExLlama's towers are called.
+        """Encodes one image, or a list of them, the way ExLlama's towers are called.
 
         Args:
-            image: the picture, or a list.
-            text_alias: what stands for the picture in a prompt, or a list; where it is left out, a new one is made up,
-                such as ``<$EMB_7$>``, that no other picture of this process gets.
+            image: the image, or a list.
+            text_alias: what stands for the image in a prompt, or a list; where it is left out, a new one is made up,
+                such as ``<$EMB_7$>``, that no other image of this process gets.
             embeddings_cpu: whether the embeddings go to the CPU; otherwise they stay where the tower is.
             **bounds: as in :meth:`encode`, which also says what is raised.
 
         Returns:
-            One embedding for one picture, a list for a list.
+            One embedding for one image, a list for a list.
         """
         where = "cpu" if embeddings_cpu else None
         embeddings = [
             embedding if embedding.text_alias is not None else embedding.with_alias(f"<$EMB_{next(_ALIASES)}$>")
             for embedding in self.encode(image, text_alias=text_alias, output_device=where, **bounds)
         ]
-        return embeddings[0] if is_one_picture(image) else embeddings
+        return embeddings[0] if is_one_image(image) else embeddings
 
     def preprocess(
         self,
-        pictures: Iterable[Picture] | Picture,
+        images: Iterable[ImageInput] | ImageInput,
         *,
         raw: bool | None = None,
         input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> PackedBatch:
-        """The first half of :meth:`encode`, on the CPU: pictures → one packed batch, whatever its size.
+        """The first half of :meth:`encode`, on the CPU: images → one packed batch, whatever its size.
 
         Args:
-            pictures: as in :meth:`encode`.
+            images: as in :meth:`encode`.
             raw: whether pixels stay bytes, which the tower takes as well: a quarter of the memory of fp32.  By default as
                 :meth:`encode` has them: bytes for a GPU, where the image processor's arithmetic is known.
             input_data_format, **bounds: as in :meth:`encode`.
@@ -509,14 +509,14 @@ class VisionTower:
             ImageError, ProcessorError: as in :meth:`encode`.
         """
         self.preprocessor.check_bounds(bounds)
-        several = pictures_of(pictures)
+        several = images_of(images)
         with workers(len(several)) as each:
-            images = canonical_pictures(several, self.preprocessor.limits, each, input_data_format)
-            return self.preprocessor.pictures(images, each=each, raw=self._raw if raw is None else raw, **bounds)
+            decoded = canonical_images(several, self.preprocessor.limits, each, input_data_format)
+            return self.preprocessor.images(decoded, each=each, raw=self._raw if raw is None else raw, **bounds)
 
     def preprocess_video(
         self,
-        frames: Iterable[Picture],
+        frames: Iterable[ImageInput],
         *,
         raw: bool | None = None,
         input_data_format: ChannelOrder | None = None,
@@ -524,10 +524,10 @@ class VisionTower:
     ) -> PackedBatch:
         """The first half of :meth:`encode_video`, on the CPU: frames → packed batch; see :meth:`preprocess`."""
         self.preprocessor.check_bounds(bounds)
-        clip = frames_of(frames)
-        with workers(len(clip)) as each:
-            images = canonical_pictures(clip, self.preprocessor.limits, each, input_data_format)
-            return self.preprocessor.clip(images, each=each, raw=self._raw if raw is None else raw, **bounds)
+        video = frames_of(frames)
+        with workers(len(video)) as each:
+            images = canonical_images(video, self.preprocessor.limits, each, input_data_format)
+            return self.preprocessor.video(images, each=each, raw=self._raw if raw is None else raw, **bounds)
 
     @property
     def _raw(self) -> bool | None:
@@ -545,10 +545,10 @@ class VisionTower:
 
         Args:
             batch: what :meth:`preprocess` returned; or pixels that are preprocessed already: ``[B, C, H, W]``, or a list
-                of ``[C, H, W]``, each one view of a still picture, resized and normalised, of a floating dtype.
+                of ``[C, H, W]``, each one view of a still image, resized and normalized, of a floating dtype.
 
         Returns:
-            For a packed batch ``[tokens, hidden_size]``, all pictures' rows in order, in the tower's dtype.  For pixels
+            For a packed batch ``[tokens, hidden_size]``, all images' rows in order, in the tower's dtype.  For pixels
             ``[B, tokens, hidden_size]``, or a list of ``[tokens, hidden_size]``, in the pixels' dtype and on their
             device.  The result belongs to the caller: no later pass writes to it.
 
@@ -579,17 +579,17 @@ class VisionTower:
         return self.executor_for(batch).run(batch)
 
     def warm_up(self, packs: Iterable[tuple[int, int] | Sequence[tuple[int, int]]], **bounds: Unpack[Bounds]) -> int:
-        """Makes passes over pictures of these sizes as fast as they get, before the first picture comes.
+        """Makes passes over images of these sizes as fast as they get, before the first image comes.
 
-        Each runs once with noise for pictures: what is compiled at first use is compiled, memory is taken, and on a GPU
+        Each runs once with noise for images: what is compiled at first use is compiled, memory is taken, and on a GPU
         the pass is captured as a CUDA graph, unless that was switched off.  Without this, a pass is captured when its size
         comes the second time.  Passes whose patches differ by less than a sixteenth may share a graph.
 
-        On a CPU nothing is captured, and nothing done.  A clip's passes are captured as they come.  While a pass is
+        On a CPU nothing is captured, and nothing done.  A video's passes are captured as they come.  While a pass is
         captured, other threads may use the GPU, but for torch's random numbers on it.
 
         Args:
-            packs: for each pass, width and height in pixels of its pictures; for a pass of one picture, of that.
+            packs: for each pass, width and height in pixels of its images; for a pass of one image, of that.
             **bounds: as in :meth:`encode`.
 
         Returns:
@@ -618,7 +618,7 @@ class VisionTower:
         return 0 if self._executors is None else self._executors.captured_bytes
 
     def executor_for(self, batch: PackedBatch) -> Executor:
-        """What runs ``batch``: still pictures and clips have a graph each, over the same weights.
+        """What runs ``batch``: still images and videos have a graph each, over the same weights.
 
         Raises:
             UsageError: another tower's batch.
@@ -627,7 +627,7 @@ class VisionTower:
         return self._loaded.of(batch)
 
     def _pass(self, batch: PackedBatch) -> list[ImageEmbedding]:
-        """Packed batch → graph → embeddings, picture by picture."""
+        """Packed batch → graph → embeddings, image by image."""
         return embeddings_of(self.config, self.run(batch), batch, bidirectional=self.family.bidirectional_views)
 
     def _call(
@@ -680,11 +680,11 @@ class VisionTower:
     # -- what it will cost ----------------------------------------------------------------------------------------
 
     def count_tokens(self, width: int, height: int, **bounds: Unpack[Bounds]) -> int:
-        """Tokens of a still picture of ``width`` × ``height`` pixels; needs neither the picture nor the weights."""
+        """Tokens of a still image of ``width`` × ``height`` pixels; needs neither the image nor the weights."""
         return self.preprocessor.layout(width, height, **bounds).tokens(self.config)
 
     def workload(self, sizes: Iterable[tuple[int, int]], **bounds: Unpack[Bounds]) -> Workload:
-        """How much one pass over pictures of these sizes (width, height; pixels) has to do; nothing is decoded."""
+        """How much one pass over images of these sizes (width, height; pixels) has to do; nothing is decoded."""
         layouts = [self.preprocessor.layout(width, height, **bounds) for width, height in sizes]
         return PackedBatch.without_pixels(self.config, layouts).workload
 
@@ -695,10 +695,10 @@ class VisionTower:
         those, with pixels as :meth:`preprocess` gives them by default.
 
         Args:
-            patches: patches of one still picture, or of each of several in one pass; or what :meth:`workload` says.
+            patches: patches of one still image, or of each of several in one pass; or what :meth:`workload` says.
 
         Raises:
-            UsageError: a count of patches that no picture of this tower has.
+            UsageError: a count of patches that no image of this tower has.
         """
         workload = workload_of(self.config, patches)
         if self.device.type != "cuda":

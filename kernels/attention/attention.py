@@ -13,7 +13,7 @@ its tiles are worked off, long segments first.  Four kernels do it, by the confi
 ``"online"``        :mod:`.attention_online`: the online softmax, for everything
 ``"fixed"``         :mod:`.attention_fixed`: no running maximum in the loop, two thirds of the instructions; a tile that
                     proves to need one is done again in the same program
-``"specialised"``   :mod:`.attention_specialised`: the same with warps that only fetch (Hopper)
+``"specialized"``   :mod:`.attention_specialized`: the same with warps that only fetch (Hopper)
 ``"one_shot"``      :mod:`.attention_one_shot`: segments that are never longer than one block of keys
 ==================  ================================================================================================
 
@@ -53,7 +53,7 @@ LARGEST_HEAD_DIM = 128
 _MODULES: dict[Variant, Any] = {
     "online": online_softmax,
     "fixed": fixed_max,
-    "specialised": warp_specialized,
+    "specialized": warp_specialized,
     "one_shot": single_block,
 }
 ONE_SHOT_LENGTH = 64
@@ -102,7 +102,7 @@ _FLOAT32_AMD = FlashAttentionConfig(block_queries=64, block_keys=32, num_warps=4
 """AMD's matrix cores do multiply fp32."""
 
 
-# The same for the fixed stabiliser in bf16, where the compiler takes it without spills.
+# The same for the fixed stabilizer in bf16, where the compiler takes it without spills.
 _FIXED: dict[str, tuple[tuple[int, FlashAttentionConfig, FlashAttentionConfig], ...]] = {
     architecture: tuple(
         (widest, FlashAttentionConfig(*usual, "fixed"), FlashAttentionConfig(*short, "fixed"))
@@ -140,7 +140,7 @@ def default_config(
 
     ``longest``, the rows of the longest segment, may halve ``block_queries`` and does not change a bit of the result.
     ``length_bound``, which no segment of any pack exceeds, may choose the variant.  fp16 keeps the online softmax: its
-    weights leave a fixed stabiliser little room.  ``"specialised"`` is never the default, since only a GPU can prove it.
+    weights leave a fixed stabilizer little room.  ``"specialized"`` is never the default, since only a GPU can prove it.
     """
     if head_dim > LARGEST_HEAD_DIM:
         raise ValueError(f"head_dim {head_dim} exceeds the limit of {LARGEST_HEAD_DIM}")
@@ -188,7 +188,7 @@ def launch_flash_attention(
 ) -> None:
     """Launches the configured variant; the arguments are valid, at least one row exists, and the variant fits them.
 
-    ``scale`` is ``None`` where the queries are scaled.  One launch; a second one, which repairs, for ``"specialised"`` in bf16.
+    ``scale`` is ``None`` where the queries are scaled.  One launch; a second one, which repairs, for ``"specialized"`` in bf16.
     """
     _MODULES[config.variant].launch(q, k, v, out, segments, scale=scale, config=config)
 
@@ -219,9 +219,9 @@ def flash_attention_varlen(
         out: where to write, ``[T, H, head_dim]`` (``[T, H, columns]`` where heads are padded), strides as free as those
             of ``q``.  It may be ``q`` itself (or lie in its columns), not otherwise overlap the inputs.
         config: the launch configuration; :func:`choose_config` by default.  Where its variant cannot take this launch
-            (``"fixed"`` on an architecture whose compiler rejects it; ``"specialised"`` elsewhere than on sm_90, in fp32,
+            (``"fixed"`` on an architecture whose compiler rejects it; ``"specialized"`` elsewhere than on sm_90, in fp32,
             for heads that it cannot divide or tensors that are not aligned to 16 bytes), the default counts.
-        length_bound: rows that no segment ever has more of, as a property of the tower (its windows, its picture size)
+        length_bound: rows that no segment ever has more of, as a property of the tower (its windows, its image size)
             and not of this pack; it may decide which kernel runs.
         columns: columns of a head that count, where heads are padded (72 of 80).  Column ``columns`` of every key and
             value must hold one and the columns after it zero; what the queries hold there does not matter.
@@ -266,7 +266,7 @@ def flash_attention_varlen(
         )
     architecture = configs.architecture(q.device)
     if (config.variant == "fixed" and architecture not in fixed_max.ARCHITECTURES) or (
-        config.variant == "specialised"
+        config.variant == "specialized"
         and warp_specialized.obstacle(q, k, v, head_dim, config, architecture) is not None
     ):
         config = default_config(head_dim, q.dtype, architecture, longest=segments.longest, length_bound=length_bound)
@@ -347,7 +347,7 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
     """The default configurations of the head dims that vision towers have, and what a measured table may choose instead.
 
     The head dims in bf16, the commonest one also in fp16 and fp32, padded heads, short segments, windows; on sm_90 the
-    specialised forms, which only measured tables choose, and the online softmax that repairs for them.
+    specialized forms, which only measured tables choose, and the online softmax that repairs for them.
     """
 
     def of(
@@ -366,9 +366,9 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
     specs += [of(80, torch.float16), of(80, torch.float32), of(80, length_bound=64)]
     specs += [compile_spec(80, torch.bfloat16, default_config(80, torch.float16, architecture))]
     if architecture == "sm_90":
-        specialised = FlashAttentionConfig(128, 128, num_warps=4, num_stages=2, variant="specialised")
-        specs += [compile_spec(head_dim, torch.bfloat16, specialised) for head_dim in (64, 80)]
-        specs += [compile_spec(head_dim, torch.float16, specialised) for head_dim in (64, 80)]
+        specialized = FlashAttentionConfig(128, 128, num_warps=4, num_stages=2, variant="specialized")
+        specs += [compile_spec(head_dim, torch.bfloat16, specialized) for head_dim in (64, 80)]
+        specs += [compile_spec(head_dim, torch.float16, specialized) for head_dim in (64, 80)]
         specs += [
             online_softmax.compile_spec(
                 Heads.of(head_dim, width, torch.bfloat16), torch.bfloat16, warp_specialized.REPAIR, repair=True

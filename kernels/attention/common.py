@@ -36,8 +36,8 @@ __all__ = [
     "tile_of",
 ]
 
-Variant = Literal["online", "fixed", "specialised", "one_shot"]
-VARIANTS: tuple[Variant, ...] = ("online", "fixed", "specialised", "one_shot")
+Variant = Literal["online", "fixed", "specialized", "one_shot"]
+VARIANTS: tuple[Variant, ...] = ("online", "fixed", "specialized", "one_shot")
 
 
 @dataclass(frozen=True)
@@ -265,12 +265,12 @@ def store_rows(
 ):  # fmt: skip
     """The weighed values divided by the sum of their weights, into the rows that ``row_mask`` names."""
     columns = tl.arange(0, MAIN)
-    normaliser = (1.0 / row_sum)[:, None]
-    result = (accumulator * normaliser).to(out_pointers.dtype.element_ty)
+    normalizer = (1.0 / row_sum)[:, None]
+    result = (accumulator * normalizer).to(out_pointers.dtype.element_ty)
     tl.store(out_pointers + columns[None, :], result, mask=row_mask[:, None] & (columns[None, :] < HEAD_DIM))
     if TAIL > 0:
         tail_columns = MAIN + tl.arange(0, TAIL)
-        result = (accumulator_tail * normaliser).to(out_pointers.dtype.element_ty)
+        result = (accumulator_tail * normalizer).to(out_pointers.dtype.element_ty)
         tl.store(
             out_pointers + tail_columns[None, :], result, mask=row_mask[:, None] & (tail_columns[None, :] < HEAD_DIM)
         )

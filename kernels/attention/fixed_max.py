@@ -1,4 +1,4 @@
-"""Attention with a fixed stabiliser: no running maximum, no rescaling and no mask in the loop over the keys.
+"""Attention with a fixed stabilizer: no running maximum, no rescaling and no mask in the loop over the keys.
 
 A softmax may subtract any number m from the scores of a row, provided that nothing leaves the range of the arithmetic:
 
@@ -58,10 +58,10 @@ __all__ = ["ARCHITECTURES", "LEAST_SUM", "compile_spec", "launch", "spare_column
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "gfx942", "gfx950", "interpreter")
 """Where the kernel compiles: Triton 3.6 and 3.7 find no layout for it in the tensor memory of sm_100."""
 GROUPS = 8
-"""Columns of a product that neighbouring threads share: their sums stay apart until the end of the loop."""
+"""Columns of a product that neighboring threads share: their sums stay apart until the end of the loop."""
 
 LEAST_SUM = 2.0**-60
-"""Below it the terms of a sum may have lost digits; only a rounded stabiliser can lead there."""
+"""Below it the terms of a sum may have lost digits; only a rounded stabilizer can lead there."""
 REDO_KEYS = 32
 """Block of keys of the second attempt."""
 
@@ -72,7 +72,7 @@ def sum_limit(dtype: torch.dtype) -> float:
 
 
 def spare_column(head_dim: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a padded head has a column that the products compute anyway, in a dtype that can hold a stabiliser there."""
+    """Whether a padded head has a column that the products compute anyway, in a dtype that can hold a stabilizer there."""
     return head_dim < min(width, sum(split_head_dim(head_dim, dtype))) and dtype != torch.float16
 
 
@@ -146,7 +146,7 @@ def _attention_fixed_kernel(
     )  # fmt: skip
     columns = tl.arange(0, MAIN)
 
-    # The last block, of 1 to BLOCK_KEYS keys, fixes the stabiliser.
+    # The last block, of 1 to BLOCK_KEYS keys, fixes the stabilizer.
     whole = (length - 1) // BLOCK_KEYS * BLOCK_KEYS
     keys_left = length - whole
     last_keys = key_pointers + whole.to(tl.int64) * key_token_stride
@@ -162,8 +162,8 @@ def _attention_fixed_kernel(
             tail_columns = MAIN + tl.arange(0, TAIL)
             query_tail = tl.where(tail_columns[None, :] == HEAD_DIM, shift[:, None], query_tail)
     else:
-        stabiliser = tl.max(scores, 1) * score_scale
-        weights = tl.exp2(scores * score_scale - stabiliser[:, None])
+        stabilizer = tl.max(scores, 1) * score_scale
+        weights = tl.exp2(scores * score_scale - stabilizer[:, None])
         sums = _sums(weights, GROUPS)
     last_values = value_pointers + whole.to(tl.int64) * value_token_stride
     value, value_tail = load_values(last_values, keys_left, WIDTH, MAIN, TAIL, BLOCK_KEYS, True)
@@ -180,7 +180,7 @@ def _attention_fixed_kernel(
         if SPARE:
             weights = tl.exp2(in_log2(scores, score_scale))
         else:
-            weights = tl.exp2(scores * score_scale - stabiliser[:, None])
+            weights = tl.exp2(scores * score_scale - stabilizer[:, None])
             sums += _sums(weights, GROUPS)
         weights = weights.to(value.dtype)
         accumulator = dot(weights, value, accumulator)

@@ -2,7 +2,7 @@
 
 One program owns ``block_queries`` query rows of one segment and one head, and walks that segment's keys in blocks of
 ``block_keys``, keeping the running maximum, the running sum and the output in fp32 registers (Milakov and Gimelshein,
-arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).  The same kernel repairs what :mod:`.attention_specialised` could
+arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).  The same kernel repairs what :mod:`.attention_specialized` could
 not vouch for: then it computes only the tiles with such a row, and writes only such rows.
 """
 

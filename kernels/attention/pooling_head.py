@@ -1,16 +1,16 @@
-"""Attention of one learned query to the rows of each picture: the pooling head of SigLIP.
+"""Attention of one learned query to the rows of each image: the pooling head of SigLIP.
 
     out[s] = Σ_j softmax_j(scale · query·k[j]) v[j]        j over the rows of segment s, per head
 
 It is the attention of transformers' ``SiglipMultiheadAttentionPoolingHead`` (``torch.nn.MultiheadAttention`` with a
-probe) between its projections: the probe is the same for every picture, so its query is projected once and not per
-picture.
+probe) between its projections: the probe is the same for every image, so its query is projected once and not per
+image.
 
 Shapes: query ``[H, head_dim]``, kv ``[T, 2, H, head_dim]`` (keys at 0, values at 1), T the rows of all segments, out
 ``[S, H, head_dim]``.  One program owns one head of one segment and walks its rows in blocks of ``block_keys``, keeping
 the running maximum, the running sum and the output in fp32 (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
 A single query leaves nothing for tensor cores to do: the kernel is bound by memory, reads ``2·T·H·head_dim`` elements
-once, and does as many multiplications and additions.  Few programs run (12 to 16 heads for each picture), yet next to
+once, and does as many multiplications and additions.  Few programs run (12 to 16 heads for each image), yet next to
 the layers before it the head is cheap.
 """
 
@@ -123,7 +123,7 @@ def _columns(head_dim: int) -> int:
 def default_config(head_dim: int, architecture: str) -> AttentionPoolingConfig:
     """8192 keys and 8192 values at a time, 32 of each a thread (16 on AMD, whose warps are twice as wide).
 
-    The lengths of the segments have no say: a picture's bits must not depend on what else is in the pack.
+    The lengths of the segments have no say: an image's bits must not depend on what else is in the pack.
     """
     if architecture == "interpreter":
         return AttentionPoolingConfig(block_keys=64, num_warps=4)
@@ -195,7 +195,7 @@ def attention_pooling(
         query: ``[H, head_dim]`` float32, float16 or bfloat16, ``head_dim`` at most 128, last stride 1; the same for
             every segment.
         kv: keys and values ``[T, 2, H, head_dim]`` of ``query``'s dtype; any strides but the last, which is 1.
-        segments: the division of the T rows, one segment for each picture; none may be empty.
+        segments: the division of the T rows, one segment for each image; none may be empty.
         scale: what the scores are multiplied by; ``head_dim ** -0.5`` by default; positive.
         out: where to write, ``[S, H, head_dim]``, any strides but the last, which is 1; must not overlap ``kv``.
         config: how to launch the kernel; the default is chosen for the head's width and the device.
@@ -223,7 +223,7 @@ def attention_pooling(
     _check("kv", kv, query, (segments.total, 2, heads, head_dim))
     if 0 in segments.lengths:
         raise ValueError(
-            f"segment {segments.lengths.index(0)} of {segments} has no rows; a picture needs at least one row"
+            f"segment {segments.lengths.index(0)} of {segments} has no rows; an image needs at least one row"
         )
     scale = head_dim**-0.5 if scale is None else scale
     if not torch.finfo(torch.float32).tiny <= scale < math.inf:

@@ -39,8 +39,8 @@ def flash_attention_varlen_reference(
     """The CPU product: torch's fused attention, or products of oneDNN's where those of the fused one are slow.
 
     Which of them a segment takes depends on the CPU, the dtype and the segment's length, and for a head whose scores lie
-    too far apart on the head; neighbours never change its bits.
-    Fused, one call takes each run of equal neighbouring segments: the rows of such a run reshape to
+    too far apart on the head; neighbors never change its bits.
+    Fused, one call takes each run of equal neighboring segments: the rows of such a run reshape to
     ``[count, H, length, head_dim]`` without a copy, and torch gives every member the bits it would get alone.
     """
     by_products = q.device.type == "cpu" and cpu.fused_attention_is_slow()

@@ -1,23 +1,23 @@
-"""Attention with specialised warps and the copy engine of Hopper (TMA): some warps fetch, the others compute.
+"""Attention with specialized warps and the copy engine of Hopper (TMA): some warps fetch, the others compute.
 
 The softmax is that of :mod:`.attention_fixed` (or, with ``ONLINE``, the running one), arranged as Triton's warp
-specialisation takes it, and no other way (Triton 3.6 to 3.9, sm_90):
+specialization takes it, and no other way (Triton 3.6 to 3.9, sm_90):
 
 * four warps and 128 query rows, which the compiler divides between two groups of four warps; a third group fetches;
 * keys and values through descriptors made by the host, queries through one made on the device: with a host's
   descriptor of the queries Triton 3.6 copies 128 rows into a buffer of 64;
 * no pointer is loaded from in the loop; no product with the values comes before it; nothing is reduced over the queries.
 
-So the last block, whose keys need the mask, is scored before the loop, for the stabiliser, and again after it.  And a tile
+So the last block, whose keys need the mask, is scored before the loop, for the stabilizer, and again after it.  And a tile
 cannot be repaired in place: rows whose sum or output left the safe range are not written but marked in ``faults``, and a
 second launch (:mod:`.attention_online`) computes them with the online softmax.  That is one more launch per call, whose
 programs end at once where nothing is marked.
 
 A descriptor fetches whole blocks: rows that follow the segment, or zeros after the last row of all.  Such keys are masked
 in the scores.  Such values get the weight zero, which a NaN would survive; so zeros take their place in the last block.
-Nothing a neighbour holds can reach a segment's rows.
+Nothing a neighbor holds can reach a segment's rows.
 
-The interpreter ignores warp specialisation and runs everything else.
+The interpreter ignores warp specialization and runs everything else.
 """
 
 import contextvars
@@ -54,7 +54,7 @@ def _scores(
 
 
 @triton.jit
-def _attention_specialised_kernel(
+def _attention_specialized_kernel(
     query_pointer, KEYS, KEYS_TAIL, VALUES, VALUES_TAIL, out_pointer, faults_pointer,
     cu_seqlens_pointer, tiles_pointer, tile_count, token_count, query_columns, score_scale,
     query_token_stride, query_head_stride, key_head_stride, value_head_stride, out_token_stride, out_head_stride,
@@ -66,7 +66,7 @@ def _attention_specialised_kernel(
     head, first_row, start, length = tile_of(
         tl.program_id(0), tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_QUERIES
     )
-    # A tile that only fills up the list has nothing to do; a return would be more than the compiler can specialise.
+    # A tile that only fills up the list has nothing to do; a return would be more than the compiler can specialize.
     if first_row < length:
         key_column = head * key_head_stride
         value_column = head * value_head_stride
@@ -88,7 +88,7 @@ def _attention_specialised_kernel(
             tail_columns = MAIN + tl.arange(0, TAIL)
             query_tail = tl.where(tail_columns[None, :] < HEAD_DIM, query_tail, tl.zeros_like(query_tail))
 
-        # The last block, of 1 to BLOCK_KEYS keys, fixes the stabiliser.
+        # The last block, of 1 to BLOCK_KEYS keys, fixes the stabilizer.
         whole = (length - 1) // BLOCK_KEYS * BLOCK_KEYS
         inside = (tl.arange(0, BLOCK_KEYS) < length - whole)[None, :]
         scores = _scores(query, query_tail, KEYS, KEYS_TAIL, start + whole, key_column, TAIL, MAIN)
@@ -97,7 +97,7 @@ def _attention_specialised_kernel(
             shift = (-tl.max(scores, 1)).to(query.dtype)
             query_tail = tl.where(tail_columns[None, :] == HEAD_DIM, shift[:, None], query_tail)
         else:
-            stabiliser = tl.max(scores, 1) * score_scale
+            stabilizer = tl.max(scores, 1) * score_scale
         row_sum = tl.zeros([BLOCK_QUERIES], tl.float32)
         accumulator = tl.zeros([BLOCK_QUERIES, MAIN], tl.float32)
         accumulator_tail = accumulator
@@ -109,16 +109,16 @@ def _attention_specialised_kernel(
             if SPARE:
                 weights = tl.exp2(in_log2(scores, score_scale))
             elif ONLINE:
-                maximum = tl.maximum(stabiliser, tl.max(scores, 1) * score_scale)
+                maximum = tl.maximum(stabilizer, tl.max(scores, 1) * score_scale)
                 weights = tl.exp2(scores * score_scale - maximum[:, None])
-                correction = tl.exp2(stabiliser - maximum)
+                correction = tl.exp2(stabilizer - maximum)
                 row_sum = row_sum * correction + tl.sum(weights, 1)
-                stabiliser = maximum
+                stabilizer = maximum
                 accumulator = accumulator * correction[:, None]
                 if TAIL > 0:
                     accumulator_tail = accumulator_tail * correction[:, None]
             else:
-                weights = tl.exp2(scores * score_scale - stabiliser[:, None])
+                weights = tl.exp2(scores * score_scale - stabilizer[:, None])
                 row_sum += tl.sum(weights, 1)
             weights = weights.to(query.dtype)
             accumulator = dot(weights, VALUES.load([start + key, value_column]), accumulator)
@@ -130,7 +130,7 @@ def _attention_specialised_kernel(
         if SPARE:
             weights = tl.exp2(in_log2(scores, score_scale))
         else:
-            weights = tl.exp2(scores * score_scale - stabiliser[:, None])
+            weights = tl.exp2(scores * score_scale - stabilizer[:, None])
             row_sum += tl.sum(weights, 1)
         weights = weights.to(query.dtype)
         left = (tl.arange(0, BLOCK_KEYS) < length - whole)[:, None]
@@ -164,11 +164,11 @@ def _triton_is_recent() -> bool:
 def obstacle(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dim: int, config: FlashAttentionConfig, architecture: str
 ) -> str | None:
-    """Why this launch cannot take the specialised kernel, in words; ``None`` where it can."""
+    """Why this launch cannot take the specialized kernel, in words; ``None`` where it can."""
     heads = Heads.of(head_dim, q.shape[2], q.dtype)
     computed = heads.main + heads.tail
     if architecture not in ("sm_90", "interpreter"):
-        return f"the compiler specialises warps for sm_90, not for {architecture}"
+        return f"the compiler specializes warps for sm_90, not for {architecture}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it multiplies 16-bit floats, not {q.dtype}"
     if (config.block_queries, config.num_warps) != (128, 4):
@@ -239,7 +239,7 @@ def _launch(
         for tensor in (k, v)
         for part in (heads.main, heads.tail)
     ]
-    _attention_specialised_kernel[(len(tiles) * count,)](
+    _attention_specialized_kernel[(len(tiles) * count,)](
         q,
         *parts,
         out,
@@ -315,7 +315,7 @@ def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig)
     return CompileSpec(
         name=f"{name} {heads.text}, {config.block_queries}x{config.block_keys} warps {config.num_warps} "
         f"stages {config.num_stages}, {softmax}",
-        kernel=_attention_specialised_kernel,
+        kernel=_attention_specialized_kernel,
         signature=signature,
         constants=constants,
         divisible_by_16=tuple(

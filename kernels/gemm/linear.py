@@ -12,7 +12,7 @@ One program owns one ``block_rows × block_columns`` tile of y and walks along K
 ``group_rows`` row tiles share the columns they pass over while those are still in the L2 cache.  2·M·N·K FLOPs; W is read
 once per group of row tiles, x once per column tile, mostly from L2.
 
-Few rows (a single small picture) make too few tiles for a whole GPU.  Then K is cut into ``split`` parts: programs write
+Few rows (a single small image) make too few tiles for a whole GPU.  Then K is cut into ``split`` parts: programs write
 fp32 partial sums to a workspace ``[split, M, N]``, and a second kernel adds them up in a fixed order and applies the
 epilogue.  No atomics, so the result does not depend on timing.
 

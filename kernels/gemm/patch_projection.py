@@ -5,9 +5,9 @@ flattened patch per row, channel-major: K = channels × frames × height × widt
 W's dtype.
 
 * Float pixels (float32, float16, bfloat16) are cast to W's dtype first, as transformers does.
-* uint8 pixels are raw 0…255.  :func:`fold_normalisation` moves rescaling, mean and standard deviation into W and b; the
+* uint8 pixels are raw 0…255.  :func:`fold_normalization` moves rescaling, mean and standard deviation into W and b; the
   kernel multiplies ``pixel − 128``, an integer that bf16 and fp16 hold exactly.  A quarter of the bytes of fp32 pixels
-  travel to the device, and normalised pixels are never rounded to 16 bits.
+  travel to the device, and normalized pixels are never rounded to 16 bits.
 * A learned position table ``[P, D]`` is added in fp32, before the one rounding, at the row that ``position_index`` names
   (row r for patch r without it).  transformers rounds the projection first and the sum again; here it is rounded once.
 
@@ -34,20 +34,20 @@ __all__ = [
     "choose_config",
     "compile_specs",
     "default_config",
-    "fold_normalisation",
+    "fold_normalization",
     "fold_temporal",
     "launch_patch_projection",
     "patch_projection",
     "patch_projection_reference",
 ]
 
-PIXEL_CENTRE = 128
+PIXEL_CENTER = 128
 """What uint8 pixels are counted from: −128…127 needs 8 significant bits, as many as bf16 has."""
 
 _CHUNK_ROWS = 2048  # patches that the reference casts at a time: they stay in cache until they are multiplied
 
 
-def fold_normalisation(
+def fold_normalization(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     *,
@@ -87,17 +87,17 @@ def fold_normalisation(
             f"bias has shape {tuple(bias.shape)}; weight has {tuple(weight.shape)} = [D, K], so it has to be [D]"
         )
     means, deviations = torch.tensor([list(mean), list(std)], dtype=torch.float64, device=weight.device)
-    centre = (PIXEL_CENTRE * rescale_factor - means) / deviations
+    center = (PIXEL_CENTER * rescale_factor - means) / deviations
     planes = weight.double().view(weight.shape[0], channels, -1)
     folded = planes * (rescale_factor / deviations)[None, :, None]
-    constant = planes.sum(2) @ centre
+    constant = planes.sum(2) @ center
     if bias is not None:
         constant += bias.double()
     return folded.view(weight.shape).to(weight.dtype), constant.to(weight.dtype)
 
 
 def fold_temporal(weight: torch.Tensor) -> torch.Tensor:
-    """``[D, C, T, P, P] → [D, C·P·P]``: the projection of a still picture, whose T frames are the same.
+    """``[D, C, T, P, P] → [D, C·P·P]``: the projection of a still image, whose T frames are the same.
 
     The sum over T is fp32, rounded once to ``weight``'s dtype.
 
@@ -112,7 +112,7 @@ def fold_temporal(weight: torch.Tensor) -> torch.Tensor:
 def _cast_pixels(patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if patches.dtype == torch.uint8:
         # Flipping the highest bit subtracts 128 in two's complement: one byte pass, then one conversion.
-        return patches.bitwise_xor(PIXEL_CENTRE).view(torch.int8).to(dtype)
+        return patches.bitwise_xor(PIXEL_CENTER).view(torch.int8).to(dtype)
     return patches.to(dtype)
 
 
@@ -176,7 +176,7 @@ def _patch_projection_kernel(
 def default_config(*, dtype: torch.dtype, architecture: str) -> LinearConfig:
     """A safe configuration for weights of ``dtype``: no spills, and within shared memory.
 
-    One for every number of patches: a picture's rows have the same bits in any pack.
+    One for every number of patches: an image's rows have the same bits in any pack.
     """
     if architecture == "interpreter":
         return LinearConfig(128, 128, 128, group_rows=8, num_warps=4, num_stages=1)
@@ -297,9 +297,9 @@ def patch_projection(
     """Projects flattened patches, and adds learned positions (transformers: ``Conv3d``/``Conv2d`` of stride = kernel).
 
     Args:
-        patches: ``[N, K]`` float32, float16, bfloat16 (normalised) or uint8 (raw); rows any distance apart.
+        patches: ``[N, K]`` float32, float16, bfloat16 (normalized) or uint8 (raw); rows any distance apart.
         weight: ``[D, K]`` float32, float16 or bfloat16; rows any distance apart.  For uint8 patches ``weight`` and
-            ``bias`` are those that :func:`fold_normalisation` returns.
+            ``bias`` are those that :func:`fold_normalization` returns.
         bias: ``[D]``.
         position_table: ``[P, D]``, added in fp32 before the rounding; rows any distance apart.
         position_index: ``[N]`` int32, each in ``[0, P)`` (not checked on a GPU); without it patch r takes row r, and P

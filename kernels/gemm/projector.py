@@ -3,7 +3,7 @@
 ``y = W₂ f(W₁ merge(norm(x)) + b₁) + b₂``; ``merge`` puts ``m`` consecutive rows side by side, which is a view.
 
 Shapes: ``x [N, D]``, ``W₁ [H, m·D]``, ``W₂ [O, H]``, y ``[N/m, O]``.  With a ``row_index`` the rows are gathered first
-(Qwen2.5-VL computes in window order and projects in picture order).
+(Qwen2.5-VL computes in window order and projects in image order).
 
 Three launches, each owning what its file says: the norm writes its rows (in their new order) into ``normed``, where they
 lie merged already; the first product applies b₁ and f in its epilogue and writes ``hidden``; the second writes y.  The two

@@ -161,7 +161,7 @@ def _finish(
     if BIAS is not None:
         total += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     if COSINES is not None:
-        # Tiles begin at even columns, so a pair never lies across two of them, nor do UNIT neighbours lie across two heads.
+        # Tiles begin at even columns, so a pair never lies across two of them, nor do UNIT neighbors lie across two heads.
         pair = first_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
         place = tl.max_contiguous(tl.multiple_of(pair % (PADDED // 2), UNIT), UNIT)
         turns = (pair < pairs) & (place < HEAD_DIM // 2)
@@ -291,7 +291,7 @@ def launch_qkv_projection(
 
 
 def _heads(head_dim: int, padded: int, *strides: int) -> dict[str, int]:
-    """The constants of the heads; UNIT: how many neighbours of a table are read at once, 16 bytes at most."""
+    """The constants of the heads; UNIT: how many neighbors of a table are read at once, 16 bytes at most."""
     return {"HEAD_DIM": head_dim, "PADDED": padded, "UNIT": math.gcd(4, head_dim // 2, padded // 2, *strides)}
 
 

@@ -123,7 +123,7 @@ def _gather_kernel(
     SOURCE, INDEX, WEIGHTS, FILL, RESIDUAL, OUT, rows, width, source_stride, residual_stride, out_stride,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Owns a tile of ROWS × COLUMNS of OUT; neighbouring programs write neighbouring columns of the same rows.
+    # Owns a tile of ROWS × COLUMNS of OUT; neighboring programs write neighboring columns of the same rows.
     column_tiles = tl.cdiv(width, COLUMNS)
     program = tl.program_id(0)
     row_tile = program // column_tiles

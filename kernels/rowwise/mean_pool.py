@@ -47,7 +47,7 @@ def mean_rows_reference(x: torch.Tensor, count: int, out: torch.Tensor) -> torch
 def _mean_rows_kernel(
     X, OUT, rows, width, x_stride, out_stride, COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    # Owns a tile of ROWS × COLUMNS of OUT; neighbouring programs write neighbouring columns of the same rows.
+    # Owns a tile of ROWS × COLUMNS of OUT; neighboring programs write neighboring columns of the same rows.
     column_tiles = tl.cdiv(width, COLUMNS)
     program = tl.program_id(0)
     row_tile = program // column_tiles

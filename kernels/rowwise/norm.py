@@ -51,7 +51,7 @@ MAX_WIDTH = 16384
 _CHUNK = 262144  # fp32 elements per thread that the reference works on at a time: they stay in the core's own cache
 
 
-def _normalise_chunk(
+def _normalize_chunk(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -64,12 +64,12 @@ def _normalise_chunk(
     if kind == "layer_norm":
         out.copy_(torch.nn.functional.layer_norm(x, (x.shape[1],), weight, bias, eps))
         return
-    normalised = x.float() if x.dtype != torch.float32 else x.clone()
-    normalised.mul_((normalised * normalised).mean(1, keepdim=True).add_(eps).rsqrt_())
+    normalized = x.float() if x.dtype != torch.float32 else x.clone()
+    normalized.mul_((normalized * normalized).mean(1, keepdim=True).add_(eps).rsqrt_())
     if rounding == "before_weight":
-        torch.mul(normalised.to(x.dtype), weight, out=out)
+        torch.mul(normalized.to(x.dtype), weight, out=out)
     else:
-        out.copy_(normalised.mul_(weight))
+        out.copy_(normalized.mul_(weight))
 
 
 def norm_reference(
@@ -107,7 +107,7 @@ def norm_reference(
             chunk = torch.add(x[run], residual[run], out=residual_out[run])
         else:
             chunk = x[run]
-        _normalise_chunk(chunk, weight, bias, out[run], kind, eps, rounding)
+        _normalize_chunk(chunk, weight, bias, out[run], kind, eps, rounding)
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _write(
     x, WEIGHT, BIAS, OUT, row, valid, out_stride, START: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     KIND: tl.constexpr, ROUND_BEFORE_WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    # Scales the normalised columns [START, START + BLOCK) and stores them.
+    # Scales the normalized columns [START, START + BLOCK) and stores them.
     column = START + tl.arange(0, BLOCK)
     weight = tl.load(WEIGHT + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     if KIND == "gemma_rms_norm":
@@ -147,7 +147,7 @@ def _write(
 
 
 @triton.jit
-def _centred(x, mean, START: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+def _centered(x, mean, START: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     # x - mean, with the columns beyond the row kept at zero.
     column = START + tl.arange(0, BLOCK)[None, :]
     return tl.where(column < WIDTH, x - mean[:, None], 0.0)
@@ -193,9 +193,9 @@ def _norm_kernel(
         if TAIL > 0:
             total += tl.sum(tail, axis=1)
         mean = total / WIDTH
-        head = _centred(head, mean, 0, HEAD, WIDTH)
+        head = _centered(head, mean, 0, HEAD, WIDTH)
         if TAIL > 0:
-            tail = _centred(tail, mean, HEAD, TAIL, WIDTH)
+            tail = _centered(tail, mean, HEAD, TAIL, WIDTH)
 
     squares = tl.sum(head * head, axis=1)
     if TAIL > 0:
@@ -360,7 +360,7 @@ def norm(
     config: NormConfig | None = None,
     extent: Extent | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Normalises rows; see the module's description for the formulas.
+    """Normalizes rows; see the module's description for the formulas.
 
     Args:
         x: ``[N, D]`` float32, float16 or bfloat16, last stride 1, ``D`` at most :data:`MAX_WIDTH`.
@@ -368,7 +368,7 @@ def norm(
         bias: ``[D]``, of ``x``'s dtype; ``layer_norm`` only.
         kind: which norm.
         eps: added to the variance or to the mean square.
-        rounding: ``"before_weight"`` rounds the normalised row to ``x``'s dtype before it is multiplied by ``weight``.
+        rounding: ``"before_weight"`` rounds the normalized row to ``x``'s dtype before it is multiplied by ``weight``.
         residual: ``[N, D]``, added to ``x`` first; the sum is rounded to ``x``'s dtype.
         residual_out: ``[N, D]``, where that sum goes; neither ``x`` nor ``residual``, which other threads may still read.
         row_index: ``[M]`` int32, the input row of each output row; a permutation when there is a ``residual``.
@@ -378,7 +378,7 @@ def norm(
             ``residual_out``).  Not together with both ``residual`` and ``row_index``.
 
     Returns:
-        The normalised rows, and the sum beside them when a ``residual`` was given.
+        The normalized rows, and the sum beside them when a ``residual`` was given.
 
     Raises:
         ValueError: shapes that do not fit, rows with gaps, an unknown kind or rounding, or a bias that the kind lacks.

@@ -87,7 +87,7 @@ def merge_block_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> 
     """Row and column of every patch, ``[N, 2]`` int32 on the CPU, in the order in which the towers hold them.
 
     Args:
-        grids: frames, rows and columns of patches of each picture or video.
+        grids: frames, rows and columns of patches of each image or video.
         merge: side of the square blocks whose patches follow each other; 1 is plain raster order.
 
     Raises:
@@ -106,7 +106,7 @@ def window_order(grids: Sequence[tuple[int, int, int]], merge: int, side: int) -
     the padding out again (Qwen2.5-VL).
 
     Args:
-        grids: frames, rows and columns of patches of each picture or video.
+        grids: frames, rows and columns of patches of each image or video.
         merge: side of the square blocks whose patches follow each other.
         side: side of a window, in merge blocks.
 
@@ -150,8 +150,8 @@ def bilinear_taps(
     the weights carry one rounding.
 
     Args:
-        positions: ``[N, 2]`` int32 on the CPU, row and column of each patch, picture by picture.
-        grids: frames, rows and columns of patches of each picture or video.
+        positions: ``[N, 2]`` int32 on the CPU, row and column of each patch, image by image.
+        grids: frames, rows and columns of patches of each image or video.
         side: rows and columns of the table.
 
     Returns:
@@ -181,7 +181,7 @@ def bilinear_taps(
 
 
 @cache  # without end: a captured launch reads a table at its address for as long as it is replayed
-def _memoised_axis_table(
+def _memoized_axis_table(
     frequencies: tuple[float, ...], side: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     angles = torch.arange(side, dtype=torch.float32, device="cpu")[:, None] * torch.tensor(frequencies, device="cpu")
@@ -194,7 +194,7 @@ def _axis_table(frequencies: torch.Tensor, side: int, device: torch.device) -> t
 
     They are kept, and the side is rounded up so that few are: no copy to the GPU then stands in a forward pass.
     """
-    return _memoised_axis_table(tuple(frequencies.tolist()), max(64, 1 << (side - 1).bit_length()), device)
+    return _memoized_axis_table(tuple(frequencies.tolist()), max(64, 1 << (side - 1).bit_length()), device)
 
 
 def rotary_table_reference(

@@ -1,10 +1,10 @@
-"""Rows of pictures put in place of rows of a prompt, or added to them.
+"""Rows of images put in place of rows of a prompt, or added to them.
 
     out[n] = rows[index[n]]              where index[n] ≥ 0        (add: text[n] + rows[index[n]])
     out[n] = text[n]                     where index[n] is −1
 
 A copy is exact where the dtypes agree, and otherwise rounded once; a sum is one of fp32, rounded once.  This puts a
-picture's embeddings where a prompt has its tokens, and adds deepstack levels to a language model's hidden states
+image's embeddings where a prompt has its tokens, and adds deepstack levels to a language model's hidden states
 (``masked_scatter`` and the masked sum of transformers' ``Qwen3VLTextModel._deepstack_process``).
 
 Shapes: text and out ``[N, D]``, rows ``[P, D]``, index ``[N]``; rows any distance apart, elements of a row adjacent.  One
@@ -45,7 +45,7 @@ def _splice_kernel(
     TEXT, ROWS, INDEX, OUT, rows, width, text_stride, rows_stride, out_stride,
     ADD: tl.constexpr, IN_PLACE: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Owns a tile of TILE × COLUMNS of OUT; neighbouring programs write neighbouring columns of the same rows.
+    # Owns a tile of TILE × COLUMNS of OUT; neighboring programs write neighboring columns of the same rows.
     column_tiles = tl.cdiv(width, COLUMNS)
     program = tl.program_id(0)
     row_tile = program // column_tiles
@@ -55,8 +55,8 @@ def _splice_kernel(
     chosen = tl.load(INDEX + row, mask=valid, other=-1)
     within = (column < width)[None, :]
     replaced = (chosen >= 0)[:, None]
-    picture = ROWS + chosen.to(tl.int64)[:, None] * rows_stride + column[None, :]
-    values = tl.load(picture, mask=replaced & within, other=0.0)
+    image = ROWS + chosen.to(tl.int64)[:, None] * rows_stride + column[None, :]
+    values = tl.load(image, mask=replaced & within, other=0.0)
     # Nobody reads text where it is neither kept nor added to.
     wanted = replaced if IN_PLACE else valid[:, None]
     needed = wanted if ADD else wanted & (chosen < 0)[:, None]

@@ -6,7 +6,7 @@ never compute in bf16 (they load, widen to fp32, compute, and cast once at the s
 mending.
 
 *Products.*  ``tl.dot`` becomes ``numpy.matmul``, whose library adds up a row in an order that depends on where the row
-stands in the tile.  On tensor cores every row of a tile is treated alike, and the promise that a picture's embedding
+stands in the tile.  On tensor cores every row of a tile is treated alike, and the promise that an image's embedding
 does not depend on what shares its pack rests on that; so here, too, every element is summed in one fixed order.
 """
 

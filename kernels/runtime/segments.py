@@ -2,7 +2,7 @@
 
 A pack is the rows of many images (or windows, or frames) laid one after another; a *segment* is one run of rows whose
 members attend to each other.  This module holds the arithmetic of such a division: cumulative lengths, the flat list of
-query tiles that the attention kernel walks, and the runs of equal neighbours that the torch reference handles in one
+query tiles that the attention kernel walks, and the runs of equal neighbors that the torch reference handles in one
 call.  Nothing of it is computed twice for one :class:`Segments`.
 
 :class:`PlannedSegments` is a division that changes in place: launches that are captured once and replayed over many packs
@@ -24,7 +24,7 @@ LARGEST_TOTAL = 2**31 - 1
 
 @dataclass(frozen=True)
 class SegmentRun:
-    """``count`` neighbouring segments of ``length`` rows each; the first begins at row ``start``."""
+    """``count`` neighboring segments of ``length`` rows each; the first begins at row ``start``."""
 
     length: int
     start: int
@@ -111,7 +111,7 @@ class Segments:
         return self._tiles[key]
 
     def groups(self) -> tuple[SegmentRun, ...]:
-        """The runs of equal neighbouring segments, in row order; together they cover every row exactly once.
+        """The runs of equal neighboring segments, in row order; together they cover every row exactly once.
 
         The rows of a run reshape to ``[count, length, ...]`` without a copy, so one batched call serves them all.
         Empty segments own no rows and interrupt no run.

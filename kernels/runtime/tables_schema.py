@@ -3,7 +3,7 @@
 Tables may come from anywhere.  They are data and stay data: read as JSON up to a limit, every value checked against a type
 and a range, and a file that breaks a rule is refused as a whole, with the reason.  Configurations that no chip of the
 table's architecture could launch are refused too, and those that only a measurement on the very GPU can vouch for
-(``vendor``, the variant ``"specialised"``) where there is none.
+(``vendor``, the variant ``"specialized"``) where there is none.
 """
 
 import json
@@ -164,7 +164,7 @@ def unproven(config: Mapping[str, Any]) -> str:
     """Which choice in ``config`` needs proof from the GPU itself, in words; empty if none does."""
     if config.get("vendor"):
         return "the vendor's own product"
-    return "the variant 'specialised'" if config.get("variant") == "specialised" else ""
+    return "the variant 'specialized'" if config.get("variant") == "specialized" else ""
 
 
 def check_config(config: object, where: str) -> None:

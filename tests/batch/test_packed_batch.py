@@ -7,7 +7,7 @@ import torch
 from support.configs import CONFIG, FIXED, TILED
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
-from tritontower.batch.layout import Assembly, PictureLayout
+from tritontower.batch.layout import Assembly, ImageLayout
 from tritontower.batch.packed_batch import Grid, PackedBatch
 from tritontower.config import PositionTable, TowerConfig, Windows
 from tritontower.graph.ir import Workload
@@ -15,8 +15,8 @@ from tritontower.graph.ir import Workload
 GRIDS: list[Grid] = [(1, 4, 6), (1, 2, 2), (3, 2, 8), (1, 10, 4)]
 
 
-def layouts(grids: list[Grid]) -> list[PictureLayout]:
-    return [PictureLayout.of_one_view(grid, CONFIG.patch.size) for grid in grids]
+def layouts(grids: list[Grid]) -> list[ImageLayout]:
+    return [ImageLayout.of_one_view(grid, CONFIG.patch.size) for grid in grids]
 
 
 def pack(grids: list[Grid], inner: int = 588, config: TowerConfig = CONFIG) -> PackedBatch:
@@ -37,9 +37,9 @@ def test_positions_and_segments_are_those_of_transformers() -> None:
     assert torch.equal(batch.segments.cu_seqlens.int(), get_vision_cu_seqlens(grids).int())
 
 
-def test_a_clip_is_one_segment_where_the_tower_says_so() -> None:
+def test_a_video_is_one_segment_where_the_tower_says_so() -> None:
     assert pack(GRIDS).segments.lengths == (24, 4, 16, 16, 16, 40)
-    assert pack(GRIDS, config=replace(CONFIG, segments="picture")).segments.lengths == (24, 4, 48, 40)
+    assert pack(GRIDS, config=replace(CONFIG, segments="image")).segments.lengths == (24, 4, 48, 40)
 
 
 def test_counts() -> None:
@@ -63,7 +63,7 @@ def test_an_empty_batch_is_a_batch() -> None:
     ("grids", "shape", "message"),
     [
         ([(1, 4, 6)], (23, 588), r"shape \[23, 588\].*\[24, 588\]"),
-        ([(1, 4, 6)], (24, 600), r"\[24, 588\] for still pictures or \[24, 1176\] for clips"),
+        ([(1, 4, 6)], (24, 600), r"\[24, 588\] for still images or \[24, 1176\] for clips"),
         ([(1, 3, 8)], (24, 588), "multiples of 2"),
         ([(0, 4, 6)], (0, 588), "positive"),
     ],
@@ -87,7 +87,7 @@ def numbered(patches: int, inner: int) -> torch.Tensor:
     return torch.arange(1.0, patches + 1).unsqueeze(1).expand(patches, inner).contiguous()
 
 
-def packed(config: TowerConfig, parts: list[PictureLayout]) -> PackedBatch:
+def packed(config: TowerConfig, parts: list[ImageLayout]) -> PackedBatch:
     pixels = numbered(sum(part.patches for part in parts), config.patch.still_inner)
     return PackedBatch.pack(
         config, pixels, parts, original_sizes=[(9, 9)] * len(parts), content_hashes=[""] * len(parts)
@@ -114,7 +114,7 @@ def test_windows_stand_side_by_side_and_the_selection_undoes_it() -> None:
 
 
 def test_a_class_token_is_a_patch_of_zeros_before_each_view() -> None:
-    view = PictureLayout.of_one_view((1, 3, 3), 2)
+    view = ImageLayout.of_one_view((1, 3, 3), 2)
     batch = packed(FIXED, [view, view])
     assert batch.segments.lengths == (10, 10)
     assert batch.class_rows.flatten().tolist() == [0, 10]
@@ -129,14 +129,14 @@ def test_a_class_token_is_a_patch_of_zeros_before_each_view() -> None:
     assert kept.selection is None
     assert kept.token_counts == (10, 10)
     with pytest.raises(ValueError, match="no other positions"):
-        packed(FIXED, [PictureLayout.of_one_view((1, 3, 4), 2)])
+        packed(FIXED, [ImageLayout.of_one_view((1, 3, 4), 2)])
 
 
 def test_tiles_are_put_together_and_padding_is_never_projected() -> None:
-    one = PictureLayout.of_one_view((1, 3, 3), 2)
+    one = ImageLayout.of_one_view((1, 3, 3), 2)
     # Two views; of the second only the middle row counts, and a newline ends it.
     index = torch.tensor([[row] for row in (*range(9), 12, 13, 14, -1)], dtype=torch.int32)
-    tiled = PictureLayout(((1, 3, 3), (1, 3, 3)), (6, 6), (1, 3, 3), Assembly(index))
+    tiled = ImageLayout(((1, 3, 3), (1, 3, 3)), (6, 6), (1, 3, 3), Assembly(index))
     batch = packed(TILED, [tiled, one])
     assert batch.token_counts == (13, 9)
     assert batch.view_counts == (2, 1)
@@ -164,12 +164,12 @@ def test_bilinear_positions_reach_every_corner_of_the_table() -> None:
     )
     places = batch.positions[:24].long()
     assert torch.allclose(rows[:24], stretched[0, :, places[:, 0], places[:, 1]].T, atol=1e-6)
-    # Both frames of a clip have the positions of the frame.
+    # Both frames of a video have the positions of the frame.
     assert torch.equal(rows[24:28], rows[28:])
 
 
 def test_a_batch_moves_with_all_its_facts() -> None:
-    batch = packed(TILED, [PictureLayout.of_one_view((1, 3, 3), 2)])
+    batch = packed(TILED, [ImageLayout.of_one_view((1, 3, 3), 2)])
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
     tensors = [getattr(moved, field.name) for field in fields(moved)]
@@ -185,7 +185,7 @@ def test_a_batch_has_the_form_of_the_towers_that_it_is_for() -> None:
     assert batch.form == replace(CONFIG, depth=1, features=(1,), mlp_hidden=64).batch_form, "not what layers there are"
     others = [
         replace(CONFIG, patch=replace(CONFIG.patch, size=16)),
-        replace(CONFIG, segments="picture"),
+        replace(CONFIG, segments="image"),
         replace(CONFIG, windows=Windows(4, (1,))),
         replace(CONFIG, position_table=PositionTable(8, "bilinear")),
         replace(CONFIG, projector=None),

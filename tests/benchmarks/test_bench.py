@@ -215,7 +215,7 @@ class TestTowers:
         monkeypatch.setattr(tower, "run", lambda batch: {name: rows * 1.04 for name, rows in run(batch).items()})
         row = towers.compare_times(tower, CheckedReference(tower, tower.dtype), images.square(tower, 16), rivals=rivals)
         assert row["status"] == "failed"
-        assert "too far from transformers in fp32, on a picture of 224 × 224: embeddings by" in row["reason"]
+        assert "too far from transformers in fp32, on an image of 224 × 224: embeddings by" in row["reason"]
         found = row["accuracy"]["embeddings"]
         assert found["error"] > found["limit"] > 0
 
@@ -259,8 +259,8 @@ class TestTowers:
 
     def test_fixed_sizes_are_packed_to_the_count(self):
         with images.family_configuration("CLIP", depth=1) as folder:
-            clip = VisionTower.from_pretrained(folder, device="cpu", dtype="float32", delay_load=True)
-            batch = images.square(clip, 3 * clip.config.num_patches)
+            video = VisionTower.from_pretrained(folder, device="cpu", dtype="float32", delay_load=True)
+            batch = images.square(video, 3 * video.config.num_patches)
         assert len(batch) == 3
 
     def test_a_batch_that_cannot_be_is_refused(self, tower, monkeypatch):
@@ -268,7 +268,7 @@ class TestTowers:
             raise ValueError("no such grid")
 
         monkeypatch.setattr(images.PackedBatch, "pack", refuses)
-        with pytest.raises(UsageError, match=r"no square picture of 64 patches \(no such grid\); name picture sizes"):
+        with pytest.raises(UsageError, match=r"no square image of 64 patches \(no such grid\); name image sizes"):
             images.square(tower, 64)
 
 
@@ -370,11 +370,11 @@ DOCUMENT = {
         {
             "status": "ok",
             "family": "F",
-            "pictures": pictures_in_pass,
+            "images": images_in_pass,
             "patches": 1024,
             "seconds": {"transformers sdpa": [0.2], "tritontower": [0.1, 0.3, 0.2]},
         }
-        for pictures_in_pass in (1, 6)
+        for images_in_pass in (1, 6)
     ]
     + [{"status": "failed", "family": "G"}],
 }
@@ -384,7 +384,7 @@ class TestPlots:
     def test_groups_and_candidates(self):
         assert plots._groups(DOCUMENT) == [
             ("F: 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
-            ("F: 6 pictures, 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
+            ("F: 6 images, 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
         ]
         assert plots._names(DOCUMENT, plots._groups(DOCUMENT))[0] == "tritontower"
 
@@ -394,7 +394,7 @@ class TestPlots:
         with pytest.raises(UsageError, match="plots need matplotlib"):
             plots.plot(DOCUMENT, tmp_path / "plot.png")
 
-    def test_a_picture_is_drawn(self, tmp_path):
+    def test_an_image_is_drawn(self, tmp_path):
         pytest.importorskip("matplotlib", reason="matplotlib is optional, and not installed here")
         plots.plot(DOCUMENT, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -92,13 +92,13 @@ def test_every_variant_gets_its_ten_thousand_launches(setting, monkeypatch):
     """Whatever heads a variant does not take are left to its others."""
 
     def refuses(case, device):
-        return "of the test" if case.config.variant == "specialised" and case.sizes["head_dim"] == 72 else None
+        return "of the test" if case.config.variant == "specialized" and case.sizes["head_dim"] == 72 else None
 
     monkeypatch.setattr(stress, "falls_back", refuses)
     made = dict(stress.stress_items(Setting(setting.device, setting.folder)))
-    assert made["specialised, heads of 72"]() == {
+    assert made["specialized, heads of 72"]() == {
         "status": "skipped",
-        "variant": "specialised",
+        "variant": "specialized",
         "reason": "of the test",
     }
     launches = Counter()
@@ -109,7 +109,7 @@ def test_every_variant_gets_its_ten_thousand_launches(setting, monkeypatch):
             launches[variant] += wanted
     assert set(launches) == set(stress.VARIANTS)
     assert all(10_000 <= count < 10_100 for count in launches.values())
-    assert sum(name.startswith("specialised, heads of 72") for name in made) == 2
+    assert sum(name.startswith("specialized, heads of 72") for name in made) == 2
 
 
 def test_wrong_draws_of_a_series_are_all_counted(setting, monkeypatch):
@@ -437,7 +437,7 @@ def tower_row(family: str, pack: str, patches: int, **seconds: float) -> dict:
         "key": f"{family}: {pack}",
         "family": family,
         "pack": pack,
-        "pictures": 1,
+        "images": 1,
         "patches": patches,
         "tokens": patches // 4,
         "flops": 8e12,

@@ -688,7 +688,7 @@ def test_needed_tensors_are_needed_even_if_they_are_unneeded_too(tmp_path: Path)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
-def test_quantised_tensor_is_named_with_the_method(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_quantized_tensor_is_named_with_the_method(tmp_path: Path, dtype: torch.dtype) -> None:
     single(tmp_path, {**vision_tensors(), "visual.norm.weight": torch.zeros(4).to(dtype)})
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
     checkpoint = Checkpoint.open(tmp_path, roots=ROOTS)
@@ -699,7 +699,7 @@ def test_quantised_tensor_is_named_with_the_method(tmp_path: Path, dtype: torch.
         list(checkpoint.iterate(torch.float32))
 
 
-def test_dtype_of_a_wholly_quantised_tower_is_refused(tmp_path: Path) -> None:
+def test_dtype_of_a_wholly_quantized_tower_is_refused(tmp_path: Path) -> None:
     single(tmp_path, {"visual.a": torch.zeros(4, dtype=torch.int8)})
     with pytest.raises(UnsupportedDtypeError, match="stored as I8; only"):
         _ = Checkpoint.open(tmp_path, roots=ROOTS).dtype

@@ -1,4 +1,4 @@
-"""Quantised vision weights: files made number by number, against sums done one by one in plain Python."""
+"""Quantized vision weights: files made number by number, against sums done one by one in plain Python."""
 
 import json
 import re
@@ -252,7 +252,7 @@ def test_configuration_is_not_asked(tmp_path: Path) -> None:
     assert load(tmp_path, tensors)["x.weight"].flatten().tolist() == expected
 
 
-def test_plain_tower_beside_a_quantised_language_model(tmp_path: Path) -> None:
+def test_plain_tower_beside_a_quantized_language_model(tmp_path: Path) -> None:
     tensors = {
         "visual.x.weight": torch.ones(2, 2, dtype=torch.float16),
         "model.layers.0.q_proj.qweight": torch.ones(2, 2, dtype=torch.int32),
@@ -264,7 +264,7 @@ def test_plain_tower_beside_a_quantised_language_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["attn.k_proj.input_scale", "attn.k_proj.k_scale", "attn.k_scale", "attn.v_scale"])
-def test_scales_of_activations_are_ignored_beside_a_quantised_weight_only(tmp_path: Path, name: str) -> None:
+def test_scales_of_activations_are_ignored_beside_a_quantized_weight_only(tmp_path: Path, name: str) -> None:
     scales = {"visual.attn.k_proj.weight_scale": torch.ones(1), f"visual.{name}": torch.ones(1)}
     write(tmp_path, {"visual.attn.k_proj.weight": float8((4, 4)), **scales})
     Checkpoint.open(tmp_path, roots=ROOTS).expect({"attn.k_proj.weight": (4, 4)})
@@ -276,8 +276,8 @@ def test_scales_of_activations_are_ignored_beside_a_quantised_weight_only(tmp_pa
 @pytest.mark.parametrize("extra", ["x.weight_scale", "x.SCB", "x.weight_shape", "attn.input_scale", "attn.q.SCB"])
 def test_companions_that_belong_to_nothing_are_unexpected(tmp_path: Path, extra: str) -> None:
     specs = {"x.weight": (4, 4), "attn.q.weight": (4, 4)}
-    quantised = {"visual.attn.q.weight": float8((4, 4)), "visual.attn.q.weight_scale": torch.ones(())}
-    write(tmp_path, {"visual.x.weight": torch.ones(4, 4), **quantised, f"visual.{extra}": torch.ones(1)})
+    quantized = {"visual.attn.q.weight": float8((4, 4)), "visual.attn.q.weight_scale": torch.ones(())}
+    write(tmp_path, {"visual.x.weight": torch.ones(4, 4), **quantized, f"visual.{extra}": torch.ones(1)})
     with pytest.raises(UnexpectedTensorError, match=re.escape(f"visual.{extra}")):
         Checkpoint.open(tmp_path, roots=ROOTS).expect(specs)
 

@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes itself quantised, against the numbers that it makes of them: the same bits."""
+"""Weights that bitsandbytes itself quantized, against the numbers that it makes of them: the same bits."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def their_numbers(packed: torch.Tensor, state: Any) -> torch.Tensor:
     """What bitsandbytes makes of a weight.
 
     As one row: blocks run through the whole weight, and the CPU kernel of release 0.50 loses its place in rows whose
-    length is a multiple of 16 but not of the block (its own generic implementation, and its quantisation, do not).
+    length is a multiple of 16 but not of the block (its own generic implementation, and its quantization, do not).
     """
     shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
     return functional.dequantize_4bit(packed, state).view(shape)
@@ -92,9 +92,9 @@ def test_modules_as_they_save_themselves(tmp_path: Path, module: str) -> None:
     options = {"quant_type": "nf4"} if module == "Linear4bit" else {"has_fp16_weights": False}
     linear = getattr(modules, module)(80, 96, **options)
     linear.load_state_dict({"weight": weight((96, 80)), "bias": torch.zeros(96)})
-    linear = linear.to("cpu")  # which is what quantises it
+    linear = linear.to("cpu")  # which is what quantizes it
     state = {f"visual.x.{name}": part.contiguous() for name, part in linear.state_dict().items()}
-    assert len(state) > 2, "it was not quantised"
+    assert len(state) > 2, "it was not quantized"
     save_file(state, tmp_path / "model.safetensors")
     with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
         checkpoint.expect({"x.weight": (96, 80), "x.bias": (96,)})

@@ -54,14 +54,14 @@ def test_padding_stands_behind_every_part_and_is_zero() -> None:
     assert not columns[:, 3].any()
 
 
-def test_a_transposed_matrix_and_a_picture_kernel() -> None:
+def test_a_transposed_matrix_and_an_image_kernel() -> None:
     assert torch.equal(written(Transposed("w"), (2, 3), {"w": numbered(3, 2)}), numbered(3, 2).T)
     kernel = written(OneFrame("w"), (2, 3, 1, 4, 4), {"w": numbered(2, 3, 4, 4)})
     assert torch.equal(kernel[:, :, 0], numbered(2, 3, 4, 4))
 
 
 def test_interleaved_rotary_rows_rotate_the_same() -> None:
-    # Rotating neighbours (2i, 2i+1) before is rotating halves (i, i + hd/2) after.
+    # Rotating neighbors (2i, 2i+1) before is rotating halves (i, i + hd/2) after.
     heads, head_dim, width = 3, 8, 5
     stored, x = torch.randn(heads * head_dim, width), torch.randn(width)
     canonical = written(InterleavedRotary("wq", heads), (heads * head_dim, width), {"wq": stored})

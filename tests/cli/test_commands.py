@@ -12,7 +12,7 @@ from support.towers.qwen3_vl import save_of
 from support.towers.siglip import save_siglip
 
 from tritontower import VisionTower, cli
-from tritontower.cli.parity import synthetic_pictures
+from tritontower.cli.parity import synthetic_images
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.embedding import load_embeddings
 from tritontower.models import qwen2_vl
@@ -30,12 +30,12 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
     paths = []
-    for index, picture in enumerate(synthetic_pictures()[:2]):
+    for index, image in enumerate(synthetic_images()[:2]):
         paths.append(folder / f"{index}.png")
-        picture.save(paths[-1])
+        image.save(paths[-1])
     return paths
 
 
@@ -44,13 +44,13 @@ def _run(*words: object) -> int:
 
 
 class TestInspect:
-    def test_counts_what_encoding_gives(self, model, pictures, capsys):
+    def test_counts_what_encoding_gives(self, model, images, capsys):
         assert _run("inspect", model, "--json", "--size", "350x120") == 0
         report = json.loads(capsys.readouterr().out)
-        (embedding,) = VisionTower.from_pretrained(model, device="cpu").encode([pictures[1]])
-        (picture,) = report["pictures"]
-        assert picture["tokens"] == embedding.num_tokens
-        assert picture["grid"] == list(embedding.grid_thw[1:])
+        (embedding,) = VisionTower.from_pretrained(model, device="cpu").encode([images[1]])
+        (image,) = report["images"]
+        assert image["tokens"] == embedding.num_tokens
+        assert image["grid"] == list(embedding.grid_thw[1:])
         assert report["dtype"] == "float32"
         assert report["config"]["depth"] == 2
 
@@ -84,33 +84,33 @@ class TestInspect:
 
 
 class TestEncode:
-    def test_writes_what_the_tower_gives(self, model, pictures, tmp_path, capsys):
+    def test_writes_what_the_tower_gives(self, model, images, tmp_path, capsys):
         output = tmp_path / "embeddings.safetensors"
-        assert _run("encode", model, *pictures, "-o", output, "--json") == 0
+        assert _run("encode", model, *images, "-o", output, "--json") == 0
         report = json.loads(capsys.readouterr().out)
-        expected = VisionTower.from_pretrained(model, device="cpu").encode(pictures)
+        expected = VisionTower.from_pretrained(model, device="cpu").encode(images)
         for index, (written, embedding) in enumerate(zip(load_embeddings(output), expected, strict=True)):
             assert torch.equal(written.embeddings, embedding.embeddings)
             assert (written.grid_thw, written.content_hash) == (embedding.grid_thw, embedding.content_hash)
-            assert report["pictures"][index]["num_tokens"] == embedding.num_tokens
-            assert report["pictures"][index]["content_hash"] == embedding.content_hash
-            assert report["pictures"][index]["picture"] == str(pictures[index])
+            assert report["images"][index]["num_tokens"] == embedding.num_tokens
+            assert report["images"][index]["content_hash"] == embedding.content_hash
+            assert report["images"][index]["image"] == str(images[index])
 
     @pytest.mark.parametrize(("save", "outputs"), [(save_of("qwen3_vl"), "deepstack"), (save_siglip, "pooled")])
-    def test_writes_every_output(self, save, outputs, pictures, tmp_path):
+    def test_writes_every_output(self, save, outputs, images, tmp_path):
         output = tmp_path / "embeddings.safetensors"
         folder = save(tmp_path / "model")
-        assert _run("encode", folder, pictures[0], "-o", output) == 0
+        assert _run("encode", folder, images[0], "-o", output) == 0
         (written,) = load_embeddings(output)
-        (expected,) = VisionTower.from_pretrained(folder, device="cpu").encode(pictures[0])
+        (expected,) = VisionTower.from_pretrained(folder, device="cpu").encode(images[0])
         assert any(name.startswith(outputs) for name in written.tensors)
         assert written.tensors.keys() == expected.tensors.keys()
         assert all(torch.equal(written.tensors[name], rows) for name, rows in expected.tensors.items())
 
-    def test_pixel_limits(self, model, pictures, tmp_path, capsys):
-        assert _run("encode", model, pictures[0], "-o", tmp_path / "e", "--json", "--max-pixels", 112 * 112) == 0
-        (picture,) = json.loads(capsys.readouterr().out)["pictures"]
-        assert picture["processed_size"] == [112, 112]
+    def test_pixel_limits(self, model, images, tmp_path, capsys):
+        assert _run("encode", model, images[0], "-o", tmp_path / "e", "--json", "--max-pixels", 112 * 112) == 0
+        (image,) = json.loads(capsys.readouterr().out)["images"]
+        assert image["processed_size"] == [112, 112]
 
 
 class TestParity:
@@ -121,16 +121,16 @@ class TestParity:
         assert 0 < report["error"] <= report["limit"] == 1e-5
         assert report["nodes"][-1]["value"] == "embeddings"
 
-    def test_a_difference_is_exit_code_1(self, model, pictures, monkeypatch, capsys):
+    def test_a_difference_is_exit_code_1(self, model, images, monkeypatch, capsys):
         monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
-        assert _run("parity", model, pictures[0]) == 1
+        assert _run("parity", model, images[0]) == 1
         assert "FAIL" in capsys.readouterr().out
 
 
 class TestDemo:
     @pytest.mark.parametrize(("parity", "compared"), [("smallest", "1.png"), ("all", "0.png, 1.png"), ("none", None)])
-    def test_shows_checks_and_draws(self, parity, compared, model, pictures, tmp_path, capsys):
-        assert _run("demo", *pictures, "--model", model, "--output", tmp_path / "out", "--parity", parity) == 0
+    def test_shows_checks_and_draws(self, parity, compared, model, images, tmp_path, capsys):
+        assert _run("demo", *images, "--model", model, "--output", tmp_path / "out", "--parity", parity) == 0
         output = capsys.readouterr().out
         assert "0.png" in output
         assert "bit for bit what each gives alone" in output
@@ -139,9 +139,9 @@ class TestDemo:
         with Image.open(tmp_path / "out" / "features.png") as drawing:
             assert drawing.height > drawing.width / 3
 
-    def test_a_difference_is_exit_code_1(self, model, pictures, tmp_path, monkeypatch, capsys):
+    def test_a_difference_is_exit_code_1(self, model, images, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
-        assert _run("demo", pictures[0], "--model", model, "--output", tmp_path) == 1
+        assert _run("demo", images[0], "--model", model, "--output", tmp_path) == 1
         assert "FAIL" in capsys.readouterr().out
 
 
@@ -149,23 +149,23 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["encode", "https://example.org/model", "{picture}"], "is a URL"),
-            (["encode", "{folder}/absent", "{picture}"], "neither a local folder nor a hub id"),
-            (["encode", "{model}", "https://example.org/a.png"], "is a URL; download the picture"),
+            (["encode", "https://example.org/model", "{image}"], "is a URL"),
+            (["encode", "{folder}/absent", "{image}"], "neither a local folder nor a hub id"),
+            (["encode", "{model}", "https://example.org/a.png"], "is a URL; download the image"),
             (["encode", "{model}", "{folder}/absent.png"], "is no file"),
             (["encode", "{model}", "{folder}/corrupt.png"], "corrupt.png"),
-            (["encode", "{model}", "{folder}/notes.txt"], "not a picture"),
-            (["encode", "{model}", "{picture}", "--device", "gpu"], "'gpu' is not one of torch's"),
+            (["encode", "{model}", "{folder}/notes.txt"], "not an image"),
+            (["encode", "{model}", "{image}", "--device", "gpu"], "'gpu' is not one of torch's"),
             (["inspect", "{folder}"], "config.json"),
             (["inspect", "{folder}/text-only"], "vision"),
         ],
     )
-    def test_each_gets_one_line_and_exit_code_2(self, arguments, message, model, pictures, tmp_path, capsys):
-        (tmp_path / "corrupt.png").write_bytes(pictures[0].read_bytes()[:200])
-        (tmp_path / "notes.txt").write_text("no picture")
+    def test_each_gets_one_line_and_exit_code_2(self, arguments, message, model, images, tmp_path, capsys):
+        (tmp_path / "corrupt.png").write_bytes(images[0].read_bytes()[:200])
+        (tmp_path / "notes.txt").write_text("no image")
         (tmp_path / "text-only").mkdir()
         (tmp_path / "text-only" / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
-        words = [word.format(model=model, folder=tmp_path, picture=pictures[0]) for word in arguments]
+        words = [word.format(model=model, folder=tmp_path, image=images[0]) for word in arguments]
         if words[0] == "encode":
             words += ["-o", str(tmp_path / "out.safetensors")]
         assert cli.main(words) == 2
@@ -176,11 +176,11 @@ class TestMistakes:
         assert message in captured.err
         assert not (tmp_path / "out.safetensors").exists()
 
-    def test_an_output_that_cannot_be_written(self, model, pictures, capsys):
-        assert _run("encode", model, pictures[0], "-o", "/proc/embeddings") == 2
+    def test_an_output_that_cannot_be_written(self, model, images, capsys):
+        assert _run("encode", model, images[0], "-o", "/proc/embeddings") == 2
         assert "/proc/embeddings cannot be written" in capsys.readouterr().err
 
-    def test_an_interrupted_write_leaves_the_file_that_was_there(self, model, pictures, tmp_path, monkeypatch, capsys):
+    def test_an_interrupted_write_leaves_the_file_that_was_there(self, model, images, tmp_path, monkeypatch, capsys):
         output = tmp_path / "out.safetensors"
         output.write_bytes(b"before")
 
@@ -189,19 +189,19 @@ class TestMistakes:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("safetensors.torch.save_file", interrupted)
-        assert _run("encode", model, pictures[0], "-o", output) == 130
+        assert _run("encode", model, images[0], "-o", output) == 130
         assert [path.name for path in tmp_path.iterdir()] == [output.name]
         assert output.read_bytes() == b"before"
 
-    def test_an_output_that_is_no_ordinary_file(self, model, pictures, tmp_path, capsys):
+    def test_an_output_that_is_no_ordinary_file(self, model, images, tmp_path, capsys):
         os.mkfifo(tmp_path / "pipe")  # a device would do as well, until a failing test replaced it by a file
-        assert _run("encode", model, pictures[0], "-o", tmp_path / "pipe") == 2
+        assert _run("encode", model, images[0], "-o", tmp_path / "pipe") == 2
         assert "not an ordinary file" in capsys.readouterr().err
         assert (tmp_path / "pipe").is_fifo()
 
-    def test_a_report_is_json_even_where_numbers_overflow(self, model, pictures, monkeypatch, capsys):
+    def test_a_report_is_json_even_where_numbers_overflow(self, model, images, monkeypatch, capsys):
         monkeypatch.setattr(parity_module, "relative_error", lambda *_: float("nan"))
-        assert _run("parity", model, pictures[0], "--json") == 1
+        assert _run("parity", model, images[0], "--json") == 1
         report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
         assert report["error"] is None
         assert not report["passed"]

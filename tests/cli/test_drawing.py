@@ -186,9 +186,9 @@ class TestDrawing:
         lanes = lay_out(nodes, [("a", "b"), ("b", "c"), ("c", "d"), ("a", "d"), ("b", "d")], (), top=0).lanes
         assert lanes["a"] > lanes["b"] > 0
 
-    def test_kinds_have_their_colours(self):
+    def test_kinds_have_their_colors(self):
         nodes = [DrawnNode("a", "norm"), DrawnNode("b", "rare"), DrawnNode("c", "mine")]
-        text = graph_svg(nodes, [], colours={"mine": ("#123456", "#654321")})
+        text = graph_svg(nodes, [], colors={"mine": ("#123456", "#654321")})
         fills = [rect.get("fill") for rect in ElementTree.fromstring(text).findall(f"{SVG}g/{SVG}rect")]
         assert fills[2] == "#123456"
         assert len({*fills}) == 3

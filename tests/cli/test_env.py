@@ -88,8 +88,8 @@ class TestFrame:
     def test_every_example_is_valid(self, name, monkeypatch, tmp_path):
         command = cli._load(name)
         monkeypatch.chdir(tmp_path)
-        for picture in ("cat.jpg", "chart.png", "holiday.jpg", "diagram.png"):
-            (tmp_path / picture).touch()
+        for image in ("cat.jpg", "chart.png", "holiday.jpg", "diagram.png"):
+            (tmp_path / image).touch()
         words = command.EXAMPLE.split()
         assert words[:2] == ["tritontower", name]
         assert isinstance(cli._command_parser(name, command).parse_args(words[2:]), argparse.Namespace)
@@ -182,20 +182,20 @@ class TestOptions:
             options.positive_integer(text)
 
     def test_sizes(self):
-        assert options.picture_size("1024x768") == (1024, 768)
+        assert options.image_size("1024x768") == (1024, 768)
         with pytest.raises(argparse.ArgumentTypeError, match="WIDTHxHEIGHT"):
-            options.picture_size("1024")
+            options.image_size("1024")
 
-    def test_pictures_are_files_of_this_machine(self, tmp_path):
+    def test_images_are_files_of_this_machine(self, tmp_path):
         (tmp_path / "a.png").touch()
-        assert options.picture_path(str(tmp_path / "a.png")) == tmp_path / "a.png"
+        assert options.image_path(str(tmp_path / "a.png")) == tmp_path / "a.png"
         for text, message in [
             ("https://example.org/a.png", "is a URL"),
             (str(tmp_path / "b.png"), "is no file"),
             (str(tmp_path), "is a folder"),
         ]:
             with pytest.raises(argparse.ArgumentTypeError, match=message):
-                options.picture_path(text)
+                options.image_path(text)
 
     def test_outputs_are_checked_before_the_work(self, tmp_path):
         assert options.output_file(str(tmp_path / "new")) == tmp_path / "new"

@@ -1,11 +1,11 @@
-"""Feature pictures: what is alike looks alike, what is constant is grey, and the result never varies."""
+"""Feature images: what is alike looks alike, what is constant is gray, and the result never varies."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tritontower.demo.pca import principal_component_picture, side_by_side
+from tritontower.demo.pca import principal_component_image, side_by_side
 from tritontower.errors import UsageError
 
 
@@ -20,19 +20,19 @@ def _two_regions(rows: int = 6, columns: int = 8) -> torch.Tensor:
 
 class TestPrincipalComponents:
     def test_regions_are_told_apart_in_raster_order(self):
-        red = principal_component_picture(_two_regions(), 6, 8)[..., 0].astype(int)
+        red = principal_component_image(_two_regions(), 6, 8)[..., 0].astype(int)
         assert abs(red[:, :4].mean() - red[:, 4:].mean()) > 200
         assert red[:, :4].std() < 10
         assert red[:, 4:].std() < 10
 
     def test_shape_dtype_and_repeatability(self):
-        first, second = (principal_component_picture(_two_regions(), 6, 8) for _ in range(2))
+        first, second = (principal_component_image(_two_regions(), 6, 8) for _ in range(2))
         assert first.shape == (6, 8, 3)
         assert first.dtype == np.uint8
         np.testing.assert_array_equal(first, second)
 
     def test_the_signs_of_the_decomposition_do_not_show(self, monkeypatch):
-        expected = principal_component_picture(_two_regions(), 6, 8)
+        expected = principal_component_image(_two_regions(), 6, 8)
         svd = torch.linalg.svd
 
         def flipped(*arguments, **options):
@@ -40,54 +40,52 @@ class TestPrincipalComponents:
             return -left, singular, -right
 
         monkeypatch.setattr(torch.linalg, "svd", flipped)
-        np.testing.assert_array_equal(principal_component_picture(_two_regions(), 6, 8), expected)
+        np.testing.assert_array_equal(principal_component_image(_two_regions(), 6, 8), expected)
 
     def test_an_outlier_leaves_the_contrast_of_the_rest(self):
         features = torch.zeros(100, 4)
         features[:, 0] = torch.linspace(0, 1, 100)
         features[-1, 0] = 100
-        red = principal_component_picture(features, 10, 10)[..., 0].reshape(-1)[:98]
+        red = principal_component_image(features, 10, 10)[..., 0].reshape(-1)[:98]
         assert int(red.max()) - int(red.min()) > 150
 
     def test_constant_features_are_middle_grey(self):
-        assert {*principal_component_picture(torch.full((12, 7), 3.3), 3, 4).reshape(-1).tolist()} == {128}
+        assert {*principal_component_image(torch.full((12, 7), 3.3), 3, 4).reshape(-1).tolist()} == {128}
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_other_dtypes(self, dtype):
-        exact = principal_component_picture(_two_regions(), 6, 8)[..., 0].astype(int)
-        rounded = principal_component_picture(_two_regions().to(dtype), 6, 8)[..., 0].astype(int)
+        exact = principal_component_image(_two_regions(), 6, 8)[..., 0].astype(int)
+        rounded = principal_component_image(_two_regions().to(dtype), 6, 8)[..., 0].astype(int)
         assert np.abs(exact - rounded).mean() < 3
 
     @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 5), (1, 2, 1), (2, 1, 2)])
     def test_fewer_components_than_channels(self, rows, columns, width):
-        picture = principal_component_picture(
-            torch.arange(rows * columns * width).view(-1, width) ** 2.0, rows, columns
-        )
-        assert picture.shape == (rows, columns, 3)
-        assert (picture[..., 2] == 128).all()
+        image = principal_component_image(torch.arange(rows * columns * width).view(-1, width) ** 2.0, rows, columns)
+        assert image.shape == (rows, columns, 3)
+        assert (image[..., 2] == 128).all()
 
     @pytest.mark.parametrize("features", [torch.zeros(5, 3), torch.zeros(6), torch.zeros(6, 0), torch.zeros(1, 6, 3)])
     def test_wrong_shapes_are_refused(self, features):
         with pytest.raises(UsageError, match=r"grid of 2 × 3 patches: expected \[6, D\]"):
-            principal_component_picture(features, 2, 3)
+            principal_component_image(features, 2, 3)
 
     def test_non_finite_features_are_refused(self):
         with pytest.raises(UsageError, match="NaN or infinity"):
-            principal_component_picture(torch.tensor([[1.0, float("nan")]]), 1, 1)
+            principal_component_image(torch.tensor([[1.0, float("nan")]]), 1, 1)
 
 
 class TestSideBySide:
     def test_pairs_stand_below_each_other(self):
-        pictures = [Image.new("RGB", (40, 20), "red"), Image.new("L", (10, 30), 255)]
+        images = [Image.new("RGB", (40, 20), "red"), Image.new("L", (10, 30), 255)]
         maps = [np.full((2, 4, 3), 50, np.uint8), np.full((3, 1, 3), 90, np.uint8)]
-        page = np.asarray(side_by_side(pictures, maps, ["one", "two"], cell=60))
-        for colour, width, height in [((255, 0, 0), 60, 30), ((50,) * 3, 60, 30), ((90,) * 3, 20, 60)]:
-            rows, columns = np.nonzero((page == colour).all(axis=-1))
+        page = np.asarray(side_by_side(images, maps, ["one", "two"], cell=60))
+        for color, width, height in [((255, 0, 0), 60, 30), ((50,) * 3, 60, 30), ((90,) * 3, 20, 60)]:
+            rows, columns = np.nonzero((page == color).all(axis=-1))
             assert np.ptp(columns) + 1 == width
             assert np.ptp(rows) + 1 == height
-        red, grey = (np.argwhere((page == colour).all(axis=-1)) for colour in ((255, 0, 0), (50,) * 3))
-        assert red[:, 0].min() == grey[:, 0].min()
-        assert red[:, 1].max() < grey[:, 1].min()
+        red, gray = (np.argwhere((page == color).all(axis=-1)) for color in ((255, 0, 0), (50,) * 3))
+        assert red[:, 0].min() == gray[:, 0].min()
+        assert red[:, 1].max() < gray[:, 1].min()
 
     def test_patches_stay_sharp_squares(self):
         checks = np.array([[[0] * 3, [255] * 3], [[255] * 3, [0] * 3]], np.uint8)

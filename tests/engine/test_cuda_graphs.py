@@ -79,8 +79,8 @@ def both(
 
 def batches_of(case: TowerCase, tower: VisionTower) -> list[PackedBatch]:
     """Packs of very different shapes, most of them more than once in sizes that share a bucket."""
-    pictures = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
-    packs = [pictures, pictures[::-1], pictures[:2], pictures[:1], pictures[1:], pictures[:2][::-1], pictures[:1] * 2]
+    images = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
+    packs = [images, images[::-1], images[:2], images[:1], images[1:], images[:2][::-1], images[:1] * 2]
     return [tower.preprocess(pack) for pack in (*packs, *packs[::-1], *packs)]
 
 
@@ -121,8 +121,8 @@ def test_every_dimension_is_planned_for_at_least_what_there_is_and_comes_out_eve
     tower = towers(case)
     config, per_token = tower.config, tower.config.rows_per_token
     generator = random.Random(0)
-    for pictures in (1, 2, 5, 17, 33):
-        sizes = [(generator.randint(28, 120), generator.randint(28, 120)) for _ in range(pictures)]
+    for images in (1, 2, 5, 17, 33):
+        sizes = [(generator.randint(28, 120), generator.randint(28, 120)) for _ in range(images)]
         workload = tower.workload(sizes)
         plan = planned(workload, rows_per_token=per_token, view_rows=config.longest_segment)
         for dimension in ("patches", "selected", "merged", "tokens", "views"):
@@ -279,12 +279,12 @@ def test_inputs_that_are_on_the_device_already(tower: VisionTower, monkeypatch: 
         assert_same(planned_one.run(batch), expected)
 
 
-def test_clips_are_planned_like_pictures(tower: VisionTower) -> None:
-    clips = tower.executor_for(tower.preprocess_video([noise(120, 90, 1)])).graph
+def test_videos_are_planned_like_images(tower: VisionTower) -> None:
+    videos = tower.executor_for(tower.preprocess_video([noise(120, 90, 1)])).graph
     sources = tower._read_weights(None)
-    exact = Executor(clips, sources)
+    exact = Executor(videos, sources)
     recorder = StepRecorder()
-    planned_one = Executor(clips, sources, cuda_graphs=recorder)
+    planned_one = Executor(videos, sources, cuda_graphs=recorder)
     for seed in range(4):
         batch = tower.preprocess_video([noise(120, 90, seed + frame) for frame in range(5)])
         assert_same(planned_one.run(batch), exact.run(batch))

@@ -33,7 +33,7 @@ def tower(qwen2_vl: Path, kernel_device: torch.device) -> VisionTower:
 
 
 def packs_of_one_bucket(tower: VisionTower, count: int) -> list[PackedBatch]:
-    """Different pictures of different shapes, as many patches together each time, or nearly."""
+    """Different images of different shapes, as many patches together each time, or nearly."""
     sizes = [[(280, 280), (140, 140)], [(140, 280), (280, 210)], [(392, 224)], [(140, 140), (280, 280)]]
     batches = [
         tower.preprocess([noise(*size, 7 * number + index) for index, size in enumerate(sizes[number % len(sizes)])])
@@ -52,8 +52,8 @@ def test_replayed_passes_are_bitwise_the_launched_ones(
     folder = case.save(tmp_path / "model")
     launched = VisionTower.from_pretrained(folder, device=kernel_device, dtype=dtype, cuda_graphs=False)
     replayed = VisionTower.from_pretrained(folder, device=kernel_device, dtype=dtype)
-    pictures = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
-    packs = [pictures, pictures[::-1], pictures[:2], pictures[:1], pictures[1:]]
+    images = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
+    packs = [images, images[::-1], images[:2], images[:1], images[1:]]
     for _ in range(3):
         for pack in packs:
             batch = launched.preprocess(pack)
@@ -224,11 +224,11 @@ def test_pixels_in_page_locked_memory_are_taken_from_there(tower: VisionTower) -
 
 
 def test_encoding_is_the_same_with_and_without_graphs(qwen2_vl: Path, kernel_device: torch.device) -> None:
-    pictures = [noise(28 * (2 + number % 9), 28 * (2 + number % 5), number) for number in range(60)]
+    images = [noise(28 * (2 + number % 9), 28 * (2 + number % 5), number) for number in range(60)]
     found = []
     for graphs in (False, True):
         tower = VisionTower.from_pretrained(qwen2_vl, device=kernel_device, cuda_graphs=graphs)
         for _ in range(3):
-            embeddings = tower.encode(pictures, max_patches=400)
+            embeddings = tower.encode(images, max_patches=400)
         found.append([embedding.embeddings for embedding in embeddings])
     assert all(map(torch.equal, *found))

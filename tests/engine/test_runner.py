@@ -20,7 +20,7 @@ from tritontower.engine.ops import TRANSFORMS
 from tritontower.engine.runner import Executors, expected_weights_bytes
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import KERNEL_PASSES, fold_still_pictures, fuse
+from tritontower.graph.fusion import KERNEL_PASSES, fold_still_images, fuse
 from tritontower.graph.ir import Graph
 from tritontower.kernels.gemm import cpu
 
@@ -45,9 +45,9 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
 
 
 def graphs_of(tower: VisionTower) -> list[Graph]:
-    """For still pictures and for clips."""
-    clips = fuse(build(tower.config))
-    return [fold_still_pictures(clips), clips]
+    """For still images and for videos."""
+    videos = fuse(build(tower.config))
+    return [fold_still_images(videos), videos]
 
 
 def made(tower: VisionTower, *, rescaled: bool = True) -> Executors:
@@ -91,8 +91,8 @@ def test_threads_that_bring_the_first_bytes_share_one_executor(towers: Towers) -
 def test_weights_are_shared_but_for_the_patch_projection(towers: Towers) -> None:
     tower = towers("qwen2_vl")
     executors = made(tower)
-    still, still_bytes, clip, clip_bytes = (executors.of(batch) for batch in packs(tower).values())
-    for other in (clip, still_bytes, clip_bytes):
+    still, still_bytes, video, video_bytes = (executors.of(batch) for batch in packs(tower).values())
+    for other in (video, still_bytes, video_bytes):
         shared = still.weights.keys() & other.weights.keys()
         own = {name for name in other.weights.keys() ^ still.weights.keys() if "patch_projection" not in name}
         assert own == set()
@@ -180,7 +180,7 @@ def test_they_are_foreseen_but_for_gaps_where_nothing_is_packed(
     assert foreseen >= tower.graph.parameters * 4
 
 
-def test_padding_and_what_clips_have_beside_still_pictures_count() -> None:
+def test_padding_and_what_videos_have_beside_still_images_count() -> None:
     config = replace(
         CONFIG,
         width=144,
@@ -192,13 +192,13 @@ def test_padding_and_what_clips_have_beside_still_pictures_count() -> None:
         mlp_hidden=70,
         projector=replace(CONFIG.projector, hidden=576),
     )
-    clips = fuse(build(config), KERNEL_PASSES)
+    videos = fuse(build(config), KERNEL_PASSES)
     heads = 3 * 2 * (80 - 72) * (144 + 1)
     gates = (128 - 70) * (3 * 144 + 2)
-    assert expected_weights_bytes([clips], 2) == 2 * (clips.parameters + heads + gates)
+    assert expected_weights_bytes([videos], 2) == 2 * (videos.parameters + heads + gates)
     folded = 144 * config.patch.still_inner
-    assert expected_weights_bytes([fold_still_pictures(clips), clips], 2) == 2 * (
-        clips.parameters + heads + gates + folded
+    assert expected_weights_bytes([fold_still_images(videos), videos], 2) == 2 * (
+        videos.parameters + heads + gates + folded
     )
 
 

@@ -429,7 +429,7 @@ BROKEN = {
     "text of two lines": table(entry(config={**CONFIG, "operands": "a\nb"})),
     "list in a configuration": table(entry(config={**CONFIG, "operands": ["pointers"]})),
     "unproven vendor": table(entry(config={**CONFIG, "vendor": True})),
-    "unproven variant": table(entry(config={**CONFIG, "variant": "specialised"})),
+    "unproven variant": table(entry(config={**CONFIG, "variant": "specialized"})),
     "unchecked vendor": table(measured(config={**CONFIG, "vendor": True}, verified=None)),
     "dtype of no tower": table(entry(dtype="int8")),
     "dtype that cannot be looked up": table(entry(dtype=["float32"])),
@@ -460,9 +460,9 @@ class TestBrokenFiles:
         with pytest.raises(ValueError, match="more than 1000 bytes"):
             read_table(path)
 
-    def test_vendor_and_specialised_with_a_time_and_a_check(self):
+    def test_vendor_and_specialized_with_a_time_and_a_check(self):
         check_table(table(measured(config={**CONFIG, "vendor": True})))
-        check_table(table(measured(config={"variant": "specialised", "num_warps": 4})))
+        check_table(table(measured(config={"variant": "specialized", "num_warps": 4})))
 
     values = st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -573,7 +573,7 @@ class TestWriting:
         return {(each["sizes"]["longest"], each["config"]["block_keys"]) for each in read_table(path).entries}
 
     def test_sizes_agree_after_a_second_run(self, tmp_path):
-        """A run for small pictures, then one for large ones: the fields that sums depend on are those of the second."""
+        """A run for small images, then one for large ones: the fields that sums depend on are those of the second."""
         path, key = tmp_path / "t.json", table_key(GPU)
         merge(path, key, [self.attention(256, keys=64), self.attention(1024, keys=64)])
         assert merge(path, key, [self.attention(16384, keys=128, variant="fixed")]) == (1, 1, 2)

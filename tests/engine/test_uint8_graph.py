@@ -1,4 +1,4 @@
-"""Pixels that stay bytes: the same embeddings, from weights into which rescaling and normalisation are folded."""
+"""Pixels that stay bytes: the same embeddings, from weights into which rescaling and normalization are folded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from tritontower.engine.executor import Executor
 from tritontower.engine.uint8_graph import folded_tensors, graph_for_bytes
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_pictures, fuse
+from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.graph.ir import Workload
 from tritontower.parity.parity import compare, compare_nodes, relative_error
 
@@ -47,8 +47,8 @@ def load(folder: Path, **options: Any) -> VisionTower:
     return VisionTower.from_pretrained(folder, device="cpu", **options)
 
 
-def pictures_of(case: TowerCase) -> list[np.ndarray]:
-    """Noise, and what real pictures are like: smooth, and of one colour, where errors of weights add up."""
+def images_of(case: TowerCase) -> list[np.ndarray]:
+    """Noise, and what real images are like: smooth, and of one color, where errors of weights add up."""
     column, row = np.arange(120), np.arange(100)[:, None]
     ramp = np.broadcast_to(((column + row) * 255 // 218)[..., None], (100, 120, 3)).astype(np.uint8)
     noisy = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:2])]
@@ -58,10 +58,10 @@ def pictures_of(case: TowerCase) -> list[np.ndarray]:
 @each_case
 def test_bytes_lead_to_transformers_embeddings(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
-    pictures = pictures_of(case)
-    batch = tower.preprocess(pictures, raw=True)
+    images = images_of(case)
+    batch = tower.preprocess(images, raw=True)
     assert batch.pixels.dtype == torch.uint8
-    assert torch.equal(tower.preprocessor.normalised(batch).pixels, tower.preprocess(pictures).pixels)
+    assert torch.equal(tower.preprocessor.normalized(batch).pixels, tower.preprocess(images).pixels)
     assert compare(tower, batch).passed
 
 
@@ -69,7 +69,7 @@ def test_bytes_lead_to_transformers_embeddings(case: TowerCase, saved: Saved) ->
 @each_case
 def test_half_precision_errs_no_more_than_transformers(case: TowerCase, dtype: torch.dtype, saved: Saved) -> None:
     tower = load(saved(case, dtype))
-    parity = compare(tower, tower.preprocess(pictures_of(case), raw=True))
+    parity = compare(tower, tower.preprocess(images_of(case), raw=True))
     assert parity.dtype == dtype
     assert parity.passed, parity.outputs
 
@@ -77,10 +77,10 @@ def test_half_precision_errs_no_more_than_transformers(case: TowerCase, dtype: t
 @pytest.mark.parametrize("name", KERNEL_CASES)
 def test_kernels_take_bytes(name: str, saved: Saved, kernel_device: torch.device) -> None:
     tower = VisionTower.from_pretrained(saved(CASES[name]), device=kernel_device)
-    pictures = [noise(28, 56), np.full((28, 28, 3), 200, np.uint8)]
-    batch = tower.preprocess(pictures, raw=True)
+    images = [noise(28, 56), np.full((28, 28, 3), 200, np.uint8)]
+    batch = tower.preprocess(images, raw=True)
     assert compare(tower, batch).passed
-    usual = tower.forward(tower.preprocess(pictures, raw=False))
+    usual = tower.forward(tower.preprocess(images, raw=False))
     assert relative_error(tower.forward(batch), usual) <= 1e-5
 
 
@@ -90,7 +90,7 @@ def test_the_class_tokens_row_keeps_its_bits(name: str, saved: Saved) -> None:
     assert tower.config.class_token
     rows: list[dict[str, torch.Tensor]] = []
     for raw in (False, True):
-        batch = tower.preprocess(pictures_of(CASES[name]), raw=raw)
+        batch = tower.preprocess(images_of(CASES[name]), raw=raw)
         executor = tower.executor_for(batch)
         (node,) = (node for node in executor.graph.nodes if node.kind == "patch_projection")
         kept: dict[str, torch.Tensor] = {}
@@ -113,31 +113,31 @@ def test_the_class_tokens_row_keeps_its_bits(name: str, saved: Saved) -> None:
     assert 0 < relative_error(rows[1]["all"], rows[0]["all"]) <= 1e-5
 
 
-def test_every_node_is_as_close_as_with_normalised_pixels(saved: Saved) -> None:
+def test_every_node_is_as_close_as_with_normalized_pixels(saved: Saved) -> None:
     tower = load(saved(CASES["qwen2_vl"]))
-    nodes = compare_nodes(tower, tower.preprocess(pictures_of(CASES["qwen2_vl"]), raw=True))
+    nodes = compare_nodes(tower, tower.preprocess(images_of(CASES["qwen2_vl"]), raw=True))
     assert nodes[0].node == "patch_projection"
     assert max(node.error for node in nodes) <= 1e-5
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES.values() if case.video])
-def test_clips_of_bytes(name: str, saved: Saved) -> None:
+def test_videos_of_bytes(name: str, saved: Saved) -> None:
     tower = load(saved(CASES[name]))
-    clip = [noise(90, 60, seed) for seed in range(5)]
-    raw, usual = (tower.preprocess_video(clip, raw=raw) for raw in (True, False))
+    video = [noise(90, 60, seed) for seed in range(5)]
+    raw, usual = (tower.preprocess_video(video, raw=raw) for raw in (True, False))
     assert raw.pixels.dtype == torch.uint8
     assert raw.pixels.shape == usual.pixels.shape
-    assert torch.equal(tower.preprocessor.normalised(raw).pixels, usual.pixels)
+    assert torch.equal(tower.preprocessor.normalized(raw).pixels, usual.pixels)
     assert relative_error(tower.forward(raw), tower.forward(usual)) <= 1e-5
     assert compare(tower, raw).passed
 
 
-def test_a_row_does_not_depend_on_its_neighbours(saved: Saved) -> None:
+def test_a_row_does_not_depend_on_its_neighbors(saved: Saved) -> None:
     tower = load(saved(CASES["qwen2_vl"]))
-    pictures = pictures_of(CASES["qwen2_vl"])
-    together = tower.preprocess(pictures, raw=True)
-    for picture, rows in zip(pictures, tower.forward(together).split(together.token_counts), strict=True):
-        assert torch.equal(tower.forward(tower.preprocess([picture], raw=True)), rows)
+    images = images_of(CASES["qwen2_vl"])
+    together = tower.preprocess(images, raw=True)
+    for image, rows in zip(images, tower.forward(together).split(together.token_counts), strict=True):
+        assert torch.equal(tower.forward(tower.preprocess([image], raw=True)), rows)
 
 
 # -- who decides ------------------------------------------------------------------------------------------------------
@@ -145,20 +145,20 @@ def test_a_row_does_not_depend_on_its_neighbours(saved: Saved) -> None:
 
 def test_a_cpu_gets_values_and_a_gpu_bytes(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["qwen2_vl"]
-    pictures = pictures_of(case)
+    images = images_of(case)
     plain = load(saved(case))
-    assert plain.preprocess(pictures).pixels.dtype == torch.float32
-    expected = plain.encode(pictures)
+    assert plain.preprocess(images).pixels.dtype == torch.float32
+    expected = plain.encode(images)
 
     tower = load(saved(case))
     monkeypatch.setattr("tritontower.tower.backend_on", lambda _: "triton")
-    assert tower.preprocess(pictures).pixels.dtype == torch.uint8
-    assert tower.preprocess(pictures, raw=False).pixels.dtype == torch.float32
-    assert tower.preprocess_video(pictures[2:3] * 2).pixels.dtype == torch.uint8
+    assert tower.preprocess(images).pixels.dtype == torch.uint8
+    assert tower.preprocess(images, raw=False).pixels.dtype == torch.float32
+    assert tower.preprocess_video(images[2:3] * 2).pixels.dtype == torch.uint8
     seen = []
     run = tower.run
     tower.run = lambda batch: seen.append(batch.pixels.dtype) or run(batch)  # type: ignore[method-assign, func-returns-value]
-    for mine, theirs in zip(tower.encode(pictures, max_patches=1), expected, strict=True):
+    for mine, theirs in zip(tower.encode(images, max_patches=1), expected, strict=True):
         assert relative_error(mine.embeddings, theirs.embeddings) <= 1e-5
     assert set(seen) == {torch.uint8}
 
@@ -171,10 +171,10 @@ def test_an_unknown_processor_keeps_values_even_on_a_gpu(saved: Saved, monkeypat
     case = CASES["qwen2_vl"]
     tower = load(saved(case), processor=Own(min_pixels=3136, max_pixels=20000))
     monkeypatch.setattr("tritontower.tower.backend_on", lambda _: "triton")
-    assert tower.preprocess(pictures_of(case)).pixels.dtype == torch.float32
+    assert tower.preprocess(images_of(case)).pixels.dtype == torch.float32
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
-        tower.preprocess(pictures_of(case), raw=True)
-    raw = load(saved(case)).preprocess(pictures_of(case), raw=True)
+        tower.preprocess(images_of(case), raw=True)
+    raw = load(saved(case)).preprocess(images_of(case), raw=True)
     with pytest.raises(UsageError, match="uint8 pixels is another tower's"):
         tower.forward(raw)
 
@@ -185,7 +185,7 @@ def test_an_unknown_processor_keeps_values_even_on_a_gpu(saved: Saved, monkeypat
 @each_case
 def test_the_pass_changes_the_patch_projection_alone(case: TowerCase, saved: Saved) -> None:
     config = VisionTower.from_pretrained(saved(case), device="cpu", delay_load=True).config
-    for graph in (fuse(build(config)), fold_still_pictures(fuse(build(config)))):
+    for graph in (fuse(build(config)), fold_still_images(fuse(build(config)))):
         folded = graph_for_bytes(graph, class_token=config.class_token)
         assert [node.name for node in folded.nodes] == [node.name for node in graph.nodes]
         changed = [node for node, old in zip(folded.nodes, graph.nodes, strict=True) if node != old]
@@ -255,6 +255,6 @@ def test_an_executor_of_the_folded_graph_needs_nothing_else(saved: Saved) -> Non
     unused = {tower.graph.weights[name].held_name for name in tower.graph.weights if name not in graph.weights}
     assert unused
     sources = {name: tensor for name, tensor in weights.items() if name not in unused}
-    batch = tower.preprocess(pictures_of(CASES["siglip"]), raw=True)
+    batch = tower.preprocess(images_of(CASES["siglip"]), raw=True)
     found = Executor(graph, {**sources, **made}).run(batch)
     assert torch.equal(found["embeddings"], tower.run(batch)["embeddings"])

@@ -12,8 +12,8 @@ from support.configs import (
     CLIP,
     CONFIG,
     DEEP,
+    IMAGE,
     PASSES,
-    PICTURE,
     SIGLIP,
     TOWERS,
     WINDOWED,
@@ -32,7 +32,7 @@ from tritontower.graph.fusion import (
     CPU_CHUNK_ROWS,
     KERNEL_PASSES,
     chunk_mlp,
-    fold_still_pictures,
+    fold_still_images,
     fuse,
     fuse_activations,
     fuse_positions,
@@ -131,7 +131,7 @@ def test_a_gated_mlp_is_held_wider_than_it_is_stored() -> None:
 
 def test_flops_are_those_of_the_published_tower() -> None:
     # Twice the multiply-adds of 1024 patches through the 7B tower: 1.49 TFLOP.
-    assert total_cost(build(CONFIG), PICTURE, 2).flops / 1e12 == pytest.approx(1.49, abs=0.005)
+    assert total_cost(build(CONFIG), IMAGE, 2).flops / 1e12 == pytest.approx(1.49, abs=0.005)
     large = Workload(21316, 5329, 21316**2)
     assert total_cost(build(CONFIG), large, 2).flops / 1e12 == pytest.approx(101.8, abs=0.1)
 
@@ -139,7 +139,7 @@ def test_flops_are_those_of_the_published_tower() -> None:
 def test_cost_of_a_linear_counts_its_product_and_its_bytes() -> None:
     graph = build(CONFIG)
     node = next(node for node in graph.nodes if node.name == "blocks.0.mlp_up")
-    cost = cost_of(graph, node, PICTURE, 2)
+    cost = cost_of(graph, node, IMAGE, 2)
     assert cost.flops == 2 * 1024 * 1280 * 5120
     assert cost.bytes == 2 * (1024 * 1280 + 1024 * 5120 + 5120 * 1280 + 5120)
 
@@ -223,15 +223,15 @@ def test_a_sum_takes_the_place_of_a_residual_that_nothing_reads_later() -> None:
     assert owners["blocks.2.attended"] != owners["blocks.1.block_rows"]
 
 
-def test_folding_still_pictures_halves_the_inner_dimension_and_keeps_the_tensors() -> None:
+def test_folding_still_images_halves_the_inner_dimension_and_keeps_the_tensors() -> None:
     graph = graph_of("default")
-    folded = fold_still_pictures(graph)
+    folded = fold_still_images(graph)
     assert folded.values["pixels"].width == 588
     assert folded.sources == graph.sources
     assert folded.parameters == graph.parameters
-    assert fold_still_pictures(folded) == folded
+    assert fold_still_images(folded) == folded
     single = replace(CONFIG, patch=replace(CONFIG.patch, temporal=1))
-    assert fold_still_pictures(build(single)) == build(single)
+    assert fold_still_images(build(single)) == build(single)
 
 
 def test_default_passes_leave_seven_nodes_in_a_block() -> None:
@@ -274,7 +274,7 @@ def test_kernels_rotate_in_the_projection_and_leave_six_nodes() -> None:
     assert weight.held_name not in graph.sources
     assert weight.held_shape == weight.source_shape == (3840, 1280)
     assert graph.sources == graph_of("default").sources
-    assert total_cost(graph, PICTURE, 2).flops == total_cost(build(CONFIG), PICTURE, 2).flops
+    assert total_cost(graph, IMAGE, 2).flops == total_cost(build(CONFIG), IMAGE, 2).flops
 
 
 @pytest.mark.parametrize("rotated", [True, False], ids=["rotary", "no rotary"])
@@ -295,9 +295,9 @@ def test_heads_of_72_get_eight_columns_of_padding(rotated: bool) -> None:
         "weight": HeadOrder(16, 72, 80, pairs=rotated),
         "bias": HeadOrder(16, 72, 80, pairs=rotated, ones=True),
     }
-    assert total_cost(graph, PICTURE, 2).flops == total_cost(build(config), PICTURE, 2).flops
+    assert total_cost(graph, IMAGE, 2).flops == total_cost(build(config), IMAGE, 2).flops
     assert graph.parameters == build(config).parameters
-    assert "heads of 72 in 80 columns" in Description(graph, PICTURE, 2).text()
+    assert "heads of 72 in 80 columns" in Description(graph, IMAGE, 2).text()
 
 
 @pytest.mark.parametrize("change", [{"qkv_bias": False}, {"heads": 18}], ids=["no bias", "heads of 64"])
@@ -457,8 +457,8 @@ def test_a_broken_graph_is_refused(fault: str) -> None:
 
 
 def test_description_adds_up() -> None:
-    graph = fold_still_pictures(graph_of("default"))
-    description = Description(graph, PICTURE, 2)
+    graph = fold_still_images(graph_of("default"))
+    description = Description(graph, IMAGE, 2)
     document = description.to_json()
     assert sum(node["flops"] for node in document["nodes"]) == document["flops"] == description.total.flops
     assert sum(node["bytes"] for node in document["nodes"]) == document["bytes"]

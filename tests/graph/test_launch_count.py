@@ -18,7 +18,7 @@ from tritontower.config import TowerConfig
 from tritontower.engine.executor import Executor
 from tritontower.engine.weight_loader import read_weights
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_pictures, fuse
+from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.graph.ir import Graph, Workload
 from tritontower.graph.launch_count import Launches, launch_counts
 from tritontower.kernels.attention.attention import FlashAttentionConfig
@@ -77,7 +77,7 @@ def test_a_pass_launches_exactly_what_is_counted(
     tower = VisionTower.from_pretrained(saved(CASES[case]), device=kernel_device, delay_load=True)
     width, height = CASES[case].sizes[0]
     batch = tower.preprocess([noise(width, height, 0)]).to(kernel_device)
-    graph = fold_still_pictures(fuse(build(tower.config), PASSES[passes]))
+    graph = fold_still_images(fuse(build(tower.config), PASSES[passes]))
     with tower._checkpoint() as checkpoint:
         weights = read_weights(checkpoint, graph, tower.family.tensors, torch.float32, kernel_device)
     expected = launch_counts(graph, batch.workload, dtype=torch.float32, device=kernel_device)
@@ -119,13 +119,13 @@ def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
 
 
 def still(patches: int) -> Workload:
-    """One picture."""
+    """One image."""
     return Workload(patches, patches // 4, patches**2, views=1)
 
 
 def on(architecture: str, patches: int) -> tuple[int, int]:
     """Launches of a block and of a pass of Qwen2-VL's tower in bf16."""
-    graph = fold_still_pictures(graph_of("kernels"))
+    graph = fold_still_images(graph_of("kernels"))
     counts = launch_counts(graph, still(patches), device=Identity("", architecture))
     return counts.per_block.total, counts.total.total
 
@@ -191,7 +191,7 @@ def test_with_the_shipped_tables_a_block_takes_seven_to_eleven(
 def test_an_architecture_counts_like_a_device_of_it(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' own choice for a device, asked of one that is not here."""
     who, gpu = Identity("", architecture), torch.device("cuda", 0)
-    graph = fold_still_pictures(graph_of("kernels"))
+    graph = fold_still_images(graph_of("kernels"))
     counted = [launch_counts(graph, still(patches), device=who).nodes for patches in (64, 256, 1024, 4096)]
     monkeypatch.setattr(tables, "identity", lambda _: who)
     monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: architecture)
@@ -201,7 +201,7 @@ def test_an_architecture_counts_like_a_device_of_it(architecture: str, monkeypat
 
 
 def test_a_pass_takes_its_blocks_and_little_else() -> None:
-    counts = launch_counts(fold_still_pictures(graph_of("kernels")), MANY)
+    counts = launch_counts(fold_still_images(graph_of("kernels")), MANY)
     # Patch projection, rotary table; the projector's norm and two products.
     assert counts.total == Launches(32 * 7 + 2 + 3)
     assert set(counts.blocks) == set(range(32))
@@ -243,7 +243,7 @@ def test_products_cut_into_parts_take_a_second_launch(monkeypatch: pytest.Monkey
 
 
 def test_attention_that_repairs_takes_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = FlashAttentionConfig(128, 128, 4, 2, "specialised")
+    config = FlashAttentionConfig(128, 128, 4, 2, "specialized")
     monkeypatch.setattr("tritontower.graph.launch_count.choose_attention", lambda *_, **__: config)
     chosen(monkeypatch)
     graph, cpu = graph_of("kernels"), torch.device("cpu")

@@ -6,19 +6,19 @@ import pytest
 import torch
 from support.configs import CLIP, CONFIG, DEEP, GEMMA, TOWERS
 
-from tritontower.batch.layout import PictureLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.benchmarks.memory_use import allocated_peak, pass_peak
-from tritontower.config import Normalisation, PatchEmbedding, PositionTable, Projector, TowerConfig, Windows
+from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig, Windows
 from tritontower.engine.executor import Executor
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_pictures, fuse, passes_for
+from tritontower.graph.fusion import fold_still_images, fuse, passes_for
 from tritontower.graph.ir import Graph
 from tritontower.graph.memory_plan import plan_memory
 from tritontower.graph.workspace import SMALL_BYTES
 
 CPU = torch.device("cpu")
-RMS_NORM = Normalisation("rms_norm", 1e-6, "before_weight")
+RMS_NORM = Normalization("rms_norm", 1e-6, "before_weight")
 FAMILIES: dict[str, tuple[TowerConfig, list[tuple[int, int]]]] = {
     "qwen2_vl": (replace(CONFIG, depth=1, features=(1,)), [(32, 40)]),
     "qwen2_5_vl": (
@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[TowerConfig, list[tuple[int, int]]]] = {
             mlp_bias=False,
             activation="silu",
             gated=True,
-            segments="picture",
+            segments="image",
             projector=Projector(None, 1, 5120, 5120, "gelu", bias=True),
         ),
         [(48, 24)],
@@ -89,14 +89,14 @@ def executor_of(graph: Graph, dtype: torch.dtype) -> Executor:
 
 def batch_of(config: TowerConfig, grids: list[tuple[int, int]]) -> PackedBatch:
     side = config.patch.size
-    layouts = [PictureLayout.of_one_view((1, height, width), side) for height, width in grids]
+    layouts = [ImageLayout.of_one_view((1, height, width), side) for height, width in grids]
     pixels = torch.randn(sum(layout.patches for layout in layouts), config.patch.still_inner)
     facts = {"original_sizes": [(1, 1)] * len(grids), "content_hashes": [""] * len(grids)}
     return PackedBatch.pack(config, pixels, layouts, **facts)
 
 
 def cpu_graph(config: TowerConfig) -> Graph:
-    return fold_still_pictures(fuse(build(config), passes_for(CPU)))
+    return fold_still_images(fuse(build(config), passes_for(CPU)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

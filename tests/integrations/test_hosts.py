@@ -122,17 +122,17 @@ def assert_matrices(tower: VisionTower, one_count: bool, embeddings: list[ImageE
 
 
 @each_qwen
-def test_vllm_gets_clips_beside_pictures(case: TowerCase, load: Load) -> None:
+def test_vllm_gets_videos_beside_images(case: TowerCase, load: Load) -> None:
     tower = load(case)
     record = VLLM["dictionaries"][tower.family.model_type]
-    clip = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=2.0)
-    (picture,) = tower.encode([noise(60, 40, 9)])
-    data = to_vllm(tower, [clip, picture])
+    video = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=2.0)
+    (image,) = tower.encode([noise(60, 40, 9)])
+    data = to_vllm(tower, [video, image])
     assert list(data) == ["image", "video"]
     assert list(data["video"]) == record["video"]
-    assert torch.equal(data["video"]["video_embeds"], side_by_side(clip))
-    assert data["video"]["video_grid_thw"].tolist() == [list(clip.grid_thw)]
-    assert torch.equal(data["image"]["image_embeds"], side_by_side(picture))
+    assert torch.equal(data["video"]["video_embeds"], side_by_side(video))
+    assert data["video"]["video_grid_thw"].tolist() == [list(video.grid_thw)]
+    assert torch.equal(data["image"]["image_embeds"], side_by_side(image))
     if "timestamps" in record["video"]:
         assert data["video"]["timestamps"] == [[0.25, 1.25, 2.0]]
     if "second_per_grid_ts" in record["video"]:
@@ -140,11 +140,11 @@ def test_vllm_gets_clips_beside_pictures(case: TowerCase, load: Load) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_clip_without_times_is_refused_where_positions_depend_on_them(name: str, load: Load) -> None:
+def test_a_video_without_times_is_refused_where_positions_depend_on_them(name: str, load: Load) -> None:
     tower = load(BY_NAME[name])
-    clip = tower.encode_video([noise(120, 80, seed) for seed in range(4)])
+    video = tower.encode_video([noise(120, 80, seed) for seed in range(4)])
     with pytest.raises(UsageError, match="pass fps="):
-        to_vllm(tower, clip)
+        to_vllm(tower, video)
 
 
 @pytest.mark.parametrize("model_type", model_types())
@@ -224,34 +224,34 @@ def assert_sglang_rows(tower: VisionTower, item: dict[str, Any], embeddings: lis
         assert item["image_grid_thw"].tolist() == [list(embedding.grid_thw) for embedding in embeddings]
 
 
-def test_one_frame_is_a_clip_where_it_was_encoded_as_one(load: Load) -> None:
-    """Nothing but its origin tells it from a picture: one temporal patch, and no times."""
+def test_one_frame_is_a_video_where_it_was_encoded_as_one(load: Load) -> None:
+    """Nothing but its origin tells it from an image: one temporal patch, and no times."""
     tower = load(BY_NAME["qwen2_vl"])
     frame = noise(60, 40, 9)
-    clip = tower.encode_video([frame])
-    (picture,) = tower.encode([frame])
-    assert clip.grid_thw == picture.grid_thw
-    assert list(to_vllm(tower, clip)) == ["video"]
-    assert list(to_vllm(tower, picture)) == ["image"]
-    assert "video_grid_thw" in to_sglang(tower, clip)
-    assert "image_grid_thw" in to_sglang(tower, picture)
+    video = tower.encode_video([frame])
+    (image,) = tower.encode([frame])
+    assert video.grid_thw == image.grid_thw
+    assert list(to_vllm(tower, video)) == ["video"]
+    assert list(to_vllm(tower, image)) == ["image"]
+    assert "video_grid_thw" in to_sglang(tower, video)
+    assert "image_grid_thw" in to_sglang(tower, image)
 
 
 @each_qwen
-def test_sglang_gets_clips_in_an_item_of_their_own(case: TowerCase, load: Load) -> None:
+def test_sglang_gets_videos_in_an_item_of_their_own(case: TowerCase, load: Load) -> None:
     tower = load(case)
-    clip = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=4.0)
-    item = to_sglang(tower, clip)
+    video = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=4.0)
+    item = to_sglang(tower, video)
     assert (item["format"], item["modality"]) == ("processor_output", "video")
-    assert torch.equal(item["precomputed_embeddings"], side_by_side(clip))
-    assert item["video_grid_thw"].tolist() == [list(clip.grid_thw)]
+    assert torch.equal(item["precomputed_embeddings"], side_by_side(video))
+    assert item["video_grid_thw"].tolist() == [list(video.grid_thw)]
     timed = tower.family.model_type == "qwen2_5_vl"
     assert ("second_per_grid_ts" in item) == timed
     if timed:
         assert item["second_per_grid_ts"].tolist() == [0.5]
-    (picture,) = tower.encode([noise(60, 40, 9)])
+    (image,) = tower.encode([noise(60, 40, 9)])
     with pytest.raises(UsageError, match=r"image_data=\[…\], video_data=\[…\]"):
-        to_sglang(tower, [picture, clip])
+        to_sglang(tower, [image, video])
 
 
 # -- what no engine checks --------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ DAMAGES: dict[str, tuple[str, Change, str]] = {
         lambda e: replace(e, deepstack=(e.deepstack[0], e.deepstack[1].half())),
         "dtype",
     ),
-    "a clip that does not say so": ("qwen2_vl", lambda e: replace(e, grid_thw=(2, 2, 2)), "does not say"),
+    "a video that does not say so": ("qwen2_vl", lambda e: replace(e, grid_thw=(2, 2, 2)), "does not say"),
     "times of another clip": ("qwen3_vl", lambda e: replace(e, timestamps=(0.0, 1.0)), "time stamps"),
     "whole numbers": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings.long()), "floating"),
     "rows alone": ("qwen2_vl", lambda e: e.embeddings, "a Tensor"),
@@ -371,7 +371,7 @@ def test_views_hold_the_embedding_and_its_ids(case: TowerCase, load: Load) -> No
         assert (view.deepstack_embeddings is None) == (not embedding.deepstack)
         assert view.get_size_in_bytes() == embedding.embeddings.nbytes * (1 + len(levels))
     assert views[0].last_index <= views[1].first_index or views[1].last_index <= views[0].first_index
-    # ExLlama gives the same picture new ids each time, and its key-value cache never finds it again.
+    # ExLlama gives the same image new ids each time, and its key-value cache never finds it again.
     assert to_exllama(tower, embeddings[0], space=space).first_index == views[0].first_index
 
 
@@ -436,11 +436,11 @@ def test_pixtrals_rows_end_as_in_transformers_not_as_in_exllama(name: str, load:
     assert view.token_list[-1] == markers[-1]
 
 
-def test_what_ends_a_prompt_does_not_come_with_a_picture(load: Load) -> None:
+def test_what_ends_a_prompt_does_not_come_with_an_image(load: Load) -> None:
     tower = load(BY_NAME["paligemma"])
     layout = tower.prompt_layout
     assert layout is not None
-    assert layout.behind_pictures
+    assert layout.behind_images
     assert layout.ending
     view = to_exllama(
         tower, tower.encode([noise(64, 96, 0)])[0], tokenizer=WordTokenizer({"<t>": 1}), space=TokenSpace()
@@ -454,16 +454,16 @@ def test_a_tower_stands_in_for_exllamav2s_vision_model(load: Load) -> None:
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=tower.hidden_size, vision_spatial_merge_size=2))
     tokenizer = WordTokenizer({"<t>": 1})
     image = noise(120, 80, 3)
-    positional = vision.get_image_embeddings(model, tokenizer, image, "{{picture}}", True)
+    positional = vision.get_image_embeddings(model, tokenizer, image, "{{image}}", True)
     named = vision.get_image_embeddings(model=model, tokenizer=tokenizer, image=image)
-    assert positional.text_alias == "{{picture}}"
+    assert positional.text_alias == "{{image}}"
     assert positional.first_index == named.first_index
     assert positional.model is model
     assert positional.embeddings.dtype == torch.float16
     assert positional.metadata["original_size"] == (80, 120)
     assert len(positional.get_ids()) == positional.length + 2
-    clip = vision.get_video_embeddings(model, tokenizer, [noise(60, 40, seed) for seed in range(4)])
-    assert clip.thw_grid[0] == 2
+    video = vision.get_video_embeddings(model, tokenizer, [noise(60, 40, seed) for seed in range(4)])
+    assert video.thw_grid[0] == 2
     narrow = SimpleNamespace(config=SimpleNamespace(hidden_size=tower.hidden_size + 1))
     with pytest.raises(UsageError, match="do not belong together"):
         vision.get_image_embeddings(narrow, tokenizer, image)
@@ -474,17 +474,17 @@ def test_a_tower_stands_in_for_exllamav3s_vision_model(load: Load) -> None:
     vision = ExLlamaV3Vision(tower)
     tokenizer = WordTokenizer({"<t>": 1})
     images = [noise(120, 80, 3), noise(64, 200, 4)]
-    # Of lists ExLlamaV3 encodes pictures of one size only.
+    # Of lists ExLlamaV3 encodes images of one size only.
     several = vision.get_image_embeddings(tokenizer, images)
-    one = vision.get_image_embeddings(tokenizer=tokenizer, image=images[1], text_alias="{{picture}}")
+    one = vision.get_image_embeddings(tokenizer=tokenizer, image=images[1], text_alias="{{image}}")
     assert [view.metadata["original_size"] for view in several] == [(120, 80), (64, 200)]
-    assert one.text_alias == "{{picture}}"
+    assert one.text_alias == "{{image}}"
     assert one.token_list == several[1].token_list
     assert torch.equal(one.embeddings, several[1].embeddings)
     assert one.token_list_at(7) == one.token_list == one.token_string[0].tolist()
     assert vision.get_image_embeddings(tokenizer, []) == []
-    with pytest.raises(UsageError, match="list of pictures"):
-        vision.get_image_embeddings(tokenizer, images, "{{picture}}")  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="list of images"):
+        vision.get_image_embeddings(tokenizer, images, "{{image}}")  # type: ignore[call-overload]
 
 
 def test_ids_and_values_that_exllama_would_misread_are_refused(load: Load) -> None:
@@ -518,24 +518,24 @@ def test_views_hold_and_release_their_ids(load: Load) -> None:
         assert view.source.embeddings is view.embeddings
         view.release(vision.space)
     assert vision.space.ids_in_use == 0
-    with pytest.raises(UsageError, match="not in use for this picture"):
+    with pytest.raises(UsageError, match="not in use for this image"):
         again[0].release(vision.space)
 
 
 def test_no_ids_stay_assigned_where_no_view_is_made(load: Load) -> None:
     tower = load(BY_NAME["qwen2_vl"])
-    pictures = tower.encode([noise(60, 40, 0), noise(90, 60, 1)])
-    large = replace(pictures[1], embeddings=pictures[1].embeddings * 1e6)
+    images = tower.encode([noise(60, 40, 0), noise(90, 60, 1)])
+    large = replace(images[1], embeddings=images[1].embeddings * 1e6)
     space = TokenSpace()
     with pytest.raises(UsageError, match="dtype=None"):
-        to_exllama(tower, [pictures[0], large], space=space)
+        to_exllama(tower, [images[0], large], space=space)
     assert space.ids_in_use == 0
     with pytest.raises(UsageError, match="tokenizer is 5"):
-        to_exllama(tower, pictures, tokenizer=5, space=space)
+        to_exllama(tower, images, tokenizer=5, space=space)
     assert space.ids_in_use == 0
     low = TokenSpace(200_000)
     with pytest.raises(UsageError, match="below 1000000000"):
-        to_exllama(tower, pictures, space=low)
+        to_exllama(tower, images, space=low)
     assert low.ids_in_use == 0
 
 
@@ -555,7 +555,7 @@ def test_vllms_parser_takes_matrices_for_embeddings(name: str, load: Load) -> No
 
 
 @each_qwen
-def test_vllms_fields_cut_the_rows_where_the_pictures_end(case: TowerCase, load: Load) -> None:
+def test_vllms_fields_cut_the_rows_where_the_images_end(case: TowerCase, load: Load) -> None:
     parse = pytest.importorskip("vllm.multimodal.parse")
     inputs = importlib.import_module("vllm.multimodal.inputs")
     tower = load(case)

@@ -78,11 +78,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt with pictures, and everything that a model of transformers is given for it."""
+    """A prompt with images, and everything that a model of transformers is given for it."""
 
     model: Any
     folder: Path
-    pictures: list[np.ndarray]
+    images: list[np.ndarray]
     embeddings: list[ImageEmbedding]
     input_ids: torch.Tensor
     text_inputs: dict[str, Any]
@@ -128,7 +128,7 @@ def with_tokens(config: Any) -> None:
         config.video_token_id = VIDEO
 
 
-def processed(folder: Path, config: Any, pictures: list[np.ndarray]) -> dict[str, Any]:
+def processed(folder: Path, config: Any, images: list[np.ndarray]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if config.vision_config.model_type == "pixtral":
         side = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
@@ -136,7 +136,7 @@ def processed(folder: Path, config: Any, pictures: list[np.ndarray]) -> dict[str
     if config.model_type == "gemma3":
         options["do_convert_rgb"] = False
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    inputs = dict(processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt", **options))
+    inputs = dict(processor([Image.fromarray(image) for image in images], return_tensors="pt", **options))
     inputs.pop("num_crops", None)
     return inputs
 
@@ -178,14 +178,14 @@ def question(tmp_path_factory: pytest.TempPathFactory) -> Ask:
 
 def question_of(case: TowerCase, folder: Path) -> Question:
     model = by_transformers(folder)
-    # Only by itself has a picture crops of its own in transformers' processor.
-    pictures = [noise(57, 43, 1), noise(90, 60, 2)][: 1 if "pan" in case.name else 2]
-    embeddings = VisionTower.from_pretrained(folder, device="cpu").encode(pictures)
-    pixels = processed(folder, model.config, pictures)
+    # Only by itself has an image crops of its own in transformers' processor.
+    images = [noise(57, 43, 1), noise(90, 60, 2)][: 1 if "pan" in case.name else 2]
+    embeddings = VisionTower.from_pretrained(folder, device="cpu").encode(images)
+    pixels = processed(folder, model.config, images)
     text = prompt_of(model, embeddings, pixels)
     input_ids = text.pop("input_ids")
     answer = greedy(model, {"input_ids": input_ids, **text, **pixels})
-    return Question(model, folder, pictures, embeddings, input_ids, text, pixels, answer)
+    return Question(model, folder, images, embeddings, input_ids, text, pixels, answer)
 
 
 def vision_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -229,9 +229,9 @@ class TestInPlaceOfTheVisionPart:
         assert ran == 1
 
     @each_case
-    def test_pictures_matter_to_the_answer(self, question: Ask, name: str) -> None:
+    def test_images_matter_to_the_answer(self, question: Ask, name: str) -> None:
         asked = question(name)
-        others = processed(asked.folder, asked.model.config, [255 - picture for picture in asked.pictures])
+        others = processed(asked.folder, asked.model.config, [255 - image for image in asked.images])
         other = asked.ask(**asked.text_inputs, **others)
         assert (other.logits[0] - asked.answer.logits[0]).abs().max() > 1e-3
 
@@ -271,15 +271,15 @@ class TestInPlaceOfTheVisionPart:
         assert all(torch.equal(saved[key], value) for key, value in original.items())
 
     @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-    def test_clips_are_encoded_too(self, question: Ask, name: str) -> None:
+    def test_videos_are_encoded_too(self, question: Ask, name: str) -> None:
         asked = question(name)
         model, tower = asked.model, VisionTower.from_pretrained(asked.folder, device="cpu")
-        clip = [noise(80, 60, seed) for seed in range(4)]
-        batch = tower.preprocess_video(clip)
+        video = [noise(80, 60, seed) for seed in range(4)]
+        batch = tower.preprocess_video(video)
         pixels, grids = tower.family.reference.inputs(model.model, batch, tower.config)
         temporal = int(grids[0, 0])
         each = batch.token_counts[0] // temporal
-        # Qwen3-VL has text between the temporal patches of a clip.
+        # Qwen3-VL has text between the temporal patches of a video.
         pieces = [[VIDEO] * each + [5] for _ in range(temporal)] if name == "qwen3_vl" else [[VIDEO] * each * temporal]
         input_ids = torch.tensor([[1, *(token for piece in pieces for token in piece), 3]])
         inputs = {"input_ids": input_ids, "mm_token_type_ids": (input_ids == VIDEO).int() * 2, "video_grid_thw": grids}
@@ -289,7 +289,7 @@ class TestInPlaceOfTheVisionPart:
             assert_same(greedy(model, {**inputs, "pixel_values_videos": pixels}), expected)
         finally:
             integration.restore(model)
-        embedding = tower.encode_video(clip)
+        embedding = tower.encode_video(video)
         with integration.added_deepstack(model, input_ids, (), videos=embedding):
             rows = integration.inputs_embeds(model, input_ids, (), videos=[embedding])
             assert_same(greedy(model, {**inputs, "inputs_embeds": rows}), expected)
@@ -298,7 +298,7 @@ class TestInPlaceOfTheVisionPart:
             assert list(outputs) == ["video"]
             assert_same(greedy(model, {**inputs, "mm_encoder_outputs": outputs}), expected)
 
-    def test_frames_of_a_onevision_clip(self, question: Ask) -> None:
+    def test_frames_of_a_onevision_video(self, question: Ask) -> None:
         model = question("llava_onevision").model
         side = model.config.vision_config.image_size
         frames = torch.randn(2, 3, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -311,7 +311,7 @@ class TestInPlaceOfTheVisionPart:
                 integration.restore(model)
         assert relative_error(actual, expected) <= 1e-5
 
-    def test_several_pictures_of_one_onevision_prompt_come_without_tiles(self, question: Ask) -> None:
+    def test_several_images_of_one_onevision_prompt_come_without_tiles(self, question: Ask) -> None:
         model = question("llava_onevision").model
         side = model.config.vision_config.image_size
         pixels = torch.randn(2, 1, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -390,11 +390,11 @@ class TestInPlaceOfTheVisionPart:
             integration.restore(asked.model)
         assert torch.equal(asked.ask(**asked.text_inputs, **asked.pixel_inputs).logits, asked.answer.logits)
 
-    def test_the_tower_encodes_pictures_by_itself(self, question: Ask) -> None:
+    def test_the_tower_encodes_images_by_itself(self, question: Ask) -> None:
         asked = question("qwen2_5_vl")
         facts = integration.accelerate_vision(asked.model)
         try:
-            embeddings = facts.tower.encode(asked.pictures)
+            embeddings = facts.tower.encode(asked.images)
         finally:
             integration.restore(asked.model)
         pairs = zip(embeddings, asked.embeddings, strict=True)
@@ -407,14 +407,14 @@ class TestInPlaceOfTheVisionPart:
         model.load_state_dict(asked.model.state_dict())
         tower = integration.accelerate_vision(model).tower
         with pytest.raises(ProcessorError):
-            tower.encode(asked.pictures)
+            tower.encode(asked.images)
         integration.restore(model)
         processor = AutoImageProcessor.from_pretrained(asked.folder, backend="pil", trust_remote_code=False)
         tower = integration.accelerate_vision(model, processor=processor).tower
-        assert torch.equal(tower.encode(asked.pictures)[0].embeddings, asked.embeddings[0].embeddings)
+        assert torch.equal(tower.encode(asked.images)[0].embeddings, asked.embeddings[0].embeddings)
 
     @each_case
-    def test_a_prompt_without_pictures(self, question: Ask, name: str) -> None:
+    def test_a_prompt_without_images(self, question: Ask, name: str) -> None:
         model = question(name).model
         input_ids = torch.tensor([[1, 2, 3, 4]])
         with torch.no_grad():
@@ -467,7 +467,7 @@ class TestInPlaceOfTheVisionPart:
         model = by_transformers(asked.folder)
         tower = integration.accelerate_vision(model).tower
         model.to(torch.bfloat16)
-        (embedding, _) = tower.encode(asked.pictures)
+        (embedding, _) = tower.encode(asked.images)
         assert torch.equal(embedding.embeddings, asked.embeddings[0].embeddings)
         answer = greedy(model, {"input_ids": asked.input_ids, **asked.text_inputs, **asked.pixel_inputs})
         assert relative_error(answer.logits[0], asked.answer.logits[0]) < 0.1
@@ -511,7 +511,7 @@ class TestInPlaceOfTheVisionPart:
         model.config._commit_hash = commit
         tower = integration.accelerate_vision(model).tower
         assert tower.folder == snapshot
-        assert torch.equal(tower.encode(asked.pictures)[0].embeddings, asked.embeddings[0].embeddings)
+        assert torch.equal(tower.encode(asked.images)[0].embeddings, asked.embeddings[0].embeddings)
 
     def test_a_processor_in_the_current_folder_is_nobodys(self, question: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = question("gemma3")
@@ -520,7 +520,7 @@ class TestInPlaceOfTheVisionPart:
         monkeypatch.chdir(asked.folder)
         tower = integration.accelerate_vision(model).tower
         with pytest.raises(ProcessorError, match=r"Gemma3ForConditionalGeneration in memory> holds no image processor"):
-            tower.encode(asked.pictures)
+            tower.encode(asked.images)
 
     def test_a_tower_that_outlives_its_model_holds_nothing_of_it(self, question: Ask) -> None:
         model = by_transformers(question("llava").folder)
@@ -546,7 +546,7 @@ class TestInPlaceOfTheVisionPart:
 
 
 def batch_of(asked: Question) -> dict[str, torch.Tensor]:
-    """A prompt for each picture, padded on the left."""
+    """A prompt for each image, padded on the left."""
     longest = max(one.num_tokens for one in asked.embeddings) + 2
     rows = [[1] + [IMAGE] * one.num_tokens + [2] for one in asked.embeddings]
     input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
@@ -696,7 +696,7 @@ class TestHandingOver:
     def test_what_is_no_embedding(self, question: Ask) -> None:
         asked = question("pixtral")
         with pytest.raises(UsageError, match="embedding 1 is a str; allowed: ImageEmbedding"):
-            integration.inputs_embeds(asked.model, asked.input_ids, [asked.embeddings[0], "picture"])  # type: ignore[list-item]
+            integration.inputs_embeds(asked.model, asked.input_ids, [asked.embeddings[0], "image"])  # type: ignore[list-item]
 
     def test_rows_of_another_models_tower(self, question: Ask) -> None:
         asked, plain = question("qwen3_vl"), question("qwen3_5").embeddings
@@ -799,14 +799,14 @@ def set_in(file: Path, **values: Any) -> None:
 
 
 def save_wide(name: str, folder: Path, patch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """A model that 4 bits fit on a CPU, with its tokenizer and placeholders; and the text that stands for a picture."""
+    """A model that 4 bits fit on a CPU, with its tokenizer and placeholders; and the text that stands for an image."""
     if name == "llava":
         save_llava(folder, text=WIDE_TEXT)
-        picture, token = "<image>", "<image>"
+        image, token = "<image>", "<image>"
         settings = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
     elif name == "gemma3":
         save_gemma3(folder, text={**WIDE_TEXT, "head_dim": 16})
-        picture, token = "<start_of_image>", "<image_soft_token>"
+        image, token = "<start_of_image>", "<image_soft_token>"
         set_in(folder / "preprocessor_config.json", do_convert_rgb=False)
         settings = {"image_seq_length": 16}
     else:
@@ -814,13 +814,13 @@ def save_wide(name: str, folder: Path, patch: pytest.MonkeyPatch) -> tuple[Path,
         for key, value in {**WIDE_TEXT, "rope_parameters": rope}.items():
             patch.setitem(qwen2_5_vl.TINY_TEXT, key, value)
         qwen2_5_vl.save_qwen2_5_vl(folder, out_hidden_size=64, intermediate_size=128)
-        picture, token = "<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"
+        image, token = "<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"
         settings = {}
     set_in(folder / "config.json", image_token_id=WORDS.index(token), image_token_index=WORDS.index(token))
     if settings:
         (folder / "processor_config.json").write_text(json.dumps(settings))
     save_tokenizer(folder)
-    return folder, picture
+    return folder, image
 
 
 WIDE = ("llava", "gemma3", "qwen2_5_vl")
@@ -833,10 +833,10 @@ def wide(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 class TestLoading:
     def test_answers_as_transformers_does(self, wide: tuple[Path, str]) -> None:
-        folder, picture = wide
+        folder, image = wide
         model, processor = integration.load_vlm(folder, device="cpu")
         theirs = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
-        inputs = processor(text=f"what is {picture} this", images=[Image.fromarray(noise(60, 40))], return_tensors="pt")
+        inputs = processor(text=f"what is {image} this", images=[Image.fromarray(noise(60, 40))], return_tensors="pt")
         assert (inputs["input_ids"] == model.config.image_token_id).sum() > 1
         assert type(model) is type(theirs)
         assert not model.training
@@ -845,7 +845,7 @@ class TestLoading:
 
     def test_four_bits_for_the_language_model_alone(self, wide: tuple[Path, str]) -> None:
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        folder, picture = wide
+        folder, image = wide
         model, processor = integration.load_vlm(folder, load_in_4bit=True, device="cpu")
         linears = {name: type(module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
         assert {kind for name, kind in linears.items() if name != "lm_head"} == {bitsandbytes.nn.Linear4bit}
@@ -869,7 +869,7 @@ class TestLoading:
             isinstance(module, bitsandbytes.nn.Linear4bit) and "language_model" not in name
             for name, module in theirs.named_modules()
         )
-        inputs = processor(text=f"what is {picture} this", images=[Image.fromarray(noise(60, 40))], return_tensors="pt")
+        inputs = processor(text=f"what is {image} this", images=[Image.fromarray(noise(60, 40))], return_tensors="pt")
         # On some CPUs bitsandbytes rounds what enters a linear to bfloat16, so the last bit of an embedding may weigh more.
         ours, expected = greedy(model, inputs).logits[0], greedy(theirs, inputs).logits[0]
         assert relative_error(ours, expected) <= 1e-2
@@ -882,16 +882,16 @@ class TestLoading:
         folder = CASES[name].save(tmp_path / "model")
         save_tokenizer(folder)
         model, _ = integration.load_vlm(folder, load_in_4bit=True, device="cpu")
-        quantised = [key for key, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+        quantized = [key for key, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
         plain = [key for key, module in model.named_modules() if type(module) is torch.nn.Linear]
-        assert quantised
-        assert all("language_model" in key for key in quantised)
+        assert quantized
+        assert all("language_model" in key for key in quantized)
         assert plain == ["lm_head"]
         assert vision_parameters(model) == {}
-        pictures = [noise(57, 43, 1)]
-        own = VisionTower.from_pretrained(folder, device="cpu").encode(pictures)[0]
+        images = [noise(57, 43, 1)]
+        own = VisionTower.from_pretrained(folder, device="cpu").encode(images)[0]
         tower = integration.accelerated(model).tower
-        assert torch.equal(tower.encode(pictures)[0].embeddings, own.embeddings)
+        assert torch.equal(tower.encode(images)[0].embeddings, own.embeddings)
 
     def test_the_tower_has_the_dtype_that_was_asked_for(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder, _ = save_wide("qwen2_5_vl", tmp_path / "model", monkeypatch)
@@ -901,7 +901,7 @@ class TestLoading:
         assert facts.tower.dtype == model.dtype == torch.bfloat16
         assert 2 <= facts.tower.weights_bytes / facts.tower.graph.parameters < 3
 
-    def test_a_model_that_was_quantised_whole_takes_no_tower_of_its_weights(
+    def test_a_model_that_was_quantized_whole_takes_no_tower_of_its_weights(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pytest.importorskip("bitsandbytes")
@@ -911,22 +911,22 @@ class TestLoading:
         with pytest.raises(UnsupportedDtypeError, match=r"visual.*load_vlm"):
             integration.accelerate_vision(model)
 
-    def test_a_checkpoint_that_is_quantised_already(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_checkpoint_that_is_quantized_already(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         bitsandbytes = pytest.importorskip("bitsandbytes")
-        folder, picture = save_wide("qwen2_5_vl", tmp_path / "model", monkeypatch)
+        folder, image = save_wide("qwen2_5_vl", tmp_path / "model", monkeypatch)
         config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
         whole = transformers.AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config).eval()
-        whole.save_pretrained(tmp_path / "quantised")
+        whole.save_pretrained(tmp_path / "quantized")
         for file in folder.iterdir():
-            if not (tmp_path / "quantised" / file.name).exists():
-                (tmp_path / "quantised" / file.name).write_bytes(file.read_bytes())
-        stored = load_file(tmp_path / "quantised" / "model.safetensors")
+            if not (tmp_path / "quantized" / file.name).exists():
+                (tmp_path / "quantized" / file.name).write_bytes(file.read_bytes())
+        stored = load_file(tmp_path / "quantized" / "model.safetensors")
         assert any("visual." in name and "quant_map" in name for name in stored)
-        model, processor = integration.load_vlm(tmp_path / "quantised", device="cpu")
+        model, processor = integration.load_vlm(tmp_path / "quantized", device="cpu")
         linears = [name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
         assert linears
         assert all("language_model" in name for name in linears)
-        inputs = processor(text=f"what is {picture} this", images=[Image.fromarray(noise(60, 40))], return_tensors="pt")
+        inputs = processor(text=f"what is {image} this", images=[Image.fromarray(noise(60, 40))], return_tensors="pt")
         ours, expected = greedy(model, inputs).logits[0], greedy(whole, inputs).logits[0]
         assert relative_error(ours, expected) <= 5e-2
 
@@ -956,7 +956,7 @@ class TestLoading:
         grown = json.loads(run.stdout.splitlines()[-1])
         assert vision <= grown < 1.5 * vision
 
-    def test_what_quantises_has_to_be_there(self, question: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_quantizes_has_to_be_there(self, question: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = question("llava").folder
         loading = sys.modules["tritontower.integrations.transformers.loading"]
         with monkeypatch.context() as patch:
@@ -1025,13 +1025,13 @@ class TestProcessorOfRows:
 
     def test_every_row_of_tokens_has_an_end(self, loaded: tuple[Any, Any]) -> None:
         model, processor = loaded
-        assert isinstance(processor, integration.PictureTextProcessor)
+        assert isinstance(processor, integration.ImageTextProcessor)
         tower = integration.accelerated(model).tower
-        pictures = [noise(57, 43, 1), noise(90, 60, 2)]
-        inputs = processor(images=[Image.fromarray(one) for one in pictures], text="what [IMG] is [IMG] this")
+        images = [noise(57, 43, 1), noise(90, 60, 2)]
+        inputs = processor(images=[Image.fromarray(one) for one in images], text="what [IMG] is [IMG] this")
         words = [VOCABULARY[token] for token in inputs["input_ids"][0].tolist()]
         expected = ["what"]
-        for word, embedding in zip(("is", "this"), tower.encode(pictures), strict=True):
+        for word, embedding in zip(("is", "this"), tower.encode(images), strict=True):
             merge = tower.config.merge
             rows, columns = (side // merge for side in embedding.grid_thw[1:])
             rows_of_tokens = [*(["[IMG]"] * columns), "[IMG_BREAK]"] * rows
@@ -1048,12 +1048,12 @@ class TestProcessorOfRows:
         assert text == "[IMG]what is this"
         inputs = processor(images=[Image.fromarray(noise(57, 43))], text=[text])
         assert (inputs["input_ids"] == WORDS.index("[IMG]")).sum() > 1
-        with pytest.raises(UsageError, match="pass the text and the pictures to the processor"):
+        with pytest.raises(UsageError, match="pass the text and the images to the processor"):
             processor.apply_chat_template(conversation, tokenize=True)
 
-    def test_pictures_and_their_places_are_as_many(self, loaded: tuple[Any, Any]) -> None:
+    def test_images_and_their_places_are_as_many(self, loaded: tuple[Any, Any]) -> None:
         _, processor = loaded
-        with pytest.raises(UsageError, match="2 places for pictures"):
+        with pytest.raises(UsageError, match="2 places for images"):
             processor(images=[Image.fromarray(noise(57, 43))], text=["[IMG] what", "[IMG] is"], padding=True)
         with pytest.raises(UsageError, match="text is missing"):
             processor(images=[Image.fromarray(noise(57, 43))])
@@ -1090,7 +1090,7 @@ class TestAttention:
         assert len(calls[0]) >= 2
         assert asked.model.config.vision_config._attn_implementation == before
 
-    def test_the_other_name_takes_a_mask_of_pictures(self, question: Ask) -> None:
+    def test_the_other_name_takes_a_mask_of_images(self, question: Ask) -> None:
         asked = question("pixtral")
         integration.register_attention()
         model = by_transformers(asked.folder, attn_implementation={"": "sdpa", "vision_config": integration.ATTENTION})
@@ -1125,7 +1125,7 @@ class TestAttention:
         with pytest.raises(UsageError, match="no vision_config"), integration.vision_attention(model):
             pass
 
-    def test_pictures_are_told_apart_however_they_are_described(self) -> None:
+    def test_images_are_told_apart_however_they_are_described(self) -> None:
         rows = torch.randn(1, 2, 6, 16)
         layer = torch.nn.Module()
         boundaries = torch.tensor([0, 2, 6], dtype=torch.int32)

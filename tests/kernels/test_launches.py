@@ -1,4 +1,4 @@
-"""Every public operation through Triton's real launch path: arguments bound, kernels specialised on them and compiled.
+"""Every public operation through Triton's real launch path: arguments bound, kernels specialized on them and compiled.
 
 ``test_ahead_of_time`` compiles what the kernel files *say* they launch; here it is what they launch.
 """

@@ -66,11 +66,11 @@ def test_the_family_passes_what_every_tower_is_held_to(checkout: Path) -> None:
     assert int(passed[1]) >= 16, finished.stdout[-4000:]
 
 
-def test_a_tower_of_the_example_is_described_and_catalogued(checkout: Path) -> None:
+def test_a_tower_of_the_example_is_described_and_catalogd(checkout: Path) -> None:
     code = """
 import with_lantern; with_lantern.pytest_configure(None)
-from tritontower.models.common.catalog import catalogue
-(entry,) = [entry for entry in catalogue() if entry.title == "Lantern"]
+from tritontower.models.common.catalog import catalog
+(entry,) = [entry for entry in catalog() if entry.title == "Lantern"]
 print(entry.model_types, entry.format, dict(entry.counted))
 from tritontower.errors import ConfigError
 from tritontower.models.common.registry import lantern

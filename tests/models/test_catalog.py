@@ -10,7 +10,7 @@ from support.published import PUBLISHED
 from tritontower import cli
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.dequantize import SUPPORTED_SCHEMES
-from tritontower.models.common.catalog import catalogue, families_table, weight_formats
+from tritontower.models.common.catalog import catalog, families_table, weight_formats
 from tritontower.models.common.registry import family_files, model_types, read_family
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -37,7 +37,7 @@ def test_every_row_has_every_cell(table: str) -> None:
 
 
 def test_every_summary_and_every_model_type_is_listed() -> None:
-    entries = catalogue()
+    entries = catalog()
     titles = [summary.title for file in dict.fromkeys(family_files().values()) for summary in file.SUMMARIES]
     assert [entry.title for entry in entries] == titles
     assert len(set(titles)) == len(titles)
@@ -45,7 +45,7 @@ def test_every_summary_and_every_model_type_is_listed() -> None:
 
 
 def test_a_model_type_stands_in_the_row_of_its_kin() -> None:
-    types = {entry.title: entry.model_types for entry in catalogue()}
+    types = {entry.title: entry.model_types for entry in catalog()}
     assert types["Qwen3-VL"] == ("qwen3_vl", "qwen3_vl_moe")
     assert types["Qwen3.5"] == ("qwen3_5", "qwen3_5_moe")
     assert (types["Gemma 3"], types["ShieldGemma 2"]) == (("gemma3",), ("shieldgemma2",))
@@ -53,14 +53,14 @@ def test_a_model_type_stands_in_the_row_of_its_kin() -> None:
 
 def test_tokens_are_those_of_the_published_checkpoints() -> None:
     """Where the table and the list of published towers know the same checkpoint, they agree."""
-    configurations = {read_config(entry.config, entry.file): entry.pictures for entry in PUBLISHED if entry.pictures}
+    configurations = {read_config(entry.config, entry.file): entry.images for entry in PUBLISHED if entry.images}
     compared = set()
     summaries = [summary for file in dict.fromkeys(family_files().values()) for summary in file.SUMMARIES]
-    for entry, summary in zip(catalogue(), summaries, strict=True):
+    for entry, summary in zip(catalog(), summaries, strict=True):
         source = "config.json" if "model_type" in summary.example else "params.json"
-        pictures = configurations.get(read_config(summary.example, source))
-        if pictures:
-            assert {picture.side: picture.tokens for picture in pictures} == entry.counted
+        images = configurations.get(read_config(summary.example, source))
+        if images:
+            assert {image.side: image.tokens for image in images} == entry.counted
             compared.add(entry.title)
     assert compared >= {"Gemma 3", "PaliGemma", "LLaVA", "LLaVA-OneVision", "Pixtral"}
 
@@ -70,14 +70,14 @@ def read_config(values: Any, source: str) -> Any:
 
 
 def test_formats_are_those_of_the_family() -> None:
-    formats = {entry.title: entry.format for entry in catalogue()}
+    formats = {entry.title: entry.format for entry in catalog()}
     assert set(formats.values()) == {"transformers", "Mistral"}
     assert {title for title, form in formats.items() if form == "Mistral"} == {
-        entry.title for entry in catalogue() if entry.model_types == ("params.json",)
+        entry.title for entry in catalog() if entry.model_types == ("params.json",)
     }
 
 
-def test_all_schemes_of_quantisation_are_named(table: str) -> None:
+def test_all_schemes_of_quantization_are_named(table: str) -> None:
     assert table.endswith(weight_formats())
     assert all(scheme in weight_formats() for scheme in SUPPORTED_SCHEMES)
 
@@ -86,7 +86,7 @@ class TestCommand:
     def test_prints_a_line_per_family(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["families"]) == 0
         output = capsys.readouterr().out
-        for entry in catalogue():
+        for entry in catalog():
             (line,) = [line for line in output.splitlines() if line.startswith(f"{entry.title}  ")]
             assert line.split()[-1] == f"{entry.counted[1024]:,}"
         assert weight_formats() in output
@@ -98,7 +98,7 @@ class TestCommand:
     def test_prints_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["families", "--json"]) == 0
         report = json.loads(capsys.readouterr().out)
-        assert [entry["title"] for entry in report] == [entry.title for entry in catalogue()]
+        assert [entry["title"] for entry in report] == [entry.title for entry in catalog()]
         (gemma,) = [entry for entry in report if entry["title"] == "Gemma 3"]
         assert gemma["counted"] == {"448": 256, "1024": 256}
         assert gemma["model_types"] == ["gemma3"]

@@ -14,7 +14,7 @@ from support.towers.siglip import save_siglip_vision
 
 from tritontower import VisionTower
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalisation, Pooling, TowerConfig
+from tritontower.config import Normalization, Pooling, TowerConfig
 from tritontower.errors import ConfigError, UnexpectedTensorError
 from tritontower.graph.builder import build
 from tritontower.models import clip, siglip
@@ -38,7 +38,7 @@ def test_published_clip_large() -> None:
     assert (config.width, config.depth, config.heads, config.head_dim, config.mlp_hidden) == (1024, 24, 16, 64, 4096)
     assert (config.num_patches, config.patch.size, config.patch.bias) == (256, 14, False)
     assert (config.class_token, config.keep_class_token, config.features) == (True, True, (24,))
-    assert config.norm == config.input_norm == config.output_norm == Normalisation("layer_norm", 1e-5)
+    assert config.norm == config.input_norm == config.output_norm == Normalization("layer_norm", 1e-5)
     assert (config.activation, config.pooling, config.features_normed) == ("quick_gelu", Pooling("class_token"), False)
 
 
@@ -48,7 +48,7 @@ def test_published_siglip_so400m() -> None:
     # 384 pixels are no multiple of 14: the last six are not seen.
     assert (config.num_patches, config.patch.size, config.patch.bias) == (27 * 27, 14, True)
     assert (config.class_token, config.input_norm, config.features) == (False, None, (27,))
-    assert config.norm == config.output_norm == Normalisation("layer_norm", 1e-6)
+    assert config.norm == config.output_norm == Normalization("layer_norm", 1e-6)
     assert config.pooling == Pooling("attention", norm=config.norm)
     assert (config.activation, config.features_normed) == ("gelu_tanh", True)
 

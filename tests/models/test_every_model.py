@@ -27,7 +27,7 @@ from tritontower.graph.fusion import (
     DEFAULT_PASSES,
     KERNEL_PASSES,
     chunk_mlp,
-    fold_still_pictures,
+    fold_still_images,
     fuse,
     fuse_activations,
     fuse_residual_into_norm,
@@ -55,7 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return save
 
 
-def pictures_of(case: TowerCase, count: int | None = None) -> list[np.ndarray]:
+def images_of(case: TowerCase, count: int | None = None) -> list[np.ndarray]:
     return [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:count])]
 
 
@@ -71,17 +71,17 @@ def assert_agree(ours: list[ImageEmbedding], theirs: list[torch.Tensor]) -> None
 
 @each_case
 def test_mixed_sizes_agree_with_transformers_from_pixels_on(case: TowerCase, saved: Saved) -> None:
-    pictures = pictures_of(case)
-    assert_agree(load(saved(case)).encode(pictures), case.reference(saved(case), pictures, torch.float32))
+    images = images_of(case)
+    assert_agree(load(saved(case)).encode(images), case.reference(saved(case), images, torch.float32))
 
 
 @pytest.mark.parametrize(("case", "name"), OTHERS, ids=[f"{case.name}-{name}" for case, name in OTHERS])
 def test_configurations_that_nobody_published_agree_too(case: TowerCase, name: str, tmp_path: Path) -> None:
     folder = case.save(tmp_path / "model", **case.others[name])
-    pictures = pictures_of(case, 3)
+    images = images_of(case, 3)
     tower = load(folder)
-    assert_agree(tower.encode(pictures), case.reference(folder, pictures, torch.float32))
-    assert compare(tower, tower.preprocess(pictures)).passed
+    assert_agree(tower.encode(images), case.reference(folder, images, torch.float32))
+    assert compare(tower, tower.preprocess(images)).passed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -89,7 +89,7 @@ def test_configurations_that_nobody_published_agree_too(case: TowerCase, name: s
 def test_half_precision_errs_no_more_than_transformers(case: TowerCase, dtype: torch.dtype, tmp_path: Path) -> None:
     tower = load(case.save(tmp_path / "model", dtype=dtype, depth=6))
     assert tower.dtype == dtype
-    parity = compare(tower, tower.preprocess(pictures_of(case)))
+    parity = compare(tower, tower.preprocess(images_of(case)))
     for name, output in parity.outputs.items():
         assert output.reference_error is not None
         assert output.reference_error > 1e-5, name
@@ -99,7 +99,7 @@ def test_half_precision_errs_no_more_than_transformers(case: TowerCase, dtype: t
 @each_case
 def test_every_node_agrees_with_its_module(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
-    batch = tower.preprocess(pictures_of(case, 2))
+    batch = tower.preprocess(images_of(case, 2))
     parity = compare(tower, batch)
     assert parity.passed, parity
     assert set(parity.outputs) == set(tower.graph.outputs)
@@ -114,9 +114,9 @@ def test_every_node_agrees_with_its_module(case: TowerCase, saved: Saved) -> Non
 @each_case
 def test_passes_leave_the_numbers_where_they_were(case: TowerCase, dtype: torch.dtype, saved: Saved) -> None:
     tower = load(saved(case), dtype=dtype)
-    batch = tower.preprocess(pictures_of(case, 3))
+    batch = tower.preprocess(images_of(case, 3))
     weights = tower._read_weights(None)
-    plain = fold_still_pictures(build(tower.config))
+    plain = fold_still_images(build(tower.config))
     exact = Reference(tower, torch.float32).run(batch)
     expected = Executor(plain, weights).run(batch)
     every = (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)
@@ -135,9 +135,9 @@ def test_passes_leave_the_numbers_where_they_were(case: TowerCase, dtype: torch.
 @each_case
 def test_an_mlp_in_runs_of_rows_has_the_bits_of_one_at_once(case: TowerCase, dtype: torch.dtype, saved: Saved) -> None:
     tower = load(saved(case), dtype=dtype)
-    batch = tower.preprocess(pictures_of(case, 2))
+    batch = tower.preprocess(images_of(case, 2))
     weights = tower._read_weights(None)
-    fused = fuse(fold_still_pictures(build(tower.config)))
+    fused = fuse(fold_still_images(build(tower.config)))
     expected = Executor(fused, weights).run(batch)
     for rows in (1, 7, batch.workload.patches - 1):
         chunked = chunk_mlp(fused, rows)
@@ -158,7 +158,7 @@ def test_padded_heads_leave_the_numbers_where_they_were(
     attention = next(node for node in tower.graph.nodes if node.kind == "attention")
     # Without a bias nothing can write the ones, and the heads stay as they are.
     assert ("padded_head_dim" in attention.attributes) == tower.config.qkv_bias
-    batch = tower.preprocess(pictures_of(case, 2))
+    batch = tower.preprocess(images_of(case, 2))
     with dispatch.use("reference"):
         plain = VisionTower.from_pretrained(folder, device=kernel_device)
         expected, on_reference = plain.run(batch), tower.run(batch)
@@ -167,7 +167,7 @@ def test_padded_heads_leave_the_numbers_where_they_were(
     for name, rows in expected.items():
         assert relative_error(on_reference[name], rows) <= 1e-5, name
         assert relative_error(by_kernels[name], rows) <= 1e-5, name
-    alone = tower.forward(tower.preprocess(pictures_of(case, 1)))
+    alone = tower.forward(tower.preprocess(images_of(case, 1)))
     assert torch.equal(alone, by_kernels["embeddings"][: len(alone)])
     # What kernels have arranged has no module's value to stand beside; everything else has.
     found = {line.value: line.error for line in compare_nodes(tower, batch)}
@@ -183,21 +183,21 @@ def test_kernels_in_half_precision_err_no_more_than_the_plain_graph(
     case: TowerCase, saved: Saved, kernel_device: torch.device
 ) -> None:
     tower = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="bfloat16")
-    batch = tower.preprocess(pictures_of(case, 2))
+    batch = tower.preprocess(images_of(case, 2))
     actual = tower.run(batch)
     with dispatch.use("reference"):
         exact = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="float32").run(batch)
         half = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="bfloat16")
-        plain = fold_still_pictures(build(tower.config))
+        plain = fold_still_images(build(tower.config))
         expected = Executor(plain, half._read_weights(None)).run(batch)
     for name, rows in exact.items():
         assert relative_error(actual[name], rows) <= 1.1 * relative_error(expected[name], rows), name
 
 
 @each_case
-def test_a_picture_alone_and_in_a_pack_is_bitwise_the_same(case: TowerCase, saved: Saved) -> None:
+def test_an_image_alone_and_in_a_pack_is_bitwise_the_same(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
-    pack = [*pictures_of(case), noise(64, 48, 99)]
+    pack = [*images_of(case), noise(64, 48, 99)]
     packed = tower.encode(pack)
     for position in (0, len(pack) // 2, len(pack) - 1):
         (alone,) = tower.encode(pack[position])
@@ -209,7 +209,7 @@ def test_a_picture_alone_and_in_a_pack_is_bitwise_the_same(case: TowerCase, save
 
 
 @each_case
-def test_tokens_are_counted_without_picture_or_weights(case: TowerCase, saved: Saved) -> None:
+def test_tokens_are_counted_without_image_or_weights(case: TowerCase, saved: Saved) -> None:
     counting = load(saved(case), delay_load=True)
     generator = random.Random(0)
     side = case.random_size
@@ -231,32 +231,32 @@ def test_every_kernel_runs_in_the_interpreter_and_agrees(
     case: TowerCase, saved: Saved, kernel_device: torch.device
 ) -> None:
     tower = VisionTower.from_pretrained(saved(case), device=kernel_device)
-    batch = tower.preprocess(pictures_of(case, 2))
+    batch = tower.preprocess(images_of(case, 2))
     with dispatch.use("reference"):
         expected = tower.run(batch)
     actual = tower.run(batch)
     for name, rows in expected.items():
         assert relative_error(actual[name], rows) <= 1e-5, name
         assert not torch.equal(actual[name], rows), f"{name}: the kernels ran the reference"
-    alone = tower.forward(tower.preprocess(pictures_of(case, 1)))
+    alone = tower.forward(tower.preprocess(images_of(case, 1)))
     assert torch.equal(alone, actual["embeddings"][: len(alone)])
 
 
 @each_case
 def test_every_generation_of_names_loads_the_same(case: TowerCase, saved: Saved, tmp_path: Path) -> None:
-    pictures = pictures_of(case, 2)
-    expected = load(saved(case)).encode(pictures)
+    images = images_of(case, 2)
+    expected = load(saved(case)).encode(images)
     folders = [rename_all(saved(case), tmp_path / f"names-{i}", pairs) for i, pairs in enumerate(case.prefixes)]
     folders.append(shard(saved(case), tmp_path / "shards"))
     for folder in folders:
-        again = load(folder).encode(pictures)
+        again = load(folder).encode(images)
         assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(again, expected, strict=True)), folder.name
 
 
 @each_case
 def test_the_memory_plan_is_that_of_the_pass(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
-    batch = tower.preprocess(pictures_of(case))
+    batch = tower.preprocess(images_of(case))
     plan = tower.memory_plan(tower.workload(case.sizes))
     assert plan.workload == batch.workload
     tower.forward(batch)
@@ -268,7 +268,7 @@ def test_the_memory_plan_is_that_of_the_pass(case: TowerCase, saved: Saved) -> N
 @each_case
 def test_weights_want_no_gradients_and_results_are_ordinary(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
-    (embedding,) = tower.encode(pictures_of(case, 1))
+    (embedding,) = tower.encode(images_of(case, 1))
     assert not embedding.embeddings.requires_grad
     assert not embedding.embeddings.is_inference()
     assert embedding.to("cpu").embeddings.device.type == "cpu"
@@ -288,20 +288,20 @@ def test_a_missing_tensor_is_named(case: TowerCase, saved: Saved, tmp_path: Path
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.video], ids=lambda case: case.name)
-def test_clips_agree_with_transformers(case: TowerCase, saved: Saved) -> None:
+def test_videos_agree_with_transformers(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
     for frames in case.clip_frames:
-        clip = [noise(120, 80, seed) for seed in range(frames)]
-        batch = tower.preprocess_video(clip)
+        video = [noise(120, 80, seed) for seed in range(frames)]
+        batch = tower.preprocess_video(video)
         assert batch.grids[0][0] == -(-frames // tower.config.patch.temporal)
         assert compare(tower, batch).passed
-        assert torch.equal(tower.encode_video(clip).embeddings, tower.forward(batch))
+        assert torch.equal(tower.encode_video(video).embeddings, tower.forward(batch))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.video], ids=lambda case: case.name)
 def test_towers_without_video_say_so(case: TowerCase, saved: Saved) -> None:
     with pytest.raises(UsageError, match="no video"):
-        load(saved(case), delay_load=True).encode_video(pictures_of(case, 1))
+        load(saved(case), delay_load=True).encode_video(images_of(case, 1))
 
 
 @each_case
@@ -316,9 +316,9 @@ def test_the_demonstration_runs_on_it(
     case: TowerCase, saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = []
-    for index, picture in enumerate(pictures_of(case, 2)):
+    for index, image in enumerate(images_of(case, 2)):
         paths.append(str(tmp_path / f"{index}.png"))
-        Image.fromarray(picture).save(paths[-1])
+        Image.fromarray(image).save(paths[-1])
     assert cli.main(["demo", *paths, "--model", str(saved(case)), "--device", "cpu", "--output", str(tmp_path)]) == 0
     assert "bit for bit" in capsys.readouterr().out
     assert (tmp_path / "features.png").is_file()

@@ -45,7 +45,7 @@ def load(folder: Path, **options: Any) -> VisionTower:
 
 
 def pixels_for(tower: VisionTower, count: int = 2) -> torch.Tensor:
-    """Preprocessed pictures of the size that the checkpoint's configuration names, a multiple of a patch or not."""
+    """Preprocessed images of the size that the checkpoint's configuration names, a multiple of a patch or not."""
     side = {"clip": 56, "llava": 56, "llava_next": 56, "siglip": 60}[tower.config.family]
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
@@ -110,10 +110,10 @@ def test_without_a_choice_there_are_the_last_hidden_state_and_the_pooled_row(
     with torch.inference_mode():
         expected = getattr(model, "vision_model", model)(pixels)
     assert relative_error(tower(pixels), expected.last_hidden_state) <= 1e-5
-    pictures = [noise(70, 40, 1), noise(30, 90, 2)]
-    batch = tower.preprocess(pictures)
+    images = [noise(70, 40, 1), noise(30, 90, 2)]
+    batch = tower.preprocess(images)
     assert compare(tower, batch).outputs.keys() == {"embeddings", "pooled"}
-    for embedding, pooled in zip(tower.encode(pictures), tower.run(batch)["pooled"], strict=True):
+    for embedding, pooled in zip(tower.encode(images), tower.run(batch)["pooled"], strict=True):
         assert embedding.pooled is not None
         assert torch.equal(embedding.pooled.flatten(), pooled)
 
@@ -130,10 +130,10 @@ def test_layers_of_a_language_model_s_tower_go_through_its_projector(
 ) -> None:
     tower = load(folders[name], feature_layer=layer)
     assert tower.config.features == (layer % 4,)
-    pictures = [noise(70, 40, 1), noise(30, 190, 2)]
-    assert compare(tower, tower.preprocess(pictures)).passed
-    usual = load(folders[name]).forward(tower.preprocess(pictures))
-    assert relative_error(tower.forward(tower.preprocess(pictures)), usual) > 0.01
+    images = [noise(70, 40, 1), noise(30, 190, 2)]
+    assert compare(tower, tower.preprocess(images)).passed
+    usual = load(folders[name]).forward(tower.preprocess(images))
+    assert relative_error(tower.forward(tower.preprocess(images)), usual) > 0.01
 
 
 def test_class_token_of_llava_can_be_kept(folders: dict[str, Path]) -> None:

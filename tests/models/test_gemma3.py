@@ -14,7 +14,7 @@ from support.towers.paligemma import save_paligemma
 
 from tritontower import VisionTower, has_vision
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalisation, TowerConfig
+from tritontower.config import Normalization, TowerConfig
 from tritontower.errors import ConfigError, NoVisionTowerError, UsageError
 from tritontower.graph.builder import build
 from tritontower.models import gemma3, paligemma
@@ -55,9 +55,9 @@ class TestReading:
         assert config.num_patches == 64 * 64
         assert config.merge == 4
         assert config.activation == "gelu_tanh"
-        assert config.norm == config.output_norm == Normalisation("layer_norm", 1e-6)
+        assert config.norm == config.output_norm == Normalization("layer_norm", 1e-6)
         assert config.projector is not None
-        assert config.projector.norm == Normalisation("gemma_rms_norm", 1e-6)
+        assert config.projector.norm == Normalization("gemma_rms_norm", 1e-6)
         assert config.features_normed
 
     def test_shieldgemma_is_the_4b_model(self) -> None:
@@ -73,7 +73,7 @@ class TestReading:
         assert build(read(changed(GEMMA, "text_config.hidden_size", width))).parameters == parameters
 
     @pytest.mark.parametrize(("image", "patches"), [(224, 256), (448, 1024), (896, 4096)])
-    def test_paligemma_for_every_published_picture_size(self, image: int, patches: int) -> None:
+    def test_paligemma_for_every_published_image_size(self, image: int, patches: int) -> None:
         config = read(changed(PALIGEMMA, "vision_config.image_size", image))
         assert config.num_patches == patches
         assert (config.merge, config.hidden_size, config.features_normed) == (1, 2048, True)
@@ -139,14 +139,14 @@ class TestReading:
 
 class TestPanAndScan:
     @pytest.mark.parametrize(("size", "crops"), [((300, 64), 3), ((64, 300), 3), ((157, 243), 2), ((90, 90), 0)])
-    def test_crops_stand_behind_the_whole_picture(self, size: tuple[int, int], crops: int, gemma: Path) -> None:
+    def test_crops_stand_behind_the_whole_image(self, size: tuple[int, int], crops: int, gemma: Path) -> None:
         """The tokens of all views one after the other: each is what that view alone would give."""
-        picture = noise(*size, seed=3)
+        image = noise(*size, seed=3)
         tower = VisionTower.from_pretrained(gemma, device="cpu", processor_options=PAN_AND_SCAN)
-        (seen,) = tower.encode([picture])
+        (seen,) = tower.encode([image])
         assert seen.num_tokens == 16 * (1 + crops) == tower.count_tokens(*size)
         plain = VisionTower.from_pretrained(gemma, device="cpu")
-        views = [picture, *cut(picture, crops)]
+        views = [image, *cut(image, crops)]
         expected = torch.cat([embedding.embeddings for embedding in plain.encode(views)])
         assert relative_error(seen.embeddings, expected) <= 1e-6
 
@@ -154,18 +154,18 @@ class TestPanAndScan:
         from transformers import Gemma3ForConditionalGeneration
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        pictures = [noise(300, 64, 1), noise(90, 90, 2), noise(60, 200, 3)]
+        images = [noise(300, 64, 1), noise(90, 90, 2), noise(60, 200, 3)]
         processor = AutoImageProcessor.from_pretrained(gemma, backend="pil", trust_remote_code=False)
         model = Gemma3ForConditionalGeneration.from_pretrained(gemma, attn_implementation="sdpa").eval()
-        images = [[Image.fromarray(picture)] for picture in pictures]
-        inputs = processor(images=images, do_convert_rgb=False, return_tensors="pt", **PAN_AND_SCAN)
+        decoded = [[Image.fromarray(image)] for image in images]
+        inputs = processor(images=decoded, do_convert_rgb=False, return_tensors="pt", **PAN_AND_SCAN)
         views = inputs["pixel_values"].flatten(0, -4)
         with torch.inference_mode():
             rows = model.model.get_image_features(views).pooler_output
         counts = [1 + int(crops) for crops in inputs["num_crops"]]
         assert counts == [4, 1, 4]
         tower = VisionTower.from_pretrained(gemma, device="cpu", processor_options=PAN_AND_SCAN)
-        for ours, theirs in zip(tower.encode(pictures), rows.split(counts), strict=True):
+        for ours, theirs in zip(tower.encode(images), rows.split(counts), strict=True):
             assert relative_error(ours.embeddings, theirs.flatten(0, 1)) <= 1e-5
 
     def test_paligemma_knows_no_such_option(self, tmp_path: Path) -> None:
@@ -174,27 +174,27 @@ class TestPanAndScan:
             VisionTower.from_pretrained(folder, delay_load=True, processor_options={"do_pan_and_scan": True})
 
 
-def cut(picture: np.ndarray, crops: int) -> list[np.ndarray]:
+def cut(image: np.ndarray, crops: int) -> list[np.ndarray]:
     """Equal parts of the longer side, the last of them what is left."""
     if not crops:
         return []
-    axis = int(picture.shape[1] > picture.shape[0])
-    side = -(-picture.shape[axis] // crops)
-    return [np.ascontiguousarray(part) for part in np.split(picture, range(side, picture.shape[axis], side), axis)]
+    axis = int(image.shape[1] > image.shape[0])
+    side = -(-image.shape[axis] // crops)
+    return [np.ascontiguousarray(part) for part in np.split(image, range(side, image.shape[axis], side), axis)]
 
 
 class TestNumbers:
     def test_features_are_those_behind_the_output_norm(self, gemma: Path) -> None:
         tower = VisionTower.from_pretrained(gemma, device="cpu")
-        picture = [noise(100, 60)]
+        image = [noise(100, 60)]
         before = VisionTower.from_pretrained(gemma, device="cpu", feature_layer=-1)
         assert "output_norm" in {node.name for node in tower.graph.nodes}
         assert "output_norm" not in {node.name for node in before.graph.nodes}
-        with_norm, without = tower.encode(picture)[0], before.encode(picture)[0]
+        with_norm, without = tower.encode(image)[0], before.encode(image)[0]
         assert relative_error(without.embeddings, with_norm.embeddings) > 0.01
 
-    def test_neighbours_in_a_square_are_averaged(self, gemma: Path) -> None:
-        """Sixteen patches of a view are one token: those of its 4 × 4 square in the picture, and no others."""
+    def test_neighbors_in_a_square_are_averaged(self, gemma: Path) -> None:
+        """Sixteen patches of a view are one token: those of its 4 × 4 square in the image, and no others."""
         tower = VisionTower.from_pretrained(gemma, device="cpu")
         batch = tower.preprocess([noise(100, 60)])
         found = {line.value: line for line in compare_nodes(tower, batch)}
@@ -212,7 +212,7 @@ class TestNumbers:
         assert relative_error(rows["projector.pooled"], squares) <= 1e-6
 
     def test_the_norm_weight_counts_from_one(self, gemma: Path, tmp_path: Path) -> None:
-        """A weight of zeros leaves the normalised rows as they are, where another norm would make zeros of them."""
+        """A weight of zeros leaves the normalized rows as they are, where another norm would make zeros of them."""
         from safetensors.torch import load_file, save_file
 
         tensors = load_file(gemma / "model.safetensors")

@@ -19,7 +19,7 @@ from support.towers.llava_onevision import save_llava_onevision
 
 from tritontower import VisionTower
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Activation, Normalisation, TowerConfig
+from tritontower.config import Activation, Normalization, TowerConfig
 from tritontower.errors import ConfigError, ProcessorError, UnsupportedArchitectureError
 from tritontower.graph.builder import build
 from tritontower.models import llava, llava_next, llava_onevision
@@ -65,7 +65,7 @@ def test_published_llava() -> None:
     # The last block and the norm behind it are not needed.
     assert (config.features, config.blocks_needed, config.features_normed, config.pooling) == ((23,), 23, False, None)
     assert (config.class_token, config.keep_class_token, config.newline) == (True, False, False)
-    assert config.norm == Normalisation("layer_norm", 1e-5)
+    assert config.norm == Normalization("layer_norm", 1e-5)
     assert config.projector is not None
     # text_config says nothing about its width, and llama's default is what the checkpoint has.
     assert (config.projector.hidden, config.projector.output, config.projector.bias) == (4096, 4096, True)
@@ -372,7 +372,7 @@ def test_tokens_of_published_llava_next_are_as_many_as_the_prompt_of_transformer
     )
     prompt._get_unpadded_features = LlavaNextProcessor._get_unpadded_features.__get__(prompt)
     for width, height in SIZES:
-        # One less: the processor counts the class token of the whole picture, which the model drops.
+        # One less: the processor counts the class token of the whole image, which the model drops.
         expected = LlavaNextProcessor._get_number_of_features(prompt, height, width, 336, 336) - 1
         assert tower.count_tokens(width, height) == expected, (width, height)
     assert tower.count_tokens(672, 672) == 576 + 48 * 48 + 48
@@ -394,7 +394,7 @@ def test_tokens_of_published_onevision_are_as_many_as_the_prompt_of_transformers
     assert tower.count_tokens(2304, 2304) == 729 + 81 * 82
 
 
-def test_a_picture_of_one_tile_has_newlines_too(tmp_path: Path) -> None:
+def test_an_image_of_one_tile_has_newlines_too(tmp_path: Path) -> None:
     tower = load(save_llava_onevision(tmp_path / "model"))
     assert tower.count_tokens(60, 60) == 16 + 4 * 5
     newline = load_file(tmp_path / "model" / "model.safetensors")["image_newline"]

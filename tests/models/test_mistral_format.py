@@ -15,7 +15,7 @@ from support.towers.pixtral import save
 
 from tritontower import VisionTower, has_vision
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalisation
+from tritontower.config import Normalization
 from tritontower.errors import (
     CheckpointIncompleteError,
     ConfigError,
@@ -26,13 +26,13 @@ from tritontower.errors import (
 )
 from tritontower.graph.builder import build
 from tritontower.models import mistral_format
-from tritontower.models.common.hf_reference import view_pictures
+from tritontower.models.common.hf_reference import view_images
 from tritontower.models.common.registry import MISTRAL_FORMAT, Family, read_family
 from tritontower.parity.parity import HALF_TOLERANCE, Reference, compare, relative_error
 
 PIXTRAL, MISTRAL3 = (summary.example for summary in mistral_format.SUMMARIES)
 KINDS = ["llava", "mistral3"]
-PICTURES = [noise(157, 243, 1), noise(300, 64, 2), noise(28, 28, 3)]
+IMAGES = [noise(157, 243, 1), noise(300, 64, 2), noise(28, 28, 3)]
 
 Saved = Callable[[str], tuple[Path, Path]]
 
@@ -62,7 +62,7 @@ def read(values: Mapping[str, Any], **vision: Any) -> Family:
 
 
 def same(first: VisionTower, second: VisionTower) -> bool:
-    found, expected = first.encode(PICTURES), second.encode(PICTURES)
+    found, expected = first.encode(IMAGES), second.encode(IMAGES)
     return all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(found, expected, strict=True))
 
 
@@ -72,20 +72,20 @@ def same(first: VisionTower, second: VisionTower) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_formats_give_the_same_embeddings(kind: str, saved: Saved) -> None:
     theirs, native = map(load, saved(kind))
-    for ours, expected in zip(native.encode(PICTURES), theirs.encode(PICTURES), strict=True):
+    for ours, expected in zip(native.encode(IMAGES), theirs.encode(IMAGES), strict=True):
         assert relative_error(ours.embeddings, expected.embeddings) <= 1e-5
         assert ours.grid_thw == expected.grid_thw
-    assert compare(theirs, theirs.preprocess(PICTURES)).passed
+    assert compare(theirs, theirs.preprocess(IMAGES)).passed
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_embeddings_are_those_of_the_formats_own_definition(kind: str, saved: Saved) -> None:
     _, folder = saved(kind)
     tower = load(folder)
-    batch = tower.preprocess(PICTURES)
+    batch = tower.preprocess(IMAGES)
     rows = tower.forward(batch).split(batch.token_counts)
-    for ours, picture in zip(rows, view_pictures(batch, tower.config), strict=True):
-        assert relative_error(ours, by_definition(folder, picture)) <= 1e-5
+    for ours, image in zip(rows, view_images(batch, tower.config), strict=True):
+        assert relative_error(ours, by_definition(folder, image)) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -94,10 +94,10 @@ def test_half_precision_errs_no_more_than_transformers(kind: str, dtype: torch.d
     theirs = save(kind, tmp_path / "hf", dtype=dtype, depth=6)
     reader, tower = load(theirs), load(to_mistral_format(theirs, tmp_path / "native"))
     assert tower.dtype == dtype
-    batch = reader.preprocess(PICTURES)
+    batch = reader.preprocess(IMAGES)
     exact = Reference(reader, torch.float32).forward(batch)
     limit = HALF_TOLERANCE * relative_error(Reference(reader, dtype).forward(batch), exact)
-    assert relative_error(tower.forward(tower.preprocess(PICTURES)), exact) <= limit
+    assert relative_error(tower.forward(tower.preprocess(IMAGES)), exact) <= limit
 
 
 def test_queries_and_keys_are_rotated_in_fp32_here_and_in_the_activation_dtype_there(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_queries_and_keys_are_rotated_in_fp32_here_and_in_the_activation_dtype_t
     towers = load(theirs), load(to_mistral_format(theirs, tmp_path / "native"))
     rotations = [tower.config.rotary.rotation for tower in towers if tower.config.rotary is not None]
     assert rotations == ["activation", "float32"]
-    first, second = (tower.encode(PICTURES[0])[0].embeddings for tower in towers)
+    first, second = (tower.encode(IMAGES[0])[0].embeddings for tower in towers)
     assert 0.0 < relative_error(first, second) < 0.05
 
 
@@ -117,7 +117,7 @@ def test_rows_of_queries_left_in_stored_order_would_show(saved: Saved, tmp_path:
             tensors[name] = interleaved(tensor, 4)
     shutil.copytree(native, tmp_path / "twice")
     save_file(tensors, tmp_path / "twice" / "consolidated.safetensors")
-    wrong, right = load(tmp_path / "twice").encode(PICTURES)[0], load(theirs).encode(PICTURES)[0]
+    wrong, right = load(tmp_path / "twice").encode(IMAGES)[0], load(theirs).encode(IMAGES)[0]
     assert relative_error(wrong.embeddings, right.embeddings) > 1e-2
 
 
@@ -149,21 +149,21 @@ def test_a_folder_with_both_formats_is_read_as_transformers_reads_it(saved: Save
 def test_transformers_reads_no_such_checkpoint_and_parity_says_so(saved: Saved) -> None:
     tower = load(saved("llava")[1])
     with pytest.raises(ReferenceModelError, match="transformers reads no checkpoint in the format of"):
-        compare(tower, tower.preprocess(PICTURES))
+        compare(tower, tower.preprocess(IMAGES))
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pictures_are_prepared_as_by_transformers_without_its_files(kind: str, saved: Saved, tmp_path: Path) -> None:
+def test_images_are_prepared_as_by_transformers_without_its_files(kind: str, saved: Saved, tmp_path: Path) -> None:
     theirs, native = saved(kind)
     assert not list(native.glob("*processor*"))
-    expected, found = load(theirs).preprocess(PICTURES), load(native).preprocess(PICTURES)
+    expected, found = load(theirs).preprocess(IMAGES), load(native).preprocess(IMAGES)
     assert torch.equal(found.pixels, expected.pixels)
     bounds = (
-        load(native, delay_load=True).preprocess(PICTURES, longest_edge=84),
-        load(theirs).preprocess(PICTURES, longest_edge=84),
+        load(native, delay_load=True).preprocess(IMAGES, longest_edge=84),
+        load(theirs).preprocess(IMAGES, longest_edge=84),
     )
     assert torch.equal(bounds[0].pixels, bounds[1].pixels)
     assert len(bounds[0].pixels) < len(found.pixels)
@@ -172,14 +172,14 @@ def test_pictures_are_prepared_as_by_transformers_without_its_files(kind: str, s
     processor = json.loads((theirs / "preprocessor_config.json").read_text())
     processor["image_mean"] = [0.0, 0.0, 0.0]
     (tmp_path / "with file" / "preprocessor_config.json").write_text(json.dumps(processor))
-    assert not torch.equal(load(tmp_path / "with file").preprocess(PICTURES).pixels, expected.pixels)
+    assert not torch.equal(load(tmp_path / "with file").preprocess(IMAGES).pixels, expected.pixels)
 
 
 def test_options_count_without_files_too(saved: Saved) -> None:
     _, native = saved("mistral3")
     smaller = load(native, delay_load=True, processor_options={"size": {"longest_edge": 84}})
     assert smaller.count_tokens(300, 300) == 9
-    plain = load(native, delay_load=True, processor_options={"do_normalize": False}).preprocess(PICTURES)
+    plain = load(native, delay_load=True, processor_options={"do_normalize": False}).preprocess(IMAGES)
     assert 0.0 <= plain.pixels.min() < plain.pixels.max() <= 1.0
     with pytest.raises(UsageError, match="no option"):
         load(native, delay_load=True, processor_options={"crop": 3})
@@ -189,7 +189,7 @@ def test_options_count_without_files_too(saved: Saved) -> None:
 def test_mistrals_own_preprocessing_needs_no_files_either(kind: str, saved: Saved) -> None:
     theirs, native = (load(folder, preprocessing="mistral") for folder in saved(kind))
     assert same(theirs, native)
-    assert not torch.equal(native.preprocess(PICTURES).pixels, load(saved(kind)[1]).preprocess(PICTURES).pixels)
+    assert not torch.equal(native.preprocess(IMAGES).pixels, load(saved(kind)[1]).preprocess(IMAGES).pixels)
 
 
 def test_the_longest_edge_is_the_greatest_side_where_the_file_has_both(saved: Saved, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_published_files_and_their_parameters() -> None:
         config = read(values).config
         assert round(build(config).parameters / 1e6, 1) == millions
         assert (config.merge, config.hidden_size, config.head_dim) == (merge, 5120, 64)
-        assert config.norm == Normalisation("rms_norm", 1e-5, "before_weight")
+        assert config.norm == Normalization("rms_norm", 1e-5, "before_weight")
     assert build(read(PIXTRAL).config).parameters - build(read(PIXTRAL, adapter_bias=False).config).parameters == 10240
     empty = read(PIXTRAL, mm_projector_id="", spatial_merge_size=1, add_pre_mm_projector_layer_norm=False)
     assert empty.config == read(PIXTRAL).config
@@ -260,12 +260,12 @@ def test_norm_and_merging_are_asked_for_separately(saved: Saved, tmp_path: Path)
     del tensors["pre_mm_projector_norm.weight"]
     save_file(tensors, folder / "consolidated.safetensors")
     tower = load(folder)
-    batch = tower.preprocess(PICTURES[0])
-    (picture,) = view_pictures(batch, tower.config)
-    assert relative_error(tower.forward(batch), by_definition(folder, picture)) <= 1e-5
+    batch = tower.preprocess(IMAGES[0])
+    (image,) = view_images(batch, tower.config)
+    assert relative_error(tower.forward(batch), by_definition(folder, image)) <= 1e-5
     alone = read(PIXTRAL, add_pre_mm_projector_layer_norm=True).config.projector
     assert alone is not None
-    assert alone.norm == Normalisation("rms_norm", 1e-5, "before_weight")
+    assert alone.norm == Normalization("rms_norm", 1e-5, "before_weight")
     assert not alone.merging_linear
 
 

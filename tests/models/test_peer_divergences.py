@@ -25,7 +25,7 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import Activation
 from tritontower.engine.executor import Executor
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_pictures, fuse
+from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.parity.parity import Reference, relative_error
 
 HERE = Path(__file__).parents[1]
@@ -38,15 +38,15 @@ DIVERGENCES: dict[str, tuple[str, ...]] = {
         "models/test_llava.py::test_three_gelus_are_told_apart_at_their_nodes",
         "models/test_pixtral.py::test_gelu_in_the_projector_and_silu_in_the_blocks",
     ),
-    "pictures of a Pixtral tower do not attend to each other": (
-        "models/test_pixtral.py::test_pictures_do_not_attend_to_each_other",
-        "models/test_every_model.py::test_a_picture_alone_and_in_a_pack_is_bitwise_the_same",
+    "images of a Pixtral tower do not attend to each other": (
+        "models/test_pixtral.py::test_images_do_not_attend_to_each_other",
+        "models/test_every_model.py::test_an_image_alone_and_in_a_pack_is_bitwise_the_same",
     ),
     "frames of a video are segments of their own": (
-        f"{THIS}::test_frames_of_a_qwen2_vl_clip_do_not_see_each_other",
-        "models/test_qwen2_5_vl.py::test_frames_of_a_clip_do_not_see_each_other",
-        "models/test_qwen2_5_vl.py::test_windows_of_a_clip_lie_within_a_frame",
-        "models/test_qwen3_vl.py::test_frames_of_a_clip_do_not_see_each_other",
+        f"{THIS}::test_frames_of_a_qwen2_vl_video_do_not_see_each_other",
+        "models/test_qwen2_5_vl.py::test_frames_of_a_video_do_not_see_each_other",
+        "models/test_qwen2_5_vl.py::test_windows_of_a_video_lie_within_a_frame",
+        "models/test_qwen3_vl.py::test_frames_of_a_video_do_not_see_each_other",
     ),
     "angles of the rotary embedding are fp32": (
         f"{THIS}::test_angles_are_fp32_in_a_bf16_qwen2_vl",
@@ -63,10 +63,10 @@ DIVERGENCES: dict[str, tuple[str, ...]] = {
         f"{THIS}::test_a_token_of_qwen2_vl_is_made_of_its_own_four_patches",
         f"{THIS}::test_patches_joined_in_another_order_show",
         "models/test_qwen2_5_vl.py::test_a_token_is_made_of_its_own_four_patches",
-        "models/test_qwen2_5_vl.py::test_merged_rows_are_put_back_into_the_pictures_order",
-        "models/test_qwen3_vl.py::test_deepstack_mergers_normalise_whole_tokens",
+        "models/test_qwen2_5_vl.py::test_merged_rows_are_put_back_into_the_images_order",
+        "models/test_qwen3_vl.py::test_deepstack_mergers_normalize_whole_tokens",
         "models/test_pixtral.py::test_mistral3_merges_channel_by_channel",
-        "models/test_gemma3.py::test_neighbours_in_a_square_are_averaged",
+        "models/test_gemma3.py::test_neighbors_in_a_square_are_averaged",
         "kernels/gemm/test_projector.py::test_is_qwen2_vls_patch_merger",
     ),
     "windows of a grid that they do not divide are smaller at the edges": (
@@ -74,7 +74,7 @@ DIVERGENCES: dict[str, tuple[str, ...]] = {
         "kernels/rowwise/test_positions.py::test_windows_are_those_of_transformers",
         "kernels/rowwise/test_positions.py::test_windows_at_the_edges_are_smaller",
     ),
-    "the last row of a Pixtral picture ends with one marker": (
+    "the last row of a Pixtral image ends with one marker": (
         "integrations/test_hosts.py::test_pixtrals_rows_end_as_in_transformers_not_as_in_exllama",
     ),
     "rows of ready embeddings are counted before they are handed over": (
@@ -121,7 +121,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 
 def errors_with(tower: VisionTower, batch: PackedBatch, **changes: object) -> dict[str, float]:
     """How far each output is from transformers' with these changes of the configuration, on the same weights."""
-    graph = fold_still_pictures(fuse(build(replace(tower.config, **changes))))
+    graph = fold_still_images(fuse(build(replace(tower.config, **changes))))
     ours = Executor(graph, tower._read_weights(None)).run(batch)
     theirs = Reference(tower, torch.float32).run(batch)
     return {name: relative_error(rows, theirs[name]) for name, rows in ours.items()}
@@ -162,7 +162,7 @@ def qwen2_vl() -> TowerCase:
     return case
 
 
-def test_frames_of_a_qwen2_vl_clip_do_not_see_each_other(qwen2_vl: TowerCase, load: Load) -> None:
+def test_frames_of_a_qwen2_vl_video_do_not_see_each_other(qwen2_vl: TowerCase, load: Load) -> None:
     tower = load(qwen2_vl)
     batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(6)], min_pixels=784)
     assert batch.grids[0][0] == 3

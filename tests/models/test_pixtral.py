@@ -17,7 +17,7 @@ from support.towers.pixtral import save
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalisation, TowerConfig
+from tritontower.config import Normalization, TowerConfig
 from tritontower.engine.executor import Executor
 from tritontower.engine.weight_loader import stored_shapes
 from tritontower.errors import AspectRatioError, ConfigError, UnsupportedArchitectureError
@@ -91,7 +91,7 @@ def test_the_published_pixtral_in_old_and_new_spelling() -> None:
     assert read(old) == read(new) == config
     assert (config.width, config.depth, config.heads, config.head_dim, config.mlp_hidden) == (1024, 24, 16, 64, 4096)
     assert (config.patch.size, config.merge, config.hidden_size, config.features) == (16, 1, 5120, (24,))
-    assert config.norm == config.input_norm == Normalisation("rms_norm", 1e-5, "before_weight")
+    assert config.norm == config.input_norm == Normalization("rms_norm", 1e-5, "before_weight")
     assert config.rotary is not None
     assert (config.rotary.layout, config.rotary.rotation, config.rotary.theta) == ("alternating", "activation", 1e4)
 
@@ -141,7 +141,7 @@ def test_the_projectors_epsilon_is_the_language_models(kind: str | None, eps: fl
     for said, expected in ((None, eps), (3e-4, 3e-4)):
         projector = read(MISTRAL3, text_config={**text, "rms_norm_eps": said}).projector
         assert projector is not None
-        assert projector.norm == Normalisation("rms_norm", expected, "before_weight")
+        assert projector.norm == Normalization("rms_norm", expected, "before_weight")
     with pytest.raises(ConfigError, match=r"text_config\.rms_norm_eps"):
         read(MISTRAL3, text_config={"model_type": "qwen2", "hidden_size": 64})
 
@@ -207,7 +207,7 @@ def test_the_tower_decides_what_a_llava_is() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava", "mistral3"])
-def test_pictures_do_not_attend_to_each_other(kind: str, saved: Saved) -> None:
+def test_images_do_not_attend_to_each_other(kind: str, saved: Saved) -> None:
     tower = load(saved(kind))
     first, second, other = noise(90, 120, 1), noise(150, 60, 2), noise(150, 60, 3)
     with_second = tower.encode([first, second])
@@ -308,12 +308,12 @@ def test_mistral3_resizes_to_whole_tokens(saved: Saved) -> None:
     sizes = [(1, 1), (27, 29), (41, 43), (169, 168), (335, 11)]
     sizes += [(generator.randint(20, 400), generator.randint(20, 400)) for _ in range(60)]
     for width, height in sizes:
-        picture = Image.new("RGB", (width, height))
-        batch = tower.preprocess(picture)
+        image = Image.new("RGB", (width, height))
+        batch = tower.preprocess(image)
         (size,) = batch.processed_sizes
         assert size[0] % 28 == size[1] % 28 == 0
         assert size[0] * size[1] == batch.token_counts[0] * 28 * 28
-        made = processor(images=[picture], patch_size={"height": 28, "width": 28}, return_tensors="np")["image_sizes"]
+        made = processor(images=[image], patch_size={"height": 28, "width": 28}, return_tensors="np")["image_sizes"]
         assert tuple(made[0])[::-1] == size
 
 
@@ -323,8 +323,8 @@ def test_an_odd_row_of_patches_is_kept_where_the_image_processor_alone_loses_it(
     (embedding,) = tower.encode(noise(70, 42, 1))
     assert embedding.embeddings.shape == (6, 48)
     # The file says the side of a patch: five columns and three rows of them, of which the merger takes even numbers.
-    picture = Image.fromarray(noise(70, 42, 1))
-    inputs = tower.preprocessor.processor(images=[picture], patch_size={"height": 14, "width": 14}, return_tensors="pt")
+    image = Image.fromarray(noise(70, 42, 1))
+    inputs = tower.preprocessor.processor(images=[image], patch_size={"height": 14, "width": 14}, return_tensors="pt")
     model = Reference(tower, torch.float32).model
     with torch.inference_mode():
         lost = model.get_image_features(
@@ -334,7 +334,7 @@ def test_an_odd_row_of_patches_is_kept_where_the_image_processor_alone_loses_it(
     assert [len(rows) for rows in lost.pooler_output] == [2]
 
 
-def test_a_picture_of_one_token_on_which_transformers_fails(saved: Saved) -> None:
+def test_an_image_of_one_token_on_which_transformers_fails(saved: Saved) -> None:
     tower = load(saved("mistral3"))
     batch = tower.preprocess(noise(28, 28, 1))
     assert batch.token_counts == (1,)
@@ -360,7 +360,7 @@ def test_leaving_the_first_patch_out_is_refused_because_transformers_fails_on_it
             model.get_image_features(**arguments, vision_feature_select_strategy="default")
 
 
-def test_a_picture_too_flat_for_its_longest_edge_is_refused(saved: Saved) -> None:
+def test_an_image_too_flat_for_its_longest_edge_is_refused(saved: Saved) -> None:
     tower = load(saved("llava"), delay_load=True)
     assert tower.count_tokens(199, 2) == 10
     with pytest.raises(AspectRatioError, match="less than one pixel"):
@@ -369,12 +369,12 @@ def test_a_picture_too_flat_for_its_longest_edge_is_refused(saved: Saved) -> Non
 
 @pytest.mark.parametrize("kind", ["llava", "mistral3"])
 def test_mistrals_own_preprocessing_is_another_one(kind: str, saved: Saved) -> None:
-    picture = noise(301, 200, 1)
+    image = noise(301, 200, 1)
     theirs, own = load(saved(kind)), load(saved(kind), preprocessing="mistral")
     assert own.preprocessor.layout(301, 200).grid == theirs.preprocessor.layout(301, 200).grid
-    (first,), (second,) = theirs.encode(picture), own.encode(picture)
+    (first,), (second,) = theirs.encode(image), own.encode(image)
     assert 0.01 < relative_error(second.embeddings, first.embeddings) < 1.0
-    # Small pictures are not resized, but for their odd sides.
+    # Small images are not resized, but for their odd sides.
     side = 32 if kind == "llava" else 28
     small = [tower.preprocess(noise(side, side, 2)).pixels for tower in (theirs, own)]
     assert (small[0] - small[1]).abs().max() < 1e-5

@@ -1,6 +1,6 @@
 """Towers of published size: ``tritontower inspect`` on a folder without weights says what is known of them.
 
-The numbers in ``tests/support/published.py`` come from elsewhere.  Nothing here reads a weight or decodes a picture.
+The numbers in ``tests/support/published.py`` come from elsewhere.  Nothing here reads a weight or decodes an image.
 """
 
 import json
@@ -13,9 +13,9 @@ from support.published import PUBLISHED, PublishedTower, write_published
 from tritontower import cli
 
 each_tower = pytest.mark.parametrize("tower", PUBLISHED, ids=lambda tower: tower.name)
-EACH_PICTURE = [(tower, picture) for tower in PUBLISHED for picture in tower.pictures]
-each_picture = pytest.mark.parametrize(
-    ("tower", "picture"), EACH_PICTURE, ids=[f"{tower.name}-{picture.side}" for tower, picture in EACH_PICTURE]
+EACH_IMAGE = [(tower, image) for tower in PUBLISHED for image in tower.images]
+each_image = pytest.mark.parametrize(
+    ("tower", "image"), EACH_IMAGE, ids=[f"{tower.name}-{image.side}" for tower, image in EACH_IMAGE]
 )
 
 
@@ -59,28 +59,28 @@ def test_parameters_are_the_published_ones(tower: PublishedTower, inspect: Any) 
     assert rounded_as(tower.tower_millions, (published - projector) / 1e6) == tower.tower_millions
 
 
-@each_picture
-def test_patches_and_tokens_are_the_known_ones(tower: PublishedTower, picture: Any, inspect: Any) -> None:
-    report = inspect(tower, picture.side)
+@each_image
+def test_patches_and_tokens_are_the_known_ones(tower: PublishedTower, image: Any, inspect: Any) -> None:
+    report = inspect(tower, image.side)
     workload = report["graph"]["workload"]
-    class_rows = picture.views if report["config"]["class_token"] else 0
-    assert (workload["patches"] - class_rows, workload["views"]) == (picture.patches, picture.views)
-    assert workload["tokens"] == report["pictures"][0]["tokens"] == picture.tokens
+    class_rows = image.views if report["config"]["class_token"] else 0
+    assert (workload["patches"] - class_rows, workload["views"]) == (image.patches, image.views)
+    assert workload["tokens"] == report["images"][0]["tokens"] == image.tokens
 
 
-@each_picture
-def test_operations_are_the_known_ones(tower: PublishedTower, picture: Any, inspect: Any) -> None:
+@each_image
+def test_operations_are_the_known_ones(tower: PublishedTower, image: Any, inspect: Any) -> None:
     """Within one per cent.
 
-    What is left is rounding of the known numbers, the second frame of a still picture, which is folded into the first (up
+    What is left is rounding of the known numbers, the second frame of a still image, which is folded into the first (up
     to −0.1 %), and the padding of a gated MLP (+0.6 %).
     """
-    report = inspect(tower, picture.side)
+    report = inspect(tower, image.side)
     flops = report["graph"]["flops"]
-    assert flops == report["pictures"][0]["flops"]
-    if picture.views > 1:
-        flops = sum(node["flops"] for node in nodes_of(report, projector=False)) / picture.views
-    assert flops / 1e12 == pytest.approx(float(picture.tera), rel=0.01)
+    assert flops == report["images"][0]["flops"]
+    if image.views > 1:
+        flops = sum(node["flops"] for node in nodes_of(report, projector=False)) / image.views
+    assert flops / 1e12 == pytest.approx(float(image.tera), rel=0.01)
 
 
 def test_the_padding_of_a_gated_mlp_is_neither_work_nor_a_parameter(inspect: Any) -> None:
@@ -107,4 +107,4 @@ def test_the_native_and_the_converted_checkpoint_are_one_tower(inspect: Any) -> 
     for report in (native, converted):
         del report["config"]["family"]
     assert native["graph"]["parameters"] == converted["graph"]["parameters"]
-    assert native["pictures"] == converted["pictures"]
+    assert native["images"] == converted["images"]

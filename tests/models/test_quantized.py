@@ -1,6 +1,6 @@
-"""Whole checkpoints with quantised weights in them: real NF4 files, FP8 of every form, and int4 language models.
+"""Whole checkpoints with quantized weights in them: real NF4 files, FP8 of every form, and int4 language models.
 
-Each tower is held against one that reads the same numbers from a plain checkpoint, dequantised by somebody else: by
+Each tower is held against one that reads the same numbers from a plain checkpoint, dequantized by somebody else: by
 bitsandbytes, or here, one block at a time.
 """
 
@@ -44,7 +44,7 @@ class Model:
     a_linear: str
 
     def is_linear(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether this is the matrix of a linear layer of the vision tower, as quantisation tools pick them."""
+        """Whether this is the matrix of a linear layer of the vision tower, as quantization tools pick them."""
         return name.startswith(self.vision_root) and name.endswith(".weight") and tensor.ndim == 2
 
 
@@ -64,13 +64,13 @@ MODELS = {
         "vision_tower.encoder.layers.1.self_attn.v_proj",
     ),
 }
-PICTURES = [noise(84, 140), noise(200, 60, 1)]
+IMAGES = [noise(84, 140), noise(200, 60, 1)]
 each_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Model], Path]:
-    """The unquantised fp32 checkpoint of a model, made once."""
+    """The unquantized fp32 checkpoint of a model, made once."""
     made: dict[str, Path] = {}
 
     def of(model: Model) -> Path:
@@ -82,34 +82,34 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Model], Path]:
     return of
 
 
-def rewritten(source: Path, target: Path, tensors: Tensors, quantisation: Mapping[str, Any] | None = None) -> Path:
-    """A copy of a checkpoint with other tensors, and perhaps a configuration that says that they are quantised."""
+def rewritten(source: Path, target: Path, tensors: Tensors, quantization: Mapping[str, Any] | None = None) -> Path:
+    """A copy of a checkpoint with other tensors, and perhaps a configuration that says that they are quantized."""
     target.mkdir()
     for file in source.glob("*.json"):
         shutil.copy(file, target)
-    if quantisation is not None:
+    if quantization is not None:
         config = json.loads((source / "config.json").read_text())
-        (target / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
+        (target / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "model.safetensors")
     return target
 
 
 def embeddings(folder: Path, **options: Any) -> torch.Tensor:
     tower = VisionTower.from_pretrained(folder, device="cpu", **options)
-    return torch.cat([embedding.embeddings for embedding in tower.encode(PICTURES)])
+    return torch.cat([embedding.embeddings for embedding in tower.encode(IMAGES)])
 
 
-def assert_behaves(quantised: Path, dequantised: Path, original: Path, between: tuple[float, float]) -> None:
-    """The numbers of the dequantised checkpoint, not quite those of the original one, and a parity check that passes."""
-    ours = embeddings(quantised, dtype="float32")
-    assert relative_error(ours, embeddings(dequantised, dtype="float32")) <= 1e-6
+def assert_behaves(quantized: Path, dequantized: Path, original: Path, between: tuple[float, float]) -> None:
+    """The numbers of the dequantized checkpoint, not quite those of the original one, and a parity check that passes."""
+    ours = embeddings(quantized, dtype="float32")
+    assert relative_error(ours, embeddings(dequantized, dtype="float32")) <= 1e-6
     assert between[0] <= relative_error(ours, embeddings(original, dtype="float32")) <= between[1]
     for dtype in ("float32", "bfloat16"):
-        tower = VisionTower.from_pretrained(quantised, device="cpu", dtype=dtype)
-        batch = tower.preprocess(PICTURES)
+        tower = VisionTower.from_pretrained(quantized, device="cpu", dtype=dtype)
+        batch = tower.preprocess(IMAGES)
         assert compare(tower, batch).passed
-    tower = VisionTower.from_pretrained(quantised, device="cpu", dtype="float32")
-    found = compare_nodes(tower, tower.preprocess(PICTURES))
+    tower = VisionTower.from_pretrained(quantized, device="cpu", dtype="float32")
+    found = compare_nodes(tower, tower.preprocess(IMAGES))
     assert len(found) > 10
     assert [line for line in found if not line.error <= 1e-5] == []
 
@@ -118,7 +118,7 @@ def assert_behaves(quantised: Path, dequantised: Path, original: Path, between: 
 
 
 def save_in_four_bits(source: Path, target: Path, *, nested: bool) -> Path:
-    """The checkpoint as transformers itself quantises it while loading, and saves it."""
+    """The checkpoint as transformers itself quantizes it while loading, and saves it."""
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
@@ -131,7 +131,7 @@ def save_in_four_bits(source: Path, target: Path, *, nested: bool) -> Path:
 
 
 def by_bitsandbytes(stored: Tensors) -> Tensors:
-    """All tensors of a file, those in four bits dequantised by bitsandbytes."""
+    """All tensors of a file, those in four bits dequantized by bitsandbytes."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
     plain: Tensors = {}
@@ -153,16 +153,16 @@ def test_nf4_as_transformers_saves_it(
     model: Model, nested: bool, plain: Callable[[Model], Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes")
-    pytest.importorskip("accelerate")  # which transformers wants before it quantises anything
-    quantised = save_in_four_bits(plain(model), tmp_path / "nf4", nested=nested)
-    stored = load_file(quantised / "model.safetensors")
+    pytest.importorskip("accelerate")  # which transformers wants before it quantizes anything
+    quantized = save_in_four_bits(plain(model), tmp_path / "nf4", nested=nested)
+    stored = load_file(quantized / "model.safetensors")
     in_four_bits = [name for name in stored if name.endswith(".quant_state.bitsandbytes__nf4")]
     in_vision = [name for name in in_four_bits if name.startswith(model.vision_root)]
     assert stored[f"{model.a_linear}.weight"].dtype == torch.uint8
     assert len(in_vision) >= 3 * 4, "the vision tower was left out"
     assert (f"{model.a_linear}.weight.nested_absmax" in stored) == nested
-    dequantised = rewritten(plain(model), tmp_path / "dequantised", by_bitsandbytes(stored))
-    assert_behaves(quantised, dequantised, plain(model), (0.02, 0.5))
+    dequantized = rewritten(plain(model), tmp_path / "dequantized", by_bitsandbytes(stored))
+    assert_behaves(quantized, dequantized, plain(model), (0.02, 0.5))
 
 
 # -- FP8 --------------------------------------------------------------------------------------------------------------
@@ -211,19 +211,19 @@ FP8_FORMS = {
 @each_model
 @pytest.mark.parametrize("form", FP8_FORMS)
 def test_fp8(model: Model, form: str, plain: Callable[[Model], Path], tmp_path: Path) -> None:
-    quantise, declared = FP8_FORMS[form]
+    quantize, declared = FP8_FORMS[form]
     original = load_file(plain(model) / "model.safetensors")
     stored, numbers = dict(original), dict(original)
     for name, tensor in original.items():
         if model.is_linear(name, tensor):
-            parts, numbers[name] = quantise(name, tensor)
+            parts, numbers[name] = quantize(name, tensor)
             stored |= parts
     codes = [name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn]
     assert len(codes) >= 3 * 4
     assert any(size % 128 for name in codes for size in stored[name].shape)
-    quantised = rewritten(plain(model), tmp_path / "fp8", stored, declared)
-    dequantised = rewritten(plain(model), tmp_path / "dequantised", numbers)
-    assert_behaves(quantised, dequantised, plain(model), (0.002, 0.2))
+    quantized = rewritten(plain(model), tmp_path / "fp8", stored, declared)
+    dequantized = rewritten(plain(model), tmp_path / "dequantized", numbers)
+    assert_behaves(quantized, dequantized, plain(model), (0.002, 0.2))
 
 
 # -- int4 -------------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def gptq(module: str, rows: int, columns: int) -> Tensors:
     }
 
 
-def pack_quantised(module: str, rows: int, columns: int) -> Tensors:
+def pack_quantized(module: str, rows: int, columns: int) -> Tensors:
     return {
         f"{module}.weight_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
         f"{module}.weight_scale": torch.ones(rows, 1, dtype=torch.bfloat16),
@@ -257,7 +257,7 @@ def pack_quantised(module: str, rows: int, columns: int) -> Tensors:
 PACKED = {
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ/GPTQ int4"),
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128}, "AWQ/GPTQ int4"),
-    "pack-quantized": (pack_quantised, {**COMPRESSED, "format": "pack-quantized"}, "compressed-tensors pack-quantized"),
+    "pack-quantized": (pack_quantized, {**COMPRESSED, "format": "pack-quantized"}, "compressed-tensors pack-quantized"),
 }
 
 
@@ -269,7 +269,7 @@ def replaced(tensors: Tensors, module: str, pack: Callable[[str, int, int], Tens
 
 @each_model
 @pytest.mark.parametrize("form", PACKED)
-def test_plain_towers_beside_quantised_language_models_load(
+def test_plain_towers_beside_quantized_language_models_load(
     model: Model, form: str, plain: Callable[[Model], Path], tmp_path: Path
 ) -> None:
     pack, declared, _ = PACKED[form]
@@ -279,11 +279,11 @@ def test_plain_towers_beside_quantised_language_models_load(
         if "layers.0.self_attn." in name and name.endswith("_proj.weight") and "vision" not in name:
             stored = replaced(stored, name.removesuffix(".weight"), pack)
     assert len(stored) > len(original)
-    quantised = rewritten(plain(model), tmp_path / form, stored, declared)
+    quantized = rewritten(plain(model), tmp_path / form, stored, declared)
     half = rewritten(plain(model), tmp_path / "half", original)
-    assert torch.equal(embeddings(quantised, dtype="float16"), embeddings(half, dtype="float16"))
-    tower = VisionTower.from_pretrained(quantised, device="cpu", dtype="float16")
-    assert compare(tower, tower.preprocess(PICTURES)).passed
+    assert torch.equal(embeddings(quantized, dtype="float16"), embeddings(half, dtype="float16"))
+    tower = VisionTower.from_pretrained(quantized, device="cpu", dtype="float16")
+    assert compare(tower, tower.preprocess(IMAGES)).passed
 
 
 @each_model
@@ -296,10 +296,10 @@ def test_one_packed_vision_weight_is_refused_by_name_and_scheme(
     folder = rewritten(plain(model), tmp_path / form, stored, declared)
     with pytest.raises(UnsupportedDtypeError) as refusal:
         VisionTower.from_pretrained(folder, device="cpu")
-    for word in (model.a_linear, scheme, str(declared["quant_method"]), "vision tower is not quantised"):
+    for word in (model.a_linear, scheme, str(declared["quant_method"]), "vision tower is not quantized"):
         assert word in str(refusal.value)
     out = str(tmp_path / "out.safetensors")
-    for command in (["parity", str(folder)], ["encode", str(folder), str(picture(tmp_path)), "-o", out]):
+    for command in (["parity", str(folder)], ["encode", str(folder), str(image(tmp_path)), "-o", out]):
         assert main(command) == 2
         assert scheme in capsys.readouterr().err
 
@@ -307,16 +307,16 @@ def test_one_packed_vision_weight_is_refused_by_name_and_scheme(
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-def picture(folder: Path) -> Path:
+def image(folder: Path) -> Path:
     from PIL import Image
 
-    path = folder / "picture.png"
-    Image.fromarray(PICTURES[0]).save(path)
+    path = folder / "image.png"
+    Image.fromarray(IMAGES[0]).save(path)
     return path
 
 
 @each_model
-def test_every_command_works_on_a_quantised_checkpoint(
+def test_every_command_works_on_a_quantized_checkpoint(
     model: Model, plain: Callable[[Model], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stored = load_file(plain(model) / "model.safetensors")
@@ -327,13 +327,13 @@ def test_every_command_works_on_a_quantised_checkpoint(
     assert main(["inspect", folder, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["dtype"] == "float32"
-    unquantised = VisionTower.from_pretrained(plain(model), device="cpu", delay_load=True)
-    assert report["weights_bytes"] == unquantised.weights_bytes >= report["graph"]["parameters"] * 4
-    assert main(["encode", folder, str(picture(tmp_path)), "-o", str(tmp_path / "out.safetensors")]) == 0
+    unquantized = VisionTower.from_pretrained(plain(model), device="cpu", delay_load=True)
+    assert report["weights_bytes"] == unquantized.weights_bytes >= report["graph"]["parameters"] * 4
+    assert main(["encode", folder, str(image(tmp_path)), "-o", str(tmp_path / "out.safetensors")]) == 0
     capsys.readouterr()
     written = load_file(tmp_path / "out.safetensors")
     assert all(tensor.isfinite().all() for tensor in written.values())
-    assert main(["parity", folder, str(picture(tmp_path)), "--per-node", "--json"]) == 0
+    assert main(["parity", folder, str(image(tmp_path)), "--per-node", "--json"]) == 0
     parity = json.loads(capsys.readouterr().out)
     assert parity["passed"]
     assert parity["nodes"]

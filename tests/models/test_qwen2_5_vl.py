@@ -152,7 +152,7 @@ def test_the_inner_width_is_padded_with_zeros(tmp_path: Path) -> None:
 # -- who sees whom --------------------------------------------------------------------------------------------------------
 
 GRID = (5, 7)
-"""Rows and columns of tokens of the picture below, which windows of 2 × 2 tokens do not divide."""
+"""Rows and columns of tokens of the image below, which windows of 2 × 2 tokens do not divide."""
 
 
 @pytest.fixture(scope="module")
@@ -182,20 +182,20 @@ def test_window_blocks_see_no_further_than_their_window(
     assert tokens_moved_by(tower, batch, row_of(batch, place)) == together
 
 
-def test_one_full_block_sees_the_whole_picture(towers: Callable[..., VisionTower]) -> None:
+def test_one_full_block_sees_the_whole_image(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[2])
     batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
     assert tokens_moved_by(tower, batch, row_of(batch, (9, 13))) == set(range(GRID[0] * GRID[1]))
 
 
-def test_frames_of_a_clip_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
+def test_frames_of_a_video_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[0, 1, 2])
     batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(6)], min_pixels=784)
     assert batch.grids[0][0] == 3
     assert_frames_do_not_see_each_other(tower, batch)
 
 
-def test_windows_of_a_clip_lie_within_a_frame(towers: Callable[..., VisionTower]) -> None:
+def test_windows_of_a_video_lie_within_a_frame(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[])
     batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(4)], min_pixels=784)
     assert batch.windows is not None
@@ -220,7 +220,7 @@ def test_a_token_is_made_of_its_own_four_patches(towers: Callable[..., VisionTow
         assert tokens_moved_by(tower, batch, row_of(batch, place)) == {token}
 
 
-def test_merged_rows_are_put_back_into_the_pictures_order(towers: Callable[..., VisionTower]) -> None:
+def test_merged_rows_are_put_back_into_the_images_order(towers: Callable[..., VisionTower]) -> None:
     tower = towers()
     batch = tower.preprocess([noise(GRID[1] * 28, GRID[0] * 28), noise(90, 300)])
     merged: list[torch.Tensor] = []

@@ -175,7 +175,7 @@ def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., Visi
         row, column = merge_block_positions([grid], 2).long().unbind(1)
         expected.append(stretched[:, row, column].T)
     assert relative_error(placed - bare, torch.cat(expected)) <= 1e-5
-    # The second picture has the table's own grid: every patch gets one row of it.
+    # The second image has the table's own grid: every patch gets one row of it.
     row, column = merge_block_positions([(1, 6, 6)], 2).long().unbind(1)
     assert torch.equal(placed[140:], bare[140:] + table[row * 6 + column])
 
@@ -208,7 +208,7 @@ def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> 
 # -- deepstack ------------------------------------------------------------------------------------------------------------
 
 
-def test_deepstack_mergers_normalise_whole_tokens(towers: Callable[..., VisionTower]) -> None:
+def test_deepstack_mergers_normalize_whole_tokens(towers: Callable[..., VisionTower]) -> None:
     tower = towers(deepstack_visual_indexes=[0, 2])
     shapes = tower.graph.sources
     assert shapes["projector.norm.weight"] == (64,)
@@ -218,7 +218,7 @@ def test_deepstack_mergers_normalise_whole_tokens(towers: Callable[..., VisionTo
     assert list(ours) == list(theirs) == ["embeddings", "deepstack.0", "deepstack.1"]
     for name, rows in ours.items():
         assert relative_error(rows, theirs[name]) <= 1e-5
-    # Behind the last block, where both read the same rows, they still differ in their weights and in what they normalise.
+    # Behind the last block, where both read the same rows, they still differ in their weights and in what they normalize.
     assert relative_error(ours["deepstack.1"], ours["embeddings"]) > 0.5
 
 
@@ -238,22 +238,22 @@ def test_deepstack_rows_come_in_the_order_of_their_blocks(towers: Callable[..., 
 
 
 def test_qwen3_5_loads_with_deepstack_indices_in_its_file(tmp_path: Path) -> None:
-    folder, pictures = save_qwen3("qwen3_5", tmp_path / "model"), [noise(157, 243), noise(90, 90)]
-    expected = load(folder).encode(pictures)
+    folder, images = save_qwen3("qwen3_5", tmp_path / "model"), [noise(157, 243), noise(90, 90)]
+    expected = load(folder).encode(images)
     config = json.loads((folder / "config.json").read_text())
     assert "deepstack_visual_indexes" not in config["vision_config"]
     config["vision_config"]["deepstack_visual_indexes"] = [0, 2]
     (folder / "config.json").write_text(json.dumps(config))
     tower = load(folder)
     for embedding, before, rows in zip(
-        tower.encode(pictures), expected, by_transformers(folder, pictures, torch.float32), strict=True
+        tower.encode(images), expected, by_transformers(folder, images, torch.float32), strict=True
     ):
         assert embedding.deepstack == ()
         assert torch.equal(embedding.embeddings, before.embeddings)
         assert relative_error(embedding.embeddings, rows) <= 1e-5
 
 
-# -- pictures and clips ---------------------------------------------------------------------------------------------------
+# -- images and videos ---------------------------------------------------------------------------------------------------
 
 
 def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
@@ -271,14 +271,14 @@ def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
         assert tokens_moved_by(tower, batch, row_of(batch, place)) == {place[0] // 2 * 7 + place[1] // 2}
 
 
-def test_frames_of_a_clip_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
+def test_frames_of_a_video_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
     tower = towers()
     batch = tower.preprocess_video([noise(160, 96, seed) for seed in range(6)], min_pixels=2048)
     assert batch.grids[0][0] == 3
     assert_frames_do_not_see_each_other(tower, batch)
 
 
-def test_a_clips_frames_share_one_budget(towers: Callable[..., VisionTower]) -> None:
+def test_a_videos_frames_share_one_budget(towers: Callable[..., VisionTower]) -> None:
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     tower = towers()

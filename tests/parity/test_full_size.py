@@ -13,7 +13,7 @@ from tritontower.parity.parity import compare, compare_nodes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-PICTURES = [noise(210, 250, 0), noise(300, 100, 1), noise(56, 56, 2)]
+IMAGES = [noise(210, 250, 0), noise(300, 100, 1), noise(56, 56, 2)]
 MEMORY_ALLOWANCE = 300e6
 """Bytes that a process may hold beside the weights and the memory plan: the libraries' own workspaces."""
 
@@ -30,19 +30,19 @@ def _all_cores() -> None:
 
 def test_fp32_agrees_with_transformers(checkpoint: Path) -> None:
     tower = VisionTower.from_pretrained(checkpoint, device="cpu", dtype=torch.float32)
-    batch = tower.preprocess(PICTURES)
+    batch = tower.preprocess(IMAGES)
     parity = compare(tower, batch)
     assert parity.error <= 1e-5, parity
-    assert parity.worst_picture <= 1e-5, parity
+    assert parity.worst_image <= 1e-5, parity
 
 
 def test_bf16_errs_no_more_than_transformers(checkpoint: Path) -> None:
     tower = VisionTower.from_pretrained(checkpoint, device="cpu")
     assert tower.dtype == torch.bfloat16
-    parity = compare(tower, tower.preprocess(PICTURES))
+    parity = compare(tower, tower.preprocess(IMAGES))
     assert parity.passed, parity
     # Every block adds its share of rounding; the first must still be near the floor of one bf16 store.
-    assert next(line.error for line in compare_nodes(tower, tower.preprocess(PICTURES[2]))) <= 5e-3
+    assert next(line.error for line in compare_nodes(tower, tower.preprocess(IMAGES[2]))) <= 5e-3
 
 
 @pytest.mark.parametrize("patches", [1024, 4096])

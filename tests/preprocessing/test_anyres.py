@@ -70,7 +70,7 @@ def packed_by_onevision(model: Any, features: torch.Tensor, size: torch.Tensor, 
 
 @pytest.mark.parametrize("canvases", [NEXT_CANVASES, ONEVISION_CANVASES, NEXT_CANVASES[::-1], ONEVISION_CANVASES[::-1]])
 def test_canvases_are_those_of_transformers(canvases: Any) -> None:
-    # Canvases of the same area tie for square pictures, and the first of them is meant; of those that keep every pixel,
+    # Canvases of the same area tie for square images, and the first of them is meant; of those that keep every pixel,
     # the smallest, wherever it stands.
     for width, height in [(100, 100), (336, 336), (672, 672), (5000, 5000), *random_sizes(1500, largest=5000)]:
         assert tuple(best_canvas(width, height, canvases)) == select_best_resolution((height, width), canvases)
@@ -149,7 +149,7 @@ def test_published_sizes(tmp_path: Path, content: dict[str, Any], side: int) -> 
         assert torch.equal(put_together(part, (1, side, side), 14, 1), view[:, : side * 14, : side * 14])
 
 
-def test_a_pictures_layout_does_not_depend_on_the_others(tmp_path: Path) -> None:
+def test_an_images_layout_does_not_depend_on_the_others(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, SMALL_ONEVISION, 2)
     images = [canonical(noise(100, 40)), canonical(noise(30, 90, 1))]
     for image, rows in zip(images, patches_of(preprocessor, images), strict=True):
@@ -160,7 +160,7 @@ def test_a_batch_of_tiles_is_packed(tmp_path: Path) -> None:
     config = tower(patch=14, table_side=2, newline=True)
     preprocessor = rule(tmp_path, SMALL_NEXT, 2, config=config)
     images = [canonical(noise(100, 40)), canonical(noise(30, 90, 1))]
-    batch = preprocessor.pictures(images)
+    batch = preprocessor.images(images)
     layouts = [preprocessor.layout(image.width, image.height) for image in images]
     assert batch.token_counts == tuple(layout.tokens(config) for layout in layouts)
     assert batch.view_counts == tuple(len(layout.views) for layout in layouts)
@@ -179,7 +179,7 @@ def test_without_a_newline_rows_follow_each_other(tmp_path: Path) -> None:
         assert (without.weights is None) == (limit is None)
 
 
-def test_pictures_of_many_sizes_share_assemblies(tmp_path: Path) -> None:
+def test_images_of_many_sizes_share_assemblies(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, PUBLISHED_ONEVISION, 27, shrink_limit=9)
     first, second = preprocessor.layout(1000, 700), preprocessor.layout(2000, 1400)
     assert preprocessor.layout(1001, 700).assembly is first.assembly

@@ -13,11 +13,11 @@ from PIL import __version__ as pillow_version
 from support.checkpoints import noise
 from support.preprocessing import LIMITS, canonical, patches_of, random_sizes, tower, write_settings
 from transformers.image_transforms import center_crop
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tritontower.batch.normalization import HUGE_PAGE, PIXEL_CENTRE, Rescaling, fresh
+from tritontower.batch.normalization import HUGE_PAGE, PIXEL_CENTER, Rescaling, fresh
 from tritontower.errors import ImageTooLargeError, Limits, UsageError
 from tritontower.preprocessing import AnyResolution, FixedSize, LongestEdge, MistralResize, Preprocessor, SmartResize
 from tritontower.preprocessing import fast_path as shortcut_module
@@ -120,7 +120,7 @@ def rule(folder: Path, name: str, options: dict[str, Any] | None = None, **chang
 
 
 def by_processor(preprocessor: Preprocessor, image: CanonicalImage, **bounds: Any) -> torch.Tensor:
-    """The rows of one picture as transformers' processor makes them."""
+    """The rows of one image as transformers' processor makes them."""
     layout = preprocessor.layout(image.width, image.height, **bounds)
     rows = torch.full((layout.patches, preprocessor.config.patch.still_inner), float("nan"))
     preprocessor._fill_by_processor(rows, image, layout, bounds)
@@ -170,7 +170,7 @@ def test_division_by_255_is_used_only_where_it_is_exact() -> None:
     raw = np.random.default_rng(0).integers(0, 256, (300, 3 * 25), np.uint8)
     for rescaling in (usual, odd):
         padded = np.full((300, 3 * 25 + 5), np.nan, np.float32)
-        rescaling.normalise(raw, padded[:, :-5])
+        rescaling.normalize(raw, padded[:, :-5])
         channels = np.arange(3).repeat(25)
         assert np.array_equal(padded[:, :-5], rescaling.table[channels, raw])
         assert np.isnan(padded[:, -5:]).all()
@@ -179,12 +179,12 @@ def test_division_by_255_is_used_only_where_it_is_exact() -> None:
 @pytest.mark.parametrize("crop", [(5, 5), (6, 9), (40, 3), (1, 1), (37, 41)])
 def test_crops_are_those_of_transformers(crop: tuple[int, int]) -> None:
     for width, height in [(37, 41), (5, 5), (4, 50), (50, 4), (6, 8), (1, 1)]:
-        picture = noise(width, height)
-        expected = center_crop(picture, crop, input_data_format="channels_last")
-        assert np.array_equal(cropped(picture, *crop), expected)
+        image = noise(width, height)
+        expected = center_crop(image, crop, input_data_format="channels_last")
+        assert np.array_equal(cropped(image, *crop), expected)
 
 
-def test_a_lone_large_picture_is_spread_over_threads(tmp_path: Path, restore_threads: None) -> None:
+def test_a_lone_large_image_is_spread_over_threads(tmp_path: Path, restore_threads: None) -> None:
     sizes = [(900, 400), (401, 801)]
     for name in ("area", "edge", "cropped", "pan and scan", "tiles"):
         preprocessor = rule(tmp_path / name, name)
@@ -198,7 +198,7 @@ def test_a_lone_large_picture_is_spread_over_threads(tmp_path: Path, restore_thr
             assert torch.equal(patches_of(preprocessor, [image])[0], expected)
 
 
-def test_a_small_picture_and_a_single_thread_start_no_thread(restore_threads: None) -> None:
+def test_a_small_image_and_a_single_thread_start_no_thread(restore_threads: None) -> None:
     torch.set_num_threads(2)
     with spread_over_threads(400) as spread:
         assert spread is alone
@@ -209,12 +209,12 @@ def test_a_small_picture_and_a_single_thread_start_no_thread(restore_threads: No
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures of these tests are resized in many pieces."""
+    """Images of these tests are resized in many pieces."""
     monkeypatch.setattr(shortcut_module, "PIECE", 900)
 
 
-def by_pillow(picture: Bytes, size: tuple[int, int], resample: int) -> Bytes:
-    return np.asarray(Image.fromarray(picture).resize(size, resample=resample))
+def by_pillow(image: Bytes, size: tuple[int, int], resample: int) -> Bytes:
+    return np.asarray(Image.fromarray(image).resize(size, resample=resample))
 
 
 def in_three(work: Callable[[slice], None], count: int) -> None:
@@ -232,14 +232,14 @@ def test_resizing_piece_by_piece_is_pillows_bit_for_bit(resample: int, spread: S
     sizes += [((70, 50), (70, 21)), ((70, 50), (33, 50)), ((1, 90), (1, 35)), ((90, 1), (35, 1)), ((60, 60), (1, 1))]
     sizes += [((old[0], old[1]), (new[0], new[1])) for old, new in generator.integers(1, 160, (120, 2, 2)).tolist()]
     for old, new in sizes:
-        picture = generator.integers(0, 256, (old[1], old[0], 3), np.uint8)
-        assert np.array_equal(resized(picture, new, resample, spread), by_pillow(picture, new, resample)), (old, new)
+        image = generator.integers(0, 256, (old[1], old[0], 3), np.uint8)
+        assert np.array_equal(resized(image, new, resample, spread), by_pillow(image, new, resample)), (old, new)
 
 
-def test_large_pictures_piece_by_piece() -> None:
+def test_large_images_piece_by_piece() -> None:
     for old, new in [((1024, 1024), (1036, 1036)), ((900, 1500), (504, 700)), ((700, 1300), (672, 448))]:
-        picture = noise(*old)
-        assert np.array_equal(resized(picture, new, 3), by_pillow(picture, new, 3))
+        image = noise(*old)
+        assert np.array_equal(resized(image, new, 3), by_pillow(image, new, 3))
 
 
 def test_the_order_of_pillows_passes_is_known() -> None:
@@ -260,9 +260,9 @@ def test_where_the_order_is_not_known_channels_are_resized_whole(monkeypatch: py
     try:
         assert resizing_passes((100, 80), (50, 60), 3) is None
         for new in [(50, 60), (130, 140), (90, 20)]:
-            picture = noise(100, 80)
+            image = noise(100, 80)
             for spread in (alone, in_three):
-                assert np.array_equal(resized(picture, new, 3, spread), height_first(picture, new, 3))
+                assert np.array_equal(resized(image, new, 3, spread), height_first(image, new, 3))
     finally:
         shortcut_module._order_of_passes.cache_clear()
 
@@ -284,7 +284,7 @@ def test_large_arrays_begin_with_a_huge_page() -> None:
 def test_nobody_asks_for_digests_and_none_is_taken(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, "area")
     for images in ([canonical(noise(300, 200))], [canonical(noise(300, 200)), canonical(noise(90, 80))]):
-        batch = preprocessor.pictures(images)
+        batch = preprocessor.images(images)
         assert not any("digest" in vars(image) for image in images)
         assert batch.content_hashes == tuple(image.digest for image in images)
 
@@ -295,21 +295,21 @@ def test_what_is_much_larger_than_its_patches_is_not_kept(tmp_path: Path, restor
         torch.set_num_threads(threads)
         for sizes in ([(900, 700)], [(900, 700), (60, 60), (300, 800)], [(80, 70), (56, 56)]):
             images = [canonical(noise(*size)) for size in sizes]
-            batch = preprocessor.pictures(images, raw=True)
+            batch = preprocessor.images(images, raw=True)
             taken = [size for size, image in zip(sizes, images, strict=True) if "digest" in vars(image)]
             assert taken == [size for size in sizes if size[0] * size[1] > 2 * 56 * 56]
             assert batch.content_hashes == tuple(canonical(noise(*size)).digest for size in sizes)
 
 
-def test_a_picture_may_change_once_it_is_preprocessed(tmp_path: Path) -> None:
+def test_an_image_may_change_once_it_is_preprocessed(tmp_path: Path) -> None:
     array = noise(90, 80)
     expected = canonical(array.copy()).digest
-    batch = rule(tmp_path, "area").pictures([canonical_rgb(array)])
+    batch = rule(tmp_path, "area").images([canonical_rgb(array)])
     array[:] = 0
     assert batch.content_hashes[0] == expected
 
 
-def test_an_error_beside_a_picture_is_not_lost(restore_threads: None) -> None:
+def test_an_error_beside_an_image_is_not_lost(restore_threads: None) -> None:
     def fail() -> None:
         raise OSError("beside")
 
@@ -320,42 +320,42 @@ def test_an_error_beside_a_picture_is_not_lost(restore_threads: None) -> None:
 
 
 def test_the_cut_leaves_out_what_is_no_whole_patch() -> None:
-    picture = noise(11, 14)
+    image = noise(11, 14)
     raw, values = np.empty((6, 48), np.uint8), np.empty((6, 48), np.float32)
-    cut_bytes(picture, 4, 1, raw)
-    cut_values(picture, 4, 1, Rescaling(1.0, (0.0,) * 3, (1.0,) * 3), values)
+    cut_bytes(image, 4, 1, raw)
+    cut_values(image, 4, 1, Rescaling(1.0, (0.0,) * 3, (1.0,) * 3), values)
     assert np.array_equal(raw, values)
-    assert np.array_equal(raw[5].reshape(3, 4, 4), picture[8:12, 4:8].transpose(2, 0, 1))
+    assert np.array_equal(raw[5].reshape(3, 4, 4), image[8:12, 4:8].transpose(2, 0, 1))
 
 
-def test_a_picture_that_has_its_size_is_not_copied() -> None:
-    picture = noise(28, 56)
-    assert resized(picture, (28, 56), 3) is picture
+def test_an_image_that_has_its_size_is_not_copied() -> None:
+    image = noise(28, 56)
+    assert resized(image, (28, 56), 3) is image
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "CMYK", "I;16"])
-def test_pictures_of_every_mode_are_canonical_first(tmp_path: Path, mode: str) -> None:
-    picture = Image.fromarray(noise(70, 45))
+def test_images_of_every_mode_are_canonical_first(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(noise(70, 45))
     if mode == "I;16":
-        picture = Image.fromarray(noise(70, 45)[..., 0].astype(np.uint16) << 8)
+        image = Image.fromarray(noise(70, 45)[..., 0].astype(np.uint16) << 8)
     elif mode == "RGBA":
-        picture.putalpha(Image.fromarray(noise(70, 45, 1)[..., 0]))
+        image.putalpha(Image.fromarray(noise(70, 45, 1)[..., 0]))
     else:
-        picture = picture.convert(mode)
+        image = image.convert(mode)
     for name in SETTINGS:
         preprocessor = rule(tmp_path / name, name)
-        image = canonical_rgb(picture)
-        assert torch.equal(patches_of(preprocessor, [image])[0], by_processor(preprocessor, image))
+        decoded = canonical_rgb(image)
+        assert torch.equal(patches_of(preprocessor, [decoded])[0], by_processor(preprocessor, decoded))
 
 
 @each_rule
-def test_pictures_do_not_depend_on_each_other_or_on_threads(tmp_path: Path, name: str) -> None:
+def test_images_do_not_depend_on_each_other_or_on_threads(tmp_path: Path, name: str) -> None:
     preprocessor = rule(tmp_path, name)
     images = [canonical(noise(*size, seed)) for seed, size in enumerate(random_sizes(12, largest=200, seed=3))]
     expected = [patches_of(preprocessor, [image])[0] for image in images]
     fresh = rule(tmp_path, name)
     with ThreadPoolExecutor(6) as pool:
-        batches = list(pool.map(lambda _: fresh.pictures(images, each=pool_of_two_map), range(8)))
+        batches = list(pool.map(lambda _: fresh.images(images, each=pool_of_two_map), range(8)))
     for batch in batches:
         for rows, alone_rows in zip(batch.pixels.split(list(map(len, expected))), expected, strict=True):
             assert torch.equal(rows, alone_rows)
@@ -403,10 +403,10 @@ def test_a_method_replaced_on_the_object_is_called(tmp_path: Path) -> None:
 
 
 def test_a_class_that_has_changed_under_us_fails_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    image, normalise = canonical(noise(80, 70)), CLIPImageProcessorPil.normalize
+    image, normalize = canonical(noise(80, 70)), CLIPImageProcessorPil.normalize
 
     def shifted(self: Any, image: np.ndarray, *arguments: Any, **named: Any) -> np.ndarray:
-        return np.nextafter(normalise(self, image, *arguments, **named), np.float32(9))
+        return np.nextafter(normalize(self, image, *arguments, **named), np.float32(9))
 
     monkeypatch.setattr(CLIPImageProcessorPil, "normalize", shifted)
     preprocessor = fixed(CLIPImageProcessorPil(**CLIP), tmp_path)
@@ -447,8 +447,8 @@ def test_a_rule_without_a_processor_has_no_shortcut(tmp_path: Path) -> None:
     preprocessor = MistralResize(tower(merge=2), tmp_path, LIMITS, longest_edge=280)
     assert preprocessor.shortcut is None
     with pytest.raises(UsageError, match="leave `raw` out"):
-        preprocessor.pictures([canonical(noise(50, 60))], raw=True)
-    assert preprocessor.pictures([canonical(noise(50, 60))], raw=None).pixels.dtype == torch.float32
+        preprocessor.images([canonical(noise(50, 60))], raw=True)
+    assert preprocessor.images([canonical(noise(50, 60))], raw=None).pixels.dtype == torch.float32
 
 
 def test_limits_that_allow_no_probe_are_no_error_of_their_own(tmp_path: Path) -> None:
@@ -456,7 +456,7 @@ def test_limits_that_allow_no_probe_are_no_error_of_their_own(tmp_path: Path) ->
     preprocessor = kind(config, write_settings(tmp_path, content), Limits(max_planned_pixels=100))
     assert preprocessor.shortcut is None
     with pytest.raises(ImageTooLargeError, match="limit is 100 pixels"):
-        preprocessor.pictures([canonical(noise(50, 60))])
+        preprocessor.images([canonical(noise(50, 60))])
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -466,12 +466,12 @@ def test_limits_that_allow_no_probe_are_no_error_of_their_own(tmp_path: Path) ->
 def test_bytes_are_what_the_values_are_made_of(tmp_path: Path, name: str) -> None:
     preprocessor = rule(tmp_path, name)
     images = [canonical(noise(*size, seed)) for seed, size in enumerate([(80, 60), (33, 150), (1, 1)])]
-    usual, raw = (preprocessor.pictures(images, raw=raw) for raw in (False, True))
+    usual, raw = (preprocessor.images(images, raw=raw) for raw in (False, True))
     assert usual.pixels.dtype == torch.float32
     assert raw.pixels.dtype == torch.uint8
-    assert torch.equal(preprocessor.normalised(raw).pixels, usual.pixels)
-    assert preprocessor.normalised(usual) is usual
-    assert torch.equal(preprocessor.pictures(images, raw=None).pixels, raw.pixels)
+    assert torch.equal(preprocessor.normalized(raw).pixels, usual.pixels)
+    assert preprocessor.normalized(usual) is usual
+    assert torch.equal(preprocessor.images(images, raw=None).pixels, raw.pixels)
     assert raw.content_hashes == usual.content_hashes
     assert torch.equal(raw.positions, usual.positions)
 
@@ -480,23 +480,23 @@ def test_a_class_token_is_a_row_that_counts_zero(tmp_path: Path) -> None:
     kind, _, content, _ = SETTINGS["cropped"]
     preprocessor = kind(tower(table_side=4, class_token=True), write_settings(tmp_path, content), LIMITS)
     images = [canonical(noise(80, 60)), canonical(noise(60, 90))]
-    usual, raw = (preprocessor.pictures(images, raw=raw) for raw in (False, True))
+    usual, raw = (preprocessor.images(images, raw=raw) for raw in (False, True))
     rows = raw.class_rows.flatten().long()
     assert rows.tolist() == [0, 17]
-    assert (raw.pixels[rows] == PIXEL_CENTRE).all()
+    assert (raw.pixels[rows] == PIXEL_CENTER).all()
     assert (usual.pixels[rows] == 0).all()
-    assert torch.equal(preprocessor.normalised(raw).pixels, usual.pixels)
+    assert torch.equal(preprocessor.normalized(raw).pixels, usual.pixels)
 
 
 def test_bytes_of_an_unknown_processor_are_refused(tmp_path: Path) -> None:
     preprocessor = fixed(Darker(**CLIP), tmp_path)
     images = [canonical(noise(80, 70))]
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
-        preprocessor.pictures(images, raw=True)
-    assert preprocessor.pictures(images, raw=None).pixels.dtype == torch.float32
-    raw = fixed(CLIPImageProcessorPil(**CLIP), tmp_path).pictures(images, raw=True)
+        preprocessor.images(images, raw=True)
+    assert preprocessor.images(images, raw=None).pixels.dtype == torch.float32
+    raw = fixed(CLIPImageProcessorPil(**CLIP), tmp_path).images(images, raw=True)
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
-        preprocessor.normalised(raw)
+        preprocessor.normalized(raw)
 
 
 class Own(Qwen2VLImageProcessorPil):
@@ -504,21 +504,21 @@ class Own(Qwen2VLImageProcessorPil):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
-def test_clips_are_those_of_the_processor(tmp_path: Path, frames: int) -> None:
+def test_videos_are_those_of_the_processor(tmp_path: Path, frames: int) -> None:
     bounds = {"min_pixels": 3136, "max_pixels": 20000}
     config = tower(merge=2, temporal=2)
     usual, own = (SmartResize(config, tmp_path, LIMITS, kind(**bounds)) for kind in (Qwen2VLImageProcessorPil, Own))
-    clip = [canonical(noise(110, 75, seed)) for seed in range(frames)]
-    expected = own.clip(clip, **bounds)
+    video = [canonical(noise(110, 75, seed)) for seed in range(frames)]
+    expected = own.video(video, **bounds)
     assert own.shortcut is None
     assert usual.shortcut is not None
-    assert torch.equal(usual.clip(clip, **bounds).pixels, expected.pixels)
+    assert torch.equal(usual.video(video, **bounds).pixels, expected.pixels)
     with ThreadPoolExecutor(3) as pool:
-        raw = usual.clip(clip, raw=True, each=pool.map, **bounds)
+        raw = usual.video(video, raw=True, each=pool.map, **bounds)
     assert raw.pixels.dtype == torch.uint8
-    assert torch.equal(usual.normalised(raw).pixels, expected.pixels)
+    assert torch.equal(usual.normalized(raw).pixels, expected.pixels)
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
-        own.clip(clip, raw=True, **bounds)
+        own.video(video, raw=True, **bounds)
 
 
 def test_edges_of_a_pixtral_without_a_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of one size: transformers' CLIP, SigLIP, LLaVA and Gemma 3 processors, and pan-and-scan."""
+"""Images of one size: transformers' CLIP, SigLIP, LLaVA and Gemma 3 processors, and pan-and-scan."""
 
 import time
 from pathlib import Path
@@ -88,10 +88,8 @@ def test_every_size_has_the_same_layout(tmp_path: Path) -> None:
 
 def test_the_size_before_the_crop_is_that_of_transformers() -> None:
     for width, height in random_sizes(1000):
-        picture: Any = np.broadcast_to(np.uint8(0), (3, height, width))
-        expected = get_resize_output_image_size(
-            picture, 336, default_to_square=False, input_data_format="channels_first"
-        )
+        image: Any = np.broadcast_to(np.uint8(0), (3, height, width))
+        expected = get_resize_output_image_size(image, 336, default_to_square=False, input_data_format="channels_first")
         assert scaled_by_shorter_side(width, height, 336) == expected[::-1]
 
 
@@ -118,7 +116,7 @@ def test_options_stand_for_the_file(tmp_path: Path) -> None:
     assert torch.equal(put_together(rows, (1, 4, 4), 14, 1), expected["pixel_values"][0])
 
 
-def test_a_picture_stretched_before_the_crop_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_image_stretched_before_the_crop_is_refused_at_once(tmp_path: Path) -> None:
     content = {**CLIP, "size": {"shortest_edge": 336}, "crop_size": 56}
     write_settings(tmp_path, content)
     preprocessor = FixedSize(SQUARE, tmp_path, Limits(max_aspect_ratio=1e6))
@@ -126,8 +124,8 @@ def test_a_picture_stretched_before_the_crop_is_refused_at_once(tmp_path: Path) 
     start = time.perf_counter()
     with pytest.raises(ImageTooLargeError, match=r"1 × 10000 pixels would be resized to 336 × 3360000"):
         preprocessor.layout(1, 10000)
-    with pytest.raises(ImageTooLargeError, match="picture 0"):
-        preprocessor.pictures([blank(1, 10000)])
+    with pytest.raises(ImageTooLargeError, match="image 0"):
+        preprocessor.images([blank(1, 10000)])
     assert time.perf_counter() - start < 0.05
     write_settings(tmp_path / "padded", {**content, "image_processor_type": "LlavaImageProcessor", "do_pad": True})
     padded = FixedSize(SQUARE, tmp_path / "padded", Limits(max_aspect_ratio=1e6))
@@ -176,14 +174,14 @@ def test_crops_are_those_of_transformers(settings: tuple[int, int, float]) -> No
     processor = Gemma3ImageProcessorPil()
     counts = set()
     for width, height in random_sizes(1000, largest=4000):
-        picture = np.broadcast_to(np.uint8(0), (3, height, width))
-        expected = len(processor.pan_and_scan(picture, *settings))
+        image = np.broadcast_to(np.uint8(0), (3, height, width))
+        expected = len(processor.pan_and_scan(image, *settings))
         assert PanAndScan(*settings).crops(width, height) == expected
         counts.add(expected)
     assert len(counts) > 1
 
 
-def test_pan_and_scan_shows_the_whole_picture_first(tmp_path: Path) -> None:
+def test_pan_and_scan_shows_the_whole_image_first(tmp_path: Path) -> None:
     options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 30}
     preprocessor = rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True, options=options)
     plain = rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True)
@@ -203,7 +201,7 @@ def test_pan_and_scan_shows_the_whole_picture_first(tmp_path: Path) -> None:
         (rows,) = patches_of(preprocessor, [image])
         for view, part in zip(views, rows.chunk(len(views)), strict=True):
             assert torch.equal(put_together(part, (1, 4, 4), 14, 1), view)
-        # The whole picture comes first, whether or not crops follow it.
+        # The whole image comes first, whether or not crops follow it.
         assert torch.equal(rows[:16], patches_of(plain, [image])[0])
         seen.add(len(views))
     assert seen == {1, 3, 4, 5}

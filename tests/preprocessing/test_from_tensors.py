@@ -7,7 +7,7 @@ import torch
 from support.configs import CONFIG, FIXED, TILED
 
 from tritontower.errors import UsageError
-from tritontower.models.common.hf_reference import view_pictures
+from tritontower.models.common.hf_reference import view_images
 from tritontower.preprocessing import pack_views
 
 
@@ -18,18 +18,18 @@ def test_a_view_is_found_again_in_its_patches(merge: int) -> None:
     batch = pack_views(config, views)
     assert batch.token_counts == (24 // merge**2, 4 // merge**2)
     assert batch.processed_sizes == ((84, 56), (28, 28))
-    assert all(map(torch.equal, view_pictures(batch, config), views))
+    assert all(map(torch.equal, view_images(batch, config), views))
 
 
 def test_a_view_of_a_tower_with_a_class_token_is_found_again() -> None:
     views = list(torch.randn(2, 3, 6, 6))
-    assert all(map(torch.equal, view_pictures(pack_views(FIXED, views), FIXED), views))
+    assert all(map(torch.equal, view_images(pack_views(FIXED, views), FIXED), views))
     assert pack_views(TILED, views).token_counts == (9, 9)
 
 
 def test_what_is_left_of_a_side_is_left_out() -> None:
     view = torch.randn(3, 7, 7)
-    (cut,) = view_pictures(pack_views(FIXED, [view]), FIXED)
+    (cut,) = view_images(pack_views(FIXED, [view]), FIXED)
     assert torch.equal(cut, view[:, :6, :6])
 
 

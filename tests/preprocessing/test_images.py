@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the same canonical RGB, or a named error; never silently other pixels."""
+"""Every kind of image becomes the same canonical RGB, or a named error; never silently other pixels."""
 
 import io
 import os
@@ -39,7 +39,7 @@ from tritontower.preprocessing.images.image import CanonicalImage, canonical_rgb
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
-def png(width: int, height: int, colour_type: int, depth: int, rows: bytes, *, transparent: bytes = b"") -> bytes:
+def png(width: int, height: int, color_type: int, depth: int, rows: bytes, *, transparent: bytes = b"") -> bytes:
     """A PNG written by hand, for what Pillow cannot write; ``rows`` without the filter bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -49,7 +49,7 @@ def png(width: int, height: int, colour_type: int, depth: int, rows: bytes, *, t
     filtered = b"".join(b"\0" + rows[row * stride : (row + 1) * stride] for row in range(height if rows else 0))
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0))
         + (chunk(b"tRNS", transparent) if transparent else b"")
         + chunk(b"IDAT", zlib.compress(filtered))
         + chunk(b"IEND", b"")
@@ -66,12 +66,12 @@ def noise(height: int = 6, width: int = 7, channels: int = 3) -> np.ndarray[Any,
     return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def pixel(picture: Any, **options: Any) -> list[int]:
+def pixel(image: Any, **options: Any) -> list[int]:
     """The upper left canonical pixel."""
-    return canonical_rgb(picture, **options).array[0, 0].tolist()
+    return canonical_rgb(image, **options).array[0, 0].tolist()
 
 
-# -- the same picture in every disguise -------------------------------------------------------------------------------
+# -- the same image in every disguise -------------------------------------------------------------------------------
 
 DISGUISES: dict[str, Callable[[Any, Path], Any]] = {
     "PIL": lambda array, folder: Image.fromarray(array),
@@ -92,7 +92,7 @@ DISGUISES: dict[str, Callable[[Any, Path], Any]] = {
     "bytes of a lossless WebP": lambda array, folder: encoded(Image.fromarray(array), "WEBP", lossless=True),
     "bytes of a TIFF": lambda array, folder: encoded(Image.fromarray(array), "TIFF"),
     "bytes of a PPM": lambda array, folder: encoded(Image.fromarray(array), "PPM"),
-    "path": lambda array, folder: write(folder / "picture.png", encoded(Image.fromarray(array))),
+    "path": lambda array, folder: write(folder / "image.png", encoded(Image.fromarray(array))),
     "opaque RGBA": lambda array, folder: Image.fromarray(array).convert("RGBA"),
     "numpy, opaque RGBA": lambda array, folder: np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
 }
@@ -104,7 +104,7 @@ def write(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
-def test_one_picture_in_every_disguise(tmp_path: Path, disguise: Callable[[Any, Path], Any]) -> None:
+def test_one_image_in_every_disguise(tmp_path: Path, disguise: Callable[[Any, Path], Any]) -> None:
     array = noise()
     image = canonical_rgb(disguise(array, tmp_path))
     assert np.array_equal(image.array, array)
@@ -131,7 +131,7 @@ def test_result_shares_no_memory_with_the_input() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "colour", "expected"),
+    ("mode", "color", "expected"),
     [
         ("1", 1, [255, 255, 255]),
         ("L", 77, [77, 77, 77]),
@@ -155,8 +155,8 @@ def test_result_shares_no_memory_with_the_input() -> None:
         ("F", 0.5, [128, 128, 128]),
     ],
 )
-def test_mode(mode: str, colour: Any, expected: list[int]) -> None:
-    assert pixel(Image.new(mode, (2, 2), colour)) == expected
+def test_mode(mode: str, color: Any, expected: list[int]) -> None:
+    assert pixel(Image.new(mode, (2, 2), color)) == expected
 
 
 def transparent_palette() -> Image.Image:
@@ -168,19 +168,19 @@ def transparent_palette() -> Image.Image:
 
 
 # First pixel transparent, second not.
-TRANSPARENT_COLOURS = {
+TRANSPARENT_COLORS = {
     "RGB": (png(2, 1, 2, 8, bytes([255, 0, 0, 0, 255, 0]), transparent=struct.pack(">3H", 255, 0, 0)), [0, 255, 0]),
-    "grey": (png(2, 1, 0, 8, bytes([5, 9]), transparent=struct.pack(">H", 5)), [9, 9, 9]),
+    "gray": (png(2, 1, 0, 8, bytes([5, 9]), transparent=struct.pack(">H", 5)), [9, 9, 9]),
     "1 bit": (png(2, 1, 0, 1, b"\x80", transparent=struct.pack(">H", 1)), [0, 0, 0]),
-    "16-bit grey": (png(2, 1, 0, 16, struct.pack(">2H", 1000, 514), transparent=struct.pack(">H", 1000)), [2, 2, 2]),
+    "16-bit gray": (png(2, 1, 0, 16, struct.pack(">2H", 1000, 514), transparent=struct.pack(">H", 1000)), [2, 2, 2]),
     "palette": (encoded(transparent_palette()), [0, 255, 0]),
     "palette, PIL": (transparent_palette(), [0, 255, 0]),
 }
 
 
-@pytest.mark.parametrize(("picture", "opaque"), TRANSPARENT_COLOURS.values(), ids=TRANSPARENT_COLOURS)
-def test_transparent_colour_becomes_white(picture: Any, opaque: list[int]) -> None:
-    assert canonical_rgb(picture).array.tolist() == [[[255, 255, 255], opaque]]
+@pytest.mark.parametrize(("image", "opaque"), TRANSPARENT_COLORS.values(), ids=TRANSPARENT_COLORS)
+def test_transparent_color_becomes_white(image: Any, opaque: list[int]) -> None:
+    assert canonical_rgb(image).array.tolist() == [[[255, 255, 255], opaque]]
 
 
 def test_array_with_alpha_is_composited_as_pil_images_are() -> None:
@@ -195,15 +195,15 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     expected = np.rint(ramp / 257).astype(np.uint8)
     file = png(256, 256, 0, 16, ramp.astype(">u2").tobytes())
-    for picture in (ramp, Image.fromarray(ramp), file, torch.from_numpy(ramp)):
-        array = canonical_rgb(picture).array
+    for image in (ramp, Image.fromarray(ramp), file, torch.from_numpy(ramp)):
+        array = canonical_rgb(image).array
         assert np.array_equal(array, np.dstack([expected] * 3))
 
 
 def test_greyscale_arrays() -> None:
-    grey = noise(channels=1)
-    expected = np.repeat(grey, 3, axis=2)
-    for array in (grey[..., 0], grey, grey.transpose(2, 0, 1)):
+    gray = noise(channels=1)
+    expected = np.repeat(gray, 3, axis=2)
+    for array in (gray[..., 0], gray, gray.transpose(2, 0, 1)):
         assert np.array_equal(canonical_rgb(array).array, expected)
     assert pixel(np.ones((2, 2), dtype=bool)) == [255, 255, 255]
 
@@ -228,8 +228,8 @@ def test_exif_orientation_turns_files_and_not_pil_images(tmp_path: Path, kind: s
     exif[0x0112] = orientation
     options = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(Image.fromarray(np.ascontiguousarray(as_stored)), kind, exif=exif, **options)
-    for picture in (data, write(tmp_path / "picture", data)):
-        array = canonical_rgb(picture).array
+    for image in (data, write(tmp_path / "image", data)):
+        array = canonical_rgb(image).array
         assert array.shape == upright.shape
         assert np.abs(array.astype(int) - upright).mean() < 3
     if kind != "TIFF":  # Pillow itself turns a TIFF when it loads it
@@ -248,7 +248,7 @@ def test_malformed_exif_is_ignored(exif: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_first_frame_only_and_the_position_is_restored(kind: str) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "lime", "blue")]
     options = {} if kind == "TIFF" else {"duration": 10}
     if kind == "WEBP":
         options["lossless"] = True
@@ -309,7 +309,7 @@ def test_digest_depends_on_size_and_every_byte() -> None:
     assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
 
 
-def test_digest_is_of_the_canonical_picture() -> None:
+def test_digest_is_of_the_canonical_image() -> None:
     image = transparent_palette()
     assert (
         canonical_rgb(image).digest
@@ -322,15 +322,15 @@ def test_digest_is_of_the_canonical_picture() -> None:
 
 def test_pixels_cannot_change_under_their_digest() -> None:
     array = noise(40, 30)
-    picture = Image.fromarray(array)
-    images = [canonical_rgb(array), canonical_rgb(picture), canonical_rgb(torch.from_numpy(array))]
+    image = Image.fromarray(array)
+    images = [canonical_rgb(array), canonical_rgb(image), canonical_rgb(torch.from_numpy(array))]
     expected = canonical_rgb(array.copy()).digest
     array[:] = 0
-    picture.paste((1, 2, 3), (0, 0, 30, 40))
-    assert {image.digest for image in images} == {expected}
-    for image in images:
+    image.paste((1, 2, 3), (0, 0, 30, 40))
+    assert {decoded.digest for decoded in images} == {expected}
+    for decoded in images:
         with pytest.raises(ValueError, match="read-only"):
-            image.array[0, 0] = 0
+            decoded.array[0, 0] = 0
 
 
 def test_digests_are_taken_when_they_are_asked_for() -> None:
@@ -345,7 +345,7 @@ def test_digests_are_taken_when_they_are_asked_for() -> None:
     assert digests.kept_bytes == 0
 
 
-def test_a_picture_is_let_go_once_its_digest_is_taken() -> None:
+def test_an_image_is_let_go_once_its_digest_is_taken() -> None:
     image = canonical_rgb(noise())
     alive, digests = weakref.ref(image), Digests([image])
     del image
@@ -400,10 +400,10 @@ def test_digests_in_many_threads() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (700, 1), (1, 700), (211, 331), (30000, 4), (3, 30000), (1000, 900)])
 def test_pixels_come_out_of_pillow_strip_by_strip(size: tuple[int, int]) -> None:
     array = noise(size[1], size[0])
-    for picture in (Image.fromarray(array), Image.fromarray(array).convert("RGBA")):
-        image = canonical_rgb(picture, limits=Limits(max_aspect_ratio=1e5))
-        assert np.array_equal(image.array, array)
-        assert image.array.flags.c_contiguous
+    for image in (Image.fromarray(array), Image.fromarray(array).convert("RGBA")):
+        decoded = canonical_rgb(image, limits=Limits(max_aspect_ratio=1e5))
+        assert np.array_equal(decoded.array, array)
+        assert decoded.array.flags.c_contiguous
 
 
 def test_what_is_worth_a_thread() -> None:
@@ -418,7 +418,7 @@ def test_what_is_worth_a_thread() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 200), (200, 1)])
-def test_small_and_long_pictures_within_the_limits_work(size: tuple[int, int]) -> None:
+def test_small_and_long_images_within_the_limits_work(size: tuple[int, int]) -> None:
     assert canonical_rgb(Image.new("RGB", size)).array.shape == (size[1], size[0], 3)
 
 
@@ -465,7 +465,7 @@ def test_pixel_limit_holds_for_every_kind_of_input(tmp_path: Path) -> None:
     assert canonical_rgb(array, limits=Limits(max_image_pixels=400)).width == 20
 
 
-# -- what is not a picture --------------------------------------------------------------------------------------------
+# -- what is not an image --------------------------------------------------------------------------------------------
 
 
 def _bad_checksum() -> bytes:
@@ -478,7 +478,7 @@ def _bad_checksum() -> bytes:
 UNDECODABLE = {
     "empty": b"",
     "garbage": b"\x13\x37" * 50,
-    "text": b"this is not a picture",
+    "text": b"this is not an image",
     "PNG signature alone": b"\x89PNG\r\n\x1a\n",
     "bad checksum": _bad_checksum(),
     "truncated PNG": encoded(Image.fromarray(noise(64, 64)))[:-3000],
@@ -491,7 +491,7 @@ UNDECODABLE = {
 def test_undecodable_bytes(data: bytes) -> None:
     with pytest.raises(ImageDecodeError) as caught:
         canonical_rgb(data, index=2)
-    assert str(caught.value).startswith("picture 2 (encoded bytes): ")
+    assert str(caught.value).startswith("image 2 (encoded bytes): ")
     assert not ADDRESS.search(str(caught.value))
     assert caught.value.index == 2
     assert isinstance(caught.value, OSError)
@@ -525,7 +525,7 @@ def test_formats_can_be_allowed_and_forbidden() -> None:
 
 @pytest.mark.parametrize("text", ["photo.jpg", "https://example.org/a.png", "data:image/png;base64,AAAA"])
 def test_text_is_refused_with_a_hint(text: str) -> None:
-    with pytest.raises(ImageTypeError, match=r"str is not a picture.*pathlib\.Path") as caught:
+    with pytest.raises(ImageTypeError, match=r"str is not an image.*pathlib\.Path") as caught:
         canonical_rgb(text, index=1)  # type: ignore[arg-type]
     assert isinstance(caught.value, TypeError)
     assert text not in str(caught.value)
@@ -535,7 +535,7 @@ def test_text_is_refused_with_a_hint(text: str) -> None:
     "thing", [None, 3, [], [np.zeros((2, 2, 3))], (x for x in []), {}, object()], ids=lambda x: type(x).__name__
 )
 def test_other_objects_are_refused_without_their_address(thing: Any) -> None:
-    with pytest.raises(ImageTypeError, match=f"^picture 5: {type(thing).__name__} is not a picture") as caught:
+    with pytest.raises(ImageTypeError, match=f"^image 5: {type(thing).__name__} is not an image") as caught:
         canonical_rgb(thing, index=5)
     assert not ADDRESS.search(str(caught.value))
 
@@ -637,7 +637,7 @@ def test_mutated_files_raise_nothing_but_tower_errors(data: st.DataObject) -> No
     dtype=st.sampled_from(["u1", "u2", "i4", "f2", "f4", "f8", "?", "c8", "O"]),
     order=st.sampled_from([None, "channels_first", "channels_last"]),
 )
-def test_any_array_is_a_picture_or_a_tower_error(shape: list[int], dtype: str, order: Any) -> None:
+def test_any_array_is_an_image_or_a_tower_error(shape: list[int], dtype: str, order: Any) -> None:
     try:
         image = canonical_rgb(np.zeros(shape, dtype=dtype), input_data_format=order)
     except TowerError:

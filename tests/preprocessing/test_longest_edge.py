@@ -43,8 +43,8 @@ def rule(folder: Path, content: dict[str, Any], config: Any = MISTRAL, **argumen
 @pytest.mark.parametrize(("edge", "factor"), [(1024, 16), (1540, 28), (1000, 28), (64, 16)])
 def test_sizes_are_those_of_transformers(edge: int, factor: int) -> None:
     for width, height in random_sizes(1500, largest=6000):
-        picture: Any = np.broadcast_to(np.uint8(0), (3, height, width))
-        expected = reference_size(picture, edge, factor, "channels_first")
+        image: Any = np.broadcast_to(np.uint8(0), (3, height, width))
+        expected = reference_size(image, edge, factor, "channels_first")
         if 0 in expected:
             with pytest.raises(AspectRatioError, match="less than one pixel"):
                 shrunk_to_fit(width, height, (edge, edge), factor)
@@ -107,13 +107,13 @@ def test_settings_without_a_file_stand_for_one_that_is_missing(tmp_path: Path) -
         LongestEdge(MISTRAL, tmp_path / "missing", LIMITS).layout(300, 200)
 
 
-def test_pictures_of_a_batch_do_not_pad_each_other(tmp_path: Path) -> None:
+def test_images_of_a_batch_do_not_pad_each_other(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, settings(size={"longest_edge": 154}))
     images = [canonical(noise(300, 40)), canonical(noise(20, 200, 1))]
     together = patches_of(preprocessor, images)
     for image, rows in zip(images, together, strict=True):
         assert torch.equal(rows, patches_of(preprocessor, [image])[0])
-    batch = preprocessor.pictures(images)
+    batch = preprocessor.images(images)
     assert batch.token_counts == tuple(len(rows) // 4 for rows in together)
 
 
@@ -194,9 +194,9 @@ def test_mistrals_pixels_are_a_cubic_convolution_without_a_wider_filter(size: tu
         assert found.min() < ((0 - mean) / deviation).min()
 
 
-def test_mistrals_pictures_need_no_file_and_take_no_processor() -> None:
+def test_mistrals_images_need_no_file_and_take_no_processor() -> None:
     preprocessor = mistral(PIXTRAL, 1024)
-    batch = preprocessor.pictures([canonical(noise(300, 40))])
+    batch = preprocessor.images([canonical(noise(300, 40))])
     assert batch.grids == ((1, 3, 19),)
     assert preprocessor.layout(3000, 400, longest_edge=320).processed_size == (320, 48)
     with pytest.raises(ProcessorError, match="longest_edge = 8"):

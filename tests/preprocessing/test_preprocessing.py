@@ -14,7 +14,6 @@ import pytest
 import torch
 from support.checkpoints import noise
 from support.preprocessing import LIMITS, blank, canonical, patches_of, put_together, tower, write_settings
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -22,6 +21,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tritontower.errors import (
     AspectRatioError,
@@ -101,7 +101,7 @@ def test_the_cut_writes_where_it_is_told_and_refuses_what_does_not_fit() -> None
     assert torch.equal(out, cut_into_patches(views, 2, 2).float())
     with pytest.raises(ValueError, match=r"2 × 2 patches cannot be cut into blocks of 3 × 3"):
         cut_into_patches(views, 2, 3)
-    with pytest.raises(ValueError, match=r"shape \[3, 12\]; the picture makes \[4, 12\]"):
+    with pytest.raises(ValueError, match=r"shape \[3, 12\]; the image makes \[4, 12\]"):
         cut_into_patches(views, 2, 1, torch.empty(3, 12))
 
 
@@ -188,7 +188,7 @@ def test_no_file_says_what_is_missing_and_that_a_processor_may_be_given(tmp_path
 
 
 def test_a_given_processor_stands_for_the_file(tmp_path: Path) -> None:
-    pictures = [canonical(noise(157, 93)), canonical(noise(60, 200, 1))]
+    images = [canonical(noise(157, 93)), canonical(noise(60, 200, 1))]
     processors = [
         Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=100352),
         PixtralImageProcessorPil(patch_size=14, size={"longest_edge": 280}),
@@ -202,7 +202,7 @@ def test_a_given_processor_stands_for_the_file(tmp_path: Path) -> None:
         if given is None:
             continue
         explicit = type(usual)(usual.config, tmp_path / "nothing", LIMITS, given)
-        for mine, theirs in zip(patches_of(explicit, pictures), patches_of(usual, pictures), strict=True):
+        for mine, theirs in zip(patches_of(explicit, images), patches_of(usual, images), strict=True):
             assert torch.equal(mine, theirs)
         with pytest.raises(ProcessorError, match="a list is not an image processor"):
             type(usual)(usual.config, tmp_path, LIMITS, []).layout(100, 100)
@@ -226,26 +226,26 @@ def test_extreme_ratios_are_refused_at_once_even_with_loose_limits(tmp_path: Pat
         preprocessor.layout(60, 60)
         for size in ((1, 100_000), (100_000, 1)):
             start = time.perf_counter()
-            # Where such a picture has a size after all, it is a small one.
+            # Where such an image has a size after all, it is a small one.
             with suppress(AspectRatioError, ImageTooLargeError):
                 assert preprocessor.layout(*size).patches * 14 * 14 <= 10**6
             assert time.perf_counter() - start < 0.05
 
 
-def test_pictures_of_one_pixel(tmp_path: Path) -> None:
+def test_images_of_one_pixel(tmp_path: Path) -> None:
     for preprocessor in one_of_each(tmp_path):
         (rows,) = patches_of(preprocessor, [canonical(np.full((1, 1, 3), 200, np.uint8))])
         assert rows.isfinite().all()
-        # One colour all over the whole picture, which is the first view: every patch is the same.
+        # One color all over the whole image, which is the first view: every patch is the same.
         views = preprocessor.layout(1, 1).views
         first = rows[: views[0][1] * views[0][2]]
         assert (first - first[:1]).abs().max() <= 1e-5
 
 
-def test_errors_of_pictures_say_which(tmp_path: Path) -> None:
+def test_errors_of_images_say_which(tmp_path: Path) -> None:
     preprocessor = one_of_each(tmp_path, Limits(max_planned_pixels=50_000))[0]
-    with pytest.raises(ImageTooLargeError, match=r"picture 1 \(black\): 1000 × 1000 pixels would be resized") as caught:
-        preprocessor.pictures([blank(100, 100), blank(1000, 1000)])
+    with pytest.raises(ImageTooLargeError, match=r"image 1 \(black\): 1000 × 1000 pixels would be resized") as caught:
+        preprocessor.images([blank(100, 100), blank(1000, 1000)])
     assert caught.value.index == 1
 
 
@@ -255,12 +255,12 @@ def test_a_bound_that_a_rule_does_not_have_is_refused_with_the_reason(tmp_path: 
         (smart, {"longest_edge": 500}, r"no bound longest_edge; it has min_pixels and max_pixels, because"),
         (edge, {"max_pixels": 500}, r"no bound max_pixels; it has longest_edge, because"),
         (mistral, {"min_pixels": 500}, r"no bound min_pixels; it has longest_edge"),
-        (fixed, {"max_pixels": 500}, r"it has none, because its pictures all have one size"),
-        (tiles, {"longest_edge": 5}, r"it has none, because a picture becomes as large as the canvas"),
+        (fixed, {"max_pixels": 500}, r"it has none, because its images all have one size"),
+        (tiles, {"longest_edge": 5}, r"it has none, because an image becomes as large as the canvas"),
     ):
         for call in (
             lambda preprocessor=preprocessor, wrong=wrong: preprocessor.layout(100, 100, **wrong),
-            lambda preprocessor=preprocessor, wrong=wrong: preprocessor.pictures([], **wrong),
+            lambda preprocessor=preprocessor, wrong=wrong: preprocessor.images([], **wrong),
         ):
             with pytest.raises(UsageError, match=message):
                 call()
@@ -285,13 +285,13 @@ def test_an_unknown_option_names_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_pixel_options_reach_the_processor(tmp_path: Path) -> None:
-    picture = canonical(noise(157, 93))
+    image = canonical(noise(157, 93))
     for usual in one_of_each(tmp_path):
         if isinstance(usual, MistralResize):
             continue
         changed = type(usual)(usual.config, usual.folder, LIMITS, None, {"do_normalize": False})
-        (plain,) = patches_of(changed, [picture])
-        (rows,) = patches_of(usual, [picture])
+        (plain,) = patches_of(changed, [image])
+        (rows,) = patches_of(usual, [image])
         assert 0 <= plain.min() < plain.max() <= 1
         deviations = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None]
         means = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None]
@@ -301,26 +301,26 @@ def test_pixel_options_reach_the_processor(tmp_path: Path) -> None:
 def test_options_of_a_wrong_type_are_the_processors_refusal(tmp_path: Path) -> None:
     smart = one_of_each(tmp_path)[0]
     wrong = SmartResize(smart.config, smart.folder, LIMITS, None, {"rescale_factor": "a lot"})
-    with pytest.raises(ProcessorError, match=r"refused a picture of 50 × 40 pixels: .*'rescale_factor'.*got str"):
+    with pytest.raises(ProcessorError, match=r"refused an image of 50 × 40 pixels: .*'rescale_factor'.*got str"):
         patches_of(wrong, [blank(50, 40)])
 
 
-def test_only_the_rules_with_clips_take_them(tmp_path: Path) -> None:
+def test_only_the_rules_with_videos_take_them(tmp_path: Path) -> None:
     for preprocessor in one_of_each(tmp_path)[1:]:
         with pytest.raises(UsageError, match="this tower takes no video: the tested family"):
-            preprocessor.clip([blank(50, 50)])
+            preprocessor.video([blank(50, 50)])
 
 
 @pytest.mark.parametrize("open_question", [None, True, False])
 def test_a_file_that_leaves_rgb_open_changes_nothing(tmp_path: Path, open_question: bool | None) -> None:
-    picture = canonical(noise(157, 93))
+    image = canonical(noise(157, 93))
     for usual in one_of_each(tmp_path):
-        (expected,) = patches_of(usual, [picture])
+        (expected,) = patches_of(usual, [image])
         file = usual.folder / "preprocessor_config.json"
         if not file.exists():
             continue
         file.write_text(json.dumps({**json.loads(file.read_text()), "do_convert_rgb": open_question}))
-        (found,) = patches_of(type(usual)(usual.config, usual.folder, LIMITS), [picture])
+        (found,) = patches_of(type(usual)(usual.config, usual.folder, LIMITS), [image])
         assert torch.equal(found, expected)
 
 
@@ -339,13 +339,13 @@ def test_a_processor_that_does_not_fit_is_refused(tmp_path: Path, change: dict[s
 
 
 def test_threads_share_a_preprocessor(tmp_path: Path) -> None:
-    pictures = [canonical(noise(40 + 17 * n, 150 - 11 * n, n)) for n in range(8)]
+    images = [canonical(noise(40 + 17 * n, 150 - 11 * n, n)) for n in range(8)]
     for preprocessor, fresh in zip(one_of_each(tmp_path), one_of_each(tmp_path), strict=True):
-        expected = patches_of(fresh, pictures)
+        expected = patches_of(fresh, images)
         found: dict[int, torch.Tensor] = {}
 
         def work(index: int, preprocessor: Preprocessor = preprocessor, found: dict[int, Any] = found) -> None:
-            (found[index],) = patches_of(preprocessor, [pictures[index]])
+            (found[index],) = patches_of(preprocessor, [images[index]])
 
         threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
         for thread in threads:
@@ -358,13 +358,13 @@ def test_threads_share_a_preprocessor(tmp_path: Path) -> None:
 LAYOUTS = """
 import sys, time
 from pathlib import Path
-from tritontower.config import Normalisation, PatchEmbedding, PositionTable, TowerConfig
+from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
 from tritontower.errors import Limits
 from tritontower.preprocessing import AnyResolution
 
 config = TowerConfig(
     family="tested", patch=PatchEmbedding(3, 14, 1, False), width=64, depth=1, heads=4,
-    norm=Normalisation("layer_norm", 1e-6), qkv_bias=True, attention_bias=True, mlp_hidden=64, mlp_bias=True,
+    norm=Normalization("layer_norm", 1e-6), qkv_bias=True, attention_bias=True, mlp_hidden=64, mlp_bias=True,
     activation="gelu", features=(1,), position_table=PositionTable(4, "exact"),
 )
 preprocessor = AnyResolution(config, Path(sys.argv[1]), Limits(), shrink_limit=1)

@@ -1,4 +1,4 @@
-"""The area rule: sizes, settings, pixels and clips against transformers' Qwen-VL processors."""
+"""The area rule: sizes, settings, pixels and videos against transformers' Qwen-VL processors."""
 
 import math
 import re
@@ -28,9 +28,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from tritontower.errors import AspectRatioError, ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError
 from tritontower.preprocessing import SmartResize
 from tritontower.preprocessing.images.image import CanonicalImage
-from tritontower.preprocessing.resize.smart_resize import CLIP_AREAS, STILL_AREA, smart_resize, smart_resize_clip
+from tritontower.preprocessing.resize.smart_resize import CLIP_AREAS, STILL_AREA, smart_resize, smart_resize_video
 
-PICTURES = [canonical(noise(157, 243, 0)), canonical(noise(60, 200, 1)), canonical(noise(5, 3, 2))]
+IMAGES = [canonical(noise(157, 243, 0)), canonical(noise(60, 200, 1)), canonical(noise(5, 3, 2))]
 QWEN2 = tower(patch=14, merge=2, temporal=2)
 QWEN3 = tower(patch=16, merge=2, temporal=2)
 
@@ -73,7 +73,7 @@ def test_sizes_are_those_of_transformers(factor: int, area: tuple[int, int]) -> 
 def test_pixels_and_grids_are_those_of_transformers(tmp_path: Path, config: Any, content: dict[str, Any]) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": content}, config=config)
     reference = reference_processor(tmp_path)
-    images = [*PICTURES, *(canonical(noise(*size, seed)) for seed, size in enumerate(random_sizes(30, largest=300)))]
+    images = [*IMAGES, *(canonical(noise(*size, seed)) for seed, size in enumerate(random_sizes(30, largest=300)))]
     expected = reference(images=[image.array for image in images], input_data_format="channels_last")
     layouts = [preprocessor.layout(image.width, image.height) for image in images]
     assert [list(layout.grid) for layout in layouts] == np.asarray(expected["image_grid_thw"]).tolist()
@@ -86,21 +86,21 @@ def test_bounds_of_the_call_count_for_layout_and_pixels(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     bounds = {"min_pixels": 5000, "max_pixels": 20000}
     reference = Qwen2VLImageProcessorPil(**bounds)
-    expected = reference(images=[PICTURES[0].array], input_data_format="channels_last")
-    (rows,) = patches_of(preprocessor, PICTURES[:1], **bounds)
+    expected = reference(images=[IMAGES[0].array], input_data_format="channels_last")
+    (rows,) = patches_of(preprocessor, IMAGES[:1], **bounds)
     assert torch.equal(rows, torch.from_numpy(expected["pixel_values"]).unflatten(1, (3, 2, -1))[:, :, 0].flatten(1))
     assert preprocessor.layout(157, 243, **bounds).patches == len(rows) < preprocessor.layout(157, 243).patches
 
 
-def test_a_batch_of_pictures_is_packed(tmp_path: Path) -> None:
+def test_a_batch_of_images_is_packed(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
-    batch = preprocessor.pictures(PICTURES)
-    layouts = [preprocessor.layout(image.width, image.height) for image in PICTURES]
+    batch = preprocessor.images(IMAGES)
+    layouts = [preprocessor.layout(image.width, image.height) for image in IMAGES]
     assert batch.grids == tuple(layout.grid for layout in layouts)
     assert batch.original_sizes == ((157, 243), (60, 200), (5, 3))
-    assert batch.content_hashes == tuple(image.digest for image in PICTURES)
-    assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, PICTURES)))
-    assert len(preprocessor.pictures([])) == 0
+    assert batch.content_hashes == tuple(image.digest for image in IMAGES)
+    assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, IMAGES)))
+    assert len(preprocessor.images([])) == 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_batch_of_pictures_is_packed(tmp_path: Path) -> None:
 )
 def test_every_spelling_of_the_allowed_area(tmp_path: Path, files: dict[str, Any], area: tuple[int, int]) -> None:
     preprocessor = rule(tmp_path, files)
-    assert preprocessor.picture_area == area
+    assert preprocessor.image_area == area
     images = [blank(400, 300), blank(20, 20)]
     large, small = patches_of(preprocessor, images)
     assert len(large) * 196 <= area[1]
@@ -143,7 +143,7 @@ def test_every_spelling_of_the_allowed_area(tmp_path: Path, files: dict[str, Any
 def test_options_stand_for_the_files_area(tmp_path: Path) -> None:
     content = settings(size={"shortest_edge": 5000, "longest_edge": 60000})
     preprocessor = rule(tmp_path, {"preprocessor_config.json": content}, options={"max_pixels": 30000})
-    assert preprocessor.picture_area == (5000, 30000)
+    assert preprocessor.image_area == (5000, 30000)
     (rows,) = patches_of(preprocessor, [blank(400, 300)])
     assert len(rows) * 196 <= 30000
 
@@ -163,7 +163,7 @@ def test_a_processor_that_does_not_fit_is_refused(
 ) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings(**change)})
     with pytest.raises(error, match=message):
-        patches_of(preprocessor, PICTURES)
+        patches_of(preprocessor, IMAGES)
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_bounds_that_allow_nothing_are_refused(tmp_path: Path, bounds: dict[str,
 
 
 def test_a_tower_of_other_channels_is_refused(tmp_path: Path) -> None:
-    grey = replace(QWEN2, patch=replace(QWEN2.patch, channels=1))
-    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()}, config=grey)
-    with pytest.raises(ProcessorError, match="pictures of 3 channels, but the tower takes 1"):
-        preprocessor.pictures([canonical(noise(56, 84))])
+    gray = replace(QWEN2, patch=replace(QWEN2.patch, channels=1))
+    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()}, config=gray)
+    with pytest.raises(ProcessorError, match="images of 3 channels, but the tower takes 1"):
+        preprocessor.images([canonical(noise(56, 84))])
 
 
 def test_ratios_that_the_rule_does_not_know_are_refused_whatever_the_limits(tmp_path: Path) -> None:
@@ -195,39 +195,39 @@ def test_ratios_that_the_rule_does_not_know_are_refused_whatever_the_limits(tmp_
         preprocessor.layout(2001, 10)
 
 
-# -- clips ------------------------------------------------------------------------------------------------------------
+# -- videos ------------------------------------------------------------------------------------------------------------
 
 
 def frames_of(rows: torch.Tensor, temporal_patches: int) -> torch.Tensor:
-    """``[frames, patches, channels, pixels]`` of a clip's rows."""
+    """``[frames, patches, channels, pixels]`` of a video's rows."""
     rows = rows.unflatten(0, (temporal_patches, -1)).unflatten(2, (3, 2, -1))
     return rows.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_a_clip_interleaves_its_frames_and_repeats_the_last(tmp_path: Path, count: int) -> None:
+def test_a_video_interleaves_its_frames_and_repeats_the_last(tmp_path: Path, count: int) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     frames = [canonical(noise(120, 80, seed)) for seed in range(count)]
     bounds = {"min_pixels": 3136, "max_pixels": 12845056}
-    clip = preprocessor.clip(frames, **bounds)
+    video = preprocessor.video(frames, **bounds)
     stills = [rows.unflatten(1, (3, -1)) for rows in patches_of(preprocessor, frames, **bounds)]
-    found = frames_of(clip.pixels, -(-count // 2))
+    found = frames_of(video.pixels, -(-count // 2))
     assert len(found) == count + count % 2
     for slot, rows in enumerate(found):
         assert torch.equal(rows, stills[min(slot, count - 1)])
-    assert clip.grids == preprocessor.clip_layout(count, 120, 80, **bounds).views
-    assert clip.original_sizes == ((120, 80),)
+    assert video.grids == preprocessor.video_layout(count, 120, 80, **bounds).views
+    assert video.original_sizes == ((120, 80),)
 
 
-def test_a_clips_digest_is_of_all_its_frames_in_order(tmp_path: Path) -> None:
+def test_a_videos_digest_is_of_all_its_frames_in_order(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     a, b, c = (canonical(noise(30, 30, seed)) for seed in range(3))
-    hashes = [preprocessor.clip(frames).content_hashes[0] for frames in ([a, b], [a, c], [b, a], [a], [a, b])]
+    hashes = [preprocessor.video(frames).content_hashes[0] for frames in ([a, b], [a, c], [b, a], [a], [a, b])]
     assert hashes[0] == hashes[4]
     assert len(set(hashes)) == 4
 
 
-def test_clips_have_their_own_area(tmp_path: Path) -> None:
+def test_videos_have_their_own_area(tmp_path: Path) -> None:
     nested = {"image_processor": settings(), "video_processor": {"size": {"shortest_edge": 4000, "longest_edge": 9000}}}
     for name, files, area in (
         ("nested", {"processor_config.json": nested}, (4000, 9000)),
@@ -244,9 +244,9 @@ def test_clips_have_their_own_area(tmp_path: Path) -> None:
         assert rule(tmp_path / name, files).frame_area == area, name
 
 
-@pytest.mark.parametrize("budget", ["per_frame", "per_clip"])
-def test_a_clips_default_area_is_that_of_transformers(budget: str) -> None:
-    name = {"per_frame": "qwen2_vl", "per_clip": "qwen3_vl"}[budget]
+@pytest.mark.parametrize("budget", ["per_frame", "per_video"])
+def test_a_videos_default_area_is_that_of_transformers(budget: str) -> None:
+    name = {"per_frame": "qwen2_vl", "per_video": "qwen3_vl"}[budget]
     spec = find_spec(f"transformers.models.{name}.video_processing_{name}")
     assert spec is not None
     assert spec.origin is not None
@@ -256,7 +256,7 @@ def test_a_clips_default_area_is_that_of_transformers(budget: str) -> None:
     assert (size["shortest_edge"], size["longest_edge"]) == CLIP_AREAS[budget]
 
 
-def test_clips_of_a_given_processor_have_the_default_area(tmp_path: Path) -> None:
+def test_videos_of_a_given_processor_have_the_default_area(tmp_path: Path) -> None:
     preprocessor = SmartResize(QWEN2, tmp_path, LIMITS, Qwen2VLImageProcessorPil())
     assert preprocessor.frame_area == CLIP_AREAS["per_frame"]
     with pytest.raises(ProcessorError, match="holds no image processor"):
@@ -264,87 +264,87 @@ def test_clips_of_a_given_processor_have_the_default_area(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("area", [(4096, 25165824), (131072, 786432), (4096, 40000)])
-def test_sizes_of_whole_clips_are_those_of_transformers(area: tuple[int, int]) -> None:
-    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_clip
+def test_sizes_of_whole_videos_are_those_of_transformers(area: tuple[int, int]) -> None:
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as reference_video
 
     generator = np.random.default_rng(0)
     refused = 0
     for width, height in [(2010, 10), (10, 2010), (6401, 32), (6400, 32), *random_sizes(1000, largest=4000)]:
         frames = int(generator.integers(2, 200))
         try:
-            expected = reference_clip(frames, height, width, 2, 32, *area)
+            expected = reference_video(frames, height, width, 2, 32, *area)
         except ValueError:
             refused += 1
             with pytest.raises(AspectRatioError):
-                smart_resize_clip(frames, width, height, 2, 32, area)
+                smart_resize_video(frames, width, height, 2, 32, area)
             continue
-        assert smart_resize_clip(frames, width, height, 2, 32, area) == expected[::-1]
+        assert smart_resize_video(frames, width, height, 2, 32, area) == expected[::-1]
     assert 3 <= refused < 100
 
 
-def test_a_whole_clips_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
-    video = {"size": {"shortest_edge": 4096, "longest_edge": 200_000}}
-    files = {"preprocessor_config.json": settings(patch_size=16), "video_preprocessor_config.json": video}
-    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_clip")
-    few, many = (preprocessor.clip_layout(count, 640, 480) for count in (2, 16))
+def test_a_whole_videos_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
+    frames_at_size = {"size": {"shortest_edge": 4096, "longest_edge": 200_000}}
+    files = {"preprocessor_config.json": settings(patch_size=16), "video_preprocessor_config.json": frames_at_size}
+    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_video")
+    few, many = (preprocessor.video_layout(count, 640, 480) for count in (2, 16))
     assert few.patches * 256 * 2 <= 200_000
     assert many.patches * 256 * 2 <= 200_000
     assert few.processed_size > many.processed_size
     frames = [canonical(noise(200, 150, seed)) for seed in range(5)]
-    clip = preprocessor.clip(frames)
-    layout = preprocessor.clip_layout(5, 200, 150)
-    assert clip.grids == layout.views
+    video = preprocessor.video(frames)
+    layout = preprocessor.video_layout(5, 200, 150)
+    assert video.grids == layout.views
     assert layout.processed_size[0] % 32 == layout.processed_size[1] % 32 == 0
     reference = reference_processor(tmp_path)
-    found = frames_of(clip.pixels, 3)
+    found = frames_of(video.pixels, 3)
     for slot, rows in enumerate(found):
         frame = Image.fromarray(frames[min(slot, 4)].array).resize(layout.processed_size, Image.Resampling.BICUBIC)
         expected = reference(images=[frame], do_resize=False, return_tensors="pt")["pixel_values"]
         assert torch.equal(rows, expected.unflatten(1, (3, 2, -1))[:, :, 0])
 
 
-def test_a_whole_clips_bounds_must_leave_a_token_in_every_temporal_patch(tmp_path: Path) -> None:
+def test_a_whole_videos_bounds_must_leave_a_token_in_every_temporal_patch(tmp_path: Path) -> None:
     files = {"preprocessor_config.json": settings(patch_size=16)}
-    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_clip")
-    assert preprocessor.clip_layout(2, 100, 100, min_pixels=1, max_pixels=2048).grid == (1, 2, 2)
+    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_video")
+    assert preprocessor.video_layout(2, 100, 100, min_pixels=1, max_pixels=2048).grid == (1, 2, 2)
     with pytest.raises(ProcessorError, match=r"32 × 32 pixels in each of 2 frames; allowed: at least 2048"):
-        preprocessor.clip_layout(2, 100, 100, min_pixels=1, max_pixels=2047)
-    with pytest.raises(ProcessorError, match=r"a clip of 1 frames; this model's clips need at least 2"):
-        preprocessor.clip([blank(100, 100)])
+        preprocessor.video_layout(2, 100, 100, min_pixels=1, max_pixels=2047)
+    with pytest.raises(ProcessorError, match=r"a video of 1 frames; this model's videos need at least 2"):
+        preprocessor.video([blank(100, 100)])
 
 
-def test_clips_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_videos_that_are_none_are_refused(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     with pytest.raises(ProcessorError, match="at least one frame"):
-        preprocessor.clip([])
+        preprocessor.video([])
     with pytest.raises(ProcessorError, match=r"differ in size: \[\(20, 20\), \(20, 30\)\]"):
-        preprocessor.clip([blank(20, 20), blank(20, 30)])
+        preprocessor.video([blank(20, 20), blank(20, 30)])
     with pytest.raises(AspectRatioError):
-        preprocessor.clip_layout(4, 1, 300)
+        preprocessor.video_layout(4, 1, 300)
 
 
-@pytest.mark.parametrize("budget", ["per_frame", "per_clip"])
-def test_a_clip_has_a_limit_that_is_checked_before_anything_is_made(tmp_path: Path, budget: Any) -> None:
+@pytest.mark.parametrize("budget", ["per_frame", "per_video"])
+def test_a_video_has_a_limit_that_is_checked_before_anything_is_made(tmp_path: Path, budget: Any) -> None:
     files = {"preprocessor_config.json": settings(patch_size=16)}
     preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget=budget)
     for frames in (10**6, 10**18):
         with pytest.raises((ImageTooLargeError, ProcessorError), match=rf"{frames} frames"):
-            preprocessor.clip_layout(frames, 1000, 1000)
+            preprocessor.video_layout(frames, 1000, 1000)
     # The last frame of an odd number is repeated, and takes as much.
     area = {"min_pixels": 1, "max_pixels": 64 * 64 * (1 if budget == "per_frame" else 8)}
-    limited = replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64))
-    assert limited.clip_layout(7, 64, 64, **area).grid == (4, 4, 4)
-    message = r"8 frames of 64 × 64 pixels would be resized to 64 × 64 each, 32768 pixels .* 32767; .*max_clip_pixels="
+    limited = replace(preprocessor, limits=Limits(max_video_pixels=8 * 64 * 64))
+    assert limited.video_layout(7, 64, 64, **area).grid == (4, 4, 4)
+    message = r"8 frames of 64 × 64 pixels would be resized to 64 × 64 each, 32768 pixels .* 32767; .*max_video_pixels="
     with pytest.raises(ImageTooLargeError, match=message):
-        replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64 - 1)).clip_layout(8, 64, 64, **area)
-    with pytest.raises(ImageTooLargeError, match="a clip of 7 frames"):
-        replace(preprocessor, limits=Limits(max_clip_pixels=8 * 64 * 64 - 1)).clip([blank(64, 64)] * 7, **area)
+        replace(preprocessor, limits=Limits(max_video_pixels=8 * 64 * 64 - 1)).video_layout(8, 64, 64, **area)
+    with pytest.raises(ImageTooLargeError, match="a video of 7 frames"):
+        replace(preprocessor, limits=Limits(max_video_pixels=8 * 64 * 64 - 1)).video([blank(64, 64)] * 7, **area)
 
 
-def test_frames_keep_their_colours_in_a_clip(tmp_path: Path) -> None:
+def test_frames_keep_their_colors_in_a_video(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     red = CanonicalImage(np.full((56, 56, 3), (255, 0, 0), np.uint8), "red")
-    clip = preprocessor.clip([red, blank(56, 56)], min_pixels=3136)
-    first, second = frames_of(clip.pixels, 1)
+    video = preprocessor.video([red, blank(56, 56)], min_pixels=3136)
+    first, second = frames_of(video.pixels, 1)
     assert (first[:, 0] > first[:, 1].max()).all()
     assert torch.equal(second[:, 0], second[:1, 0].expand_as(second[:, 0]))

@@ -1,4 +1,4 @@
-"""M-RoPE positions: those of transformers for any layout of text, pictures, clips and padding, whole or in chunks."""
+"""M-RoPE positions: those of transformers for any layout of text, images, videos and padding, whole or in chunks."""
 
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +21,7 @@ from tritontower.models.common.registry import family_files, read_family
 from tritontower.prompt.encode import TokenSpace, encode_prompt
 from tritontower.prompt.mrope import (
     CLIP,
-    PICTURE,
+    IMAGE,
     TEXT,
     MropePositions,
     MropeRule,
@@ -76,8 +76,8 @@ class Prompts:
     image_grids: list[tuple[int, int, int]] = field(default_factory=list)
     video_grids: list[tuple[int, int, int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    # Per picture and per clip: sequence, and number of its first token in it.
-    begins: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: {PICTURE: [], CLIP: []})
+    # Per image and per video: sequence, and number of its first token in it.
+    begins: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: {IMAGE: [], CLIP: []})
 
     def new(self) -> None:
         self.rows.append([])
@@ -85,12 +85,12 @@ class Prompts:
     def text(self, tokens: int) -> None:
         self.rows[-1] += [TEXT] * tokens
 
-    def picture(self, grid: tuple[int, int, int]) -> None:
-        self._begin(PICTURE, self.image_grids, grid)
-        self.rows[-1] += [PICTURE] * self._tokens(grid)
+    def image(self, grid: tuple[int, int, int]) -> None:
+        self._begin(IMAGE, self.image_grids, grid)
+        self.rows[-1] += [IMAGE] * self._tokens(grid)
 
-    def clip(self, grid: tuple[int, int, int], seconds: float = 1.0) -> None:
-        """Where clips are split, a text token stands before every temporal patch but the first."""
+    def video(self, grid: tuple[int, int, int], seconds: float = 1.0) -> None:
+        """Where videos are split, a text token stands before every temporal patch but the first."""
         self._begin(CLIP, self.video_grids, grid)
         self.seconds.append(seconds)
         if self.split:
@@ -138,12 +138,12 @@ def cases(draw: st.DrawFn, *, split: bool, most_rows: int = 3) -> Case:
     seconds = st.integers(1, 9).map(float) if WHOLE_SECONDS else st.floats(0.0, 9.0, width=32)
     for _ in range(draw(st.integers(1, most_rows))):
         prompts.new()
-        for kind in draw(st.lists(st.sampled_from([PICTURE, CLIP]), max_size=4)):
+        for kind in draw(st.lists(st.sampled_from([IMAGE, CLIP]), max_size=4)):
             prompts.text(draw(st.integers(1, 5)))
-            if kind == PICTURE:
-                prompts.picture((1, draw(sides), draw(sides)))
+            if kind == IMAGE:
+                prompts.image((1, draw(sides), draw(sides)))
             else:
-                prompts.clip((draw(st.integers(1, 4)), draw(sides), draw(sides)), draw(seconds))
+                prompts.video((draw(st.integers(1, 4)), draw(sides), draw(sides)), draw(seconds))
         prompts.text(draw(st.integers(0 if prompts.rows[-1] else 1, 5)))
     before = [draw(st.integers(0, 3)) for _ in prompts.rows]
     types, mask = prompts.padded(before)
@@ -173,7 +173,7 @@ def by_transformers(model_type: str, case: Case) -> tuple[torch.Tensor, torch.Te
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_positions_and_deltas_are_those_of_transformers(model_type: str, data: st.DataObject) -> None:
-    case = data.draw(cases(split=rule_of(model_type).split_clips))
+    case = data.draw(cases(split=rule_of(model_type).split_videos))
     expected, expected_deltas = by_transformers(model_type, case)
     rule = rule_of(model_type, case.prompts.merge)
     found = mrope_positions(rule, case.types, **case.grids, seconds_per_grid=case.seconds, attention_mask=case.mask)
@@ -195,7 +195,7 @@ def in_chunks(rule: MropeRule, case: Case, cuts: list[int]) -> list[MropePositio
             mrope_positions(
                 rule,
                 case.types[:, start:end],
-                image_grids=[case.prompts.image_grids[index] for index in begun[PICTURE]],
+                image_grids=[case.prompts.image_grids[index] for index in begun[IMAGE]],
                 video_grids=[case.prompts.video_grids[index] for index in begun[CLIP]],
                 seconds_per_grid=None if case.seconds is None else [case.seconds[index] for index in begun[CLIP]],
                 attention_mask=None if case.mask is None else case.mask[:, start:end],
@@ -210,7 +210,7 @@ def in_chunks(rule: MropeRule, case: Case, cuts: list[int]) -> list[MropePositio
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_chunks_cut_anywhere_are_the_whole(model_type: str, data: st.DataObject) -> None:
-    case = data.draw(cases(split=rule_of(model_type).split_clips))
+    case = data.draw(cases(split=rule_of(model_type).split_videos))
     rule = rule_of(model_type, case.prompts.merge)
     cuts = data.draw(st.lists(st.integers(0, case.types.shape[1]), max_size=6))
     whole = mrope_positions(rule, case.types, **case.grids, seconds_per_grid=case.seconds, attention_mask=case.mask)
@@ -221,21 +221,21 @@ def test_chunks_cut_anywhere_are_the_whole(model_type: str, data: st.DataObject)
 
 
 def prompt(*parts: Any, merge: int = 2, split: bool = False) -> Case:
-    """One sequence: a number is text, a grid with one temporal patch a picture, any other grid a clip."""
+    """One sequence: a number is text, a grid with one temporal patch an image, any other grid a video."""
     prompts = Prompts(merge, split)
     prompts.new()
     for part in parts:
         if isinstance(part, int):
             prompts.text(part)
         elif part[0] == 1:
-            prompts.picture(part)
+            prompts.image(part)
         else:
-            prompts.clip(part)
+            prompts.video(part)
     types, _ = prompts.padded([0])
     return Case(prompts, types, None, [0], None)
 
 
-def test_a_picture_between_texts_by_hand() -> None:
+def test_an_image_between_texts_by_hand() -> None:
     case = prompt(2, (1, 4, 6), 2)
     found = mrope_positions(MropeRule(2), case.types, **case.grids)
     assert found.positions[:, 0].tolist() == [
@@ -250,11 +250,11 @@ def test_seconds_are_scaled_and_then_rounded_down() -> None:
     case = prompt(1, (4, 2, 2), 1)
     found = mrope_positions(MropeRule(2, positions_per_second=2), case.types, **case.grids, seconds_per_grid=[0.75])
     assert found.positions[0, 0].tolist() == [0, 1, 2, 4, 5, 2]
-    # Text goes on at the clip's side, generated tokens behind the largest position.
+    # Text goes on at the video's side, generated tokens behind the largest position.
     assert found.deltas.tolist() == [[0]]
 
 
-def test_pictures_without_text_between_them_are_told_apart_by_their_grids() -> None:
+def test_images_without_text_between_them_are_told_apart_by_their_grids() -> None:
     together = prompt(1, (1, 2, 4), (1, 4, 2), 1)
     found = mrope_positions(MropeRule(2), together.types, **together.grids)
     assert found.positions[:, 0].tolist() == [[0, 1, 1, 3, 3, 5], [0, 1, 1, 3, 4, 5], [0, 1, 2, 3, 3, 5]]
@@ -265,7 +265,7 @@ def test_every_side_of_padding_leaves_the_positions_alone() -> None:
     expected = mrope_positions(MropeRule(2), alone.types, **alone.grids)
     length = alone.types.shape[1]
     for left, right in ((3, 0), (0, 3), (2, 1)):
-        types = torch.nn.functional.pad(alone.types, (left, right), value=PICTURE)
+        types = torch.nn.functional.pad(alone.types, (left, right), value=IMAGE)
         mask = torch.nn.functional.pad(torch.ones_like(alone.types), (left, right)).bool()
         found = mrope_positions(MropeRule(2), types, **alone.grids, attention_mask=mask)
         assert torch.equal(found.positions[:, :, left : left + length], expected.positions)
@@ -276,7 +276,7 @@ def test_every_side_of_padding_leaves_the_positions_alone() -> None:
 def test_a_state_can_be_gone_on_from_twice_and_in_another_batch() -> None:
     first, second = prompt(3, (1, 4, 4), 3), prompt(1, (1, 2, 8), 5)
     rule = MropeRule(2)
-    # Both are cut within their picture; then they change places.
+    # Both are cut within their image; then they change places.
     start = [
         mrope_positions(rule, case.types[:, :4], image_grids=case.prompts.image_grids, partial=True)
         for case in (first, second)
@@ -292,7 +292,7 @@ def test_a_state_can_be_gone_on_from_twice_and_in_another_batch() -> None:
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_generated_tokens_go_on_where_transformers_goes_on(model_type: str) -> None:
-    case = prompt(2, (1, 4, 4), 1, (4, 2, 2), 1, split=rule_of(model_type).split_clips)
+    case = prompt(2, (1, 4, 4), 1, (4, 2, 2), 1, split=rule_of(model_type).split_videos)
     found = mrope_positions(rule_of(model_type), case.types, **case.grids)
     model, length = reference(model_type, 2), case.types.shape[1]
     model.rope_deltas = by_transformers(model_type, case)[1]
@@ -313,18 +313,18 @@ def test_generated_tokens_go_on_where_transformers_goes_on(model_type: str) -> N
 @pytest.mark.parametrize("split", [False, True])
 def test_pieces_of_an_encoded_prompt_are_those_of_the_whole(split: bool) -> None:
     case = prompt(3, (1, 4, 4), 2, (3, 2, 4), 2, (1, 2, 2), 1, split=split)
-    begins = [(PICTURE, 0), (CLIP, 0), (PICTURE, 1)]
-    grids = {PICTURE: case.prompts.image_grids, CLIP: case.prompts.video_grids}
+    begins = [(IMAGE, 0), (CLIP, 0), (IMAGE, 1)]
+    grids = {IMAGE: case.prompts.image_grids, CLIP: case.prompts.video_grids}
     starts = [case.prompts.begins[kind][index][1] for kind, index in begins]
-    pictures = [SimpleNamespace(grid_thw=grids[kind][index], seconds_per_grid=0.5) for kind, index in begins]
+    images = [SimpleNamespace(grid_thw=grids[kind][index], seconds_per_grid=0.5) for kind, index in begins]
     # Aliases may stand in the text in another order than that of the list.
     order = [2, 0, 1]
     encoded = SimpleNamespace(
         token_types=case.types[0],
-        embeddings=[pictures[index] for index in order],
+        embeddings=[images[index] for index in order],
         spans=[(starts[index], starts[index] + 1) for index in order],
     )
-    rule = MropeRule(2, positions_per_second=4, split_clips=split)
+    rule = MropeRule(2, positions_per_second=4, split_videos=split)
     whole = mrope_positions(rule, case.types, **case.grids, seconds_per_grid=[0.5])
     assert torch.equal(prompt_positions(rule, encoded).positions, whole.positions)
     for size in (1, 4, 7):
@@ -339,7 +339,7 @@ def test_pieces_of_an_encoded_prompt_are_those_of_the_whole(split: bool) -> None
 
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_encoded_prompts_have_the_positions_of_transformers(model_type: str) -> None:
-    """Pictures and a clip by their aliases, the clip's time stamps in the text where the model wants them."""
+    """Images and a video by their aliases, the video's time stamps in the text where the model wants them."""
     config = reference(model_type, 2).config.to_dict()
     layout = read_family(ConfigReader(config, "config.json")).prompt
     assert layout is not None
@@ -349,15 +349,15 @@ def test_encoded_prompts_have_the_positions_of_transformers(model_type: str) -> 
         size = (columns * 14, lines * 14)
         return ImageEmbedding(rows, (temporal, lines, columns), size, size, alias, text_alias=alias, **facts)
 
-    pictures = [
+    images = [
         embedding("<b>", 1, 6, 4),
-        embedding("<c>", 3, 4, 4, seconds_per_grid=2.0, timestamps=(1.0, 3.0, 5.0), is_clip=True),
+        embedding("<c>", 3, 4, 4, seconds_per_grid=2.0, timestamps=(1.0, 3.0, 5.0), is_video=True),
         embedding("<a>", 1, 2, 8),
     ]
     prompt = encode_prompt(
         lambda text: [ord(letter) for letter in text],
         "look: <a><b> and <c>, then?",
-        pictures,
+        images,
         layout=layout,
         space=TokenSpace(),
     )
@@ -397,24 +397,24 @@ def test_family_files_know_the_rules_of_published_checkpoints() -> None:
     assert {title: rule for title, rule in rules.items() if rule is not None} == {
         "Qwen2-VL": MropeRule(merge=2),
         "Qwen2.5-VL": MropeRule(merge=2, positions_per_second=2),
-        "Qwen3-VL": MropeRule(merge=2, split_clips=True),
-        "Qwen3.5": MropeRule(merge=2, split_clips=True),
+        "Qwen3-VL": MropeRule(merge=2, split_videos=True),
+        "Qwen3.5": MropeRule(merge=2, split_videos=True),
     }
 
 
-PICTURE_OF_TWO = [TEXT, PICTURE, PICTURE, TEXT]
+IMAGE_OF_TWO = [TEXT, IMAGE, IMAGE, TEXT]
 
 
 @pytest.mark.parametrize(
     ("types", "options", "message"),
     [
-        (PICTURE_OF_TWO, {}, "token 1 of sequence 0 belongs to a picture that image_grids has no grid for"),
-        ([TEXT, CLIP], {"image_grids": [(1, 2, 2)]}, "a clip that video_grids has no grid for"),
-        ([TEXT], {"image_grids": [(1, 2, 2)] * 3}, "image_grids has 3 more grids than pictures begin"),
-        ([TEXT], {"video_grids": torch.tensor([[1, 2, 2]])}, "video_grids has 1 more grids than clips begin"),
-        (PICTURE_OF_TWO, {"image_grids": [(1, 2, 6)]}, "token 3 of sequence 0 interrupts a picture .* 2 of 3 tokens"),
-        ([CLIP, PICTURE], {"video_grids": [(2, 2, 2)]}, "token 1 of sequence 0 interrupts a clip"),
-        (PICTURE_OF_TWO[:2], {"image_grids": [(1, 2, 4)]}, "ends within a picture .* needs partial=True"),
+        (IMAGE_OF_TWO, {}, "token 1 of sequence 0 belongs to an image that image_grids has no grid for"),
+        ([TEXT, CLIP], {"image_grids": [(1, 2, 2)]}, "a video that video_grids has no grid for"),
+        ([TEXT], {"image_grids": [(1, 2, 2)] * 3}, "image_grids has 3 more grids than images begin"),
+        ([TEXT], {"video_grids": torch.tensor([[1, 2, 2]])}, "video_grids has 1 more grids than videos begin"),
+        (IMAGE_OF_TWO, {"image_grids": [(1, 2, 6)]}, "token 3 of sequence 0 interrupts an image .* 2 of 3 tokens"),
+        ([CLIP, IMAGE], {"video_grids": [(2, 2, 2)]}, "token 1 of sequence 0 interrupts a clip"),
+        (IMAGE_OF_TWO[:2], {"image_grids": [(1, 2, 4)]}, "ends within an image .* needs partial=True"),
         ([TEXT], {"image_grids": [(1, 3, 2)]}, r"image_grids\[0\] is '\[1, 3, 2\]'; allowed: .* multiples of 2"),
         ([TEXT], {"image_grids": [(0, 2, 2)]}, r"image_grids\[0\]"),
         ([TEXT], {"video_grids": [(2, 2)]}, r"video_grids\[0\]"),
@@ -437,7 +437,7 @@ def test_types_have_two_dimensions() -> None:
         mrope_positions(MropeRule(2), torch.zeros(4))
 
 
-def test_a_split_clip_has_to_come_to_its_end() -> None:
-    rule = MropeRule(2, split_clips=True)
-    with pytest.raises(UsageError, match="sequence 0 ends within a clip of 2 more parts"):
+def test_a_split_video_has_to_come_to_its_end() -> None:
+    rule = MropeRule(2, split_videos=True)
+    with pytest.raises(UsageError, match="sequence 0 ends within a video of 2 more parts"):
         mrope_positions(rule, torch.tensor([[TEXT, CLIP, TEXT]]), video_grids=[(3, 2, 2)])

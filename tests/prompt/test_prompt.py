@@ -1,4 +1,4 @@
-"""Prompts with pictures: token for token what transformers' processors make, ids that are nobody else's, rows in place."""
+"""Prompts with images: token for token what transformers' processors make, ids that are nobody else's, rows in place."""
 
 import random
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.checkpoints import noise
-from support.prompts import KINDS, clip_facts, make_tokenizer, processor_of, write_token_ids
+from support.prompts import KINDS, make_tokenizer, processor_of, video_facts, write_token_ids
 from support.towers import all_cases
 
 from tritontower import VisionTower
@@ -28,10 +28,10 @@ from tritontower.models import mistral_format
 from tritontower.models.common.registry import family_files, read_family
 from tritontower.prompt import merge, token_ids
 from tritontower.prompt.encode import (
-    ClipLayout,
     EncodedPrompt,
     PromptLayout,
     TokenSpace,
+    VideoLayout,
     add_deepstack,
     encode_prompt,
     merge_embeddings,
@@ -48,23 +48,23 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Opened]:
     """A small tower, a tokenizer with its tokens, and transformers' processor."""
     made: dict[tuple[str, str], tuple[VisionTower, Any, Path]] = {}
 
-    def open_case(name: str, style: str, clips: Any = ()) -> Opened:
+    def open_case(name: str, style: str, videos: Any = ()) -> Opened:
         if (name, style) not in made:
             folder = CASES[name].save(tmp_path_factory.mktemp("prompts") / name)
             tokenizer = make_tokenizer(KINDS[name], style)
             write_token_ids(folder, tokenizer, KINDS[name])
             made[name, style] = VisionTower.from_pretrained(folder, device="cpu"), tokenizer, folder
         tower, tokenizer, folder = made[name, style]
-        return tower, tokenizer, processor_of(name, folder, tokenizer, clips)
+        return tower, tokenizer, processor_of(name, folder, tokenizer, videos)
 
     return open_case
 
 
-def by_transformers(processor: Any, text: str, pictures: list[np.ndarray], clips: int = 0) -> list[int]:
-    images = [Image.fromarray(picture) for picture in pictures]
-    arguments: dict[str, Any] = {"images": images} if images else {}
-    if clips:
-        arguments["videos"] = [np.zeros((2, 8, 8, 3), np.uint8)] * clips
+def by_transformers(processor: Any, text: str, images: list[np.ndarray], videos: int = 0) -> list[int]:
+    listed_images = [Image.fromarray(image) for image in images]
+    arguments: dict[str, Any] = {"images": listed_images} if listed_images else {}
+    if videos:
+        arguments["videos"] = [np.zeros((2, 8, 8, 3), np.uint8)] * videos
     ids = processor(text=text, **arguments)["input_ids"][0]
     return [int(token) for token in ids]
 
@@ -75,8 +75,8 @@ def shown(prompt: EncodedPrompt) -> list[int]:
 
 TEXTS = [
     "{}",
-    "{} What is in the picture?",
-    "What is in the picture? {}",
+    "{} What is in the image?",
+    "What is in the image? {}",
     "User: a cat\n{}\n\nand a dog",
     "{}{}",
     "compare {} and\n\n\n {}, twice\n",
@@ -91,45 +91,45 @@ def test_tokens_are_those_of_transformers_processor(name, style, opened):
     layout = tower.family.prompt
     marker = tokenizer.convert_ids_to_tokens(layout.placeholder if layout.marker is None else layout.marker)
     around = [[tokenizer.convert_ids_to_tokens(token) for token in side] for side in (layout.before, layout.after)]
-    pictures = [noise(width, height, seed) for seed, (width, height) in enumerate(CASES[name].sizes[:3])]
-    embeddings = tower.encode(pictures)
+    images = [noise(width, height, seed) for seed, (width, height) in enumerate(CASES[name].sizes[:3])]
+    embeddings = tower.encode(images)
     space = TokenSpace()
     for text in TEXTS:
         count = text.count("{}")
         with_markers = text.format(*[marker] * count)
         prompt = encode_prompt(tokenizer, with_markers, embeddings[:count], tower=tower, space=space)
-        assert shown(prompt) == by_transformers(processor, with_markers, pictures[:count]), text
-        # An alias brings along what a chat template writes round a picture.
+        assert shown(prompt) == by_transformers(processor, with_markers, images[:count]), text
+        # An alias brings along what a chat template writes round an image.
         framed = text.format(*["".join([*around[0], marker, *around[1]])] * count)
         named = [embedding.with_alias(f"<pic{n}>") for n, embedding in enumerate(embeddings[:count])]
         prompt = encode_prompt(
             tokenizer, text.format(*(each.text_alias for each in named)), named, layout=layout, space=space
         )
-        assert shown(prompt) == by_transformers(processor, framed, pictures[:count]), text
+        assert shown(prompt) == by_transformers(processor, framed, images[:count]), text
 
 
-def clip_of(tower: VisionTower, frames: int, size: tuple[int, int], fps: float, seed: int) -> Any:
+def video_of(tower: VisionTower, frames: int, size: tuple[int, int], fps: float, seed: int) -> Any:
     return tower.encode_video([noise(*size, seed + frame) for frame in range(frames)], fps=fps)
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
-def test_clips_are_those_of_transformers_processor(name, opened):
+def test_videos_are_those_of_transformers_processor(name, opened):
     tower, tokenizer, _ = opened(name, "bytes")
     frames = (5, 2)
-    clips = [clip_of(tower, count, (64, 96), 1.7, count) for count in frames]
-    facts = [clip_facts(clip.grid_thw, count, 1.7) for clip, count in zip(clips, frames, strict=True)]
+    videos = [video_of(tower, count, (64, 96), 1.7, count) for count in frames]
+    facts = [video_facts(video.grid_thw, count, 1.7) for video, count in zip(videos, frames, strict=True)]
     tower, tokenizer, processor = opened(name, "bytes", facts)
-    picture = noise(90, 60, 3)
-    (embedding,) = tower.encode([picture])
+    image = noise(90, 60, 3)
+    (embedding,) = tower.encode([image])
     layout = tower.family.prompt
     text = "a <|video_pad|> b\n<|vision_start|><|image_pad|><|vision_end|>, <|video_pad|>"
     space = TokenSpace()
-    prompt = encode_prompt(tokenizer, text, [embedding, *clips], layout=layout, space=space)
-    assert shown(prompt) == by_transformers(processor, text, [picture], clips=2)
+    prompt = encode_prompt(tokenizer, text, [embedding, *videos], layout=layout, space=space)
+    assert shown(prompt) == by_transformers(processor, text, [image], videos=2)
     assert prompt.token_types.tolist() == processor.create_mm_token_type_ids([shown(prompt)])[0]
     spaced = not name.startswith("qwen3")
     framed = text.replace("<|video_pad|>", "<|vision_start|><|video_pad|><|vision_end|>") if spaced else text
-    named = [clip.with_alias(alias) for clip, alias in zip(clips, ("{c}", "{cc}"), strict=True)]
+    named = [video.with_alias(alias) for video, alias in zip(videos, ("{c}", "{cc}"), strict=True)]
     prompt = encode_prompt(
         tokenizer,
         "a {c} b\n{p}, {cc}",
@@ -137,11 +137,11 @@ def test_clips_are_those_of_transformers_processor(name, opened):
         layout=layout,
         space=space,
     )
-    assert shown(prompt) == by_transformers(processor, framed, [picture], clips=2)
+    assert shown(prompt) == by_transformers(processor, framed, [image], videos=2)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ids_spans_and_types_say_where_a_picture_is(name, opened):
+def test_ids_spans_and_types_say_where_an_image_is(name, opened):
     tower, tokenizer, processor = opened(name, "bytes")
     embeddings = tower.encode([noise(width, height, 7) for width, height in CASES[name].sizes[:3]])
     named = [embedding.with_alias(f"@{n}@") for n, embedding in enumerate(embeddings)]
@@ -183,12 +183,12 @@ def test_mistrals_own_format_has_the_tokens_of_the_converted_one(opened):
     vision = {key: tokenizer.convert_tokens_to_ids(name) for key, name in names.items()}
     config["vision_encoder"] = {**config["vision_encoder"], **vision}
     layout = read_family(ConfigReader(config, source="params.json")).prompt
-    picture = noise(48, 80, 0)
-    height, width = processor(text="[IMG]", images=[Image.fromarray(picture)])["image_sizes"][0].tolist()
+    image = noise(48, 80, 0)
+    height, width = processor(text="[IMG]", images=[Image.fromarray(image)])["image_sizes"][0].tolist()
     patch = processor.patch_size
     rows = embedding_of(width * height // patch**2, grid=(1, height // patch, width // patch), alias="{}")
     prompt = encode_prompt(tokenizer, "a {} b", [rows], layout=layout, space=TokenSpace())
-    assert shown(prompt) == by_transformers(processor, "a [IMG] b", [picture])
+    assert shown(prompt) == by_transformers(processor, "a [IMG] b", [image])
     # The same without names of tokens: text in pieces, by Mistral's own tokenizer for one.
     pieces = encode_prompt(
         lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
@@ -222,7 +222,7 @@ def test_layouts_of_published_checkpoints():
     tokens: dict[str, set[Any]] = {}
     for name, layout in found.items():
         if layout is not None:
-            fact = (layout.placeholder, layout.before, layout.after, layout.clip and layout.clip.placeholder)
+            fact = (layout.placeholder, layout.before, layout.after, layout.video and layout.video.placeholder)
             tokens.setdefault(name.partition(":")[0], set()).add(fact)
     qwen2 = (151655, (151652,), (151653,), 151656)
     assert tokens["qwen2_vl"] == tokens["qwen2_5_vl"] == {qwen2}
@@ -281,11 +281,11 @@ def encode(text: str, embeddings: list[ImageEmbedding], **options: Any) -> Encod
     return encode_prompt(arguments.pop("tokenizer", letters), text, embeddings, **arguments)
 
 
-names_of_pictures = st.lists(st.text("ab<", min_size=1, max_size=5), min_size=1, max_size=6, unique=True)
+names_of_images = st.lists(st.text("ab<", min_size=1, max_size=5), min_size=1, max_size=6, unique=True)
 
 
 @settings(deadline=None, max_examples=150)
-@given(aliases=names_of_pictures, data=st.data())
+@given(aliases=names_of_images, data=st.data())
 def test_aliases_that_begin_like_others(aliases, data):
     order = data.draw(st.permutations(range(len(aliases))))
     between = data.draw(st.lists(st.text("xyz \n", min_size=1, max_size=4), min_size=len(aliases) + 1))
@@ -328,14 +328,14 @@ def test_special_tokens_are_the_callers_if_they_say_so(opened):
     assert texts[None] == texts[True] == [tokenizer.bos_token_id, *texts[False]]
 
 
-def test_a_prompt_without_pictures_is_text():
+def test_a_prompt_without_images_is_text():
     prompt = encode("abc", [])
     assert prompt.input_ids.tolist() == prompt.placeholder_ids.tolist() == letters("abc")
     assert (prompt.spans, prompt.embeddings, prompt.token_types.tolist()) == ((), (), [0, 0, 0])
     assert encode("", []).input_ids.tolist() == []
 
 
-CLIP_LAYOUT = PromptLayout(placeholder=5, clip=ClipLayout(placeholder=8, time_stamp="<{:.1f} seconds>"))
+CLIP_LAYOUT = PromptLayout(placeholder=5, video=VideoLayout(placeholder=8, time_stamp="<{:.1f} seconds>"))
 LINES = PromptLayout(placeholder=5, row_break=3, row_end=4)
 
 
@@ -357,11 +357,11 @@ LINES = PromptLayout(placeholder=5, row_break=3, row_end=4)
         ("x", [], {"layout": None, "tower": SimpleNamespace(prompt_layout=None)}, UsageError, "without a language"),
         ("xé", [embedding_of(2, alias="x")], {"space": TokenSpace(333)}, PromptError, "token 333, and .* begin at 333"),
         ("x", [], {"tokenizer": 3}, UsageError, "tokenizer is 3"),
-        ("x", [embedding_of(4, grid=(2, 2, 4), alias="x", is_clip=True)], {}, PromptError, "embedding 0 is of a clip"),
+        ("x", [embedding_of(4, grid=(2, 2, 4), alias="x", is_video=True)], {}, PromptError, "embedding 0 is of a clip"),
         ("x", [embedding_of(4, grid=(2, 2, 4), alias="x")], {}, PromptError, "2 temporal patches and does not say"),
         (
             "x",
-            [embedding_of(4, grid=(2, 2, 4), alias="x", is_clip=True)],
+            [embedding_of(4, grid=(2, 2, 4), alias="x", is_video=True)],
             {"layout": CLIP_LAYOUT},
             PromptError,
             "2 temporal patches and 4 rows with 0 time stamps",
@@ -392,7 +392,7 @@ def test_refusals(text, embeddings, options, error, message):
     ("name", "text", "message"),
     [
         ("llava", "<image> and <image>", "'<image>' stands in the text once too often"),
-        ("llava", "no picture", "embedding 0 has no alias, and the text no '<image>' left"),
+        ("llava", "no image", "embedding 0 has no alias, and the text no '<image>' left"),
         ("gemma3", "<start_of_image> <image_soft_token>", "'<image_soft_token>' stands in the text: .* nobody else"),
         ("qwen2_vl", "<|image_pad|> <|video_pad|>", r"'<\|video_pad\|>' stands in the text once too often"),
     ],
@@ -417,7 +417,7 @@ def test_a_tokenizer_of_another_model_is_told_from_the_right_one(opened):
 
 @pytest.mark.parametrize(
     ("style", "token", "message"),
-    [("bytes", "Ġpicture", "found 0 of 1 places for pictures"), ("metaspace", "<s>", "stands for rows .* out of turn")],
+    [("bytes", "Ġimage", "found 0 of 1 places for images"), ("metaspace", "<s>", "stands for rows .* out of turn")],
 )
 def test_placeholders_that_are_no_special_tokens(style, token, message):
     """One that text does not spell, and one that the tokenizer puts before every text."""
@@ -429,17 +429,17 @@ def test_placeholders_that_are_no_special_tokens(style, token, message):
 
 def test_nothing_stays_assigned_when_a_prompt_fails():
     space = TokenSpace(2**31 - 5)
-    pictures = [embedding_of(3, alias="x", content="a"), embedding_of(3, alias="y", content="b")]
+    images = [embedding_of(3, alias="x", content="a"), embedding_of(3, alias="y", content="b")]
     with pytest.raises(TokenSpaceExhaustedError):
-        encode("x y", pictures, space=space)
+        encode("x y", images, space=space)
     assert space.ids_in_use == 0
     with pytest.raises(PromptError):
-        encode("x", pictures, space=space)
+        encode("x", images, space=space)
     assert space.ids_in_use == 0
 
 
-def test_pictures_of_two_spaces_do_not_pass_for_each_other():
-    """Towers whose pictures all have as many rows give the first picture of every space the same ids."""
+def test_images_of_two_spaces_do_not_pass_for_each_other():
+    """Towers whose images all have as many rows give the first image of every space the same ids."""
     space = TokenSpace()
     first = space.assign(embedding_of(3, alias="x", content="a"))
     second = TokenSpace().assign(embedding_of(3, alias="y", content="b"))
@@ -453,15 +453,15 @@ def test_pictures_of_two_spaces_do_not_pass_for_each_other():
     assert [each.token_ids[0] for each in prompt.embeddings] == [10**9, 10**9 + 3]
     prompt.release(space)
     assert space.ids_in_use == 3
-    # One picture under two aliases is no two pictures.
+    # One image under two aliases is no two images.
     prompt = encode("x y", [first, first.with_alias("y")], space=None)
     assert prompt.input_ids.tolist() == [6, *first.token_ids, 7, *letters(" "), 6, *first.token_ids, 7]
 
 
-def test_one_frame_is_a_clip_or_a_picture_as_it_was_encoded():
-    layout = replace(LAYOUT, clip=ClipLayout(placeholder=8, before=(6,), after=(7,)))
-    for is_clip, placeholder, kind in ((False, 5, 1), (True, 8, 2)):
-        prompt = encode("x", [embedding_of(2, alias="x", is_clip=is_clip)], layout=layout)
+def test_one_frame_is_a_video_or_an_image_as_it_was_encoded():
+    layout = replace(LAYOUT, video=VideoLayout(placeholder=8, before=(6,), after=(7,)))
+    for is_video, placeholder, kind in ((False, 5, 1), (True, 8, 2)):
+        prompt = encode("x", [embedding_of(2, alias="x", is_video=is_video)], layout=layout)
         assert shown(prompt) == [6, placeholder, placeholder, 7]
         assert prompt.token_types.tolist() == [0, kind, kind, 0]
 
@@ -469,7 +469,7 @@ def test_one_frame_is_a_clip_or_a_picture_as_it_was_encoded():
 # -- ids --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_picture_has_the_same_ids():
+def test_the_same_image_has_the_same_ids():
     space = TokenSpace()
     first = space.assign(embedding_of(4, content="a", seed=1))
     assert first.token_ids == tuple(range(10**9, 10**9 + 4))
@@ -481,7 +481,7 @@ def test_the_same_picture_has_the_same_ids():
         embedding_of(5, content="a"),
         embedding_of(4, content="a", seconds_per_grid=0.5),
         embedding_of(4, content="a", timestamps=(0.5,)),
-        embedding_of(4, content="a", is_clip=True),
+        embedding_of(4, content="a", is_video=True),
         # Nothing says what is in these.
         embedding_of(4),
         embedding_of(4),
@@ -492,30 +492,30 @@ def test_the_same_picture_has_the_same_ids():
 
 
 @pytest.mark.parametrize("content", ["a", ""], ids=["known by its content", "known by nothing"])
-def test_every_prompt_of_a_chat_holds_a_use_of_its_pictures(content):
+def test_every_prompt_of_a_chat_holds_a_use_of_its_images(content):
     space = TokenSpace()
     first = encode("tell me x", [embedding_of(3, alias="x", content=content)], space=space)
     second = encode("tell me x and y", [*first.embeddings, embedding_of(2, alias="y", content="b")], space=space)
     assert second.embeddings[0].token_ids == first.embeddings[0].token_ids
     first.release(space)
     assert space.ids_in_use == 5
-    with pytest.raises(UsageError, match="not in use for this picture"):
+    with pytest.raises(UsageError, match="not in use for this image"):
         space.release(second.embeddings[1], first.embeddings[0].with_token_ids((7, 8, 9)))
     # All or none.
     assert space.ids_in_use == 5
     second.release(space)
     assert space.ids_in_use == 0
     for prompt in (first, second):
-        with pytest.raises(UsageError, match="not in use for this picture"):
+        with pytest.raises(UsageError, match="not in use for this image"):
             prompt.release(space)
 
 
-def test_a_picture_that_stands_in_a_prompt_twice_is_used_twice():
+def test_an_image_that_stands_in_a_prompt_twice_is_used_twice():
     space = TokenSpace()
-    picture = embedding_of(3, alias="x", content="a")
-    prompt = encode("x y", [picture, picture.with_alias("y")], space=space)
+    image = embedding_of(3, alias="x", content="a")
+    prompt = encode("x y", [image, image.with_alias("y")], space=space)
     space.release(prompt.embeddings[0])
-    with pytest.raises(UsageError, match="not in use for this picture"):
+    with pytest.raises(UsageError, match="not in use for this image"):
         prompt.release(space)
     assert space.ids_in_use == 3
     space.release(prompt.embeddings[1])
@@ -523,15 +523,15 @@ def test_a_picture_that_stands_in_a_prompt_twice_is_used_twice():
 
 
 @pytest.mark.parametrize("contents", ["abc", ["", "", ""]], ids=["known by their content", "known by nothing"])
-def test_a_second_release_frees_no_other_pictures_ids(contents):
+def test_a_second_release_frees_no_other_images_ids(contents):
     space = TokenSpace(2**31 - 4)
     first, second, third = (embedding_of(4, content=content) for content in contents)
     first = space.assign(first)
     space.release(first)
-    # The space is full: the first picture is forgotten, and its ids are the second's.
+    # The space is full: the first image is forgotten, and its ids are the second's.
     second = space.assign(second)
     assert second.token_ids == first.token_ids
-    with pytest.raises(UsageError, match="not in use for this picture"):
+    with pytest.raises(UsageError, match="not in use for this image"):
         space.release(first)
     assert space.ids_in_use == 4
     with pytest.raises(TokenSpaceExhaustedError):
@@ -539,22 +539,22 @@ def test_a_second_release_frees_no_other_pictures_ids(contents):
     space.release(second)
 
 
-def test_a_picture_known_by_nothing_is_known_by_its_ids(tmp_path):
-    """Through files and copies; what was given has still no name, and is another picture the next time."""
+def test_an_image_known_by_nothing_is_known_by_its_ids(tmp_path):
+    """Through files and copies; what was given has still no name, and is another image the next time."""
     space, plain = TokenSpace(), embedding_of(3)
     named = space.assign(plain)
-    named.save(tmp_path / "picture")
-    for same in (named, named.with_alias("x"), ImageEmbedding.load(tmp_path / "picture")):
+    named.save(tmp_path / "image")
+    for same in (named, named.with_alias("x"), ImageEmbedding.load(tmp_path / "image")):
         assert space.assign(same).token_ids == named.token_ids
     assert space.assign(plain).token_ids != named.token_ids
     assert plain.content_hash == ""
 
 
-def test_prompts_that_share_a_space_share_the_ids_of_a_picture():
+def test_prompts_that_share_a_space_share_the_ids_of_an_image():
     space = TokenSpace()
-    picture = embedding_of(3, alias="x", content="a")
-    first = encode("tell me x", [picture], space=space)
-    second = encode("tell me x and z", [embedding_of(2, alias="z", content="b"), picture], space=space)
+    image = embedding_of(3, alias="x", content="a")
+    first = encode("tell me x", [image], space=space)
+    second = encode("tell me x and z", [embedding_of(2, alias="z", content="b"), image], space=space)
     assert torch.equal(first.input_ids, second.input_ids[: len(first)])
     assert len({token for token in second.input_ids.tolist() if token >= 10**9}) == 5
 
@@ -564,7 +564,7 @@ def test_released_ids_are_used_again_last_and_oldest_first():
     first, second = (space.assign(embedding_of(4, content=content)) for content in "ab")
     space.release(first)
     space.release(second)
-    # Two are left, and they go first; the picture that comes back before its ids were needed gets them back.
+    # Two are left, and they go first; the image that comes back before its ids were needed gets them back.
     assert space.assign(embedding_of(2, content="c")).token_ids == (2**31 - 2, 2**31 - 1)
     assert space.assign(embedding_of(4, content="a")).token_ids == first.token_ids
     assert space.assign(embedding_of(3, content="d")).token_ids == second.token_ids[:3]
@@ -573,11 +573,11 @@ def test_released_ids_are_used_again_last_and_oldest_first():
     assert space.ids_in_use == 9
 
 
-def test_neighbours_that_were_released_make_one_range():
+def test_neighbors_that_were_released_make_one_range():
     space = TokenSpace(2**31 - 9)
-    pictures = [space.assign(embedding_of(3, content=content)) for content in "abc"]
+    images = [space.assign(embedding_of(3, content=content)) for content in "abc"]
     for number in (0, 2, 1):
-        space.release(pictures[number])
+        space.release(images[number])
     assert len(space.assign(embedding_of(9, content="d")).token_ids) == 9
 
 
@@ -598,14 +598,14 @@ def test_a_space_does_not_grow_with_what_was_released(monkeypatch):
 
 def test_ids_are_released_as_often_as_they_were_assigned():
     space = TokenSpace()
-    picture = embedding_of(3, content="a")
-    once, twice = space.assign(picture), space.assign(picture)
+    image = embedding_of(3, content="a")
+    once, twice = space.assign(image), space.assign(image)
     space.release(once)
     assert space.ids_in_use == 3
     space.release(twice)
     assert space.ids_in_use == 0
-    for wrong in (once, picture, once.with_token_ids((5, 6, 7))):
-        with pytest.raises(UsageError, match="are not in use for this picture"):
+    for wrong in (once, image, once.with_token_ids((5, 6, 7))):
+        with pytest.raises(UsageError, match="are not in use for this image"):
             space.release(wrong)
 
 
@@ -633,20 +633,20 @@ def test_an_embedding_without_rows_has_no_ids():
 
 def test_threads_get_ids_that_nobody_else_has():
     space = TokenSpace()
-    pictures = [embedding_of(1 + number % 7, content=str(number % 60)) for number in range(60)]
+    images = [embedding_of(1 + number % 7, content=str(number % 60)) for number in range(60)]
 
     def work(seed: int) -> list[tuple[str, tuple[int, ...]]]:
         order = random.Random(seed).sample(range(60), 60)
-        return [(pictures[number].content_hash, space.assign(pictures[number]).token_ids) for number in order]
+        return [(images[number].content_hash, space.assign(images[number]).token_ids) for number in order]
 
     with ThreadPoolExecutor(8) as pool:
         found = [each for part in pool.map(work, range(16)) for each in part]
-    by_picture: dict[str, set[tuple[int, ...]]] = {}
+    by_image: dict[str, set[tuple[int, ...]]] = {}
     for content, ids in found:
-        by_picture.setdefault(content, set()).add(ids)
-    assert all(len(ids) == 1 for ids in by_picture.values())
-    every = [token for ids in by_picture.values() for token in next(iter(ids))]
-    assert len(every) == len(set(every)) == sum(picture.num_tokens for picture in pictures)
+        by_image.setdefault(content, set()).add(ids)
+    assert all(len(ids) == 1 for ids in by_image.values())
+    every = [token for ids in by_image.values() for token in next(iter(ids))]
+    assert len(every) == len(set(every)) == sum(image.num_tokens for image in images)
 
 
 @settings(deadline=None, max_examples=100)
@@ -688,8 +688,8 @@ def one_by_one(text: torch.Tensor, ids: list[int], embeddings: list[ImageEmbeddi
     return torch.stack([rows.get(token, old).to(text.dtype) for token, old in zip(ids, text, strict=True)])
 
 
-PICTURES = spaced(*(embedding_of(count, content=str(count), seed=count, levels=2) for count in (3, 1, 12, 5)))
-PROMPT = [7, *PICTURES[2].token_ids, 8, 9, *PICTURES[0].token_ids, *PICTURES[1].token_ids, 3, 4, *PICTURES[0].token_ids]
+IMAGES = spaced(*(embedding_of(count, content=str(count), seed=count, levels=2) for count in (3, 1, 12, 5)))
+PROMPT = [7, *IMAGES[2].token_ids, 8, 9, *IMAGES[0].token_ids, *IMAGES[1].token_ids, 3, 4, *IMAGES[0].token_ids]
 
 
 def text_rows(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -700,70 +700,70 @@ def text_rows(dtype: torch.dtype = torch.float32, device: torch.device | str = "
 def test_rows_are_put_in_place(device, dtype):
     text = text_rows(dtype, device)
     before = text.clone()
-    merged = merge_embeddings(text, PROMPT, PICTURES)
-    want = one_by_one(before.cpu(), PROMPT, PICTURES)
+    merged = merge_embeddings(text, PROMPT, IMAGES)
+    want = one_by_one(before.cpu(), PROMPT, IMAGES)
     assert torch.equal(merged.cpu(), want)
     assert torch.equal(text, before)
-    assert torch.equal(merge_embeddings(text, torch.tensor(PROMPT), PICTURES, out=text), want.to(device))
+    assert torch.equal(merge_embeddings(text, torch.tensor(PROMPT), IMAGES, out=text), want.to(device))
     assert torch.equal(text.cpu(), want)
 
 
 def test_a_batch_is_merged_as_its_prompts_are(device):
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
     text = torch.stack([text_rows(device=device), text_rows(device=device) * 2])
-    merged = merge_embeddings(text, ids, PICTURES)
+    merged = merge_embeddings(text, ids, IMAGES)
     assert merged.shape == text.shape
     for number in range(2):
-        assert torch.equal(merged[number].cpu(), one_by_one(text[number].cpu(), ids[number].tolist(), PICTURES))
+        assert torch.equal(merged[number].cpu(), one_by_one(text[number].cpu(), ids[number].tolist(), IMAGES))
 
 
 def test_a_piece_of_a_batch_is_a_piece_of_what_the_batch_becomes():
     ids = torch.tensor([PROMPT, PROMPT[::-1]])
     text = torch.stack([text_rows(), text_rows() * 2])
-    whole = merge_embeddings(text, ids, PICTURES)
-    assert torch.equal(merge_embeddings(text[:, 5:9], ids[:, 5:9], PICTURES), whole[:, 5:9])
+    whole = merge_embeddings(text, ids, IMAGES)
+    assert torch.equal(merge_embeddings(text[:, 5:9], ids[:, 5:9], IMAGES), whole[:, 5:9])
 
 
 def test_rows_are_what_masked_scatter_makes_of_them():
     text = text_rows()
-    rows = torch.cat([PICTURES[number].embeddings for number in (2, 0, 1, 0)])
+    rows = torch.cat([IMAGES[number].embeddings for number in (2, 0, 1, 0)])
     mask = torch.tensor([token >= 10**9 for token in PROMPT])[:, None]
-    assert torch.equal(merge_embeddings(text, PROMPT, PICTURES), text.masked_scatter(mask, rows))
+    assert torch.equal(merge_embeddings(text, PROMPT, IMAGES), text.masked_scatter(mask, rows))
 
 
 @settings(deadline=None, max_examples=100)
 @given(cuts=st.lists(st.integers(0, len(PROMPT)), max_size=8), level=st.sampled_from([None, 0, 1]), used=st.booleans())
 def test_pieces_equal_the_whole(cuts, level, used):
-    """Cut anywhere, also within a picture, with the embeddings of a piece alone or all of them."""
+    """Cut anywhere, also within an image, with the embeddings of a piece alone or all of them."""
 
-    def work(rows: torch.Tensor, ids: list[int], pictures: list[ImageEmbedding]) -> torch.Tensor:
+    def work(rows: torch.Tensor, ids: list[int], images: list[ImageEmbedding]) -> torch.Tensor:
         if level is None:
-            return merge_embeddings(rows, ids, pictures)
-        return add_deepstack(rows, ids, pictures, level)
+            return merge_embeddings(rows, ids, images)
+        return add_deepstack(rows, ids, images, level)
 
     text = text_rows()
     ends = [0, *sorted(cuts), len(PROMPT)]
     pieces = []
     for start, end in pairwise(ends):
         ids = PROMPT[start:end]
-        here = [picture for picture in PICTURES if not used or set(ids) & set(picture.token_ids)]
+        here = [image for image in IMAGES if not used or set(ids) & set(image.token_ids)]
         pieces.append(work(text[start:end], ids, here))
-    assert torch.equal(torch.cat(pieces), work(text, PROMPT, PICTURES))
+    assert torch.equal(torch.cat(pieces), work(text, PROMPT, IMAGES))
 
 
 def test_text_alone_is_left_as_it_is():
     text = text_rows()[:3]
-    assert merge_embeddings(text, [1, 2, 3], PICTURES) is text
+    assert merge_embeddings(text, [1, 2, 3], IMAGES) is text
     out = torch.empty_like(text)
     assert torch.equal(merge_embeddings(text, [1, 2, 3], [], out=out), text)
-    assert merge_embeddings(text[:0], [], PICTURES).shape == (0, WIDTH)
+    assert merge_embeddings(text[:0], [], IMAGES).shape == (0, WIDTH)
 
 
 def test_rows_come_from_anywhere_in_any_dtype(device):
     text = text_rows(torch.bfloat16, device)
     wide = torch.zeros(12, 3 * WIDTH, dtype=torch.float16)
-    wide[:, WIDTH : 2 * WIDTH] = PICTURES[2].embeddings
-    halves = [replace(PICTURES[2], embeddings=wide[:, WIDTH : 2 * WIDTH]), *PICTURES[:2]]
+    wide[:, WIDTH : 2 * WIDTH] = IMAGES[2].embeddings
+    halves = [replace(IMAGES[2], embeddings=wide[:, WIDTH : 2 * WIDTH]), *IMAGES[:2]]
     merged = merge_embeddings(text, PROMPT, halves)
     assert torch.equal(merged.cpu(), one_by_one(text.cpu(), PROMPT, halves))
 
@@ -776,8 +776,8 @@ def test_only_the_rows_of_a_piece_are_moved(monkeypatch):
         return splice_rows(text, rows, index, **options)
 
     monkeypatch.setattr(merge, "splice_rows", splice)
-    merge_embeddings(text_rows()[3:6], PROMPT[3:6], PICTURES)
-    merge_embeddings(text_rows(), PROMPT, PICTURES)
+    merge_embeddings(text_rows()[3:6], PROMPT[3:6], IMAGES)
+    merge_embeddings(text_rows(), PROMPT, IMAGES)
     assert taken == [3, 16]
 
 
@@ -788,18 +788,16 @@ def test_deepstack_rows_are_added_as_in_transformers(device):
     for dtype in (torch.float32, torch.bfloat16):
         hidden = text_rows(dtype)
         for level in range(2):
-            rows = torch.cat([PICTURES[number].deepstack[level] for number in (2, 0, 1, 0)]).to(dtype)
+            rows = torch.cat([IMAGES[number].deepstack[level] for number in (2, 0, 1, 0)]).to(dtype)
             want = Qwen3VLTextModel._deepstack_process(None, hidden[None], mask[None], rows)[0]
-            pictures = [
-                replace(each, deepstack=tuple(level.to(dtype) for level in each.deepstack)) for each in PICTURES
-            ]
-            assert torch.equal(add_deepstack(hidden.to(device), PROMPT, pictures, level).cpu(), want)
+            images = [replace(each, deepstack=tuple(level.to(dtype) for level in each.deepstack)) for each in IMAGES]
+            assert torch.equal(add_deepstack(hidden.to(device), PROMPT, images, level).cpu(), want)
         inside = hidden.to(device, copy=True)
-        assert add_deepstack(inside, PROMPT, pictures, 1, out=inside) is inside
+        assert add_deepstack(inside, PROMPT, images, 1, out=inside) is inside
         assert torch.equal(inside.cpu(), want)
 
 
-FIRST = PICTURES[0].token_ids[0]
+FIRST = IMAGES[0].token_ids[0]
 
 
 @pytest.mark.parametrize(
@@ -808,7 +806,7 @@ FIRST = PICTURES[0].token_ids[0]
         ({"input_ids": [1, 10**9 + 500, 2]}, PromptError, "1 ids that no embedding has, such as 1000000500"),
         ({"input_ids": [1, -1, 2]}, PromptError, "such as -1"),
         ({"input_ids": [1, FIRST, 2], "embeddings": []}, PromptError, f"such as {FIRST}"),
-        ({"input_ids": [1, FIRST, 2], "embeddings": PICTURES[1:]}, PromptError, f"such as {FIRST}"),
+        ({"input_ids": [1, FIRST, 2], "embeddings": IMAGES[1:]}, PromptError, f"such as {FIRST}"),
         ({"input_ids": [1, 200, 2], "base": 100}, PromptError, "such as 200"),
         ({"input_ids": [1.0, 2.0, 3.0]}, UsageError, "input_ids are torch.float32"),
         ({"input_ids": [1, 2]}, UsageError, r"\[3, 8\] and input_ids \[2\]"),
@@ -822,7 +820,7 @@ FIRST = PICTURES[0].token_ids[0]
             "in a row",
         ),
         (
-            {"embeddings": [PICTURES[0], embedding_of(3, content="x").with_token_ids(PICTURES[0].token_ids)]},
+            {"embeddings": [IMAGES[0], embedding_of(3, content="x").with_token_ids(IMAGES[0].token_ids)]},
             UsageError,
             "embedding 1 has the token ids of another",
         ),
@@ -832,12 +830,12 @@ FIRST = PICTURES[0].token_ids[0]
             "below 1000000000: pass base=space.base",
         ),
         (
-            {"embeddings": [PICTURES[0], embedding_of(2).with_token_ids((FIRST + 2, FIRST + 3))]},
+            {"embeddings": [IMAGES[0], embedding_of(2).with_token_ids((FIRST + 2, FIRST + 3))]},
             UsageError,
             f"two embeddings have token id {FIRST + 2}",
         ),
         (
-            {"embeddings": [PICTURES[0], embedding_of(2).with_token_ids((FIRST, FIRST + 1))]},
+            {"embeddings": [IMAGES[0], embedding_of(2).with_token_ids((FIRST, FIRST + 1))]},
             UsageError,
             "embedding 1 has the token ids of another",
         ),
@@ -849,46 +847,46 @@ FIRST = PICTURES[0].token_ids[0]
     ],
 )
 def test_merging_refuses_what_it_would_have_to_guess(changes, error, message):
-    arguments = {"text_embeddings": torch.zeros(3, WIDTH), "input_ids": [1, FIRST, 2], "embeddings": PICTURES}
+    arguments = {"text_embeddings": torch.zeros(3, WIDTH), "input_ids": [1, FIRST, 2], "embeddings": IMAGES}
     with pytest.raises(error, match=message):
         merge_embeddings(**(arguments | changes))
 
 
-def test_a_picture_may_be_listed_twice_and_one_without_rows_once():
-    again = [*PICTURES, PICTURES[0].with_alias("again"), embedding_of(0)]
-    assert torch.equal(merge_embeddings(text_rows(), PROMPT, again), merge_embeddings(text_rows(), PROMPT, PICTURES))
+def test_an_image_may_be_listed_twice_and_one_without_rows_once():
+    again = [*IMAGES, IMAGES[0].with_alias("again"), embedding_of(0)]
+    assert torch.equal(merge_embeddings(text_rows(), PROMPT, again), merge_embeddings(text_rows(), PROMPT, IMAGES))
 
 
 def test_the_last_ids_of_64_bits_are_ids_as_well():
-    picture = TokenSpace(2**63 - 3, int32=False).assign(embedding_of(3))
-    ids = [1, *picture.token_ids]
-    merged = merge_embeddings(torch.zeros(4, WIDTH), ids, [replace(picture, token_ids=list(picture.token_ids))])
-    assert torch.equal(merged[1:], picture.embeddings)
+    image = TokenSpace(2**63 - 3, int32=False).assign(embedding_of(3))
+    ids = [1, *image.token_ids]
+    merged = merge_embeddings(torch.zeros(4, WIDTH), ids, [replace(image, token_ids=list(image.token_ids))])
+    assert torch.equal(merged[1:], image.embeddings)
     for unknown in (2**63 - 4, -(2**63)):
         with pytest.raises(PromptError, match=f"such as {unknown}"):
-            merge_embeddings(torch.zeros(2, WIDTH), [1, unknown], [picture], base=2**63 - 5)
+            merge_embeddings(torch.zeros(2, WIDTH), [1, unknown], [image], base=2**63 - 5)
 
 
 def test_transposed_matrices_are_merged_as_well(device):
     text = text_rows(device=device)
-    across = replace(PICTURES[1], embeddings=PICTURES[1].embeddings.t().contiguous().t())
-    high = replace(PICTURES[0], embeddings=PICTURES[0].embeddings.t().contiguous().t())
-    ids = [1, *PICTURES[0].token_ids, 2]
-    want = one_by_one(text.cpu()[:5], ids, PICTURES)
+    across = replace(IMAGES[1], embeddings=IMAGES[1].embeddings.t().contiguous().t())
+    high = replace(IMAGES[0], embeddings=IMAGES[0].embeddings.t().contiguous().t())
+    ids = [1, *IMAGES[0].token_ids, 2]
+    want = one_by_one(text.cpu()[:5], ids, IMAGES)
     slanted = text[:5].t().contiguous().t()
     assert slanted.stride() == (1, 5)
     assert torch.equal(merge_embeddings(slanted, ids, [high]).cpu(), want)
     assert torch.equal(merge_embeddings(slanted, ids, [high, across]).cpu(), want)
 
 
-def test_a_deepstack_level_has_the_rows_of_its_picture():
-    short = replace(PICTURES[0], deepstack=(PICTURES[0].deepstack[0][1:],))
+def test_a_deepstack_level_has_the_rows_of_its_image():
+    short = replace(IMAGES[0], deepstack=(IMAGES[0].deepstack[0][1:],))
     with pytest.raises(UsageError, match="embedding 0 has 3 rows, and 2 of this deepstack level"):
         add_deepstack(text_rows(), PROMPT, [short], 0)
 
 
 def test_ids_below_the_base_are_not_taken_for_text():
-    """Even where no id of the piece is a picture's, as far as the base says."""
+    """Even where no id of the piece is an image's, as far as the base says."""
     space = TokenSpace(5000)
     prompt = encode("a x b", [embedding_of(3, alias="x")], space=space)
     text = torch.zeros(len(prompt), WIDTH)
@@ -902,13 +900,13 @@ def test_ids_below_the_base_are_not_taken_for_text():
 
 def test_merging_is_for_inference():
     text = text_rows().requires_grad_()
-    assert not merge_embeddings(text, PROMPT, PICTURES).requires_grad
+    assert not merge_embeddings(text, PROMPT, IMAGES).requires_grad
 
 
 @pytest.mark.parametrize("level", [-1, 2])
 def test_levels_that_do_not_exist(level):
     with pytest.raises(UsageError, match=f"level is {level}; embedding 0 has 2 deepstack levels"):
-        add_deepstack(text_rows(), PROMPT, PICTURES, level)
+        add_deepstack(text_rows(), PROMPT, IMAGES, level)
 
 
 def test_ids_for_those_who_know_the_vocabulary_only():

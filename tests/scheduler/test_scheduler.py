@@ -1,4 +1,4 @@
-"""How a call of ``encode`` becomes passes: the same numbers however it is split, one slot per picture whatever happens."""
+"""How a call of ``encode`` becomes passes: the same numbers however it is split, one slot per image whatever happens."""
 
 import contextvars
 import io
@@ -47,10 +47,10 @@ from tritontower.preprocessing.images.image import CanonicalImage
 from tritontower.scheduler import prefetch, scheduler
 from tritontower.scheduler.prefetch import workers
 from tritontower.scheduler.scheduler import ItemError, patches_per_pass
-from tritontower.scheduler.video import ClipTimes
+from tritontower.scheduler.video import VideoTimes
 
 SIZES = [(157, 243), (28, 28), (300, 64), (90, 90), (60, 120), (33, 47), (200, 150), (28, 56)]
-PICTURES = [noise(width, height, seed) for seed, (width, height) in enumerate(SIZES)]
+IMAGES = [noise(width, height, seed) for seed, (width, height) in enumerate(SIZES)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def tower(qwen2_vl: Path) -> VisionTower:
 def expected(tower: VisionTower) -> list[ImageEmbedding]:
     # A fixture of the module is set up before a test has chosen its backend.
     with dispatch.use("reference"):
-        return [tower.encode(picture)[0] for picture in PICTURES]
+        return [tower.encode(image)[0] for image in IMAGES]
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def count_passes(monkeypatch: pytest.MonkeyPatch, fail: Callable[[int], None] = 
     return seen
 
 
-def png(picture: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return file.getvalue()
 
 
@@ -111,9 +111,9 @@ def assert_equal(found: Sequence[ImageEmbedding | ItemError], expected: Sequence
 def test_bits_and_order_do_not_depend_on_how_a_call_is_split(
     tower: VisionTower, expected: list[ImageEmbedding], data: st.DataObject
 ) -> None:
-    chosen = data.draw(st.lists(st.integers(0, len(PICTURES) - 1), min_size=1, max_size=9))
+    chosen = data.draw(st.lists(st.integers(0, len(IMAGES) - 1), min_size=1, max_size=9))
     limit = data.draw(st.none() | st.integers(1, 600))
-    found = tower.encode([PICTURES[index] for index in chosen], max_patches=limit)
+    found = tower.encode([IMAGES[index] for index in chosen], max_patches=limit)
     assert_equal(found, [expected[index] for index in chosen])
 
 
@@ -121,21 +121,21 @@ def test_bits_and_order_do_not_depend_on_how_a_call_is_split(
 def test_splits_are_equal_in_towers_with_views_tiles_and_deepstack(module: Any, tmp_path: Path) -> None:
     case = module.CASES[0]
     tower = VisionTower.from_pretrained(case.save(tmp_path), device="cpu")
-    pictures = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
-    whole = tower.encode(pictures)
-    assert_equal(tower.encode(pictures, max_patches=1), whole)
-    assert_equal(tower.encode(pictures[::-1], max_patches=300)[::-1], whole)
+    images = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
+    whole = tower.encode(images)
+    assert_equal(tower.encode(images, max_patches=1), whole)
+    assert_equal(tower.encode(images[::-1], max_patches=300)[::-1], whole)
     assert all(sum(one.view_tokens) == one.num_tokens for one in whole)
 
 
 def test_passes_hold_at_most_what_is_allowed(tower: VisionTower, passes: list[int]) -> None:
-    patches = [h * w for _, h, w in tower.preprocess(PICTURES).grids]
-    assert len(tower.encode(PICTURES)) == len(PICTURES)
+    patches = [h * w for _, h, w in tower.preprocess(IMAGES).grids]
+    assert len(tower.encode(IMAGES)) == len(IMAGES)
     assert passes == [sum(patches)]
     passes.clear()
-    tower.encode(PICTURES, max_patches=200)
+    tower.encode(IMAGES, max_patches=200)
     assert sum(passes) == sum(patches)
-    # The first picture alone is more than a pass may have, and runs all the same.
+    # The first image alone is more than a pass may have, and runs all the same.
     assert passes[0] == patches[0] > 200
     assert all(one <= 200 for one in passes if one not in patches)
     # Cut greedily: what begins a pass would not have fitted into the one before.
@@ -144,8 +144,8 @@ def test_passes_hold_at_most_what_is_allowed(tower: VisionTower, passes: list[in
     assert all(done + sizes[start] > 200 for done, start in zip(passes, starts[1:], strict=False))
 
 
-def test_equal_pictures_are_encoded_once(tower: VisionTower, passes: list[int]) -> None:
-    one, other = PICTURES[0], PICTURES[3]
+def test_equal_images_are_encoded_once(tower: VisionTower, passes: list[int]) -> None:
+    one, other = IMAGES[0], IMAGES[3]
     kinds = [one, other, Image.fromarray(one), png(one), torch.from_numpy(other), one.copy()]
     found = tower.encode(kinds)
     assert sum(passes) == 4 * (found[0].num_tokens + found[1].num_tokens)
@@ -162,7 +162,7 @@ def test_equal_pictures_are_encoded_once(tower: VisionTower, passes: list[int]) 
     assert first.num_tokens * second.num_tokens > 0
 
 
-def test_a_lone_pictures_digest_waits_until_the_device_has_work(
+def test_a_lone_images_digest_waits_until_the_device_has_work(
     tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
@@ -175,10 +175,10 @@ def test_a_lone_pictures_digest_waits_until_the_device_has_work(
     digest.__set_name__(CanonicalImage, "digest")
     monkeypatch.setattr(CanonicalImage, "digest", digest)
     count_passes(monkeypatch, lambda patches: events.append("pass"))
-    assert_equal(tower.encode(PICTURES[:1]), expected[:1])
+    assert_equal(tower.encode(IMAGES[:1]), expected[:1])
     assert events == ["pass", "digest"]
     events.clear()
-    assert_equal(tower.encode(PICTURES[:2]), expected[:2])
+    assert_equal(tower.encode(IMAGES[:2]), expected[:2])
     assert events == ["digest", "digest", "pass"]
 
 
@@ -194,22 +194,22 @@ def test_the_default_size_of_a_pass_is_that_of_the_memory_plan(tower: VisionTowe
 @pytest.mark.parametrize("arguments", [{"max_patches": 0}, {"max_patches": 1.5}, {"on_error": "ignore"}])
 def test_arguments_that_make_no_sense_are_refused(tower: VisionTower, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(arguments))):
-        tower.encode(PICTURES[:1], **arguments)
+        tower.encode(IMAGES[:1], **arguments)
 
 
 def test_an_unloaded_tower_says_so_before_anything_is_decoded(qwen2_vl: Path) -> None:
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True)
     with pytest.raises(TowerNotLoadedError):
-        tower.encode([b"no picture"])
+        tower.encode([b"no image"])
     with pytest.raises(TowerNotLoadedError):
-        tower.encode_video([b"no picture"])
+        tower.encode_video([b"no image"])
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
 
 
 class Held:
-    """Decoded pictures that are alive, and the most bytes that they ever took."""
+    """Decoded images that are alive, and the most bytes that they ever took."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes = self.most = 0
@@ -235,25 +235,25 @@ class Held:
             self.most = max(self.most, self.bytes)
 
 
-def test_decoded_pictures_keep_within_their_budget(
+def test_decoded_images_keep_within_their_budget(
     qwen2_vl: Path, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    largest = max(picture.nbytes for picture in PICTURES)
+    largest = max(image.nbytes for image in IMAGES)
     budget = 2 * largest
     limited = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=budget))
     paths = []
-    for number, picture in enumerate(PICTURES):
+    for number, image in enumerate(IMAGES):
         paths.append(tmp_path / f"{number}.png")
-        paths[-1].write_bytes(png(picture))
-    for kinds in (PICTURES, paths, [path.read_bytes() for path in paths], [Image.open(path) for path in paths]):
+        paths[-1].write_bytes(png(image))
+    for kinds in (IMAGES, paths, [path.read_bytes() for path in paths], [Image.open(path) for path in paths]):
         held = Held(monkeypatch)
         assert_equal(limited.encode(kinds), expected)
         assert largest <= held.most <= budget
         monkeypatch.undo()
-    # A picture larger than the budget comes alone.
+    # An image larger than the budget comes alone.
     tiny = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=1))
     held = Held(monkeypatch)
-    assert_equal(tiny.encode(PICTURES), expected)
+    assert_equal(tiny.encode(IMAGES), expected)
     assert held.most == largest
 
 
@@ -265,7 +265,7 @@ def test_what_has_to_be_decoded_at_once_keeps_within_the_budget(
     given_frames: list[Any] = frames if kind == "arrays" else [png(frame) for frame in frames]
     limited = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=3 * frames[0].nbytes))
     held = Held(monkeypatch)
-    message = rf"picture 3: .* would take {4 * 7200} bytes, and all 4 .* limit is {3 * 7200} bytes.*max_decoded_bytes"
+    message = rf"image 3: .* would take {4 * 7200} bytes, and all 4 .* limit is {3 * 7200} bytes.*max_decoded_bytes"
     for refuses in (limited.encode_video, limited.preprocess, limited.preprocess_video):
         with pytest.raises(ImageTooLargeError, match=message) as caught:
             refuses(given_frames)
@@ -280,22 +280,22 @@ def test_what_has_to_be_decoded_at_once_keeps_within_the_budget(
 
 
 @pytest.mark.parametrize("area", [(2**27, 2**28), (5000, 4000)], ids=["too large", "in no order"])
-def test_a_picture_that_was_refused_does_not_keep_its_pixels(
+def test_an_image_that_was_refused_does_not_keep_its_pixels(
     tower: VisionTower, monkeypatch: pytest.MonkeyPatch, area: tuple[int, int]
 ) -> None:
     held = Held(monkeypatch)
-    found = tower.encode(PICTURES, on_error="return", min_pixels=area[0], max_pixels=area[1])
+    found = tower.encode(IMAGES, on_error="return", min_pixels=area[0], max_pixels=area[1])
     assert all(isinstance(one, ItemError) for one in found)
     assert held.most > 0
     assert held.bytes == 0
 
 
 def test_sizes_for_the_budget_come_from_headers_and_shapes(tmp_path: Path) -> None:
-    picture = PICTURES[2]
-    path = tmp_path / "picture.png"
-    path.write_bytes(png(picture))
-    tensor = torch.from_numpy(picture)
-    for kind in (picture, tensor, tensor.permute(2, 0, 1), picture[:, :, 0], path, path.read_bytes(), Image.open(path)):
+    image = IMAGES[2]
+    path = tmp_path / "image.png"
+    path.write_bytes(png(image))
+    tensor = torch.from_numpy(image)
+    for kind in (image, tensor, tensor.permute(2, 0, 1), image[:, :, 0], path, path.read_bytes(), Image.open(path)):
         assert images.decoded_bytes(kind) == 300 * 64 * 3
     for odd in (
         "text",
@@ -316,10 +316,10 @@ def test_the_next_pass_is_prepared_while_the_device_works(
 ) -> None:
     order: list[str] = []
     prepared = threading.Semaphore(0)
-    pictures, run = type(tower.preprocessor).pictures, Executor.run
+    images, run = type(tower.preprocessor).images, Executor.run
 
     def preparing(self: Any, *arguments: Any, **named: Any) -> PackedBatch:
-        batch = pictures(self, *arguments, **named)
+        batch = images(self, *arguments, **named)
         order.append("prepared")
         prepared.release()
         return batch
@@ -332,9 +332,9 @@ def test_the_next_pass_is_prepared_while_the_device_works(
             assert prepared.acquire(timeout=30), "the second pass was not prepared while the first was running"
         return run(self, batch, observer)
 
-    monkeypatch.setattr(type(tower.preprocessor), "pictures", preparing)
+    monkeypatch.setattr(type(tower.preprocessor), "images", preparing)
     monkeypatch.setattr(Executor, "run", running)
-    assert_equal(tower.encode(PICTURES[:3], max_patches=1), expected[:3])
+    assert_equal(tower.encode(IMAGES[:3], max_patches=1), expected[:3])
     assert order.count("prepared") == order.count("running") == 3
 
 
@@ -360,23 +360,23 @@ def test_workers_map_in_order_and_stop_early() -> None:
 
 def test_threads_end_with_the_call(tower: VisionTower) -> None:
     before = threading.active_count()
-    tower.encode(PICTURES, max_patches=1)
+    tower.encode(IMAGES, max_patches=1)
     with pytest.raises(ImageDecodeError):
-        tower.encode([*PICTURES, b"garbage", *PICTURES], max_patches=1)
+        tower.encode([*IMAGES, b"garbage", *IMAGES], max_patches=1)
     assert threading.active_count() == before
 
 
-# -- pictures that fail -----------------------------------------------------------------------------------------------
+# -- images that fail -----------------------------------------------------------------------------------------------
 
 BAD = {1: b"garbage", 3: np.zeros((2000, 5, 3), np.uint8), 4: "photo.jpg", 7: np.zeros((0, 5, 3), np.uint8)}
 KINDS = {1: ImageDecodeError, 3: AspectRatioError, 4: ImageTypeError}
 
 
 @pytest.mark.parametrize("limit", [None, 1, 300])
-def test_a_failing_picture_keeps_its_place_and_harms_no_other(
+def test_a_failing_image_keeps_its_place_and_harms_no_other(
     tower: VisionTower, expected: list[ImageEmbedding], limit: int | None
 ) -> None:
-    mixed: list[Any] = [BAD.get(index, picture) for index, picture in enumerate(PICTURES)]
+    mixed: list[Any] = [BAD.get(index, image) for index, image in enumerate(IMAGES)]
     found = tower.encode(mixed, on_error="return", max_patches=limit)
     assert len(found) == len(mixed)
     for index, one in enumerate(found):
@@ -384,20 +384,20 @@ def test_a_failing_picture_keeps_its_place_and_harms_no_other(
             assert isinstance(one, ItemError)
             assert one.index == one.error.index == index
             assert isinstance(one.error, KINDS.get(index, Exception))
-            assert f"picture {index}" in str(one.error)
+            assert f"image {index}" in str(one.error)
         else:
             assert_equal([one], [expected[index]])
-    with pytest.raises(ImageDecodeError, match="picture 1") as caught:
+    with pytest.raises(ImageDecodeError, match="image 1") as caught:
         tower.encode(mixed, max_patches=limit)
     assert caught.value.index == 1
     assert_equal(caught.value.completed, expected[:1])
     with pytest.raises(AspectRatioError) as caught_later:
-        tower.encode([*PICTURES[:3], BAD[3], PICTURES[0]], max_patches=limit)
+        tower.encode([*IMAGES[:3], BAD[3], IMAGES[0]], max_patches=limit)
     assert_equal(caught_later.value.completed, expected[:3])
     assert "source" in vars(caught_later.value)
 
 
-def test_a_failing_picture_that_comes_twice_fails_in_both_places(tower: VisionTower, monkeypatch: Any) -> None:
+def test_a_failing_image_that_comes_twice_fails_in_both_places(tower: VisionTower, monkeypatch: Any) -> None:
     fill = type(tower.preprocessor)._fill
 
     def refusing(self: Any, out: torch.Tensor, image: images.CanonicalImage, *arguments: Any) -> None:
@@ -406,21 +406,21 @@ def test_a_failing_picture_that_comes_twice_fails_in_both_places(tower: VisionTo
         fill(self, out, image, *arguments)
 
     monkeypatch.setattr(type(tower.preprocessor), "_fill", refusing)
-    found = tower.encode([*PICTURES[:5], PICTURES[3]], on_error="return")
+    found = tower.encode([*IMAGES[:5], IMAGES[3]], on_error="return")
     assert [isinstance(one, ItemError) for one in found] == [False, False, False, True, False, True]
     assert [(one.index, one.error.index) for one in found if isinstance(one, ItemError)] == [(3, 3), (5, 5)]
     assert [str(one.error) for one in found if isinstance(one, ItemError)] == ["refused", "refused"]
     with pytest.raises(ProcessorError) as caught:
-        tower.encode(PICTURES)
+        tower.encode(IMAGES)
     assert caught.value.index == 3
     assert len(caught.value.completed) == 3
 
 
 def test_what_is_wrong_with_the_call_is_raised_in_any_case(tower: VisionTower) -> None:
     with pytest.raises(UsageError, match="longest_edge"):
-        tower.encode(PICTURES, on_error="return", longest_edge=300)
+        tower.encode(IMAGES, on_error="return", longest_edge=300)
     with pytest.raises(UsageError, match="aliases"):
-        tower.encode(PICTURES, on_error="return", text_alias=["<a>"])
+        tower.encode(IMAGES, on_error="return", text_alias=["<a>"])
 
 
 def test_numbers_that_are_not_finite_are_found_on_request(qwen2_vl: Path, expected: list[ImageEmbedding]) -> None:
@@ -437,13 +437,13 @@ def test_numbers_that_are_not_finite_are_found_on_request(qwen2_vl: Path, expect
         return outputs
 
     broken.run = run  # type: ignore[method-assign]
-    assert broken.encode(PICTURES)[3].embeddings.isnan().any()
-    found = broken.encode(PICTURES, check_output=True, on_error="return")
+    assert broken.encode(IMAGES)[3].embeddings.isnan().any()
+    found = broken.encode(IMAGES, check_output=True, on_error="return")
     assert isinstance(found[3], ItemError)
     assert isinstance(found[3].error, NonFiniteOutputError)
     assert_equal(found[:3] + found[4:], expected[:3] + expected[4:])
     with pytest.raises(NonFiniteOutputError, match="NaN") as caught:
-        broken.encode(PICTURES, check_output=True)
+        broken.encode(IMAGES, check_output=True)
     assert caught.value.index == 3
     assert_equal(caught.value.completed, expected[:3])
 
@@ -469,31 +469,31 @@ def test_a_pass_that_does_not_fit_is_halved(
     released: list[int] = []
     release = Executor.release
     monkeypatch.setattr(Executor, "release", lambda self: released.append(1) or release(self))
-    found = tower.encode([PICTURES[index] for index in chosen])
+    found = tower.encode([IMAGES[index] for index in chosen])
     assert_equal(found, [expected[index] for index in chosen])
-    # Every picture is in one finished pass, and no more.
+    # Every image is in one finished pass, and no more.
     assert sum(passes) == sum(patches[index] for index in chosen)
     assert released
 
 
-def test_a_picture_that_never_fits_is_the_only_one_that_fails(
+def test_an_image_that_never_fits_is_the_only_one_that_fails(
     tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = [1, 0, 2, 3]
     patches = [4 * expected[index].num_tokens for index in order]
     count_passes(monkeypatch, too_large(patches[1] - 1))
-    found = tower.encode([PICTURES[index] for index in order], on_error="return")
+    found = tower.encode([IMAGES[index] for index in order], on_error="return")
     assert isinstance(found[1], ItemError)
     assert isinstance(found[1].error, TowerOutOfMemoryError)
     assert_equal([found[0], *found[2:]], [expected[1], expected[2], expected[3]])
-    with pytest.raises(TowerOutOfMemoryError, match=rf"picture 1 .*{patches[1]} patches") as caught:
-        tower.encode([PICTURES[index] for index in order])
+    with pytest.raises(TowerOutOfMemoryError, match=rf"image 1 .*{patches[1]} patches") as caught:
+        tower.encode([IMAGES[index] for index in order])
     assert_equal(caught.value.completed, [expected[1]])
     assert 1 in caught.value.remaining
     assert 0 not in caught.value.remaining
     assert caught.value.__cause__ is None
     with pytest.raises(TowerOutOfMemoryError, match="the clip"):
-        tower.encode_video([PICTURES[0]] * 2)
+        tower.encode_video([IMAGES[0]] * 2)
 
 
 def test_the_batch_that_did_not_fit_is_gone_when_its_halves_are_tried(
@@ -512,7 +512,7 @@ def test_the_batch_that_did_not_fit_is_gone_when_its_halves_are_tried(
 
     monkeypatch.setattr(Executor, "run", counted)
     for on_error in ("raise", "return"):
-        found = tower.encode(PICTURES, on_error=on_error)
+        found = tower.encode(IMAGES, on_error=on_error)
         assert_equal(found, expected)
     assert alive == [0] * 14
 
@@ -535,12 +535,12 @@ def test_memory_of_the_cpu_runs_out_as_that_of_a_gpu_does(
             torch.empty(2**60, dtype=torch.uint8)  # more than a process may address
 
     count_passes(monkeypatch, fail)
-    assert_equal(tower.encode(PICTURES), expected)
+    assert_equal(tower.encode(IMAGES), expected)
     count_passes(monkeypatch, lambda patches: torch.empty(2**60, dtype=torch.uint8) and None)
-    with pytest.raises(TowerOutOfMemoryError, match="picture 0"):
-        tower.encode(PICTURES)
+    with pytest.raises(TowerOutOfMemoryError, match="image 0"):
+        tower.encode(IMAGES)
     with pytest.raises(TowerOutOfMemoryError, match="the clip"):
-        tower.encode_video([PICTURES[0]] * 2)
+        tower.encode_video([IMAGES[0]] * 2)
 
 
 def test_what_is_wrong_with_a_device_is_no_lack_of_memory(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -548,14 +548,14 @@ def test_what_is_wrong_with_a_device_is_no_lack_of_memory(tower: VisionTower, mo
         raise RuntimeError("an illegal instruction")
 
     passes = count_passes(monkeypatch, fail)
-    for call in (lambda: tower.encode(PICTURES), lambda: tower.encode_video([PICTURES[0]] * 2)):
+    for call in (lambda: tower.encode(IMAGES), lambda: tower.encode_video([IMAGES[0]] * 2)):
         with pytest.raises(RuntimeError, match="an illegal instruction"):
             call()
     assert passes == []
 
 
 def test_later_passes_begin_at_the_size_that_fitted(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = [noise(56, 56, seed) for seed in range(600)]
+    images = [noise(56, 56, seed) for seed in range(600)]
     refused: list[int] = []
 
     def fail(patches: int) -> None:
@@ -565,7 +565,7 @@ def test_later_passes_begin_at_the_size_that_fitted(tower: VisionTower, monkeypa
 
     monkeypatch.setattr(scheduler, "PORTION", 100)
     passes = count_passes(monkeypatch, fail)
-    tower.encode(pictures)
+    tower.encode(images)
     assert sum(passes) == 600 * 16
     # Only passes that were prepared before memory ran out could be too large.
     assert 1 <= len(refused) <= 2
@@ -584,23 +584,23 @@ def test_an_interruption_leaves_what_is_done(
 
     count_passes(monkeypatch, interrupt)
     with pytest.raises(KeyboardInterrupt) as caught:
-        tower.encode(PICTURES, max_patches=1)
+        tower.encode(IMAGES, max_patches=1)
     assert_equal(vars(caught.value)["completed"], expected[:2])
     assert threading.active_count() == before
     monkeypatch.undo()
-    assert_equal(tower.encode(PICTURES), expected)
+    assert_equal(tower.encode(IMAGES), expected)
 
 
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 15_000, 2**24])
-def test_eight_threads_share_a_tower_and_pictures_that_are_not_loaded_yet(
+def test_eight_threads_share_a_tower_and_images_that_are_not_loaded_yet(
     tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch, cache_bytes: int
 ) -> None:
     """Also with a cache that cannot keep all of them, or that keeps everything."""
     monkeypatch.setattr(tower, "cache", EmbeddingCache(cache_bytes) if cache_bytes else None)
-    encoded = [png(picture) for picture in PICTURES]
+    encoded = [png(image) for image in IMAGES]
     wrong: list[object] = []
 
     def work(shared: list[Image.Image], together: threading.Barrier, seed: int) -> None:
@@ -628,9 +628,9 @@ def test_eight_threads_share_a_tower_and_pictures_that_are_not_loaded_yet(
     assert wrong == []
 
 
-def test_one_unloaded_picture_many_times_in_one_call(tower: VisionTower, expected: list[ImageEmbedding]) -> None:
+def test_one_unloaded_image_many_times_in_one_call(tower: VisionTower, expected: list[ImageEmbedding]) -> None:
     for _ in range(10):
-        lazy = Image.open(io.BytesIO(png(PICTURES[0])))
+        lazy = Image.open(io.BytesIO(png(IMAGES[0])))
         assert_equal(tower.encode([lazy] * 8), [expected[0]] * 8)
 
 
@@ -638,23 +638,23 @@ def test_one_unloaded_picture_many_times_in_one_call(tower: VisionTower, expecte
 
 
 def test_embeddings_go_where_they_are_wanted(tower: VisionTower) -> None:
-    assert {one.embeddings.device.type for one in tower.encode(PICTURES[:2], output_device="cpu")} == {"cpu"}
-    assert tower.encode_video(PICTURES[:1], output_device=torch.device("cpu")).embeddings.device.type == "cpu"
+    assert {one.embeddings.device.type for one in tower.encode(IMAGES[:2], output_device="cpu")} == {"cpu"}
+    assert tower.encode_video(IMAGES[:1], output_device=torch.device("cpu")).embeddings.device.type == "cpu"
     with pytest.raises(UsageError, match="device"):
-        tower.encode(PICTURES[:1], output_device="cuba")
+        tower.encode(IMAGES[:1], output_device="cuba")
 
 
 def test_views_and_spans_are_those_of_the_tower(tmp_path: Path, tower: VisionTower) -> None:
     (case,) = [case for case in gemma3.CASES if case.name == "gemma3"]
     folder = case.save(tmp_path)
     plain = VisionTower.from_pretrained(folder, device="cpu")
-    picture = noise(300, 100, 1)
-    (one,) = plain.encode(picture)
+    image = noise(300, 100, 1)
+    (one,) = plain.encode(image)
     assert one.bidirectional_spans == ((0, one.num_tokens),)
     assert one.view_tokens == (one.num_tokens,)
     options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16, "pan_and_scan_max_num_crops": 4}
     panning = VisionTower.from_pretrained(folder, device="cpu", processor_options=options)
-    found, alone = panning.encode([picture, noise(50, 50, 2)])
+    found, alone = panning.encode([image, noise(50, 50, 2)])
     views = found.num_tokens // one.num_tokens
     assert views > 1
     assert found.view_tokens == (one.num_tokens,) * views
@@ -662,23 +662,23 @@ def test_views_and_spans_are_those_of_the_tower(tmp_path: Path, tower: VisionTow
         (view * one.num_tokens, (view + 1) * one.num_tokens) for view in range(views)
     )
     assert alone.view_tokens == (one.num_tokens,)
-    assert tower.encode(PICTURES[0])[0].bidirectional_spans == ()
+    assert tower.encode(IMAGES[0])[0].bidirectional_spans == ()
 
 
-def test_pictures_get_their_aliases(tower: VisionTower) -> None:
-    found = tower.encode(PICTURES[:3], text_alias=["<a>", None, "<c>"], max_patches=1)
+def test_images_get_their_aliases(tower: VisionTower) -> None:
+    found = tower.encode(IMAGES[:3], text_alias=["<a>", None, "<c>"], max_patches=1)
     assert [one.text_alias for one in found] == ["<a>", None, "<c>"]
-    assert tower.encode(PICTURES[0], text_alias="<a>")[0].text_alias == "<a>"
-    same = tower.encode([PICTURES[0]] * 2, text_alias=["<a>", "<b>"])
+    assert tower.encode(IMAGES[0], text_alias="<a>")[0].text_alias == "<a>"
+    same = tower.encode([IMAGES[0]] * 2, text_alias=["<a>", "<b>"])
     assert [one.text_alias for one in same] == ["<a>", "<b>"]
-    mixed = tower.encode([b"garbage", PICTURES[0]], text_alias=["<a>", "<b>"], on_error="return")
+    mixed = tower.encode([b"garbage", IMAGES[0]], text_alias=["<a>", "<b>"], on_error="return")
     assert isinstance(mixed[1], ImageEmbedding)
     assert mixed[1].text_alias == "<b>"
     for neither in (3, {"<a>": 1, "<b>": 2}):
         with pytest.raises(UsageError, match="a list with one for each"):
-            tower.encode(PICTURES[:2], text_alias=neither)  # type: ignore[call-overload]
-    with pytest.raises(UsageError, match="1 aliases for 2 pictures"):
-        tower.encode(PICTURES[:2], text_alias="<a>")
+            tower.encode(IMAGES[:2], text_alias=neither)  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="1 aliases for 2 images"):
+        tower.encode(IMAGES[:2], text_alias="<a>")
     for broken in (
         lambda: tower.encode(b"garbage", text_alias=""),
         lambda: tower.encode_video([b"garbage"], text_alias=""),
@@ -687,33 +687,33 @@ def test_pictures_get_their_aliases(tower: VisionTower) -> None:
             broken()
 
 
-def test_one_picture_or_several_in_the_manner_of_exllama(tower: VisionTower, expected: list[ImageEmbedding]) -> None:
-    one = tower.get_image_embeddings(PICTURES[0])
+def test_one_image_or_several_in_the_manner_of_exllama(tower: VisionTower, expected: list[ImageEmbedding]) -> None:
+    one = tower.get_image_embeddings(IMAGES[0])
     assert isinstance(one, ImageEmbedding)
     assert_equal([one], expected[:1])
-    several = tower.get_image_embeddings(PICTURES[:3], embeddings_cpu=False)
+    several = tower.get_image_embeddings(IMAGES[:3], embeddings_cpu=False)
     assert_equal(several, expected[:3])
     made_up = [
         one.text_alias,
         *(found.text_alias for found in several),
-        tower.get_image_embeddings(PICTURES[0]).text_alias,
+        tower.get_image_embeddings(IMAGES[0]).text_alias,
     ]
     assert len(set(made_up)) == 5
     assert all(alias is not None and alias.startswith("<$EMB_") and alias.endswith("$>") for alias in made_up)
-    assert tower.get_image_embeddings(image=PICTURES[0], text_alias="<a>", embeddings_cpu=True).text_alias == "<a>"
-    named = tower.get_image_embeddings(PICTURES[:2], ["<a>", None])
+    assert tower.get_image_embeddings(image=IMAGES[0], text_alias="<a>", embeddings_cpu=True).text_alias == "<a>"
+    named = tower.get_image_embeddings(IMAGES[:2], ["<a>", None])
     assert named[0].text_alias == "<a>"
     assert named[1].text_alias not in (None, *made_up)
-    assert tower.get_image_embeddings(PICTURES[0], max_pixels=4000).num_tokens < one.num_tokens
+    assert tower.get_image_embeddings(IMAGES[0], max_pixels=4000).num_tokens < one.num_tokens
     assert tower.get_image_embeddings([]) == []
 
 
 def test_a_progress_bar_is_shown_for_long_lists_on_a_terminal(
     tower: VisionTower, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shown(pictures: int, progress: bool | None) -> str:
+    def shown(images: int, progress: bool | None) -> str:
         capsys.readouterr()
-        tower.encode([PICTURES[1]] * pictures, progress=progress)
+        tower.encode([IMAGES[1]] * images, progress=progress)
         return capsys.readouterr().err
 
     assert shown(3, None) == shown(70, None) == shown(70, False) == ""
@@ -723,24 +723,24 @@ def test_a_progress_bar_is_shown_for_long_lists_on_a_terminal(
     assert shown(3, None) == ""
 
 
-def test_pictures_come_from_any_iterable(tower: VisionTower, expected: list[ImageEmbedding]) -> None:
+def test_images_come_from_any_iterable(tower: VisionTower, expected: list[ImageEmbedding]) -> None:
     def generated() -> Iterator[np.ndarray]:
-        yield from PICTURES[:3]
+        yield from IMAGES[:3]
 
     assert_equal(tower.encode(generated(), max_patches=1), expected[:3])
     assert tower.encode([]) == tower.encode(iter(())) == []
 
 
-# -- clips ------------------------------------------------------------------------------------------------------------
+# -- videos ------------------------------------------------------------------------------------------------------------
 
 
-def test_clips_know_when_their_patches_are_shown(tower: VisionTower, tmp_path: Path) -> None:
+def test_videos_know_when_their_patches_are_shown(tower: VisionTower, tmp_path: Path) -> None:
     frames = [noise(60, 40, seed) for seed in range(5)]
     silent = tower.encode_video(frames)
     assert (silent.seconds_per_grid, silent.timestamps) == (None, ())
-    assert silent.is_clip
-    assert tower.encode_video(frames[:1]).is_clip
-    assert not tower.encode(frames[:1])[0].is_clip
+    assert silent.is_video
+    assert tower.encode_video(frames[:1]).is_video
+    assert not tower.encode(frames[:1])[0].is_video
     timed = tower.encode_video(frames, fps=4)
     assert torch.equal(timed.embeddings, silent.embeddings)
     assert timed.seconds_per_grid == 0.5
@@ -752,19 +752,19 @@ def test_clips_know_when_their_patches_are_shown(tower: VisionTower, tmp_path: P
     for number, frame in enumerate(frames):
         paths.append(tmp_path / f"{number}.png")
         paths[-1].write_bytes(png(frame))
-    again = tower.encode_video(paths, fps=4, text_alias="<clip>", check_output=True)
+    again = tower.encode_video(paths, fps=4, text_alias="<video>", check_output=True)
     assert torch.equal(again.embeddings, silent.embeddings)
-    assert again.text_alias == "<clip>"
+    assert again.text_alias == "<video>"
 
 
 def test_times_are_those_of_the_processor_of_qwen3_vl() -> None:
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-    clip = ImageEmbedding(torch.zeros(1, 1), (1, 1, 1), (1, 1), (1, 1), "")
+    video = ImageEmbedding(torch.zeros(1, 1), (1, 1, 1), (1, 1), (1, 1), "")
     for frames in range(1, 12):
         for fps in (0.5, 1, 2, 24, 29.97):
             times = Qwen3VLProcessor._calculate_timestamps(None, list(range(frames)), fps, 2)
-            timed = ClipTimes.of(frames, fps, None).put_on(clip, 2)
+            timed = VideoTimes.of(frames, fps, None).put_on(video, 2)
             assert timed.timestamps == pytest.approx(times, abs=1e-12)
             assert timed.seconds_per_grid == pytest.approx(2 / fps)
 
@@ -792,7 +792,7 @@ def test_times_are_those_of_the_processor_of_qwen3_vl() -> None:
 )
 def test_times_that_make_no_sense_are_refused(tower: VisionTower, times: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"fps|timestamps"):
-        tower.encode_video(PICTURES[:2], **times)
+        tower.encode_video(IMAGES[:2], **times)
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -802,7 +802,7 @@ def test_times_that_make_no_sense_are_refused(tower: VisionTower, times: dict[st
 def test_embeddings_leave_a_gpu_in_page_locked_memory(qwen2_vl: Path) -> None:
     cache = EmbeddingCache(2**24, device="cuda")
     tower = VisionTower.from_pretrained(qwen2_vl, device="cuda", cache=cache)
-    twice = [*PICTURES, PICTURES[0]]
+    twice = [*IMAGES, IMAGES[0]]
     stay = tower.encode(twice, max_patches=1)
     assert {one.embeddings.device.type for one in stay} == {"cuda"}
     for attempt in range(2):
@@ -816,11 +816,11 @@ def test_embeddings_leave_a_gpu_in_page_locked_memory(qwen2_vl: Path) -> None:
 def test_streams_that_share_a_cache_wait_for_each_other(qwen2_vl: Path) -> None:
     cache = EmbeddingCache(2**24, device="cuda")
     tower = VisionTower.from_pretrained(qwen2_vl, device="cuda", cache=cache)
-    expected = VisionTower.from_pretrained(qwen2_vl, device="cuda").encode(PICTURES, max_patches=1)
+    expected = VisionTower.from_pretrained(qwen2_vl, device="cuda").encode(IMAGES, max_patches=1)
     for _ in range(20):
         for _ in range(2):
             with torch.cuda.stream(torch.cuda.Stream()):
-                assert_equal(tower.encode(PICTURES, max_patches=1), expected)
+                assert_equal(tower.encode(IMAGES, max_patches=1), expected)
         # A tower has one arena: a pass on one stream waits for the last on the other.
         torch.cuda.synchronize()
         cache.clear()

@@ -1,4 +1,4 @@
-"""Small random checkpoints, made by transformers itself, and pictures to show them."""
+"""Small random checkpoints, made by transformers itself, and images to show them."""
 
 import json
 from collections.abc import Sequence
@@ -95,9 +95,9 @@ def shard(source: Path, target: Path, shards: int = 3) -> Path:
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """A picture ``[height, width, 3]`` uint8: smooth colours with noise on them, different for every seed."""
+    """An image ``[height, width, 3]`` uint8: smooth colors with noise on them, different for every seed."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (7.0 + k) + seed) * np.cos(y / (11.0 - k)) for k in range(3)]
-    picture = 127.5 + 90.0 * np.stack(waves, -1) + generator.normal(0.0, 20.0, (height, width, 3))
-    return picture.clip(0, 255).astype(np.uint8)
+    image = 127.5 + 90.0 * np.stack(waves, -1) + generator.normal(0.0, 20.0, (height, width, 3))
+    return image.clip(0, 255).astype(np.uint8)

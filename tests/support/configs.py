@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tritontower.config import (
-    Normalisation,
+    Normalization,
     PatchEmbedding,
     Pooling,
     PositionTable,
@@ -25,7 +25,7 @@ from tritontower.graph.fusion import (
 )
 from tritontower.graph.ir import Graph, Workload
 
-LAYER_NORM = Normalisation("layer_norm", 1e-6)
+LAYER_NORM = Normalization("layer_norm", 1e-6)
 CONFIG = TowerConfig(
     family="test",
     patch=PatchEmbedding(channels=3, size=14, temporal=2, bias=False),
@@ -43,7 +43,7 @@ CONFIG = TowerConfig(
     features=(32,),
     projector=Projector(LAYER_NORM, merge=2, hidden=5120, output=3584, activation="gelu", bias=True),
 )
-PICTURE = Workload(1024, 256, 1024 * 1024)
+IMAGE = Workload(1024, 256, 1024 * 1024)
 
 TWO_LINEARS = Projector(None, merge=1, hidden=96, output=48, activation="gelu", bias=True)
 WINDOWED = replace(CONFIG, depth=3, features=(3,), windows=Windows(side=4, full_blocks=(1,)))
@@ -79,7 +79,7 @@ SIGLIP = replace(
     projector=None,
     pooling=Pooling("attention", LAYER_NORM),
 )
-GEMMA_NORM = Normalisation("gemma_rms_norm", 1e-6)
+GEMMA_NORM = Normalization("gemma_rms_norm", 1e-6)
 GEMMA = replace(
     SIGLIP,
     pooling=None,

@@ -4,7 +4,7 @@
 
 A stand-in for the driver names the chip, tensors of the CPU (or of no device, where gigabytes are at stake) take the
 place of the device's, and ``JITFunction.run`` does all it does before the device is needed: it binds the arguments,
-specialises the kernel on them (integers equal to 1 or divisible by 16, alignment of pointers, ``None``) and compiles.
+specializes the kernel on them (integers equal to 1 or divisible by 16, alignment of pointers, ``None``) and compiles.
 Prints one line of JSON per launch.  Runs as a process of its own, without ``TRITON_INTERPRET``.
 """
 
@@ -158,7 +158,7 @@ def project_patches(patches: int, inner: int, pixels: torch.dtype, dtype: torch.
     )
 
 
-def normalise(patches: int, width: int, kind: Any = "layer_norm", dtype: torch.dtype = BF16, **options: Any) -> Any:
+def normalize(patches: int, width: int, kind: Any = "layer_norm", dtype: torch.dtype = BF16, **options: Any) -> Any:
     bias = torch.empty(width, dtype=dtype) if kind == "layer_norm" else None
     return norm(rows_of(patches, width, dtype), torch.empty(width, dtype=dtype), bias, kind=kind, eps=1e-6, **options)
 
@@ -184,7 +184,7 @@ def attend_as(lengths: list[int], head_dim: int, dtype: torch.dtype, **options: 
 def attention_variants() -> Iterator[Case]:
     """What the defaults or a measured table may choose, on one segment, ragged ones and windows."""
     fixed = FlashAttentionConfig(128, 64, 8, 2, "fixed")
-    specialised = FlashAttentionConfig(128, 128, 4, 2, "specialised")
+    specialized = FlashAttentionConfig(128, 128, 4, 2, "specialized")
     for dtype in (BF16, FP16):
         yield f"windows {dtype}", lambda d=dtype: attend_as([64, 1, 0, 33], 80, d, length_bound=64)
         yield f"padded heads {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, columns=72)
@@ -193,13 +193,13 @@ def attention_variants() -> Iterator[Case]:
         yield f"padded windows {dtype}", lambda d=dtype, s=scaled: attend_as([1, 64], 80, d, **s, length_bound=64)
         yield f"fixed {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, config=fixed)
         yield (
-            f"specialised, padded heads {dtype}",
-            lambda d=dtype, s=scaled: attend_as([200], 80, d, **s, config=specialised),
+            f"specialized, padded heads {dtype}",
+            lambda d=dtype, s=scaled: attend_as([200], 80, d, **s, config=specialized),
         )
         for head_dim in (64, 80):
             yield (
-                f"specialised, heads of {head_dim} {dtype}",
-                lambda d=dtype, h=head_dim: attend_as([1, 200], h, d, config=specialised),
+                f"specialized, heads of {head_dim} {dtype}",
+                lambda d=dtype, h=head_dim: attend_as([1, 200], h, d, config=specialized),
             )
     yield "padded heads in fp32", lambda: attend_as([1, 20], 80, FP32, columns=72)
 
@@ -222,7 +222,7 @@ def gather(
 def splice(
     prompt: int, width: int, text: torch.dtype = BF16, rows: torch.dtype = BF16, add: bool = False, inside: bool = True
 ) -> Any:
-    """A picture's rows put into a prompt's, or added to them."""
+    """An image's rows put into a prompt's, or added to them."""
     target = rows_of(prompt, width, text)
     index = torch.zeros(prompt, dtype=torch.int32)
     return splice_rows(target, rows_of(9, width, rows), index, add=add, out=target if inside else None)
@@ -234,13 +234,13 @@ def pool(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = BF1
 
 
 def production() -> Iterator[Case]:
-    """Qwen2-VL in bf16, from one small picture to a full pack, and what other towers do between their layers."""
+    """Qwen2-VL in bf16, from one small image to a full pack, and what other towers do between their layers."""
     for patches in (4, 256, 1024, 4096):
         here = f"{patches} patches"
         residual = {"residual": rows_of(patches, WIDTH), "residual_out": rows_of(patches, WIDTH)}
-        yield f"norm, {here}", lambda p=patches: normalise(p, WIDTH)
-        yield f"norm residual, {here}", lambda p=patches, r=residual: normalise(p, WIDTH, **r)
-        yield f"norm residual, planned, {here}", lambda p=patches, r=residual: normalise(p, WIDTH, **r, extent=live(p))
+        yield f"norm, {here}", lambda p=patches: normalize(p, WIDTH)
+        yield f"norm residual, {here}", lambda p=patches, r=residual: normalize(p, WIDTH, **r)
+        yield f"norm residual, planned, {here}", lambda p=patches, r=residual: normalize(p, WIDTH, **r, extent=live(p))
         yield f"qkv, {here}", lambda p=patches: product(p, WIDTH, 3 * WIDTH)
         for head_dim, padded in ((64, 64), (72, 80), (80, 80)):
             name = f"qkv rotated, heads of {head_dim}, {here}"
@@ -283,7 +283,7 @@ def production() -> Iterator[Case]:
 def boundaries() -> Iterator[Case]:
     """Sizes of 1, odd sizes and strides, absent operands, other dtypes, rows gigabytes apart."""
     for dtype in (BF16, FP16, FP32):
-        yield f"norm {dtype}", lambda d=dtype: normalise(1, 1152, dtype=d)
+        yield f"norm {dtype}", lambda d=dtype: normalize(1, 1152, dtype=d)
         yield f"linear {dtype}", lambda d=dtype: product(300, 96, 48, "gelu", dtype=d)
         yield f"linear split {dtype}", lambda d=dtype: product(1, 2048, 64, "silu_gated", added=True, dtype=d)
         yield f"patch projection {dtype}", lambda d=dtype: project_patches(1, 588, torch.uint8, d)
@@ -336,11 +336,11 @@ def boundaries() -> Iterator[Case]:
         lambda: project_patches(5, 768, BF16, position_table=rows_of(5, WIDTH)),
     )
     for width in (1, 48, 80, 160, 320, 1000, 1152, 16384):
-        yield f"norm of {width}", lambda w=width: normalise(3, w, "rms_norm")
-    yield "norm gathered", lambda: normalise(3, 1280, row_index=torch.zeros(5, dtype=torch.int32))
+        yield f"norm of {width}", lambda w=width: normalize(3, w, "rms_norm")
+    yield "norm gathered", lambda: normalize(3, 1280, row_index=torch.zeros(5, dtype=torch.int32))
     yield (
         "norm rounded before the weight",
-        lambda: normalise(2, 1280, "rms_norm", rounding="before_weight", residual=rows_of(2, 1280)),
+        lambda: normalize(2, 1280, "rms_norm", rounding="before_weight", residual=rows_of(2, 1280)),
     )
     yield "norm, long rows", lambda: norm(far_apart(2, 64), far_apart(1, 64)[0], kind="gemma_rms_norm", eps=1e-6)
     yield "add, long rows", lambda: add(far_apart(2, 64), far_apart(2, 64))

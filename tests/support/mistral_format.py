@@ -99,12 +99,12 @@ def _write(tensors: Tensors, folder: Path, files: str) -> None:
         (folder / "consolidated.safetensors.index.json").write_text(json.dumps(index))
 
 
-def by_definition(folder: Path, picture: torch.Tensor) -> torch.Tensor:
-    """``[tokens, dim]`` in fp64 of one preprocessed picture ``[channels, height, width]``, from one file of weights."""
+def by_definition(folder: Path, image: torch.Tensor) -> torch.Tensor:
+    """``[tokens, dim]`` in fp64 of one preprocessed image ``[channels, height, width]``, from one file of weights."""
     params = json.loads((folder / "params.json").read_text())
     vision = params["vision_encoder"]
     stored = {name: tensor.double() for name, tensor in load_file(folder / "consolidated.safetensors").items()}
-    convolved = conv2d(picture.double()[None], stored["vision_encoder.patch_conv.weight"], stride=vision["patch_size"])
+    convolved = conv2d(image.double()[None], stored["vision_encoder.patch_conv.weight"], stride=vision["patch_size"])
     height, width = convolved.shape[2:]
     rows = _rms(convolved.flatten(2)[0].T, stored["vision_encoder.ln_pre.weight"])
     angles = _angles(height, width, rows.shape[1] // vision["num_attention_heads"], vision["rope_theta"])
@@ -120,8 +120,8 @@ def by_definition(folder: Path, picture: torch.Tensor) -> torch.Tensor:
         rows = _rms(rows, stored["pre_mm_projector_norm.weight"])
     if vision.get("mm_projector_id") == "patch_merge":
         merge = vision["spatial_merge_size"]
-        image = rows.T.reshape(1, -1, height, width)
-        rows = unfold(image, merge, stride=merge)[0].T @ stored["patch_merger.merging_layer.weight"].T
+        decoded = rows.T.reshape(1, -1, height, width)
+        rows = unfold(decoded, merge, stride=merge)[0].T @ stored["patch_merger.merging_layer.weight"].T
     return _adapted(rows, stored)
 
 

@@ -1,4 +1,4 @@
-"""Towers, folders and pictures for the tests of preprocessing."""
+"""Towers, folders and images for the tests of preprocessing."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from tritontower.config import Normalisation, PatchEmbedding, PositionTable, Projector, TowerConfig
+from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig
 from tritontower.errors import Limits
 from tritontower.preprocessing import Preprocessor
 from tritontower.preprocessing.images.image import CanonicalImage, canonical_rgb
@@ -20,7 +20,7 @@ def tower(
     patch: int = 14, merge: int = 1, temporal: int = 1, table_side: int | None = None, **changes: Any
 ) -> TowerConfig:
     """A tower of which only what preprocessing looks at means anything."""
-    norm = Normalisation("layer_norm", 1e-6)
+    norm = Normalization("layer_norm", 1e-6)
     table = None if table_side is None else PositionTable(table_side, "exact")
     return TowerConfig(
         **{
@@ -61,7 +61,7 @@ def canonical(array: np.ndarray) -> CanonicalImage:
 
 
 def blank(width: int, height: int) -> CanonicalImage:
-    """A black picture."""
+    """A black image."""
     return CanonicalImage(np.zeros((height, width, 3), np.uint8), "black")
 
 
@@ -75,7 +75,7 @@ def random_sizes(count: int, largest: int = 3000, seed: int = 0) -> list[tuple[i
 
 
 def patches_of(preprocessor: Preprocessor, images: list[CanonicalImage], **bounds: Any) -> list[torch.Tensor]:
-    """The rows of patches of every picture."""
+    """The rows of patches of every image."""
     layouts = [preprocessor.layout(image.width, image.height, **bounds) for image in images]
     pixels = preprocessor._patches(images, layouts, bounds)
     assert pixels.dtype == torch.float32
@@ -85,14 +85,14 @@ def patches_of(preprocessor: Preprocessor, images: list[CanonicalImage], **bound
 def put_together(rows: torch.Tensor, grid: tuple[int, int, int], patch: int, merge: int) -> torch.Tensor:
     """``[channels, height, width]`` of one view from its rows: one patch after the other, in plain Python."""
     _, height, width = grid
-    picture = torch.empty(3, height * patch, width * patch)
+    image = torch.empty(3, height * patch, width * patch)
     number = 0
     for block_row in range(0, height, merge):
         for block_column in range(0, width, merge):
             for row in range(block_row, block_row + merge):
                 for column in range(block_column, block_column + merge):
                     top, left = row * patch, column * patch
-                    picture[:, top : top + patch, left : left + patch] = rows[number].view(3, patch, patch)
+                    image[:, top : top + patch, left : left + patch] = rows[number].view(3, patch, patch)
                     number += 1
     assert number == len(rows)
-    return picture
+    return image

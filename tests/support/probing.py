@@ -14,7 +14,7 @@ __all__ = ["assert_angles_are_fp32", "assert_frames_do_not_see_each_other", "row
 
 
 def row_of(batch: PackedBatch, place: tuple[int, int]) -> int:
-    """Where the patch at ``place`` (row, column) stands in the batch of one still picture."""
+    """Where the patch at ``place`` (row, column) stands in the batch of one still image."""
     (row,) = (batch.positions == torch.tensor(place, dtype=torch.int32)).all(1).nonzero().flatten().tolist()
     return int(row)
 
@@ -49,7 +49,7 @@ def assert_angles_are_fp32(tower: VisionTower, batch: PackedBatch, rotation: Any
 
 
 def assert_frames_do_not_see_each_other(tower: VisionTower, batch: PackedBatch) -> None:
-    """A patch of one temporal patch of a clip moves the tokens of that one alone, and all of them."""
+    """A patch of one temporal patch of a video moves the tokens of that one alone, and all of them."""
     ((frames, height, width),) = batch.grids
     tokens = height * width // batch.rows_per_token
     for frame in range(frames):

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-__all__ = ["KINDS", "clip_facts", "make_tokenizer", "processor_of", "write_token_ids"]
+__all__ = ["KINDS", "make_tokenizer", "processor_of", "video_facts", "write_token_ids"]
 
 NAMES: Mapping[str, Mapping[str, str]] = {
     "qwen": {
@@ -46,7 +46,7 @@ KINDS = {
 """Name of a tower case → kind of prompt."""
 
 CORPUS = [
-    "What is in the picture?\n\nA cat,\n and a dog.\n\n\nUser: compare them  twice\n\n\n\n",
+    "What is in the image?\n\nA cat,\n and a dog.\n\n\nUser: compare them  twice\n\n\n\n",
     "a<b>c é ü 猫 <$x$>\n",
 ]
 
@@ -112,24 +112,24 @@ def write_token_ids(folder: Path, tokenizer: Any, kind: str) -> None:
 
 
 class StubVideoProcessor:
-    """Stands in for a video processor, all of which need torchvision: says what was found in clips, reads none."""
+    """Stands in for a video processor, all of which need torchvision: says what was found in videos, reads none."""
 
     merge_size = 2
     temporal_patch_size = 2
     model_input_names: Sequence[str] = ()
 
-    def __init__(self, clips: Sequence[Mapping[str, Any]]) -> None:
-        self.clips = clips
+    def __init__(self, videos: Sequence[Mapping[str, Any]]) -> None:
+        self.videos = videos
 
     def __call__(self, videos: Any, **options: Any) -> dict[str, Any]:
         return {
-            "video_grid_thw": torch.tensor([clip["grid"] for clip in self.clips]),
-            "video_metadata": [clip["metadata"] for clip in self.clips],
+            "video_grid_thw": torch.tensor([video["grid"] for video in self.videos]),
+            "video_metadata": [video["metadata"] for video in self.videos],
         }
 
 
-def clip_facts(grid: tuple[int, int, int], frames: int, fps: float) -> dict[str, Any]:
-    """What a processor of transformers would have found in a clip of which every frame is taken."""
+def video_facts(grid: tuple[int, int, int], frames: int, fps: float) -> dict[str, Any]:
+    """What a processor of transformers would have found in a video of which every frame is taken."""
     metadata = SimpleNamespace(fps=fps, sampled_fps=fps, frames_indices=list(range(frames)))
     return {"grid": list(grid), "metadata": metadata}
 
@@ -150,7 +150,7 @@ def _class_of(name: str, module: str) -> Any:
         return _unchecked(getattr(import_module(f"transformers.models.{module}.processing_{module}"), name))
 
 
-def processor_of(case: str, folder: Path, tokenizer: Any, clips: Sequence[Mapping[str, Any]] = ()) -> Any:
+def processor_of(case: str, folder: Path, tokenizer: Any, videos: Sequence[Mapping[str, Any]] = ()) -> Any:
     """transformers' processor for a small checkpoint of a tower case."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -164,7 +164,7 @@ def processor_of(case: str, folder: Path, tokenizer: Any, clips: Sequence[Mappin
             "qwen2_vl": ("Qwen2VLProcessor", "qwen2_vl"),
             "qwen2_5_vl": ("Qwen2_5_VLProcessor", "qwen2_5_vl"),
         }.get(case, ("Qwen3VLProcessor", "qwen3_vl"))
-        return _class_of(name, module)(images, tokenizer, StubVideoProcessor(clips))
+        return _class_of(name, module)(images, tokenizer, StubVideoProcessor(videos))
     if KINDS[case] == "pixtral":
         merge = config.get("spatial_merge_size", 1)
         return _class_of("PixtralProcessor", "pixtral")(

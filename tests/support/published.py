@@ -25,20 +25,20 @@ from tritontower.models import (
 )
 from tritontower.models.common.registry import FamilySummary
 
-__all__ = ["PUBLISHED", "PictureFacts", "PublishedTower", "write_published"]
+__all__ = ["PUBLISHED", "ImageFacts", "PublishedTower", "write_published"]
 
 
 @dataclass(frozen=True)
-class PictureFacts:
-    """What a square picture becomes.
+class ImageFacts:
+    """What a square image becomes.
 
     Attributes:
-        side: of the picture as it comes, pixels.
+        side: of the image as it comes, pixels.
         patches: rows that the blocks work on, class tokens left out.
         tokens: rows of its embedding.
         tera: operations of the pass, 10¹², as text, so that its digits say how precise it is.  They are those of the blocks
-            that have to run (23 of LLaVA's 24); of a picture in tiles, those of one tile without the projector.
-        views: pictures and tiles that the tower sees.
+            that have to run (23 of LLaVA's 24); of an image in tiles, those of one tile without the projector.
+        views: images and tiles that the tower sees.
     """
 
     side: int
@@ -59,7 +59,7 @@ class PublishedTower:
         tower_millions: parameters of all blocks that are published, needed or not, and of what stands before them; with
             the projector, where ``projector_millions`` is empty.
         projector_millions: parameters of the projector.
-        pictures: what pictures become.
+        images: what images become.
         file: name of the configuration file.
     """
 
@@ -68,7 +68,7 @@ class PublishedTower:
     processor: Mapping[str, Any]
     tower_millions: str
     projector_millions: str = ""
-    pictures: Sequence[PictureFacts] = ()
+    images: Sequence[ImageFacts] = ()
     file: str = "config.json"
 
 
@@ -87,7 +87,7 @@ QWEN2, QWEN2_5, QWEN3, QWEN3_5 = (*qwen2_vl.SUMMARIES, *qwen2_5_vl.SUMMARIES, *q
 GEMMA3 = gemma3.SUMMARIES[0]
 
 SMALL_QWEN3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
-PIXTRAL_PICTURES = (PictureFacts(448, 784, 784, "0.74"), PictureFacts(1024, 4096, 4096, "5.21"))
+PIXTRAL_IMAGES = (ImageFacts(448, 784, 784, "0.74"), ImageFacts(1024, 4096, 4096, "5.21"))
 
 
 def _varied(
@@ -95,7 +95,7 @@ def _varied(
     summary: FamilySummary,
     millions: str,
     projector: str = "",
-    pictures: Sequence[PictureFacts] = (),
+    images: Sequence[ImageFacts] = (),
     **changes: Any,
 ) -> PublishedTower:
     """A checkpoint whose files are those of a family's example, but for ``changes``: of the top level or of its sections."""
@@ -106,28 +106,26 @@ def _varied(
     }
     file = "config.json" if "model_type" in summary.example else "params.json"
     config = {**summary.example, **changes, **sections}
-    return PublishedTower(name, config, summary.processor, millions, projector, pictures, file=file)
+    return PublishedTower(name, config, summary.processor, millions, projector, images, file=file)
 
 
-def _qwen2_vl(size: str, output: int, millions: str, pictures: Sequence[PictureFacts] = ()) -> PublishedTower:
+def _qwen2_vl(size: str, output: int, millions: str, images: Sequence[ImageFacts] = ()) -> PublishedTower:
     vision = {"hidden_size": output}
     name = f"Qwen2-VL-{size}-Instruct"
-    return _varied(name, QWEN2, millions, "", pictures, hidden_size=output, vision_config=vision)
+    return _varied(name, QWEN2, millions, "", images, hidden_size=output, vision_config=vision)
 
 
-def _qwen2_5_vl(
-    size: str, output: int, mlp: int, millions: str, pictures: Sequence[PictureFacts] = ()
-) -> PublishedTower:
+def _qwen2_5_vl(size: str, output: int, mlp: int, millions: str, images: Sequence[ImageFacts] = ()) -> PublishedTower:
     vision = {"intermediate_size": mlp, "out_hidden_size": output}
     name = f"Qwen2.5-VL-{size}-Instruct"
-    return _varied(name, QWEN2_5, millions, "", pictures, hidden_size=output, vision_config=vision)
+    return _varied(name, QWEN2_5, millions, "", images, hidden_size=output, vision_config=vision)
 
 
 def _qwen3_vl(
     size: str,
     output: int,
     millions: str,
-    pictures: Sequence[PictureFacts] = (),
+    images: Sequence[ImageFacts] = (),
     *,
     model_type: str = "qwen3_vl",
     vision: Mapping[str, Any] | None = None,
@@ -137,27 +135,25 @@ def _qwen3_vl(
         "text_config": {"hidden_size": output, "model_type": f"{model_type}_text"},
         "vision_config": {"model_type": model_type, "out_hidden_size": output, **(vision or {})},
     }
-    return _varied(f"Qwen3-VL-{size}-Instruct", QWEN3, millions, "", pictures, **changes)
+    return _varied(f"Qwen3-VL-{size}-Instruct", QWEN3, millions, "", images, **changes)
 
 
 def _gemma3(size: str, width: int, projector: str) -> PublishedTower:
-    pictures = [PictureFacts(side, 4096, 256, "5.46") for side in (448, 1024)]
-    return _varied(f"gemma-3-{size}-it", GEMMA3, "416.9", projector, pictures, text_config={"hidden_size": width})
+    images = [ImageFacts(side, 4096, 256, "5.46") for side in (448, 1024)]
+    return _varied(f"gemma-3-{size}-it", GEMMA3, "416.9", projector, images, text_config={"hidden_size": width})
 
 
 def _llava(size: str, text: Mapping[str, Any], projector: str, tera: str) -> PublishedTower:
-    pictures = [PictureFacts(side, 576, 576, tera) for side in (448, 1024)]
-    return _varied(f"llava-1.5-{size}-hf", LLAVA, "303.5", projector, pictures, text_config=text)
+    images = [ImageFacts(side, 576, 576, tera) for side in (448, 1024)]
+    return _varied(f"llava-1.5-{size}-hf", LLAVA, "303.5", projector, images, text_config=text)
 
 
 PUBLISHED = (
     _qwen2_vl("2B", 1536, "665.3"),
-    _qwen2_vl("7B", 3584, "675.8", [PictureFacts(448, 1024, 256, "1.49"), PictureFacts(1024, 5476, 1369, "11.94")]),
+    _qwen2_vl("7B", 3584, "675.8", [ImageFacts(448, 1024, 256, "1.49"), ImageFacts(1024, 5476, 1369, "11.94")]),
     _qwen2_vl("72B", 8192, "699.4"),
     _qwen2_5_vl("3B", 2048, 3420, "668.7"),
-    _qwen2_5_vl(
-        "7B", 3584, 3420, "676.6", [PictureFacts(448, 1024, 256, "1.35"), PictureFacts(1024, 5476, 1369, "7.70")]
-    ),
+    _qwen2_5_vl("7B", 3584, 3420, "676.6", [ImageFacts(448, 1024, 256, "1.35"), ImageFacts(1024, 5476, 1369, "7.70")]),
     _qwen2_5_vl("32B", 5120, 3456, "688.8"),
     _qwen2_5_vl("72B", 8192, 3456, "704.6"),
     _qwen3_vl("2B", 2048, "407.0", vision=SMALL_QWEN3),
@@ -165,10 +161,10 @@ PUBLISHED = (
         "4B",
         2560,
         "415.3",
-        [PictureFacts(448, 784, 196, "0.58"), PictureFacts(1024, 4096, 1024, "4.36")],
+        [ImageFacts(448, 784, 196, "0.58"), ImageFacts(1024, 4096, 1024, "4.36")],
         vision=SMALL_QWEN3,
     ),
-    _qwen3_vl("8B", 4096, "576.4", [PictureFacts(448, 784, 196, "0.79"), PictureFacts(1024, 4096, 1024, "5.80")]),
+    _qwen3_vl("8B", 4096, "576.4", [ImageFacts(448, 784, 196, "0.79"), ImageFacts(1024, 4096, 1024, "5.80")]),
     _qwen3_vl("32B", 5120, "595.3"),
     _qwen3_vl("30B-A3B", 2048, "538.6", model_type="qwen3_vl_moe"),
     _qwen3_vl("235B-A22B", 4096, "576.4", model_type="qwen3_vl_moe"),
@@ -176,16 +172,16 @@ PUBLISHED = (
         "Qwen3.5-27B",
         QWEN3_5,
         "460.7",
-        pictures=[PictureFacts(448, 784, 196, "0.74"), PictureFacts(1024, 4096, 1024, "5.56")],
+        images=[ImageFacts(448, 784, 196, "0.74"), ImageFacts(1024, 4096, 1024, "5.56")],
     ),
-    _varied("pixtral-12b", PIXTRAL, "403.5", "31.5", PIXTRAL_PICTURES),
-    _varied("Pixtral-12B-2409", PIXTRAL_PARAMS, "403.5", "31.5", PIXTRAL_PICTURES),
+    _varied("pixtral-12b", PIXTRAL, "403.5", "31.5", PIXTRAL_IMAGES),
+    _varied("Pixtral-12B-2409", PIXTRAL_PARAMS, "403.5", "31.5", PIXTRAL_IMAGES),
     _varied(
         "Mistral-Small-3.1-24B-Instruct-2503",
         MISTRAL3,
         "403.3",
         "35.7",
-        [PictureFacts(448, 1024, 256, "0.95"), PictureFacts(1024, 5476, 1369, "7.46")],
+        [ImageFacts(448, 1024, 256, "0.95"), ImageFacts(1024, 5476, 1369, "7.46")],
     ),
     _varied(
         "Mistral-Large-class",
@@ -205,10 +201,10 @@ PUBLISHED = (
         ONEVISION,
         "397.7",
         "17.0",
-        # Two or three tiles a side, with a newline behind every row of theirs, and the whole picture.
+        # Two or three tiles a side, with a newline behind every row of theirs, and the whole image.
         [
-            PictureFacts(448, 5 * 729, 729 + 54 * 55, "0.64", views=5),
-            PictureFacts(1024, 10 * 729, 729 + 81 * 82, "0.64", views=10),
+            ImageFacts(448, 5 * 729, 729 + 54 * 55, "0.64", views=5),
+            ImageFacts(1024, 10 * 729, 729 + 81 * 82, "0.64", views=10),
         ],
     ),
     _varied(
@@ -216,6 +212,6 @@ PUBLISHED = (
         PALIGEMMA,
         "412.4",
         "2.4",
-        [PictureFacts(side, 256, 256, "0.22") for side in (448, 1024)],
+        [ImageFacts(side, 256, 256, "0.22") for side in (448, 1024)],
     ),
 )

@@ -1,4 +1,4 @@
-"""Small random Qwen-VL models, and what transformers alone makes of pictures with them."""
+"""Small random Qwen-VL models, and what transformers alone makes of images with them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,14 +57,14 @@ def save_model(
     return folder
 
 
-def by_transformers(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The merged rows of each picture, by whichever of the Qwen-VL models the folder holds."""
+def by_transformers(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The merged rows of each image, by whichever of the Qwen-VL models the folder holds."""
     from transformers import AutoModelForImageTextToText
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    inputs = processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+    inputs = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")
     with torch.inference_mode():
         rows = model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
     per_token = model.config.vision_config.spatial_merge_size**2

@@ -1,4 +1,4 @@
-"""Small random models around the encoders of CLIP and SigLIP, and what transformers alone makes of pictures with them."""
+"""Small random models around the encoders of CLIP and SigLIP, and what transformers alone makes of images with them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ ENCODERS: Mapping[str, Mapping[str, Any]] = {
     "heads of 104": {"vision": {"hidden_size": 208, "num_attention_heads": 2}},
     "narrow MLP": {"vision": {"intermediate_size": 40}},
     "small patches": {"vision": {"patch_size": 8, "image_size": 40}},
-    "a picture of no whole patches": {"vision": {"patch_size": 16, "image_size": 55}},
+    "an image of no whole patches": {"vision": {"patch_size": 16, "image_size": 55}},
     "one patch": {"vision": {"image_size": 14}},
     "erf": {"vision": {"hidden_act": "gelu"}},
     "large epsilon": {"vision": {"layer_norm_eps": 0.1}},
@@ -65,7 +65,7 @@ TINY_TEXT_HALF = {
     "eos_token_id": 2,
 }
 
-CLIP_COLOURS = {
+CLIP_COLORS = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
@@ -73,7 +73,7 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def tiny_vision(kind: str, depth: int, changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The configuration of a small encoder; SigLIP's picture is no multiple of its patches."""
+    """The configuration of a small encoder; SigLIP's image is no multiple of its patches."""
     return {
         "model_type": f"{kind}_vision_model",
         "hidden_size": 64,
@@ -142,7 +142,7 @@ def write_processor(folder: Path, kind: str, side: int, **changes: Any) -> None:
     settings: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
     square = {"height": side, "width": side}
     if kind == "clip":
-        settings |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}, **CLIP_COLOURS}
+        settings |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side}, **CLIP_COLORS}
         settings |= {"do_center_crop": True, "crop_size": square, "do_convert_rgb": True}
     else:
         settings |= {"image_processor_type": "SiglipImageProcessor", "size": square, **HALF}
@@ -155,25 +155,25 @@ def _processor(folder: Path) -> Any:
     return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
-def by_encoder(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """``last_hidden_state`` of each picture."""
+def by_encoder(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """``last_hidden_state`` of each image."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    inputs = _processor(folder)(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+    inputs = _processor(folder)(images=[Image.fromarray(image) for image in images], return_tensors="pt")
     with torch.inference_mode():
         return list(getattr(model, "vision_model", model)(inputs["pixel_values"]).last_hidden_state)
 
 
-def by_llava(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The rows that each picture's place in a prompt takes, one prompt per picture."""
+def by_llava(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The rows that each image's place in a prompt takes, one prompt per image."""
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     processor = _processor(folder)
     found = []
-    for picture in pictures:
-        inputs = processor(images=[Image.fromarray(picture)], return_tensors="pt")
+    for image in images:
+        inputs = processor(images=[Image.fromarray(image)], return_tensors="pt")
         tiles = {name: inputs[name] for name in ("image_sizes", "batch_num_images") if name in inputs}
         with torch.inference_mode():
             output = model.model.get_image_features(inputs["pixel_values"], **tiles)

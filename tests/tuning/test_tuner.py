@@ -87,7 +87,7 @@ class TestTasks:
         assert dict(bounds[64].sizes) == {"longest": 64}
         assert any(task.fact("activation") == "silu_gated_interleaved" for task in tasks if task.kernel == "linear")
 
-    def test_padded_heads_and_pictures_of_one_size(self):
+    def test_padded_heads_and_images_of_one_size(self):
         tasks = tasks_for(GEMMA3, (100, 4096, 5000))
         attention = named(tasks, "attention")
         assert dict(attention.constants) == {"head_dim": 72, "padded": True, "bounded": 4096}
@@ -168,7 +168,7 @@ class TestSpace:
                 assert not any(tables.unproven(fields) for fields in static)
                 measured = candidates(task, architecture, measured=True)
                 assert any(fields.get("vendor") for fields in measured) == (task.kernel == "linear")
-                special = any(fields.get("variant") == "specialised" for fields in measured)
+                special = any(fields.get("variant") == "specialized" for fields in measured)
                 assert special == (task.kernel == "attention" and architecture == "sm_90")
 
     def test_vendor_knows_no_gates(self):
@@ -336,7 +336,7 @@ class TestRehearsal:
         assert aot_compile._digest(few) != aot_compile._digest(order(FITS))
 
     def test_a_stand_in_is_as_even_as_what_it_stands_for(self):
-        """Whether blocks divide K, and whether rows begin at multiples of 16, is what a kernel is specialised on."""
+        """Whether blocks divide K, and whether rows begin at multiples of 16, is what a kernel is specialized on."""
         for task in published_tasks():
             fields = tuple(sorted(default_fields(task, "sm_90").items()))
             other = aot_compile.stand_in(Order(task, fields, "sm_90")).task

@@ -1,8 +1,8 @@
-"""What a picture of a given size becomes: how many views, of which grids, and how their rows make its tokens.
+"""What an image of a given size becomes: how many views, of which grids, and how their rows make its tokens.
 
-Most towers see one *view* of a picture: the picture, resized.  Some see several (tiles, crops, a thumbnail), and put the
+Most towers see one *view* of an image: the image, resized.  Some see several (tiles, crops, a thumbnail), and put the
 rows of all of them together, with rows left out, averaged or added.  A layout depends on the size alone, so tokens can be
-counted without a picture.
+counted without an image.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ import torch
 
 from tritontower.config import TowerConfig
 
-__all__ = ["Assembly", "Grid", "PictureLayout"]
+__all__ = ["Assembly", "Grid", "ImageLayout"]
 
 Grid = tuple[int, int, int]
-"""Temporal patches, rows and columns of patches of one view or clip."""
+"""Temporal patches, rows and columns of patches of one view or video."""
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class Assembly:
-    """A picture's tokens as sums of the rows that its views became.
+    """An image's tokens as sums of the rows that its views became.
 
     Attributes:
-        index: ``[tokens, taps]`` int32 on the CPU: rows of the picture's views as they leave the projector, counted
+        index: ``[tokens, taps]`` int32 on the CPU: rows of the image's views as they leave the projector, counted
             through from its first view to its last, each view's rows in raster order; −1 is the newline embedding.
         weights: ``[tokens, taps]`` fp32, what each of them counts; ``None`` where there is one tap, and it counts 1.
     """
@@ -32,17 +32,17 @@ class Assembly:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the picture."""
+        """Tokens of the image."""
         return self.index.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
-class PictureLayout:
-    """What a picture of one size becomes.
+class ImageLayout:
+    """What an image of one size becomes.
 
     Attributes:
         views: the grid of patches of every view, in order.
-        processed_size: width and height after resizing, pixels; of a tiled picture, those of all its tiles together.
+        processed_size: width and height after resizing, pixels; of a tiled image, those of all its tiles together.
         grid: the grid that an engine is told: of the only view, or of the tiles together.
         assembly: how the views' rows make the tokens; ``None``: one after the other.
     """
@@ -53,8 +53,8 @@ class PictureLayout:
     assembly: Assembly | None = None
 
     @classmethod
-    def of_one_view(cls, grid: Grid, patch_side: int) -> "PictureLayout":
-        """The layout of a picture that is its only view."""
+    def of_one_view(cls, grid: Grid, patch_side: int) -> "ImageLayout":
+        """The layout of an image that is its only view."""
         return cls((grid,), (grid[2] * patch_side, grid[1] * patch_side), grid)
 
     @property
@@ -63,7 +63,7 @@ class PictureLayout:
         return sum(t * h * w for t, h, w in self.views)
 
     def tokens(self, config: TowerConfig) -> int:
-        """Tokens of the picture in a tower."""
+        """Tokens of the image in a tower."""
         if self.assembly is not None:
             return self.assembly.tokens
         return self.patches // config.rows_per_token + (len(self.views) if config.keep_class_token else 0)

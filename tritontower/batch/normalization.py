@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tritontower.kernels.gemm.patch_projection import PIXEL_CENTRE, fold_normalisation
+from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER, fold_normalization
 
-__all__ = ["PIXEL_CENTRE", "Rescaling", "fresh"]
+__all__ = ["PIXEL_CENTER", "Rescaling", "fresh"]
 
 BYTES = 256
 LARGEST_BYTE = np.float32(255)
@@ -46,8 +46,8 @@ class Rescaling:
 
     Attributes:
         factor: what a byte is multiplied with, commonly 1/255; 1 where nothing is rescaled.
-        means: one per channel, of the rescaled values; 0 where nothing is normalised.
-        deviations: one per channel, positive; 1 where nothing is normalised.
+        means: one per channel, of the rescaled values; 0 where nothing is normalized.
+        deviations: one per channel, positive; 1 where nothing is normalized.
     """
 
     factor: float
@@ -56,7 +56,7 @@ class Rescaling:
 
     @property
     def channels(self) -> int:
-        """Channels of a picture."""
+        """Channels of an image."""
         return len(self.means)
 
     @cached_property
@@ -80,7 +80,7 @@ class Rescaling:
         divided = np.arange(BYTES, dtype=np.uint8) / LARGEST_BYTE
         return np.array_equal((divided - self._means) / self._deviations, self.table)
 
-    def normalise(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
+    def normalize(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
         """Writes the values of bytes.
 
         Args:
@@ -105,4 +105,4 @@ class Rescaling:
 
     def folded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A patch projection's weight ``[D, K]``, fp32, for ``byte − 128``, and what else there is to every row, ``[D]``."""
-        return fold_normalisation(weight, None, mean=self.means, std=self.deviations, rescale_factor=self.factor)
+        return fold_normalization(weight, None, mean=self.means, std=self.deviations, rescale_factor=self.factor)

@@ -1,6 +1,6 @@
 """A packed batch: all the patches of a call, one after the other, and every fact about them.
 
-Nothing below the batch pads, masks or asks which picture a row belongs to.  The facts (positions, segment and window
+Nothing below the batch pads, masks or asks which image a row belongs to.  The facts (positions, segment and window
 boundaries, which rows become tokens and in which order) are worked out once, on the CPU, when the batch is made.
 """
 
@@ -18,37 +18,37 @@ from tritontower.kernels.rowwise.positions import bilinear_taps, merge_block_pos
 from tritontower.kernels.runtime.segments import Segments
 
 from .digests import Digests
-from .layout import Grid, PictureLayout
-from .normalization import PIXEL_CENTRE
+from .layout import Grid, ImageLayout
+from .normalization import PIXEL_CENTER
 
 __all__ = ["Grid", "PackedBatch", "expected_workload"]
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class PackedBatch:
-    """Pictures or clips, as rows of patches in the order in which the tower's blocks work on them.
+    """Images or videos, as rows of patches in the order in which the tower's blocks work on them.
 
     Attributes:
         pixels: ``[patches, inner]``, float or uint8; columns are channel, frame, row and column of the patch.  A batch
-            of still pictures holds one frame per patch, a batch of clips as many as the tower's patches span.  A class
+            of still images holds one frame per patch, a batch of videos as many as the tower's patches span.  A class
             token is a patch of zeros, or of bytes that count zero: 128.
         positions: ``[patches, 2]`` int32: row and column of each patch in its view.
         segments: the runs of patches that attend to each other.
         windows: the same in the blocks that attend within windows; ``None`` for a tower without.
-        grids: per picture or clip, its temporal patches, rows and columns of patches.
-        token_counts: per picture, its tokens.
+        grids: per image or video, its temporal patches, rows and columns of patches.
+        token_counts: per image, its tokens.
         view_grids: temporal patches, rows and columns of patches of every view.
-        view_counts: per picture, its views.
+        view_counts: per image, its views.
         views: the rows of each view, its class token included, whatever they attend to.
         rows_per_token: patches that become one token.
         form: what the batch is arranged for; towers of another form refuse it.
-        original_sizes: per picture, width and height as it came, pixels.
-        processed_sizes: per picture, width and height after resizing, pixels.
-        content_hashes: per picture, a digest of its pixels as they came; it may be taken only when it is asked for, and
-            the batch keeps the picture until then.
+        original_sizes: per image, width and height as it came, pixels.
+        processed_sizes: per image, width and height after resizing, pixels.
+        content_hashes: per image, a digest of its pixels as they came; it may be taken only when it is asked for, and
+            the batch keeps the image until then.
         position_index: ``[patches, taps]`` int32: rows of the position table that a patch's position is made of.
         position_weights: ``[patches, 4]`` fp32: what each of them counts; ``None`` where there is one tap.
-        selection: ``[selected, 1]`` int32: the rows that make the tokens, in the order of the picture; ``None``: all.
+        selection: ``[selected, 1]`` int32: the rows that make the tokens, in the order of the image; ``None``: all.
         class_rows: ``[views, 1]`` int32: the first row of each view.
         assembly_index: ``[tokens, taps]`` int32: rows of the projector that a token is made of, −1 for the newline.
         assembly_weights: ``[tokens, taps]`` fp32: what each of them counts.
@@ -80,7 +80,7 @@ class PackedBatch:
         cls,
         config: TowerConfig,
         pixels: torch.Tensor,
-        layouts: Sequence[PictureLayout],
+        layouts: Sequence[ImageLayout],
         *,
         original_sizes: Sequence[tuple[int, int]],
         content_hashes: Sequence[str],
@@ -89,11 +89,11 @@ class PackedBatch:
 
         Args:
             config: the tower that will take the batch.
-            pixels: ``[patches, inner]`` for one frame per patch (still pictures) or for all that a patch spans; the
-                views of all pictures one after the other, without class tokens.
-            layouts: what each picture becomes.
-            original_sizes: width and height of each picture as it came.
-            content_hashes: digest of each picture as it came.
+            pixels: ``[patches, inner]`` for one frame per patch (still images) or for all that a patch spans; the
+                views of all images one after the other, without class tokens.
+            layouts: what each image becomes.
+            original_sizes: width and height of each image as it came.
+            content_hashes: digest of each image as it came.
 
         Raises:
             ValueError: the rows do not match the layouts, or a grid is not one that the tower can take.
@@ -108,14 +108,14 @@ class PackedBatch:
         arranged, places = _arranged(config, layouts)
         return replace(
             arranged,
-            pixels=_placed(pixels, places, arranged.segments.total, PIXEL_CENTRE if pixels.dtype == torch.uint8 else 0),
+            pixels=_placed(pixels, places, arranged.segments.total, PIXEL_CENTER if pixels.dtype == torch.uint8 else 0),
             original_sizes=tuple(original_sizes),
             content_hashes=content_hashes if isinstance(content_hashes, Digests) else tuple(content_hashes),
         )
 
     @classmethod
-    def without_pixels(cls, config: TowerConfig, layouts: Sequence[PictureLayout]) -> "PackedBatch":
-        """All the facts about pictures of these layouts, and no pixels: what a pass would take can be read off it."""
+    def without_pixels(cls, config: TowerConfig, layouts: Sequence[ImageLayout]) -> "PackedBatch":
+        """All the facts about images of these layouts, and no pixels: what a pass would take can be read off it."""
         return _arranged(config, layouts)[0]
 
     def __len__(self) -> int:
@@ -160,7 +160,7 @@ class PackedBatch:
         return moved
 
 
-def _arranged(config: TowerConfig, layouts: Sequence[PictureLayout]) -> tuple[PackedBatch, torch.Tensor]:
+def _arranged(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[PackedBatch, torch.Tensor]:
     """A batch without pixels, and where in it each patch goes."""
     grids = [grid for layout in layouts for grid in layout.views]
     positions = merge_block_positions(grids, config.merge)
@@ -213,7 +213,7 @@ def _check(config: TowerConfig, pixels: torch.Tensor, grids: Sequence[Grid]) -> 
     if pixels.ndim != 2 or pixels.shape[0] != patches or pixels.shape[1] not in (patch.still_inner, patch.inner):
         raise ValueError(
             f"pixels have shape {list(pixels.shape)}; grids {list(grids)} need [{patches}, {patch.still_inner}] for "
-            f"still pictures or [{patches}, {patch.inner}] for clips"
+            f"still images or [{patches}, {patch.inner}] for clips"
         )
     for t, h, w in grids:
         if min(t, h, w) < 1 or h % merge or w % merge:
@@ -267,7 +267,7 @@ def _positions(
 
 
 def _tokens(
-    config: TowerConfig, layouts: Sequence[PictureLayout], places: torch.Tensor
+    config: TowerConfig, layouts: Sequence[ImageLayout], places: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Which rows enter the projector, and how what leaves it makes the tokens."""
     if not config.selects:
@@ -285,7 +285,7 @@ def _tokens(
         shares.append(share)
         ends.append(ends[-1] + merged)
     index = torch.cat(indices)
-    # Padding around a picture has rows too; they stay behind here, so that nothing is projected in vain.
+    # Padding around an image has rows too; they stay behind here, so that nothing is projected in vain.
     kept = torch.zeros(ends[-1], dtype=torch.bool, device="cpu")
     kept[index[index >= 0]] = True
     renumbered = kept.cumsum(0) - 1
@@ -294,7 +294,7 @@ def _tokens(
     return selection.int().unsqueeze(1), index.int(), torch.cat(shares)
 
 
-def _taps(layout: PictureLayout, merged: int, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _taps(layout: ImageLayout, merged: int, taps: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A layout's assembly, or the rows as they are, with ``taps`` columns; those that are added count nothing."""
     if layout.assembly is None:
         index, share = _numbers(merged).unsqueeze(1), None
@@ -314,7 +314,7 @@ def _scores(segments: Segments) -> int:
 
 
 def expected_workload(config: TowerConfig, counts: Sequence[int]) -> Workload:
-    """The workload of pictures of which only the patches are known: windows are whole, and no tile is cut or ended."""
+    """The workload of images of which only the patches are known: windows are whole, and no tile is cut or ended."""
     patches = sum(counts)
     views = (
         [count for count in counts if count]

@@ -169,7 +169,7 @@ def _size_in_bytes(*tensors: Tensor | None) -> int:
 def _attention(make: _Tensors, case: Case) -> Prepared:
     """Sizes: ``heads``, ``head_dim``, ``lengths``; and, if wanted, ``padded``, ``length_bound`` and ``boost``.
 
-    ``boost`` multiplies the queries, for scores so far apart that a stabiliser taken from a part of them does not hold.
+    ``boost`` multiplies the queries, for scores so far apart that a stabilizer taken from a part of them does not hold.
     """
     heads, head_dim, lengths = (case.sizes[name] for name in ("heads", "head_dim", "lengths"))
     padded = case.sizes.get("padded", head_dim)

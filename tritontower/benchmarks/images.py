@@ -1,4 +1,4 @@
-"""What towers are timed on: batches of noise of given patch counts, picture sizes or named packs, and random checkpoints."""
+"""What towers are timed on: batches of noise of given patch counts, image sizes or named packs, and random checkpoints."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from tritontower import VisionTower
-from tritontower.batch.layout import PictureLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.errors import UsageError
@@ -22,8 +22,8 @@ __all__ = [
     "family_checkpoint",
     "family_configuration",
     "family_titles",
-    "noise_pictures",
-    "pictures_of",
+    "images_of",
+    "noise_images",
     "shallow",
     "square",
     "summaries",
@@ -36,7 +36,7 @@ PACKS: Mapping[str, Sequence[tuple[int, int]]] = {
     "64small": [(112, 112)] * 64,
     "mixed": [(448, 448), (224, 160), (640, 480), (112, 112), (300, 700), (900, 120)],
 }
-"""Name → width and height of the pictures of one pass."""
+"""Name → width and height of the images of one pass."""
 
 DEPTH_KEYS = ("depth", "num_hidden_layers")
 
@@ -98,31 +98,31 @@ def _summary(title: str) -> FamilySummary:
     return known[title]
 
 
-def noise_pictures(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray[Any, Any]]:
-    """Pictures of noise of these widths and heights, the same every time."""
+def noise_images(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray[Any, Any]]:
+    """Images of noise of these widths and heights, the same every time."""
     generator = np.random.default_rng(0)
     return [generator.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes]
 
 
-def pictures_of(tower: VisionTower, sizes: Sequence[tuple[int, int]]) -> PackedBatch:
-    """A pass over pictures of noise, as the tower's own preprocessing makes it."""
-    return tower.preprocess(noise_pictures(sizes))
+def images_of(tower: VisionTower, sizes: Sequence[tuple[int, int]]) -> PackedBatch:
+    """A pass over images of noise, as the tower's own preprocessing makes it."""
+    return tower.preprocess(noise_images(sizes))
 
 
 def square(tower: VisionTower, patches: int) -> PackedBatch:
-    """About ``patches`` patches of noise: one square picture, or as many as that takes where the size is fixed.
+    """About ``patches`` patches of noise: one square image, or as many as that takes where the size is fixed.
 
     Raises:
-        UsageError: the tower takes no picture of that size.
+        UsageError: the tower takes no image of that size.
     """
     config = tower.config
     if config.num_patches is None:
         unit = config.merge
         side = unit * max(1, round(patches**0.5 / unit))
-        count, layout = 1, PictureLayout.of_one_view((1, side, side), config.patch.size)
+        count, layout = 1, ImageLayout.of_one_view((1, side, side), config.patch.size)
     else:
         side = round(config.num_patches**0.5)
-        count, layout = max(1, round(patches / side**2)), PictureLayout.of_one_view((1, side, side), config.patch.size)
+        count, layout = max(1, round(patches / side**2)), ImageLayout.of_one_view((1, side, side), config.patch.size)
     generator = torch.Generator().manual_seed(patches)
     pixels = torch.randn(count * side * side, config.patch.still_inner, generator=generator)
     try:
@@ -135,5 +135,5 @@ def square(tower: VisionTower, patches: int) -> PackedBatch:
         )
     except ValueError as error:
         raise UsageError(
-            f"this tower takes no square picture of {patches:,} patches ({error}); name picture sizes instead"
+            f"this tower takes no square image of {patches:,} patches ({error}); name image sizes instead"
         ) from error

@@ -13,7 +13,7 @@ import torch
 
 from tritontower import VisionTower
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_pictures, fuse, passes_for
+from tritontower.graph.fusion import fold_still_images, fuse, passes_for
 from tritontower.graph.ir import Graph
 from tritontower.graph.launch_count import PassLaunches, launch_counts
 from tritontower.kernels.runtime.config import ARCHITECTURES
@@ -43,7 +43,7 @@ def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -
     """The rows of one tower, which need not be loaded."""
     config = tower.config
     plain = build(config)
-    fused = fold_still_pictures(fuse(plain, passes_for(torch.device("cuda"))))
+    fused = fold_still_images(fuse(plain, passes_for(torch.device("cuda"))))
     for name, make in passes:
         workload = make(tower).workload
 

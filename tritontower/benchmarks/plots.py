@@ -1,4 +1,4 @@
-"""Documents as pictures (PNG), with matplotlib, which is not needed for anything else."""
+"""Documents as images (PNG), with matplotlib, which is not needed for anything else."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from .towers import tower_titles
 
 __all__ = ["plot"]
 
-COLOURS = ("#1b6ca8", "#e08e36", "#7a9e4b", "#9b5fa5", "#8c8c8c", "#b5473c")
-"""This project's first; told apart with the common kinds of colour blindness too."""
+COLORS = ("#1b6ca8", "#e08e36", "#7a9e4b", "#9b5fa5", "#8c8c8c", "#b5473c")
+"""This project's first; told apart with the common kinds of color blindness too."""
 
 UNITS = {"towers": "milliseconds", "preprocessing": "milliseconds", "loading": "seconds", "kernels": "microseconds"}
 
@@ -51,7 +51,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
             [place for place, _ in drawn],
             [length for _, length in drawn],
             height=height * 0.92,
-            color=COLOURS[number % len(COLOURS)],
+            color=COLORS[number % len(COLORS)],
             label=name,
         )
         axes.bar_label(bars, labels=[_number(length) for _, length in drawn], padding=3, fontsize=8, color="#333333")
@@ -97,8 +97,8 @@ def _groups(found: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
 
 
 def _tower_label(row: Mapping[str, Any]) -> str:
-    pictures = f"{row['pictures']} pictures, " if row["pictures"] > 1 else ""
-    return f"{row.get('family') or 'tower'}: {pictures}{row['patches']:,} patches"
+    images = f"{row['images']} images, " if row["images"] > 1 else ""
+    return f"{row.get('family') or 'tower'}: {images}{row['patches']:,} patches"
 
 
 def _times(seconds: Mapping[str, float], factor: float) -> dict[str, float]:

@@ -1,16 +1,16 @@
-"""Pictures to patches, against transformers' own image processor, on the same decoded pictures.
+"""Images to patches, against transformers' own image processor, on the same decoded images.
 
-transformers' processor gets what its users give it, a list of PIL pictures, and returns its tensors.  The tower's own way
-makes a packed batch of the same pictures:
+transformers' processor gets what its users give it, a list of PIL images, and returns its tensors.  The tower's own way
+makes a packed batch of the same images:
 
-* :data:`OURS`: with the normalised pixels in fp32, which is the like of what transformers returns, but for one thing: a
-  still picture's one frame is not repeated over the frames that a patch spans, since the weights are folded instead.
+* :data:`OURS`: with the normalized pixels in fp32, which is the like of what transformers returns, but for one thing: a
+  still image's one frame is not repeated over the frames that a patch spans, since the weights are folded instead.
 * :data:`BYTES`: with bytes, which is what goes to a device where the weights take them.
-* :data:`DIGESTS`: as the first, and the digests of the pictures, which transformers does not have, are asked for.
-* :data:`PIXELS`: as the first, from pictures that are canonical already, so that nothing is checked and copied.
+* :data:`DIGESTS`: as the first, and the digests of the images, which transformers does not have, are asked for.
+* :data:`PIXELS`: as the first, from images that are canonical already, so that nothing is checked and copied.
 
 All take turns, each with two calls: the first finds the caches and the allocator as another candidate left them, the
-second as pictures in a row would.  The second counts; the first is in the document, and its ratio in the table, too.
+second as images in a row would.  The second counts; the first is in the document, and its ratio in the table, too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from tritontower.preprocessing.images.image import canonical_rgb
 from tritontower.text_table import text_table
 
 from .documents import Document, document, machine, seconds_of
-from .images import noise_pictures
+from .images import noise_images
 from .measuring import interleaved
 
 __all__ = [
@@ -58,39 +58,39 @@ DEFAULT_SIZES: Mapping[str, Sizes] = {
     "2048 × 2048": [(2048, 2048)],
     "16 of 224 × 224": [(224, 224)] * 16,
 }
-"""Label → width and height of the pictures of one call."""
+"""Label → width and height of the images of one call."""
 
 
 def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repeats: int = 5) -> dict[str, Any]:
     """The row of one call.
 
     Args:
-        tower: whose pictures they are; its weights are not needed.
-        label: what to call the pictures.
+        tower: whose images they are; its weights are not needed.
+        label: what to call the images.
         sizes: their widths and heights.
         repeats: how often each candidate has its two turns, beside a first time that does not count.
     """
-    pictures = [Image.fromarray(array) for array in noise_pictures(sizes)]
+    images = [Image.fromarray(array) for array in noise_images(sizes)]
 
     preprocessor = tower.preprocessor
 
     def by_transformers() -> object:
-        return preprocessor.processor(images=pictures, return_tensors="pt")
+        return preprocessor.processor(images=images, return_tensors="pt")
 
     calls: dict[str, Callable[[], object]] = {
-        OURS: lambda: tower.preprocess(pictures, raw=False),
+        OURS: lambda: tower.preprocess(images, raw=False),
         THEIRS: by_transformers,
-        DIGESTS: lambda: tuple(tower.preprocess(pictures, raw=False).content_hashes),
+        DIGESTS: lambda: tuple(tower.preprocess(images, raw=False).content_hashes),
     }
-    images = [canonical_rgb(picture, index=index) for index, picture in enumerate(pictures)]
-    calls[PIXELS] = lambda: preprocessor.pictures(images, raw=False)
+    decoded = [canonical_rgb(image, index=index) for index, image in enumerate(images)]
+    calls[PIXELS] = lambda: preprocessor.images(decoded, raw=False)
     if preprocessor.rescaling is not None:
-        calls[BYTES] = lambda: tower.preprocess(pictures, raw=True)
+        calls[BYTES] = lambda: tower.preprocess(images, raw=True)
     # The same preprocessor, made to leave every pixel to transformers.
     plain = copy(preprocessor)
     plain.__dict__["shortcut"] = None
-    expected = plain.pictures(images).pixels
-    distance = float((tower.preprocess(pictures, raw=False).pixels - expected).abs().max())
+    expected = plain.images(decoded).pixels
+    distance = float((tower.preprocess(images, raw=False).pixels - expected).abs().max())
     row = {"label": label, "sizes": [list(size) for size in sizes], "distance": distance, "limit": LIMIT}
     if not distance <= LIMIT:
         return {**row, "status": "failed", "reason": f"pixels differ by {distance:.1e} (limit {LIMIT:.0e})"}
@@ -134,7 +134,7 @@ def preprocessing_table(found: Mapping[str, Any]) -> str:
             )
         )
     columns = (
-        "pictures",
+        "images",
         "tritontower, ms",
         "with digests, ms",
         "pixels alone, ms",

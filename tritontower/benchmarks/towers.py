@@ -1,7 +1,7 @@
 """A whole tower against transformers: same machine, same threads, same dtype, same checkpoint, in one run.
 
 The candidates take turns, so that a machine that drifts hits all alike, and their results are compared before anything is
-timed: there is no speed from a wrong result.  Each tower is first held against transformers in fp32, on a picture that costs
+timed: there is no speed from a wrong result.  Each tower is first held against transformers in fp32, on an image that costs
 little, by the project's own rule (:mod:`tritontower.parity.parity`); then the results of every pass are held against each other.
 Where there is no transformers to compare with, a time says "unchecked".  The tower's products alone are timed behind them
 (:mod:`.products`): they say how much of a pass could still be saved.  Both implementations get the same preprocessed pixels
@@ -24,7 +24,7 @@ from tritontower.parity.parity import OutputParity, Reference, relative_error
 from tritontower.text_table import text_table
 
 from .documents import Document, document, machine, reason_of, seconds_of
-from .images import pictures_of
+from .images import images_of
 from .measuring import interleaved
 from .products import products_alone
 from .split import node_seconds, split_table
@@ -53,7 +53,7 @@ two correct implementations of a full-depth tower differ by a few percent; this 
 :data:`CHECKED_SIZE` the rest."""
 
 CHECKED_SIZE = (224, 224)
-"""Width and height of the picture on which a tower is held against transformers in fp32."""
+"""Width and height of the image on which a tower is held against transformers in fp32."""
 
 OURS = "tritontower"
 EAGER = "tritontower eager"
@@ -82,12 +82,12 @@ class CheckedReference(Reference):
 
     @cached_property
     def accuracy(self) -> Mapping[str, OutputParity]:
-        """How close each output of the tower comes to transformers in fp32, on a picture of :data:`CHECKED_SIZE`.
+        """How close each output of the tower comes to transformers in fp32, on an image of :data:`CHECKED_SIZE`.
 
         Raises:
             ReferenceModelError: only one of the two has an output.
         """
-        batch = pictures_of(self.tower, [CHECKED_SIZE])
+        batch = images_of(self.tower, [CHECKED_SIZE])
         ours = {name: rows.clone() for name, rows in self.tower.run(batch).items()}
         theirs = self.run(batch)
         exact = theirs if self.dtype == torch.float32 else Reference(self.tower, torch.float32).run(batch)
@@ -188,7 +188,7 @@ def compare_times(
     """The row of one batch.
 
     ``checked`` in it says whether the result was held against one of transformers' own; ``accuracy`` how far each output of
-    the tower, on the picture of :data:`CHECKED_SIZE`, is from transformers in fp32, and how far it may be.
+    the tower, on the image of :data:`CHECKED_SIZE`, is from transformers in fp32, and how far it may be.
 
     Args:
         tower: loaded.
@@ -205,7 +205,7 @@ def compare_times(
     row: dict[str, Any] = {
         **facts,
         "blocks": tower.config.blocks_needed,
-        "pictures": len(batch),
+        "images": len(batch),
         "patches": workload.patches,
         "tokens": workload.tokens,
         "flops": cost.flops,
@@ -221,7 +221,7 @@ def compare_times(
     off = [name for name, found in row.get("accuracy", {}).items() if not found["error"] <= found["limit"]]
     if off:
         words = ", ".join("{} by {error:.2e} (limit {limit:.2e})".format(name, **row["accuracy"][name]) for name in off)
-        reason = f"too far from transformers in fp32, on a picture of {' × '.join(map(str, CHECKED_SIZE))}: {words}"
+        reason = f"too far from transformers in fp32, on an image of {' × '.join(map(str, CHECKED_SIZE))}: {words}"
         return {**row, "checked": False, "distances": {}, "notes": notes, "status": "failed", "reason": reason}
     limit = AGREEMENT[str(tower.dtype).removeprefix("torch.")]
     result = tower.forward(batch).clone()

@@ -2,9 +2,9 @@
 
 The order of work is what makes it safe: names are checked before a file is opened, headers before a tensor is read, and
 shapes against the configuration before memory is taken.  Tensors of the language model are never read, and shards that
-hold nothing else are never opened.  Nothing is ever initialised in place of a missing tensor.
+hold nothing else are never opened.  Nothing is ever initialized in place of a missing tensor.
 
-Quantised weights appear as what they stand for: one tensor, with the weight's own shape (:mod:`tritontower.checkpoint.dequantize`).
+Quantized weights appear as what they stand for: one tensor, with the weight's own shape (:mod:`tritontower.checkpoint.dequantize`).
 """
 
 import fnmatch
@@ -45,11 +45,11 @@ class TensorHeader:
 
     Attributes:
         name: as stored, with its root.
-        shape: sizes, outermost first; of a quantised tensor those of the weight that it stands for, or as stored if
+        shape: sizes, outermost first; of a quantized tensor those of the weight that it stands for, or as stored if
             it cannot be loaded.
         dtype: of what is stored, in the format's own terms: ``"BF16"``, ``"F32"``, ``"U8"`` …
         file: base name of the file that holds it.
-        scheme: how it is quantised, as in ``"bitsandbytes NF4"``; ``None`` if it is not, or not in any known way.
+        scheme: how it is quantized, as in ``"bitsandbytes NF4"``; ``None`` if it is not, or not in any known way.
         nbytes: stored size in bytes, that of scales and tables included; only of what can be loaded.
     """
 
@@ -150,7 +150,7 @@ class Checkpoint:
     def tensors(self) -> Mapping[str, TensorHeader]:
         """Name without its root → header, in the order in which the files store them.
 
-        A quantised weight is one tensor; its scales and tables are not listed.  The shape of a bitsandbytes weight of 4
+        A quantized weight is one tensor; its scales and tables are not listed.  The shape of a bitsandbytes weight of 4
         bits is read from beside it when its header is asked for, which raises what :meth:`expect` raises for it.
         """
         return _Headers(
@@ -161,7 +161,7 @@ class Checkpoint:
     def dtype(self) -> torch.dtype:
         """The type that most bytes of the tower's plain tensors are stored in; ``float32`` for ``F64``.
 
-        Where all are quantised, the type that they had before if that is recorded, else ``bfloat16``.
+        Where all are quantized, the type that they had before if that is recorded, else ``bfloat16``.
 
         Raises:
             UnsupportedDtypeError: no tensor is of a type that can be loaded.
@@ -173,14 +173,14 @@ class Checkpoint:
                 stored[group.main.dtype] = stored.get(group.main.dtype, 0) + group.nbytes
         if stored:
             return FLOAT_DTYPES[max(stored, key=lambda name: stored[name])]
-        quantised = [group for group in self._groups.values() if group.is_supported]
-        if not quantised:
+        quantized = [group for group in self._groups.values() if group.is_supported]
+        if not quantized:
             raise self._unsupported(next(iter(self._groups.values())))
-        originals = (self._decoder(group).original for group in quantised)
+        originals = (self._decoder(group).original for group in quantized)
         return next((original for original in originals if original is not None), torch.bfloat16)
 
     def can_read(self, name: str) -> bool:
-        """Whether the tensor with this stripped name is plain, or quantised in a way that can be undone."""
+        """Whether the tensor with this stripped name is plain, or quantized in a way that can be undone."""
         return self._groups[name].is_supported
 
     def expect(
@@ -197,9 +197,9 @@ class Checkpoint:
                 needed; of any shape and type.
 
         Raises:
-            UnsupportedDtypeError: a tensor is quantised in a way that cannot be undone, or otherwise not a float.
+            UnsupportedDtypeError: a tensor is quantized in a way that cannot be undone, or otherwise not a float.
             CheckpointIncompleteError: tensors are missing.
-            CheckpointCorruptError: the parts of a quantised tensor contradict one another.
+            CheckpointCorruptError: the parts of a quantized tensor contradict one another.
             ShapeMismatchError: a tensor has another shape.
             UnexpectedTensorError: vision tensors are left over, so the configuration describes another tower.
         """
@@ -245,7 +245,7 @@ class Checkpoint:
         At no time is more than one tensor held beyond those that the caller keeps.
 
         Args:
-            dtype: a floating type; the conversion is torch's (round to nearest even).  Quantised tensors are computed
+            dtype: a floating type; the conversion is torch's (round to nearest even).  Quantized tensors are computed
                 in fp32 and rounded once.
             device: where the tensors go.
             names: stripped names to read; if ``None``, what :meth:`expect` was told, or else all.
@@ -254,9 +254,9 @@ class Checkpoint:
 
         Raises:
             CheckpointIncompleteError: a name that is not in :attr:`tensors`.
-            UnsupportedDtypeError: a tensor of a type that cannot be loaded, or quantised in a way that cannot be undone.
+            UnsupportedDtypeError: a tensor of a type that cannot be loaded, or quantized in a way that cannot be undone.
             NonFiniteWeightsError: NaN or infinity, or a value too large for ``dtype``.
-            CheckpointCorruptError: a file shrank since its header was read; the parts of a quantised tensor contradict
+            CheckpointCorruptError: a file shrank since its header was read; the parts of a quantized tensor contradict
                 one another.
             UsageError: the checkpoint is closed.
         """
@@ -335,13 +335,13 @@ class Checkpoint:
         main = group.main
         scheme = f", {group.scheme}" if group.scheme else ""
         return UnsupportedDtypeError(
-            f"tensor {shorten(main.name)} in {main.file} is stored as {main.dtype}{scheme}{self._quantisation()}; only "
+            f"tensor {shorten(main.name)} in {main.file} is stored as {main.dtype}{scheme}{self._quantization()}; only "
             f"{', '.join(FLOAT_DTYPES)} and, with their scales, {', '.join(SUPPORTED_SCHEMES)} can be loaded: use a "
-            "checkpoint whose vision tower is not quantised, or in one of these ways"
+            "checkpoint whose vision tower is not quantized, or in one of these ways"
         )
 
-    def _quantisation(self) -> str:
-        """``" (quantised with …)"`` as config.json names it, for a message; empty where it names nothing."""
+    def _quantization(self) -> str:
+        """``" (quantized with …)"`` as config.json names it, for a message; empty where it names nothing."""
         try:
             method = ConfigReader.from_file(self.folder / "config.json").get(
                 str, "quantization_config.quant_method", None

@@ -1,8 +1,8 @@
-"""Quantised weights → fp32: which stored tensors make one weight, what shape it has, and the arithmetic.
+"""Quantized weights → fp32: which stored tensors make one weight, what shape it has, and the arithmetic.
 
 Everything follows from the headers of the weight files: a tensor's type, and the *companions* stored beside it.  What
-``config.json`` says of quantisation is not asked: lists of what was left out are written in several dialects, and some
-towers were quantised although their list says otherwise.
+``config.json`` says of quantization is not asked: lists of what was left out are written in several dialects, and some
+towers were quantized although their list says otherwise.
 
 =====================  =====================================================  =========================================
 scheme                 stored beside ``x.weight``                             the weight is
@@ -72,7 +72,7 @@ _ROLES_OF = {FP8: ("weight_scale",), BLOCK_FP8: ("weight_scale_inv",), INT8: ("S
 """Companions of a module that a decoder reads; of a scheme without a decoder, all belong to the weight."""
 _CACHE_SCALES = ("k_scale", "v_scale")
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", *_CACHE_SCALES)
-"""Scales for quantised arithmetic on activations, which a dequantised weight has no part in; never read."""
+"""Scales for quantized arithmetic on activations, which a dequantized weight has no part in; never read."""
 
 _SCALE_TYPES = tuple(FLOAT_DTYPES)
 _BLOCK = 128
@@ -150,7 +150,7 @@ def group_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Group]:
     groups: dict[str, Group] = {}
     claimed: set[str] = set()
     for name, main in stored.items():
-        scheme, companions = _recognise(name, main, stored)
+        scheme, companions = _recognize(name, main, stored)
         if scheme is None:
             continue
         groups[name] = Group(main, scheme, {role: stored[other] for role, other in companions.items()})
@@ -173,10 +173,10 @@ def _weight_name(name: str, stored: Mapping[str, StoredTensor]) -> str:
     return f"{module}{dot}weight"
 
 
-def _recognise(
+def _recognize(
     name: str, main: StoredTensor, stored: Mapping[str, StoredTensor]
 ) -> tuple[str | None, Mapping[str, str]]:
-    """The scheme of the tensor ``name``, if it is the main one of a quantised weight, and role → its companions."""
+    """The scheme of the tensor ``name``, if it is the main one of a quantized weight, and role → its companions."""
     own = {role: f"{name}.{role}" for role in _FOUR_BIT_ROLES if f"{name}.{role}" in stored}
     if own:
         states = [scheme for role, scheme in _FOUR_BIT.items() if role in own]
@@ -232,9 +232,9 @@ def _float8_scheme(beside: Mapping[str, str]) -> str | None:
     return FP8 if "weight_scale" in beside else None
 
 
-def _activation_scales(stored: Mapping[str, StoredTensor], quantised: Mapping[str, Group]) -> set[str]:
-    """The tensors that scale the activations of a module with a quantised weight, or of the attention around it."""
-    modules = {name.rpartition(".")[0] for name in quantised}
+def _activation_scales(stored: Mapping[str, StoredTensor], quantized: Mapping[str, Group]) -> set[str]:
+    """The tensors that scale the activations of a module with a quantized weight, or of the attention around it."""
+    modules = {name.rpartition(".")[0] for name in quantized}
     above = {module.rpartition(".")[0] for module in modules}
     names = {f"{module}.{scale}" for module in modules for scale in _ACTIVATION_SCALES}
     names |= {f"{module}.{scale}" for module in above for scale in _CACHE_SCALES}
@@ -249,7 +249,7 @@ class Decoder(ABC):
 
     Attributes:
         shape: of the weight.
-        original: the type that it had before it was quantised, where that is recorded.
+        original: the type that it had before it was quantized, where that is recorded.
     """
 
     shape: tuple[int, ...]
@@ -463,5 +463,5 @@ def _contradictory(part: StoredTensor, allowed: str) -> CheckpointCorruptError:
 def _unsupported(part: StoredTensor, allowed: str) -> UnsupportedDtypeError:
     return UnsupportedDtypeError(
         f"tensor {shorten(part.name)} in {part.file} is {part.dtype} of shape {list(part.shape)}; what can be loaded is "
-        f"{allowed}: use a checkpoint whose vision tower is not quantised"
+        f"{allowed}: use a checkpoint whose vision tower is not quantized"
     )

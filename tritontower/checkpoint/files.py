@@ -262,7 +262,7 @@ def open_safetensors(path: Path) -> Any:
 
 
 def _sniff(path: Path) -> None:
-    """Recognises from the first bytes what safetensors would only call a header that is too large."""
+    """Recognizes from the first bytes what safetensors would only call a header that is too large."""
     if not path.is_file():
         raise CheckpointCorruptError(f"{path} is not an ordinary file")
     try:

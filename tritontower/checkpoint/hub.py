@@ -42,7 +42,7 @@ def locate(
 
     Args:
         model: a local folder, or a hub id such as ``"Qwen/Qwen2-VL-2B-Instruct"``.  A folder that exists wins over a
-            hub id that is spelt the same.
+            hub id that is spelled the same.
         revision, token, cache_dir, local_files_only: as in ``huggingface_hub``; of no effect for a local folder.
 
     Raises:
@@ -164,7 +164,7 @@ class _Hub:
                 )
             )
         except errors.HFValidationError as error:
-            raise UsageError(f"{shorten(self.repository)} is not a valid hub id; it is spelt 'org/name'") from error
+            raise UsageError(f"{shorten(self.repository)} is not a valid hub id; it is spelled 'org/name'") from error
         except Exception as error:  # the transport's own exceptions too, which differ between the hub's releases
             raise CheckpointNotFoundError(f"{self._at()}: {name} {_reason(error)}") from error
 

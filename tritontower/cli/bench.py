@@ -2,7 +2,7 @@
 
   kernels        every kernel at the towers' shapes, beside torch's own and the roofline; one with wrong numbers is not timed
   towers         the forward pass against transformers, after checking it against fp32 and both against each other
-  preprocessing  pictures to patches, against transformers' image processor
+  preprocessing  images to patches, against transformers' image processor
   loading        seconds and memory to load the tower, against transformers' model of it
   launches       kernel launches of a block and of a pass: plain, fused, and by architecture (nothing runs)
   memory         the memory plan against what a process takes
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritontower.errors import UsageError
 
-from .options import add_dtype, add_json, output_file, patch_counts, picture_size, positive_integer
+from .options import add_dtype, add_json, image_size, output_file, patch_counts, positive_integer
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ _TAKES: Mapping[str, tuple[tuple[str, ...], str]] = {
     ),
     "preprocessing": (
         (*_TOWER, "size", "pack", "repeats", "threads", "plot"),
-        "preprocessing is measured on pictures, on the CPU, against transformers; name them with --size or --pack",
+        "preprocessing is measured on images, on the CPU, against transformers; name them with --size or --pack",
     ),
     "loading": (
         (*_TOWER, "depth", "against", "device", "dtype", "repeats", "threads", "plot"),
@@ -76,7 +76,7 @@ _TAKES: Mapping[str, tuple[tuple[str, ...], str]] = {
     ),
     "memory": (
         (*_TOWER, "depth", "patches", "device", "dtype", "threads"),
-        "memory is measured for square pictures, against the plan; name them with --patches",
+        "memory is measured for square images, against the plan; name them with --patches",
     ),
 }
 """Kind → the options that it takes, beside ``--json`` and ``--output``, and what to say of the others."""
@@ -105,9 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     passes = parser.add_argument_group("passes (towers, preprocessing, launches, memory)")
     passes.add_argument(
-        "--patches", type=patch_counts, metavar="N,N,...", help="one square still picture of about so many patches each"
+        "--patches", type=patch_counts, metavar="N,N,...", help="one square still image of about so many patches each"
     )
-    passes.add_argument("--size", type=picture_size, action="append", metavar="WIDTHxHEIGHT", help="a picture of noise")
+    passes.add_argument("--size", type=image_size, action="append", metavar="WIDTHxHEIGHT", help="an image of noise")
     passes.add_argument("--pack", action="append", metavar="NAME", help="448, 1024, small, 64small or mixed")
     parser.add_argument(
         "--against",
@@ -322,14 +322,14 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 def _passes(arguments: argparse.Namespace) -> "Sequence[Pass]":
     """The passes that the command line names."""
-    from tritontower.benchmarks.images import PACKS, pictures_of, square
+    from tritontower.benchmarks.images import PACKS, images_of, square
 
     _check_packs(arguments)
     passes: list[Pass] = [(f"{count} patches", partial(square, patches=count)) for count in arguments.patches or ()]
-    passes += [(name, partial(pictures_of, sizes=PACKS[name])) for name in arguments.pack or ()]
+    passes += [(name, partial(images_of, sizes=PACKS[name])) for name in arguments.pack or ()]
     if arguments.size:
-        passes.append((_size_label(arguments), partial(pictures_of, sizes=arguments.size)))
-    return passes or [("448", partial(pictures_of, sizes=PACKS["448"]))]
+        passes.append((_size_label(arguments), partial(images_of, sizes=arguments.size)))
+    return passes or [("448", partial(images_of, sizes=PACKS["448"]))]
 
 
 def _check_packs(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from tritontower.text_table import text_table
 
-from .options import add_bounds, add_dtype, add_pictures, bounds_of, load_tower
+from .options import add_bounds, add_dtype, add_images, bounds_of, load_tower
 from .parity import describe as describe_parity
 from .parity import hide_reference_progress
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
 PACK_TOLERANCE = 1e-2
-"""How far, on a GPU, a picture's embedding may be from the one it has in a pack; a few 16-bit roundings."""
+"""How far, on a GPU, an image's embedding may be from the one it has in a pack; a few 16-bit roundings."""
 
 EXAMPLE = "tritontower demo holiday.jpg diagram.png --output demo-output"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Pictures, a model in place of the random one, and where the drawing goes."""
-    add_pictures(parser, required=False, without="three photographs from scikit-image")
+    """Images, a model in place of the random one, and where the drawing goes."""
+    add_images(parser, required=False, without="three photographs from scikit-image")
     parser.add_argument("--model", metavar="MODEL", help="a checkpoint with real weights, a local folder or a hub id")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
@@ -51,13 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parity",
         choices=("smallest", "all", "none"),
         default="all",
-        help="which pictures to hold against transformers, which takes longer than all the rest (default: all)",
+        help="which images to hold against transformers, which takes longer than all the rest (default: all)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demonstration; returns 1 if the parity check fails."""
-    names, pictures = _pictures(arguments.pictures)
+    names, images = _images(arguments.images)
     if arguments.model is None:
         from tritontower.demo.checkpoint import demonstration_checkpoint
 
@@ -69,35 +69,35 @@ def run(arguments: argparse.Namespace) -> int:
         f"parameters, in {str(tower.dtype).removeprefix('torch.')} on {tower.device}\n"
     )
     # The first pass pays for what is loaded lazily.
-    tower.encode([picture.resize((56, 56)) for picture in pictures[:1]])
-    alone = [_timed(tower, [picture], bounds) for picture in pictures]
-    packed, packed_ms = _timed(tower, pictures, bounds)
+    tower.encode([image.resize((56, 56)) for image in images[:1]])
+    alone = [_timed(tower, [image], bounds) for image in images]
+    packed, packed_ms = _timed(tower, images, bounds)
     print(_table(names, packed, [milliseconds for _, milliseconds in alone]))
     difference = max(_difference(one, many) for (ones, _), many in zip(alone, packed, strict=True) for one in ones)
     agreement = f"{difference:.1e} from" if difference else "bit for bit"
-    print(f"\nAll {len(pictures)} in one packed pass: {packed_ms:,.0f} ms, {agreement} what each gives alone\n")
+    print(f"\nAll {len(images)} in one packed pass: {packed_ms:,.0f} ms, {agreement} what each gives alone\n")
     # A GPU may cut the products of a few rows into parts, and then adds them up in another order.
     passed = difference == 0.0 or (tower.device.type != "cpu" and difference < PACK_TOLERANCE)
     if arguments.parity != "none":
         from tritontower.parity.parity import compare
 
         hide_reference_progress()
-        smallest = min(range(len(pictures)), key=lambda index: packed[index].num_tokens)
-        chosen = [smallest] if arguments.parity == "smallest" else range(len(pictures))
-        parity = compare(tower, tower.preprocess([pictures[index] for index in chosen], **bounds))
+        smallest = min(range(len(images)), key=lambda index: packed[index].num_tokens)
+        chosen = [smallest] if arguments.parity == "smallest" else range(len(images))
+        parity = compare(tower, tower.preprocess([images[index] for index in chosen], **bounds))
         passed = passed and parity.passed
         print(f"{describe_parity(parity)} (compared: {', '.join(names[index] for index in chosen)})\n")
-    batch = tower.preprocess(pictures, **bounds)
-    print(f"What the tower sees, as colours: {_draw(names, pictures, _patch_features(tower, batch), arguments.output)}")
+    batch = tower.preprocess(images, **bounds)
+    print(f"What the tower sees, as colors: {_draw(names, images, _patch_features(tower, batch), arguments.output)}")
     return 0 if passed else 1
 
 
-def _pictures(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
-    """Names and pictures: those on the command line, or the photographs of the demonstration."""
+def _images(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
+    """Names and images: those on the command line, or the photographs of the demonstration."""
     if not paths:
-        from tritontower.demo.checkpoint import demonstration_pictures
+        from tritontower.demo.checkpoint import demonstration_images
 
-        photographs = demonstration_pictures()
+        photographs = demonstration_images()
         return list(photographs), list(photographs.values())
     from PIL import Image
 
@@ -108,11 +108,11 @@ def _pictures(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
 
 
 def _timed(
-    tower: "VisionTower", pictures: Sequence["Image.Image"], bounds: "Bounds"
+    tower: "VisionTower", images: Sequence["Image.Image"], bounds: "Bounds"
 ) -> tuple[list["ImageEmbedding"], float]:
-    """Embeddings on the CPU, and the milliseconds from pictures to there."""
+    """Embeddings on the CPU, and the milliseconds from images to there."""
     start = time.perf_counter()
-    embeddings = [embedding.to("cpu") for embedding in tower.encode(pictures, **bounds)]
+    embeddings = [embedding.to("cpu") for embedding in tower.encode(images, **bounds)]
     return embeddings, (time.perf_counter() - start) * 1e3
 
 
@@ -127,7 +127,7 @@ def _table(names: Sequence[str], embeddings: Sequence["ImageEmbedding"], millise
         )
         for name, embedding, duration in zip(names, embeddings, milliseconds, strict=True)
     ]
-    return text_table("", ("picture", "size", "patches", "tokens", "ms alone"), rows)
+    return text_table("", ("image", "size", "patches", "tokens", "ms alone"), rows)
 
 
 def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
@@ -138,7 +138,7 @@ def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
 
 
 def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.Tensor"]:
-    """What the last block gives for every patch, ``[rows, columns, width]`` for the first view of each picture."""
+    """What the last block gives for every patch, ``[rows, columns, width]`` for the first view of each image."""
     import torch
 
     last = f"blocks.{tower.config.blocks_needed - 1}.block_rows"
@@ -164,17 +164,17 @@ def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.T
 
 
 def _draw(
-    names: Sequence[str], pictures: Sequence["Image.Image"], features: Sequence["torch.Tensor"], folder: Path
+    names: Sequence[str], images: Sequence["Image.Image"], features: Sequence["torch.Tensor"], folder: Path
 ) -> Path:
-    """Writes the pictures beside the features of their patches, as PNG; returns where."""
-    from tritontower.demo.pca import principal_component_picture, side_by_side
+    """Writes the images beside the features of their patches, as PNG; returns where."""
+    from tritontower.demo.pca import principal_component_image, side_by_side
 
-    maps = [principal_component_picture(part.flatten(0, 1), *part.shape[:2]) for part in features]
+    maps = [principal_component_image(part.flatten(0, 1), *part.shape[:2]) for part in features]
     titles = [
         f"{name}: {rows} × {columns} patches"
         for name, (rows, columns, _) in zip(names, [part.shape for part in features], strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "features.png"
-    side_by_side(pictures, maps, titles).save(path)
+    side_by_side(images, maps, titles).save(path)
     return path

@@ -1,4 +1,4 @@
-"""List the families of towers that can be loaded, with the tokens that each makes of a picture.
+"""List the families of towers that can be loaded, with the tokens that each makes of an image.
 
 Token counts are those of a published example of each family; `tritontower inspect MODEL` knows those of a checkpoint.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tritontower.text_table import text_table
 
 if TYPE_CHECKING:
-    from tritontower.models.common.catalog import CatalogueEntry
+    from tritontower.models.common.catalog import CatalogEntry
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -26,19 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the catalogue."""
-    from tritontower.models.common.catalog import catalogue, families_table, weight_formats
+    """Prints the catalog."""
+    from tritontower.models.common.catalog import catalog, families_table, weight_formats
 
     if arguments.markdown:
         print(families_table())
     elif arguments.json:
-        print(json.dumps([asdict(entry) for entry in catalogue()], indent=2))
+        print(json.dumps([asdict(entry) for entry in catalog()], indent=2))
     else:
-        print(f"{_text(catalogue())}\n\n{weight_formats()}")
+        print(f"{_text(catalog())}\n\n{weight_formats()}")
     return 0
 
 
-def _text(entries: "list[CatalogueEntry]") -> str:
+def _text(entries: "list[CatalogEntry]") -> str:
     rows = [
         (entry.title, entry.checkpoints, "yes" if entry.video else None, *(f"{n:,}" for n in entry.counted.values()))
         for entry in entries

@@ -1,6 +1,6 @@
 """Show what a checkpoint's tower is made of and what it costs, without reading its weights.
 
-Prints the configuration, the layer graph with shapes, parameters, operations and bytes per node, and for each picture
+Prints the configuration, the layer graph with shapes, parameters, operations and bytes per node, and for each image
 size the tokens, the operations and the memory of one pass.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritontower.text_table import text_table
 
-from .options import add_bounds, add_json, add_model, add_placement, bounds_of, load_tower, output_file, picture_size
+from .options import add_bounds, add_json, add_model, add_placement, bounds_of, image_size, load_tower, output_file
 
 if TYPE_CHECKING:
     from tritontower import VisionTower
@@ -26,7 +26,7 @@ _SIZES = [(224, 224), (448, 448), (1024, 768), (1920, 1080)]
 
 
 @dataclass(frozen=True)
-class _PictureCost:
+class _ImageCost:
     size: tuple[int, int]
     grid: tuple[int, int]
     views: int
@@ -36,14 +36,14 @@ class _PictureCost:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, the picture sizes, and where to draw."""
+    """MODEL, the image sizes, and where to draw."""
     add_model(parser)
     parser.add_argument(
         "--size",
-        type=picture_size,
+        type=image_size,
         action="append",
         metavar="WIDTHxHEIGHT",
-        help="a picture size to work out the costs for; may be repeated, the first is that of the graph table "
+        help="an image size to work out the costs for; may be repeated, the first is that of the graph table "
         "(default: 224x224, 448x448, 1024x768 and 1920x1080)",
     )
     parser.add_argument("--svg", type=output_file, metavar="FILE", help="draw the graph into FILE")
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.dtype = "bfloat16"
         tower = load_tower(arguments, delay_load=True)
     bounds = bounds_of(arguments)
-    costs: list[_PictureCost] = []
+    costs: list[_ImageCost] = []
     descriptions: list[Description] = []
     for width, height in arguments.size or _SIZES:
         layout = tower.preprocessor.layout(width, height, **bounds)
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         plan, description = tower.memory_plan(workload), tower.describe(workload)
         descriptions.append(description)
         costs.append(
-            _PictureCost(
+            _ImageCost(
                 size=(width, height),
                 grid=layout.grid[1:],
                 views=len(layout.views),
@@ -101,13 +101,13 @@ def _draw(description: "Description", path: Path, model: str) -> None:
     path.write_text(description.svg(title=f"Vision tower of {model}"), encoding="utf-8")
 
 
-def _report(tower: "VisionTower", description: "Description", costs: list[_PictureCost]) -> dict[str, Any]:
+def _report(tower: "VisionTower", description: "Description", costs: list[_ImageCost]) -> dict[str, Any]:
     return {
         "config": tower.config.to_json(),
         "dtype": str(tower.dtype).removeprefix("torch."),
         "weights_bytes": tower.weights_bytes,
         "graph": description.to_json(),
-        "pictures": [
+        "images": [
             {
                 "width": cost.size[0],
                 "height": cost.size[1],
@@ -122,7 +122,7 @@ def _report(tower: "VisionTower", description: "Description", costs: list[_Pictu
     }
 
 
-def _text(tower: "VisionTower", description: "Description", costs: list[_PictureCost]) -> str:
+def _text(tower: "VisionTower", description: "Description", costs: list[_ImageCost]) -> str:
     dtype = str(tower.dtype).removeprefix("torch.")
     settings = [(key, value) for key, value in _flat(tower.config.to_json())]
     sizes = [
@@ -141,8 +141,8 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_Picture
             text_table("Configuration", ("key", "value"), settings),
             description.text() + _launches_remark(tower),
             text_table(
-                f"One picture a pass, in {dtype}; the weights take {tower.weights_bytes / 2**20:,.0f} MiB beside it",
-                ("picture", "patches", "views", "tokens", "TFLOP", "peak memory"),
+                f"One image a pass, in {dtype}; the weights take {tower.weights_bytes / 2**20:,.0f} MiB beside it",
+                ("image", "patches", "views", "tokens", "TFLOP", "peak memory"),
                 sizes,
             ),
         ]

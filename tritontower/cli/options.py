@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "add_bounds",
+    "add_images",
     "add_json",
     "add_model",
-    "add_pictures",
     "add_placement",
     "bounds_of",
+    "image_size",
     "load_tower",
     "output_file",
     "patch_counts",
-    "picture_size",
     "positive_integer",
     "reading_weights",
 ]
 
 MOST_PATCHES = 2**20
-"""Of a pass that a command makes up: a picture of 14,336 × 14,336 pixels at 14 a patch."""
+"""Of a pass that a command makes up: an image of 14,336 × 14,336 pixels at 14 a patch."""
 
 DTYPES = ("float32", "float16", "bfloat16", "auto")
 
@@ -42,14 +42,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pictures(parser: argparse.ArgumentParser, *, required: bool, without: str = "") -> None:
+def add_images(parser: argparse.ArgumentParser, *, required: bool, without: str = "") -> None:
     """``IMAGE ...``, files on this machine; ``without`` says what happens when there are none."""
     parser.add_argument(
-        "pictures",
+        "images",
         metavar="IMAGE",
         nargs="+" if required else "*",
-        type=picture_path,
-        help="picture files, of any mix of sizes" + (f" (default: {without})" if without else ""),
+        type=image_path,
+        help="image files, of any mix of sizes" + (f" (default: {without})" if without else ""),
     )
 
 
@@ -71,19 +71,19 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bounds(parser: argparse.ArgumentParser) -> None:
-    """``--min-pixels``, ``--max-pixels``, ``--longest-edge``: what a picture is scaled to before it is cut into patches."""
+    """``--min-pixels``, ``--max-pixels``, ``--longest-edge``: what an image is scaled to before it is cut into patches."""
     for bound, effect in (("min", "up to at least"), ("max", "down to at most")):
         parser.add_argument(
             f"--{bound}-pixels",
             type=positive_integer,
             metavar="N",
-            help=f"scale pictures {effect} N = width x height pixels (default: as the checkpoint says)",
+            help=f"scale images {effect} N = width x height pixels (default: as the checkpoint says)",
         )
     parser.add_argument(
         "--longest-edge",
         type=positive_integer,
         metavar="N",
-        help="scale pictures down until no side is longer than N pixels (default: as the checkpoint says)",
+        help="scale images down until no side is longer than N pixels (default: as the checkpoint says)",
     )
 
 
@@ -127,7 +127,7 @@ def patch_counts(text: str) -> list[int]:
     return counts
 
 
-def picture_size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     """``WIDTHxHEIGHT``, in pixels."""
     match = re.fullmatch(r"([1-9][0-9]{0,8})[x×]([1-9][0-9]{0,8})", text)
     if match is None:
@@ -135,15 +135,13 @@ def picture_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def picture_path(text: str) -> Path:
+def image_path(text: str) -> Path:
     """A file on this machine."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is a URL; download the picture and name the file")
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL; download the image and name the file")
     path = Path(text).expanduser()
     if not path.is_file():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is {'a folder, not a picture file' if path.is_dir() else 'no file'}"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is {'a folder, not an image file' if path.is_dir() else 'no file'}")
     return path
 
 

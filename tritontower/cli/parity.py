@@ -1,9 +1,9 @@
-"""Hold the tower against transformers, on the same checkpoint and the same pictures.
+"""Hold the tower against transformers, on the same checkpoint and the same images.
 
 In float32 the two must agree to a relative L2 distance of 1e-5.  In bfloat16 and float16 both are held against
 transformers in float32, and the tower's error may be at most 1.10 times transformers' own.  Exit code 1 if it is not.
 
-Of a quantised checkpoint, transformers is given the same dequantised weights: how it would run the quantised ones depends
+Of a quantized checkpoint, transformers is given the same dequantized weights: how it would run the quantized ones depends
 on other libraries, and is not compared.
 """
 
@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 
 from tritontower.text_table import text_table
 
-from .options import add_bounds, add_json, add_model, add_pictures, add_placement, bounds_of, load_tower
+from .options import add_bounds, add_images, add_json, add_model, add_placement, bounds_of, load_tower
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from tritontower.parity.parity import NodeParity, Parity
 
-__all__ = ["EXAMPLE", "add_arguments", "describe", "hide_reference_progress", "run", "synthetic_pictures"]
+__all__ = ["EXAMPLE", "add_arguments", "describe", "hide_reference_progress", "run", "synthetic_images"]
 
 EXAMPLE = "tritontower parity Qwen/Qwen2-VL-2B-Instruct cat.jpg --dtype float32 --per-node"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, pictures, and how closely to look."""
+    """MODEL, images, and how closely to look."""
     add_model(parser)
-    add_pictures(parser, required=False, without="three drawn ones of different sizes")
+    add_images(parser, required=False, without="three drawn ones of different sizes")
     parser.add_argument("--per-node", action="store_true", help="also compare every value that both compute on the way")
     add_bounds(parser)
     add_placement(parser)
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     hide_reference_progress()
     tower = load_tower(arguments)
-    batch = tower.preprocess(arguments.pictures or synthetic_pictures(), **bounds_of(arguments))
+    batch = tower.preprocess(arguments.images or synthetic_images(), **bounds_of(arguments))
     parity = compare(tower, batch)
     nodes = compare_nodes(tower, batch) if arguments.per_node else []
     if arguments.json:
@@ -64,10 +64,10 @@ def describe(parity: "Parity") -> str:
     else:
         rows.append((f"transformers {name}", f"{parity.reference_error:.2e}", f"{parity.reference_seconds * 1e3:,.0f}"))
     table = text_table(
-        "Distance from transformers in float32 (relative L2, all pictures)", ("tower", "distance", "ms"), rows
+        "Distance from transformers in float32 (relative L2, all images)", ("tower", "distance", "ms"), rows
     )
     verdict = "pass" if parity.passed else "FAIL"
-    return f"{table}\n\n{verdict}: {parity.error:.2e}, allowed {parity.limit:.2e}; worst picture {parity.worst_picture:.2e}"
+    return f"{table}\n\n{verdict}: {parity.error:.2e}, allowed {parity.limit:.2e}; worst image {parity.worst_image:.2e}"
 
 
 def _report(parity: "Parity", nodes: list["NodeParity"]) -> dict[str, object]:
@@ -76,7 +76,7 @@ def _report(parity: "Parity", nodes: list["NodeParity"]) -> dict[str, object]:
         "dtype": str(parity.dtype).removeprefix("torch."),
         "error": _finite(parity.error),
         "limit": _finite(parity.limit),
-        "worst_picture": _finite(parity.worst_picture),
+        "worst_image": _finite(parity.worst_image),
         "reference_error": _finite(parity.reference_error),
         "seconds": parity.seconds,
         "reference_seconds": parity.reference_seconds,
@@ -99,16 +99,16 @@ def hide_reference_progress() -> None:
     logging.disable_progress_bar()
 
 
-def synthetic_pictures() -> list["Image.Image"]:
-    """Three pictures with smooth and with sharp parts, of different sizes and shapes; always the same."""
+def synthetic_images() -> list["Image.Image"]:
+    """Three images with smooth and with sharp parts, of different sizes and shapes; always the same."""
     import numpy as np
     from PIL import Image
 
-    pictures = []
+    images = []
     for width, height in ((224, 224), (350, 120), (150, 400)):
         y, x = np.mgrid[0:height, 0:width].astype(np.float64)
         rings = 127.5 + 127.5 * np.sin(np.hypot(x - width / 3, y - height / 2) / 6)
         checks = 255.0 * ((x // 17 + y // 23) % 2)
         slope = 255.0 * x / width
-        pictures.append(Image.fromarray(np.stack([rings, checks, slope], axis=-1).astype(np.uint8)))
-    return pictures
+        images.append(Image.fromarray(np.stack([rings, checks, slope], axis=-1).astype(np.uint8)))
+    return images

@@ -1,1 +1,1 @@
-"""The demonstration: a full-size random checkpoint, photographs and a picture of the patch features."""
+"""The demonstration: a full-size random checkpoint, photographs and an image of the patch features."""

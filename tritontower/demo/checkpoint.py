@@ -13,7 +13,7 @@ from tritontower.models import qwen2_vl
 
 from .random_checkpoint import write_random_checkpoint
 
-__all__ = ["demonstration_checkpoint", "demonstration_pictures"]
+__all__ = ["demonstration_checkpoint", "demonstration_images"]
 
 CHECKPOINT_NAME = "random-qwen2-vl-2b-tower-v1"
 PHOTOGRAPHS = {"astronaut": (512, 512), "chelsea": (451, 300), "coffee": (392, 261)}
@@ -45,7 +45,7 @@ def demonstration_checkpoint() -> Path:
     return folder
 
 
-def demonstration_pictures() -> dict[str, Image.Image]:
+def demonstration_images() -> dict[str, Image.Image]:
     """Name → photograph, of different sizes.
 
     Raises:
@@ -56,6 +56,6 @@ def demonstration_pictures() -> dict[str, Image.Image]:
     except ImportError as error:
         raise UsageError(
             "the demonstration's photographs come with scikit-image, which is not installed; install the `demo` extra "
-            '(pip install "tritontower[demo]"), or name pictures of your own'
+            '(pip install "tritontower[demo]"), or name images of your own'
         ) from error
     return {name: Image.fromarray(getattr(data, name)()).resize(size) for name, size in PHOTOGRAPHS.items()}

@@ -1,7 +1,7 @@
-"""What a tower sees, as a picture: the three strongest directions of its patch features become red, green and blue.
+"""What a tower sees, as an image: the three strongest directions of its patch features become red, green and blue.
 
-Patches that the tower finds alike get similar colours.  This shows at a glance whether features follow the objects of a
-picture or are noise, are shifted, or are in the wrong order; it measures nothing.
+Patches that the tower finds alike get similar colors.  This shows at a glance whether features follow the objects of a
+image or are noise, are shifted, or are in the wrong order; it measures nothing.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tritontower.errors import UsageError
 
-__all__ = ["principal_component_picture", "side_by_side"]
+__all__ = ["principal_component_image", "side_by_side"]
 
 # The brightest and darkest patches are often a few outliers; without this clipping they would leave no contrast.
 _LOWEST, _HIGHEST = 0.02, 0.98
@@ -24,11 +24,11 @@ _GAP = 12
 _CAPTION = 15
 
 
-def principal_component_picture(features: torch.Tensor, grid_height: int, grid_width: int) -> NDArray[np.uint8]:
-    """Projects patch features on their first three principal components and scales each to a colour channel.
+def principal_component_image(features: torch.Tensor, grid_height: int, grid_width: int) -> NDArray[np.uint8]:
+    """Projects patch features on their first three principal components and scales each to a color channel.
 
-    The same features always give the same colours: a component's sign, which the decomposition leaves open, is chosen
-    so that its largest loading is positive.  A component without any variance is drawn as middle grey.
+    The same features always give the same colors: a component's sign, which the decomposition leaves open, is chosen
+    so that its largest loading is positive.  A component without any variance is drawn as middle gray.
 
     Args:
         features: ``[grid_height × grid_width, D]``, in raster order, of any float dtype, on any device.
@@ -52,61 +52,59 @@ def principal_component_picture(features: torch.Tensor, grid_height: int, grid_w
     scores = _principal_scores(rows - rows.mean(dim=0), count=3)
     low = torch.quantile(scores, _LOWEST, dim=0)
     high = torch.quantile(scores, _HIGHEST, dim=0)
-    # Rounding alone spreads constant features a little; that must not be blown up into colours.
+    # Rounding alone spreads constant features a little; that must not be blown up into colors.
     flat = high - low <= 1e-5 * rows.abs().max()
     scaled = torch.where(flat, 0.5, ((scores - low) / (high - low).clamp_min(1e-30)).clamp(0, 1))
-    picture: NDArray[np.uint8] = (scaled * 255).round().to(torch.uint8).reshape(grid_height, grid_width, 3).numpy()
-    return picture
+    image: NDArray[np.uint8] = (scaled * 255).round().to(torch.uint8).reshape(grid_height, grid_width, 3).numpy()
+    return image
 
 
-def _principal_scores(centred: torch.Tensor, count: int) -> torch.Tensor:
+def _principal_scores(centered: torch.Tensor, count: int) -> torch.Tensor:
     """The first ``count`` principal components of ``[N, D]`` rows: ``[N, count]``, zeros where there are fewer."""
-    left, singular, right = torch.linalg.svd(centred, full_matrices=False)
+    left, singular, right = torch.linalg.svd(centered, full_matrices=False)
     available = min(count, singular.numel())
     loadings = right[:available]
     largest = loadings.gather(1, loadings.abs().argmax(dim=1, keepdim=True)).squeeze(1)
     signs = torch.where(largest < 0, -1.0, 1.0)
-    scores = centred.new_zeros(centred.shape[0], count)
+    scores = centered.new_zeros(centered.shape[0], count)
     scores[:, :available] = left[:, :available] * singular[:available] * signs
     return scores
 
 
 def side_by_side(
-    pictures: Sequence[Image.Image],
+    images: Sequence[Image.Image],
     feature_maps: Sequence[NDArray[np.uint8]],
     titles: Sequence[str],
     *,
     cell: int = 360,
 ) -> Image.Image:
-    """Places every picture beside its feature map, one pair below the other, each under its title.
+    """Places every image beside its feature map, one pair below the other, each under its title.
 
     Args:
-        pictures: as the tower got them.
-        feature_maps: ``[rows, columns, 3]`` each, from :func:`principal_component_picture`; enlarged to the picture's
+        images: as the tower got them.
+        feature_maps: ``[rows, columns, 3]`` each, from :func:`principal_component_image`; enlarged to the image's
             size without smoothing, so that every patch stays a visible square.
         titles: one line each; what does not fit is cut off.
-        cell: pixels that the longer side of a picture is drawn with.
+        cell: pixels that the longer side of an image is drawn with.
 
     Raises:
         UsageError: the three sequences differ in length or are empty.
     """
-    if not (len(pictures) == len(feature_maps) == len(titles) > 0):
+    if not (len(images) == len(feature_maps) == len(titles) > 0):
         raise UsageError(
-            f"{len(pictures)} pictures, {len(feature_maps)} feature maps and {len(titles)} titles do not make pairs"
+            f"{len(images)} images, {len(feature_maps)} feature maps and {len(titles)} titles do not make pairs"
         )
-    sizes = [_fit(picture.size, cell) for picture in pictures]
+    sizes = [_fit(image.size, cell) for image in images]
     column = max(width for width, _ in sizes)
     font = ImageFont.load_default(_CAPTION)
     row_heights = [_CAPTION + _GAP // 2 + height + _GAP for _, height in sizes]
     page = Image.new("RGB", (2 * column + 3 * _GAP, sum(row_heights) + _GAP), _BACKGROUND)
     draw = ImageDraw.Draw(page)
     y = _GAP
-    for picture, features, title, size, row_height in zip(
-        pictures, feature_maps, titles, sizes, row_heights, strict=True
-    ):
+    for image, features, title, size, row_height in zip(images, feature_maps, titles, sizes, row_heights, strict=True):
         draw.text((_GAP, y), _shorten(_in_font(title), font, page.width - 2 * _GAP), fill=_INK, font=font)
         below = y + _CAPTION + _GAP // 2
-        page.paste(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS), (_GAP, below))
+        page.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (_GAP, below))
         page.paste(Image.fromarray(features).resize(size, Image.Resampling.NEAREST), (column + 2 * _GAP, below))
         y += row_height
     return page

@@ -32,7 +32,7 @@ def write_random_checkpoint(
     """Writes ``config.json``, ``preprocessor_config.json`` and ``model.safetensors`` into ``folder``; returns it.
 
     Matrices and biases are normal with a deviation of 0.02, norm weights normal around one: the scale at which these
-    towers are initialised.  The same arguments give the same file.
+    towers are initialized.  The same arguments give the same file.
     """
     reader = ConfigReader(config, "config.json")
     family = read_family(reader)

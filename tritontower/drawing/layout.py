@@ -39,7 +39,7 @@ class Box:
     y: float = 0.0
 
     @property
-    def centre(self) -> float:
+    def center(self) -> float:
         """Half way across."""
         return self.x + self.width / 2
 

@@ -14,7 +14,7 @@ class DrawnNode:
 
     Attributes:
         name: unique within the graph.
-        kind: decides the colour, and stands in the corner of the box.
+        kind: decides the color, and stands in the corner of the box.
         lines: further text, one line each.
         label: the heading of the box, where it should differ from the name.
     """

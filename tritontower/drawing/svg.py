@@ -11,7 +11,7 @@ from .nodes import DrawnGroup, DrawnNode, Edge
 __all__ = ["graph_svg"]
 
 # Fill and outline of a box by kind; a kind that is not listed takes the next spare pair.
-_COLOURS = {
+_COLORS = {
     "input": ("#f3f4f6", "#9ca3af"),
     "output": ("#f3f4f6", "#6b7280"),
     "patch_projection": ("#dcfce7", "#22a35a"),
@@ -30,7 +30,7 @@ _COLOURS = {
     "projector": ("#ede9fe", "#7a5ae6"),
     "tap": ("#ccfbf1", "#149485"),
 }
-_SPARE_COLOURS = (
+_SPARE_COLORS = (
     ("#f5f0e6", "#a08556"),
     ("#e8f0e4", "#6c8f5b"),
     ("#e6ecf5", "#5a78a8"),
@@ -46,7 +46,7 @@ def graph_svg(
     *,
     title: str = "",
     subtitle: str = "",
-    colours: Mapping[str, tuple[str, str]] | None = None,
+    colors: Mapping[str, tuple[str, str]] | None = None,
 ) -> str:
     """Draws a layered graph.
 
@@ -56,7 +56,7 @@ def graph_svg(
         groups: frames; a node belongs to one at most.
         title: drawn above the graph, and the document's title.
         subtitle: drawn below the title.
-        colours: fill and outline by kind, where they should differ from the standard ones.
+        colors: fill and outline by kind, where they should differ from the standard ones.
 
     Returns:
         A complete SVG document.
@@ -67,7 +67,7 @@ def graph_svg(
     _check(nodes, edges, groups)
     layout = lay_out(nodes, edges, groups, top=MARGIN + (30 if title else 0) + (20 if subtitle else 0))
     width = max(layout.width, 2 * MARGIN + 17 * BOLD_EM * len(title), 2 * MARGIN + 12 * 0.58 * len(subtitle))
-    palette = _palette(nodes, colours or {})
+    palette = _palette(nodes, colors or {})
     body = [
         f'<rect width="{width:.0f}" height="{layout.height:.0f}" fill="#fcfcfb"/>',
         *_headings(title, subtitle),
@@ -107,10 +107,10 @@ def _check(nodes: Sequence[DrawnNode], edges: Sequence[Edge], groups: Sequence[D
         raise UsageError("a group of the drawing names a node twice, or one that does not exist")
 
 
-def _palette(nodes: Sequence[DrawnNode], colours: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    known = {**_COLOURS, **colours}
+def _palette(nodes: Sequence[DrawnNode], colors: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    known = {**_COLORS, **colors}
     unknown = [kind for kind in dict.fromkeys(node.kind for node in nodes) if kind not in known]
-    return known | {kind: _SPARE_COLOURS[index % len(_SPARE_COLOURS)] for index, kind in enumerate(unknown)}
+    return known | {kind: _SPARE_COLORS[index % len(_SPARE_COLORS)] for index, kind in enumerate(unknown)}
 
 
 def _headings(title: str, subtitle: str) -> list[str]:
@@ -161,8 +161,8 @@ def _edge_svg(layout: Layout, edge: Edge) -> str:
     else:
         y = (source.bottom + target.y) / 2
         path = (
-            f"M{source.centre:.1f} {source.bottom:.1f} C{source.centre:.1f} {y:.1f} {target.centre:.1f} {y:.1f} "
-            f"{target.centre:.1f} {target.y - 1:.1f}"
+            f"M{source.center:.1f} {source.bottom:.1f} C{source.center:.1f} {y:.1f} {target.center:.1f} {y:.1f} "
+            f"{target.center:.1f} {target.y - 1:.1f}"
         )
     return f'<path d="{path}" fill="none" stroke="#6b7280" stroke-width="1.3" marker-end="url(#tip)"/>'
 

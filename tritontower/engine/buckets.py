@@ -5,7 +5,7 @@ between a power of two and the next: at most one row in sixteen (6.25 %) is padd
 launch is in its :class:`Bucket`; passes of one bucket are the same launches over other numbers.
 
 Padding rows are rows of zeros in segments of their own, short ones, so that they cost next to nothing, every number in
-them is finite, and no row of a picture ever meets them.
+them is finite, and no row of an image ever meets them.
 """
 
 from dataclasses import dataclass, replace

@@ -71,7 +71,7 @@ class CaptureLimits:
     """How much captured CUDA graphs may hold; the least recently used goes first.
 
     Attributes:
-        max_graphs: graphs of a tower; it may have as many for each of still pictures and clips, raw pixels and others.
+        max_graphs: graphs of a tower; it may have as many for each of still images and videos, raw pixels and others.
         max_bytes: bytes of device memory that these hold: their buffers, each counted once, and what their launches
             allocated.  Buffers are shared with passes that are not captured.
     """

@@ -53,7 +53,7 @@ class PassFacts:
             return self.segments
         if self.windows is None:
             raise UsageError(
-                "a block attends within windows, and the batch has none: it is another tower's; pack the pictures with this "
+                "a block attends within windows, and the batch has none: it is another tower's; pack the images with this "
                 "tower's own preprocess()"
             )
         return self.windows
@@ -329,7 +329,7 @@ def _extent_of_run(node: Node, facts: PassFacts, total: int, start: int) -> Exte
 
 
 def _joined(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` neighbouring rows side by side."""
+    """``count`` neighboring rows side by side."""
     return rows if count == 1 else rows.view(-1, count * rows.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""The executors of one tower: for still pictures and for clips, for pixels and for bytes, over one set of weights.
+"""The executors of one tower: for still images and for videos, for pixels and for bytes, over one set of weights.
 
 Each has buffers and captured passes of its own, and a lock: passes of two of them may run at once.
 """
@@ -31,7 +31,7 @@ class Executors:
         graphs: what runs; each takes pixels of another width.
         sources: name → tensor as :func:`tritontower.engine.weight_loader.read_weights` holds it, of all graphs, all of one dtype and
             on one device.
-        rescaling: says what becomes of a byte of a picture, ``None`` where nobody knows and bytes are refused.  It is asked
+        rescaling: says what becomes of a byte of an image, ``None`` where nobody knows and bytes are refused.  It is asked
             when the first bytes come: the image processor's files may be missing where there never are any.
         cuda_graphs: whether passes on a GPU are captured, or how much each executor's may hold then.
     """
@@ -59,14 +59,14 @@ class Executors:
         """
         if batch.form != self._form:
             raise UsageError(
-                f"the batch is another tower's, with {self._form.differences(batch.form)}; pack the pictures with this "
+                f"the batch is another tower's, with {self._form.differences(batch.form)}; pack the images with this "
                 "tower's own preprocess()"
             )
         width = batch.pixels.shape[1]
         executor = self._by_width.get(width)
         if executor is None:
             raise UsageError(
-                f"the batch has {width} pixel values a patch; the tower takes {sorted(self._by_width)}; pack the pictures "
+                f"the batch has {width} pixel values a patch; the tower takes {sorted(self._by_width)}; pack the images "
                 "with its own preprocess()"
             )
         return self._for_bytes(executor.graph) if batch.pixels.dtype == torch.uint8 else executor
@@ -103,7 +103,7 @@ class Executors:
                 if rescaling is None:
                     raise UsageError(
                         "a batch with uint8 pixels is another tower's: the arithmetic of this one's image processor is not "
-                        "known; pack the pictures with its own preprocess(), without raw=True"
+                        "known; pack the images with its own preprocess(), without raw=True"
                     )
                 made = folded_tensors(graph, self._sources, rescaling, class_token=class_token)
                 folded = graph_for_bytes(graph, class_token=class_token)

@@ -1,8 +1,8 @@
-"""The graph for pixels that are bytes: rescaling and normalisation are in the weights of the patch projection.
+"""The graph for pixels that are bytes: rescaling and normalization are in the weights of the patch projection.
 
-A quarter of what fp32 pixels take is prepared and moved to the device, and normalised pixels are never rounded to 16 bits;
+A quarter of what fp32 pixels take is prepared and moved to the device, and normalized pixels are never rounded to 16 bits;
 the weights are, once more.  Only the patch projection has weights of its own; everything else is shared with the graph
-for normalised pixels.
+for normalized pixels.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ __all__ = ["folded_tensors", "graph_for_bytes"]
 
 
 def graph_for_bytes(graph: Graph, *, class_token: bool) -> Graph:
-    """``graph`` for bytes where it takes normalised pixels; :func:`folded_tensors` makes the weights.
+    """``graph`` for bytes where it takes normalized pixels; :func:`folded_tensors` makes the weights.
 
     ``(s · byte − m) @ Wᵀ = (byte − 128) @ (s W)ᵀ + (128 s − m) @ Wᵀ``.  The last term, the same for every patch, goes into
     the bias.  The row of a class token is no patch, and its pixels count zero: in a tower that has one, the term goes into
@@ -48,7 +48,7 @@ def folded_tensors(
     """What :func:`graph_for_bytes` of ``graph`` needs beside the tensors of ``graph`` itself.
 
     Args:
-        graph: the graph for normalised pixels.
+        graph: the graph for normalized pixels.
         sources: name → tensor, as the graph's executor takes them.
         rescaling: what becomes of a byte.
         class_token: as there.
@@ -63,7 +63,7 @@ def folded_tensors(
     role = _constant_role(node, class_token)
     weight = graph.weights[node.weights["weight"]]
     held = sources[weight.held_name]
-    # A still picture's frames are one: their weights are added before anything is rounded.
+    # A still image's frames are one: their weights are added before anything is rounded.
     whole = held.float().sum(2) if weight.transform == "fold_temporal" else held.float()
     folded, constant = rescaling.folded(whole.flatten(1))
     if role in node.weights:

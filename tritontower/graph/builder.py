@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tritontower.config import Normalisation, PositionTable, Projector, RotaryEmbedding, TowerConfig
+from tritontower.config import Normalization, PositionTable, Projector, RotaryEmbedding, TowerConfig
 
 from .ir import Dtype, Graph, Node, NodeKind, Rows, Transform, Value, Weight
 
@@ -68,7 +68,7 @@ class _Builder:
         )
         return written
 
-    def norm(self, name: str, rows: str, norm: Normalisation) -> str:
+    def norm(self, name: str, rows: str, norm: Normalization) -> str:
         value = self.values[rows]
         weights = self.norm_weights(name, norm, value.width)
         (normed,) = self.node(
@@ -76,14 +76,14 @@ class _Builder:
         )
         return normed
 
-    def norm_weights(self, name: str, norm: Normalisation, width: int, role: str = "") -> dict[str, str]:
+    def norm_weights(self, name: str, norm: Normalization, width: int, role: str = "") -> dict[str, str]:
         weights = {f"{role}weight": self.weight(f"{name}.weight", width)}
         if norm.bias:
             weights[f"{role}bias"] = self.weight(f"{name}.bias", width)
         return weights
 
     def linear(self, name: str, rows: str, width: int, *, bias: bool, joined: int = 1) -> str:
-        """A product with rows as they are, or with ``joined`` neighbours put side by side."""
+        """A product with rows as they are, or with ``joined`` neighbors put side by side."""
         value = self.values[rows]
         weights = {"weight": self.weight(f"{name}.weight", width, value.width * joined)}
         if bias:
@@ -101,7 +101,7 @@ class _Builder:
         return result
 
 
-def _of(norm: Normalisation) -> dict[str, Any]:
+def _of(norm: Normalization) -> dict[str, Any]:
     return {"norm": norm.kind, "eps": norm.eps, "rounding": norm.rounding}
 
 
@@ -256,7 +256,7 @@ def _mlp_down(builder: _Builder, hidden: str) -> str:
 
 
 def _select(builder: _Builder, features: Sequence[str], name: str) -> str:
-    """The rows that the tokens are made of, in the order of the picture, several features side by side."""
+    """The rows that the tokens are made of, in the order of the image, several features side by side."""
     selects = builder.config.selects
     if len(features) == 1 and not selects:
         return features[0]
@@ -332,7 +332,7 @@ def _projector_node(
     result: str,
     rows: str,
     projector: Projector,
-    norm: Normalisation | None,
+    norm: Normalization | None,
     per_token: int,
 ) -> str:
     hidden = projector.hidden or projector.output
@@ -368,8 +368,8 @@ def _assemble(builder: _Builder, rows: str) -> str:
     return tokens
 
 
-def _class_token_pooling(builder: _Builder, rows: str, norm: Normalisation) -> str:
-    """The class token of every view, normalised."""
+def _class_token_pooling(builder: _Builder, rows: str, norm: Normalization) -> str:
+    """The class token of every view, normalized."""
     config = builder.config
     index = builder.input("class_rows", 1, "views")
     (first,) = builder.node(
@@ -382,7 +382,7 @@ def _class_token_pooling(builder: _Builder, rows: str, norm: Normalisation) -> s
     return pooled
 
 
-def _attention_pooling(builder: _Builder, rows: str, norm: Normalisation) -> str:
+def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str:
     """A learned query attends to a view's rows; then a projection and an MLP, whose result is added to what it read."""
     config = builder.config
     width = config.width

@@ -23,7 +23,7 @@ __all__ = [
     "KERNEL_PASSES",
     "Pass",
     "chunk_mlp",
-    "fold_still_pictures",
+    "fold_still_images",
     "fuse",
     "fuse_activations",
     "fuse_positions",
@@ -71,7 +71,7 @@ def fuse_residual_into_linear(graph: Graph) -> Graph:
 def fuse_residual_into_norm(graph: Graph) -> Graph:
     """``add`` → ``norm`` becomes a ``norm`` that also writes the sum, which the next residual needs.
 
-    The sum is rounded as the ``add`` rounded it, and that rounded sum is what is normalised.
+    The sum is rounded as the ``add`` rounded it, and that rounded sum is what is normalized.
     """
     nodes = list(graph.nodes)
     for add in [node for node in nodes if node.kind == "add"]:
@@ -118,8 +118,8 @@ def fuse_selection(graph: Graph) -> Graph:
     return _merge_pairs(graph, fused)
 
 
-def fold_still_pictures(graph: Graph) -> Graph:
-    """The graph for still pictures: all the frames that a patch spans are the same frame.
+def fold_still_images(graph: Graph) -> Graph:
+    """The graph for still images: all the frames that a patch spans are the same frame.
 
     ``[frame, frame] @ [W₀, W₁]ᵀ = frame @ (W₀ + W₁)ᵀ``: the projection's inner dimension shrinks by the number of
     frames (1176 → 588 for Qwen2-VL), and so do the pixels that are prepared, moved and read.  A tower whose patches

@@ -21,7 +21,7 @@ node kind               inputs → outputs                              weights
 ``attention``           qkv → rows
 ``mlp``                 rows [, residual] → rows                      weight_1, bias_1, weight_2, bias_2
 ``select``              rows …, selection → rows side by side
-``pool``                rows → means of neighbouring rows
+``pool``                rows → means of neighboring rows
 ``projector``           rows [, selection] → tokens                   norm_*, weight_1, bias_1, weight_2, bias_2
 ``assemble``            rows, index, weights → tokens                 newline
 ``attention_pooling``   keys and values → a row per view              probe, weight, bias
@@ -76,7 +76,7 @@ class Workload:
     merged: int | None = None
     """Rows that leave the projector; ``None``: as many as tokens."""
     views: int = 0
-    """Pictures, tiles and crops."""
+    """Images, tiles and crops."""
 
     def rows(self, dimension: Rows) -> int:
         """The number of rows along ``dimension``."""

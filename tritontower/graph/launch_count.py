@@ -174,7 +174,7 @@ class _Counter:
             longest=round(scores / self.workload.patches),
             length_bound=attributes["length_bound"],
         )
-        return Launches(2 if config.variant == "specialised" and self.dtype == torch.bfloat16 else 1)
+        return Launches(2 if config.variant == "specialized" and self.dtype == torch.bfloat16 else 1)
 
     def _library_product(self, activation: str | None, *, bias: bool, residual: bool) -> Launches:
         """The library's product, and a kernel for each part of the epilogue that it does not know."""

@@ -1,7 +1,7 @@
 """What every hand-over to another engine starts with: one list of embeddings, checked against the tower they came from.
 
 Engines believe what they are given: a row too many or too few, or rows of another model's width, end in an assertion
-inside a worker process, or in another picture's rows.
+inside a worker process, or in another image's rows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,7 +96,7 @@ def whole_rows(embedding: ImageEmbedding) -> torch.Tensor:
 
 
 def grids(embeddings: Sequence[ImageEmbedding]) -> torch.Tensor:
-    """``[pictures, 3]`` int64: temporal patches, rows and columns of *patches* of each."""
+    """``[images, 3]`` int64: temporal patches, rows and columns of *patches* of each."""
     return torch.tensor([embedding.grid_thw for embedding in embeddings], dtype=torch.int64, device="cpu")
 
 
@@ -126,14 +126,14 @@ def _check_count(config: TowerConfig, embedding: ImageEmbedding, index: int) -> 
     """Whether the rows are as many as the grid says, as far as the tower has that rule."""
     t, h, w = embedding.grid_thw
     found = embedding.num_tokens
-    if t > 1 and not embedding.is_clip:
-        raise UsageError(f"embedding {index} has {t} temporal patches and does not say that it is a clip; set is_clip")
+    if t > 1 and not embedding.is_video:
+        raise UsageError(f"embedding {index} has {t} temporal patches and does not say that it is a video; set is_clip")
     if len(embedding.timestamps) not in (0, t):
         raise UsageError(f"embedding {index} has {len(embedding.timestamps)} time stamps for {t} temporal patches")
     if sum(embedding.view_tokens) != found:
         raise UsageError(f"embedding {index} has {found} rows, but its views have {sum(embedding.view_tokens)} in all")
     if config.newline:
-        # How tiles are put together depends on the picture's size as well; the base view is there in any case.
+        # How tiles are put together depends on the image's size as well; the base view is there in any case.
         fits, expected = found > (least := _rows_of_view(config)), f"more than {least}"
     elif config.num_patches is not None:
         view = _rows_of_view(config)

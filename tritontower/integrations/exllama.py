@@ -4,11 +4,11 @@ Read in exllamav2 0.3.2 (``ExLlamaV2MMEmbedding``) and exllamav3 1.6.5 (``MMEmbe
 attributes, so that one object serves both::
 
     vision = ExLlamaV2Vision(tower)
-    picture = vision.get_image_embeddings(model, tokenizer, image)
-    ids = tokenizer.encode(f"{picture.text_alias} Describe this.", embeddings=[picture])
+    image = vision.get_image_embeddings(model, tokenizer, image)
+    ids = tokenizer.encode(f"{image.text_alias} Describe this.", embeddings=[image])
 
-Three things are other than with ExLlama's own vision models, and better: the same picture has the same ids, so that the
-key-value cache is found again; what a model has round a picture are the tokens themselves instead of copies of their
+Three things are other than with ExLlama's own vision models, and better: the same image has the same ids, so that the
+key-value cache is found again; what a model has round an image are the tokens themselves instead of copies of their
 embeddings (ExLlamaV2), so that no language model is needed; and behind Pixtral's last row of patches there is
 ``[IMG_END]`` alone, as transformers has it, not ``[IMG_BREAK][IMG_END]``.  Nothing of ExLlama is imported here.
 """
@@ -22,7 +22,7 @@ import torch
 
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import UsageError, shorten
-from tritontower.preprocessing.images.image import Picture
+from tritontower.preprocessing.images.image import ImageInput
 from tritontower.prompt.encode import DEFAULT_BASE, TokenSpace, encode_prompt
 from tritontower.tower import VisionTower
 
@@ -30,13 +30,13 @@ from .checks import checked
 
 __all__ = ["ExLlamaEmbedding", "ExLlamaV2Vision", "ExLlamaV3Vision", "to_exllama"]
 
-FIRST_PICTURE_ID = DEFAULT_BASE
+FIRST_IMAGE_ID = DEFAULT_BASE
 """Where ExLlama takes the vocabulary to end; ids below are looked up in the embedding table."""
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class ExLlamaEmbedding:
-    """One picture or clip, under the names of ``ExLlamaV2MMEmbedding`` and of ``MMEmbedding``.
+    """One image or video, under the names of ``ExLlamaV2MMEmbedding`` and of ``MMEmbedding``.
 
     Attributes:
         embeddings: ``[length, hidden_size]``; ExLlamaV2 gives the whole prompt their dtype.
@@ -47,8 +47,8 @@ class ExLlamaEmbedding:
         mrope_merge_size: side of the square of patches that one token stands for.
         deepstack_embeddings: ``[length, hidden_size]`` each (ExLlamaV3); ``None`` where there are none.
         model: ExLlamaV2's language model, of which it reads ``config.vision_spatial_merge_size``; or what has just that.
-        pre_tokens, post_tokens: rows of tokens round the picture; 0, since they are no rows here.
-        align, align_phase, align_lead: places at which the picture has to begin (ExLlamaV3); none.
+        pre_tokens, post_tokens: rows of tokens round the image; 0, since they are no rows here.
+        align, align_phase, align_lead: places at which the image has to begin (ExLlamaV3); none.
         metadata: sizes in pixels, and whatever an application notes there.
         source: the embedding with its ids, its rows those that are here.
     """
@@ -169,7 +169,7 @@ def to_exllama(
     Args:
         tower: the tower that made them.
         embeddings: one, or several.
-        tokenizer: ExLlama's, transformers', or a function from text to ids: puts what the model has round a picture
+        tokenizer: ExLlama's, transformers', or a function from text to ids: puts what the model has round an image
             round the ids.  Without it there are the ids alone, and the caller's prompt has to have the rest.
         space: where ids come from: every view holds one use of its ids, until :meth:`ExLlamaEmbedding.release`.  May be
             left out if the embeddings have ids already, which then are the caller's to release.
@@ -211,17 +211,17 @@ class ExLlamaV2Vision:
 
     def __init__(self, tower: VisionTower, *, space: TokenSpace | None = None) -> None:
         self.tower = tower
-        self.space = space or TokenSpace(FIRST_PICTURE_ID)
+        self.space = space or TokenSpace(FIRST_IMAGE_ID)
 
     def get_image_embeddings(
         self,
         model: Any,
         tokenizer: Any,
-        image: Picture,
+        image: ImageInput,
         text_alias: str | None = None,
         embeddings_cpu: bool = True,
     ) -> ExLlamaEmbedding:
-        """One picture; the arguments are ExLlamaV2's, and a picture may be whatever the tower takes.
+        """One image; the arguments are ExLlamaV2's, and an image may be whatever the tower takes.
 
         Raises:
             ImageError, UsageError, PromptError: as :meth:`VisionTower.encode` and :func:`to_exllama`.
@@ -233,11 +233,11 @@ class ExLlamaV2Vision:
         self,
         model: Any,
         tokenizer: Any,
-        video: Sequence[Picture],
+        video: Sequence[ImageInput],
         text_alias: str | None = None,
         embeddings_cpu: bool = True,
     ) -> ExLlamaEmbedding:
-        """One clip of frames of one size; the arguments are ExLlamaV2's.
+        """One video of frames of one size; the arguments are ExLlamaV2's.
 
         Raises:
             ImageError, UsageError, PromptError: as :meth:`VisionTower.encode_video` and :func:`to_exllama`.
@@ -268,7 +268,7 @@ class ExLlamaV3Vision:
 
     def __init__(self, tower: VisionTower, *, space: TokenSpace | None = None) -> None:
         self.tower = tower
-        self.space = space or TokenSpace(FIRST_PICTURE_ID)
+        self.space = space or TokenSpace(FIRST_IMAGE_ID)
 
     @overload
     def get_image_embeddings(
@@ -277,22 +277,22 @@ class ExLlamaV3Vision:
 
     @overload
     def get_image_embeddings(
-        self, tokenizer: Any, image: Picture, text_alias: str | None = ...
+        self, tokenizer: Any, image: ImageInput, text_alias: str | None = ...
     ) -> ExLlamaEmbedding: ...
 
     def get_image_embeddings(
-        self, tokenizer: Any, image: Picture | list[Any], text_alias: str | None = None
+        self, tokenizer: Any, image: ImageInput | list[Any], text_alias: str | None = None
     ) -> ExLlamaEmbedding | list[ExLlamaEmbedding]:
-        """One picture, or a list of them, of any sizes and encoded together; the arguments are ExLlamaV3's.
+        """One image, or a list of them, of any sizes and encoded together; the arguments are ExLlamaV3's.
 
         Raises:
             ImageError, UsageError, PromptError: as :meth:`VisionTower.encode` and :func:`to_exllama`; an alias for a list.
         """
         several = isinstance(image, list)
         if several and text_alias is not None:
-            raise UsageError(f"text_alias {shorten(text_alias)} cannot stand for a list of pictures; leave it out")
-        pictures = cast("list[Picture]", image if several else [image])
-        embeddings = [found.to("cpu").with_alias(text_alias) for found in self.tower.encode(pictures)]
+            raise UsageError(f"text_alias {shorten(text_alias)} cannot stand for a list of images; leave it out")
+        images = cast("list[ImageInput]", image if several else [image])
+        embeddings = [found.to("cpu").with_alias(text_alias) for found in self.tower.encode(images)]
         if not embeddings:
             return []
         views = to_exllama(self.tower, embeddings, tokenizer=tokenizer, space=self.space)
@@ -350,20 +350,20 @@ def _first_id(numbered: ImageEmbedding) -> int:
     ids = numbered.token_ids
     if ids != tuple(range(ids[0], ids[0] + len(ids))):
         raise UsageError("the token ids of an embedding do not follow upon each other; let TokenSpace.assign give them")
-    if ids[0] < FIRST_PICTURE_ID:
+    if ids[0] < FIRST_IMAGE_ID:
         raise UsageError(
-            f"token ids from {ids[0]} on: ExLlama takes ids below {FIRST_PICTURE_ID} for the vocabulary's; make the space "
+            f"token ids from {ids[0]} on: ExLlama takes ids below {FIRST_IMAGE_ID} for the vocabulary's; make the space "
             f"with a base of at least that"
         )
     return ids[0]
 
 
 def _token_list(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any) -> list[int]:
-    """The picture's ids and the model's tokens round and among them, without what only the end of a prompt has."""
+    """The image's ids and the model's tokens round and among them, without what only the end of a prompt has."""
     layout = tower.prompt_layout
     if tokenizer is None or layout is None:
         return list(embedding.token_ids)
-    alone = replace(layout, behind_pictures=(), ending="")
+    alone = replace(layout, behind_images=(), ending="")
     prompt = encode_prompt(
         _reader(tokenizer), str(embedding.text_alias), [embedding], layout=alone, add_special_tokens=False
     )

@@ -33,7 +33,7 @@ SGLANG_READ = "SGLang 0.5.23"
 Form = Literal["precomputed_embedding", "processor_output"]
 
 INPUT_EMBEDS = (
-    "put the picture's rows among the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
+    "put the image's rows among the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
     "input_embeds to an engine without radix cache"
 )
 
@@ -43,19 +43,19 @@ class _Host:
     """What SGLang's processor and model of one type take.
 
     Attributes:
-        pictures: the form for pictures.
+        images: the form for images.
         with_grids: whether positions are made from the grids.
-        clip_seconds: whether a clip's frame rate decides its positions.
+        video_seconds: whether a video's frame rate decides its positions.
     """
 
-    pictures: Form = "processor_output"
+    images: Form = "processor_output"
     with_grids: bool = False
-    clip_seconds: bool = False
+    video_seconds: bool = False
 
 
 TAKEN: Mapping[str, _Host] = {
     "qwen2_vl": _Host(with_grids=True),
-    "qwen2_5_vl": _Host(pictures="precomputed_embedding", with_grids=True, clip_seconds=True),
+    "qwen2_5_vl": _Host(images="precomputed_embedding", with_grids=True, video_seconds=True),
     "qwen3_vl": _Host(with_grids=True),
     "qwen3_vl_moe": _Host(with_grids=True),
     "qwen3_5": _Host(with_grids=True),
@@ -69,7 +69,7 @@ TAKEN: Mapping[str, _Host] = {
 
 TAKEN_FOR_PIXELS = "its model takes what comes in that form for pixels"
 RUNS_ENCODER = "its processor passes rows on as pixels, and its model runs the encoder over them"
-FALLBACK = "it runs the model through transformers, and its processor for that opens pictures only"
+FALLBACK = "it runs the model through transformers, and its processor for that opens images only"
 REFUSED: Mapping[str, Refusal] = {
     **NO_LANGUAGE_MODEL,
     "llava": (RUNS_ENCODER, INPUT_EMBEDS),
@@ -88,18 +88,18 @@ def to_sglang(
 
     Args:
         tower: the tower that made them; its checkpoint is the model that SGLang runs.
-        embeddings: all pictures of the request, or all its clips, in the order of their placeholders.
+        embeddings: all images of the request, or all its videos, in the order of their placeholders.
         form: insist on one of SGLang's two forms; by default the documented one if the model takes it.
 
     Returns:
         ``format``; the rows, ``[tokens of all, hidden_size · (1 + deepstack levels)]``, base rows first, on the CPU, under
         ``feature`` (``"precomputed_embedding"``) or ``precomputed_embeddings`` (``"processor_output"``, which has a
-        ``modality`` too); for Qwen's models ``image_grid_thw`` (``video_grid_thw``) ``[pictures, 3]`` int64, in patches,
-        and ``second_per_grid_ts`` where a clip's positions depend on it.
+        ``modality`` too); for Qwen's models ``image_grid_thw`` (``video_grid_thw``) ``[images, 3]`` int64, in patches,
+        and ``second_per_grid_ts`` where a video's positions depend on it.
 
     Raises:
         HostRefusalError: SGLang takes no embeddings of this model, or not in that form.
-        UsageError: the embeddings do not fit the tower; pictures and clips together; a clip does not know its times; there
+        UsageError: the embeddings do not fit the tower; images and videos together; a video does not know its times; there
             is no such form.
     """
     model_type = tower.family.model_type
@@ -107,20 +107,20 @@ def to_sglang(
         raise UsageError(f"form is {shorten(form)}; allowed: {', '.join(map(repr, get_args(Form)))}, or None")
     host = _host(model_type)
     given = checked(tower, embeddings)
-    clips = given[0].is_clip
-    if any(embedding.is_clip != clips for embedding in given):
+    videos = given[0].is_video
+    if any(embedding.is_video != videos for embedding in given):
         raise UsageError(
-            "pictures and clips are items of two lists; call this once for each: image_data=[…], video_data=[…]"
+            "images and videos are items of two lists; call this once for each: image_data=[…], video_data=[…]"
         )
-    taken = "processor_output" if clips else host.pictures
+    taken = "processor_output" if videos else host.images
     wanted = form or taken
     if wanted not in ("processor_output", taken):
         raise HostRefusalError(SGLANG_READ, model_type, TAKEN_FOR_PIXELS, f"leave out form, or pass form={taken!r}")
     rows = torch.cat([whole_rows(embedding) for embedding in given])
-    facts = _facts(host, given, clips) if host.with_grids else {}
+    facts = _facts(host, given, videos) if host.with_grids else {}
     if wanted == "precomputed_embedding":
         return {"format": wanted, "feature": rows, **facts}
-    kind = "video" if clips else "image"
+    kind = "video" if videos else "image"
     return {"format": wanted, "modality": kind, "precomputed_embeddings": rows, **facts}
 
 
@@ -128,16 +128,16 @@ def _host(model_type: str) -> _Host:
     return taken_form(SGLANG_READ, model_type, TAKEN, REFUSED, otherwise=INPUT_EMBEDS)
 
 
-def _facts(host: _Host, given: Sequence[ImageEmbedding], clips: bool) -> dict[str, Any]:
+def _facts(host: _Host, given: Sequence[ImageEmbedding], videos: bool) -> dict[str, Any]:
     """What the model makes positions from."""
-    if not clips:
+    if not videos:
         return {"image_grid_thw": grids(given)}
-    if not host.clip_seconds:
+    if not host.video_seconds:
         return {"video_grid_thw": grids(given)}
-    seconds = [clip.seconds_per_grid for clip in given]
+    seconds = [video.seconds_per_grid for video in given]
     if None in seconds:
         raise UsageError(
-            "a clip does not know its times, without which SGLang would give it positions of its own choice; pass fps= or "
+            "a video does not know its times, without which SGLang would give it positions of its own choice; pass fps= or "
             "timestamps= to encode_video"
         )
     return {

@@ -3,9 +3,9 @@
 Read in vLLM 0.33.0.  The engine has to be told to take embeddings, and then need not load an encoder of its own::
 
     engine = LLM(model, enable_mm_embeds=True, limit_mm_per_prompt={"image": 0})
-    engine.generate({"prompt": prompt, "multi_modal_data": to_vllm(tower, tower.encode(pictures))})
+    engine.generate({"prompt": prompt, "multi_modal_data": to_vllm(tower, tower.encode(images))})
 
-The prompt has one placeholder per picture, which vLLM repeats itself.  Nothing of vLLM is imported here.
+The prompt has one placeholder per image, which vLLM repeats itself.  Nothing of vLLM is imported here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,28 +26,28 @@ VLLM_READ = "vLLM 0.33.0"
 """The release whose source the forms below were read in."""
 
 PROMPT_EMBEDS = (
-    "put the picture's rows among the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
+    "put the image's rows among the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
     '{"prompt_embeds": rows} to an engine with enable_prompt_embeds=True'
 )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Takes ``{"image": [rows, …]}``: a matrix per picture, counted by the parser, not checked against anything."""
+    """Takes ``{"image": [rows, …]}``: a matrix per image, counted by the parser, not checked against anything."""
 
     any_count: bool = True
-    """Whether pictures of one call may have different numbers of rows."""
+    """Whether images of one call may have different numbers of rows."""
 
 
 @dataclass(frozen=True)
 class _Grids:
-    """Takes ``{"image": {"image_embeds": rows, "image_grid_thw": grids}}``: all pictures' rows one after the other.
+    """Takes ``{"image": {"image_embeds": rows, "image_grid_thw": grids}}``: all images' rows one after the other.
 
     The parser cuts the rows at the places that the grids give; rows too few or too many pass unnoticed.
     """
 
     times: Literal["second_per_grid_ts", "timestamps"] | None = None
-    """What a clip needs beside its rows and its grid."""
+    """What a video needs beside its rows and its grid."""
 
 
 TILES = _Rows(any_count=False)
@@ -68,7 +68,7 @@ REFUSED: Mapping[str, Refusal] = {
     **NO_LANGUAGE_MODEL,
     "gemma3": (
         "its `_parse_and_validate_image_input` asserts that there are none",
-        f"{PROMPT_EMBEDS}; a picture's rows then no longer see each other in both directions, as Gemma 3 was trained",
+        f"{PROMPT_EMBEDS}; an image's rows then no longer see each other in both directions, as Gemma 3 was trained",
     ),
     "shieldgemma2": ("it has no such model", "run the classifier with transformers"),
     "paligemma": (
@@ -77,7 +77,7 @@ REFUSED: Mapping[str, Refusal] = {
     ),
     "llava/pixtral": ("its `_parse_and_validate_image_input` raises for a Pixtral tower", PROMPT_EMBEDS),
     "mistral3": (
-        "its processor looks for pictures only and its model makes pixel inputs of whatever it gets",
+        "its processor looks for images only and its model makes pixel inputs of whatever it gets",
         PROMPT_EMBEDS,
     ),
     "params.json": ("its model for Mistral's own format has no input but pixels", PROMPT_EMBEDS),
@@ -90,29 +90,29 @@ def to_vllm(tower: VisionTower, embeddings: ImageEmbedding | Iterable[ImageEmbed
 
     Args:
         tower: the tower that made them; its checkpoint is the model that vLLM runs.
-        embeddings: of the request's pictures and clips, each kind in the order of its placeholders.
+        embeddings: of the request's images and videos, each kind in the order of its placeholders.
 
     Returns:
         ``image`` and ``video``, as far as there are any, on the CPU.  For Qwen's models each is a dictionary of
         ``image_embeds`` (``video_embeds``) ``[tokens of all, hidden_size · (1 + deepstack levels)]``, base rows first;
-        ``image_grid_thw`` (``video_grid_thw``) ``[pictures, 3]`` int64, in patches; and the times that the model wants to
-        know of clips.  For LLaVA's it is a list of ``[tokens, hidden_size]``.
+        ``image_grid_thw`` (``video_grid_thw``) ``[images, 3]`` int64, in patches; and the times that the model wants to
+        know of videos.  For LLaVA's it is a list of ``[tokens, hidden_size]``.
 
     Raises:
         HostRefusalError: vLLM takes no embeddings of this model, or not these together.
-        UsageError: the embeddings do not fit the tower (rows, width, deepstack levels), or a clip does not know its times.
+        UsageError: the embeddings do not fit the tower (rows, width, deepstack levels), or a video does not know its times.
     """
     form = _form(tower.family.model_type)
     given = checked(tower, embeddings)
     if isinstance(form, _Rows):
         return {"image": _matrices(tower, form, given)}
-    pictures = [embedding for embedding in given if not embedding.is_clip]
-    clips = [embedding for embedding in given if embedding.is_clip]
+    images = [embedding for embedding in given if not embedding.is_video]
+    videos = [embedding for embedding in given if embedding.is_video]
     data: dict[str, Any] = {}
-    if pictures:
-        data["image"] = {"image_embeds": _joined(pictures), "image_grid_thw": grids(pictures)}
-    if clips:
-        data["video"] = {"video_embeds": _joined(clips), "video_grid_thw": grids(clips), **_times(form, clips)}
+    if images:
+        data["image"] = {"image_embeds": _joined(images), "image_grid_thw": grids(images)}
+    if videos:
+        data["video"] = {"video_embeds": _joined(videos), "video_grid_thw": grids(videos), **_times(form, videos)}
     return data
 
 
@@ -126,8 +126,8 @@ def _matrices(tower: VisionTower, form: _Rows, embeddings: Sequence[ImageEmbeddi
         raise HostRefusalError(
             VLLM_READ,
             tower.family.model_type,
-            f"the model's input has one number of rows for all pictures, and these have {', '.join(map(str, sorted(counts)))}",
-            f"send pictures of different numbers of rows in requests that are not worked off together, or {PROMPT_EMBEDS}",
+            f"the model's input has one number of rows for all images, and these have {', '.join(map(str, sorted(counts)))}",
+            f"send images of different numbers of rows in requests that are not worked off together, or {PROMPT_EMBEDS}",
         )
     return [whole_rows(embedding) for embedding in embeddings]
 
@@ -136,14 +136,14 @@ def _joined(embeddings: Sequence[ImageEmbedding]) -> torch.Tensor:
     return torch.cat([whole_rows(embedding) for embedding in embeddings])
 
 
-def _times(form: _Grids, clips: Sequence[ImageEmbedding]) -> dict[str, Any]:
+def _times(form: _Grids, videos: Sequence[ImageEmbedding]) -> dict[str, Any]:
     if form.times is None:
         return {}
-    timestamps = [list(clip.timestamps) for clip in clips]
-    seconds = [clip.seconds_per_grid for clip in clips]
+    timestamps = [list(video.timestamps) for video in videos]
+    seconds = [video.seconds_per_grid for video in videos]
     if None in seconds if form.times == "second_per_grid_ts" else not all(timestamps):
         raise UsageError(
-            "a clip does not know its times, without which vLLM would refuse it or place it wrongly; pass fps= or "
+            "a video does not know its times, without which vLLM would refuse it or place it wrongly; pass fps= or "
             "timestamps= to encode_video"
         )
     return {

@@ -30,7 +30,7 @@ SUMMARIES = (
     FamilySummary(
         title="CLIP",
         checkpoints="CLIP ViT-B/32, B/16, L/14, L/14-336, H/14 (OpenAI, LAION)",
-        pictures="one size (224 or 336 pixels): the shorter side is scaled to it, the middle is cropped",
+        images="one size (224 or 336 pixels): the shorter side is scaled to it, the middle is cropped",
         video=False,
         tokens="(size / patch)² + 1",
         example={

@@ -1,7 +1,7 @@
 """Gemma 3 (Gemma Team 2025, arXiv 2503.19786): 4B, 12B and 27B share one SigLIP encoder; ShieldGemma 2 is the 4B model.
 
-Every picture is squashed to one size; with pan-and-scan, crops of a long one are seen beside it.  Behind the encoder's
-output norm, squares of 4 × 4 patches are averaged, normalised and projected by one matrix, so that each view has 256 tokens.
+Every image is squashed to one size; with pan-and-scan, crops of a long one are seen beside it.  Behind the encoder's
+output norm, squares of 4 × 4 patches are averaged, normalized and projected by one matrix, so that each view has 256 tokens.
 The reference is ``Gemma3Model`` of ``transformers.models.gemma3.modeling_gemma3``; ``ShieldGemma2ForImageClassification``
 holds a whole Gemma 3.
 
@@ -14,7 +14,7 @@ from math import isqrt
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Stored, Transposed
-from tritontower.config import Normalisation, Projector, TowerConfig
+from tritontower.config import Normalization, Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
 from tritontower.prompt.layout import PromptLayout
 
@@ -70,7 +70,7 @@ SUMMARIES = (
     FamilySummary(
         title="Gemma 3",
         checkpoints="Gemma 3 4B, 12B, 27B",
-        pictures="squashed to 896 × 896; with pan-and-scan, crops of long ones beside it",
+        images="squashed to 896 × 896; with pan-and-scan, crops of long ones beside it",
         video=False,
         tokens="256 a view",
         example=EXAMPLE,
@@ -79,7 +79,7 @@ SUMMARIES = (
     FamilySummary(
         title="ShieldGemma 2",
         checkpoints="ShieldGemma 2 4B",
-        pictures="squashed to 896 × 896",
+        images="squashed to 896 × 896",
         video=False,
         tokens="256 a view",
         example={
@@ -126,7 +126,7 @@ def read_config(reader: ConfigReader) -> TowerConfig:
     """The tower."""
     encoder = read_siglip(reader, family="gemma3")
     # The same number as in the encoder's norms, and nothing says so but the reference.
-    norm = Normalisation("gemma_rms_norm", eps=encoder.norm.eps)
+    norm = Normalization("gemma_rms_norm", eps=encoder.norm.eps)
     projector = Projector(
         norm=norm,
         merge=_pooled_side(reader, encoder),
@@ -150,6 +150,6 @@ def _pooled_side(reader: ConfigReader, encoder: TowerConfig) -> int:
     count = positive(reader, "mm_tokens_per_image", 256)
     tokens = isqrt(count)
     if tokens * tokens != count or patches % tokens:
-        allowed = f"the square of a number that divides the {patches} patches on a side of a picture"
+        allowed = f"the square of a number that divides the {patches} patches on a side of an image"
         raise reader.error("mm_tokens_per_image", count, allowed)
     return patches // tokens

@@ -27,7 +27,7 @@ SUMMARIES = (
     FamilySummary(
         title="LLaVA",
         checkpoints="LLaVA-1.5 7B, 13B, and models of that form with a CLIP or SigLIP encoder",
-        pictures="one size (336 pixels): the shorter side is scaled to it, the middle is cropped",
+        images="one size (336 pixels): the shorter side is scaled to it, the middle is cropped",
         video=False,
         tokens="(size / patch)²",
         example={

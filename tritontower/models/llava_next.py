@@ -1,6 +1,6 @@
 """LLaVA-NeXT, also called LLaVA 1.6 (Liu et al. 2024): LLaVA over tiles.
 
-A picture is seen once as a whole and once in tiles, on the canvas of ``image_grid_pinpoints`` that fits it best.  The
+An image is seen once as a whole and once in tiles, on the canvas of ``image_grid_pinpoints`` that fits it best.  The
 tiles' tokens are put together, the canvas's padding is left out, and a learned newline embedding ends every row.  The
 reference is ``LlavaNextModel`` of ``transformers.models.llava_next.modeling_llava_next``.
 """
@@ -34,7 +34,7 @@ SUMMARIES = (
     FamilySummary(
         title="LLaVA-NeXT",
         checkpoints="LLaVA-v1.6 Mistral 7B, Vicuna 7B and 13B, 34B; LLaVA-NeXT Llama 3 8B, 72B, 110B",
-        pictures="whole at 336 pixels, and in tiles of 336 on the canvas that fits best",
+        images="whole at 336 pixels, and in tiles of 336 on the canvas that fits best",
         video=False,
         tokens="(size / patch)², and those of the tiles without padding, and one at the end of each of their rows",
         example={

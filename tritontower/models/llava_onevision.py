@@ -34,7 +34,7 @@ SUMMARIES = (
     FamilySummary(
         title="LLaVA-OneVision",
         checkpoints="LLaVA-OneVision Qwen2 0.5B, 7B, 72B",
-        pictures="whole at 384 pixels, and in tiles of 384 on the canvas that fits best",
+        images="whole at 384 pixels, and in tiles of 384 on the canvas that fits best",
         video=False,
         tokens="729, and those of the tiles without padding (shrunk to 6561 if more), and one at the end of each of their rows",
         example={

@@ -8,7 +8,7 @@ channel by channel, as ``torch.nn.functional.unfold`` gives them.  The reference
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import ChannelMajor, Stored
-from tritontower.config import Normalisation, Projector
+from tritontower.config import Normalization, Projector
 
 from .common.config_fields import activation, feature_layers, positive, text_width
 from .common.pixtral_encoder import (
@@ -40,7 +40,7 @@ SUMMARIES = (
     FamilySummary(
         title="Mistral Small 3",
         checkpoints="Mistral Small 3.1, 3.2; Magistral Small; Devstral and Ministral 3 with vision",
-        pictures="any size, shrunk to 1540 pixels on the longer side, to multiples of 28",
+        images="any size, shrunk to 1540 pixels on the longer side, to multiples of 28",
         video=False,
         tokens="⌈width/28⌉ × ⌈height/28⌉",
         example={
@@ -85,7 +85,7 @@ def read(reader: ConfigReader) -> Family:
     width = text_width(reader, "mistral")
     merge = positive(reader, "spatial_merge_size", 2)
     projector = Projector(
-        norm=Normalisation("rms_norm", eps=_text_eps(reader), rounding="before_weight"),
+        norm=Normalization("rms_norm", eps=_text_eps(reader), rounding="before_weight"),
         merge=merge,
         hidden=width,
         output=width,

@@ -1,7 +1,7 @@
 """Pixtral and Mistral Small 3 in Mistral's own format: ``params.json`` and ``consolidated*.safetensors``.
 
 The tower and the projectors are those of :mod:`tritontower.models.pixtral` and :mod:`tritontower.models.mistral3`,
-spelt otherwise: ``w1``, ``w3`` and ``w2`` are gate, up and down; the rows of ``wq`` and ``wk`` have a rotary pair side by
+spelled otherwise: ``w1``, ``w3`` and ``w2`` are gate, up and down; the rows of ``wq`` and ``wk`` have a rotary pair side by
 side; ``vision_language_adapter`` holds the two linears.  ``params.json`` says in ``vision_encoder`` whether patches are
 merged (``mm_projector_id``) and normed before (``add_pre_mm_projector_layer_norm``); whether the two linears have biases is
 often left out, and then the checkpoint's tensors decide.
@@ -50,7 +50,7 @@ SUMMARIES = (
     FamilySummary(
         title="Pixtral, Mistral's own format",
         checkpoints="Pixtral 12B and Large (params.json)",
-        pictures="any size, shrunk to 1024 pixels on the longer side, to multiples of 16",
+        images="any size, shrunk to 1024 pixels on the longer side, to multiples of 16",
         video=False,
         tokens="⌈width/16⌉ × ⌈height/16⌉",
         example={
@@ -66,7 +66,7 @@ SUMMARIES = (
     FamilySummary(
         title="Mistral Small 3, Mistral's own format",
         checkpoints="Mistral Small 3.1, 3.2 and their kin (params.json)",
-        pictures="any size, shrunk to 1540 pixels on the longer side, to multiples of 28",
+        images="any size, shrunk to 1540 pixels on the longer side, to multiples of 28",
         video=False,
         tokens="⌈width/28⌉ × ⌈height/28⌉",
         example={

@@ -1,6 +1,6 @@
 """PaliGemma (Beyer et al. 2024, arXiv 2407.07726) and PaliGemma 2 (Steiner et al. 2024, arXiv 2412.03555).
 
-A SigLIP encoder for one size of picture (224, 448 or 896 pixels), its output norm, and one linear: a token per patch.  The
+A SigLIP encoder for one size of image (224, 448 or 896 pixels), its output norm, and one linear: a token per patch.  The
 reference is ``PaliGemmaModel`` of ``transformers.models.paligemma.modeling_paligemma``.  Old releases of transformers divided
 the projected rows by the root of their width, for the language model to multiply them again; the embeddings here are those
 of the supported releases, which do neither.
@@ -29,7 +29,7 @@ SUMMARIES = (
     FamilySummary(
         title="PaliGemma",
         checkpoints="PaliGemma 3B and PaliGemma 2 3B, 10B, 28B, for 224, 448 and 896 pixels",
-        pictures="squashed to one size: 224 × 224, 448 × 448 or 896 × 896",
+        images="squashed to one size: 224 × 224, 448 × 448 or 896 × 896",
         video=False,
         tokens="side/14 × side/14: 256, 1024 or 4096",
         example={
@@ -78,10 +78,10 @@ def read(reader: ConfigReader) -> Family:
 
 
 def read_prompt(reader: ConfigReader) -> PromptLayout:
-    """Pictures first, then the beginning of the text, which ends in a line break (section 3.2 of the paper)."""
+    """Images first, then the beginning of the text, which ends in a line break (section 3.2 of the paper)."""
     return PromptLayout(
         placeholder=token(reader, "image", 256_000),
-        behind_pictures=(reader.get(int, "bos_token_id", default=2, minimum=0),),
+        behind_images=(reader.get(int, "bos_token_id", default=2, minimum=0),),
         ending="\n",
         special_tokens=False,
     )

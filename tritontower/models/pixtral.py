@@ -30,7 +30,7 @@ SUMMARIES = (
     FamilySummary(
         title="Pixtral",
         checkpoints="Pixtral 12B",
-        pictures="any size, shrunk to 1024 pixels on the longer side, to multiples of 16",
+        images="any size, shrunk to 1024 pixels on the longer side, to multiples of 16",
         video=False,
         tokens="⌈width/16⌉ × ⌈height/16⌉",
         example={
@@ -61,7 +61,7 @@ def read(reader: ConfigReader) -> Family:
     """Reads the tower, and which of its rows become tokens how.
 
     ``vision_feature_select_strategy`` must be there and say ``full``: its default, made for towers with a class token, leaves
-    out the first patch of a call, and transformers then fails to tell the pictures' rows apart.
+    out the first patch of a call, and transformers then fails to tell the images' rows apart.
     """
     size = read_tower_size(reader.section("vision_config", optional=True))
     reader.get(str, "vision_feature_select_strategy", choices=("full",))

@@ -13,7 +13,7 @@ from functools import partial
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Recipe, Stacked
-from tritontower.config import Normalisation, TowerConfig, Windows
+from tritontower.config import Normalization, TowerConfig, Windows
 from tritontower.preprocessing import SmartResize
 from tritontower.prompt.mrope import MropeRule
 
@@ -60,7 +60,7 @@ SUMMARIES = (
     FamilySummary(
         title="Qwen2.5-VL",
         checkpoints="Qwen2.5-VL 3B, 7B, 32B, 72B",
-        pictures="any size, to multiples of 28 pixels within an area",
+        images="any size, to multiples of 28 pixels within an area",
         video=True,
         tokens="width/28 × height/28",
         example={
@@ -116,7 +116,7 @@ def read_config(reader: ConfigReader) -> TowerConfig:
     vision.get(str, "model_type", default="qwen2_5_vl", choices=("qwen2_5_vl", "qwen2_5_vl_vision"))
     width = positive(vision, "hidden_size")
     patch = read_patch(vision, 14, bias=False)
-    norm = Normalisation("rms_norm", eps=1e-6, rounding="before_weight")
+    norm = Normalization("rms_norm", eps=1e-6, rounding="before_weight")
     projector = read_merger(vision, norm, width, "out_hidden_size")
     depth = positive(vision, "depth", 32)
     vision.get(str, "hidden_act", default="silu", choices=("silu",))

@@ -12,7 +12,7 @@ and ``vision_config`` says ``model_type: qwen2_vl`` or nothing), the new one nes
 from functools import partial
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalisation, TowerConfig
+from tritontower.config import Normalization, TowerConfig
 from tritontower.preprocessing import SmartResize
 from tritontower.prompt.mrope import MropeRule
 
@@ -57,7 +57,7 @@ SUMMARIES = (
     FamilySummary(
         title="Qwen2-VL",
         checkpoints="Qwen2-VL 2B, 7B, 72B",
-        pictures="any size, to multiples of 28 pixels within an area",
+        images="any size, to multiples of 28 pixels within an area",
         video=True,
         tokens="width/28 × height/28",
         example={
@@ -107,7 +107,7 @@ def read_config(reader: ConfigReader) -> TowerConfig:
     vision = reader.section("vision_config", optional=True)
     vision.get(str, "model_type", default="qwen2_vl", choices=("qwen2_vl", "qwen2_vl_vision"))
     width = positive(vision, "embed_dim", 1280)
-    norm = Normalisation("layer_norm", eps=1e-6)
+    norm = Normalization("layer_norm", eps=1e-6)
     depth = positive(vision, "depth", 32)
     return read_tower(
         vision,

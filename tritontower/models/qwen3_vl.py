@@ -1,6 +1,6 @@
 """Qwen3-VL (Bai et al. 2025, arXiv 2511.21631) and Qwen3.5, dense and with experts: one kind of tower.
 
-Patches of 16 × 16 pixels and two frames with a bias, a learned table of positions that is stretched over every picture,
+Patches of 16 × 16 pixels and two frames with a bias, a learned table of positions that is stretched over every image,
 rotary embedding, attention within one temporal patch, tanh-GELU, and Qwen2-VL's merger.  Qwen3-VL has mergers behind a
 few earlier blocks as well (DeepStack, arXiv 2406.04334), whose rows the language model adds behind its first layers;
 Qwen3.5 has none, even where its file still speaks of them.  The references are ``Qwen3VLVisionModel`` and
@@ -13,7 +13,7 @@ from itertools import pairwise
 from math import isqrt
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalisation, PositionTable, TowerConfig
+from tritontower.config import Normalization, PositionTable, TowerConfig
 from tritontower.preprocessing import SmartResize
 from tritontower.prompt.layout import PromptLayout
 from tritontower.prompt.mrope import MropeRule
@@ -81,7 +81,7 @@ PROCESSOR = {
 QWEN3_VL = FamilySummary(
     title="Qwen3-VL",
     checkpoints="Qwen3-VL 2B, 4B, 8B, 32B, 30B-A3B, 235B-A22B",
-    pictures="any size, to multiples of 32 pixels within an area",
+    images="any size, to multiples of 32 pixels within an area",
     video=True,
     tokens="width/32 × height/32",
     example={
@@ -138,10 +138,10 @@ def read(reader: ConfigReader) -> Family:
         roots=ROOTS,
         tensors=stored_blocks(config, BLOCK_TENSORS, tensors),
         ignored=IGNORED,
-        preprocessors={"hf": partial(SmartResize, frame_budget="per_clip")},
+        preprocessors={"hf": partial(SmartResize, frame_budget="per_video")},
         reference=QwenReference(BLOCK_VALUES, values),
         prompt=_prompt(reader),
-        mrope=MropeRule(config.merge, split_clips=True),
+        mrope=MropeRule(config.merge, split_videos=True),
     )
 
 
@@ -151,7 +151,7 @@ def read_config(reader: ConfigReader) -> TowerConfig:
     known = [name for model_type in MODEL_TYPES for name in (model_type, f"{model_type}_vision")]
     vision.get(str, "model_type", default="qwen3_vl", choices=known)
     width = positive(vision, "hidden_size", 1152)
-    norm = Normalisation("layer_norm", eps=1e-6)
+    norm = Normalization("layer_norm", eps=1e-6)
     depth = positive(vision, "depth", 27)
     projector = read_merger(vision, norm, width, "out_hidden_size")
     deepstack = _deepstack(vision, depth) if reader.get(str, "model_type") in WITH_DEEPSTACK else ()
@@ -172,7 +172,7 @@ def read_config(reader: ConfigReader) -> TowerConfig:
 
 
 def _prompt(reader: ConfigReader) -> PromptLayout:
-    """A clip's temporal patches stand apart, each behind the second at its middle."""
+    """A video's temporal patches stand apart, each behind the second at its middle."""
     tokens = QWEN3_5_TOKENS if reader.get(str, "model_type") in QWEN3_5 else QWEN_TOKENS
     return qwen_prompt(reader, time_stamp="<{:.1f} seconds>", defaults=tokens)
 

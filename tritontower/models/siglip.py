@@ -33,7 +33,7 @@ SUMMARIES = (
     FamilySummary(
         title="SigLIP",
         checkpoints="SigLIP and fixed-size SigLIP 2: base, large, so400m (224, 256, 384, 512 pixels)",
-        pictures="squashed to one size",
+        images="squashed to one size",
         video=False,
         tokens="(size / patch)², rounded down",
         example={

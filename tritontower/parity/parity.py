@@ -1,4 +1,4 @@
-"""Is it the same tower?  The graph beside transformers' own implementation, on the same checkpoint and pictures.
+"""Is it the same tower?  The graph beside transformers' own implementation, on the same checkpoint and images.
 
 In fp32 the two must agree to :data:`FLOAT32_TOLERANCE`.  In bf16 and fp16 two correct implementations differ more from
 each other than from the truth, so each is held against transformers in fp32, and the tower's error may be at most
@@ -71,14 +71,14 @@ class Parity:
     Attributes:
         dtype: the tower's.
         outputs: per output (``embeddings``, and whatever else the tower has), how close it is.
-        worst_picture: the largest distance of one picture's embeddings.
+        worst_image: the largest distance of one image's embeddings.
         seconds: wall time of the tower's pass.
         reference_seconds: wall time of transformers' pass in the tower's dtype.
     """
 
     dtype: torch.dtype
     outputs: Mapping[str, OutputParity]
-    worst_picture: float
+    worst_image: float
     seconds: float
     reference_seconds: float
 
@@ -117,11 +117,11 @@ class NodeParity:
 class Reference:
     """transformers' implementation of a tower, read by transformers itself from the same checkpoint.
 
-    Of a quantised checkpoint it is given the weights as the tower's own reader dequantises them: transformers would
-    compute with the quantised ones, in another precision and by other libraries.
+    Of a quantized checkpoint it is given the weights as the tower's own reader dequantizes them: transformers would
+    compute with the quantized ones, in another precision and by other libraries.
 
     Args:
-        tower: whose checkpoint and pictures it shall share.
+        tower: whose checkpoint and images it shall share.
         dtype: in which it computes.
 
     Raises:
@@ -136,13 +136,13 @@ class Reference:
                 "transformers' format"
             )
         self.implementation: ReferenceModel = implementation
-        self.model: Any = implementation.load(tower.folder, dtype, _dequantised(tower)).to(tower.device)
+        self.model: Any = implementation.load(tower.folder, dtype, _dequantized(tower)).to(tower.device)
         self.tower = tower
         self.dtype = dtype
 
     def inputs(self, batch: PackedBatch) -> Any:
         """The batch in the form that transformers takes: what it costs is not transformers' time."""
-        batch = self.tower.preprocessor.normalised(batch).to(self.tower.device)
+        batch = self.tower.preprocessor.normalized(batch).to(self.tower.device)
         return self.implementation.inputs(self.model, batch, self.tower.config)
 
     @torch.inference_mode()
@@ -209,7 +209,7 @@ def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
     return Parity(
         dtype=tower.dtype,
         outputs=outputs,
-        worst_picture=max((relative_error(mine, true) for mine, true in parts), default=0.0),
+        worst_image=max((relative_error(mine, true) for mine, true in parts), default=0.0),
         seconds=seconds,
         reference_seconds=reference_seconds,
     )
@@ -243,7 +243,7 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
                 ours = ours[raster]
             elif batch.windows is not None and batch.selection is not None and rows != "patches":
                 # transformers projects in window order, and puts only the result in order.
-                theirs = theirs[_picture_order(batch, len(ours))]
+                theirs = theirs[_image_order(batch, len(ours))]
             # A padded MLP is wider; what is beyond is zero.
             error = relative_error(ours[:, : theirs.shape[1]], theirs)
             found.append(NodeParity(node.name, name, str(names[name]), error))
@@ -253,8 +253,8 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
     return found
 
 
-def _dequantised(tower: VisionTower) -> dict[str, torch.Tensor] | None:
-    """Stored name → vision weight in fp32, of a checkpoint with anything quantised in it; ``None`` for all others."""
+def _dequantized(tower: VisionTower) -> dict[str, torch.Tensor] | None:
+    """Stored name → vision weight in fp32, of a checkpoint with anything quantized in it; ``None`` for all others."""
     config = ConfigReader.from_file(tower.folder / "config.json")
     declared = config.has("quantization_config") or config.has("text_config.quantization_config")
     with Checkpoint.open(tower.folder, roots=tower.family.roots, layout=tower.family.layout) as checkpoint:
@@ -269,7 +269,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().flatten(0, -2)
 
 
-def _picture_order(batch: PackedBatch, rows: int) -> torch.Tensor:
+def _image_order(batch: PackedBatch, rows: int) -> torch.Tensor:
     """Where each patch, or each token if there are only as many ``rows``, stands in window order."""
     selection = batch.selection
     if selection is None or rows == len(selection):

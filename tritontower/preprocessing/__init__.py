@@ -1,7 +1,7 @@
-"""Pictures → :class:`~tritontower.batch.packed_batch.PackedBatch`: one file per resizing rule, named after the rule.
+"""Images → :class:`~tritontower.batch.packed_batch.PackedBatch`: one file per resizing rule, named after the rule.
 
 transformers' PIL image processors are the definition of the pixels.  A rule works out, from the checkpoint's settings
-files alone, what a picture of a given size becomes (a :class:`~tritontower.batch.layout.PictureLayout`).  Where it knows what the
+files alone, what an image of a given size becomes (a :class:`~tritontower.batch.layout.ImageLayout`).  Where it knows what the
 processor does, it does the same without it (:mod:`.shortcut`); else it has the processor make the pixels, checks that they
 are what was planned, and cuts them into rows of patches.
 """

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tritontower.batch.digests import Digests
-from tritontower.batch.layout import PictureLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.batch.normalization import Rescaling
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
@@ -28,7 +28,7 @@ from .fast_path import (
     cut_bytes,
     cut_values,
     pixel_matrix,
-    probe_picture,
+    probe_image,
     resized,
     shortcut_of,
     spread_over_threads,
@@ -45,52 +45,52 @@ Resize = Callable[[NDArray[np.uint8], tuple[int, int]], NDArray[np.uint8]]
 """Resizes bytes ``[height, width, 3]`` to a width and height, as the processor does."""
 
 KEPT_BYTES = 2
-"""Bytes of a picture, for each byte of its patches, up to which it is kept for a digest that may never be asked for."""
+"""Bytes of an image, for each byte of its patches, up to which it is kept for a digest that may never be asked for."""
 
 PIXEL_OPTIONS = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 """Settings that change pixels and no size; every rule hands them to the processor as they are."""
 
 
 class Bounds(TypedDict, total=False):
-    """How large a picture may become, where the caller says so; ``None`` leaves it to the checkpoint.
+    """How large an image may become, where the caller says so; ``None`` leaves it to the checkpoint.
 
     A rule knows some of the three, and refuses the others.
     """
 
     min_pixels: int | None
-    """Least area of a resized picture, pixels."""
+    """Least area of a resized image, pixels."""
     max_pixels: int | None
-    """Greatest area of a resized picture, pixels."""
+    """Greatest area of a resized image, pixels."""
     longest_edge: int | None
-    """Greatest side of a resized picture, pixels."""
+    """Greatest side of a resized image, pixels."""
 
 
-def cut_into_patches(picture: torch.Tensor, patch: int, merge: int, out: torch.Tensor | None = None) -> torch.Tensor:
+def cut_into_patches(image: torch.Tensor, patch: int, merge: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Views → rows of patches: view by view, block by block, the patches of a block in raster order.
 
     Args:
-        picture: ``[views, channels, height, width]``.  What is left of a side that is no multiple of ``patch``, right
+        image: ``[views, channels, height, width]``.  What is left of a side that is no multiple of ``patch``, right
             and bottom, is left out, as by a convolution without padding.
         patch: side of a patch, pixels.
         merge: side of a block, patches; 1 is plain raster order.
         out: where to write.
 
     Returns:
-        ``[patches, channels · patch²]``, of ``out``'s dtype if that is given, else of the picture's.
+        ``[patches, channels · patch²]``, of ``out``'s dtype if that is given, else of the image's.
 
     Raises:
         ValueError: rows or columns of patches that ``merge`` does not divide, or an ``out`` of another shape.
     """
-    views, channels, height, width = picture.shape
+    views, channels, height, width = image.shape
     rows, columns = height // patch, width // patch
     if rows % merge or columns % merge:
         raise ValueError(f"{rows} × {columns} patches cannot be cut into blocks of {merge} × {merge}")
     shape = (views * rows * columns, channels * patch * patch)
     if out is None:
-        out = picture.new_empty(shape)
+        out = image.new_empty(shape)
     elif out.shape != shape:
-        raise ValueError(f"out has shape {list(out.shape)}; the picture makes {list(shape)}")
-    blocks = picture[:, :, : rows * patch, : columns * patch].reshape(
+        raise ValueError(f"out has shape {list(out.shape)}; the image makes {list(shape)}")
+    blocks = image[:, :, : rows * patch, : columns * patch].reshape(
         views, channels, rows // merge, merge, patch, columns // merge, merge, patch
     )
     blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
@@ -100,12 +100,12 @@ def cut_into_patches(picture: torch.Tensor, patch: int, merge: int, out: torch.T
 
 @dataclass(frozen=True)
 class Preprocessor(ABC):
-    """Turns canonical pictures into packed batches for one tower; safe to share between threads.
+    """Turns canonical images into packed batches for one tower; safe to share between threads.
 
     Attributes:
         config: the tower.
         folder: the checkpoint.
-        limits: what a picture may cost.
+        limits: what an image may cost.
         given: an image processor of transformers to use instead of the checkpoint's.
         options: settings to use instead of those in the checkpoint's file.
 
@@ -115,7 +115,7 @@ class Preprocessor(ABC):
 
     BOUNDS: ClassVar[tuple[str, ...]] = ()
     """Which of :class:`Bounds` the rule has."""
-    WITHOUT_BOUNDS: ClassVar[str] = "its pictures all have one size"
+    WITHOUT_BOUNDS: ClassVar[str] = "its images all have one size"
     """Why it has no others; ends a message."""
     OPTIONS: ClassVar[tuple[str, ...]] = PIXEL_OPTIONS
     """Names that ``options`` may have."""
@@ -143,11 +143,11 @@ class Preprocessor(ABC):
 
     # -- what an engine asks --------------------------------------------------------------------------------------
 
-    def layout(self, width: int, height: int, **bounds: Unpack[Bounds]) -> PictureLayout:
-        """What a picture of ``width`` × ``height`` pixels becomes: arithmetic on the settings, nothing is decoded.
+    def layout(self, width: int, height: int, **bounds: Unpack[Bounds]) -> ImageLayout:
+        """What an image of ``width`` × ``height`` pixels becomes: arithmetic on the settings, nothing is decoded.
 
         Raises:
-            EmptyImageError, AspectRatioError, ImageTooLargeError: no picture of this size can be encoded.
+            EmptyImageError, AspectRatioError, ImageTooLargeError: no image of this size can be encoded.
             UsageError: a side that is not a whole number, or a bound that the rule does not have.
             ProcessorError, ConfigError: settings or bounds that allow nothing, or that do not fit the tower.
         """
@@ -157,7 +157,7 @@ class Preprocessor(ABC):
         check_size(int(width), int(height), limits=self.limits)
         return self._plan(int(width), int(height), bounds)
 
-    def pictures(
+    def images(
         self,
         images: Sequence[CanonicalImage],
         *,
@@ -165,18 +165,18 @@ class Preprocessor(ABC):
         raw: bool | None = False,
         **bounds: Unpack[Bounds],
     ) -> PackedBatch:
-        """Packs still pictures, in order; see :meth:`layout` for the errors, which name the picture.
+        """Packs still images, in order; see :meth:`layout` for the errors, which name the image.
 
-        The batch keeps a picture until its digest is asked for, unless it is much larger than its patches: then the
+        The batch keeps an image until its digest is asked for, unless it is much larger than its patches: then the
         digest is taken here.
 
         Args:
-            images: the pictures.
-            each: applies a function to every picture, as ``map`` does; the ``map`` of a thread pool to work on several
+            images: the images.
+            each: applies a function to every image, as ``map`` does; the ``map`` of a thread pool to work on several
                 at once.
             raw: leave the pixels bytes, for weights that take them: a quarter of what fp32 takes.  ``None``: where
                 :attr:`rescaling` is known.
-            **bounds: how large a picture may become.
+            **bounds: how large an image may become.
 
         Raises:
             UsageError: ``raw``, and :attr:`rescaling` is not known.
@@ -192,7 +192,7 @@ class Preprocessor(ABC):
             content_hashes=Digests(images),
         )
 
-    def clip(
+    def video(
         self,
         frames: Sequence[CanonicalImage],
         *,
@@ -200,14 +200,14 @@ class Preprocessor(ABC):
         raw: bool | None = False,
         **bounds: Unpack[Bounds],
     ) -> PackedBatch:
-        """Packs one clip, where the tower takes clips; the arguments are those of :meth:`pictures`.
+        """Packs one video, where the tower takes videos; the arguments are those of :meth:`images`.
 
         Raises:
             UsageError: it does not.
         """
-        raise self._no_clips()
+        raise self._no_videos()
 
-    def normalised(self, batch: PackedBatch) -> PackedBatch:
+    def normalized(self, batch: PackedBatch) -> PackedBatch:
         """``batch`` with the pixels that a tower was trained on, fp32, in place of bytes; itself if it has no bytes.
 
         Raises:
@@ -217,34 +217,34 @@ class Preprocessor(ABC):
             return batch
         self._stay_bytes(raw=True)
         pixels = pixel_matrix(*batch.pixels.shape)
-        cast("Rescaling", self.rescaling).normalise(batch.pixels.cpu().numpy(), pixels.numpy())
+        cast("Rescaling", self.rescaling).normalize(batch.pixels.cpu().numpy(), pixels.numpy())
         if self.config.class_token:
             pixels[batch.class_rows.flatten().long().cpu()] = 0
         return replace(batch, pixels=pixels.to(batch.pixels.device))
 
-    def check_takes_clips(self) -> None:
-        """Raises what :meth:`clip` would raise for a tower that takes no clips; looks at no frame."""
-        if type(self).clip is Preprocessor.clip:
-            raise self._no_clips()
+    def check_takes_videos(self) -> None:
+        """Raises what :meth:`clip` would raise for a tower that takes no videos; looks at no frame."""
+        if type(self).video is Preprocessor.video:
+            raise self._no_videos()
 
-    def _no_clips(self) -> UsageError:
+    def _no_videos(self) -> UsageError:
         return UsageError(
-            f"this tower takes no video: the {self.config.family} family encodes still pictures only; "
+            f"this tower takes no video: the {self.config.family} family encodes still images only; "
             "encode the frames one by one"
         )
 
     # -- what a rule says -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _plan(self, width: int, height: int, bounds: Bounds) -> PictureLayout:
-        """The layout of a picture whose size is within the limits."""
+    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
+        """The layout of an image whose size is within the limits."""
 
     @abstractmethod
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         """The settings in the spelling that transformers takes, for the processor and for every call of it."""
 
     def _views(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
-        """``[views, channels, height, width]``: the picture's views, resized and normalised."""
+        """``[views, channels, height, width]``: the image's views, resized and normalized."""
         pixels: torch.Tensor = self._processed(image.array, **self._arguments(bounds))["pixel_values"]
         return pixels
 
@@ -272,7 +272,7 @@ class Preprocessor(ABC):
         """How the processor's pixels are made without it; ``None``: it has to make them.
 
         It has to where its class or its settings are none that the rule knows, and where what the rule makes of a small
-        picture is not what the processor makes of it, bit for bit.
+        image is not what the processor makes of it, bit for bit.
 
         Raises:
             ProcessorError: the processor cannot be loaded.
@@ -284,7 +284,7 @@ class Preprocessor(ABC):
 
     @property
     def rescaling(self) -> Rescaling | None:
-        """What becomes of a picture's bytes, where that can be left to a tower's weights; ``None``: it cannot."""
+        """What becomes of an image's bytes, where that can be left to a tower's weights; ``None``: it cannot."""
         return None if self.shortcut is None else self.shortcut.rescaling
 
     @cached_property
@@ -336,18 +336,18 @@ class Preprocessor(ABC):
         except Exception as error:  # other libraries check the arguments, and raise errors of their own
             height, width = array.shape[:2]
             raise ProcessorError(
-                f"the image processor of {self.folder} refused a picture of {width} × {height} pixels: {_reason(error)}"
+                f"the image processor of {self.folder} refused an image of {width} × {height} pixels: {_reason(error)}"
             ) from error
 
     def _patches(
         self,
         images: Sequence[CanonicalImage],
-        layouts: Sequence[PictureLayout],
+        layouts: Sequence[ImageLayout],
         bounds: Bounds,
         each: Each = map,
         raw: bool = False,
     ) -> torch.Tensor:
-        """``[patches, channels · patch²]``: all views of all pictures, cut into patches in merge-block order."""
+        """``[patches, channels · patch²]``: all views of all images, cut into patches in merge-block order."""
         counts = [layout.patches for layout in layouts]
         pixels = pixel_matrix(sum(counts), self.config.patch.still_inner, raw)
         if not images:
@@ -370,7 +370,7 @@ class Preprocessor(ABC):
         return pixels
 
     def _fill_and_digest(self, out: torch.Tensor, image: CanonicalImage, *arguments: Any) -> None:
-        """As :meth:`_fill`, and takes the digest of a picture that should not be kept for it."""
+        """As :meth:`_fill`, and takes the digest of an image that should not be kept for it."""
         self._fill(out, image, *arguments)
         if _outweighs(image, out):
             _ = image.digest
@@ -379,19 +379,19 @@ class Preprocessor(ABC):
         self,
         out: torch.Tensor,
         image: CanonicalImage,
-        layout: PictureLayout,
+        layout: ImageLayout,
         bounds: Bounds,
         shortcut: Shortcut | None,
         spread: Spread,
     ) -> None:
-        """Writes the patches of one picture, fp32 or, where there is a shortcut, bytes."""
+        """Writes the patches of one image, fp32 or, where there is a shortcut, bytes."""
         if shortcut is None:
             self._fill_by_processor(out, image, layout, bounds)
         else:
             self._fill_directly(out, image, layout, shortcut, spread)
 
     def _fill_directly(
-        self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, shortcut: Shortcut, spread: Spread
+        self, out: torch.Tensor, image: CanonicalImage, layout: ImageLayout, shortcut: Shortcut, spread: Spread
     ) -> None:
         patch, merge = self.config.patch.size, self.config.merge
         counts = [t * h * w for t, h, w in layout.views]
@@ -404,7 +404,7 @@ class Preprocessor(ABC):
                 cut_values(view, patch, merge, shortcut.rescaling, rows.numpy(), spread)
 
     def _resized_views(
-        self, array: NDArray[np.uint8], layout: PictureLayout, resize: Resize
+        self, array: NDArray[np.uint8], layout: ImageLayout, resize: Resize
     ) -> Iterable[NDArray[np.uint8]]:
         """``[height, width, 3]`` of every view, as the processor has it before it rescales."""
         return (resize(array, layout.processed_size),)
@@ -415,13 +415,13 @@ class Preprocessor(ABC):
 
     def _proves(self, shortcut: Shortcut) -> bool:
         """Whether both ways lead to the same pixels."""
-        probe = CanonicalImage(probe_picture(), "probe")
+        probe = CanonicalImage(probe_image(), "probe")
         try:
             layout = self._plan(probe.width, probe.height, Bounds())
             ours, theirs = (pixel_matrix(layout.patches, self.config.patch.still_inner) for _ in range(2))
             self._fill_by_processor(theirs, probe, layout, Bounds())
         except (ImageError, ProcessorError):
-            # Whatever is wrong, the pictures themselves will show it.
+            # Whatever is wrong, the images themselves will show it.
             return False
         self._fill_directly(ours, probe, layout, shortcut, alone)
         return torch.equal(ours, theirs)
@@ -434,15 +434,13 @@ class Preprocessor(ABC):
             return True
         if raw:
             raise UsageError(
-                f"the pictures of {self.folder} cannot be packed as bytes: their image processor is none whose "
+                f"the images of {self.folder} cannot be packed as bytes: their image processor is none whose "
                 "arithmetic is known, or has settings that are not; leave `raw` out"
             )
         return False
 
-    def _fill_by_processor(
-        self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds
-    ) -> None:
-        """Writes the patches of one picture, as the processor makes them."""
+    def _fill_by_processor(self, out: torch.Tensor, image: CanonicalImage, layout: ImageLayout, bounds: Bounds) -> None:
+        """Writes the patches of one image, as the processor makes them."""
         views = self._views(image, bounds)
         patch = self.config.patch
         made = [(1, views.shape[2] // patch.size, views.shape[3] // patch.size)] * len(views)
@@ -450,7 +448,7 @@ class Preprocessor(ABC):
         self._check_channels(views.shape[1])
         cut_into_patches(views, patch.size, self.config.merge, out)
 
-    def _check_made(self, made: Sequence[Sequence[int]], layout: PictureLayout) -> None:
+    def _check_made(self, made: Sequence[Sequence[int]], layout: ImageLayout) -> None:
         if [tuple(grid) for grid in made] != list(layout.views):
             raise ProcessorError(
                 f"the image processor of {self.folder} made grids {list(made)} where {list(layout.views)} were "
@@ -460,12 +458,12 @@ class Preprocessor(ABC):
     def _check_channels(self, channels: int) -> None:
         if channels != self.config.patch.channels:
             raise ProcessorError(
-                f"the image processor of {self.folder} makes pictures of {channels} channels, "
+                f"the image processor of {self.folder} makes images of {channels} channels, "
                 f"but the tower takes {self.config.patch.channels}"
             )
 
     def _check_planned(self, original: tuple[int, int], planned: tuple[int, int], views: int, advice: str) -> None:
-        """Raises unless ``views`` pictures of the ``planned`` width and height are within the limits."""
+        """Raises unless ``views`` images of the ``planned`` width and height are within the limits."""
         if planned[0] * planned[1] * views > self.limits.max_planned_pixels:
             times = "" if views == 1 else f"{views} times "
             raise ImageTooLargeError(
@@ -481,12 +479,12 @@ class Preprocessor(ABC):
         ):
             wanted = f"{patches} patches in a square" if patches is not None else f"multiples of {merge}"
             raise ProcessorError(
-                f"the image processor of {self.folder} makes pictures of {size[0]} × {size[1]} pixels, {grid[0]} × "
+                f"the image processor of {self.folder} makes images of {size[0]} × {size[1]} pixels, {grid[0]} × "
                 f"{grid[1]} patches, but the tower needs {wanted}; the processor's file and config.json belong to "
                 "different models"
             )
 
-    def _layout_of(self, image: CanonicalImage, index: int, bounds: Bounds) -> PictureLayout:
+    def _layout_of(self, image: CanonicalImage, index: int, bounds: Bounds) -> ImageLayout:
         try:
             return self.layout(image.width, image.height, **bounds)
         except ImageError as error:
@@ -513,7 +511,7 @@ class Preprocessor(ABC):
 
 
 def _outweighs(image: CanonicalImage, patches: torch.Tensor) -> bool:
-    """Whether a picture is so much larger than its patches that it should not be kept as long as they are."""
+    """Whether an image is so much larger than its patches that it should not be kept as long as they are."""
     return image.array.nbytes > KEPT_BYTES * patches.nbytes
 
 

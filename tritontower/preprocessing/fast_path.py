@@ -1,7 +1,7 @@
 """transformers' pixels without transformers' arithmetic: resized by Pillow, as there, and cut while they are bytes.
 
-transformers makes a picture of fp64, two of fp32 and a copy in another order before there are patches; here the resized
-bytes are cut into rows of patches a few rows at a time, which are then rescaled and normalised where they lie.  The
+transformers makes an image of fp64, two of fp32 and a copy in another order before there are patches; here the resized
+bytes are cut into rows of patches a few rows at a time, which are then rescaled and normalized where they lie.  The
 values are the same, bit for bit.  This is done for the processors and settings that are known to do nothing else; for
 all others transformers is asked.
 """
@@ -30,7 +30,7 @@ __all__ = [
     "cut_bytes",
     "cut_values",
     "pixel_matrix",
-    "probe_picture",
+    "probe_image",
     "resized",
     "resizing_passes",
     "shortcut_of",
@@ -40,13 +40,13 @@ __all__ = [
 Bytes = NDArray[np.uint8]
 FILTERS = frozenset(int(filter) for filter in Image.Resampling)
 WORTH_THREADS = 2**18
-"""Pixels of a picture from which on a second thread saves more than starting it costs."""
+"""Pixels of an image from which on a second thread saves more than starting it costs."""
 MOST_THREADS = 4
-"""Threads for one picture: more would wait for memory, and for each other where Pillow holds Python's lock."""
+"""Threads for one image: more would wait for memory, and for each other where Pillow holds Python's lock."""
 
 PIECE = 2**18
 """Pixels that Pillow is given at a time.  What it takes for them is memory that it had before, and stays in a cache; for
-whole pictures it takes new memory every time, which cost a sixth of the time at 2048 × 2048."""
+whole images it takes new memory every time, which cost a sixth of the time at 2048 × 2048."""
 
 Spread = Callable[[Callable[[slice], None], int], None]
 """Has a function work through so many things of a kind, part by part."""
@@ -72,7 +72,7 @@ def shortcut_of(processor: Any, known: Collection[str], options: Mapping[str, An
         processor: an image processor of transformers.
         known: full names of the classes that the rule has looked at.
         options: settings in place of the processor's own.
-        channels: channels of a picture.
+        channels: channels of an image.
 
     Returns:
         ``None`` for another class, for methods replaced on the object, and for settings that transformers may refuse.
@@ -92,11 +92,11 @@ def shortcut_of(processor: Any, known: Collection[str], options: Mapping[str, An
         return None
     if not isinstance(resample, int) or resample not in FILTERS:
         return None
-    rescales, normalises = switches
+    rescales, normalizes = switches
     if rescales and not _is_number(factor):
         return None
     means, deviations = (0.0,) * channels, (1.0,) * channels
-    if normalises:
+    if normalizes:
         found = [_per_channel(setting(name), channels) for name in ("image_mean", "image_std")]
         if found[0] is None or found[1] is None or not min(found[1]) > 0:
             return None
@@ -115,7 +115,7 @@ def _per_channel(value: Any, channels: int) -> tuple[float, ...] | None:
     return tuple(map(float, values))
 
 
-def probe_picture() -> Bytes:
+def probe_image() -> Bytes:
     """``[31, 45, 3]``: noise, the same every time, on which a shortcut has to prove itself."""
     return np.random.default_rng(0).integers(0, 256, (31, 45, 3), np.uint8)
 
@@ -132,12 +132,12 @@ def alone(work: Callable[[slice], None], count: int) -> None:
 
 @contextmanager
 def spread_over_threads(pixels: int, beside: Callable[[], object] | None = None) -> Iterator[Spread]:
-    """A part for each of a few threads, for a picture of so many pixels; one part where that is not worth it.
+    """A part for each of a few threads, for an image of so many pixels; one part where that is not worth it.
 
     As many as torch may use, the caller's included, but no more than :data:`MOST_THREADS`.
 
     Args:
-        pixels: how large the picture is, before or after it is resized.
+        pixels: how large the image is, before or after it is resized.
         beside: what else there is to do for it, in a thread of the same, over when the context ends.
     """
     threads = min(torch.get_num_threads(), MOST_THREADS)
@@ -146,7 +146,7 @@ def spread_over_threads(pixels: int, beside: Callable[[], object] | None = None)
         if beside is not None:
             beside()
         return
-    with ThreadPoolExecutor(threads - 1, thread_name_prefix="tritontower-picture") as pool:
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="tritontower-image") as pool:
 
         def spread(work: Callable[[slice], None], count: int) -> None:
             ends = [count * part // threads for part in range(threads + 1)]
@@ -205,7 +205,7 @@ def _resized_along(axis: int, array: Bytes, length: int, resample: int, spread: 
 
 
 Passes = tuple[int, ...]
-"""The axes of ``[height, width, channels]`` along which a picture is resized, in order; it is rounded to bytes between."""
+"""The axes of ``[height, width, channels]`` along which an image is resized, in order; it is rounded to bytes between."""
 
 
 def _width_first(old: tuple[int, int], new: tuple[int, int]) -> Passes:
@@ -221,9 +221,9 @@ def _larger_loss_first(old: tuple[int, int], new: tuple[int, int]) -> Passes:
 
 
 def resizing_passes(old: tuple[int, int], new: tuple[int, int], resample: int) -> Passes | None:
-    """How Pillow resizes a picture from one width and height to another: pass by pass, the same bytes.
+    """How Pillow resizes an image from one width and height to another: pass by pass, the same bytes.
 
-    Along one axis, the parts of a picture do not depend on each other, so that each may be a thread's.
+    Along one axis, the parts of an image do not depend on each other, so that each may be a thread's.
 
     Args:
         old: width and height before.
@@ -239,18 +239,18 @@ def resizing_passes(old: tuple[int, int], new: tuple[int, int], resample: int) -
 
 @lru_cache
 def _order_of_passes(resample: int) -> Callable[[tuple[int, int], tuple[int, int]], Passes] | None:
-    """The first of the known orders that accounts for what Pillow makes of small pictures."""
+    """The first of the known orders that accounts for what Pillow makes of small images."""
     generator = np.random.default_rng(0)
     # Around the limit between one order and the other, and elsewhere.
     limits = [((24, 40), (24 - loss, 40 - 2 * loss + more)) for loss in (-9, 0, 1, 5, 12) for more in (-1, 0, 1)]
     sizes = [*limits, *((tuple(a), tuple(b)) for a, b in generator.integers(1, 50, (40, 2, 2)).tolist())]
     for order in (_width_first, _larger_loss_first):
         for old, new in sizes:
-            picture = generator.integers(0, 256, (old[1], old[0], 3), np.uint8)
-            made = picture
+            image = generator.integers(0, 256, (old[1], old[0], 3), np.uint8)
+            made = image
             for axis in order(old, new):
                 made = _resized_along(axis, made, new[1 - axis], resample, alone)
-            if not np.array_equal(made, _by_pillow(picture, new, resample)):
+            if not np.array_equal(made, _by_pillow(image, new, resample)):
                 break
         else:
             return order
@@ -262,7 +262,7 @@ def cropped(array: Bytes, height: int, width: int) -> Bytes:
     top, left = (array.shape[0] - height) // 2, (array.shape[1] - width) // 2
     if top < 0 or left < 0:
         whole = np.zeros((max(height, array.shape[0]), max(width, array.shape[1]), array.shape[2]), np.uint8)
-        # Half of what is missing goes before the picture, rounded up, and the crop moves with it.
+        # Half of what is missing goes before the image, rounded up, and the crop moves with it.
         down, right = -(-(whole.shape[0] - array.shape[0]) // 2), -(-(whole.shape[1] - array.shape[1]) // 2)
         whole[down : down + array.shape[0], right : right + array.shape[1]] = array
         array, top, left = whole, top + down, left + right
@@ -298,6 +298,6 @@ def cut_values(
         raw = np.empty((per_strip, out.shape[1]), np.uint8)
         for number in range(part.start, part.stop):
             cut_bytes(array[number * strip : (number + 1) * strip], patch, merge, raw)
-            rescaling.normalise(raw, out[number * per_strip : (number + 1) * per_strip])
+            rescaling.normalize(raw, out[number * per_strip : (number + 1) * per_strip])
 
     spread(cut, array.shape[0] // strip)

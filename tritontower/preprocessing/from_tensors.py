@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tritontower.batch.layout import PictureLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import UsageError, shorten
@@ -15,7 +15,7 @@ __all__ = ["pack_views"]
 
 
 def pack_views(config: TowerConfig, views: Sequence[torch.Tensor]) -> PackedBatch:
-    """Packs views that are resized and normalised: each is a still picture of its own, and its only view.
+    """Packs views that are resized and normalized: each is a still image of its own, and its only view.
 
     Args:
         config: the tower.
@@ -40,14 +40,14 @@ def pack_views(config: TowerConfig, views: Sequence[torch.Tensor]) -> PackedBatc
     return PackedBatch.pack(config, pixels, layouts, original_sizes=sizes, content_hashes=[""] * len(layouts))
 
 
-def _layout(config: TowerConfig, view: torch.Tensor, index: int) -> PictureLayout:
+def _layout(config: TowerConfig, view: torch.Tensor, index: int) -> ImageLayout:
     patch, merge, channels = config.patch.size, config.merge, config.patch.channels
     if not isinstance(view, torch.Tensor):
         raise UsageError(f"view {index} is {shorten(view)}; it has to be a tensor [channels, height, width]")
     if view.ndim != 3 or view.shape[0] != channels or not view.is_floating_point():
         raise UsageError(
             f"view {index} has shape {list(view.shape)} and dtype {view.dtype}; this tower takes [{channels}, height, "
-            "width] of a floating dtype, resized and normalised; for other pictures call encode"
+            "width] of a floating dtype, resized and normalized; for other images call encode"
         )
     height, width = view.shape[1:]
     grid = (1, height // patch, width // patch)
@@ -61,4 +61,4 @@ def _layout(config: TowerConfig, view: torch.Tensor, index: int) -> PictureLayou
         raise UsageError(
             f"view {index} is {width} × {height} pixels; both sides have to be multiples of {patch * merge}"
         )
-    return PictureLayout((grid,), (width, height), grid)
+    return ImageLayout((grid,), (width, height), grid)

@@ -72,7 +72,7 @@ class Settings:
                 ConfigReader(values, name, path=section if name == "processor_config.json" else "")
                 return cls.completed(values, name)
         raise ProcessorError(
-            f"{folder} holds no image processor: neither {' nor '.join(files)} says how pictures are resized; "
+            f"{folder} holds no image processor: neither {' nor '.join(files)} says how images are resized; "
             "copy the file from the published checkpoint, or pass an image processor of transformers as `processor`"
         )
 

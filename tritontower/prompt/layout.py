@@ -1,4 +1,4 @@
-"""How a model's prompt has a picture: markers round it, a token behind each row of patches, time stamps of a clip.
+"""How a model's prompt has an image: markers round it, a token behind each row of patches, time stamps of a video.
 
 This is data, which a tower's family makes out of the checkpoint; :func:`tritontower.prompt.encode_prompt` goes by it.
 """
@@ -6,21 +6,21 @@ This is data, which a tower's family makes out of the checkpoint; :func:`tritont
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["ClipLayout", "HasPromptLayout", "Piece", "PromptLayout"]
+__all__ = ["HasPromptLayout", "Piece", "PromptLayout", "VideoLayout"]
 
 Piece = str | int
 """Text, which is tokenized together with what stands beside it, or one token by its id."""
 
 
 @dataclass(frozen=True)
-class ClipLayout:
-    """How a prompt has a clip.
+class VideoLayout:
+    """How a prompt has a video.
 
     Attributes:
-        placeholder: the token that transformers repeats for the clip's rows.
-        before, after: what a chat template writes round a clip; it comes with an alias.
+        placeholder: the token that transformers repeats for the video's rows.
+        before, after: what a chat template writes round a video; it comes with an alias.
         time_stamp: text before each temporal patch, its ``{}`` the seconds at its middle, such as
-            ``"<{:.1f} seconds>"``; ``None`` where a clip's rows follow upon each other.
+            ``"<{:.1f} seconds>"``; ``None`` where a video's rows follow upon each other.
         frame_before, frame_after: what stands round the rows of each temporal patch, where there are time stamps.
     """
 
@@ -34,23 +34,23 @@ class ClipLayout:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How a prompt has pictures.
+    """How a prompt has images.
 
     Attributes:
-        placeholder: the token that transformers repeats for a picture's rows.
-        marker: the token that stands for a whole picture in a prompt written for transformers; ``None``: the placeholder.
+        placeholder: the token that transformers repeats for an image's rows.
+        marker: the token that stands for a whole image in a prompt written for transformers; ``None``: the placeholder.
         merge: side of the square of patches that one token stands for.
-        before, after: what a chat template writes round a picture; it comes with an alias, while round a marker it is
+        before, after: what a chat template writes round an image; it comes with an alias, while round a marker it is
             there already.
         view_before, view_after: what stands round the rows of each view, whoever wrote the prompt.
-        between_views: where a picture has several views, the text before the first, the second, and every other one;
+        between_views: where an image has several views, the text before the first, the second, and every other one;
             ``None`` where views are not told apart.
         row_break, row_end: the token behind each row of tokens but the last, and behind the last; text has to be the name
             of one token.
-        behind_pictures: what follows upon the last picture of a prompt, and stands at its beginning where there is none.
+        behind_images: what follows upon the last image of a prompt, and stands at its beginning where there is none.
         ending: text at the end of a prompt.
         special_tokens: whether the tokenizer adds its own tokens, such as the one for the beginning.
-        clip: how it has clips; ``None`` where it has none.
+        video: how it has videos; ``None`` where it has none.
     """
 
     placeholder: int
@@ -63,10 +63,10 @@ class PromptLayout:
     between_views: tuple[str, str, str] | None = None
     row_break: Piece | None = None
     row_end: Piece | None = None
-    behind_pictures: tuple[Piece, ...] = ()
+    behind_images: tuple[Piece, ...] = ()
     ending: str = ""
     special_tokens: bool = True
-    clip: ClipLayout | None = None
+    video: VideoLayout | None = None
 
 
 class HasPromptLayout(Protocol):
@@ -74,5 +74,5 @@ class HasPromptLayout(Protocol):
 
     @property
     def prompt_layout(self) -> PromptLayout | None:
-        """How its language model's prompt has pictures; ``None`` for a tower that comes without a language model."""
+        """How its language model's prompt has images; ``None`` for a tower that comes without a language model."""
         ...

@@ -1,4 +1,4 @@
-"""Rows of pictures put where a prompt has their token ids: in the embeddings of its text, and in hidden states."""
+"""Rows of images put where a prompt has their token ids: in the embeddings of its text, and in hidden states."""
 
 from collections.abc import Iterable, Sequence
 
@@ -21,13 +21,13 @@ def merge_embeddings(
     base: int = DEFAULT_BASE,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Puts the rows of pictures where a prompt has their ids.
+    """Puts the rows of images where a prompt has their ids.
 
     Any piece of a prompt will do, cut anywhere: an id says by itself which row it stands for.  It is for inference: no
-    gradient comes back through it, neither to the rows of pictures nor to those of the text.
+    gradient comes back through it, neither to the rows of images nor to those of the text.
 
     Args:
-        text_embeddings: ``[..., T, D]``: of :func:`sanitize_ids`' ids; what it holds at the places of pictures is not
+        text_embeddings: ``[..., T, D]``: of :func:`sanitize_ids`' ids; what it holds at the places of images is not
             looked at.
         input_ids: ``[..., T]``, ids as :func:`encode_prompt` makes them.  Ids on a GPU are waited for; on the CPU nothing
             is.
@@ -37,7 +37,7 @@ def merge_embeddings(
         out: where to write, of ``text_embeddings``' shape and dtype, rows contiguous; may be ``text_embeddings``.
 
     Returns:
-        ``out``; or a new tensor; or, where ``input_ids`` has no picture, ``text_embeddings`` itself.
+        ``out``; or a new tensor; or, where ``input_ids`` has no image, ``text_embeddings`` itself.
 
     Raises:
         PromptError: an id that no embedding has.
@@ -57,7 +57,7 @@ def add_deepstack(
     base: int = DEFAULT_BASE,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Adds a deepstack level to the rows of pictures, behind the language model's block of that number (Qwen3-VL).
+    """Adds a deepstack level to the rows of images, behind the language model's block of that number (Qwen3-VL).
 
     Args:
         hidden: ``[..., T, D]``, the hidden states behind block ``level``.
@@ -67,13 +67,11 @@ def add_deepstack(
     Raises:
         PromptError, UsageError: as :func:`merge_embeddings`; an embedding does not have the level.
     """
-    pictures = list(embeddings)
-    for index, picture in enumerate(pictures):
-        if not 0 <= level < len(picture.deepstack):
-            raise UsageError(
-                f"level is {level}; embedding {index} has {len(picture.deepstack)} deepstack levels, from 0"
-            )
-    rows = [(picture, picture.deepstack[level]) for picture in pictures]
+    images = list(embeddings)
+    for index, image in enumerate(images):
+        if not 0 <= level < len(image.deepstack):
+            raise UsageError(f"level is {level}; embedding {index} has {len(image.deepstack)} deepstack levels, from 0")
+    rows = [(image, image.deepstack[level]) for image in images]
     return _splice(hidden, input_ids, rows, base, add=True, out=out)
 
 
@@ -81,7 +79,7 @@ def add_deepstack(
 def _splice(
     text: torch.Tensor,
     input_ids: Ids,
-    pictures: Sequence[tuple[ImageEmbedding, torch.Tensor]],
+    images: Sequence[tuple[ImageEmbedding, torch.Tensor]],
     base: int,
     *,
     add: bool,
@@ -89,13 +87,13 @@ def _splice(
 ) -> torch.Tensor:
     ids = input_ids if torch.is_tensor(input_ids) else torch.as_tensor(input_ids, device="cpu")
     _check_tensors(text, ids, out)
-    _check_base(pictures, base)
+    _check_base(images, base)
     ids = ids.cpu().long().reshape(-1)
     places = ((ids < 0) | (ids >= base)).nonzero().view(-1)
     if not len(places):
         return text if out is None or out is text else out.copy_(text)
     width = text.shape[-1]
-    numbers, rows = _rows_wanted(ids[places], _ranges(pictures, width), base, text.device)
+    numbers, rows = _rows_wanted(ids[places], _ranges(images, width), base, text.device)
     index = torch.full(ids.shape, -1, dtype=torch.int32, device="cpu")
     index[places] = numbers
     index = index.to(text.device, non_blocking=True)
@@ -134,54 +132,50 @@ def _rows_wanted(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which row each of these ids stands for, ``[ids]`` int32, and the rows, ``[rows, D]`` on ``device``.
 
-    Of each picture only the rows from the first to the last that is asked for, which are few in a piece of a prompt.
+    Of each image only the rows from the first to the last that is asked for, which are few in a piece of a prompt.
     """
     firsts = torch.tensor([first for first, _ in ranges], dtype=torch.int64, device="cpu")
     lengths = torch.tensor([len(rows) for _, rows in ranges], dtype=torch.int64, device="cpu")
-    picture = torch.searchsorted(firsts, wanted, right=True) - 1
-    nearest = picture.clamp(min=0)
-    # Without any picture there is nothing to look up in; the id behind the last one need not be a number of 64 bits.
-    known = (
-        (picture >= 0) & (wanted - firsts[nearest] < lengths[nearest]) if ranges else torch.zeros_like(wanted).bool()
-    )
+    image = torch.searchsorted(firsts, wanted, right=True) - 1
+    nearest = image.clamp(min=0)
+    # Without any image there is nothing to look up in; the id behind the last one need not be a number of 64 bits.
+    known = (image >= 0) & (wanted - firsts[nearest] < lengths[nearest]) if ranges else torch.zeros_like(wanted).bool()
     if not bool(known.all()):
         unknown = wanted[~known].unique()
         raise PromptError(
             f"input_ids hold {len(unknown)} ids that no embedding has, such as {int(unknown[0])}; pass the embeddings of "
-            f"all pictures in this piece of the prompt (ids below {base} are the vocabulary's)"
+            f"all images in this piece of the prompt (ids below {base} are the vocabulary's)"
         )
-    row = wanted - firsts[picture]
-    low = lengths.scatter_reduce(0, picture, row, "amin")
-    high = torch.full_like(lengths, -1).scatter_reduce(0, picture, row, "amax")
+    row = wanted - firsts[image]
+    low = lengths.scatter_reduce(0, image, row, "amin")
+    high = torch.full_like(lengths, -1).scatter_reduce(0, image, row, "amax")
     taken = [
         rows[start : end + 1].to(device, non_blocking=True)
         for (_, rows), start, end in zip(ranges, low.tolist(), high.tolist(), strict=True)
         if end >= 0
     ]
     counts = (high - low + 1).clamp(min=0)
-    numbers = (row - low[picture] + (counts.cumsum(0) - counts)[picture]).int()
+    numbers = (row - low[image] + (counts.cumsum(0) - counts)[image]).int()
     return numbers, _with_adjacent_elements(taken[0]) if len(taken) == 1 else torch.cat(taken)
 
 
-def _check_base(pictures: Sequence[tuple[ImageEmbedding, torch.Tensor]], base: int) -> None:
-    """Raises if a picture's ids would pass for the vocabulary's, and its rows be left out."""
-    for index, (picture, _) in enumerate(pictures):
-        if picture.token_ids and picture.token_ids[0] < base:
+def _check_base(images: Sequence[tuple[ImageEmbedding, torch.Tensor]], base: int) -> None:
+    """Raises if an image's ids would pass for the vocabulary's, and its rows be left out."""
+    for index, (image, _) in enumerate(images):
+        if image.token_ids and image.token_ids[0] < base:
             raise UsageError(
-                f"embedding {index} has token ids from {picture.token_ids[0]} on, below {base}: pass base=space.base"
+                f"embedding {index} has token ids from {image.token_ids[0]} on, below {base}: pass base=space.base"
             )
 
 
-def _ranges(pictures: Sequence[tuple[ImageEmbedding, torch.Tensor]], width: int) -> list[tuple[int, torch.Tensor]]:
-    """First id and rows of every picture, each picture once."""
+def _ranges(images: Sequence[tuple[ImageEmbedding, torch.Tensor]], width: int) -> list[tuple[int, torch.Tensor]]:
+    """First id and rows of every image, each image once."""
     ranges = []
-    for index in ordered_by_ids([picture for picture, _ in pictures]):
-        picture, rows = pictures[index]
+    for index in ordered_by_ids([image for image, _ in images]):
+        image, rows = images[index]
         if rows.shape[-1] != width:
             raise UsageError(f"embedding {index} has rows of {rows.shape[-1]} numbers, and the text rows of {width}")
-        if len(rows) != picture.num_tokens:
-            raise UsageError(
-                f"embedding {index} has {picture.num_tokens} rows, and {len(rows)} of this deepstack level"
-            )
-        ranges.append((picture.token_ids[0], rows))
+        if len(rows) != image.num_tokens:
+            raise UsageError(f"embedding {index} has {image.num_tokens} rows, and {len(rows)} of this deepstack level")
+        ranges.append((image.token_ids[0], rows))
     return ranges

@@ -1,7 +1,7 @@
-"""M-RoPE: where the tokens of pictures and clips stand in a language model's rotary embedding.
+"""M-RoPE: where the tokens of images and videos stand in a language model's rotary embedding.
 
-A text token has one position; a token of a picture has three, in time, height and width (Wang et al. 2024, arXiv
-2409.12191, section 2.1).  The text behind a picture goes on at the larger of its sides, not at the number of its tokens.
+A text token has one position; a token of an image has three, in time, height and width (Wang et al. 2024, arXiv
+2409.12191, section 2.1).  The text behind an image goes on at the larger of its sides, not at the number of its tokens.
 What differs between models is data, :class:`MropeRule`.  The numbers are those of ``get_rope_index`` of
 ``transformers.models.qwen2_vl``, ``qwen2_5_vl`` and ``qwen3_vl`` (from 5.18 on; 5.17 rounds the seconds between two
 temporal patches down to whole ones); for engines that run a prompt in chunks they can be had in chunks as well, cut
@@ -20,7 +20,7 @@ from tritontower.errors import UsageError, shorten
 
 __all__ = [
     "CLIP",
-    "PICTURE",
+    "IMAGE",
     "TEXT",
     "MropePositions",
     "MropeRule",
@@ -29,10 +29,10 @@ __all__ = [
     "prompt_positions",
 ]
 
-TEXT, PICTURE, CLIP = 0, 1, 2
+TEXT, IMAGE, CLIP = 0, 1, 2
 """Kinds of tokens, as ``mm_token_type_ids`` of transformers' processors numbers them."""
 
-NAMES = {PICTURE: ("picture", "image_grids"), CLIP: ("clip", "video_grids")}
+NAMES = {IMAGE: ("image", "image_grids"), CLIP: ("clip", "video_grids")}
 
 LARGEST_POSITION = 2**31
 """Language models hold positions in 32 bits, here or there."""
@@ -47,20 +47,20 @@ class MropeRule:
 
     Attributes:
         merge: side of the square of patches that one token stands for.
-        positions_per_second: positions that a second of a clip takes (``tokens_per_second`` of Qwen2.5-VL); ``None``
-            where a clip's temporal patches are numbered one by one, whatever time lies between them.
-        split_clips: whether every temporal patch of a clip stands in the prompt by itself, with text (its time stamp)
-            before it, and counts as a picture (Qwen3-VL).
+        positions_per_second: positions that a second of a video takes (``tokens_per_second`` of Qwen2.5-VL); ``None``
+            where a video's temporal patches are numbered one by one, whatever time lies between them.
+        split_videos: whether every temporal patch of a video stands in the prompt by itself, with text (its time stamp)
+            before it, and counts as an image (Qwen3-VL).
     """
 
     merge: int
     positions_per_second: float | None = None
-    split_clips: bool = False
+    split_videos: bool = False
 
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring tokens that stand for one box of space and time.
+    """Neighboring tokens that stand for one box of space and time.
 
     Attributes:
         times: position in time of each temporal patch, from the start of the block.
@@ -90,7 +90,7 @@ class MropeState:
         highest: the largest position so far, −1 before the first.
         block: the kind of the unfinished block, and itself; ``None`` between two.
         done: tokens of the unfinished block that have their positions.
-        clip: blocks of a split clip that are still to come.
+        video: blocks of a split video that are still to come.
     """
 
     tokens: int = 0
@@ -98,7 +98,7 @@ class MropeState:
     highest: int = -1
     block: tuple[int, Block] | None = None
     done: int = 0
-    clip: tuple[Block, ...] = ()
+    video: tuple[Block, ...] = ()
 
     @property
     def delta(self) -> int:
@@ -122,7 +122,7 @@ class MropePositions(NamedTuple):
 
 
 class Placed(Protocol):
-    """A picture or a clip in a prompt."""
+    """An image or a video in a prompt."""
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
@@ -131,7 +131,7 @@ class Placed(Protocol):
 
     @property
     def seconds_per_grid(self) -> float | None:
-        """Of a clip, the seconds between two temporal patches, where they are known."""
+        """Of a video, the seconds between two temporal patches, where they are known."""
         ...
 
 
@@ -140,12 +140,12 @@ class PlacedPrompt(Protocol):
 
     @property
     def token_types(self) -> torch.Tensor:
-        """``[T]``: 0 text, 1 picture, 2 clip."""
+        """``[T]``: 0 text, 1 image, 2 video."""
         ...
 
     @property
     def embeddings(self) -> Sequence[Placed]:
-        """The pictures and clips."""
+        """The images and videos."""
         ...
 
     @property
@@ -182,14 +182,14 @@ def prompt_positions(
         raise UsageError(f"a piece of {stop - start} tokens behind the first {start} of a prompt of {length}")
     types = prompt.token_types[start:stop].tolist()
     begun = sorted((first - start, index) for index, (first, _) in enumerate(prompt.spans) if start <= first < stop)
-    pictures = [prompt.embeddings[index] for first, index in begun if types[first] == PICTURE]
-    clips = [prompt.embeddings[index] for first, index in begun if types[first] == CLIP]
+    images = [prompt.embeddings[index] for first, index in begun if types[first] == IMAGE]
+    videos = [prompt.embeddings[index] for first, index in begun if types[first] == CLIP]
     return mrope_positions(
         rule,
         prompt.token_types[None, start:stop],
-        image_grids=[picture.grid_thw for picture in pictures],
-        video_grids=[clip.grid_thw for clip in clips],
-        seconds_per_grid=[clip.seconds_per_grid for clip in clips],
+        image_grids=[image.grid_thw for image in images],
+        video_grids=[video.grid_thw for video in videos],
+        seconds_per_grid=[video.seconds_per_grid for video in videos],
         states=[state],
         partial=stop < length,
     )
@@ -210,22 +210,22 @@ def mrope_positions(
 
     Args:
         rule: ``tower.mrope``.
-        token_types: ``[batch, length]``: 0 for text, 1 for the tokens of pictures, 2 for those of clips
-            (``mm_token_type_ids``).  Text that wraps a picture is text.
-        image_grids: ``[pictures, 3]``: temporal patches, rows and columns of *patches* (``grid_thw``) of the pictures
+        token_types: ``[batch, length]``: 0 for text, 1 for the tokens of images, 2 for those of videos
+            (``mm_token_type_ids``).  Text that wraps an image is text.
+        image_grids: ``[images, 3]``: temporal patches, rows and columns of *patches* (``grid_thw``) of the images
             that begin in ``token_types``, in their order, one sequence behind the other.
-        video_grids: the same of clips, each of them once, also where the model splits it.
-        seconds_per_grid: per clip, the seconds between two temporal patches; 1 where nothing is given.  Read by models
+        video_grids: the same of videos, each of them once, also where the model splits it.
+        seconds_per_grid: per video, the seconds between two temporal patches; 1 where nothing is given.  Read by models
             with ``positions_per_second`` alone.
         attention_mask: ``[batch, length]``: 0 or ``False`` for padding, on whichever side.
         states: per sequence, what the chunk before returned; ``None`` at the start.
-        partial: whether the sequences go on: their last picture or clip may then be cut off.
+        partial: whether the sequences go on: their last image or video may then be cut off.
 
     Returns:
         Positions and deltas on the device of ``token_types``, and the states.  They are worked out on the CPU.
 
     Raises:
-        UsageError: tokens and grids do not match: too many or too few of either, a picture that is interrupted, a grid
+        UsageError: tokens and grids do not match: too many or too few of either, an image that is interrupted, a grid
             that does not divide into tokens; or shapes that do not fit each other.
     """
     types, kept = _checked(token_types, attention_mask)
@@ -233,7 +233,7 @@ def mrope_positions(
     before = tuple(states) if states is not None else (MropeState(),) * batch
     if len(before) != batch:
         raise UsageError(f"states has {len(before)} entries for {batch} sequences; pass one for each")
-    sources = {PICTURE: _pictures(rule, image_grids), CLIP: _clips(rule, video_grids, seconds_per_grid)}
+    sources = {IMAGE: _images(rule, image_grids), CLIP: _videos(rule, video_grids, seconds_per_grid)}
     numbered = [_Numbering(state, sources, row) for row, state in enumerate(before)]
     for row, kind, tokens in _runs(types, kept):
         numbered[row].add(kind, tokens)
@@ -265,12 +265,12 @@ def _checked(token_types: torch.Tensor, attention_mask: torch.Tensor | None) -> 
     kept = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     unknown = kept & ((types < TEXT) | (types > CLIP))
     if unknown.any():
-        raise UsageError(f"token_types holds {int(types[unknown][0])}; allowed: 0 (text), 1 (picture), 2 (clip)")
+        raise UsageError(f"token_types holds {int(types[unknown][0])}; allowed: 0 (text), 1 (image), 2 (video)")
     return types, kept
 
 
 def _runs(types: torch.Tensor, kept: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """Sequence, kind and number of neighbouring tokens of one kind, padding left out."""
+    """Sequence, kind and number of neighboring tokens of one kind, padding left out."""
     flat = types[kept]
     if not len(flat):
         return
@@ -296,27 +296,27 @@ def _grids(rule: MropeRule, grids: Grids | None, argument: str) -> list[tuple[in
     return found
 
 
-def _pictures(rule: MropeRule, grids: Grids | None) -> Iterator[list[Block]]:
+def _images(rule: MropeRule, grids: Grids | None) -> Iterator[list[Block]]:
     found = _grids(rule, grids, "image_grids")
     return iter([[Block(tuple(range(times)), rows, columns)] for times, rows, columns in found])
 
 
-def _clips(rule: MropeRule, grids: Grids | None, seconds: Seconds | None) -> Iterator[list[Block]]:
+def _videos(rule: MropeRule, grids: Grids | None, seconds: Seconds | None) -> Iterator[list[Block]]:
     found = _grids(rule, grids, "video_grids")
     steps: Sequence[float | torch.Tensor | None] = [None] * len(found) if seconds is None else list(seconds)
     if len(steps) != len(found):
-        raise UsageError(f"seconds_per_grid has {len(steps)} entries for {len(found)} clips; pass one for each")
-    clips = []
+        raise UsageError(f"seconds_per_grid has {len(steps)} entries for {len(found)} videos; pass one for each")
+    videos = []
     for (times, rows, columns), step in zip(found, steps, strict=True):
-        if rule.split_clips:
-            clips.append([Block((0,), rows, columns)] * times)
+        if rule.split_videos:
+            videos.append([Block((0,), rows, columns)] * times)
         else:
-            clips.append([Block(_times(rule, times, step), rows, columns)])
-    return iter(clips)
+            videos.append([Block(_times(rule, times, step), rows, columns)])
+    return iter(videos)
 
 
 def _times(rule: MropeRule, count: int, seconds: float | torch.Tensor | None) -> tuple[int, ...]:
-    """Position of each temporal patch of a clip."""
+    """Position of each temporal patch of a video."""
     if rule.positions_per_second is None:
         return tuple(range(count))
     # A tensor's element stays one: the product is then rounded in its dtype, as it is in transformers.
@@ -325,7 +325,7 @@ def _times(rule: MropeRule, count: int, seconds: float | torch.Tensor | None) ->
     if not (isfinite(interval) and 0 <= interval * count < LARGEST_POSITION):
         raise UsageError(
             f"seconds_per_grid holds {float(step)}; allowed: at least 0, and so few that the {count} temporal patches of "
-            f"the clip end before position {LARGEST_POSITION}"
+            f"the video end before position {LARGEST_POSITION}"
         )
     # A plain number is rounded to fp32, as transformers has it unless torch's default dtype is another.
     factor = interval if torch.is_tensor(interval) else torch.tensor(interval, dtype=torch.float32, device="cpu")
@@ -337,7 +337,7 @@ TEXT_LINE = Block((0,), 1, 2**40)
 
 
 class _Piece(NamedTuple):
-    """Neighbouring tokens of a chunk that belong to one block, or are text.
+    """Neighboring tokens of a chunk that belong to one block, or are text.
 
     Attributes:
         tokens: how many.
@@ -360,7 +360,7 @@ class _Numbering:
         self._before, self._sources, self._row = state, sources, row
         self._tokens, self._next = state.tokens, state.next_position
         self._open, self._done = state.block, state.done
-        self._clip = deque(state.clip)
+        self._video = deque(state.video)
 
     def add(self, kind: int, tokens: int) -> None:
         """Numbers a run of tokens of one kind."""
@@ -384,8 +384,8 @@ class _Numbering:
 
     def finish(self, highest: int, *, partial: bool) -> MropeState:
         """The state behind the chunk, in which ``highest`` is the largest position."""
-        if not partial and (self._open is not None or self._clip):
-            unfinished = self._progress(*self._open) if self._open else f"a clip of {len(self._clip)} more parts"
+        if not partial and (self._open is not None or self._video):
+            unfinished = self._progress(*self._open) if self._open else f"a video of {len(self._video)} more parts"
             raise UsageError(f"sequence {self._row} ends within {unfinished}; a chunk of it needs partial=True")
         return MropeState(
             tokens=self._tokens,
@@ -393,7 +393,7 @@ class _Numbering:
             highest=max(highest, self._before.highest),
             block=self._open,
             done=self._done,
-            clip=tuple(self._clip),
+            video=tuple(self._video),
         )
 
     def _append(self, block: Block | None, tokens: int) -> None:
@@ -401,14 +401,14 @@ class _Numbering:
         self._tokens += tokens
 
     def _following(self, kind: int) -> Block:
-        if kind == CLIP and self._clip:
-            return self._clip.popleft()
+        if kind == CLIP and self._video:
+            return self._video.popleft()
         blocks = next(self._sources[kind], None)
         if blocks is None:
             name, argument = NAMES[kind]
             raise UsageError(f"{self._where()} belongs to a {name} that {argument} has no grid for")
         first, *rest = blocks
-        self._clip.extend(rest)
+        self._video.extend(rest)
         return first
 
     def _where(self) -> str:

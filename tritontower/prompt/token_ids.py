@@ -1,4 +1,4 @@
-"""Token ids of pictures: one for every row, beyond the vocabulary."""
+"""Token ids of images: one for every row, beyond the vocabulary."""
 
 import secrets
 from bisect import bisect_left
@@ -17,10 +17,10 @@ from tritontower.errors import TokenSpaceExhaustedError, UsageError, shorten
 __all__ = ["DEFAULT_BASE", "Ids", "TokenSpace", "ordered_by_ids", "sanitize_ids"]
 
 REMEMBERED = 2**16
-"""Released pictures whose ids are kept for them, in case they return: a server may run for years, its space may not grow."""
+"""Released images whose ids are kept for them, in case they return: a server may run for years, its space may not grow."""
 
 DEFAULT_BASE = 1_000_000_000
-"""Where the ids of pictures begin: above every vocabulary, and low enough for a billion of them in 32 bits."""
+"""Where the ids of images begin: above every vocabulary, and low enough for a billion of them in 32 bits."""
 
 Ids = torch.Tensor | Sequence[int]
 """Token ids: an integer tensor of any shape, or a sequence."""
@@ -34,13 +34,13 @@ class _Entry:
 
 
 class TokenSpace:
-    """Gives every row of every picture a token id that nothing else has; for all prompts that share a key-value cache.
+    """Gives every row of every image a token id that nothing else has; for all prompts that share a key-value cache.
 
-    The same picture of the same size, encoded by the same tower, has the same ids, so that a prefix that holds it is
+    The same image of the same size, encoded by the same tower, has the same ids, so that a prefix that holds it is
     found again.  A space belongs to one tower: it does not look at the rows.  It may be used from several threads.
 
-    A picture that returns after its ids were released gets them back, unless others have them by then: released ids are
-    handed out again when no others are left, those released longest ago first, and pictures are forgotten when 65,536
+    An image that returns after its ids were released gets them back, unless others have them by then: released ids are
+    handed out again when no others are left, those released longest ago first, and images are forgotten when 65,536
     were released after them.
 
     Attributes:
@@ -67,7 +67,7 @@ class TokenSpace:
         """The embedding with its token ids; each call counts as a use until it is released.
 
         Ids that it had before, of whatever space, do not count.  An embedding without a content hash is known by nothing:
-        it gets a random one, under which what is returned, and only that, is the same picture from then on.
+        it gets a random one, under which what is returned, and only that, is the same image from then on.
 
         Raises:
             UsageError: it has no rows.
@@ -89,7 +89,7 @@ class TokenSpace:
         """Ends one use of the ids of each embedding; call it when no cache holds keys and values of them any more.
 
         Raises:
-            UsageError: one's ids are not this space's, or another picture's by now, or were released as often as they were
+            UsageError: one's ids are not this space's, or another image's by now, or were released as often as they were
                 assigned; then none is released.
         """
         uses = Counter(map(_identity, embeddings))
@@ -100,7 +100,7 @@ class TokenSpace:
                 if entry is None or entry.uses < uses[key] or ids[:1] != (entry.first,) or len(ids) != entry.count:
                     which = f"token ids from {ids[0]} on" if ids else "the token ids of an embedding that has none"
                     raise UsageError(
-                        f"{which} are not in use for this picture in the space that begins at {self.base}; release what "
+                        f"{which} are not in use for this image in the space that begins at {self.base}; release what "
                         "assign or encode_prompt returned, once"
                     )
             for key, count in uses.items():
@@ -118,7 +118,7 @@ class TokenSpace:
             return sum(entry.count for entry in self._entries.values() if entry.uses)
 
     def _take(self, count: int) -> int:
-        """The first of ``count`` ids in a row; forgets released pictures where that is the only way."""
+        """The first of ``count`` ids in a row; forgets released images where that is the only way."""
         if count < 1:
             raise UsageError("an embedding without rows has no token ids")
         # From the end, where ids lie that nobody had yet; what was forgotten comes after them.
@@ -139,7 +139,7 @@ class TokenSpace:
         )
 
     def _forget(self, key: object) -> int:
-        """Makes a released picture's ids free, as one range with the free ones beside them; says which range."""
+        """Makes a released image's ids free, as one range with the free ones beside them; says which range."""
         del self._idle[key]
         entry = self._entries.pop(key)
         first, end = entry.first, entry.first + entry.count
@@ -163,15 +163,15 @@ def _identity(embedding: ImageEmbedding) -> object:
         tuple(embedding.embeddings.shape),
         embedding.timestamps,
         embedding.seconds_per_grid,
-        embedding.is_clip,
+        embedding.is_video,
     )
 
 
 def ordered_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
-    """The numbers of the embeddings in the order of their token ids, each picture once; those without rows are left out.
+    """The numbers of the embeddings in the order of their token ids, each image once; those without rows are left out.
 
     Raises:
-        UsageError: an embedding whose rows have no ids, or none in a row; two pictures that share ids.
+        UsageError: an embedding whose rows have no ids, or none in a row; two images that share ids.
     """
     firsts: dict[int, int] = {}
     for index, embedding in enumerate(embeddings):
@@ -193,7 +193,7 @@ def ordered_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
 
 
 def _told_apart(first: ImageEmbedding, second: ImageEmbedding) -> bool:
-    """Whether two embeddings say themselves that they are of different pictures."""
+    """Whether two embeddings say themselves that they are of different images."""
     return bool(first.content_hash and second.content_hash) and _identity(first) != _identity(second)
 
 

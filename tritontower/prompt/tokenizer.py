@@ -1,4 +1,4 @@
-"""From the parts of a prompt to token ids: tokenizers of several kinds, and texts with tokens and pictures among them."""
+"""From the parts of a prompt to token ids: tokenizers of several kinds, and texts with tokens and images among them."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,9 @@ __all__ = ["Part", "Run", "Vocabulary", "tokens_of"]
 
 
 class Run(NamedTuple):
-    """Rows of one picture that follow upon each other in the prompt: a part of it, beside text and tokens."""
+    """Rows of one image that follow upon each other in the prompt: a part of it, beside text and tokens."""
 
-    picture: int
+    image: int
     start: int
     length: int
     placeholder: int
@@ -113,7 +113,7 @@ def tokens_of(parts: Sequence[Part], vocabulary: Vocabulary, special: bool) -> t
 def _read_whole(parts: Sequence[Part], vocabulary: Vocabulary, special: bool) -> Iterator[int | Run]:
     """Tokenizes everything as one text, in which one placeholder stands for a run.
 
-    Tokenizers join text across the edges of what is put into it (``\\n`` before a picture with the ``\\n\\n`` that Gemma
+    Tokenizers join text across the edges of what is put into it (``\\n`` before an image with the ``\\n\\n`` that Gemma
     has there), and treat text behind a token unlike text at the beginning, so that pieces would not do.
     """
     runs = deque(part for part in parts if isinstance(part, Run))
@@ -129,16 +129,16 @@ def _read_whole(parts: Sequence[Part], vocabulary: Vocabulary, special: bool) ->
         elif runs and runs[0].placeholder == token:
             yield runs.popleft()
         else:
-            raise PromptError(f"the tokenizer made token {token}, which stands for rows of a picture, out of turn")
+            raise PromptError(f"the tokenizer made token {token}, which stands for rows of an image, out of turn")
     if runs:
         raise PromptError(
-            f"the tokenizer found {wanted - len(runs)} of {wanted} places for pictures in its text; it has to read "
+            f"the tokenizer found {wanted - len(runs)} of {wanted} places for images in its text; it has to read "
             f"{shorten(vocabulary.name(runs[0].placeholder))} as one special token"
         )
 
 
 def _read_pieces(parts: Sequence[Part], vocabulary: Vocabulary) -> Iterator[int | Run]:
-    """Tokenizes the text between tokens and pictures, each piece by itself."""
+    """Tokenizes the text between tokens and images, each piece by itself."""
     for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
         if not is_text:
             yield from cast("Iterator[int | Run]", group)

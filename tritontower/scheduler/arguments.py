@@ -13,15 +13,15 @@ from tritontower.batch.packed_batch import expected_workload
 from tritontower.config import TowerConfig
 from tritontower.errors import UsageError, shorten
 from tritontower.graph.ir import Workload
-from tritontower.preprocessing.images.image import Picture
+from tritontower.preprocessing.images.image import ImageInput
 
 __all__ = [
     "check_instance",
     "frames_of",
-    "is_one_picture",
+    "images_of",
+    "is_one_image",
     "is_whole_number",
     "pack_of",
-    "pictures_of",
     "views_of",
     "workload_of",
 ]
@@ -38,25 +38,25 @@ def is_whole_number(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_one_picture(pictures: object) -> bool:
-    """Whether this is a picture and not several; what is neither counts as one, for its error message."""
+def is_one_image(images: object) -> bool:
+    """Whether this is an image and not several; what is neither counts as one, for its error message."""
     alone = (Image.Image, np.ndarray, torch.Tensor, bytes, bytearray, memoryview, Path, str)
-    return isinstance(pictures, alone) or not isinstance(pictures, Iterable)
+    return isinstance(images, alone) or not isinstance(images, Iterable)
 
 
-def pictures_of(pictures: Iterable[Picture] | Picture) -> list[Picture]:
-    """One picture or several, in a list."""
-    return [cast("Picture", pictures)] if is_one_picture(pictures) else list(cast("Iterable[Picture]", pictures))
+def images_of(images: Iterable[ImageInput] | ImageInput) -> list[ImageInput]:
+    """One image or several, in a list."""
+    return [cast("ImageInput", images)] if is_one_image(images) else list(cast("Iterable[ImageInput]", images))
 
 
-def frames_of(frames: Iterable[Picture]) -> list[Picture]:
-    """The frames of a clip, in a list.
+def frames_of(frames: Iterable[ImageInput]) -> list[ImageInput]:
+    """The frames of a video, in a list.
 
     Raises:
-        UsageError: a single picture, whose rows would pass for grey frames.
+        UsageError: a single image, whose rows would pass for gray frames.
     """
-    if is_one_picture(frames) and getattr(frames, "ndim", 0) != 4:
-        raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the clip's frames, in order")
+    if is_one_image(frames) and getattr(frames, "ndim", 0) != 4:
+        raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the video's frames, in order")
     return list(frames)
 
 
@@ -75,7 +75,7 @@ def views_of(views: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]
 
 
 def pack_of(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Width and height of each picture of a pass, of which there may be one.
+    """Width and height of each image of a pass, of which there may be one.
 
     Raises:
         UsageError: neither a size nor a list of sizes.
@@ -90,10 +90,10 @@ def pack_of(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[in
 
 
 def workload_of(config: TowerConfig, patches: int | Sequence[int] | Workload) -> Workload:
-    """The workload of a pass over still pictures of so many patches each, of which there may be one.
+    """The workload of a pass over still images of so many patches each, of which there may be one.
 
     Raises:
-        UsageError: a count of patches that no picture of the tower has.
+        UsageError: a count of patches that no image of the tower has.
     """
     if isinstance(patches, Workload):
         return patches

@@ -1,4 +1,4 @@
-"""A pass's rows, cut into the embeddings of its pictures, and the names that a call gives them."""
+"""A pass's rows, cut into the embeddings of its images, and the names that a call gives them."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -16,7 +16,7 @@ __all__ = ["aliases_of", "embeddings_of"]
 def embeddings_of(
     config: TowerConfig, outputs: Mapping[str, torch.Tensor], batch: PackedBatch, *, bidirectional: bool = False
 ) -> list[ImageEmbedding]:
-    """The rows of a pass, picture by picture.
+    """The rows of a pass, image by image.
 
     Args:
         config: the tower.
@@ -50,7 +50,7 @@ def embeddings_of(
 
 
 def _view_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...]]:
-    """Per picture the tokens of its views; of one that is put together of tiles, all of its tokens."""
+    """Per image the tokens of its views; of one that is put together of tiles, all of its tokens."""
     if batch.assembly_index is not None:
         return [(tokens,) for tokens in batch.token_counts]
     extra = 1 if config.keep_class_token else 0
@@ -59,21 +59,19 @@ def _view_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...
     return [tuple(counts[first:last]) for first, last in pairwise(ends)]
 
 
-def aliases_of(text_alias: str | Sequence[str | None] | None, pictures: int) -> Sequence[str | None]:
-    """An alias, or ``None``, for every picture.
+def aliases_of(text_alias: str | Sequence[str | None] | None, images: int) -> Sequence[str | None]:
+    """An alias, or ``None``, for every image.
 
     Raises:
-        UsageError: no alias and no list of them, another number of aliases than pictures, or one that cannot be.
+        UsageError: no alias and no list of them, another number of aliases than images, or one that cannot be.
     """
     aliases = [text_alias] if isinstance(text_alias, str) else text_alias
     if aliases is None:
-        return [None] * pictures
+        return [None] * images
     if not isinstance(aliases, Sequence):
         raise UsageError(
-            f"text_alias is {shorten(aliases)}; allowed: a text for one picture, a list with one for each, or None"
+            f"text_alias is {shorten(aliases)}; allowed: a text for one image, a list with one for each, or None"
         )
-    if len(aliases) != pictures:
-        raise UsageError(
-            f"text_alias has {len(aliases)} aliases for {pictures} pictures; allowed: one for each, or None"
-        )
+    if len(aliases) != images:
+        raise UsageError(f"text_alias has {len(aliases)} aliases for {images} images; allowed: one for each, or None")
     return [checked_alias(alias) for alias in aliases]

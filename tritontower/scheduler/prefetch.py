@@ -1,4 +1,4 @@
-"""What runs beside the device: pictures decoded in threads, the next pass made while the tower has the one before."""
+"""What runs beside the device: images decoded in threads, the next pass made while the tower has the one before."""
 
 import os
 from collections import deque
@@ -17,19 +17,19 @@ from tritontower.preprocessing.base import Each
 from tritontower.preprocessing.images.image import (
     CanonicalImage,
     ChannelOrder,
-    Picture,
+    ImageInput,
     canonical_rgb,
     decoded_bytes,
     is_large,
 )
 
-__all__ = ["ahead", "canonical_pictures", "progress_bar", "workers"]
+__all__ = ["ahead", "canonical_images", "progress_bar", "workers"]
 
 WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that decode and preprocess for one call.  More would wait for Python's lock, not for pixels."""
 
 LONG_LIST = 64
-"""Pictures from which on a progress bar is shown on a terminal, unless the caller says otherwise."""
+"""Images from which on a progress bar is shown on a terminal, unless the caller says otherwise."""
 
 Pass = TypeVar("Pass")
 
@@ -40,7 +40,7 @@ def workers(tasks: int) -> Iterator[Each]:
     if tasks < 2:
         yield map
         return
-    with ThreadPoolExecutor(min(WORKERS, tasks), thread_name_prefix="tritontower-pictures") as pool:
+    with ThreadPoolExecutor(min(WORKERS, tasks), thread_name_prefix="tritontower-images") as pool:
         yield partial(_buffered_map, pool)
 
 
@@ -84,32 +84,32 @@ def progress_bar(total: int, progress: bool | None) -> Iterator[Callable[[int], 
     from tqdm import tqdm
 
     hidden = not progress if progress is not None else (None if total >= LONG_LIST else True)  # None: off a terminal
-    with tqdm(total=total, unit="picture", disable=hidden) as bar:
+    with tqdm(total=total, unit="image", disable=hidden) as bar:
         yield bar.update
 
 
-def canonical_pictures(
-    pictures: Sequence[Picture], limits: Limits, each: Each = map, input_data_format: ChannelOrder | None = None
+def canonical_images(
+    images: Sequence[ImageInput], limits: Limits, each: Each = map, input_data_format: ChannelOrder | None = None
 ) -> list[CanonicalImage]:
-    """Decodes pictures, by ``each`` where there is enough to do.
+    """Decodes images, by ``each`` where there is enough to do.
 
     Raises:
         ImageTooLargeError: decoded, they would take more than ``limits.max_decoded_bytes``; found before they are.
         ImageError: one of them cannot be used; the first, if there are several.
     """
-    sizes = (decoded_bytes(picture, limits) for picture in pictures) if len(pictures) > 1 else ()
+    sizes = (decoded_bytes(image, limits) for image in images) if len(images) > 1 else ()
     for index, held in enumerate(accumulate(sizes)):
         if index and held > limits.max_decoded_bytes:
             raise ImageTooLargeError(
-                f"decoded, it and those before it would take {held} bytes, and all {len(pictures)} are needed at once; the "
-                f"limit is {limits.max_decoded_bytes} bytes; pass fewer or smaller ones, encode still pictures with "
+                f"decoded, it and those before it would take {held} bytes, and all {len(images)} are needed at once; the "
+                f"limit is {limits.max_decoded_bytes} bytes; pass fewer or smaller ones, encode still images with "
                 "encode, which works them off in portions, or pass Limits(max_decoded_bytes=...)",
                 index=index,
             )
 
-    def decode(index: int, picture: Picture) -> CanonicalImage:
-        return canonical_rgb(picture, index=index, limits=limits, input_data_format=input_data_format)
+    def decode(index: int, image: ImageInput) -> CanonicalImage:
+        return canonical_rgb(image, index=index, limits=limits, input_data_format=input_data_format)
 
-    if not any(map(is_large, pictures)):
+    if not any(map(is_large, images)):
         each = map
-    return list(each(decode, range(len(pictures)), pictures))
+    return list(each(decode, range(len(images)), images))

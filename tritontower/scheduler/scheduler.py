@@ -1,11 +1,11 @@
-"""How a call of ``encode`` becomes passes over the tower, and what comes back for each picture.
+"""How a call of ``encode`` becomes passes over the tower, and what comes back for each image.
 
-Pictures are decoded in threads, a bounded number ahead; equal ones are recognised by their pixels, and known ones taken
+Images are decoded in threads, a bounded number ahead; equal ones are recognized by their pixels, and known ones taken
 from the cache; the others are put together, in order, into passes of so many patches, and preprocessed while the device
-works on the pass before.  What a picture becomes depends on none of this: a row of a pass does not depend on the others.
+works on the pass before.  What an image becomes depends on none of this: a row of a pass does not depend on the others.
 
-When a pass does not fit into memory, or a picture in it turns out to be unusable, it is halved and tried again, down to
-single pictures, so that one picture can fail only for itself.
+When a pass does not fit into memory, or an image in it turns out to be unusable, it is halved and tried again, down to
+single images, so that one image can fail only for itself.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -33,29 +33,35 @@ from tritontower.errors import (
 from tritontower.graph.memory_plan import MemoryPlan
 from tritontower.preprocessing import Bounds, Preprocessor
 from tritontower.preprocessing.base import Each
-from tritontower.preprocessing.images.image import CanonicalImage, ChannelOrder, Picture, canonical_rgb, decoded_bytes
+from tritontower.preprocessing.images.image import (
+    CanonicalImage,
+    ChannelOrder,
+    ImageInput,
+    canonical_rgb,
+    decoded_bytes,
+)
 
 from .prefetch import ahead, progress_bar, workers
 
-__all__ = ["Call", "ItemError", "encode_pictures", "patches_per_pass"]
+__all__ = ["Call", "ItemError", "encode_images", "patches_per_pass"]
 
 PORTION = 256
-"""Pictures whose sizes are looked at together before the first of them is decoded."""
+"""Images whose sizes are looked at together before the first of them is decoded."""
 
 PASS_BYTES = 2**30
 """What a pass may take by default, beside the weights.  A pass this large keeps any device busy; what is larger only makes
 the first result late, and leaves preprocessing nothing to overlap with."""
 
 ITEM_ERRORS = (ImageError, ProcessorError, NonFiniteOutputError, TowerOutOfMemoryError)
-"""What can be wrong with one picture while the next is fine; everything else is wrong with the call."""
+"""What can be wrong with one image while the next is fine; everything else is wrong with the call."""
 
 
 @dataclass(frozen=True)
 class ItemError:
-    """Stands in the place of a picture that could not be encoded, where ``on_error="return"`` asked for it.
+    """Stands in the place of an image that could not be encoded, where ``on_error="return"`` asked for it.
 
     Attributes:
-        index: position of the picture in the caller's list.
+        index: position of the image in the caller's list.
         error: what was wrong with it.
     """
 
@@ -68,19 +74,19 @@ class Call:
     """What one call of ``encode`` works with.
 
     Attributes:
-        preprocessor: canonical pictures → packed batch.
-        bounds: how large a picture may become.
+        preprocessor: canonical images → packed batch.
+        bounds: how large an image may become.
         run: packed batch → its embeddings: one pass.
         release: gives back what the tower holds on the device beside its weights.
         device: where the tower runs.
         output_device: where the embeddings go.
         raw: whether pixels stay bytes; ``None``: where they can.
         input_data_format: the order of an array's axes; ``None``: as its shape says.
-        max_patches: patches of one pass; a picture with more is a pass of its own.  Lowered when memory runs out.
-        raises: whether the first picture that cannot be encoded ends the call.
+        max_patches: patches of one pass; an image with more is a pass of its own.  Lowered when memory runs out.
+        raises: whether the first image that cannot be encoded ends the call.
         check_output: whether embeddings are looked through for NaN and infinity.
         cache: embeddings from before, if the tower has a cache.
-        key: digest of a picture's pixels → its key in the cache.
+        key: digest of an image's pixels → its key in the cache.
     """
 
     preprocessor: Preprocessor
@@ -108,7 +114,7 @@ class Call:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
 
     def recall(self, digest: str) -> ImageEmbedding | NonFiniteOutputError | None:
-        """The embedding of a picture that the cache knows, checked: the call that put it there may not have asked for it."""
+        """The embedding of an image that the cache knows, checked: the call that put it there may not have asked for it."""
         try:
             found = None if self.cache is None else self.cache.get(self.key(digest), device=self.output_device)
             return None if found is None else self._unusable(found) or (_pinned(found) if self.pinned else found)
@@ -131,7 +137,7 @@ class Call:
         if not self.check_output or all(bool(rows.isfinite().all()) for rows in embedding.tensors.values()):
             return None
         return NonFiniteOutputError(
-            f"the embedding of a picture of {embedding.original_size[0]} × {embedding.original_size[1]} pixels holds "
+            f"the embedding of an image of {embedding.original_size[0]} × {embedding.original_size[1]} pixels holds "
             f"NaN or infinity in {embedding.embeddings.dtype}; if that is float16, use bfloat16 or float32"
         )
 
@@ -168,34 +174,34 @@ def _pinned(embedding: ImageEmbedding) -> ImageEmbedding:
 
 @dataclass(eq=False)
 class _Item:
-    """One picture of a call, and what has become of it so far."""
+    """One image of a call, and what has become of it so far."""
 
     index: int
-    picture: Picture
-    image: CanonicalImage | None = None
+    image: ImageInput
+    decoded: CanonicalImage | None = None
     """Its pixels, from when it is decoded until it is packed."""
     digest: str = ""
     """Of its pixels, where it has to be told from others."""
     patches: int = 0
     """What it adds to a pass."""
     first: "_Item | None" = None
-    """The same picture earlier in the call."""
+    """The same image earlier in the call."""
     result: ImageEmbedding | TowerError | None = None
 
     @property
     def outcome(self) -> ImageEmbedding | TowerError | None:
-        """Its result, or that of the same picture earlier in the call."""
+        """Its result, or that of the same image earlier in the call."""
         return self.result if self.first is None else self.first.result
 
     def settle(self, result: ImageEmbedding | TowerError) -> None:
-        self.result, self.image, self.patches = result, None, 0
+        self.result, self.decoded, self.patches = result, None, 0
         if isinstance(result, TowerError):
             result.index = self.index
 
 
 @dataclass
 class _Pass:
-    """Pictures in a row; those that are neither known nor unusable are in the batch."""
+    """Images in a row; those that are neither known nor unusable are in the batch."""
 
     items: list[_Item] = field(default_factory=list)
     patches: int = 0
@@ -203,7 +209,7 @@ class _Pass:
 
     @property
     def fresh(self) -> list[_Item]:
-        """The pictures that the tower has to encode."""
+        """The images that the tower has to encode."""
         return [item for item in self.items if item.first is None and item.result is None]
 
     def add(self, item: _Item) -> None:
@@ -211,24 +217,24 @@ class _Pass:
         self.patches += item.patches
 
 
-def encode_pictures(
-    call: Call, pictures: Sequence[Picture], *, progress: bool | None = None
+def encode_images(
+    call: Call, images: Sequence[ImageInput], *, progress: bool | None = None
 ) -> list[ImageEmbedding | ItemError]:
-    """Encodes still pictures in as many passes as they take.
+    """Encodes still images in as many passes as they take.
 
     Args:
         call: what to work with.
-        pictures: the pictures.
+        images: the images.
         progress: whether a bar is shown; ``None``: for long lists, on a terminal.
 
     Returns:
-        As many as there are pictures, in their order.
+        As many as there are images, in their order.
 
     Raises:
-        TowerError: the call is wrong, or, where ``call.raises``, a picture cannot be encoded.  Whatever ends the call,
-            ``completed`` of the exception holds the embeddings of the pictures before the first that has none.
+        TowerError: the call is wrong, or, where ``call.raises``, an image cannot be encoded.  Whatever ends the call,
+            ``completed`` of the exception holds the embeddings of the images before the first that has none.
     """
-    items = [_Item(index, picture) for index, picture in enumerate(pictures)]
+    items = [_Item(index, image) for index, image in enumerate(images)]
     try:
         with (
             progress_bar(len(items), progress) as advance,
@@ -276,18 +282,18 @@ def _raise_failure(call: Call, items: Iterable[_Item]) -> None:
             raise item.outcome
 
 
-# -- pictures → passes ------------------------------------------------------------------------------------------------
+# -- images → passes ------------------------------------------------------------------------------------------------
 
 
 def _passes(call: Call, items: Sequence[_Item], each: Each) -> Generator[_Pass, None, None]:
-    """The pictures in order, cut where the next would be too much for one pass; packed."""
+    """The images in order, cut where the next would be too much for one pass; packed."""
     seen: dict[str, _Item] = {}
-    # The digest of a lone picture that no cache may know can wait until the device has work.
+    # The digest of a lone image that no cache may know can wait until the device has work.
     compares = len(items) > 1 or call.cache is not None
     for portion in _portions(items, call.preprocessor.limits):
         coming = _Pass()
         for item in each(partial(_decode, call, compares), portion):
-            _recognise(call, item, seen)
+            _recognize(call, item, seen)
             if coming.patches and coming.patches + item.patches > call.max_patches:
                 yield _packed(call, coming, each)
                 coming = _Pass()
@@ -299,11 +305,11 @@ def _passes(call: Call, items: Sequence[_Item], each: Each) -> Generator[_Pass, 
 
 
 def _portions(items: Sequence[_Item], limits: Limits) -> Iterator[list[_Item]]:
-    """The pictures in order, as many at a time as may be decoded at once."""
+    """The images in order, as many at a time as may be decoded at once."""
     portion: list[_Item] = []
     held = 0
     for item in items:
-        size = decoded_bytes(item.picture, limits) if len(items) > 1 else 0
+        size = decoded_bytes(item.image, limits) if len(items) > 1 else 0
         if portion and (held + size > limits.max_decoded_bytes or len(portion) == PORTION):
             yield portion
             portion, held = [], 0
@@ -314,17 +320,17 @@ def _portions(items: Sequence[_Item], limits: Limits) -> Iterator[list[_Item]]:
 
 
 def _decode(call: Call, compares: bool, item: _Item) -> _Item:
-    """Decodes a picture and works out how large it is to the tower, or why it cannot be encoded.
+    """Decodes an image and works out how large it is to the tower, or why it cannot be encoded.
 
     Args:
         call: what to work with.
         compares: whether its digest is needed here.
-        item: the picture.
+        item: the image.
     """
     try:
         image = _decoded(call, item)
         layout = call.preprocessor.layout(image.width, image.height, **call.bounds)
-        item.image, item.patches = image, layout.patches
+        item.decoded, item.patches = image, layout.patches
         item.digest = image.digest if compares else ""
     except ImageError as error:
         named = error.index is not None
@@ -336,16 +342,16 @@ def _decode(call: Call, compares: bool, item: _Item) -> _Item:
 
 def _decoded(call: Call, item: _Item) -> CanonicalImage:
     limits, order = call.preprocessor.limits, call.input_data_format
-    return canonical_rgb(item.picture, index=item.index, limits=limits, input_data_format=order)
+    return canonical_rgb(item.image, index=item.index, limits=limits, input_data_format=order)
 
 
-def _recognise(call: Call, item: _Item, seen: dict[str, _Item]) -> None:
-    """Settles a picture that came before, in this call or in an earlier one."""
-    if item.image is None or not item.digest:
+def _recognize(call: Call, item: _Item, seen: dict[str, _Item]) -> None:
+    """Settles an image that came before, in this call or in an earlier one."""
+    if item.decoded is None or not item.digest:
         return
     first = seen.setdefault(item.digest, item)
     if first is not item:
-        item.first, item.image, item.patches = first, None, 0
+        item.first, item.decoded, item.patches = first, None, 0
     elif (known := call.recall(item.digest)) is not None:
         item.settle(known)
 
@@ -358,17 +364,17 @@ def _packed(call: Call, coming: _Pass, each: Each) -> _Pass:
         except (*ITEM_ERRORS, RuntimeError, MemoryError) as error:
             if not isinstance(error, ITEM_ERRORS) and not is_out_of_memory(error):
                 raise
-            # Which picture it was shows when they are packed by halves.
+            # Which image it was shows when they are packed by halves.
             coming.batch = None
     for item in fresh:
-        item.image = None
+        item.decoded = None
     return coming
 
 
 def _pack(call: Call, items: Sequence[_Item], each: Each) -> PackedBatch:
     """The batch of ``items``, which are decoded again where a pass with them has failed before."""
-    images = [item.image or _decoded(call, item) for item in items]
-    batch = call.preprocessor.pictures(images, each=each, raw=call.raw, **call.bounds)
+    images = [item.decoded or _decoded(call, item) for item in items]
+    batch = call.preprocessor.images(images, each=each, raw=call.raw, **call.bounds)
     # Here, while the device works on the pass before: whoever starts a pass should not have to copy its pixels first.
     return batch.pinned() if call.device.type == "cuda" else batch
 
@@ -381,7 +387,7 @@ def _encode(call: Call, items: Sequence[_Item], part: _Pass) -> None:
 
     Args:
         call: what to work with.
-        items: pictures that the tower has to encode.
+        items: images that the tower has to encode.
         part: holds their batch, and does not any more when they are done; without one, packing them together did not
             work, or was not tried.
     """
@@ -408,7 +414,7 @@ def _encode(call: Call, items: Sequence[_Item], part: _Pass) -> None:
 def _attempt(
     call: Call, items: Sequence[_Item], part: _Pass
 ) -> list[ImageEmbedding | NonFiniteOutputError] | TowerError:
-    """One pass: what becomes of each picture, or why none could be encoded.  Nobody has its batch when it ends."""
+    """One pass: what becomes of each image, or why none could be encoded.  Nobody has its batch when it ends."""
     batch, part.batch = part.batch, None
     try:
         batch = batch or _pack(call, items, map)
@@ -419,7 +425,7 @@ def _attempt(
         if not is_out_of_memory(error):
             raise
     # Not before: as its context, the error would keep the tensors of every function that it came through.
-    return call.does_not_fit(f"picture {items[0].index}", sum(item.patches for item in items))
+    return call.does_not_fit(f"image {items[0].index}", sum(item.patches for item in items))
 
 
 # -- how much at once -------------------------------------------------------------------------------------------------

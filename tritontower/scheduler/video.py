@@ -1,4 +1,4 @@
-"""Clips: encoded in one pass of their own, and when their frames are shown."""
+"""Videos: encoded in one pass of their own, and when their frames are shown."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +11,14 @@ from tritontower.errors import TowerError, TowerOutOfMemoryError, UsageError, is
 
 from .scheduler import Call
 
-__all__ = ["ClipTimes", "encode_clip"]
+__all__ = ["VideoTimes", "encode_video"]
 
 SLOWEST, FASTEST = 1e-9, 1e9
-"""Frames per second.  Beyond them the times of a clip's frames would not be numbers that a file of embeddings may hold."""
+"""Frames per second.  Beyond them the times of a video's frames would not be numbers that a file of embeddings may hold."""
 
 
-def encode_clip(call: Call, batch: PackedBatch) -> ImageEmbedding:
-    """Encodes one clip that is packed already, unless the cache knows it.
+def encode_video(call: Call, batch: PackedBatch) -> ImageEmbedding:
+    """Encodes one video that is packed already, unless the cache knows it.
 
     Raises:
         TowerOutOfMemoryError: it does not fit into the device's memory.
@@ -38,12 +38,12 @@ def encode_clip(call: Call, batch: PackedBatch) -> ImageEmbedding:
     call.settle()
     if isinstance(result, TowerError):
         raise result
-    return replace(result, is_clip=True)
+    return replace(result, is_video=True)
 
 
 @dataclass(frozen=True)
-class ClipTimes:
-    """When the frames of a clip are shown, as far as it is known.
+class VideoTimes:
+    """When the frames of a video are shown, as far as it is known.
 
     Attributes:
         seconds: of each frame; empty: not known.
@@ -54,7 +54,7 @@ class ClipTimes:
     interval: float | None = None
 
     @classmethod
-    def of(cls, frames: int, fps: float | None, timestamps: Sequence[float] | None) -> "ClipTimes":
+    def of(cls, frames: int, fps: float | None, timestamps: Sequence[float] | None) -> "VideoTimes":
         """The times of ``frames`` frames, so many per second or at these times.
 
         Raises:
@@ -78,14 +78,14 @@ class ClipTimes:
                 f"{len(times)} timestamps for {frames} frames; allowed: a number of seconds from 0 to below {FOREVER} for each"
             )
         if any(later < earlier for earlier, later in pairwise(times)):
-            raise UsageError("the timestamps of a clip's frames must not decrease")
+            raise UsageError("the timestamps of a video's frames must not decrease")
         spread = float(times[-1] - times[0]) / (frames - 1) if frames > 1 else None
         return cls(tuple(float(time) for time in times), spread or None)
 
     def put_on(self, embedding: ImageEmbedding, temporal: int) -> ImageEmbedding:
         """``embedding`` with these times, where one patch spans ``temporal`` frames.
 
-        A temporal patch is shown in the middle between its first frame and its last, where the last frame of the clip is
+        A temporal patch is shown in the middle between its first frame and its last, where the last frame of the video is
         repeated until the patches come out even: the times that Qwen3-VL's processor writes into a prompt.
         """
         if not self.seconds:

@@ -6,7 +6,7 @@ left out.
 
 A row's numbers depend on its own segment and on the configuration; and the configuration on the size of the pass.  Where
 fields decide in which order a row's sums are taken, attention, norms and the patch projection have them in common for all
-sizes (:func:`uniform`), so there a picture's numbers do not depend on what it is packed with.  Other products are the
+sizes (:func:`uniform`), so there an image's numbers do not depend on what it is packed with.  Other products are the
 exception: each number of rows may have another tile, and up to :data:`~tritontower.kernels.runtime.tables.SPLIT_ROWS` rows their K
 may be cut, in another number of parts for another number of rows; sums of parts differ from whole ones in the last bits.
 """
@@ -94,14 +94,14 @@ def candidates(task: Task, architecture: str, *, measured: bool = False) -> list
         task: what is tuned.
         architecture: for which chips.
         measured: whether each will be checked and timed on the GPU itself; only then those are listed that nothing but
-            that can vouch for: the vendor's own product, and the specialised variant of attention.
+            that can vouch for: the vendor's own product, and the specialized variant of attention.
     """
     makers = {"attention": _attention, "norm": _norm}
     kind = CONFIGS[task.kernel]
     found = [
         asdict(kind(**fields))
         for fields in makers.get(task.kernel, _product)(task, architecture)
-        if measured or fields.get("variant") != "specialised"
+        if measured or fields.get("variant") != "specialized"
     ]
     ranked = sorted(found, key=lambda fields: predict(task, architecture, fields, guess(task, architecture, fields)))
     # (The library neither rotates nor scales the heads of a projection, one of which a tower always asks for.)
@@ -170,13 +170,13 @@ def _attention(task: Task, architecture: str) -> Iterator[Fields]:
     if bound and bound <= 128:
         variants.append("one_shot")
     if architecture == "sm_90":
-        variants.append("specialised")
+        variants.append("specialized")
     for variant, queries, keys, warps, stages in itertools.product(
         variants, (64, 128), (32, 64, 128), (4, 8), (1, 2, 3) if nvidia else (1,)
     ):
         if queries == 64 and warps == 8:
             continue
-        if variant == "specialised" and (queries, warps) != (128, 4):
+        if variant == "specialized" and (queries, warps) != (128, 4):
             continue
         if variant == "one_shot" and (keys < bound or stages > 1):
             # All keys are one block: there is no loop whose loads could run ahead.

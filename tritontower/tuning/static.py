@@ -300,7 +300,7 @@ def _threads(assembly: str, num_warps: int) -> int:
 
 
 def _working(threads: int, asked_for: int) -> int:
-    """The threads that compute: a specialised program has four warps more than those, which fetch what they need."""
+    """The threads that compute: a specialized program has four warps more than those, which fetch what they need."""
     return threads if threads <= asked_for else max(asked_for, threads - 128)
 
 

@@ -1,4 +1,4 @@
-"""What there is to tune in a tower: its graph and the sizes of its pictures → the distinct launches of its kernels.
+"""What there is to tune in a tower: its graph and the sizes of its images → the distinct launches of its kernels.
 
 Two nodes whose launches the tables cannot tell apart (the same kernel, dtype, constants and buckets of sizes) are one
 task.  The names of constants and sizes are those with which the kernels ask :func:`tritontower.kernels.runtime.tables.tuned`.
@@ -13,7 +13,7 @@ import torch
 from tritontower.batch.packed_batch import expected_workload
 from tritontower.config import TowerConfig
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import DEFAULT_PASSES, KERNEL_PASSES, chunk_mlp, fold_still_pictures, fuse
+from tritontower.graph.fusion import DEFAULT_PASSES, KERNEL_PASSES, chunk_mlp, fold_still_images, fuse
 from tritontower.graph.ir import Graph, Node, Workload
 from tritontower.kernels.runtime.tables import bucket, dtype_name
 
@@ -68,14 +68,14 @@ class Task:
 
 
 def tower_graph(config: TowerConfig) -> Graph:
-    """The graph of a tower for still pictures as it runs where kernels run."""
-    return fold_still_pictures(fuse(build(config), (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)))
+    """The graph of a tower for still images as it runs where kernels run."""
+    return fold_still_images(fuse(build(config), (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)))
 
 
 def tasks_of(config: TowerConfig, patches: Sequence[int], dtype: torch.dtype) -> list[Task]:
-    """The distinct tasks of a tower's passes over pictures of ``patches`` patches each, in the order of the graph.
+    """The distinct tasks of a tower's passes over images of ``patches`` patches each, in the order of the graph.
 
-    A tower that sees pictures of one size only gets as many of them as come nearest to each of ``patches``.
+    A tower that sees images of one size only gets as many of them as come nearest to each of ``patches``.
     """
     graph = tower_graph(config)
     found: dict[tuple[Any, ...], Task] = {}

@@ -320,7 +320,7 @@ class Gauge:
         size = {name: min(value, LARGEST_CHECK) for name, value in task.sizes}
         facts = {name: min(value, LARGEST_CHECK) if name == "rows" else value for name, value in task.facts}
         smaller = replace(task, sizes=tuple(sorted(size.items())), facts=tuple(sorted(facts.items())))
-        repeats = REPEATS * (10 if config.get("variant") == "specialised" else 1)
+        repeats = REPEATS * (10 if config.get("variant") == "specialized" else 1)
         largest = 0.0
         for hard in (False, True) if task.kernel == "attention" else (False,):
             operation = prepare(smaller, self.device, hard=hard)
@@ -441,7 +441,7 @@ def _finalists(
         default = tuple(sorted(default_fields(task, architecture).items()))
         best = [one for value in kept for one in _sorted(each, shared, value)[: 2 if shared else count]]
         always = [one for one in each if one.predicted is None and not one.dropped]
-        always += [one for one in each if one.config.get("variant") == "specialised" and not one.dropped]
+        always += [one for one in each if one.config.get("variant") == "specialized" and not one.dropped]
         first = [one for one in each if one.identity == default and not one.dropped]
         chosen += [(task, one) for one in {one.identity: one for one in (*first, *best, *always)}.values()]
     return chosen

@@ -177,10 +177,10 @@ def test_scale(kernel_device, scale, backend):
     assert relative_error(out, attention_fp64(q, k, v, RAGGED, scale)) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbours are NaN, and numpy says so
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbors are NaN, and numpy says so
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 33, 64, 100])
-def test_a_segment_does_not_feel_its_neighbours(kernel_device, length, dtype, backend):
+def test_a_segment_does_not_feel_its_neighbors(kernel_device, length, dtype, backend):
     """Alone, first, last, and in the middle of a pack of ten with longer ones and NaN: the same bits."""
     lengths = [length, 64, length, length, 7, 130, 1, length, 90, length]
     segments = Segments(lengths)

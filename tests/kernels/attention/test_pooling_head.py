@@ -62,7 +62,7 @@ def test_the_towers_own_shapes(device, heads, head_dim, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 72)])
-def test_many_pictures(kernel_device, heads, head_dim, dtype):
+def test_many_images(kernel_device, heads, head_dim, dtype):
     segments = Segments([196] * 100 + [4096, 729, 1])
     query, kv = inputs(segments, heads, head_dim, dtype, kernel_device)
     assert relative_error(attention_pooling(query, kv, segments), expected(query, kv, segments)) <= TOLERANCE[dtype]
@@ -157,11 +157,11 @@ def test_views_are_read_and_written(device, dtype):
     assert bool((wide == 7.0).all())
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbours are NaN, and numpy says so
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbors are NaN, and numpy says so
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("length", [1, 33, 64, 100, 729])
-def test_a_segment_does_not_feel_its_neighbours(device, length, dtype):
+def test_a_segment_does_not_feel_its_neighbors(device, length, dtype):
     """Alone, first, last, and in the middle of a pack with longer ones and NaN: the same bits."""
     lengths = [length, 64, length, 7, 130, 1, length]
     segments = Segments(lengths)
@@ -247,7 +247,7 @@ QUERY, KV = torch.zeros(2, 8), torch.zeros(5, 2, 2, 8)
     [
         ({"segments": [5]}, TypeError, "segments must be Segments, got list"),
         ({"segments": Segments([4])}, ValueError, r"kv has shape \(5, 2, 2, 8\); it has to be \(4, 2, 2, 8\)"),
-        ({"segments": Segments([2, 0, 3])}, ValueError, "segment 1 of .* a picture needs at least one row"),
+        ({"segments": Segments([2, 0, 3])}, ValueError, "segment 1 of .* an image needs at least one row"),
         ({"query": QUERY.double()}, TypeError, "query is torch.float64"),
         ({"query": QUERY[0]}, ValueError, r"query has shape \(8,\)"),
         ({"query": torch.zeros(2, 136)}, ValueError, "head_dim <= 128"),

@@ -1,4 +1,4 @@
-"""The other kernels of attention (fixed stabiliser, specialised warps, one shot): the same numbers, promises and limits."""
+"""The other kernels of attention (fixed stabilizer, specialized warps, one shot): the same numbers, promises and limits."""
 
 import contextvars
 import math
@@ -22,19 +22,19 @@ from tritontower.kernels.runtime.segments import Segments
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ONLINE = FlashAttentionConfig(32, 32, 4, 1)
 FIXED = FlashAttentionConfig(32, 32, 4, 1, "fixed")
-SPECIALISED = FlashAttentionConfig(128, 32, 4, 2, "specialised")
+SPECIALIZED = FlashAttentionConfig(128, 32, 4, 2, "specialized")
 ONE_SHOT = FlashAttentionConfig(64, 64, 4, 1, "one_shot")
 RAGGED = Segments([1, 32, 45, 0, 64, 97])
 WINDOWS = Segments([64, 1, 0, 33, 64, 16])
 LOG2_E = math.log2(math.e)
 
 recent_triton = pytest.mark.skipif(
-    not warp_specialized._triton_is_recent(), reason="padded heads with specialised warps need Triton 3.7"
+    not warp_specialized._triton_is_recent(), reason="padded heads with specialized warps need Triton 3.7"
 )
 
 WALKING = [pytest.param(ONLINE, dtype, id=f"online-{dtype}") for dtype in (BF16,)] + [
     pytest.param(config, dtype, id=f"{config.variant}-{str(dtype).removeprefix('torch.')}")
-    for config, dtypes in ((FIXED, (BF16, FP16, FP32)), (SPECIALISED, (BF16, FP16)))
+    for config, dtypes in ((FIXED, (BF16, FP16, FP32)), (SPECIALIZED, (BF16, FP16)))
     for dtype in dtypes
 ]
 """Variants that walk over the keys, in the dtypes that they take."""
@@ -81,7 +81,7 @@ def launches(monkeypatch):
     modules = {
         "online": online_softmax,
         "fixed": fixed_max,
-        "specialised": warp_specialized,
+        "specialized": warp_specialized,
         "one_shot": single_block,
     }
     for name, module in modules.items():
@@ -96,7 +96,7 @@ def launches(monkeypatch):
 
 @pytest.fixture
 def faults(monkeypatch):
-    """What the specialised kernel marked as faulty, launch by launch."""
+    """What the specialized kernel marked as faulty, launch by launch."""
     seen = []
     launch = online_softmax.launch
 
@@ -116,8 +116,8 @@ class TestNumbers:
         out = flash_attention_varlen(q, k, v, RAGGED, config=config)
         assert relative_error(out, attention_fp64(q, k, v, RAGGED, head_dim**-0.5)) <= TOLERANCE[dtype]
         exact = head_dim in (64, 80, 128)
-        assert launches[0] == (config.variant if config.variant != "specialised" or exact else "online")
-        assert launches[1:] == (["repair"] if launches[0] == "specialised" and dtype == BF16 else [])
+        assert launches[0] == (config.variant if config.variant != "specialized" or exact else "online")
+        assert launches[1:] == (["repair"] if launches[0] == "specialized" and dtype == BF16 else [])
 
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     @pytest.mark.parametrize("head_dim", [16, 64, 80, 104])
@@ -127,7 +127,7 @@ class TestNumbers:
         assert relative_error(out, attention_fp64(q, k, v, WINDOWS, head_dim**-0.5)) <= TOLERANCE[dtype]
         assert launches == ["one_shot"]
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALISED, ONE_SHOT], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, ONE_SHOT], ids=lambda config: config.variant)
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     @pytest.mark.parametrize(("head_dim", "width"), [(72, 80), (64, 80), (60, 64), (100, 104)])
     def test_padded_heads(self, kernel_device, poisoned_empty, launches, config, dtype, head_dim, width):
@@ -145,13 +145,13 @@ class TestNumbers:
         assert torch.equal(flash_attention_varlen(q, k, v, WINDOWS, queries_scaled=True, **how), out)
 
     @pytest.mark.parametrize(
-        "config", [FIXED, pytest.param(SPECIALISED, marks=recent_triton)], ids=lambda config: config.variant
+        "config", [FIXED, pytest.param(SPECIALIZED, marks=recent_triton)], ids=lambda config: config.variant
     )
     @pytest.mark.parametrize("norm", [1, 2, 3])
     def test_padding_costs_no_accuracy(self, kernel_device, launches, config, norm):
         """Queries are not rounded once more on the way into the product, which would show where scores are large.
 
-        (A fixed stabiliser costs a tenth by itself: the online softmax holds a row's largest weight, 1, exactly.)
+        (A fixed stabilizer costs a tenth by itself: the online softmax holds a row's largest weight, 1, exactly.)
         """
         q, k, v = projection(RAGGED, 72, BF16, kernel_device, width=80)
         q[..., :72] *= norm
@@ -197,7 +197,7 @@ class TestNumbers:
                 wrong[scaled] += float((out.double().cpu() - truth).square().sum())
         assert wrong[True] <= 1.1**2 * wrong[False]
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALISED], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED], ids=lambda config: config.variant)
     def test_views(self, kernel_device, config):
         """Token-major queries, head-major keys, values with gaps, and a result in the middle of something else."""
         generator = torch.Generator().manual_seed(5)
@@ -250,9 +250,9 @@ class TestFarApart:
 
     @pytest.mark.parametrize("boost", [0, 20, 60, 100, 140, 400])
     @pytest.mark.parametrize("where", ["last block", "before it", "row by row"])
-    @pytest.mark.parametrize("config", [FIXED, SPECIALISED], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
     def test_in_padded_heads(self, kernel_device, config, where, boost):
-        """The stabiliser is rounded here, far from the maximum where that is large."""
+        """The stabilizer is rounded here, far from the maximum where that is large."""
         scale = math.log(2)
         q, k, v, segments = boosted(boost, where, BF16, kernel_device, head_dim=72, width=80, scale=scale)
         q[..., 1:72] *= 0.17
@@ -264,7 +264,7 @@ class TestFarApart:
     @pytest.mark.parametrize(("boost", "repaired"), [(0, 0), (60, 0), (140, 97), (400, 97)])
     def test_which_rows_are_repaired(self, kernel_device, faults, boost, repaired):
         q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, scale=64**-0.5)
-        flash_attention_varlen(q, k, v, segments, config=SPECIALISED)
+        flash_attention_varlen(q, k, v, segments, config=SPECIALIZED)
         assert int(faults[0].sum()) == repaired
 
     @recent_triton
@@ -273,10 +273,10 @@ class TestFarApart:
         scale = math.log(2)
         q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, head_dim=72, width=80, scale=scale)
         q[..., 1:72] *= 0.17
-        flash_attention_varlen(q, k, v, segments, config=SPECIALISED, scale=scale, columns=72)
+        flash_attention_varlen(q, k, v, segments, config=SPECIALIZED, scale=scale, columns=72)
         assert int(faults[0].sum()) == repaired
 
-    @pytest.mark.parametrize("config", [FIXED, SPECIALISED], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
     def test_values_that_overflow_before_the_sum_does(self, kernel_device, config):
         q, k, v, segments = boosted(80, "before it", BF16, kernel_device, scale=64**-0.5)
         v *= 1e25
@@ -298,19 +298,19 @@ class TestFarApart:
         assert torch.equal(tall, short)
 
 
-NEIGHBOURS = [(FIXED, BF16, 72), (FIXED, FP16, 80), (SPECIALISED, BF16, 80), (SPECIALISED, FP16, 64)]
+NEIGHBORS = [(FIXED, BF16, 72), (FIXED, FP16, 80), (SPECIALIZED, BF16, 80), (SPECIALIZED, FP16, 64)]
 
 
-class TestNeighbours:
-    @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbours are NaN, and numpy says so
+class TestNeighbors:
+    @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbors are NaN, and numpy says so
     @pytest.mark.filterwarnings("ignore:invalid value")
-    @pytest.mark.parametrize(("config", "dtype", "head_dim"), NEIGHBOURS)
+    @pytest.mark.parametrize(("config", "dtype", "head_dim"), NEIGHBORS)
     @pytest.mark.parametrize("length", [1, 33, 64, 97])
     def test_the_same_bits_alone_and_between_nan(self, kernel_device, config, dtype, head_dim, length):
         self.check(kernel_device, config, dtype, head_dim, None, length, {})
 
     @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
-    @pytest.mark.parametrize("config", [FIXED, SPECIALISED], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
     @pytest.mark.parametrize("length", [1, 64, 97])
     def test_in_padded_heads(self, kernel_device, config, length):
         self.check(kernel_device, config, BF16, 72, 80, length, {"columns": 72})
@@ -338,7 +338,7 @@ class TestNeighbours:
             assert torch.equal(packed[start : start + length], alone)
         assert bool(torch.isnan(packed[length : length + other]).all())
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALISED, ONE_SHOT], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, ONE_SHOT], ids=lambda config: config.variant)
     def test_tiles_that_only_fill_up_the_list(self, kernel_device, config):
         """A list planned for more: rows beyond the end of a segment, and segments without rows."""
 
@@ -358,7 +358,7 @@ class TestNeighbours:
 
 
 class TestFallback:
-    def launch(self, device, *, head_dim=64, dtype=BF16, gap=0, offset=0, config=SPECIALISED):
+    def launch(self, device, *, head_dim=64, dtype=BF16, gap=0, offset=0, config=SPECIALIZED):
         shape = (RAGGED.total, 2, head_dim + gap)
         q, k, v = (
             torch.randn(math.prod(shape) + offset).to(device, dtype)[offset:].view(shape)[..., :head_dim]
@@ -374,35 +374,35 @@ class TestFallback:
             {"gap": 4},
             {"head_dim": 72},
             {"dtype": FP32},
-            {"config": FlashAttentionConfig(64, 32, 4, 2, "specialised")},
+            {"config": FlashAttentionConfig(64, 32, 4, 2, "specialized")},
         ],
         ids=str,
     )
     def test_what_the_copy_engine_does_not_take(self, kernel_device, launches, case):
         self.launch(kernel_device, **case)
-        assert "specialised" not in launches
+        assert "specialized" not in launches
 
     def test_aligned_gaps_are_taken(self, kernel_device, launches):
         self.launch(kernel_device, gap=8, offset=8)
-        assert launches[0] == "specialised"
+        assert launches[0] == "specialized"
 
     def test_other_architectures(self):
         tensor = torch.empty(4, 2, 64, dtype=BF16)
-        reason = warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALISED, "sm_100")
-        assert reason == "the compiler specialises warps for sm_90, not for sm_100"
+        reason = warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_100")
+        assert reason == "the compiler specializes warps for sm_90, not for sm_100"
 
     def test_rows_inside_rows(self):
         tensor = torch.empty(4, 2, 64, dtype=BF16)
         inside = tensor.as_strided((4, 2, 64), (64, 64, 1))
-        assert "one after another" in warp_specialized.obstacle(inside, tensor, tensor, 64, SPECIALISED, "sm_90")
-        assert warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALISED, "sm_90") is None
+        assert "one after another" in warp_specialized.obstacle(inside, tensor, tensor, 64, SPECIALIZED, "sm_90")
+        assert warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_90") is None
 
     def test_padded_heads_under_an_old_compiler(self, monkeypatch):
         tensor = torch.empty(4, 2, 80, dtype=BF16)
         for version, reason in (("3.6.0", "padded heads need Triton 3.7"), ("3.10.1", None)):
             monkeypatch.setattr(warp_specialized.triton, "__version__", version)
-            assert warp_specialized.obstacle(tensor, tensor, tensor, 72, SPECIALISED, "sm_90") == reason
-            assert warp_specialized.obstacle(tensor, tensor, tensor, 80, SPECIALISED, "sm_90") is None
+            assert warp_specialized.obstacle(tensor, tensor, tensor, 72, SPECIALIZED, "sm_90") == reason
+            assert warp_specialized.obstacle(tensor, tensor, tensor, 80, SPECIALIZED, "sm_90") is None
 
     def test_the_callers_allocator_stays(self, kernel_device):
         allocation = pytest.importorskip("triton.runtime._allocation")
@@ -465,7 +465,7 @@ class TestConfigurations:
 
     def test_an_unknown_variant(self):
         with pytest.raises(
-            ValueError, match="variant must be one of online, fixed, specialised, one_shot, got 'magic'"
+            ValueError, match="variant must be one of online, fixed, specialized, one_shot, got 'magic'"
         ):
             FlashAttentionConfig(64, 64, 4, 2, "magic")
 

@@ -158,7 +158,7 @@ def test_values_that_are_not_finite_stay_where_they_belong(exponentials):
 
 @needs_exponentials
 @pytest.mark.parametrize("budget", [None, 1])
-def test_neighbours_do_not_change_bits(exponentials, monkeypatch, budget):
+def test_neighbors_do_not_change_bits(exponentials, monkeypatch, budget):
     if budget:
         monkeypatch.setattr(torch_reference, "_WEIGHTS_BYTES", budget)
         monkeypatch.setattr(torch_reference, "_HEADS_BYTES", budget)

@@ -11,7 +11,7 @@ from tritontower.kernels.gemm.linear import LinearConfig
 from tritontower.kernels.gemm.patch_projection import (
     choose_config,
     compile_specs,
-    fold_normalisation,
+    fold_normalization,
     fold_temporal,
     patch_projection,
     patch_projection_reference,
@@ -104,15 +104,15 @@ def test_is_the_convolution_of_the_tower():
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_folded_bytes_equal_normalised_floats(request, backend, dtype, with_bias):
+def test_folded_bytes_equal_normalized_floats(request, backend, dtype, with_bias):
     device = request.getfixturevalue("kernel_device") if backend == "kernel" else torch.device("cpu")
     weight, bias, _ = weights(20, 588, torch.float32, device)
     bias = bias if with_bias else None
     raw = pixels(37, 588, torch.uint8, device)
     mean, std = (torch.tensor(values, dtype=torch.float64, device=device).view(1, 3, 1) for values in (MEAN, STD))
-    normalised = ((raw.double().view(37, 3, 196) * RESCALE - mean) / std).view(37, 588)
-    want = normalised @ weight.double().T + (0 if bias is None else bias.double())
-    folded_weight, folded_bias = fold_normalisation(weight, bias, mean=MEAN, std=STD, rescale_factor=RESCALE)
+    normalized = ((raw.double().view(37, 3, 196) * RESCALE - mean) / std).view(37, 588)
+    want = normalized @ weight.double().T + (0 if bias is None else bias.double())
+    folded_weight, folded_bias = fold_normalization(weight, bias, mean=MEAN, std=STD, rescale_factor=RESCALE)
     got = patch_projection(raw, folded_weight.to(dtype), folded_bias.to(dtype), config=SMALL)
     # The folded weights are rounded too, so two roundings; neither touches the pixels.
     assert relative_error(got, want) <= 1.5 * TOLERANCE[dtype]
@@ -122,14 +122,14 @@ def test_folding_is_exact_in_fp64():
     weight, bias, _ = weights(6, 12, torch.float64)
     raw = torch.arange(0, 240, 20, dtype=torch.float64).view(1, 12)
     mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-    normalised = (raw.view(3, 4) * RESCALE - mean[:, None]) / std[:, None]
-    folded_weight, folded_bias = fold_normalisation(weight, bias, mean=MEAN, std=STD, rescale_factor=RESCALE)
+    normalized = (raw.view(3, 4) * RESCALE - mean[:, None]) / std[:, None]
+    folded_weight, folded_bias = fold_normalization(weight, bias, mean=MEAN, std=STD, rescale_factor=RESCALE)
     got = (raw - 128) @ folded_weight.T + folded_bias
-    assert relative_error(got, normalised.view(1, 12) @ weight.T + bias) <= 1e-14
+    assert relative_error(got, normalized.view(1, 12) @ weight.T + bias) <= 1e-14
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_still_pictures_fold_their_two_equal_frames(dtype):
+def test_still_images_fold_their_two_equal_frames(dtype):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 3, 2, 14, 14, generator=generator).to(dtype)
     frame = torch.randn(4, 3, 1, 14, 14, generator=generator)
@@ -291,9 +291,9 @@ def test_refuses_what_does_not_fit(change, error, message):
         (torch.zeros(2, 9), torch.zeros(3), MEAN, STD, r"bias has shape \(3,\)"),
     ],
 )
-def test_fold_normalisation_refuses(weight, bias, mean, std, message):
+def test_fold_normalization_refuses(weight, bias, mean, std, message):
     with pytest.raises(ValueError, match=message):
-        fold_normalisation(weight, bias, mean=mean, std=std, rescale_factor=RESCALE)
+        fold_normalization(weight, bias, mean=mean, std=std, rescale_factor=RESCALE)
 
 
 def test_fold_temporal_refuses_flat_weights():

@@ -118,7 +118,7 @@ def test_sums_are_rounded_once(device, dtype):
 
 
 def bilinear(side, wanted):
-    """Taps and weights that shrink a ``side × side`` grid to ``wanted × wanted``, half-pixel centres."""
+    """Taps and weights that shrink a ``side × side`` grid to ``wanted × wanted``, half-pixel centers."""
     place = ((torch.arange(wanted) + 0.5) * (side / wanted) - 0.5).clamp(min=0)
     low = place.floor().int()
     high = (low + 1).clamp(max=side - 1)

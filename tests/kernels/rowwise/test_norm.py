@@ -19,8 +19,8 @@ def expected(x, weight, bias, kind):
     x, weight = x.double(), weight.double()
     if kind == "layer_norm":
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, None if bias is None else bias.double(), EPS)
-    normalised = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-    return normalised * (weight + 1 if kind == "gemma_rms_norm" else weight)
+    normalized = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+    return normalized * (weight + 1 if kind == "gemma_rms_norm" else weight)
 
 
 def inputs(rows, width, dtype, kind, device="cpu", seed=0):
@@ -95,7 +95,7 @@ def test_residual_is_added_rounded_and_returned(device, dtype, gathered, given):
     assert torch.equal(summed, total)
     assert (summed is place) == given
     ordered = total if order is None else total[order.long()]
-    # What is normalised is the rounded sum, as if it had gone through memory.
+    # What is normalized is the rounded sum, as if it had gone through memory.
     assert torch.equal(y, norm(ordered, weight, kind="rms_norm", eps=EPS))
 
 

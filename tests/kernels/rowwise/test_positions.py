@@ -27,7 +27,7 @@ from tritontower.kernels.runtime.config import ARCHITECTURES
 
 
 def random_grids(merge, seed, count=4, longest=20):
-    """Pictures and a few videos."""
+    """Images and a few videos."""
     draw = random.Random(seed)
     return [
         (draw.choice((1, 1, 3)), merge * draw.randint(1, longest), merge * draw.randint(1, longest))
@@ -195,14 +195,14 @@ def test_corners_and_whole_rows_are_the_tables_own():
     assert weights[~whole].max() == 0.5
 
 
-def test_half_pixel_centres_would_show():
+def test_half_pixel_centers_would_show():
     table = torch.arange(16.0)[:, None]
     index, weights = taps_of([(1, 6, 6)], 1, 4)
     found = summed(index, weights, table)
     assert torch.equal(found[[0, 5, 30, 35], 0], torch.tensor([0.0, 3.0, 12.0, 15.0], dtype=torch.float64))
     square = table.view(1, 1, 4, 4)
-    centred = torch.nn.functional.interpolate(square, (6, 6), mode="bilinear", align_corners=False)
-    assert relative_error(found, centred.view(-1, 1)) > 1e-2
+    centered = torch.nn.functional.interpolate(square, (6, 6), mode="bilinear", align_corners=False)
+    assert relative_error(found, centered.view(-1, 1)) > 1e-2
 
 
 def test_a_patchs_taps_do_not_depend_on_the_pack():

@@ -1,4 +1,4 @@
-"""Pictures' rows put into a prompt's: both backends bit for bit what indexing and addition make of them."""
+"""Images' rows put into a prompt's: both backends bit for bit what indexing and addition make of them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tritontower.kernels.runtime.config import ARCHITECTURES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 1), (1, 1152), (7, 72), (40, 1280), (300, 48), (9, 3584)]
-PICTURE_ROWS = 23
+IMAGE_ROWS = 23
 
 
 def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
@@ -19,9 +19,9 @@ def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
 def numbers(rows, device="cpu", seed=0):
     """Every third row stays text on average; the first is replaced and the last stays, where there are two."""
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(0, PICTURE_ROWS, (rows,), generator=generator, dtype=torch.int32)
+    index = torch.randint(0, IMAGE_ROWS, (rows,), generator=generator, dtype=torch.int32)
     index[torch.rand(rows, generator=generator) < 1 / 3] = -1
-    index[-1], index[0] = -1, PICTURE_ROWS - 1
+    index[-1], index[0] = -1, IMAGE_ROWS - 1
     return index.to(device)
 
 
@@ -41,7 +41,7 @@ def expected(text, rows, index, add):
 @pytest.mark.usefixtures("poisoned_empty")
 def test_splicing_is_indexing_and_one_rounding(device, dtype, rows_dtype, shape, add):
     text = normal(*shape, dtype=dtype, device=device)
-    rows = normal(PICTURE_ROWS, shape[1], dtype=rows_dtype, device=device, seed=1)
+    rows = normal(IMAGE_ROWS, shape[1], dtype=rows_dtype, device=device, seed=1)
     index = numbers(shape[0], device)
     want = expected(text, rows, index, add)
     result = splice_rows(text, rows, index, add=add)
@@ -58,7 +58,7 @@ def test_views_are_read_and_written_and_nothing_else(device, dtype, add, inside)
     wide = normal(31, 300, dtype=dtype, device=device)
     before = wide.clone()
     text = wide[:, 100:180]
-    rows = normal(PICTURE_ROWS, 3, 96, dtype=dtype, device=device, seed=1)[:, 1, 8:88]
+    rows = normal(IMAGE_ROWS, 3, 96, dtype=dtype, device=device, seed=1)[:, 1, 8:88]
     index = numbers(31, device)
     want = expected(text, rows, index, add)
     outside = torch.full((31, 200), 7.0, dtype=dtype, device=device)
@@ -104,7 +104,7 @@ def test_rows_that_stay_are_not_written_in_place(kernel_device, add):
 @pytest.mark.parametrize("add", [False, True])
 def test_reference_and_kernel_agree_bit_for_bit(kernel_device, dtype, add):
     text = normal(131, 333, dtype=dtype, device=kernel_device)
-    rows = normal(PICTURE_ROWS, 333, dtype=torch.bfloat16, device=kernel_device, seed=1)
+    rows = normal(IMAGE_ROWS, 333, dtype=torch.bfloat16, device=kernel_device, seed=1)
     index = numbers(131, kernel_device)
     kernel = splice_rows(text, rows, index, add=add)
     with dispatch.use("reference"):
@@ -114,7 +114,7 @@ def test_reference_and_kernel_agree_bit_for_bit(kernel_device, dtype, add):
 @pytest.mark.parametrize("config", [SpliceConfig(1, 16, 4), SpliceConfig(16, 64, 2), SpliceConfig(4, 1024, 8)])
 def test_configuration_does_not_change_a_bit(kernel_device, config):
     text = normal(19, 130, dtype=torch.bfloat16, device=kernel_device)
-    rows = normal(PICTURE_ROWS, 130, dtype=torch.bfloat16, device=kernel_device, seed=1)
+    rows = normal(IMAGE_ROWS, 130, dtype=torch.bfloat16, device=kernel_device, seed=1)
     index = numbers(19, kernel_device)
     assert torch.equal(
         splice_rows(text, rows, index, add=True, config=config), splice_rows(text, rows, index, add=True)
@@ -123,7 +123,7 @@ def test_configuration_does_not_change_a_bit(kernel_device, config):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_alone_equals_the_row_in_a_prompt(device, dtype):
-    text, rows = normal(301, 97, dtype=dtype, device=device), normal(PICTURE_ROWS, 97, device=device, seed=1)
+    text, rows = normal(301, 97, dtype=dtype, device=device), normal(IMAGE_ROWS, 97, device=device, seed=1)
     index = numbers(301, device)
     prompt = splice_rows(text, rows, index, add=True)
     for row in (0, 150, 300):

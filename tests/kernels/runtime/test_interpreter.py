@@ -23,7 +23,7 @@ def from_bits(bits):
     [
         (0x3F800000, 0x3F80),  # exact
         (0x3F807FFF, 0x3F80),  # just below the middle
-        (0x3F808000, 0x3F80),  # a tie goes to the even neighbour below
+        (0x3F808000, 0x3F80),  # a tie goes to the even neighbor below
         (0x3F818000, 0x3F82),  # … and above
         (0x3F808001, 0x3F81),  # just above the middle
         (0x3FFFFFFF, 0x4000),  # the carry runs through the mantissa into the exponent

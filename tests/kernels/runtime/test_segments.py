@@ -52,7 +52,7 @@ def test_device_tensors_are_made_once():
     assert segments.cu_seqlens_on(CPU) is segments.cu_seqlens_on(CPU)
 
 
-def test_groups_are_runs_of_equal_neighbours():
+def test_groups_are_runs_of_equal_neighbors():
     groups = Segments([64, 64, 48, 64, 64, 64]).groups()
     assert groups == (SegmentRun(64, 0, 2), SegmentRun(48, 128, 1), SegmentRun(64, 176, 3))
     assert [run.stop for run in groups] == [128, 176, 368]

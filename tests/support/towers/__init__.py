@@ -1,4 +1,4 @@
-"""One file per family: how to make its small random checkpoints, and how transformers alone encodes pictures with them.
+"""One file per family: how to make its small random checkpoints, and how transformers alone encodes images with them.
 
 Every file here lists its :class:`TowerCase` s in ``CASES``; ``tests/models/test_every_model.py`` holds each of them to the same
 promises.  A new family's test entry is one new file.
@@ -19,7 +19,7 @@ __all__ = ["TowerCase", "all_cases"]
 SaveCheckpoint = Callable[..., Path]
 """``save(folder, *, dtype, seed, depth, **changes)``: writes a whole small checkpoint with its processor; returns it."""
 EncodeByTransformers = Callable[[Path, Sequence[np.ndarray], torch.dtype], list[torch.Tensor]]
-"""``reference(folder, pictures, dtype)``: embeddings per picture by transformers' processor and model, nothing of ours."""
+"""``reference(folder, images, dtype)``: embeddings per image by transformers' processor and model, nothing of ours."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class TowerCase:
         others: name → changes that make a checkpoint of a configuration nobody has published.
         prefixes: generations of tensor names: each a sequence of (what a name begins with, what instead), of which the
             first that fits a name is applied.
-        sizes: width and height of pictures of very different shapes, the first of them the smallest.
-        video: whether it takes clips.
-        clip_frames: how many frames the clips have that it is shown.
-        random_size: the largest side of the pictures that tokens are counted for.
+        sizes: width and height of images of very different shapes, the first of them the smallest.
+        video: whether it takes videos.
+        video_frames: how many frames the videos have that it is shown.
+        random_size: the largest side of the images that tokens are counted for.
     """
 
     name: str
@@ -46,7 +46,7 @@ class TowerCase:
     prefixes: Sequence[Sequence[tuple[str, str]]] = ()
     sizes: Sequence[tuple[int, int]] = ((28, 28), (157, 243), (300, 64), (14, 700), (90, 90))
     video: bool = False
-    clip_frames: Sequence[int] = (1, 2, 5)
+    video_frames: Sequence[int] = (1, 2, 5)
     random_size: int = 400
 
 

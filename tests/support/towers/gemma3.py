@@ -101,9 +101,9 @@ def perturb(model: torch.nn.Module) -> None:
 
 
 def by_transformers(
-    folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype, *, model_class: str
+    folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype, *, model_class: str
 ) -> list[torch.Tensor]:
-    """The projected rows of each picture, one view after the other."""
+    """The projected rows of each image, one view after the other."""
     import transformers
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -115,9 +115,9 @@ def by_transformers(
     )
     holder = model.model.model if model_class.startswith("Shield") else model.model
     embeddings = []
-    for picture in pictures:
-        # The processor's own file leaves it open whether a picture is converted, which these need not be.
-        views = processor(images=[Image.fromarray(picture)], do_convert_rgb=False, return_tensors="pt")["pixel_values"]
+    for image in images:
+        # The processor's own file leaves it open whether an image is converted, which these need not be.
+        views = processor(images=[Image.fromarray(image)], do_convert_rgb=False, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             rows = holder.get_image_features(views.flatten(0, -4)).pooler_output
         embeddings.append(rows.flatten(0, 1))

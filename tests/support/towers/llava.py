@@ -22,7 +22,7 @@ def save_llava(
     text: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
-    """A whole small LLaVA; a SigLIP encoder's picture is no multiple of its patches."""
+    """A whole small LLaVA; a SigLIP encoder's image is no multiple of its patches."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -53,7 +53,7 @@ CASES = [
         reference=by_llava,
         others={
             **OTHERS,
-            **{name: ENCODERS[name] for name in ("one block", "heads of 72", "a picture of no whole patches")},
+            **{name: ENCODERS[name] for name in ("one block", "heads of 72", "an image of no whole patches")},
             "class token kept": {"vision_feature_select_strategy": "full"},
             "class tokens of several layers": {
                 "vision_feature_select_strategy": "full",

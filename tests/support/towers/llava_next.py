@@ -25,7 +25,7 @@ def save_llava_next(
     canvases: tuple[tuple[int, int], ...] = CANVASES,
     **changes: Any,
 ) -> Path:
-    """A whole small LLaVA-NeXT; a SigLIP encoder's picture is no multiple of its patches."""
+    """A whole small LLaVA-NeXT; a SigLIP encoder's image is no multiple of its patches."""
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
     torch.manual_seed(seed)

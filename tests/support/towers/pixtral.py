@@ -89,8 +89,8 @@ def save(
     return folder
 
 
-def by_transformers(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The projected rows of each picture."""
+def by_transformers(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The projected rows of each image."""
     from transformers import AutoModel
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -99,7 +99,7 @@ def by_transformers(folder: Path, pictures: Sequence[np.ndarray], dtype: torch.d
     side = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     inputs = processor(
-        images=[Image.fromarray(picture) for picture in pictures],
+        images=[Image.fromarray(image) for image in images],
         patch_size={"height": side, "width": side},
         return_tensors="pt",
     )

@@ -34,7 +34,7 @@ OTHERS = {
     "no block full": {"fullatt_block_indexes": []},
     "windows of one token": {"window_size": 28},
     "windows that are no whole tokens": {"window_size": 100},
-    "windows larger than pictures": {"window_size": 2800},
+    "windows larger than images": {"window_size": 2800},
     "merge three": {"spatial_merge_size": 3, "window_size": 84},
     "merge one": {"spatial_merge_size": 1, "window_size": 42},
     "small patches": {"patch_size": 8, "window_size": 48},

@@ -93,7 +93,7 @@ CASES = [
         prefixes=PREFIXES,
         sizes=SIZES,
         video=True,
-        clip_frames=(2, 3, 5),
+        video_frames=(2, 3, 5),
     )
     for model_type, others in {
         "qwen3_vl": {**OTHERS, **OTHER_DEEPSTACKS},

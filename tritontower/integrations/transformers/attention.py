@@ -1,7 +1,7 @@
 """The variable-length attention kernel as an attention implementation of transformers, for any of its vision encoders.
 
 transformers calls an attention implementation once per layer if its name has ``flash`` in it, with the boundaries of the
-pictures (``cu_seq_lens_q``), and once per picture and layer otherwise.  It refuses to load or to set one with such a name
+images (``cu_seq_lens_q``), and once per image and layer otherwise.  It refuses to load or to set one with such a name
 that is not its own, but asks nothing when it runs: the configuration's field is what counts.
 """
 
@@ -20,7 +20,7 @@ from tritontower.kernels.runtime.segments import Segments
 __all__ = ["ATTENTION", "VARLEN_ATTENTION", "register_attention", "vision_attention"]
 
 ATTENTION = "tritontower"
-"""Name of the implementation that is called once per picture and layer; ``set_attn_implementation`` takes it."""
+"""Name of the implementation that is called once per image and layer; ``set_attn_implementation`` takes it."""
 VARLEN_ATTENTION = "tritontower_flash"
 """Name of the same that is called once per layer; :func:`vision_attention` sets it."""
 
@@ -97,13 +97,13 @@ def _attend(
     Args:
         module: the layer that attends.
         query, key, value: ``[batch, heads, rows, head_dim]`` each.
-        attention_mask: ``None``, or ``[1, 1, rows, rows]``, true or 0 where rows of one picture meet.
+        attention_mask: ``None``, or ``[1, 1, rows, rows]``, true or 0 where rows of one image meet.
         scaling: what scores are multiplied by.
         dropout: has to be 0.
         is_causal: has to be false.
-        cu_seq_lens_q, cu_seq_lens_k: where each picture begins, ``[pictures + 1]``, and in the end the rows; ``None``:
+        cu_seq_lens_q, cu_seq_lens_k: where each image begins, ``[images + 1]``, and in the end the rows; ``None``:
             every row attends to all of its batch entry.
-        position_ids: ``[rows, 2]``, row and column in each picture, where nothing else says where one begins.
+        position_ids: ``[rows, 2]``, row and column in each image, where nothing else says where one begins.
         **unused: hints for other implementations.
 
     Returns:
@@ -128,8 +128,8 @@ def _attend(
     segments = _segments(batch, rows, cu_seq_lens_q, attention_mask, position_ids)
     if segments.total != batch * rows:
         raise UsageError(
-            f"the pictures are said to have {segments.total} rows, but there are {batch} × {rows} queries; the attention "
-            f"implementation {ATTENTION!r} takes pictures one after the other in one batch entry"
+            f"the images are said to have {segments.total} rows, but there are {batch} × {rows} queries; the attention "
+            f"implementation {ATTENTION!r} takes images one after the other in one batch entry"
         )
     packed = [tensor.transpose(1, 2).reshape(batch * rows, heads, head_dim) for tensor in (query, key, value)]
     attended = flash_attention_varlen(packed[0], packed[1], packed[2], segments, scale=scaling)
@@ -143,7 +143,7 @@ def _segments(
     mask: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> Segments:
-    """The pictures, by the first of the three that says something; else every batch entry is one."""
+    """The images, by the first of the three that says something; else every batch entry is one."""
     if boundaries is not None:
         return _once(boundaries, _between_boundaries)
     if mask is not None:
@@ -176,23 +176,23 @@ def _between_boundaries(boundaries: torch.Tensor) -> Segments:
 
 
 def _of_positions(positions: torch.Tensor) -> Segments:
-    """Every picture has one place in row 0 and column 0, and begins there."""
+    """Every image has one place in row 0 and column 0, and begins there."""
     starts = (positions == 0).all(-1).nonzero().flatten()
     return _between_boundaries(torch.cat([starts, starts.new_tensor([len(positions)])]))
 
 
 def _of_mask(mask: torch.Tensor) -> Segments:
-    """The pictures of a mask that lets the rows of each of several attend to each other.
+    """The images of a mask that lets the rows of each of several attend to each other.
 
     Raises:
         UsageError: it is another mask.
     """
     meet = (mask if mask.dtype == torch.bool else mask == 0)[0, 0]
-    picture = (~meet.diagonal(1)).cumsum(0)
-    picture = torch.cat([picture.new_zeros(1), picture])
-    if mask.shape[:2] != (1, 1) or not bool((meet == (picture[:, None] == picture)).all()):
+    image = (~meet.diagonal(1)).cumsum(0)
+    image = torch.cat([image.new_zeros(1), image])
+    if mask.shape[:2] != (1, 1) or not bool((meet == (image[:, None] == image)).all()):
         raise UsageError(
             f"the attention implementation {ATTENTION!r} takes only masks that divide the rows of one batch entry into "
-            "pictures; use another one for models that pad"
+            "images; use another one for models that pad"
         )
-    return Segments.from_lengths(picture.bincount().tolist())
+    return Segments.from_lengths(image.bincount().tolist())

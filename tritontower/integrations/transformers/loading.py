@@ -38,7 +38,7 @@ def load_vlm(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads a vision-language model and its processor; pictures are encoded by a tower, which is not quantised.
+    """Loads a vision-language model and its processor; images are encoded by a tower, which is not quantized.
 
     transformers reads the language model only, and the tower its own tensors, so the vision weights exist once, in
     ``dtype``, whatever becomes of the language model.  ``accelerated(model).tower`` is the tower.  What the model saves has
@@ -46,19 +46,19 @@ def load_vlm(
 
     Args:
         model: a local folder, or the id of a repository on the Hugging Face hub.
-        load_in_4bit: quantise the linears of the language model to NF4 with bitsandbytes, computing in ``dtype``.
-        quantization_config: quantise it as this says instead, as in transformers.
-        dtype: of the tower, and of the language model where it is not quantised; ``"auto"``: as the checkpoint says.
+        load_in_4bit: quantize the linears of the language model to NF4 with bitsandbytes, computing in ``dtype``.
+        quantization_config: quantize it as this says instead, as in transformers.
+        dtype: of the tower, and of the language model where it is not quantized; ``"auto"``: as the checkpoint says.
         device: where the model runs; by default the current GPU, else the CPU.
         attn_implementation: of the language model, as in transformers.
         revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
 
     Returns:
         The model, of the class that transformers has for it, in evaluation mode; and its processor.  Without torchvision,
-        which some of those of transformers need, that is the same class without clips, or a :class:`PictureTextProcessor`.
+        which some of those of transformers need, that is the same class without videos, or a :class:`ImageTextProcessor`.
 
     Raises:
-        BackendUnavailableError: what quantises is not installed, or does not support the device.
+        BackendUnavailableError: what quantizes is not installed, or does not support the device.
         UsageError: both ``load_in_4bit`` and ``quantization_config``.
         ConfigError: the configuration asks for code from elsewhere.
         UnsupportedArchitectureError: transformers has no such model with a language model.
@@ -93,7 +93,7 @@ def load_vlm(
 
 
 def _class_of(config: Any, source: str) -> type[Any]:
-    """The class that transformers has for a model of pictures and text."""
+    """The class that transformers has for a model of images and text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     found: type[Any] | None = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
@@ -107,8 +107,8 @@ def _class_of(config: Any, source: str) -> type[Any]:
 def _load_language_model(
     model_class: type[Any], source: str, config: Any, tower: VisionTower, options: dict[str, Any]
 ) -> Any:
-    quantised = options.get("quantization_config") is not None or hasattr(config, "quantization_config")
-    placed = {"device_map": {"": tower.device}} if quantised else {}
+    quantized = options.get("quantization_config") is not None or hasattr(config, "quantization_config")
+    placed = {"device_map": {"": tower.device}} if quantized else {}
     try:
         model, report = _without_vision(model_class, tower.family.roots).from_pretrained(
             source,
@@ -127,7 +127,7 @@ def _load_language_model(
             f"{source} lacks {len(missing)} tensors of the language model: {list_names(missing)}", missing
         )
     model.__class__ = model_class
-    return (model if quantised else model.to(tower.device)).eval()
+    return (model if quantized else model.to(tower.device)).eval()
 
 
 def _without_vision(model_class: type[Any], roots: Roots) -> type[Any]:
@@ -150,7 +150,7 @@ def _without_vision(model_class: type[Any], roots: Roots) -> type[Any]:
 
 
 def _four_bits(device: torch.device, dtype: torch.dtype) -> Any:
-    """Quantisation to NF4; raises :class:`BackendUnavailableError` where there is none."""
+    """Quantization to NF4; raises :class:`BackendUnavailableError` where there is none."""
     for package in ("bitsandbytes", "accelerate"):
         if find_spec(package) is None:
             raise BackendUnavailableError(

@@ -23,13 +23,13 @@ def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = 
     Everything else is passed as the model's processor makes it: ``input_ids`` with one placeholder for each row, and for
     the Qwen models ``image_grid_thw`` and ``mm_token_type_ids``, which their positions come from::
 
-        outputs = encoder_outputs(model, tower.encode(pictures))
+        outputs = encoder_outputs(model, tower.encode(images))
         model.generate(**inputs_without_pixels, mm_encoder_outputs=outputs)
 
     Args:
         model: of transformers 5.18 or later.
-        embeddings: of the pictures, in the order of their placeholders.
-        videos: of the clips, in the order of theirs.
+        embeddings: of the images, in the order of their placeholders.
+        videos: of the videos, in the order of theirs.
 
     Returns:
         ``{"image": …, "video": …}``, either of them only if there is something for it; with deepstack rows where the model
@@ -37,7 +37,7 @@ def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = 
 
     Raises:
         UsageError: transformers is too old; rows are not as wide as the language model, or have other deepstack levels.
-        UnsupportedArchitectureError, NoVisionTowerError, ConfigError: the model takes no pictures, or not of a known family.
+        UnsupportedArchitectureError, NoVisionTowerError, ConfigError: the model takes no images, or not of a known family.
     """
     if not takes_encoder_outputs(model):
         import transformers
@@ -54,11 +54,11 @@ def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = 
 def inputs_embeds(
     model: Any, input_ids: torch.Tensor, embeddings: Embeddings, *, videos: Embeddings = ()
 ) -> torch.Tensor:
-    """A prompt's token embeddings, with those of its pictures and clips in place of their placeholders.
+    """A prompt's token embeddings, with those of its images and videos in place of their placeholders.
 
     For any version of transformers::
 
-        rows = inputs_embeds(model, inputs["input_ids"], tower.encode(pictures))
+        rows = inputs_embeds(model, inputs["input_ids"], tower.encode(images))
         with added_deepstack(model, inputs["input_ids"], embeddings):  # needed by Qwen3-VL, empty for others
             model.generate(**inputs_without_pixels, inputs_embeds=rows)
 
@@ -69,8 +69,8 @@ def inputs_embeds(
         model: of transformers.
         input_ids: ``[batch, length]`` whole numbers, one placeholder for each row; ids beyond the vocabulary may only be
             placeholders.
-        embeddings: of the pictures, in the order of their placeholders, prompt by prompt.
-        videos: of the clips.
+        embeddings: of the images, in the order of their placeholders, prompt by prompt.
+        videos: of the videos.
 
     Returns:
         ``[batch, length, width]`` in the dtype and on the device of the model's token embeddings.
@@ -96,7 +96,7 @@ def inputs_embeds(
 def added_deepstack(
     model: Any, input_ids: torch.Tensor, embeddings: Embeddings, *, videos: Embeddings = ()
 ) -> Iterator[None]:
-    """While it lasts, the language model adds the deepstack rows of the pictures behind its first layers.
+    """While it lasts, the language model adds the deepstack rows of the images behind its first layers.
 
     A Qwen3-VL that is called with ``inputs_embeds`` does not know of them, and answers worse.  For models without deepstack
     levels nothing happens.  Only the pass that begins a prompt is changed, and it has to be that of ``input_ids``.
@@ -104,27 +104,27 @@ def added_deepstack(
     Args:
         model: of transformers; not called by another thread meanwhile.
         input_ids: ``[batch, length]``, as for :func:`inputs_embeds`.
-        embeddings: of the pictures, likewise.
-        videos: of the clips.
+        embeddings: of the images, likewise.
+        videos: of the videos.
 
     Raises:
         UsageError: as :func:`inputs_embeds`; or a prompt that begins is longer or shorter than ``input_ids``.
     """
     holder = vision_holder(model, family_of(model).roots)
-    pictures, clips = listed(embeddings), listed(videos)
+    images, videos = listed(embeddings), listed(videos)
     levels = _levels(holder)
     if not levels:
         yield
         return
-    for several in (pictures, clips):
+    for several in (images, videos):
         _check(holder, several)
-    masks = {"image": _mask(holder, input_ids, "image", pictures), "video": _mask(holder, input_ids, "video", clips)}
+    masks = {"image": _mask(holder, input_ids, "image", images), "video": _mask(holder, input_ids, "video", videos)}
     where = masks["image"] | masks["video"]
     added = []
     for level in range(levels):
         width = holder.config.get_text_config().hidden_size
         rows = torch.zeros(*input_ids.shape, width, dtype=model.dtype, device=input_ids.device)
-        for kind, several in (("image", pictures), ("video", clips)):
+        for kind, several in (("image", images), ("video", videos)):
             _place(rows, masks[kind], [one.deepstack[level] for one in several])
         added.append(rows[where])
 
@@ -178,7 +178,7 @@ def _check(holder: Any, embeddings: Sequence[ImageEmbedding]) -> None:
 
 
 def _placeholders(holder: Any) -> dict[str, int]:
-    """``"image"`` and, where the model takes clips, ``"video"`` → the token that stands for a row."""
+    """``"image"`` and, where the model takes videos, ``"video"`` → the token that stands for a row."""
     names = {kind: getattr(holder.config, f"{kind}_token_id", None) for kind in ("image", "video")}
     return {kind: token for kind, token in names.items() if token is not None}
 

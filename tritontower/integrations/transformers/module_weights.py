@@ -59,7 +59,7 @@ class ModuleWeights:
         """The floating type that most bytes have.
 
         Raises:
-            UnsupportedDtypeError: there is none: all are quantised.
+            UnsupportedDtypeError: there is none: all are quantized.
         """
         sizes: dict[torch.dtype, int] = {}
         for parameter in self.parameters.values():
@@ -89,7 +89,7 @@ class ModuleWeights:
                 raise CheckpointIncompleteError(f"parameter {full} has no memory yet (it is on torch's meta device)")
             if not parameter.is_floating_point():
                 raise UnsupportedDtypeError(
-                    f"parameter {full} is of {parameter.dtype}: the model was quantised when it was loaded, its vision "
+                    f"parameter {full} is of {parameter.dtype}: the model was quantized when it was loaded, its vision "
                     "part with it; load it with tritontower.integrations.transformers.load_vlm instead, or pass a tower"
                 )
             if parameter.shape != torch.Size(shape):

@@ -5,14 +5,14 @@ from typing import Any
 
 from tritontower.errors import ProcessorError, UsageError, shorten
 
-__all__ = ["PictureTextProcessor", "load_processor"]
+__all__ = ["ImageTextProcessor", "load_processor"]
 
 
 def load_processor(source: str, config: Any, **download: Any) -> Any:
-    """What turns pictures and text into a model's inputs.
+    """What turns images and text into a model's inputs.
 
     The first of these that can be made on this machine: the processor that ``AutoProcessor`` finds; the same class without
-    its video processor, which needs torchvision; for models with a Pixtral tower, :class:`PictureTextProcessor`.
+    its video processor, which needs torchvision; for models with a Pixtral tower, :class:`ImageTextProcessor`.
 
     Args:
         source: folder or hub id.
@@ -36,7 +36,7 @@ def load_processor(source: str, config: Any, **download: Any) -> Any:
             return processor
     image_processor, tokenizer = _parts(source, **download)
     if rows_of_tokens:
-        return PictureTextProcessor(image_processor, tokenizer, config)
+        return ImageTextProcessor(image_processor, tokenizer, config)
     kind = _without_video(config.model_type)
     if kind is None:
         raise _unusable(source, failure) from failure
@@ -70,7 +70,7 @@ def _unusable(source: str, error: Exception) -> ProcessorError:
 
 
 def _without_video(model_type: str) -> type[Any] | None:
-    """The processor class of a model type, taking no clips; ``None`` where it has no video processor to leave out."""
+    """The processor class of a model type, taking no videos; ``None`` where it has no video processor to leave out."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
     kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(model_type, ""))
@@ -81,7 +81,7 @@ def _without_video(model_type: str) -> type[Any] | None:
 
 def _two_part_class(kind: type[Any]) -> type[Any]:
     class WithoutVideo(kind):  # type: ignore[misc]
-        """The processor of transformers for pictures and text alone: clips need torchvision."""
+        """The processor of transformers for images and text alone: videos need torchvision."""
 
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
@@ -90,20 +90,20 @@ def _two_part_class(kind: type[Any]) -> type[Any]:
     return WithoutVideo
 
 
-class PictureTextProcessor:
-    """Pictures and text to a model's inputs, for models whose pictures are rows of tokens with an end to each row.
+class ImageTextProcessor:
+    """Images and text to a model's inputs, for models whose images are rows of tokens with an end to each row.
 
     It is called like a processor of transformers, and does what ``PixtralProcessor`` does, which needs torchvision: every
-    ``[IMG]`` in the text is repeated for each token of its picture, with ``[IMG_BREAK]`` behind each row of them and
+    ``[IMG]`` in the text is repeated for each token of its image, with ``[IMG_BREAK]`` behind each row of them and
     ``[IMG_END]`` behind the last one.
 
     Args:
-        image_processor: of transformers, for pictures of any size; it returns ``image_sizes``.
+        image_processor: of transformers, for images of any size; it returns ``image_sizes``.
         tokenizer: of transformers.
         config: of the model; ``vision_config.patch_size`` and ``spatial_merge_size`` are read.
     """
 
-    picture, row_end, picture_end = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
+    image, row_end, image_end = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
 
     def __init__(self, image_processor: Any, tokenizer: Any, config: Any) -> None:
         self.image_processor = image_processor
@@ -120,21 +120,21 @@ class PictureTextProcessor:
         """The model's inputs, by name.
 
         Args:
-            images: a picture, or several in the order of their places in the texts; ``None``: none.
+            images: an image, or several in the order of their places in the texts; ``None``: none.
             text: one text, or several.
             return_tensors: kind of the tensors, as in transformers.
             **options: for the tokenizer: ``padding``, ``truncation`` …
 
         Returns:
-            A ``BatchFeature`` with ``input_ids``, ``attention_mask``, and for pictures ``pixel_values`` and ``image_sizes``.
+            A ``BatchFeature`` with ``input_ids``, ``attention_mask``, and for images ``pixel_values`` and ``image_sizes``.
 
         Raises:
-            UsageError: no text, or another number of pictures than places for them.
+            UsageError: no text, or another number of images than places for them.
         """
         from transformers import BatchFeature
 
         if text is None:
-            raise UsageError("text is missing; pass the prompt, with one [IMG] for each picture")
+            raise UsageError("text is missing; pass the prompt, with one [IMG] for each image")
         texts = [text] if isinstance(text, str) else list(text)
         inputs: dict[str, Any] = {}
         blocks: list[str] = []
@@ -142,30 +142,30 @@ class PictureTextProcessor:
             side = {"height": self.token_side, "width": self.token_side}
             inputs |= self.image_processor(images, patch_size=side, return_tensors=return_tensors)
             blocks = [self._block(int(height), int(width)) for height, width in inputs["image_sizes"]]
-        places = sum(prompt.count(self.picture) for prompt in texts)
+        places = sum(prompt.count(self.image) for prompt in texts)
         if places != len(blocks):
-            raise UsageError(f"the text has {places} places for pictures ({self.picture}), but there are {len(blocks)}")
+            raise UsageError(f"the text has {places} places for images ({self.image}), but there are {len(blocks)}")
         rest = iter(blocks)
-        filled = ["".join(self._filled(prompt.split(self.picture), rest)) for prompt in texts]
+        filled = ["".join(self._filled(prompt.split(self.image), rest)) for prompt in texts]
         return BatchFeature({**self.tokenizer(filled, return_tensors=return_tensors, **options), **inputs})
 
     def _block(self, height: int, width: int) -> str:
-        rows = [self.picture * (width // self.token_side)] * (height // self.token_side)
-        return self.row_end.join(rows) + self.picture_end
+        rows = [self.image * (width // self.token_side)] * (height // self.token_side)
+        return self.row_end.join(rows) + self.image_end
 
     @staticmethod
     def _filled(parts: Sequence[str], blocks: Any) -> list[str]:
         return [parts[0], *(piece for part in parts[1:] for piece in (next(blocks), part))]
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool = False, **options: Any) -> Any:
-        """The text of a conversation, by the tokenizer's template, for :meth:`__call__` with its pictures.
+        """The text of a conversation, by the tokenizer's template, for :meth:`__call__` with its images.
 
         Raises:
-            UsageError: with ``tokenize``, as places for pictures are filled only when the pictures are there.
+            UsageError: with ``tokenize``, as places for images are filled only when the images are there.
         """
         if tokenize:
             raise UsageError(
-                "tokenize=True is not supported here; pass the text and the pictures to the processor itself"
+                "tokenize=True is not supported here; pass the text and the images to the processor itself"
             )
         return self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
 

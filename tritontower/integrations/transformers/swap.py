@@ -28,7 +28,7 @@ class AcceleratedVision:
     """What became of a model's vision part.
 
     Attributes:
-        tower: what encodes its pictures now; it may be called by itself.
+        tower: what encodes its images now; it may be called by itself.
         replaced: the methods of the model that it answers.
         shared_bytes: vision weights that the model and the tower hold in the same memory.
         kept_bytes: vision weights that the model holds beside the tower's, for :func:`restore`.
@@ -81,7 +81,7 @@ def accelerate_vision(
     Raises:
         UsageError: the model has a tower already; ``tower`` is another model's, or not loaded, or comes with ``dtype``.
         UnsupportedArchitectureError, NoVisionTowerError, ConfigError: no tower can be built for the model.
-        CheckpointError: the model's vision weights cannot be used: quantised, missing, of other shapes, not finite.
+        CheckpointError: the model's vision weights cannot be used: quantized, missing, of other shapes, not finite.
     """
     family = family_of(model)
     holder = vision_holder(model, family.roots)

@@ -1,6 +1,6 @@
 """The vision part of a model of transformers: where it is, what it is called with, and a tower in its place.
 
-Every vision-language model of transformers makes the rows of its pictures in one method, ``get_image_features`` (and
+Every vision-language model of transformers makes the rows of its images in one method, ``get_image_features`` (and
 ``get_video_features``), from pixels that its processor prepared.  A tower replaces that method, on one model object; the
 modules behind it are then never run.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tritontower.batch.layout import PictureLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.files import Roots, strip_prefix
@@ -64,7 +64,7 @@ def family_of(model: Any) -> Family:
 
 
 def vision_holder(model: torch.nn.Module, roots: Roots) -> Any:
-    """The module inside ``model`` that makes picture rows and holds the vision part.
+    """The module inside ``model`` that makes image rows and holds the vision part.
 
     Raises:
         UnsupportedArchitectureError: there is none, or no language model beside it that would take the rows.
@@ -101,15 +101,15 @@ def feature_output(holder: Any, rows: Any, deepstack: Sequence[Any] = ()) -> Any
     """``rows`` in the class in which ``holder`` returns and takes them.
 
     Args:
-        holder: the module that makes picture rows.
-        rows: per picture ``[tokens, width]``, or one tensor where the model is stacked.
+        holder: the module that makes image rows.
+        rows: per image ``[tokens, width]``, or one tensor where the model is stacked.
         deepstack: per level, the same; for models that have levels, even if it is empty.
     """
     # Only models with deepstack levels have this class, each in its own module.
     kind = getattr(inspect.getmodule(type(holder)), "BaseModelOutputWithDeepstackFeatures", None)
     if kind is not None:
         if not takes_encoder_outputs(holder):
-            # transformers 5.17 does not divide a level into pictures.
+            # transformers 5.17 does not divide a level into images.
             deepstack = [torch.cat(list(level)) for level in deepstack]
         return kind(pooler_output=rows, deepstack_features=list(deepstack))
     from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -128,7 +128,7 @@ def replacements(holder: Any, tower: VisionTower) -> dict[str, Callable[..., Any
         if hasattr(holder, "apply_pooling"):
             makers["get_video_features"] = _of_frames
     elif tower.config.num_patches is None:
-        makers = {"get_image_features": _of_sized_pictures}
+        makers = {"get_image_features": _of_sized_images}
     else:
         makers = {"get_image_features": _of_views}
     return {name: _in_place_of(getattr(holder, name), holder, tower, make) for name, make in makers.items()}
@@ -176,7 +176,7 @@ def _refuse_lost_gradients(holder: Any, tower: VisionTower) -> None:
 
 
 def _of_patches(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
-    """Rows of patches in merge-block order, and the grid of every picture or clip."""
+    """Rows of patches in merge-block order, and the grid of every image or video."""
     video = arguments.get("pixel_values_videos") is not None
     pixels = arguments["pixel_values_videos" if video else "pixel_values"]
     grids = arguments["video_grid_thw" if video else "image_grid_thw"]
@@ -189,7 +189,7 @@ def _run_patches(
     tower: VisionTower, pixels: torch.Tensor, grids: Sequence[tuple[int, int, int]]
 ) -> tuple[Mapping[str, torch.Tensor], list[int]]:
     config = tower.config
-    layouts = [PictureLayout.of_one_view(grid, config.patch.size) for grid in grids]
+    layouts = [ImageLayout.of_one_view(grid, config.patch.size) for grid in grids]
     batch = PackedBatch.pack(
         config,
         pixels.detach().float(),
@@ -201,23 +201,23 @@ def _run_patches(
 
 
 def _of_views(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
-    """Pictures that are all of one size."""
+    """Images that are all of one size."""
     rows = tower.forward(arguments["pixel_values"])
     return feature_output(holder, rows if is_stacked(holder) else list(rows))
 
 
-def _of_sized_pictures(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
-    """Pictures padded to one size, and the height and width of each."""
+def _of_sized_images(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
+    """Images padded to one size, and the height and width of each."""
     pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
     if sizes is None:
         return feature_output(holder, tower.forward(list(pixels)))
     sizes = torch.as_tensor(sizes).tolist()
-    views = [picture[:, :height, :width] for picture, (height, width) in zip(pixels, sizes, strict=True)]
+    views = [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
     return feature_output(holder, tower.forward(views))
 
 
 def _of_tiles(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
-    """The tiles of every picture, and the height and width of the pictures before they were cut; the model joins them."""
+    """The tiles of every image, and the height and width of the images before they were cut; the model joins them."""
     config, sizes = holder.config, torch.as_tensor(arguments["image_sizes"])
     counts = list(_tile_counts(config, sizes.tolist(), arguments.get("batch_num_images")))
     pixels = arguments["pixel_values"]
@@ -234,27 +234,27 @@ def _of_tiles(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
     return feature_output(holder, packed)
 
 
-def _tile_counts(config: Any, sizes: Sequence[Sequence[int]], pictures_per_prompt: Any) -> Iterator[int]:
-    """Tiles of each picture, the squashed one included; a picture among several of a prompt may come as that one alone."""
+def _tile_counts(config: Any, sizes: Sequence[Sequence[int]], images_per_prompt: Any) -> Iterator[int]:
+    """Tiles of each image, the squashed one included; an image among several of a prompt may come as that one alone."""
     side = config.vision_config.image_size
     alone = [True] * len(sizes)
-    if pictures_per_prompt is not None:
-        alone = [count == 1 for count in map(int, pictures_per_prompt) for _ in range(count)]
+    if images_per_prompt is not None:
+        alone = [count == 1 for count in map(int, images_per_prompt) for _ in range(count)]
     for (height, width), cut in zip(sizes, alone, strict=True):
         rows, columns = best_canvas(width, height, config.image_grid_pinpoints)
         yield 1 + (rows // side) * (columns // side) if cut else 1
 
 
 def _of_frames(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
-    """Frames of clips ``[clips, frames, channels, height, width]``, shrunk, and ended where the model does not end them."""
+    """Frames of videos ``[videos, frames, channels, height, width]``, shrunk, and ended where the model does not end them."""
     since_5_18 = takes_encoder_outputs(holder)
     pixels = arguments["pixel_values_videos" if since_5_18 else "pixel_values"]
     rows = holder.apply_pooling(tower.forward(pixels.flatten(0, 1)))
-    clips = rows.reshape(pixels.shape[0], -1, rows.shape[-1])
+    videos = rows.reshape(pixels.shape[0], -1, rows.shape[-1])
     if since_5_18:
-        newline = holder.image_newline.to(clips).expand(len(clips), 1, -1)
-        clips = torch.cat((clips, newline), dim=1)
-    return feature_output(holder, clips)
+        newline = holder.image_newline.to(videos).expand(len(videos), 1, -1)
+        videos = torch.cat((videos, newline), dim=1)
+    return feature_output(holder, videos)
 
 
 def differing_fields(one: TowerConfig, other: TowerConfig) -> list[str]:

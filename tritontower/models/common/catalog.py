@@ -16,10 +16,10 @@ from tritontower.tower import VisionTower
 
 from .registry import MISTRAL_FORMAT, FamilyFile, FamilySummary, family_files
 
-__all__ = ["COUNTED_SIDES", "CatalogueEntry", "catalogue", "families_table", "weight_formats"]
+__all__ = ["COUNTED_SIDES", "CatalogEntry", "catalog", "families_table", "weight_formats"]
 
 COUNTED_SIDES: Final = (448, 1024)
-"""Sides of the square pictures that tokens are counted for, pixels."""
+"""Sides of the square images that tokens are counted for, pixels."""
 
 FORMATS: Final = {"hf": "transformers", "mistral": "Mistral"}
 """A family's ``layout`` → whose names its files have."""
@@ -29,40 +29,40 @@ COLUMNS: Final = (
     "Checkpoints",
     "Format",
     "`model_type`",
-    "Pictures",
+    "Images",
     "Video",
-    "Tokens a picture",
+    "Tokens an image",
     *(f"{side}²" for side in COUNTED_SIDES),
 )
 
 
 @dataclass(frozen=True)
-class CatalogueEntry:
+class CatalogEntry:
     """One row of the table.
 
     Attributes:
         title: what people call the family.
         checkpoints: models that it loads, by name.
         format: whose configuration, file and tensor names the checkpoints have.
-        model_types: by what a configuration is recognised: ``model_type``, ``model_type/vision_config.model_type``, or
+        model_types: by what a configuration is recognized: ``model_type``, ``model_type/vision_config.model_type``, or
             ``params.json``.
-        pictures: to which sizes pictures are resized, in words.
-        video: whether it takes clips.
-        tokens: tokens of a picture, in words or as a formula.
-        counted: side of a square picture, pixels → its tokens in the published example.
+        images: to which sizes images are resized, in words.
+        video: whether it takes videos.
+        tokens: tokens of an image, in words or as a formula.
+        counted: side of a square image, pixels → its tokens in the published example.
     """
 
     title: str
     checkpoints: str
     format: str
     model_types: tuple[str, ...]
-    pictures: str
+    images: str
     video: bool
     tokens: str
     counted: Mapping[int, int]
 
 
-def catalogue() -> list[CatalogueEntry]:
+def catalog() -> list[CatalogEntry]:
     """Every family, in the order of the family files' names."""
     return [
         _entry(summary, model_types)
@@ -72,8 +72,8 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def families_table() -> str:
-    """The catalogue as a Markdown table, with a line beneath it on how weights may be stored."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, catalogue())]
+    """The catalog as a Markdown table, with a line beneath it on how weights may be stored."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, catalog())]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{table}\n\n{weight_formats()}"
 
@@ -82,25 +82,25 @@ def weight_formats() -> str:
     """How the weights of every family may be stored, in a sentence."""
     *others, last = SUPPORTED_SCHEMES
     return (
-        f"A tower's weights may be stored in fp32, fp16 or bf16, or quantised: {', '.join(others)} and {last} are "
-        "dequantised as they are read."
+        f"A tower's weights may be stored in fp32, fp16 or bf16, or quantized: {', '.join(others)} and {last} are "
+        "dequantized as they are read."
     )
 
 
-def _cells(entry: CatalogueEntry) -> Sequence[str]:
+def _cells(entry: CatalogEntry) -> Sequence[str]:
     return (
         entry.title,
         entry.checkpoints,
         entry.format,
         ", ".join(f"`{model_type}`" for model_type in entry.model_types),
-        entry.pictures,
+        entry.images,
         "yes" if entry.video else "–",
         entry.tokens,
         *(f"{count:,}" for count in entry.counted.values()),
     )
 
 
-def _entry(summary: FamilySummary, model_types: tuple[str, ...]) -> CatalogueEntry:
+def _entry(summary: FamilySummary, model_types: tuple[str, ...]) -> CatalogEntry:
     with TemporaryDirectory() as name:
         folder = Path(name)
         mistral = MISTRAL_FORMAT in model_types
@@ -108,12 +108,12 @@ def _entry(summary: FamilySummary, model_types: tuple[str, ...]) -> CatalogueEnt
         if summary.processor:
             (folder / "preprocessor_config.json").write_text(json.dumps(summary.processor))
         tower = VisionTower.from_pretrained(folder, device="cpu", delay_load=True)
-        return CatalogueEntry(
+        return CatalogEntry(
             title=summary.title,
             checkpoints=summary.checkpoints,
             format=FORMATS[tower.family.layout],
             model_types=model_types,
-            pictures=summary.pictures,
+            images=summary.images,
             video=summary.video,
             tokens=summary.tokens,
             counted={side: tower.count_tokens(side, side) for side in COUNTED_SIDES},

@@ -2,7 +2,7 @@
 
 CLIP (Radford et al. 2021, arXiv 2103.00020) has a class token, a norm before the first block and a patch embedding without
 bias; SigLIP (Zhai et al. 2023, arXiv 2303.15343) has none of the two norms and tokens, and a bias.  Both have a table with
-one learned position per patch of their one picture size, and the same block: pre-norm, separate q, k and v, all with biases.
+one learned position per patch of their one image size, and the same block: pre-norm, separate q, k and v, all with biases.
 The references are ``CLIPVisionModel`` and ``SiglipVisionModel`` of transformers.
 
 transformers 5 dropped the level ``vision_model.`` from the names of its tensors, wherever the encoder is not a part of
@@ -18,8 +18,8 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import ClassTokenFirst, OfBatchOfOne, OneFrame, PartOf, Recipe, Stacked, Stored
-from tritontower.config import Normalisation, PatchEmbedding, PositionTable, TowerConfig
-from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, view_pictures
+from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
+from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, view_images
 
 from .config_fields import activation, positive, whole_heads
 
@@ -94,7 +94,7 @@ SIGLIP_SO400M = {
     "num_attention_heads": 16,
     "patch_size": 14,
 }
-"""The encoder that most models with a SigLIP have, for one picture size or another."""
+"""The encoder that most models with a SigLIP have, for one image size or another."""
 
 SIGLIP_PROCESSOR = {
     "do_normalize": True,
@@ -153,12 +153,12 @@ def read_encoder(
     def number(key: str) -> int:
         return positive(vision, key, usual[key])
 
-    clip = kind == "clip"
+    video = kind == "clip"
     width, depth, patch, image = map(number, ("hidden_size", "num_hidden_layers", "patch_size", "image_size"))
     if image < patch:
         raise vision.error("image_size", image, f"at least one patch of {patch} pixels (patch_size)")
     eps = vision.get(float, "layer_norm_eps", default=usual["layer_norm_eps"], minimum=0.0, maximum=1.0)
-    norm = Normalisation("layer_norm", eps=eps)
+    norm = Normalization("layer_norm", eps=eps)
     heads = whole_heads(vision, "num_attention_heads", width, usual["num_attention_heads"])
     return TowerConfig(
         family=family,
@@ -166,7 +166,7 @@ def read_encoder(
             channels=positive(vision, "num_channels", 3),
             size=patch,
             temporal=1,
-            bias=not clip,
+            bias=not video,
         ),
         width=width,
         depth=depth,
@@ -177,10 +177,10 @@ def read_encoder(
         mlp_hidden=number("intermediate_size"),
         mlp_bias=True,
         activation=activation(vision, "hidden_act", usual["hidden_act"]),
-        # What is left of a picture beyond whole patches is not seen: 384 pixels are 27 patches of 14.
+        # What is left of an image beyond whole patches is not seen: 384 pixels are 27 patches of 14.
         position_table=PositionTable(side=image // patch, sampling="exact"),
-        class_token=clip,
-        input_norm=norm if clip else None,
+        class_token=video,
+        input_norm=norm if video else None,
         output_norm=norm,
         features=(depth,),
     )
@@ -197,7 +197,7 @@ def encoder_tensors(config: TowerConfig) -> dict[str, Recipe]:
     }
     if config.class_token:
         tensors["position_table.weight"] = ClassTokenFirst(table, f"{embeddings}.class_embedding")
-        # So it is spelt.
+        # So it is spelled.
         tensors |= _parameters("input_norm", "tower.pre_layrnorm")
     else:
         tensors["patch_projection.bias"] = Stored(f"{embeddings}.patch_embedding.bias")
@@ -252,12 +252,12 @@ def encoder_values(config: TowerConfig, path: str) -> dict[str, ModuleValue]:
 def encoder_pixels(encoder: Any, batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
     """``[views, channels, side, side]``: every view of a batch, as transformers' encoder takes it.
 
-    The batch holds whole patches alone; what its picture size has beyond them, where the encoder looks at nothing, is zero.
+    The batch holds whole patches alone; what its image size has beyond them, where the encoder looks at nothing, is zero.
     """
     side = encoder.embeddings.image_size
     pixels = batch.pixels.new_zeros(len(batch.view_grids), config.patch.channels, side, side)
-    for place, picture in zip(pixels, view_pictures(batch, config), strict=True):
-        place[:, : picture.shape[1], : picture.shape[2]] = picture
+    for place, image in zip(pixels, view_images(batch, config), strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
     return pixels
 
 

@@ -62,7 +62,7 @@ def _keeps_class_token(config: TowerConfig, select: str) -> bool:
         raise UsageError("feature_select is 'cls_patch', but this tower has no class token; allowed: 'patch'")
     if config.newline:
         raise UsageError(
-            "feature_select is 'cls_patch', but this tower cuts pictures into tiles, among whose tokens a class token has "
+            "feature_select is 'cls_patch', but this tower cuts images into tiles, among whose tokens a class token has "
             "no place; allowed: 'patch'"
         )
     return True

@@ -17,7 +17,7 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import ReferenceModelError, TowerError, list_names, shorten
 
-__all__ = ["ModuleValue", "ReferenceModel", "flat_patches", "view_pictures"]
+__all__ = ["ModuleValue", "ReferenceModel", "flat_patches", "view_images"]
 
 
 BESIDE_THE_TOWER = frozenset(
@@ -68,7 +68,7 @@ class ReferenceModel(ABC):
         Args:
             folder: the checkpoint.
             dtype: in which the model computes.
-            weights: stored name → tensor, instead of what the folder's files hold; the model is then an unquantised one,
+            weights: stored name → tensor, instead of what the folder's files hold; the model is then an unquantized one,
                 whatever ``config.json`` says.
 
         Raises:
@@ -100,7 +100,7 @@ class ReferenceModel(ABC):
         _without_language_model(config)
         model_class: Any = getattr(transformers, self.auto_class)
         if weights is not None:
-            _without_quantisation(config)
+            _without_quantization(config)
             model_class = _chosen_class(model_class, config)
         # `from_pretrained(dtype=…)`, not `.to(dtype)`: the latter would round the rotary frequencies as well.
         return cast(
@@ -141,9 +141,9 @@ def flat_patches(batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
     return frames.expand(-1, -1, config.patch.temporal, -1).flatten(1)
 
 
-def view_pictures(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
+def view_images(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
     """``[channels, height, width]`` of every view, put together again from its patches."""
-    patch, pictures = config.patch, []
+    patch, images = config.patch, []
     class_rows = 1 if config.class_token else 0
     rows = zip(
         batch.pixels.split(batch.views.lengths),
@@ -157,8 +157,8 @@ def view_pictures(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]
         raster = torch.empty_like(patches)
         raster[places[:, 0] * width + places[:, 1]] = patches
         grid = raster.unflatten(0, (height, width)).permute(2, 0, 3, 1, 4)
-        pictures.append(grid.reshape(patch.channels, height * patch.size, width * patch.size))
-    return pictures
+        images.append(grid.reshape(patch.channels, height * patch.size, width * patch.size))
+    return images
 
 
 def _without_language_model(config: Any) -> None:
@@ -178,7 +178,7 @@ def _chosen_class(auto_class: Any, config: Any) -> Any:
         return type(auto_class.from_config(config, trust_remote_code=False))
 
 
-def _without_quantisation(config: Any) -> None:
+def _without_quantization(config: Any) -> None:
     holders: tuple[Any, Any] = (config, getattr(config, "text_config", None))
     for holder in holders:
         if hasattr(holder, "quantization_config"):

@@ -160,7 +160,7 @@ class LlavaReference(ReferenceModel):
     """The image half of transformers' model, its selection of hidden states and its packing of tiles included."""
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> Mapping[str, torch.Tensor]:
-        """All views in one tensor, and of tiled pictures the height and width that they came with."""
+        """All views in one tensor, and of tiled images the height and width that they came with."""
         pixels = {"pixel_values": encoder_pixels(model.vision_tower, batch, config)}
         if not config.newline:
             return pixels
@@ -169,7 +169,7 @@ class LlavaReference(ReferenceModel):
     def outputs(
         self, model: Any, inputs: Mapping[str, torch.Tensor], config: TowerConfig
     ) -> Mapping[str, torch.Tensor]:
-        """The projected rows of each picture, put together as the model does."""
+        """The projected rows of each image, put together as the model does."""
         # Counted from the end, because a 0 passes for "no hidden states" there.
         layers = [feature - config.depth - 1 for feature in config.features]
         drops = config.class_token and not config.keep_class_token

@@ -1,7 +1,7 @@
 """The tower of Pixtral (Agrawal et al. 2024, arXiv 2410.07073), which Mistral Small 3 has as well.
 
 Square patches without bias, an RMS norm, then pre-norm blocks without any bias: 2-D rotary embedding whose frequencies the
-two axes take in turn, attention within one picture, gated silu MLP.  All norms have an epsilon of 1e-5, which no
+two axes take in turn, attention within one image, gated silu MLP.  All norms have an epsilon of 1e-5, which no
 configuration file says.  The reference is ``PixtralVisionModel`` of ``transformers.models.pixtral.modeling_pixtral``, inside
 the vision-language model that has it.
 """
@@ -16,8 +16,8 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import OneFrame, Recipe, Stacked, Stored
-from tritontower.config import Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
-from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, view_pictures
+from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
+from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, view_images
 from tritontower.preprocessing import LongestEdge, MistralResize
 
 from .config_fields import positive, rotary_theta, whole_heads
@@ -44,7 +44,7 @@ ROOTS = {"vision_tower.": "tower.", "multi_modal_projector.": "projector."}
 IGNORED = ("tower.patch_positional_embedding.*",)
 """Stored names that hold nothing: the rotary frequencies, which follow from the configuration."""
 
-NORM = Normalisation("rms_norm", eps=1e-5, rounding="before_weight")
+NORM = Normalization("rms_norm", eps=1e-5, rounding="before_weight")
 
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 
@@ -73,7 +73,7 @@ class TowerSize:
     mlp_hidden: int
     theta: float
     longest_edge: int
-    """Greatest side of a picture that the tower was trained with, pixels."""
+    """Greatest side of an image that the tower was trained with, pixels."""
 
 
 def read_tower_size(vision: ConfigReader) -> TowerSize:
@@ -132,7 +132,7 @@ def tower_config(
         gated=True,
         rotary=RotaryEmbedding(theta=size.theta, layout="alternating", rotation=rotation),
         input_norm=NORM,
-        segments="picture",
+        segments="image",
         features=features,
         projector=projector,
     )
@@ -174,7 +174,7 @@ def projector_tensors(first: str, second: str) -> dict[str, Recipe]:
 
 
 def processor_example(longest_edge: int, patch: int | Mapping[str, int]) -> dict[str, Any]:
-    """A processor file as it is published with such a tower; ``patch`` is spelt in two ways."""
+    """A processor file as it is published with such a tower; ``patch`` is spelled in two ways."""
     return {
         "image_processor_type": "PixtralImageProcessor",
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -186,10 +186,10 @@ def processor_example(longest_edge: int, patch: int | Mapping[str, int]) -> dict
 
 
 def preprocessors(longest_edge: int, *, without_file: Mapping[str, Any] | None = None) -> dict[str, MakePreprocessor]:
-    """Pictures as transformers prepares them, and as Mistral's own library does.
+    """Images as transformers prepares them, and as Mistral's own library does.
 
     Args:
-        longest_edge: greatest side of a picture, pixels; what Mistral's own library goes by.
+        longest_edge: greatest side of an image, pixels; what Mistral's own library goes by.
         without_file: the settings of transformers' processor where the checkpoint ships none.
     """
     return {
@@ -201,11 +201,11 @@ def preprocessors(longest_edge: int, *, without_file: Mapping[str, Any] | None =
 class PixtralReference(ReferenceModel):
     """``vision_tower`` and ``multi_modal_projector`` of transformers' model, one after the other.
 
-    Not its ``get_image_features``, which does just that, but fails where all pictures together make a single token.
+    Not its ``get_image_features``, which does just that, but fails where all images together make a single token.
 
     Args:
         projector_values: value of the layer graph → module of the projector and side of it.
-        merges: whether the projector merges patches, and so has to be told the pictures' sizes.
+        merges: whether the projector merges patches, and so has to be told the images' sizes.
     """
 
     row_order: ClassVar[Literal["tower", "raster"]] = "raster"
@@ -215,19 +215,19 @@ class PixtralReference(ReferenceModel):
         self.merges = merges
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """All pictures, padded to one size as transformers' processor pads them, and the height and width of each."""
-        pictures = view_pictures(batch, config)
-        sizes = [(picture.shape[1], picture.shape[2]) for picture in pictures]
+        """All images, padded to one size as transformers' processor pads them, and the height and width of each."""
+        images = view_images(batch, config)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
-        pixels = batch.pixels.new_zeros(len(pictures), config.patch.channels, height, width)
-        for place, picture in zip(pixels, pictures, strict=True):
-            place[:, : picture.shape[1], : picture.shape[2]] = picture
+        pixels = batch.pixels.new_zeros(len(images), config.patch.channels, height, width)
+        for place, image in zip(pixels, images, strict=True):
+            place[:, : image.shape[1], : image.shape[2]] = image
         return pixels, sizes
 
     def outputs(
         self, model: Any, inputs: tuple[torch.Tensor, list[tuple[int, int]]], config: TowerConfig
     ) -> Mapping[str, torch.Tensor]:
-        """The projected rows of all pictures, from one call."""
+        """The projected rows of all images, from one call."""
         pixels, sizes = inputs
         states = model.vision_tower(pixels, image_sizes=sizes, output_hidden_states=True).hidden_states
         rows = torch.cat([states[feature] for feature in config.features], dim=-1).squeeze(0)

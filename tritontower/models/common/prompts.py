@@ -1,8 +1,8 @@
-"""How the prompts of several families have pictures, read from ``config.json``."""
+"""How the prompts of several families have images, read from ``config.json``."""
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import TowerConfig
-from tritontower.prompt.layout import ClipLayout, PromptLayout
+from tritontower.prompt.layout import PromptLayout, VideoLayout
 
 __all__ = ["QWEN_TOKENS", "pixtral_prompt", "placeholder_prompt", "qwen_prompt", "token"]
 
@@ -31,11 +31,11 @@ def pixtral_prompt(reader: ConfigReader, config: TowerConfig, default: int) -> P
 def qwen_prompt(
     reader: ConfigReader, *, time_stamp: str | None = None, defaults: dict[str, int] = QWEN_TOKENS
 ) -> PromptLayout:
-    """Rows between two tokens; a clip's temporal patches each between their own where they have time stamps."""
+    """Rows between two tokens; a video's temporal patches each between their own where they have time stamps."""
     tokens = {name: token(reader, name, default) for name, default in defaults.items()}
     before, after = (tokens["vision_start"],), (tokens["vision_end"],)
     if time_stamp is None:
-        clip = ClipLayout(placeholder=tokens["video"], before=before, after=after)
+        video = VideoLayout(placeholder=tokens["video"], before=before, after=after)
     else:
-        clip = ClipLayout(placeholder=tokens["video"], time_stamp=time_stamp, frame_before=before, frame_after=after)
-    return PromptLayout(placeholder=tokens["image"], before=before, after=after, clip=clip)
+        video = VideoLayout(placeholder=tokens["video"], time_stamp=time_stamp, frame_before=before, frame_after=after)
+    return PromptLayout(placeholder=tokens["image"], before=before, after=after, video=video)

@@ -1,6 +1,6 @@
 """What the Qwen-VL towers have in common: names of their parts, fields of their configurations, and the reference.
 
-The blocks are spelt alike but for their MLPs; every merger is a norm, a join of neighbouring patches, and two linears with a
+The blocks are spelled alike but for their MLPs; every merger is a norm, a join of neighboring patches, and two linears with a
 gelu between them.
 """
 
@@ -13,7 +13,7 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Recipe, Stored
-from tritontower.config import Normalisation, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
+from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, flat_patches
 
 from .config_fields import positive, rotary_theta, whole_heads
@@ -129,7 +129,7 @@ def read_patch(vision: ConfigReader, size: int, *, bias: bool) -> PatchEmbedding
     )
 
 
-def read_merger(vision: ConfigReader, norm: Normalisation, width: int, output_key: str) -> Projector:
+def read_merger(vision: ConfigReader, norm: Normalization, width: int, output_key: str) -> Projector:
     """The merger behind a tower of ``width``, to the language model's width under ``output_key``, which has to be there."""
     merge = positive(vision, "spatial_merge_size", 2)
     return Projector(

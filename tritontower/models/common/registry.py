@@ -1,7 +1,7 @@
 """The families of towers: one file each, found by what a checkpoint's ``config.json`` says it is.
 
 A family file reads a configuration into one :class:`Family`: what the tower is, how the checkpoint spells its weights,
-how pictures are prepared for it, and which model of transformers it is held against.  It declares itself by its
+how images are prepared for it, and which model of transformers it is held against.  It declares itself by its
 ``MODEL_TYPES``; adding a family is adding a file.  Files whose names begin with an underscore hold what several share.
 """
 
@@ -70,12 +70,12 @@ class Family:
             the graph turns out not to need (blocks behind the last one, pooling heads) are listed as well, and may be
             missing from the checkpoint.
         ignored: :mod:`fnmatch` patterns of stripped names that hold nothing the tower needs.
-        preprocessors: how pictures may be prepared: ``"hf"`` as transformers does it, and other ways by name.
+        preprocessors: how images may be prepared: ``"hf"`` as transformers does it, and other ways by name.
         reference: transformers' implementation; ``None`` where it reads no such checkpoint.
         layout: whose file names the weights have.
-        mrope: how the language model numbers the tokens of pictures and clips; ``None`` where they have one position each,
+        mrope: how the language model numbers the tokens of images and videos; ``None`` where they have one position each,
             like text.
-        prompt: how the language model's prompt has pictures; ``None`` for a tower that comes without one.
+        prompt: how the language model's prompt has images; ``None`` for a tower that comes without one.
         bidirectional_views: whether the language model lets the rows of a view attend to each other in both directions.
         settle: called with the stripped names that the checkpoint really holds, where they decide what the
             configuration leaves open.
@@ -103,16 +103,16 @@ class FamilySummary:
     Attributes:
         title: what people call it.
         checkpoints: models that it loads, by name.
-        pictures: to which sizes it resizes pictures, in words.
-        video: whether it takes clips.
-        tokens: tokens per picture, in words or as a formula.
+        images: to which sizes it resizes images, in words.
+        video: whether it takes videos.
+        tokens: tokens per image, in words or as a formula.
         example: a published ``config.json`` (or ``params.json``), as far as it concerns the tower.
         processor: the processor file published with it; empty where there is none.
     """
 
     title: str
     checkpoints: str
-    pictures: str
+    images: str
     video: bool
     tokens: str
     example: Mapping[str, Any]

@@ -1,11 +1,11 @@
-"""Any picture → canonical RGB: uint8, ``[height, width, 3]``, contiguous.
+"""Any image → canonical RGB: uint8, ``[height, width, 3]``, contiguous.
 
 The rules, which are this package's own and do not change with the libraries below it:
 
-* EXIF orientation is applied to encoded pictures (``bytes``, ``Path``), not to ``PIL`` images, whose owner may have
+* EXIF orientation is applied to encoded images (``bytes``, ``Path``), not to ``PIL`` images, whose owner may have
   done so.  Malformed EXIF is ignored.
 * The first frame only; the rest of an animation is never decoded.
-* Any transparency (alpha, palette alpha, a PNG's transparent colour) is composited on white.
+* Any transparency (alpha, palette alpha, a PNG's transparent color) is composited on white.
 * 16-bit and float values are scaled by their range (65535 and 1.0), never clipped.  What would need clipping is
   refused.
 * The order of an array's axes is never guessed: where both orders are possible, ``input_data_format`` has to say.
@@ -44,18 +44,18 @@ from tritontower.errors import (
 __all__ = [
     "CanonicalImage",
     "ChannelOrder",
-    "Picture",
+    "Image",
     "canonical_rgb",
     "check_size",
     "decoded_bytes",
     "is_large",
 ]
 
-Picture = Image.Image | NDArray[Any] | torch.Tensor | bytes | bytearray | memoryview | Path
+ImageInput = Image.Image | NDArray[Any] | torch.Tensor | bytes | bytearray | memoryview | Path
 ChannelOrder = Literal["channels_first", "channels_last"]
 
 WORTH_A_THREAD = 2**17
-"""Pixels of a picture from which on a thread of its own does more than wait for Python's lock."""
+"""Pixels of an image from which on a thread of its own does more than wait for Python's lock."""
 STRIP_BYTES = 2**16
 """What Pillow hands out at once."""
 
@@ -92,7 +92,7 @@ _LOCKS = tuple(threading.Lock() for _ in range(64))
 
 @dataclass(frozen=True, eq=False)
 class CanonicalImage:
-    """A picture in canonical form.
+    """An image in canonical form.
 
     Attributes:
         array: uint8 ``[height, width, 3]``, C-contiguous, shared with nobody, and read-only: its digest may be taken at
@@ -118,9 +118,9 @@ class CanonicalImage:
 
     @cached_property
     def digest(self) -> str:
-        """BLAKE2b-256 over height, width and pixels, in hexadecimal; equal exactly for equal canonical pictures.
+        """BLAKE2b-256 over height, width and pixels, in hexadecimal; equal exactly for equal canonical images.
 
-        The sizes are part of it: 30 × 100 and 100 × 30 pixels of the same bytes are different pictures.  It is taken when
+        The sizes are part of it: 30 × 100 and 100 × 30 pixels of the same bytes are different images.  It is taken when
         it is first asked for, which costs about a millisecond per megabyte.
         """
         state = hashlib.blake2b(digest_size=32, person=b"tritontower-rgb8")
@@ -130,58 +130,58 @@ class CanonicalImage:
 
 
 def canonical_rgb(
-    picture: Picture,
+    image: ImageInput,
     *,
     index: int | None = None,
     limits: Limits | None = None,
     input_data_format: ChannelOrder | None = None,
 ) -> CanonicalImage:
-    """``picture`` in canonical form; the rules are in the module's docstring.
+    """``image`` in canonical form; the rules are in the module's docstring.
 
     Args:
-        picture: a ``PIL`` image; a numpy or torch array of uint8, bool, uint16 (0 … 65535) or float (0 … 1), shaped
+        image: a ``PIL`` image; a numpy or torch array of uint8, bool, uint16 (0 … 65535) or float (0 … 1), shaped
             ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with C = 1, 3 (RGB) or 4 (RGBA); an encoded file as ``bytes`` or
             ``Path``.  It is left as it was; a lazily opened ``PIL`` image is loaded.
         index: position in the caller's list, for messages.
-        limits: what a picture may cost; the defaults of :class:`~tritontower.errors.Limits` if ``None``.
+        limits: what an image may cost; the defaults of :class:`~tritontower.errors.Limits` if ``None``.
         input_data_format: the order of a three-dimensional array's axes.  Needed where both are possible.
 
     Raises:
-        ImageTypeError: not a picture; a ``str`` above all.
-        ImageDecodeError: bytes or a file that cannot be read as a picture.
+        ImageTypeError: not an image; a ``str`` above all.
+        ImageDecodeError: bytes or a file that cannot be read as an image.
         ImageFormatError: an encoded format that is not in ``limits.image_formats``.
         ImageTooLargeError, AspectRatioError, EmptyImageError: the size, before anything is decoded.
         ImageValueError: values, a shape or an order of axes that allow more than one reading, or none.
     """
     limits = limits or Limits()
-    if isinstance(picture, Image.Image):
-        source = f"PIL image {picture.mode}"
-        return CanonicalImage(_from_pil(picture, _Place(index, source, limits)), source)
-    if isinstance(picture, (np.ndarray, torch.Tensor)):
-        kind = "numpy array" if isinstance(picture, np.ndarray) else "torch tensor"
-        dtype = str(picture.dtype).removeprefix("torch.")
-        source = f"{kind} {dtype} {list(picture.shape)}"
+    if isinstance(image, Image.Image):
+        source = f"PIL image {image.mode}"
+        return CanonicalImage(_from_pil(image, _Place(index, source, limits)), source)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        kind = "numpy array" if isinstance(image, np.ndarray) else "torch tensor"
+        dtype = str(image.dtype).removeprefix("torch.")
+        source = f"{kind} {dtype} {list(image.shape)}"
         place = _Place(index, source, limits)
-        array = picture if isinstance(picture, np.ndarray) else _from_torch(picture, place)
+        array = image if isinstance(image, np.ndarray) else _from_torch(image, place)
         return CanonicalImage(_from_array(array, place, input_data_format), source)
-    if isinstance(picture, (bytes, bytearray, memoryview)):
+    if isinstance(image, (bytes, bytearray, memoryview)):
         source = "encoded bytes"
-        return CanonicalImage(_from_file(io.BytesIO(picture), _Place(index, source, limits)), source)
-    if isinstance(picture, Path):
-        source = str(picture)
+        return CanonicalImage(_from_file(io.BytesIO(image), _Place(index, source, limits)), source)
+    if isinstance(image, Path):
+        source = str(image)
         place = _Place(index, source, limits)
-        if not picture.is_file():
+        if not image.is_file():
             raise place.error(ImageDecodeError, "there is no such file, or it is not an ordinary file")
         try:
-            file = picture.open("rb")
+            file = image.open("rb")
         except OSError as error:
             raise place.error(ImageDecodeError, f"cannot be opened: {error.strerror}") from error
         with file:
             return CanonicalImage(_from_file(file, place), source)
     hint = "; a text may be anybody's path or URL: pass pathlib.Path(...) for a local file, or the bytes of the file"
     raise ImageTypeError(
-        f"{type(picture).__name__} is not a picture; pass a PIL image, a numpy or torch array, bytes or a pathlib.Path"
-        + (hint if isinstance(picture, str) else ""),
+        f"{type(image).__name__} is not an image; pass a PIL image, a numpy or torch array, bytes or a pathlib.Path"
+        + (hint if isinstance(image, str) else ""),
         index=index,
     )
 
@@ -189,7 +189,7 @@ def canonical_rgb(
 def check_size(
     width: int, height: int, *, limits: Limits | None = None, index: int | None = None, source: str | None = None
 ) -> None:
-    """Raises unless a picture of ``width`` × ``height`` pixels is within ``limits``.
+    """Raises unless an image of ``width`` × ``height`` pixels is within ``limits``.
 
     Raises:
         EmptyImageError, AspectRatioError, ImageTooLargeError: it is not.
@@ -214,42 +214,42 @@ def check_size(
         )
 
 
-def is_large(picture: Picture | CanonicalImage) -> bool:
-    """Whether there is enough to do for ``picture`` that it is worth a thread: it has to be decoded, or is large."""
-    if isinstance(picture, CanonicalImage):
-        return picture.width * picture.height >= WORTH_A_THREAD
-    if isinstance(picture, Image.Image):
-        return isinstance(picture, ImageFile) or picture.width * picture.height >= WORTH_A_THREAD
-    return not isinstance(picture, (np.ndarray, torch.Tensor)) or decoded_bytes(picture) >= 3 * WORTH_A_THREAD
+def is_large(image: ImageInput | CanonicalImage) -> bool:
+    """Whether there is enough to do for ``image`` that it is worth a thread: it has to be decoded, or is large."""
+    if isinstance(image, CanonicalImage):
+        return image.width * image.height >= WORTH_A_THREAD
+    if isinstance(image, Image.Image):
+        return isinstance(image, ImageFile) or image.width * image.height >= WORTH_A_THREAD
+    return not isinstance(image, (np.ndarray, torch.Tensor)) or decoded_bytes(image) >= 3 * WORTH_A_THREAD
 
 
-def decoded_bytes(picture: Picture, limits: Limits | None = None) -> int:
-    """Bytes that ``picture`` takes in canonical form, as far as its header or shape tells; nothing is decoded.
+def decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
+    """Bytes that ``image`` takes in canonical form, as far as its header or shape tells; nothing is decoded.
 
     An estimate for planning: 0 for what cannot be read, and what :func:`canonical_rgb` would refuse is not refused here.
     """
-    if isinstance(picture, Image.Image):
-        return 3 * picture.width * picture.height
-    if isinstance(picture, (np.ndarray, torch.Tensor)):
+    if isinstance(image, Image.Image):
+        return 3 * image.width * image.height
+    if isinstance(image, (np.ndarray, torch.Tensor)):
         # The two longest axes are height and width, whatever the order.
-        height, width = sorted(picture.shape)[-2:] if len(picture.shape) > 1 else (0, 0)
+        height, width = sorted(image.shape)[-2:] if len(image.shape) > 1 else (0, 0)
         return 3 * int(height) * int(width)
-    if isinstance(picture, Path) and not picture.is_file():
+    if isinstance(image, Path) and not image.is_file():
         return 0
     place = _Place(None, "", limits or Limits())
     try:
         with (
-            picture.open("rb") if isinstance(picture, Path) else io.BytesIO(picture) as file,
-            _open(file, place) as image,
+            image.open("rb") if isinstance(image, Path) else io.BytesIO(image) as file,
+            _open(file, place) as opened,
         ):
-            return 3 * image.width * image.height
+            return 3 * opened.width * opened.height
     except (ImageError, OSError, TypeError):
         return 0
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Which picture is being read, for messages, and what it may cost."""
+    """Which image is being read, for messages, and what it may cost."""
 
     index: int | None
     source: str
@@ -273,7 +273,7 @@ def _from_file(file: BinaryIO, place: _Place) -> NDArray[np.uint8]:
 
 
 def _open(file: BinaryIO, place: _Place) -> Image.Image:
-    """The picture in ``file`` with its header read, if it is in an allowed format."""
+    """The image in ``file`` with its header read, if it is in an allowed format."""
     allowed = place.limits.image_formats
     start = file.read(64)
     file.seek(0)
@@ -298,7 +298,7 @@ def _open(file: BinaryIO, place: _Place) -> Image.Image:
                 f"the format {name} is not opened, only {', '.join(allowed)}; convert it, "
                 "or pass Limits(image_formats=...) if you trust where it comes from",
             ) from error
-        reason = f"not a picture in a format that is opened ({', '.join(allowed)}), or damaged at its start"
+        reason = f"not an image in a format that is opened ({', '.join(allowed)}), or damaged at its start"
         raise place.error(ImageDecodeError, reason) from error
     except (
         Exception
@@ -359,7 +359,7 @@ def _seek(image: Image.Image, frame: int, place: _Place) -> None:
 def _pixels(image: Image.Image, place: _Place) -> NDArray[np.uint8]:
     """The loaded ``image`` as canonical pixels in memory of their own."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return _deep_grey_pixels(image, place)
+        return _deep_gray_pixels(image, place)
     try:
         if image.has_transparency_data:
             return _on_white(image.convert("RGBA"))
@@ -385,7 +385,7 @@ def _on_white(image: Image.Image) -> NDArray[np.uint8]:
     return _rgb_pixels(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def _deep_grey_pixels(image: Image.Image, place: _Place) -> NDArray[np.uint8]:
+def _deep_gray_pixels(image: Image.Image, place: _Place) -> NDArray[np.uint8]:
     """Pixels of a greyscale image of more than 8 bits: 0 … 65535 in the integer modes, 0 … 1 in mode F."""
     values = np.asarray(image)
     if image.mode == "F":
@@ -416,7 +416,7 @@ def _from_torch(tensor: torch.Tensor, place: _Place) -> NDArray[Any]:
     try:
         tensor = tensor.detach().cpu()
         return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
-    except (TypeError, RuntimeError) as error:  # meta, sparse, quantised
+    except (TypeError, RuntimeError) as error:  # meta, sparse, quantized
         raise place.error(ImageTypeError, "this kind of tensor has no plain values; pass a dense one") from error
 
 
@@ -440,8 +440,8 @@ def _channels_last(array: NDArray[Any], place: _Place, order: ChannelOrder | Non
     if array.ndim == 2:
         return array[:, :, None]
     if array.ndim != 3:
-        hint = "; pass the pictures of a batch one by one" if array.ndim == 4 else ""
-        reason = f"{array.ndim} dimensions; a picture is [H, W], [H, W, C] or [C, H, W]{hint}"
+        hint = "; pass the images of a batch one by one" if array.ndim == 4 else ""
+        reason = f"{array.ndim} dimensions; an image is [H, W], [H, W, C] or [C, H, W]{hint}"
         raise place.error(ImageValueError, reason)
     first, last = array.shape[0] in _CHANNEL_COUNTS, array.shape[2] in _CHANNEL_COUNTS
     if first and last and order is None:

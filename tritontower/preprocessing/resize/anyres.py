@@ -1,11 +1,11 @@
-"""The picture as it fits a canvas of several tiles, cut into them, and once more squashed into one.
+"""The image as it fits a canvas of several tiles, cut into them, and once more squashed into one.
 
 The rule of ``LlavaNextImageProcessor`` and ``LlavaOnevisionImageProcessor`` of transformers for the pixels, and that of
-``pack_image_features`` of their models for what becomes of the tiles' rows: the tokens of the squashed picture, then
+``pack_image_features`` of their models for what becomes of the tiles' rows: the tokens of the squashed image, then
 those of the canvas without its padding, row by row, each row ended by the newline embedding.  A canvas with more tokens
 than the model was trained for is shrunk first, by bilinear interpolation of its rows.
 
-A picture is always seen in tiles.  transformers sees the pictures of a LLaVA-OneVision prompt with several in one
+An image is always seen in tiles.  transformers sees the images of a LLaVA-OneVision prompt with several in one
 view each; an embedding here does not depend on what else is in the call.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tritontower.batch.layout import Assembly, PictureLayout
+from tritontower.batch.layout import Assembly, ImageLayout
 from tritontower.errors import ConfigError, ProcessorError, UsageError, shorten
 from tritontower.preprocessing.base import PIXEL_OPTIONS, Bounds, Preprocessor, Resize
 from tritontower.preprocessing.images.image import CanonicalImage
@@ -31,7 +31,7 @@ Sizes = tuple[tuple[int, int], ...]
 
 
 def best_canvas(width: int, height: int, canvases: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Height and width of the canvas that keeps most of a picture's pixels, and of equal ones wastes the fewest.
+    """Height and width of the canvas that keeps most of an image's pixels, and of equal ones wastes the fewest.
 
     The rule of ``transformers.image_processing_utils.select_best_resolution``; of canvases that tie, the first.
     """
@@ -45,7 +45,7 @@ def best_canvas(width: int, height: int, canvases: Sequence[tuple[int, int]]) ->
 
 
 def fitted_size(width: int, height: int, canvas_width: int, canvas_height: int) -> tuple[int, int]:
-    """Width and height, pixels, at which a picture fits a canvas; the side that does not fill it is rounded up.
+    """Width and height, pixels, at which an image fits a canvas; the side that does not fill it is rounded up.
 
     The rule of ``transformers.image_processing_utils.get_patch_output_size``.
     """
@@ -57,7 +57,7 @@ def fitted_size(width: int, height: int, canvas_width: int, canvas_height: int) 
 
 @dataclass(frozen=True)
 class Canvas:
-    """The tokens of a picture's tiles put together, and what of them is kept.
+    """The tokens of an image's tiles put together, and what of them is kept.
 
     Attributes:
         side: rows, and columns, of tokens of one tile.
@@ -76,10 +76,8 @@ class Canvas:
     shrunk: tuple[int, int] | None
 
     @classmethod
-    def of_picture(
-        cls, width: int, height: int, side: int, tiles: tuple[int, int], shrink_limit: int | None
-    ) -> "Canvas":
-        """What a picture of ``width`` × ``height`` pixels leaves of ``tiles`` (rows and columns of tiles).
+    def of_image(cls, width: int, height: int, side: int, tiles: tuple[int, int], shrink_limit: int | None) -> "Canvas":
+        """What an image of ``width`` × ``height`` pixels leaves of ``tiles`` (rows and columns of tiles).
 
         The padding is that of the canvas in pixels as the models compute it: from the aspect ratios, in tokens.
         ``shrink_limit`` is how many tiles' worth of tokens is kept; a tenth more of them along each side is let pass.
@@ -107,15 +105,15 @@ class Canvas:
     def rows_of(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Where the tokens at ``rows`` and ``columns`` of the kept part stand among all rows of all views."""
         rows, columns = rows + self.top, columns + self.left
-        # The squashed picture is the first view.
+        # The squashed image is the first view.
         tile = 1 + rows // self.side * self.tile_columns + columns // self.side
         return (tile * self.side + rows % self.side) * self.side + columns % self.side
 
 
-# An assembly with four taps takes a quarter of a megabyte; pictures of many sizes share few canvases.
+# An assembly with four taps takes a quarter of a megabyte; images of many sizes share few canvases.
 @lru_cache(maxsize=128)
 def tile_assembly(canvas: Canvas, newline: bool) -> Assembly:
-    """How the rows of the squashed picture and of the tiles make a picture's tokens."""
+    """How the rows of the squashed image and of the tiles make an image's tokens."""
     base = torch.arange(canvas.side**2, device="cpu")[:, None]
     if canvas.shrunk is None:
         rows, columns = canvas.kept
@@ -163,7 +161,7 @@ def _linear_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 @dataclass(frozen=True, kw_only=True)
 class AnyResolution(Preprocessor):
-    """The squashed picture and the tiles of the canvas that fits best.
+    """The squashed image and the tiles of the canvas that fits best.
 
     Attributes:
         pinpoints: heights and widths of the canvases, pixels, as ``config.json`` has them; ``None`` if it does not.
@@ -174,7 +172,7 @@ class AnyResolution(Preprocessor):
         UsageError: a tower that keeps its class token, which has no place on a canvas.
     """
 
-    WITHOUT_BOUNDS: ClassVar[str] = "a picture becomes as large as the canvas of image_grid_pinpoints that fits it best"
+    WITHOUT_BOUNDS: ClassVar[str] = "an image becomes as large as the canvas of image_grid_pinpoints that fits it best"
     OPTIONS: ClassVar[tuple[str, ...]] = PIXEL_OPTIONS
     PROCESSORS: ClassVar[Collection[str]] = (
         "transformers.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil",
@@ -189,7 +187,7 @@ class AnyResolution(Preprocessor):
         super().__post_init__()
         if self.config.keep_class_token:
             raise UsageError(
-                "a picture that is cut into tiles has no place for class tokens; choose the features without them"
+                "an image that is cut into tiles has no place for class tokens; choose the features without them"
             )
         if self.shrink_limit is not None and self.shrink_limit < 1:
             raise UsageError(f"shrink_limit = {shorten(self.shrink_limit)} must be at least 1 tile, or None")
@@ -248,7 +246,7 @@ class AnyResolution(Preprocessor):
                 raise ConfigError("image_grid_pinpoints", pair, allowed, source=source)
         return tuple((height, width) for height, width in pinpoints)
 
-    def _plan(self, width: int, height: int, bounds: Bounds) -> PictureLayout:
+    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         side = self.side
         canvas_height, canvas_width = best_canvas(width, height, self.canvases)
         self._check_planned(
@@ -256,10 +254,10 @@ class AnyResolution(Preprocessor):
         )
         tile_rows, tile_columns = canvas_height // side, canvas_width // side
         patches = side // self.config.patch.size
-        canvas = Canvas.of_picture(
+        canvas = Canvas.of_image(
             width, height, patches // self.config.merge, (tile_rows, tile_columns), self.shrink_limit
         )
-        return PictureLayout(
+        return ImageLayout(
             views=((1, patches, patches),) * (1 + tile_rows * tile_columns),
             processed_size=(canvas_width, canvas_height),
             grid=(1, tile_rows * patches, tile_columns * patches),
@@ -276,12 +274,12 @@ class AnyResolution(Preprocessor):
         return super()._views(image, bounds)[0]
 
     def _resized_views(
-        self, array: NDArray[np.uint8], layout: PictureLayout, resize: Resize
+        self, array: NDArray[np.uint8], layout: ImageLayout, resize: Resize
     ) -> Iterator[NDArray[np.uint8]]:
         side, (width, height) = self.side, layout.processed_size
         yield resize(array, (side, side))
         fitted = fitted_size(array.shape[1], array.shape[0], width, height)
-        # Black where the picture does not reach; of an odd rest the smaller half is above, and left.
+        # Black where the image does not reach; of an odd rest the smaller half is above, and left.
         canvas = np.zeros((height, width, array.shape[2]), np.uint8)
         top, left = (height - fitted[1]) // 2, (width - fitted[0]) // 2
         canvas[top : top + fitted[1], left : left + fitted[0]] = resize(array, fitted)

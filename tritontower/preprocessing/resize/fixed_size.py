@@ -1,7 +1,7 @@
-"""Every picture to one size: squashed, or scaled by its shorter side and cropped; with pan-and-scan, crops beside it.
+"""Every image to one size: squashed, or scaled by its shorter side and cropped; with pan-and-scan, crops beside it.
 
 The rules of ``CLIPImageProcessor``, ``SiglipImageProcessor`` and ``Gemma3ImageProcessor`` of transformers, which differ
-in their settings alone.  Scaling by the shorter side can make an enormous picture out of a tiny one before the crop, so
+in their settings alone.  Scaling by the shorter side can make an enormous image out of a tiny one before the crop, so
 the size in between is what the limits are about.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tritontower.batch.layout import Grid, PictureLayout
+from tritontower.batch.layout import Grid, ImageLayout
 from tritontower.errors import ProcessorError
 from tritontower.preprocessing.base import PIXEL_OPTIONS, Bounds, Preprocessor, Resize
 from tritontower.preprocessing.fast_path import cropped
@@ -37,7 +37,7 @@ def scaled_by_shorter_side(width: int, height: int, shorter: int) -> tuple[int, 
 
 @dataclass(frozen=True)
 class PanAndScan:
-    """When a long picture is also seen in crops, and in how many.
+    """When a long image is also seen in crops, and in how many.
 
     The rule of ``Gemma3ImageProcessor.pan_and_scan``; the defaults are those of ``Gemma3Processor``, since published
     files hold none.
@@ -53,7 +53,7 @@ class PanAndScan:
     least_ratio: float = 1.2
 
     def crops(self, width: int, height: int) -> int:
-        """How many crops stand beside a picture of ``width`` × ``height`` pixels.
+        """How many crops stand beside an image of ``width`` × ``height`` pixels.
 
         Raises:
             ProcessorError: settings with which a crop would be empty.
@@ -76,7 +76,7 @@ class PanAndScan:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the settings say: how a picture is resized, and what is cropped from it."""
+    """What the settings say: how an image is resized, and what is cropped from it."""
 
     resize: Mapping[str, int]
     crop: Mapping[str, int] | None
@@ -90,7 +90,7 @@ class _Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedSize(Preprocessor):
-    """Views of one size: the whole picture, and crops of a long one where that is asked for.
+    """Views of one size: the whole image, and crops of a long one where that is asked for.
 
     Attributes:
         pan_and_scan: whether the model's processor knows pan-and-scan; whether it is done, its settings say.
@@ -112,11 +112,11 @@ class FixedSize(Preprocessor):
 
     @cached_property
     def sizes(self) -> _Sizes:
-        """How a picture is resized and cropped.
+        """How an image is resized and cropped.
 
         Raises:
             ConfigError: a spelling of a size that is not known.
-            ProcessorError: pictures would differ in size, or their grid is not the tower's.
+            ProcessorError: images would differ in size, or their grid is not the tower's.
         """
         crops = self.settings.reader.get(bool, "do_center_crop", default=False)
         crop = self.settings.size("crop_size", (("height", "width"), ("side",))) if crops else None
@@ -132,7 +132,7 @@ class FixedSize(Preprocessor):
         if crop is None and "shortest_edge" in resize:
             raise ProcessorError(
                 f"the image processor of {self.folder} scales the shorter side to {resize['shortest_edge']} pixels and "
-                "crops nothing, but the tower needs pictures of one size; set do_center_crop and crop_size"
+                "crops nothing, but the tower needs images of one size; set do_center_crop and crop_size"
             )
         sizes = _Sizes(resize, crop)
         self._check_grid(self._grid(sizes)[1:], sizes.final)
@@ -140,7 +140,7 @@ class FixedSize(Preprocessor):
 
     @cached_property
     def crops(self) -> PanAndScan | None:
-        """The rule by which a long picture is also seen in crops; ``None``: it is not."""
+        """The rule by which a long image is also seen in crops; ``None``: it is not."""
         reader, usual = self.settings.reader, PanAndScan()
         if not (self.pan_and_scan and reader.get(bool, "do_pan_and_scan", default=False)):
             return None
@@ -155,15 +155,15 @@ class FixedSize(Preprocessor):
         side = self.config.patch.size
         return 1, height // side, width // side
 
-    def _plan(self, width: int, height: int, bounds: Bounds) -> PictureLayout:
+    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         sizes = self.sizes
         views = 1 + (0 if self.crops is None else self.crops.crops(width, height))
-        self._check_planned((width, height), self._before_crop(width, height), views, "crop the picture")
+        self._check_planned((width, height), self._before_crop(width, height), views, "crop the image")
         grid = self._grid(sizes)
-        return PictureLayout((grid,) * views, sizes.final, grid)
+        return ImageLayout((grid,) * views, sizes.final, grid)
 
     def _before_crop(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the largest picture that the processor makes on its way, pixels."""
+        """Width and height of the largest image that the processor makes on its way, pixels."""
         made = []
         pads = self.settings.kind == "LlavaImageProcessor" and self.settings.reader.get(bool, "do_pad", default=False)
         if pads and width != height:
@@ -190,7 +190,7 @@ class FixedSize(Preprocessor):
         return arguments
 
     def _resized_views(
-        self, array: NDArray[np.uint8], layout: PictureLayout, resize: Resize
+        self, array: NDArray[np.uint8], layout: ImageLayout, resize: Resize
     ) -> Iterator[NDArray[np.uint8]]:
         sizes = self.sizes
         for view in self._seen(array, len(layout.views) - 1):
@@ -203,7 +203,7 @@ class FixedSize(Preprocessor):
             yield made if sizes.crop is None else cropped(made, sizes.crop["height"], sizes.crop["width"])
 
     def _seen(self, array: NDArray[np.uint8], crops: int) -> Iterator[NDArray[np.uint8]]:
-        """The whole picture, and the crops of its longer side."""
+        """The whole image, and the crops of its longer side."""
         yield array
         longer = max(array.shape[:2])
         for start in range(0, longer if crops else 0, -(-longer // max(crops, 1))):

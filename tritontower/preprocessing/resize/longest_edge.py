@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from tritontower.batch.layout import PictureLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.config import TowerConfig
 from tritontower.errors import AspectRatioError, ProcessorError
 from tritontower.preprocessing.base import PIXEL_OPTIONS, Bounds, Preprocessor
@@ -27,9 +27,9 @@ WITHOUT_FILE = "settings without a file"
 
 
 def shrunk_to_fit(width: int, height: int, largest: tuple[int, int], factor: int) -> tuple[int, int]:
-    """Width and height, pixels, to which a picture is resized: multiples of ``factor``.
+    """Width and height, pixels, to which an image is resized: multiples of ``factor``.
 
-    A picture that is wider or higher than ``largest`` (width, height) is shrunk to fit, both sides rounded down; then
+    An image that is wider or higher than ``largest`` (width, height) is shrunk to fit, both sides rounded down; then
     both are rounded up to ``factor``, which may pass ``largest`` again.
 
     Raises:
@@ -48,7 +48,7 @@ def shrunk_to_fit(width: int, height: int, largest: tuple[int, int], factor: int
 
 
 def checked_edge(edge: int, config: TowerConfig) -> int:
-    """``edge`` if a picture of one token can be as large.
+    """``edge`` if an image of one token can be as large.
 
     Raises:
         ProcessorError: it cannot.
@@ -71,7 +71,7 @@ class LongestEdge(Preprocessor):
     """
 
     BOUNDS: ClassVar[tuple[str, ...]] = ("longest_edge",)
-    WITHOUT_BOUNDS: ClassVar[str] = "it shrinks a picture until its longer side fits, whatever its area"
+    WITHOUT_BOUNDS: ClassVar[str] = "it shrinks an image until its longer side fits, whatever its area"
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "size")
     PROCESSORS: ClassVar[Collection[str]] = (
         "transformers.models.pixtral.image_processing_pil_pixtral.PixtralImageProcessorPil",
@@ -127,11 +127,11 @@ class LongestEdge(Preprocessor):
             checked_edge(self._whole(bounds, "longest_edge", height), self.config),
         )
 
-    def _plan(self, width: int, height: int, bounds: Bounds) -> PictureLayout:
+    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         size = shrunk_to_fit(width, height, self._bounded(bounds), self.factor)
         self._check_planned((width, height), size, 1, "lower longest_edge")
         side = self.config.patch.size
-        return PictureLayout.of_one_view((1, size[1] // side, size[0] // side), side)
+        return ImageLayout.of_one_view((1, size[1] // side, size[0] // side), side)
 
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         width, height = self._bounded(bounds)

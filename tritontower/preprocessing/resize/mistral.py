@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from tritontower.batch.layout import PictureLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.errors import UsageError
 from tritontower.preprocessing.base import Bounds, Preprocessor
 from tritontower.preprocessing.images.image import CanonicalImage
@@ -29,9 +29,9 @@ SHARPNESS = -0.75
 
 
 def rounded_to_fit(width: int, height: int, longest_edge: int, factor: int) -> tuple[int, int]:
-    """Width and height, pixels, to which a picture is resized: multiples of ``factor``.
+    """Width and height, pixels, to which an image is resized: multiples of ``factor``.
 
-    A picture with a side above ``longest_edge`` is shrunk, both sides rounded to the nearest pixel (to the even one on
+    An image with a side above ``longest_edge`` is shrunk, both sides rounded to the nearest pixel (to the even one on
     ties) and at least one; then both are rounded up to ``factor``.
     """
     ratio = max(height / longest_edge, width / longest_edge)
@@ -62,27 +62,27 @@ def cubic_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
     return index, weights.float()
 
 
-def _resampled(picture: torch.Tensor, target: int, axis: int) -> torch.Tensor:
-    """``picture`` with ``axis`` resized to ``target`` samples, fp32."""
-    index, weights = cubic_taps(picture.shape[axis], target)
-    shape = [1] * picture.ndim
+def _resampled(image: torch.Tensor, target: int, axis: int) -> torch.Tensor:
+    """``image`` with ``axis`` resized to ``target`` samples, fp32."""
+    index, weights = cubic_taps(image.shape[axis], target)
+    shape = [1] * image.ndim
     shape[axis] = target
-    total = picture.new_zeros((*picture.shape[:axis], target, *picture.shape[axis + 1 :]), dtype=torch.float32)
+    total = image.new_zeros((*image.shape[:axis], target, *image.shape[axis + 1 :]), dtype=torch.float32)
     for tap, weight in zip(index, weights.view(4, *shape), strict=True):
-        total.addcmul_(picture.index_select(axis, tap).float(), weight)
+        total.addcmul_(image.index_select(axis, tap).float(), weight)
     return total
 
 
 @dataclass(frozen=True, kw_only=True)
 class MistralResize(Preprocessor):
-    """One view, resized and normalised as ``mistral_common`` does.
+    """One view, resized and normalized as ``mistral_common`` does.
 
     Attributes:
         longest_edge: greatest side before it is rounded up to a token's, pixels.
     """
 
     BOUNDS: ClassVar[tuple[str, ...]] = ("longest_edge",)
-    WITHOUT_BOUNDS: ClassVar[str] = "it shrinks a picture until its longer side fits, whatever its area"
+    WITHOUT_BOUNDS: ClassVar[str] = "it shrinks an image until its longer side fits, whatever its area"
     OPTIONS: ClassVar[tuple[str, ...]] = ()
 
     longest_edge: int
@@ -100,20 +100,20 @@ class MistralResize(Preprocessor):
         """There is none; raises :class:`~tritontower.errors.UsageError`."""
         raise UsageError("Mistral's own preprocessing has no image processor of transformers")
 
-    def _plan(self, width: int, height: int, bounds: Bounds) -> PictureLayout:
+    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         edge = checked_edge(self._whole(bounds, "longest_edge", self.longest_edge), self.config)
         size = rounded_to_fit(width, height, edge, self.factor)
         self._check_planned((width, height), size, 1, "lower longest_edge")
         side = self.config.patch.size
-        return PictureLayout.of_one_view((1, size[1] // side, size[0] // side), side)
+        return ImageLayout.of_one_view((1, size[1] // side, size[0] // side), side)
 
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         return {}
 
-    def _views(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
-        width, height = self._plan(image.width, image.height, bounds).processed_size
-        picture = torch.from_numpy(image.array.copy())  # torch has no tensors that are read-only
-        picture = _resampled(_resampled(picture, height, 0), width, 1)
+    def _views(self, decoded: CanonicalImage, bounds: Bounds) -> torch.Tensor:
+        width, height = self._plan(decoded.width, decoded.height, bounds).processed_size
+        image = torch.from_numpy(decoded.array.copy())  # torch has no tensors that are read-only
+        image = _resampled(_resampled(image, height, 0), width, 1)
         # The same divisions in the same order as there: a product with the reciprocal rounds differently.
-        normalised = (picture / 255.0 - picture.new_tensor(MEAN)) / picture.new_tensor(DEVIATION)
-        return normalised.permute(2, 0, 1)[None]
+        normalized = (image / 255.0 - image.new_tensor(MEAN)) / image.new_tensor(DEVIATION)
+        return normalized.permute(2, 0, 1)[None]

@@ -1,8 +1,8 @@
 """Both sides rounded to a multiple of a token's, the area kept between bounds: the rule of the Qwen-VL models.
 
-The rule of ``transformers.models.qwen2_vl.image_processing_qwen2_vl.smart_resize``.  Clips go through the same image
+The rule of ``transformers.models.qwen2_vl.image_processing_qwen2_vl.smart_resize``.  Videos go through the same image
 processor frame by frame, because transformers' video processors need torchvision: what they do beyond it (one size for
-the whole clip, the last frame repeated until the patches come out even) is done here.
+the whole video, the last frame repeated until the patches come out even) is done here.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tritontower.batch.layout import Grid, PictureLayout
+from tritontower.batch.layout import Grid, ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.errors import AspectRatioError, ImageTooLargeError, ProcessorError, UsageError, shorten
 from tritontower.preprocessing.base import PIXEL_OPTIONS, Bounds, Each, Preprocessor
@@ -26,16 +26,16 @@ from tritontower.preprocessing.fast_path import cut_bytes, pixel_matrix, resized
 from tritontower.preprocessing.images.image import CanonicalImage, check_size
 from tritontower.preprocessing.processor_config import VIDEO_FILES, Settings
 
-__all__ = ["Area", "SmartResize", "smart_resize", "smart_resize_clip"]
+__all__ = ["Area", "SmartResize", "smart_resize", "smart_resize_video"]
 
 Area = tuple[int, int]
-"""Least and greatest area of a resized picture, pixels; of a whole clip, its frames' areas added."""
+"""Least and greatest area of a resized image, pixels; of a whole video, its frames' areas added."""
 
 STILL_AREA: Area = (56 * 56, 28 * 28 * 1280)
 """What ``Qwen2VLImageProcessor`` takes where its file says nothing."""
 CLIP_AREAS: Mapping[str, Area] = {
     "per_frame": (128 * 28 * 28, 768 * 28 * 28),
-    "per_clip": (128 * 32 * 32, 768 * 32 * 32),
+    "per_video": (128 * 32 * 32, 768 * 32 * 32),
 }
 """What ``Qwen2VLVideoProcessor`` and ``Qwen3VLVideoProcessor`` take where no file says anything."""
 
@@ -44,7 +44,7 @@ LARGEST_RATIO = 200
 
 
 def smart_resize(width: int, height: int, factor: int, area: Area) -> tuple[int, int]:
-    """Width and height, pixels, to which a picture is resized: multiples of ``factor``, the area within ``area``.
+    """Width and height, pixels, to which an image is resized: multiples of ``factor``, the area within ``area``.
 
     Rounding is to the nearest even multiple on ties, and the scale comes from the original sides, not from the rounded
     ones.
@@ -56,8 +56,8 @@ def smart_resize(width: int, height: int, factor: int, area: Area) -> tuple[int,
     return _scaled(width, height, 1, round(width / factor), round(height / factor), 1, factor, area)
 
 
-def smart_resize_clip(frames: int, width: int, height: int, temporal: int, factor: int, area: Area) -> tuple[int, int]:
-    """Width and height of every frame of a clip whose frames together keep within ``area``.
+def smart_resize_video(frames: int, width: int, height: int, temporal: int, factor: int, area: Area) -> tuple[int, int]:
+    """Width and height of every frame of a video whose frames together keep within ``area``.
 
     The rule of ``transformers.models.qwen3_vl.video_processing_qwen3_vl.smart_resize``: a frame smaller than ``factor``
     is enlarged first, and the number of frames counts rounded to ``temporal``.
@@ -103,26 +103,26 @@ class SmartResize(Preprocessor):
     """One view, resized to multiples of a token's side, its area within bounds.
 
     Attributes:
-        frame_budget: what the bounds of a clip's area count: every frame alone, or all frames together.
+        frame_budget: what the bounds of a video's area count: every frame alone, or all frames together.
     """
 
     BOUNDS: ClassVar[tuple[str, ...]] = ("min_pixels", "max_pixels")
-    WITHOUT_BOUNDS: ClassVar[str] = "it keeps a picture's area within bounds, whatever its sides"
+    WITHOUT_BOUNDS: ClassVar[str] = "it keeps an image's area within bounds, whatever its sides"
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "min_pixels", "max_pixels")
     PROCESSORS: ClassVar[Collection[str]] = (
         "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
     )
 
-    frame_budget: Literal["per_frame", "per_clip"] = "per_frame"
+    frame_budget: Literal["per_frame", "per_video"] = "per_frame"
 
     @cached_property
-    def picture_area(self) -> Area:
-        """The area that the checkpoint allows a still picture."""
+    def image_area(self) -> Area:
+        """The area that the checkpoint allows a still image."""
         return _area(self.settings, STILL_AREA)
 
     @cached_property
     def frame_area(self) -> Area:
-        """The area that the checkpoint allows one frame of a clip, or the whole clip: see ``frame_budget``."""
+        """The area that the checkpoint allows one frame of a video, or the whole video: see ``frame_budget``."""
         default = CLIP_AREAS[self.frame_budget]
         try:
             settings = Settings.of_files(self.folder, VIDEO_FILES, "video_processor")
@@ -132,12 +132,12 @@ class SmartResize(Preprocessor):
             return default
         return _area(settings, default)
 
-    def clip_layout(self, frames: int, width: int, height: int, **bounds: Unpack[Bounds]) -> PictureLayout:
-        """What a clip of ``frames`` frames of ``width`` × ``height`` pixels becomes; nothing is decoded.
+    def video_layout(self, frames: int, width: int, height: int, **bounds: Unpack[Bounds]) -> ImageLayout:
+        """What a video of ``frames`` frames of ``width`` × ``height`` pixels becomes; nothing is decoded.
 
         Raises:
-            EmptyImageError, AspectRatioError, ImageTooLargeError, UsageError, ProcessorError: as for a still picture.
-            ImageTooLargeError: more pixels than :class:`~tritontower.errors.Limits` allow a clip.
+            EmptyImageError, AspectRatioError, ImageTooLargeError, UsageError, ProcessorError: as for a still image.
+            ImageTooLargeError: more pixels than :class:`~tritontower.errors.Limits` allow a video.
             ProcessorError: fewer frames than the rule is defined for.
         """
         self.check_bounds(bounds)
@@ -146,29 +146,29 @@ class SmartResize(Preprocessor):
             raise UsageError(f"{shown} must be whole numbers")
         frames, width, height = int(frames), int(width), int(height)
         temporal = self.config.patch.temporal
-        least_frames = temporal if self.frame_budget == "per_clip" else 1
+        least_frames = temporal if self.frame_budget == "per_video" else 1
         if frames < least_frames:
             raise ProcessorError(
-                f"a clip of {frames} frames; this model's clips need at least {least_frames}; "
-                "encode a single frame as a still picture"
+                f"a video of {frames} frames; this model's videos need at least {least_frames}; "
+                "encode a single frame as a still image"
             )
         check_size(width, height, limits=self.limits)
-        if self.frame_budget == "per_clip":
+        if self.frame_budget == "per_video":
             area = self._bounded(self.frame_area, bounds, temporal)
-            size = smart_resize_clip(frames, width, height, temporal, self.factor, area)
+            size = smart_resize_video(frames, width, height, temporal, self.factor, area)
         else:
             size = smart_resize(width, height, self.factor, self._bounded(self.frame_area, bounds, 1))
         patches = -(-frames // temporal)
         planned = patches * temporal * size[0] * size[1]
-        if planned > self.limits.max_clip_pixels:
+        if planned > self.limits.max_video_pixels:
             raise ImageTooLargeError(
-                f"a clip of {frames} frames of {width} × {height} pixels would be resized to {size[0]} × {size[1]} each, "
-                f"{planned} pixels in all; the limit is {self.limits.max_clip_pixels}; take fewer frames, lower "
-                "max_pixels, or pass Limits(max_clip_pixels=...)"
+                f"a video of {frames} frames of {width} × {height} pixels would be resized to {size[0]} × {size[1]} each, "
+                f"{planned} pixels in all; the limit is {self.limits.max_video_pixels}; take fewer frames, lower "
+                "max_pixels, or pass Limits(max_video_pixels=...)"
             )
         return self._one_view(patches, (width, height), size)
 
-    def clip(
+    def video(
         self,
         frames: Sequence[CanonicalImage],
         *,
@@ -176,7 +176,7 @@ class SmartResize(Preprocessor):
         raw: bool | None = False,
         **bounds: Unpack[Bounds],
     ) -> PackedBatch:
-        """Packs one clip, its frames in order and all of one size; the arguments are those of :meth:`pictures`.
+        """Packs one video, its frames in order and all of one size; the arguments are those of :meth:`images`.
 
         Raises:
             ProcessorError: there are too few frames, or they differ in size.
@@ -186,32 +186,32 @@ class SmartResize(Preprocessor):
         sizes = {(frame.width, frame.height) for frame in frames}
         if len(sizes) != 1:
             raise ProcessorError(
-                "a clip needs at least one frame"
+                "a video needs at least one frame"
                 if not sizes
-                else f"the frames of a clip differ in size: {sorted(sizes)}"
+                else f"the frames of a video differ in size: {sorted(sizes)}"
             )
         (size,) = sizes
-        layout = self.clip_layout(len(frames), *size, **bounds)
+        layout = self.video_layout(len(frames), *size, **bounds)
         return PackedBatch.pack(
             self.config,
-            self._clip_patches(frames, layout, each, raw),
+            self._video_patches(frames, layout, each, raw),
             [layout],
             original_sizes=[size],
             content_hashes=[_digest(frames)],
         )
 
-    def _plan(self, width: int, height: int, bounds: Bounds) -> PictureLayout:
-        area = self._bounded(self.picture_area, bounds, 1)
+    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
+        area = self._bounded(self.image_area, bounds, 1)
         return self._one_view(1, (width, height), smart_resize(width, height, self.factor, area))
 
-    def _one_view(self, temporal: int, original: tuple[int, int], size: tuple[int, int]) -> PictureLayout:
+    def _one_view(self, temporal: int, original: tuple[int, int], size: tuple[int, int]) -> ImageLayout:
         self._check_planned(original, size, 1, "lower max_pixels")
         side = self.config.patch.size
         grid: Grid = (temporal, size[1] // side, size[0] // side)
-        return PictureLayout.of_one_view(grid, side)
+        return ImageLayout.of_one_view(grid, side)
 
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
-        least, greatest = self._bounded(self.picture_area, bounds, 1)
+        least, greatest = self._bounded(self.image_area, bounds, 1)
         return {"size": {"shortest_edge": least, "longest_edge": greatest}}
 
     def _expected(self) -> Mapping[str, Any]:
@@ -223,23 +223,21 @@ class SmartResize(Preprocessor):
             "do_resize": True,
         }
 
-    def _fill_by_processor(
-        self, out: torch.Tensor, image: CanonicalImage, layout: PictureLayout, bounds: Bounds
-    ) -> None:
+    def _fill_by_processor(self, out: torch.Tensor, image: CanonicalImage, layout: ImageLayout, bounds: Bounds) -> None:
         out.copy_(self._rows(image.array, layout, **self._arguments(bounds)))
 
-    def _rows(self, array: NDArray[np.uint8], layout: PictureLayout, **arguments: Any) -> torch.Tensor:
+    def _rows(self, array: NDArray[np.uint8], layout: ImageLayout, **arguments: Any) -> torch.Tensor:
         """``[patches, channels · patch²]``: one frame, cut by the processor itself, which uses the same order."""
-        # A still picture would come with its one frame repeated over the frames that a patch spans; one is enough.
+        # A still image would come with its one frame repeated over the frames that a patch spans; one is enough.
         features = self._processed(array, temporal_patch_size=1, **arguments)
         _, rows, columns = layout.grid
-        self._check_made(features["image_grid_thw"].tolist(), PictureLayout.of_one_view((1, rows, columns), 1))
+        self._check_made(features["image_grid_thw"].tolist(), ImageLayout.of_one_view((1, rows, columns), 1))
         pixels: torch.Tensor = features["pixel_values"]
         self._check_channels(pixels.shape[1] // self.config.patch.size**2)
         return pixels
 
-    def _clip_patches(
-        self, frames: Sequence[CanonicalImage], layout: PictureLayout, each: Each, raw: bool
+    def _video_patches(
+        self, frames: Sequence[CanonicalImage], layout: ImageLayout, each: Each, raw: bool
     ) -> torch.Tensor:
         """``[patches, inner]``: columns are channel, frame, row and column of the patch."""
         patch, shortcut = self.config.patch, self.shortcut
@@ -249,7 +247,7 @@ class SmartResize(Preprocessor):
         def fill(number: int, frame: CanonicalImage) -> None:
             rows = self._frame_rows(frame, layout)
             slots[number // patch.temporal, :, :, number % patch.temporal] = rows.unflatten(1, (patch.channels, -1))
-            _ = frame.digest  # the clip's digest is made of it; here, several threads are at it
+            _ = frame.digest  # the video's digest is made of it; here, several threads are at it
 
         for _ in each(fill, range(len(frames)), frames):
             pass
@@ -259,10 +257,10 @@ class SmartResize(Preprocessor):
         if shortcut is None or raw:
             return pixels
         values = pixel_matrix(layout.patches, patch.inner)
-        shortcut.rescaling.normalise(pixels.numpy(), values.numpy())
+        shortcut.rescaling.normalize(pixels.numpy(), values.numpy())
         return values
 
-    def _frame_rows(self, frame: CanonicalImage, layout: PictureLayout) -> torch.Tensor:
+    def _frame_rows(self, frame: CanonicalImage, layout: ImageLayout) -> torch.Tensor:
         """``[patches, channels · patch²]`` of one frame: bytes where there is a shortcut, else the processor's fp32."""
         if self.shortcut is None:
             return self._rows(self._resized(frame, layout.processed_size), layout, do_resize=False)
@@ -273,7 +271,7 @@ class SmartResize(Preprocessor):
         return torch.from_numpy(made)
 
     def _resized(self, frame: CanonicalImage, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """The frame at the clip's size, which the processor's own rule would not find for every clip."""
+        """The frame at the video's size, which the processor's own rule would not find for every video."""
         resample = self.options.get("resample", self.processor.resample)
         return np.asarray(Image.fromarray(frame.array).resize(size, resample=resample))
 

@@ -2,7 +2,7 @@
 
 A child process (:mod:`.children`) puts a stand-in in the place of Triton's driver, which names the chip, and tensors of
 the CPU, which nobody fills, in the place of the device's.  Then it calls the operation as a tower would.  Triton binds
-the arguments, specialises the kernel on them and compiles; there it ends.
+the arguments, specializes the kernel on them and compiles; there it ends.
 
 What was rehearsed is kept on disk, a file each, named by everything that decides what comes out: the kernel's source, the
 source of what launches it and reads the machine code, the versions of Triton and of its assembler, the architecture, the
@@ -92,7 +92,7 @@ class Rehearsal:
 def stand_in(order: Order) -> Order:
     """The order whose rehearsal stands for ``order``'s: the same code is compiled for many sizes.
 
-    Kernels are specialised on whether a size is a multiple of 16 and whether blocks divide K, not on the size; and in how
+    Kernels are specialized on whether a size is a multiple of 16 and whether blocks divide K, not on the size; and in how
     many parts K is cut matters only if it is cut.
     """
     task, config = order.task, dict(order.config)
