@@ -67,7 +67,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes ``torch.empty`` and its kin hand out NaN (or the largest integer), so that an element never written shows."""
+    """Makes ``torch.empty`` and its variants hand out NaN (or the largest integer), so that an element never written shows."""
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:

@@ -53,7 +53,7 @@ def test_embeddings_are_loaded_where_there_is_something(monkeypatch: pytest.Monk
         original_size=(28, 28),
         processed_size=(28, 28),
         content_hash="",
-        view_tokens=(1,),
+        tile_tokens=(1,),
     )
     path = tmp_path / "embeddings.safetensors"
     save_embeddings(path, [embedding])

@@ -46,7 +46,7 @@ def rich(seed: int = 0) -> ImageEmbedding:
         token_ids=tuple(range(10**9, 10**9 + 6)),
         text_alias="<image ü\n>",
         bidirectional_spans=((0, 4), (4, 6)),
-        view_tokens=(4, 2),
+        tile_tokens=(4, 2),
         seconds_per_grid=1 / 3,
         timestamps=(0.1, 0.7),
         is_video=True,
@@ -65,9 +65,9 @@ def assert_same(first: ImageEmbedding, second: ImageEmbedding) -> None:
     assert facts[0] == facts[1]
 
 
-def test_one_view_is_all_rows_and_tensors_have_names() -> None:
+def test_one_tile_is_all_rows_and_tensors_have_names() -> None:
     plain = embedding()
-    assert plain.view_tokens == (6,)
+    assert plain.tile_tokens == (6,)
     assert list(plain.tensors) == ["embeddings"]
     assert plain.nbytes == 6 * 8 * 4
     assert list(rich().tensors) == ["embeddings", "deepstack.0", "deepstack.1", "pooled"]
@@ -109,7 +109,7 @@ def test_moving_takes_everything_along_and_copies_only_on_request() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_embedding_comes_back_from_its_file(tmp_path: Path, dtype: torch.dtype) -> None:
-    for number, one in enumerate((embedding(dtype=dtype), rich(), embedding(tokens=0, view_tokens=(0,)))):
+    for number, one in enumerate((embedding(dtype=dtype), rich(), embedding(tokens=0, tile_tokens=(0,)))):
         path = tmp_path / f"{number}.safetensors"
         one.save(path)
         assert_same(ImageEmbedding.load(path), one)
@@ -140,8 +140,8 @@ def test_several_come_back_in_order_also_from_shared_memory(tmp_path: Path) -> N
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_embedding_survives_a_file(tmp_path: Path, data: st.DataObject) -> None:
-    views = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
-    tokens, seconds = sum(views), st.floats(0, 1e6)
+    tiles = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4))
+    tokens, seconds = sum(tiles), st.floats(0, 1e6)
     frames = data.draw(st.integers(1, 3))
     video = frames > 1 or data.draw(st.booleans())
     one = embedding(
@@ -149,7 +149,7 @@ def test_any_embedding_survives_a_file(tmp_path: Path, data: st.DataObject) -> N
         data.draw(st.integers(1, 5)),
         seed=data.draw(st.integers(0, 99)),
         grid_thw=(frames, data.draw(st.integers(1, 9)), 4),
-        view_tokens=tuple(views),
+        tile_tokens=tuple(tiles),
         token_ids=data.draw(st.sampled_from([(), tuple(range(2**40, 2**40 + tokens))])),
         text_alias=data.draw(st.none() | st.text(st.characters(exclude_categories=["Cs"]))),
         seconds_per_grid=data.draw(st.none() | seconds) if video else None,
@@ -200,8 +200,8 @@ def saved(tmp_path: Path) -> Path:
         ("bidirectional_spans", [[0]]),
         ("bidirectional_spans", ["ab"]),
         ("bidirectional_spans", 4),
-        ("view_tokens", [5]),
-        ("view_tokens", [7, -1]),
+        ("tile_tokens", [5]),
+        ("tile_tokens", [7, -1]),
         ("seconds_per_grid", -1.0),
         ("seconds_per_grid", math.nan),
         ("seconds_per_grid", "1"),
@@ -319,7 +319,7 @@ def test_no_byte_makes_anything_but_a_tower_error(saved: Path, data: st.DataObje
         found = load_embeddings(path)
     except EmbeddingFileError:
         return
-    assert all(sum(one.view_tokens) == one.num_tokens for one in found)
+    assert all(sum(one.tile_tokens) == one.num_tokens for one in found)
 
 
 def test_a_file_is_written_whole_or_not_at_all(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

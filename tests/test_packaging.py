@@ -86,8 +86,8 @@ class TestMetadata:
 
 class TestWheel:
     def test_holds_the_package_and_nothing_else(self, shipped):
-        roots = {name.split("/")[0] for name in shipped}
-        assert roots == {"tritontower", f"tritontower-{tritontower.__version__}.dist-info"}
+        prefixes = {name.split("/")[0] for name in shipped}
+        assert prefixes == {"tritontower", f"tritontower-{tritontower.__version__}.dist-info"}
 
     def test_holds_every_file_of_the_package(self, shipped):
         expected = {

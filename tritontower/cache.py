@@ -190,7 +190,7 @@ def files_identity(folder: Path) -> str:
 
 
 def preprocessing_identity(preprocessor: Preprocessor) -> str:
-    """A digest of everything that decides about an image's pixels and views beside the image and the call's bounds.
+    """A digest of everything that decides about an image's pixels and tiles beside the image and the call's bounds.
 
     That is the rule, its settings and options, and the processor's files.  A setting that is no plain value makes a digest
     of its own every time: such a preprocessor shares with nobody.

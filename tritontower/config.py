@@ -82,7 +82,7 @@ class PositionTable:
     side: int
     """Rows and columns of the grid; the table has ``side²`` rows (and one for the class token, where there is one)."""
     sampling: Literal["exact", "bilinear"]
-    """``exact``: every view has just this grid; ``bilinear``: any grid, stretched over the table corner to corner."""
+    """``exact``: every tile has just this grid; ``bilinear``: any grid, stretched over the table corner to corner."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ class TowerConfig:
     rotary: RotaryEmbedding | None = None
     position_table: PositionTable | None = None
     class_token: bool = False
-    """Whether a learned row stands before the patches of every view."""
+    """Whether a learned row stands before the patches of every tile."""
     keep_class_token: bool = False
     """Whether that row becomes a token."""
     input_norm: Normalization | None = None
@@ -211,7 +211,7 @@ class TowerConfig:
     features_normed: bool = False
     """Whether the features of the last block are those behind the output norm."""
     segments: Literal["frame", "image"] = "image"
-    """How far a patch sees: its own temporal patch of a video, or everything of its view or video."""
+    """How far a patch sees: its own temporal patch of a video, or everything of its tile or video."""
     windows: Windows | None = None
     features: tuple[int, ...]
     """Blocks behind which the rows are taken: ``depth`` for the last, 0 for what enters the first.  Several are put side
@@ -309,13 +309,13 @@ class TowerConfig:
 
     @property
     def num_patches(self) -> int | None:
-        """Patches of one view, where every view has as many; ``None`` where the image decides."""
+        """Patches of one tile, where every tile has as many; ``None`` where the image decides."""
         table = self.position_table
         return None if table is None or table.sampling != "exact" else table.side**2
 
     @property
     def longest_segment(self) -> int | None:
-        """Rows that no segment ever exceeds, where all views are of one size; ``None`` where the image decides."""
+        """Rows that no segment ever exceeds, where all tiles are of one size; ``None`` where the image decides."""
         return None if self.num_patches is None else self.num_patches + self.class_token
 
     @property

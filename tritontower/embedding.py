@@ -41,13 +41,13 @@ class ImageEmbedding:
         content_hash: digest of the pixels as they came; equal images have equal ones.
         deepstack: ``[num_tokens, hidden_size]`` each, which the language model adds to the image's rows behind its first,
             second … layer (Qwen3-VL); empty for other towers.
-        pooled: ``[views, width]``, one vector for the image (for each of its tiles or crops, where it has several);
+        pooled: ``[tiles, width]``, one vector for the image (for each of its tiles or crops, where it has several);
             ``None`` for towers without.
         token_ids: the ids that stand for its rows in a prompt; empty until a token space assigns them.
         text_alias: the text that stands for it in a prompt, where it has one.
         bidirectional_spans: first row and the row behind the last of every run of rows that a language model lets attend
-            to each other in both directions (Gemma 3: a view's rows); empty where it has none.
-        view_tokens: rows of each view, where the views stand one after the other; ``(num_tokens,)`` otherwise.
+            to each other in both directions (Gemma 3: a tile's rows); empty where it has none.
+        tile_tokens: rows of each tile, where the tiles stand one after the other; ``(num_tokens,)`` otherwise.
         seconds_per_grid: of a video whose frame rate is known, the time that one temporal patch spans.
         timestamps: of such a video, the middle of each temporal patch, seconds; empty otherwise.
         is_video: whether it is a video's; one of a single temporal patch, whose frame rate is not known, has nothing else
@@ -64,14 +64,14 @@ class ImageEmbedding:
     token_ids: tuple[int, ...] = ()
     text_alias: str | None = None
     bidirectional_spans: tuple[tuple[int, int], ...] = ()
-    view_tokens: tuple[int, ...] = ()
+    tile_tokens: tuple[int, ...] = ()
     seconds_per_grid: float | None = None
     timestamps: tuple[float, ...] = ()
     is_video: bool = False
 
     def __post_init__(self) -> None:
-        if not self.view_tokens:
-            object.__setattr__(self, "view_tokens", (self.num_tokens,))
+        if not self.tile_tokens:
+            object.__setattr__(self, "tile_tokens", (self.num_tokens,))
 
     def __repr__(self) -> str:
         # A dataclass's own would print every number.
@@ -245,7 +245,7 @@ def _facts(embedding: ImageEmbedding) -> dict[str, Any]:
         "token_ids": embedding.token_ids,
         "text_alias": embedding.text_alias,
         "bidirectional_spans": embedding.bidirectional_spans,
-        "view_tokens": embedding.view_tokens,
+        "tile_tokens": embedding.tile_tokens,
         "seconds_per_grid": embedding.seconds_per_grid,
         "timestamps": embedding.timestamps,
         "is_video": embedding.is_video,
@@ -308,15 +308,15 @@ def _embedding(facts: "_Facts", tensors: dict[str, torch.Tensor]) -> ImageEmbedd
         token_ids=facts.counts("token_ids"),
         text_alias=facts.text("text_alias", optional=True),
         bidirectional_spans=facts.spans(tokens),
-        view_tokens=facts.counts("view_tokens"),
+        tile_tokens=facts.counts("tile_tokens"),
         seconds_per_grid=facts.seconds("seconds_per_grid"),
         timestamps=tuple(facts.each_second("timestamps")),
         is_video=facts.flag("is_video"),
     )
     if len(embedding.token_ids) not in (0, tokens):
         raise facts.error("token_ids", f"none, or one for each of its {tokens} rows")
-    if sum(embedding.view_tokens) != tokens:
-        raise facts.error("view_tokens", f"numbers whose sum is its {tokens} rows")
+    if sum(embedding.tile_tokens) != tokens:
+        raise facts.error("tile_tokens", f"numbers whose sum is its {tokens} rows")
     if len(embedding.timestamps) not in (0, embedding.grid_thw[0]):
         raise facts.error("timestamps", f"none, or one for each of its {embedding.grid_thw[0]} temporal patches")
     timed = embedding.timestamps or embedding.seconds_per_grid is not None

@@ -34,7 +34,7 @@ from .kernels.runtime.dispatch import backend_on
 from .models.common.detection import configuration_in, has_vision
 from .models.common.feature_layers import with_features
 from .models.common.registry import Family, declared_dtype, read_family
-from .preprocessing import Bounds, Preprocessor, pack_views
+from .preprocessing import Bounds, Preprocessor, pack_tiles
 from .preprocessing.images.image import ChannelOrder, ImageInput
 from .prompt.encode import PromptLayout
 from .prompt.mrope import MropeRule
@@ -45,7 +45,7 @@ from .scheduler.arguments import (
     is_one_image,
     is_whole_number,
     pack_of,
-    views_of,
+    tiles_of,
     workload_of,
 )
 from .scheduler.outputs import aliases_of, embeddings_of
@@ -259,10 +259,10 @@ class VisionTower:
 
     def _checkpoint(self) -> Checkpoint:
         family = self.family
-        self._fetch(self.folder, family.roots, layout=family.layout)
+        self._fetch(self.folder, family.prefixes, layout=family.layout)
         # Before they are read: files that change meanwhile must not pass for what is read.
         self._weights_identity = files_identity(self.folder)
-        return Checkpoint.open(self.folder, roots=family.roots, layout=family.layout)
+        return Checkpoint.open(self.folder, prefixes=family.prefixes, layout=family.layout)
 
     @property
     def is_loaded(self) -> bool:
@@ -306,7 +306,7 @@ class VisionTower:
 
     @property
     def num_patches(self) -> int | None:
-        """Patches of one view; ``None`` where the image's size decides.  A class token is not counted."""
+        """Patches of one tile; ``None`` where the image's size decides.  A class token is not counted."""
         return self.config.num_patches
 
     @property
@@ -545,7 +545,7 @@ class VisionTower:
 
         Args:
             batch: what :meth:`preprocess` returned; or pixels that are preprocessed already: ``[B, C, H, W]``, or a list
-                of ``[C, H, W]``, each one view of a still image, resized and normalized, of a floating dtype.
+                of ``[C, H, W]``, each one tile of a still image, resized and normalized, of a floating dtype.
 
         Returns:
             For a packed batch ``[tokens, hidden_size]``, all images' rows in order, in the tower's dtype.  For pixels
@@ -558,14 +558,14 @@ class VisionTower:
         """
         if isinstance(batch, PackedBatch):
             return self.run(batch)["embeddings"]
-        views = views_of(batch)
-        packed = pack_views(self.config, views)
+        tiles = tiles_of(batch)
+        packed = pack_tiles(self.config, tiles)
         rows = self.run(packed)["embeddings"]
         parts = rows.split(packed.token_counts)
         if isinstance(batch, torch.Tensor):
             tokens = parts[0].shape[0] if parts else 0
-            return rows.view(len(views), tokens, self.hidden_size).to(batch.device, batch.dtype)
-        return [part.to(view.device, view.dtype, copy=True) for part, view in zip(parts, views, strict=True)]
+            return rows.view(len(tiles), tokens, self.hidden_size).to(batch.device, batch.dtype)
+        return [part.to(tile.device, tile.dtype, copy=True) for part, tile in zip(parts, tiles, strict=True)]
 
     __call__ = forward
 
@@ -574,7 +574,7 @@ class VisionTower:
 
         Returns:
             ``embeddings`` ``[tokens, hidden_size]``; ``deepstack.0`` … of the same shape, which the language model adds
-            behind its first layers; ``pooled`` ``[views, width]``.  What the tower does not have is not there.
+            behind its first layers; ``pooled`` ``[tiles, width]``.  What the tower does not have is not there.
         """
         return self.executor_for(batch).run(batch)
 
@@ -628,7 +628,7 @@ class VisionTower:
 
     def _pass(self, batch: PackedBatch) -> list[ImageEmbedding]:
         """Packed batch → graph → embeddings, image by image."""
-        return embeddings_of(self.config, self.run(batch), batch, bidirectional=self.family.bidirectional_views)
+        return embeddings_of(self.config, self.run(batch), batch, bidirectional=self.family.bidirectional_tiles)
 
     def _call(
         self,
@@ -705,14 +705,14 @@ class VisionTower:
             by_torch = backend_on(self._device) == "reference"
             cpu_dtype = self.dtype if by_torch else None
             return plan_memory(self.graph, workload, self.dtype.itemsize, cpu_dtype=cpu_dtype)
-        view_rows = self.config.longest_segment
+        tile_rows = self.config.longest_segment
         raw = self._raw is None and self.preprocessor.rescaling is not None
         return plan_planned_pass(
             self.graph,
             workload,
             self.dtype.itemsize,
             rows_per_token=self.config.rows_per_token,
-            view_rows=view_rows if view_rows is not None and workload.patches == workload.views * view_rows else None,
+            tile_rows=tile_rows if tile_rows is not None and workload.patches == workload.tiles * tile_rows else None,
             pixels=torch.uint8 if raw else torch.float32,
         )
 

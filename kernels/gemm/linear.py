@@ -32,7 +32,7 @@ from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.tables import configuration, tuned
-from ..runtime.valid_rows import Extent, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 from .linear_config import (
     EPILOGUES,
     GATED,
@@ -488,7 +488,7 @@ def linear(
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
-    extent: Extent | None = None,
+    valid_rows: ValidRows | None = None,
 ) -> torch.Tensor:
     """``f(x Wᵀ + b) + r``: ``torch.nn.functional.linear``, an activation, and an addition, with one rounding.
 
@@ -504,7 +504,7 @@ def linear(
         residual: ``[M, N]`` (``[M, N/2]`` if gated), added after the activation; rows any distance apart.
         out: where to write, shaped like the result; may be ``residual`` itself, and must not overlap ``x``.
         config: how to launch the kernel; by default the tuned or a safe one for the shape and the device.
-        extent: for how many rows the configuration is chosen, and how many count: kernels write zeros (the CPU
+        valid_rows: for how many rows the configuration is chosen, and how many count: kernels write zeros (the CPU
             reference and a vendor's product the rows' values) where a whole tile of rows lies beyond them.
 
     Returns:
@@ -538,7 +538,7 @@ def linear(
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None:
             check_matrix(name, tensor, x, (rows, columns), f"the result is {(rows, columns)}")
-    live = live_rows(extent, x.device)
+    live = live_rows(valid_rows, x.device)
     if out is None:
         out = x.new_empty(rows, columns)
     if not out.numel():
@@ -547,7 +547,7 @@ def linear(
         return linear_reference(x, weight, bias, activation, residual, out)
     if config is None:
         config = choose_config(
-            planned_rows(extent, rows),
+            planned_rows(valid_rows, rows),
             columns,
             inner,
             dtype=x.dtype,

@@ -25,7 +25,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.tables import configuration, tuned
-from ..runtime.valid_rows import Extent, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 from .linear import LinearConfig, describe, operand_types, operands, walk
 from .tiles import accumulate, first_row_and_column, store_zeros
 from .torch_reference import linear_reference
@@ -292,7 +292,7 @@ def patch_projection(
     position_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
-    extent: Extent | None = None,
+    valid_rows: ValidRows | None = None,
 ) -> torch.Tensor:
     """Projects flattened patches, and adds learned positions (transformers: ``Conv3d``/``Conv2d`` of stride = kernel).
 
@@ -306,7 +306,7 @@ def patch_projection(
             has to be at least N.
         out: where to write, ``[N, D]`` of ``weight``'s dtype; rows any distance apart.
         config: how to launch the kernel; by default the tuned or a safe one for the dtypes and the device.
-        extent: for how many patches the configuration is chosen, and how many count: the kernel writes zeros (the CPU
+        valid_rows: for how many patches the configuration is chosen, and how many count: the kernel writes zeros (the CPU
             reference the rows' values) where a whole tile of rows lies beyond them.
 
     Returns:
@@ -342,7 +342,7 @@ def patch_projection(
                 f"position_table has {position_table.shape[0]} rows for {rows} patches; pass position_index to say which "
                 "row each patch takes"
             )
-    live = live_rows(extent, device)
+    live = live_rows(valid_rows, device)
     if out is not None:
         _check("out", out, dtype, device, (rows, columns))
     else:
@@ -352,7 +352,7 @@ def patch_projection(
     if not runs_kernel(patches):
         return patch_projection_reference(patches, weight, bias, position_table, position_index, out)
     config = config or choose_config(
-        planned_rows(extent, rows), columns, inner, pixels=patches.dtype, dtype=dtype, device=device
+        planned_rows(valid_rows, rows), columns, inner, pixels=patches.dtype, dtype=dtype, device=device
     )
     launch_patch_projection(patches, weight, bias, position_table, position_index, out, config, live)
     return out

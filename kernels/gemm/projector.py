@@ -26,7 +26,7 @@ from ..rowwise.norm import NormKind, Rounding
 from ..runtime import config as configs
 from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from ..runtime.valid_rows import Extent, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 from .linear import EPILOGUES, GATED, LinearConfig, compile_spec, launch_linear, split_specs
 from .linear import choose_config as choose_linear
 from .linear import default_config as linear_config
@@ -226,9 +226,9 @@ def projector_mlp(
     hidden: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: ProjectorConfig | None = None,
-    extent: Extent | None = None,
+    valid_rows: ValidRows | None = None,
 ) -> torch.Tensor:
-    """``W₂ f(W₁ merge(norm(x)) + b₁) + b₂`` (transformers: ``PatchMerger``, ``LlavaMultiModalProjector``, and their kin).
+    """``W₂ f(W₁ merge(norm(x)) + b₁) + b₂`` (transformers: ``PatchMerger``, ``LlavaMultiModalProjector``, and their variants).
 
     ``x`` is rounded to its dtype after the norm and after the activation.
 
@@ -250,7 +250,7 @@ def projector_mlp(
         hidden: scratch ``[N/merge, H]``.
         out: where to write, ``[N/merge, O]``; rows any distance apart; must not overlap ``hidden``.
         config: how to launch the kernels; by default the tuned or a safe one for the shape and the device.
-        extent: of the tokens (not of the rows of ``x``): for how many the configuration is chosen, and how many count.
+        valid_rows: of the tokens (not of the rows of ``x``): for how many the configuration is chosen, and how many count.
             Kernels write zeros (the CPU reference the tokens' values) where a whole tile lies beyond them.
 
     Returns:
@@ -297,7 +297,7 @@ def projector_mlp(
     ):
         if vector is not None:
             _check(name, vector, x, (size,))
-    live = live_rows(extent, x.device)
+    live = live_rows(valid_rows, x.device)
     if normed is not None:
         _check("normed", normed, x, (rows, width), dense=True)
         if row_index is not None and rows and normed.data_ptr() == x.data_ptr():
@@ -325,7 +325,7 @@ def projector_mlp(
         return out
     if config is None:
         config = choose_config(
-            planned_rows(extent, tokens),
+            planned_rows(valid_rows, tokens),
             width,
             merge * width,
             inner,

@@ -32,7 +32,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.tables import configuration, tuned
-from ..runtime.valid_rows import Extent, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 from .linear import (
     REDUCE_COLUMNS,
     REDUCE_ROWS,
@@ -419,7 +419,7 @@ def qkv_projection(
     query_scale: float = 1.0,
     out: torch.Tensor | None = None,
     config: LinearConfig | None = None,
-    extent: Extent | None = None,
+    valid_rows: ValidRows | None = None,
 ) -> torch.Tensor:
     """``x Wᵀ + b`` with q and k rotated (transformers: the ``qkv`` layer and ``apply_rotary_pos_emb_vision`` after it).
 
@@ -437,7 +437,7 @@ def qkv_projection(
             (``queries_scaled``).
         out: where to write, ``[M, 3·H·hd]``; rows any distance apart; must not overlap ``x``.
         config: how to launch the kernel; by default the tuned or a safe one for the shape and the device.
-        extent: for how many rows the configuration is chosen, and how many count: kernels write zeros (the CPU
+        valid_rows: for how many rows the configuration is chosen, and how many count: kernels write zeros (the CPU
             reference the rows' values) where a whole tile of rows lies beyond them.
 
     Returns:
@@ -468,7 +468,7 @@ def qkv_projection(
             _validate_table(name, table, x, head_dim)
     if out is not None:
         check_matrix("out", out, x, (rows, columns), f"{text} [{rows}, {columns}]")
-    live = live_rows(extent, x.device)
+    live = live_rows(valid_rows, x.device)
     if out is None:
         out = x.new_empty(rows, columns)
     if not out.numel():
@@ -480,7 +480,7 @@ def qkv_projection(
         )
     if config is None:
         config = choose_config(
-            planned_rows(extent, rows), columns, inner, head_dim=head_dim, dtype=x.dtype, device=x.device
+            planned_rows(valid_rows, rows), columns, inner, head_dim=head_dim, dtype=x.dtype, device=x.device
         )
     launch_qkv_projection(x, weight, bias, cosines, sines, out, config, **shape, query_scale=query_scale, live=live)
     return out

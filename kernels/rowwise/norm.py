@@ -13,7 +13,7 @@ With a ``residual``, ``x`` is ``x + residual`` rounded to the activation dtype, 
 Shapes: ``[N, D]``, rows any distance apart.  One program owns ``rows`` whole rows and keeps them in registers: one read,
 an exact two-pass variance.  A ``D`` that is the sum of two powers of two (1280 = 1024 + 256, 1152 = 1024 + 128) is held
 in two blocks of just that size; any other is masked up to the next power of two.  Where a launch is planned for more rows
-than there are (:mod:`.extent`), a program whose rows are all beyond writes zeros.  Bound by memory: reads ``N·D`` (twice
+than there are (:mod:`.valid_rows`), a program whose rows are all beyond writes zeros.  Bound by memory: reads ``N·D`` (twice
 that with a residual) and writes as much; about 8 FLOPs an element.
 """
 
@@ -27,7 +27,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.tables import configuration, tuned
-from ..runtime.valid_rows import Extent, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 
 __all__ = [
     "MAX_WIDTH",
@@ -265,7 +265,7 @@ def launch_norm(
     row_index: torch.Tensor | None = None,
     live: torch.Tensor | None = None,
 ) -> None:
-    """The norm of validated, non-empty tensors, as :func:`norm_reference`; ``live``: see :func:`.extent.live_rows`."""
+    """The norm of validated, non-empty tensors, as :func:`norm_reference`; ``live``: see :func:`.valid_rows.live_rows`."""
     rows, width = out.shape
     head, tail = _blocks(width)
     _norm_kernel[(triton.cdiv(rows, config.rows),)](
@@ -358,7 +358,7 @@ def norm(
     row_index: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     config: NormConfig | None = None,
-    extent: Extent | None = None,
+    valid_rows: ValidRows | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalizes rows; see the module's description for the formulas.
 
@@ -374,7 +374,7 @@ def norm(
         row_index: ``[M]`` int32, the input row of each output row; a permutation when there is a ``residual``.
         out: ``[M, D]`` (``[N, D]`` without ``row_index``), last stride 1; may be ``x`` itself unless rows are gathered.
         config: launch configuration of the kernel; the default for ``D`` and the device if not given.
-        extent: how many of the rows of ``out`` count; a kernel may write zeros to those beyond (and to those of
+        valid_rows: how many of the rows of ``out`` count; a kernel may write zeros to those beyond (and to those of
             ``residual_out``).  Not together with both ``residual`` and ``row_index``.
 
     Returns:
@@ -406,8 +406,10 @@ def norm(
         _validate_rows("residual_out", residual_out, x, x.shape[0])
         if x.numel() and residual_out.data_ptr() in (x.data_ptr(), residual.data_ptr()):
             raise ValueError("residual_out is x or residual; the sum needs rows of its own")
-        if extent is not None and row_index is not None:
-            raise ValueError("extent counts rows of out, but the sum's rows are in another order: leave row_index out")
+        if valid_rows is not None and row_index is not None:
+            raise ValueError(
+                "valid_rows counts rows of out, but the sum's rows are in another order: leave row_index out"
+            )
     elif residual_out is not None:
         raise ValueError("residual_out was given without a residual: there is no sum to store")
     if rows and x.shape[0] == 0:
@@ -426,12 +428,12 @@ def norm(
             config = config or choose_config(
                 x.shape[1],
                 kind,
-                planned_rows(extent, rows),
+                planned_rows(valid_rows, rows),
                 dtype=x.dtype,
                 residual=residual is not None,
                 device=x.device,
             )
-            launch_norm(x, weight, bias, out, config, **arguments, live=live_rows(extent, x.device))
+            launch_norm(x, weight, bias, out, config, **arguments, live=live_rows(valid_rows, x.device))
         else:
             norm_reference(x, weight, bias, out, **arguments)
     return out if residual_out is None else (out, residual_out)

@@ -2,7 +2,7 @@
 
 A captured CUDA graph replays launches of one size over packs of many sizes.  It is planned for ``planned`` rows, the rows
 beyond those of the pack at hand are padding, and the device finds in ``live`` how many are not.  An operation that is
-given an extent chooses its configuration for ``planned`` rows, whatever its tensors hold, so that a replayed launch and
+given an valid_rows chooses its configuration for ``planned`` rows, whatever its tensors hold, so that a replayed launch and
 an eager one are the same launch; and where a whole tile of rows lies beyond ``live`` it writes zeros and computes nothing.
 """
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Extent", "live_rows", "planned_rows"]
+__all__ = ["ValidRows", "live_rows", "planned_rows"]
 
 
 @dataclass(frozen=True)
-class Extent:
+class ValidRows:
     """Rows of one launch."""
 
     planned: int
@@ -23,23 +23,23 @@ class Extent:
     """``[1]`` int32 on the device: the rows that count; ``None``: all."""
 
 
-def planned_rows(extent: Extent | None, rows: int) -> int:
+def planned_rows(valid_rows: ValidRows | None, rows: int) -> int:
     """The rows that a launch over ``rows`` rows chooses its configuration for."""
-    return rows if extent is None else extent.planned
+    return rows if valid_rows is None else valid_rows.planned
 
 
-def live_rows(extent: Extent | None, device: torch.device) -> torch.Tensor | None:
+def live_rows(valid_rows: ValidRows | None, device: torch.device) -> torch.Tensor | None:
     """What a kernel on ``device`` reads the rows that count from; ``None``: they all do.
 
     Raises:
-        ValueError: ``extent.live`` is not one number.
+        ValueError: ``valid_rows.live`` is not one number.
         TypeError: it is not int32, or lies on another device.
     """
-    live = None if extent is None else extent.live
+    live = None if valid_rows is None else valid_rows.live
     if live is None:
         return None
     if live.dtype != torch.int32 or live.device != device:
-        raise TypeError(f"extent.live is {live.dtype} on {live.device}; it has to be torch.int32 on {device}")
+        raise TypeError(f"valid_rows.live is {live.dtype} on {live.device}; it has to be torch.int32 on {device}")
     if live.numel() != 1:
-        raise ValueError(f"extent.live has shape {tuple(live.shape)}; it has to be one number, [1]")
+        raise ValueError(f"valid_rows.live has shape {tuple(live.shape)}; it has to be one number, [1]")
     return live

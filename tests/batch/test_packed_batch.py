@@ -16,7 +16,7 @@ GRIDS: list[Grid] = [(1, 4, 6), (1, 2, 2), (3, 2, 8), (1, 10, 4)]
 
 
 def layouts(grids: list[Grid]) -> list[ImageLayout]:
-    return [ImageLayout.of_one_view(grid, CONFIG.patch.size) for grid in grids]
+    return [ImageLayout.of_one_tile(grid, CONFIG.patch.size) for grid in grids]
 
 
 def pack(grids: list[Grid], inner: int = 588, config: TowerConfig = CONFIG) -> PackedBatch:
@@ -114,8 +114,8 @@ def test_windows_stand_side_by_side_and_the_selection_undoes_it() -> None:
 
 
 def test_a_class_token_is_a_patch_of_zeros_before_each_view() -> None:
-    view = ImageLayout.of_one_view((1, 3, 3), 2)
-    batch = packed(FIXED, [view, view])
+    tile = ImageLayout.of_one_tile((1, 3, 3), 2)
+    batch = packed(FIXED, [tile, tile])
     assert batch.segments.lengths == (10, 10)
     assert batch.class_rows.flatten().tolist() == [0, 10]
     assert batch.position_index is not None
@@ -125,26 +125,26 @@ def test_a_class_token_is_a_patch_of_zeros_before_each_view() -> None:
     assert batch.selection.flatten().tolist() == [*range(1, 10), *range(11, 20)]
     assert torch.equal(batch.pixels[batch.selection.squeeze(1)], numbered(18, 12))
     assert batch.token_counts == (9, 9)
-    kept = packed(replace(FIXED, keep_class_token=True), [view, view])
+    kept = packed(replace(FIXED, keep_class_token=True), [tile, tile])
     assert kept.selection is None
     assert kept.token_counts == (10, 10)
     with pytest.raises(ValueError, match="no other positions"):
-        packed(FIXED, [ImageLayout.of_one_view((1, 3, 4), 2)])
+        packed(FIXED, [ImageLayout.of_one_tile((1, 3, 4), 2)])
 
 
 def test_tiles_are_put_together_and_padding_is_never_projected() -> None:
-    one = ImageLayout.of_one_view((1, 3, 3), 2)
-    # Two views; of the second only the middle row counts, and a newline ends it.
+    one = ImageLayout.of_one_tile((1, 3, 3), 2)
+    # Two tiles; of the second only the middle row counts, and a newline ends it.
     index = torch.tensor([[row] for row in (*range(9), 12, 13, 14, -1)], dtype=torch.int32)
     tiled = ImageLayout(((1, 3, 3), (1, 3, 3)), (6, 6), (1, 3, 3), Assembly(index))
     batch = packed(TILED, [tiled, one])
     assert batch.token_counts == (13, 9)
-    assert batch.view_counts == (2, 1)
+    assert batch.tile_counts == (2, 1)
     assert batch.selection is not None
     assert batch.selection.flatten().tolist() == [*range(1, 10), 14, 15, 16, *range(21, 30)]
     assert batch.assembly_index is not None
     assert batch.assembly_index.flatten().tolist() == [*range(12), -1, *range(12, 21)]
-    assert batch.workload == Workload(30, 22, 300, selected=21, merged=21, views=3)
+    assert batch.workload == Workload(30, 22, 300, selected=21, merged=21, tiles=3)
     assert PackedBatch.without_pixels(TILED, [tiled, one]).workload == batch.workload
     wide = packed(replace(TILED, assembly_taps=4), [tiled])
     assert wide.assembly_weights is not None
@@ -169,7 +169,7 @@ def test_bilinear_positions_reach_every_corner_of_the_table() -> None:
 
 
 def test_a_batch_moves_with_all_its_facts() -> None:
-    batch = packed(TILED, [ImageLayout.of_one_view((1, 3, 3), 2)])
+    batch = packed(TILED, [ImageLayout.of_one_tile((1, 3, 3), 2)])
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
     tensors = [getattr(moved, field.name) for field in fields(moved)]

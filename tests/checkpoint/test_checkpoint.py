@@ -37,7 +37,7 @@ from tritontower.errors import (
     UsageError,
 )
 
-ROOTS = {"visual.": ""}
+PREFIXES = {"visual.": ""}
 INDEX = "model.safetensors.index.json"
 SHAPES = {"norm.weight": (4,), "proj.weight": (3, 4)}
 
@@ -123,7 +123,7 @@ def test_reads_the_vision_tensors_of_a_single_file_and_only_those(
 ) -> None:
     tensors = vision_tensors(prefix)
     single(tmp_path, {**tensors, "model.layers.0.weight": torch.ones(8)})
-    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         checkpoint.expect(SHAPES)
         loaded = dict(checkpoint.iterate(torch.float32))
     assert {prefix + name: tensor.tolist() for name, tensor in loaded.items()} == {
@@ -144,7 +144,7 @@ def test_opens_only_the_shards_that_hold_vision_tensors(tmp_path: Path, opened: 
         },
     )
     (folder / "c.safetensors").unlink()  # not even its absence matters
-    with Checkpoint.open(folder, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(folder, prefixes=PREFIXES) as checkpoint:
         checkpoint.expect(SHAPES)
         assert set(dict(checkpoint.iterate(torch.float32))) == set(SHAPES)
     assert opened.files == ["a.safetensors", "b.safetensors"]
@@ -153,7 +153,7 @@ def test_opens_only_the_shards_that_hold_vision_tensors(tmp_path: Path, opened: 
 
 def test_opening_and_checking_reads_no_tensor(tmp_path: Path, opened: CountingOpen) -> None:
     single(tmp_path, vision_tensors())
-    Checkpoint.open(tmp_path, roots=ROOTS).expect(SHAPES)
+    Checkpoint.open(tmp_path, prefixes=PREFIXES).expect(SHAPES)
     assert opened.read == []
 
 
@@ -161,7 +161,7 @@ def test_opening_and_checking_reads_no_tensor(tmp_path: Path, opened: CountingOp
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
 def test_converts_as_torch_does(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in vision_tensors().items()}
-    with Checkpoint.open(single(tmp_path, tensors), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(single(tmp_path, tensors), prefixes=PREFIXES) as checkpoint:
         for name, tensor in checkpoint.iterate(wanted):
             assert tensor.dtype == wanted
             assert torch.equal(tensor, tensors[f"visual.{name}"].to(wanted))
@@ -169,17 +169,17 @@ def test_converts_as_torch_does(tmp_path: Path, stored: torch.dtype, wanted: tor
 
 def test_dtype_is_the_one_of_most_bytes(tmp_path: Path) -> None:
     single(tmp_path, {"visual.small": torch.ones(4), "visual.large": torch.ones(64, dtype=torch.bfloat16)})
-    assert Checkpoint.open(tmp_path, roots=ROOTS).dtype == torch.bfloat16
+    assert Checkpoint.open(tmp_path, prefixes=PREFIXES).dtype == torch.bfloat16
 
 
 TREE = {"vision_tower.": "tower.", "vision_tower.vision_model.": "tower.", "multi_modal_projector.": "projector."}
 NAMES = {
-    # stored name: (roots, what becomes of it)
-    "visual.norm.weight": (ROOTS, "norm.weight"),
-    "model.visual.norm.weight": (ROOTS, "norm.weight"),
-    "module.visual.norm.weight": (ROOTS, "norm.weight"),
-    "base_model.model.model.visual.norm.weight": (ROOTS, "norm.weight"),
-    "_orig_mod.module.visual.norm.weight": (ROOTS, "norm.weight"),
+    # stored name: (prefixes, what becomes of it)
+    "visual.norm.weight": (PREFIXES, "norm.weight"),
+    "model.visual.norm.weight": (PREFIXES, "norm.weight"),
+    "module.visual.norm.weight": (PREFIXES, "norm.weight"),
+    "base_model.model.model.visual.norm.weight": (PREFIXES, "norm.weight"),
+    "_orig_mod.module.visual.norm.weight": (PREFIXES, "norm.weight"),
     "model.model.vision_tower.norm.weight": (TREE, "tower.norm.weight"),
     "model.vision_tower.vision_model.norm.weight": (TREE, "tower.norm.weight"),
     "vision_tower.vision_model_norm.weight": (TREE, "tower.vision_model_norm.weight"),
@@ -190,35 +190,35 @@ NAMES = {
     "model.vision_model.b": ({"model.vision_model.": "long.", "vision_model.": "short."}, "long.b"),
     "model.vision_model.c": ({"": "", "vision_model.": "tower."}, "tower.c"),
     "model.module.d": ({"": "rest."}, "rest.d"),
-    "model.visual.model.e": (ROOTS, "model.e"),
+    "model.visual.model.e": (PREFIXES, "model.e"),
     "model": ({"": ""}, "model"),
     "model.": ({"": ""}, "model."),
-    "models.visual.a": (ROOTS, None),
-    "my_model.visual.a": (ROOTS, None),
-    "visually.a": (ROOTS, None),
-    "lm_head.weight": (ROOTS, None),
-    "text.visual.a": (ROOTS, None),
-    "language_model.model.visual.a": (ROOTS, None),
-    "language_model.model.layers.0.a": ({**ROOTS, "": ""}, None),
-    "model.language_model.layers.0.a": ({**ROOTS, "": ""}, None),
-    "model.language_model.visual.a": ({**ROOTS, "": ""}, None),
+    "models.visual.a": (PREFIXES, None),
+    "my_model.visual.a": (PREFIXES, None),
+    "visually.a": (PREFIXES, None),
+    "lm_head.weight": (PREFIXES, None),
+    "text.visual.a": (PREFIXES, None),
+    "language_model.model.visual.a": (PREFIXES, None),
+    "language_model.model.layers.0.a": ({**PREFIXES, "": ""}, None),
+    "model.language_model.layers.0.a": ({**PREFIXES, "": ""}, None),
+    "model.language_model.visual.a": ({**PREFIXES, "": ""}, None),
     "language_model_a": ({"": ""}, "language_model_a"),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "roots", "expected"), [(name, *case) for name, case in NAMES.items()], ids=list(NAMES)
+    ("name", "prefixes", "expected"), [(name, *case) for name, case in NAMES.items()], ids=list(NAMES)
 )
 def test_wrappers_are_dropped_and_the_longest_root_is_replaced(
-    name: str, roots: dict[str, str], expected: str | None
+    name: str, prefixes: dict[str, str], expected: str | None
 ) -> None:
-    assert weight_files.strip_prefix(name, roots) == expected
+    assert weight_files.strip_prefix(name, prefixes) == expected
 
 
-def test_roots_keep_two_parts_apart(tmp_path: Path) -> None:
+def test_prefixes_keep_two_parts_apart(tmp_path: Path) -> None:
     names = ("vision_tower.vision_model.norm.weight", "vision_tower.cls", "multi_modal_projector.norm.weight")
     single(tmp_path, {name: torch.ones(1) for name in names})
-    tensors = Checkpoint.open(tmp_path, roots=TREE).tensors
+    tensors = Checkpoint.open(tmp_path, prefixes=TREE).tensors
     assert list(tensors) == ["projector.norm.weight", "tower.cls", "tower.norm.weight"]
     assert len(tensors) == 3
     assert tensors["tower.norm.weight"].name == "vision_tower.vision_model.norm.weight"
@@ -226,7 +226,7 @@ def test_roots_keep_two_parts_apart(tmp_path: Path) -> None:
 
 def test_reports_progress_in_bytes(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
-    with Checkpoint.open(single(tmp_path, vision_tensors()), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(single(tmp_path, vision_tensors()), prefixes=PREFIXES) as checkpoint:
         list(checkpoint.iterate(torch.float32, progress=lambda done, total: steps.append((done, total))))
     assert [total for _, total in steps] == [64, 64]
     assert steps[-1] == (64, 64)
@@ -241,7 +241,7 @@ def test_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
         from pathlib import Path
         from tritontower.checkpoint.checkpoint import Checkpoint
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        with Checkpoint.open(Path({str(folder)!r}), roots={{"visual.": ""}}) as checkpoint:
+        with Checkpoint.open(Path({str(folder)!r}), prefixes={{"visual.": ""}}) as checkpoint:
             for number, (name, tensor) in enumerate(checkpoint.iterate(torch.float32)):
                 del tensor
                 if number == 3:
@@ -254,7 +254,7 @@ def test_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 def test_reads_odd_shapes_and_scalars_as_they_are(tmp_path: Path) -> None:
     tensors = {"visual.odd": torch.randn(3, 7, 5), "visual.scalar": torch.tensor(2.5), "visual.none": torch.ones(0, 4)}
-    with Checkpoint.open(single(tmp_path, tensors), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(single(tmp_path, tensors), prefixes=PREFIXES) as checkpoint:
         checkpoint.expect({"odd": (3, 7, 5), "scalar": (), "none": (0, 4)})
         loaded = dict(checkpoint.iterate(torch.float32))
     assert all(torch.equal(loaded[name.removeprefix("visual.")], tensor) for name, tensor in tensors.items())
@@ -271,7 +271,7 @@ def test_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None
     # 640 = 0x0280: the first two bytes of the file are those of a pickle of protocol 2.
     text = json.dumps({"visual.x": entry([1], 0, 4)}).encode().ljust(640)
     (tmp_path / "model.safetensors").write_bytes(raw_file(text, b"\0" * 4))
-    assert Checkpoint.open(tmp_path, roots=ROOTS).tensors["x"].shape == (1,)
+    assert Checkpoint.open(tmp_path, prefixes=PREFIXES).tensors["x"].shape == (1,)
 
 
 # -- files that are not what they should be ---------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_corrupt_file_is_named_with_the_reason(tmp_path: Path, content: bytes, h
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match=re.escape(str(path))) as caught:
-        Checkpoint.open(tmp_path, roots=ROOTS)
+        Checkpoint.open(tmp_path, prefixes=PREFIXES)
     assert hint in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
@@ -318,13 +318,13 @@ def test_every_truncation_is_an_error(tmp_path: Path) -> None:
     for length in range(len(content)):
         (tmp_path / "model.safetensors").write_bytes(content[:length])
         with pytest.raises(CheckpointCorruptError):
-            Checkpoint.open(tmp_path, roots=ROOTS)
+            Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
 def test_directory_in_place_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(CheckpointCorruptError, match="not an ordinary file"):
-        Checkpoint.open(tmp_path, roots=ROOTS)
+        Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
 def test_file_system_that_refuses_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +334,7 @@ def test_file_system_that_refuses_to_read(tmp_path: Path, monkeypatch: pytest.Mo
     single(tmp_path, vision_tensors())
     monkeypatch.setattr(weight_files, "safe_open", refuse)
     with pytest.raises(CheckpointCorruptError, match="No such device"):
-        Checkpoint.open(tmp_path, roots=ROOTS)
+        Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
 @settings(
@@ -348,7 +348,7 @@ def test_mutated_file_raises_nothing_but_tower_errors(tmp_path: Path, data: st.D
         content[position : position + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
     (tmp_path / "model.safetensors").write_bytes(content)
     try:
-        with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+        with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
             checkpoint.expect(SHAPES)
             loaded = dict(checkpoint.iterate(torch.float32))
     except TowerError as error:
@@ -367,7 +367,7 @@ def test_file_that_shrinks_while_it_is_read_does_not_kill_the_process(tmp_path: 
         from tritontower.checkpoint.checkpoint import Checkpoint
         from tritontower.errors import CheckpointCorruptError
         folder = Path({str(tmp_path)!r})
-        with Checkpoint.open(folder, roots={{"visual.": ""}}) as checkpoint:
+        with Checkpoint.open(folder, prefixes={{"visual.": ""}}) as checkpoint:
             try:
                 for number, _ in enumerate(checkpoint.iterate(torch.float32)):
                     os.truncate(folder / "model.safetensors", 2**19)
@@ -406,7 +406,7 @@ def test_unsafe_shard_name_is_refused_before_any_file_is_opened(
     weight_map = {"visual.proj.weight": "a.safetensors", tensor: name}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(UnsafePathError, match="names the shard"):
-        Checkpoint.open(tmp_path, roots=ROOTS)
+        Checkpoint.open(tmp_path, prefixes=PREFIXES)
     assert opened.files == []
 
 
@@ -417,8 +417,8 @@ def test_link_that_leaves_the_folder_is_refused_unless_allowed(tmp_path: Path) -
     single(elsewhere, vision_tensors())
     (folder / "model.safetensors").symlink_to(elsewhere / "model.safetensors")
     with pytest.raises(UnsafePathError, match="leaves the folder"):
-        Checkpoint.open(folder, roots=ROOTS)
-    assert set(Checkpoint.open(folder, roots=ROOTS, allow_symlinks=True).tensors) == set(SHAPES)
+        Checkpoint.open(folder, prefixes=PREFIXES)
+    assert set(Checkpoint.open(folder, prefixes=PREFIXES, allow_symlinks=True).tensors) == set(SHAPES)
 
 
 def test_index_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_index_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> No
     save_file(vision_tensors(), folder / "a.safetensors")
     (folder / INDEX).symlink_to(elsewhere / INDEX)
     with pytest.raises(UnsafePathError, match="leaves the folder"):
-        Checkpoint.open(folder, roots=ROOTS)
+        Checkpoint.open(folder, prefixes=PREFIXES)
 
 
 def test_links_inside_the_folder_and_into_the_hub_cache_are_followed(tmp_path: Path) -> None:
@@ -439,13 +439,13 @@ def test_links_inside_the_folder_and_into_the_hub_cache_are_followed(tmp_path: P
     blobs.mkdir()
     save_file(vision_tensors(), blobs / "abc")
     (snapshot / "model.safetensors").symlink_to(Path("../../blobs/abc"))
-    assert set(Checkpoint.open(snapshot, roots=ROOTS).tensors) == set(SHAPES)
+    assert set(Checkpoint.open(snapshot, prefixes=PREFIXES).tensors) == set(SHAPES)
 
     folder = tmp_path / "plain"
     folder.mkdir()
     save_file(vision_tensors(), folder / "weights.data")
     (folder / "model.safetensors").symlink_to("weights.data")
-    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == set(SHAPES)
+    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == set(SHAPES)
 
 
 def test_other_hub_repository_is_outside(tmp_path: Path) -> None:
@@ -455,7 +455,7 @@ def test_other_hub_repository_is_outside(tmp_path: Path) -> None:
     save_file(vision_tensors(), other / "abc")
     (snapshot / "model.safetensors").symlink_to(other / "abc")
     with pytest.raises(UnsafePathError):
-        Checkpoint.open(snapshot, roots=ROOTS)
+        Checkpoint.open(snapshot, prefixes=PREFIXES)
 
 
 def _missing_shard(folder: Path) -> None:
@@ -515,12 +515,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], type[TowerError], str]] = {
 def test_faulty_folder(tmp_path: Path, build: Callable[[Path], object], error: type[TowerError], text: str) -> None:
     build(tmp_path)
     with pytest.raises(error, match=re.escape(text)):
-        Checkpoint.open(tmp_path, roots=ROOTS)
+        Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
 # -- Mistral's own layout ---------------------------------------------------------------------------------------------
 
-NATIVE_ROOTS = {"vision_encoder.": "tower."}
+NATIVE_PREFIXES = {"vision_encoder.": "tower."}
 NATIVE = {f"vision_encoder.{name}": tensor for name, tensor in vision_tensors("").items()}
 NATIVE_NAMES = {f"tower.{name}" for name in SHAPES}
 
@@ -528,8 +528,8 @@ NATIVE_NAMES = {f"tower.{name}" for name in SHAPES}
 def test_folder_with_both_layouts_works_for_each(tmp_path: Path, opened: CountingOpen) -> None:
     save_file(NATIVE, tmp_path / "consolidated.safetensors")
     sharded(tmp_path, {"model-00001-of-00001.safetensors": vision_tensors()})
-    assert set(Checkpoint.open(tmp_path, roots=ROOTS).tensors) == set(SHAPES)
-    assert set(Checkpoint.open(tmp_path, roots=NATIVE_ROOTS, layout="mistral").tensors) == NATIVE_NAMES
+    assert set(Checkpoint.open(tmp_path, prefixes=PREFIXES).tensors) == set(SHAPES)
+    assert set(Checkpoint.open(tmp_path, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == NATIVE_NAMES
     assert opened.files == ["model-00001-of-00001.safetensors", "consolidated.safetensors"]
 
 
@@ -538,7 +538,7 @@ def test_native_index_opens_only_the_shards_that_hold_vision_tensors(tmp_path: P
     weight_map = dict.fromkeys(NATIVE, "consolidated-00002-of-00002.safetensors")
     weight_map["layers.0.wq.weight"] = "consolidated-00001-of-00002.safetensors"
     (tmp_path / "consolidated.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    assert set(Checkpoint.open(tmp_path, roots=NATIVE_ROOTS, layout="mistral").tensors) == NATIVE_NAMES
+    assert set(Checkpoint.open(tmp_path, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == NATIVE_NAMES
     assert opened.files == ["consolidated-00002-of-00002.safetensors"]
 
 
@@ -546,11 +546,11 @@ def test_native_index_is_named_in_messages(tmp_path: Path) -> None:
     index = tmp_path / "consolidated.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"vision_encoder.a": "../secret.safetensors"}}))
     with pytest.raises(UnsafePathError, match=r"consolidated\.safetensors\.index\.json names the shard"):
-        Checkpoint.open(tmp_path, roots=NATIVE_ROOTS, layout="mistral")
+        Checkpoint.open(tmp_path, prefixes=NATIVE_PREFIXES, layout="mistral")
     save_file(NATIVE, tmp_path / "a.safetensors")
     index.write_text(json.dumps({"weight_map": {"vision_encoder.a": "a.safetensors"}}))
     with pytest.raises(CheckpointIncompleteError, match=r"that consolidated\.safetensors\.index\.json places there"):
-        Checkpoint.open(tmp_path, roots=NATIVE_ROOTS, layout="mistral")
+        Checkpoint.open(tmp_path, prefixes=NATIVE_PREFIXES, layout="mistral")
 
 
 @pytest.mark.parametrize(
@@ -572,7 +572,7 @@ def test_numbered_files_without_an_index_are_all_asked_but_only_vision_tensors_a
     ]
     for file, tensors in zip(files, contents, strict=True):
         save_file(tensors, tmp_path / f"{file}.safetensors")
-    with Checkpoint.open(tmp_path, roots=NATIVE_ROOTS, layout="mistral") as checkpoint:
+    with Checkpoint.open(tmp_path, prefixes=NATIVE_PREFIXES, layout="mistral") as checkpoint:
         assert opened.held == [True, False, True], "a file without vision tensors is closed at once"
         loaded = dict(checkpoint.iterate(torch.float32))
     assert opened.held == [False] * 3
@@ -603,19 +603,19 @@ def test_faulty_native_folder(
     for file in files:
         save_file(NATIVE, tmp_path / f"{file}.safetensors")
     with pytest.raises(error, match=re.escape(text)):
-        Checkpoint.open(tmp_path, roots=NATIVE_ROOTS, layout="mistral")
+        Checkpoint.open(tmp_path, prefixes=NATIVE_PREFIXES, layout="mistral")
     assert opened.files == []
 
 
 def test_native_pickles_are_refused(tmp_path: Path) -> None:
     torch.save(NATIVE, tmp_path / "consolidated.00.pth")
     with pytest.raises(UnsafeFormatError, match=r"consolidated\.00\.pth"):
-        Checkpoint.open(tmp_path, roots=NATIVE_ROOTS, layout="mistral")
+        Checkpoint.open(tmp_path, prefixes=NATIVE_PREFIXES, layout="mistral")
 
 
 def test_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="not a folder") as caught:
-        Checkpoint.open(tmp_path / "nothing", roots=ROOTS)
+        Checkpoint.open(tmp_path / "nothing", prefixes=PREFIXES)
     assert isinstance(caught.value, OSError)
 
 
@@ -626,7 +626,7 @@ def test_missing_tensors_are_counted_and_ten_are_listed(tmp_path: Path) -> None:
     single(tmp_path, vision_tensors())
     specs = {**SHAPES, **{f"blocks.{index}.weight": (4,) for index in range(30)}}
     with pytest.raises(CheckpointIncompleteError) as caught:
-        Checkpoint.open(tmp_path, roots=ROOTS).expect(specs)
+        Checkpoint.open(tmp_path, prefixes=PREFIXES).expect(specs)
     assert "lacks 30 of the tower's 32 tensors" in str(caught.value)
     assert "(and 20 more)" in str(caught.value)
     assert len(caught.value.names) == 30
@@ -636,7 +636,7 @@ def test_missing_tensors_are_counted_and_ten_are_listed(tmp_path: Path) -> None:
 def test_shape_is_compared_with_the_header(tmp_path: Path, opened: CountingOpen) -> None:
     single(tmp_path, vision_tensors())
     with pytest.raises(ShapeMismatchError) as caught:
-        Checkpoint.open(tmp_path, roots=ROOTS).expect({**SHAPES, "proj.weight": (2**40, 2**20)})
+        Checkpoint.open(tmp_path, prefixes=PREFIXES).expect({**SHAPES, "proj.weight": (2**40, 2**20)})
     error = caught.value
     assert (error.name, error.expected, error.found) == ("visual.proj.weight", (2**40, 2**20), (3, 4))
     assert opened.read == []
@@ -645,7 +645,7 @@ def test_shape_is_compared_with_the_header(tmp_path: Path, opened: CountingOpen)
 def test_unused_vision_tensors_are_refused_unless_ignored(tmp_path: Path) -> None:
     extra = {"visual.rotary.inv_freq": torch.ones(2), "visual.position_ids": torch.arange(3)}
     single(tmp_path, {**vision_tensors(), **extra})
-    checkpoint = Checkpoint.open(tmp_path, roots=ROOTS)
+    checkpoint = Checkpoint.open(tmp_path, prefixes=PREFIXES)
     with pytest.raises(UnexpectedTensorError, match=r"1 vision tensors .*visual\.rotary\.inv_freq"):
         checkpoint.expect(SHAPES, ignored=["*position_ids"])
     checkpoint.expect(SHAPES, ignored=["*position_ids", "rotary.*"])
@@ -667,7 +667,7 @@ def test_unneeded_tensors_are_neither_checked_nor_read(tmp_path: Path, opened: C
     }
     single(tmp_path, {**vision_tensors(), **unneeded})
     names = ["blocks.9.fc.weight", "blocks.9.fc.bias", "head.weight", "probe.weight", "scaled.weight", "not.there"]
-    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         checkpoint.expect(SHAPES, unneeded=names)
         assert opened.read == []
         assert set(dict(checkpoint.iterate(torch.float32))) == set(SHAPES)
@@ -680,7 +680,7 @@ def test_unneeded_tensors_are_neither_checked_nor_read(tmp_path: Path, opened: C
 
 def test_needed_tensors_are_needed_even_if_they_are_unneeded_too(tmp_path: Path) -> None:
     single(tmp_path, vision_tensors())
-    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         with pytest.raises(ShapeMismatchError):
             checkpoint.expect({**SHAPES, "norm.weight": (5,)}, unneeded=["norm.weight"])
         with pytest.raises(UnexpectedTensorError, match=r"visual\.proj\.weight"):
@@ -691,7 +691,7 @@ def test_needed_tensors_are_needed_even_if_they_are_unneeded_too(tmp_path: Path)
 def test_quantized_tensor_is_named_with_the_method(tmp_path: Path, dtype: torch.dtype) -> None:
     single(tmp_path, {**vision_tensors(), "visual.norm.weight": torch.zeros(4).to(dtype)})
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "bitsandbytes"}}')
-    checkpoint = Checkpoint.open(tmp_path, roots=ROOTS)
+    checkpoint = Checkpoint.open(tmp_path, prefixes=PREFIXES)
     message = r"visual\.norm\.weight.*stored as [A-Z0-9_]+ \(config\.json: quant_method 'bitsandbytes'\)"
     with pytest.raises(UnsupportedDtypeError, match=message):
         checkpoint.expect(SHAPES)
@@ -702,7 +702,7 @@ def test_quantized_tensor_is_named_with_the_method(tmp_path: Path, dtype: torch.
 def test_dtype_of_a_wholly_quantized_tower_is_refused(tmp_path: Path) -> None:
     single(tmp_path, {"visual.a": torch.zeros(4, dtype=torch.int8)})
     with pytest.raises(UnsupportedDtypeError, match="stored as I8; only"):
-        _ = Checkpoint.open(tmp_path, roots=ROOTS).dtype
+        _ = Checkpoint.open(tmp_path, prefixes=PREFIXES).dtype
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -710,7 +710,7 @@ def test_dtype_of_a_wholly_quantized_tower_is_refused(tmp_path: Path) -> None:
 def test_non_finite_weights_are_refused_by_name(tmp_path: Path, value: float, stored: torch.dtype) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in vision_tensors().items()}
     tensors["visual.proj.weight"][1, 2] = value
-    with Checkpoint.open(single(tmp_path, tensors), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(single(tmp_path, tensors), prefixes=PREFIXES) as checkpoint:
         with pytest.raises(NonFiniteWeightsError, match="holds NaN or infinity") as caught:
             list(checkpoint.iterate(torch.float32))
         assert caught.value.name == "visual.proj.weight"
@@ -722,7 +722,7 @@ def test_overflow_of_the_wanted_type_is_refused(tmp_path: Path, stored: torch.dt
     largest = torch.finfo(stored).max
     single(tmp_path, {"visual.a": torch.tensor([1.0, -largest], dtype=stored)})
     with (
-        Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint,
+        Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint,
         pytest.raises(NonFiniteWeightsError, match=f"{wanted} ends at"),
     ):
         list(checkpoint.iterate(wanted))
@@ -732,12 +732,12 @@ def test_overflow_of_the_wanted_type_is_refused(tmp_path: Path, stored: torch.dt
 def test_finite_weights_whose_sum_overflows_are_accepted(tmp_path: Path, dtype: torch.dtype) -> None:
     huge = torch.full((8,), torch.finfo(dtype if dtype != torch.float64 else torch.float32).max, dtype=dtype)
     wanted = torch.float32 if dtype == torch.float64 else dtype
-    with Checkpoint.open(single(tmp_path, {"visual.a": huge}), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(single(tmp_path, {"visual.a": huge}), prefixes=PREFIXES) as checkpoint:
         assert torch.equal(dict(checkpoint.iterate(wanted))["a"], huge.to(wanted))
 
 
 def test_unknown_name_and_closed_checkpoint(tmp_path: Path) -> None:
-    with Checkpoint.open(single(tmp_path, vision_tensors()), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(single(tmp_path, vision_tensors()), prefixes=PREFIXES) as checkpoint:
         with pytest.raises(CheckpointIncompleteError, match="lacks nothing_like_it"):
             list(checkpoint.iterate(torch.float32, names=["nothing_like_it"]))
         assert [name for name, _ in checkpoint.iterate(torch.float32, names=["norm.weight"])] == ["norm.weight"]

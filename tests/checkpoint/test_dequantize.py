@@ -26,7 +26,7 @@ from tritontower.errors import (
     UsageError,
 )
 
-ROOTS = {"visual.": ""}
+PREFIXES = {"visual.": ""}
 NF4 = "quant_state.bitsandbytes__nf4"
 TABLE = [-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
 Tensors = dict[str, torch.Tensor]
@@ -97,7 +97,7 @@ def write(folder: Path, tensors: Tensors) -> Path:
 
 
 def load(folder: Path, tensors: Tensors, dtype: torch.dtype = torch.float32) -> Tensors:
-    with Checkpoint.open(write(folder, tensors), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(write(folder, tensors), prefixes=PREFIXES) as checkpoint:
         return dict(checkpoint.iterate(dtype))
 
 
@@ -189,7 +189,7 @@ def test_scales_may_be_in_another_shard(tmp_path: Path) -> None:
         save_file(content, tmp_path / file)
     weight_map = {name: file for file, content in shards.items() for name in content}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         checkpoint.expect({"x.weight": (6, 50)})
         ((_, tensor),) = checkpoint.iterate(torch.float32)
         assert checkpoint.tensors["x.weight"].file == "b.safetensors"
@@ -215,7 +215,7 @@ MIXED_SHAPES = {"norm.weight": (4,), "x.weight": (6, 50), "x.bias": (6,), "y.wei
 
 
 def test_one_tensor_stands_for_all_parts_of_a_weight(tmp_path: Path) -> None:
-    with Checkpoint.open(write(tmp_path, mixed()), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(write(tmp_path, mixed()), prefixes=PREFIXES) as checkpoint:
         checkpoint.expect(MIXED_SHAPES)
         headers = dict(checkpoint.tensors)
         assert {name: header.shape for name, header in headers.items()} == MIXED_SHAPES
@@ -235,7 +235,7 @@ def test_progress_counts_stored_bytes_with_scales_but_not_what_is_never_read(tmp
     tensors = mixed()
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     steps: list[tuple[int, int]] = []
-    with Checkpoint.open(write(tmp_path, tensors), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(write(tmp_path, tensors), prefixes=PREFIXES) as checkpoint:
         list(checkpoint.iterate(torch.float32, progress=lambda done, total: steps.append((done, total))))
         total = sum(sizes.values()) - sizes["visual.y.input_scale"]
         assert [step[1] for step in steps] == [total] * 4
@@ -267,10 +267,10 @@ def test_plain_tower_beside_a_quantized_language_model(tmp_path: Path) -> None:
 def test_scales_of_activations_are_ignored_beside_a_quantized_weight_only(tmp_path: Path, name: str) -> None:
     scales = {"visual.attn.k_proj.weight_scale": torch.ones(1), f"visual.{name}": torch.ones(1)}
     write(tmp_path, {"visual.attn.k_proj.weight": float8((4, 4)), **scales})
-    Checkpoint.open(tmp_path, roots=ROOTS).expect({"attn.k_proj.weight": (4, 4)})
+    Checkpoint.open(tmp_path, prefixes=PREFIXES).expect({"attn.k_proj.weight": (4, 4)})
     write(tmp_path, {"visual.attn.k_proj.weight": torch.ones(4, 4), f"visual.{name}": torch.ones(1)})
     with pytest.raises(UnexpectedTensorError, match=re.escape(name)):
-        Checkpoint.open(tmp_path, roots=ROOTS).expect({"attn.k_proj.weight": (4, 4)})
+        Checkpoint.open(tmp_path, prefixes=PREFIXES).expect({"attn.k_proj.weight": (4, 4)})
 
 
 @pytest.mark.parametrize("extra", ["x.weight_scale", "x.SCB", "x.weight_shape", "attn.input_scale", "attn.q.SCB"])
@@ -279,12 +279,12 @@ def test_companions_that_belong_to_nothing_are_unexpected(tmp_path: Path, extra:
     quantized = {"visual.attn.q.weight": float8((4, 4)), "visual.attn.q.weight_scale": torch.ones(())}
     write(tmp_path, {"visual.x.weight": torch.ones(4, 4), **quantized, f"visual.{extra}": torch.ones(1)})
     with pytest.raises(UnexpectedTensorError, match=re.escape(f"visual.{extra}")):
-        Checkpoint.open(tmp_path, roots=ROOTS).expect(specs)
+        Checkpoint.open(tmp_path, prefixes=PREFIXES).expect(specs)
 
 
 def test_dtype_is_that_of_the_plain_tensors_or_the_recorded_one_or_bfloat16(tmp_path: Path) -> None:
     def dtype_of(tensors: Tensors) -> torch.dtype:
-        return Checkpoint.open(write(tmp_path, tensors), roots=ROOTS).dtype
+        return Checkpoint.open(write(tmp_path, tensors), prefixes=PREFIXES).dtype
 
     packed, _ = four_bit((60, 50))
     scaled = {"visual.y.weight": float8((130, 7)), "visual.y.weight_scale": torch.ones(1)}
@@ -295,7 +295,7 @@ def test_dtype_is_that_of_the_plain_tensors_or_the_recorded_one_or_bfloat16(tmp_
 
 def test_closed_checkpoint_keeps_the_shapes_that_were_asked_for(tmp_path: Path) -> None:
     tensors = {**four_bit((6, 50))[0], **four_bit((4, 4), name="visual.y.weight")[0]}
-    with Checkpoint.open(write(tmp_path, tensors), roots=ROOTS) as checkpoint:
+    with Checkpoint.open(write(tmp_path, tensors), prefixes=PREFIXES) as checkpoint:
         checkpoint.expect({"x.weight": (6, 50)}, unneeded=["y.weight"])
     assert checkpoint.tensors["x.weight"].shape == (6, 50)
     with pytest.raises(UsageError, match="closed"):
@@ -396,7 +396,7 @@ def test_other_schemes_are_refused_by_name_unless_nobody_needs_them(
     message = (
         rf"tensor 'visual\.fc\.{named}' in model\.safetensors is stored as \w+, {scheme}.*'some-method'.* can be lo"
     )
-    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         assert set(checkpoint.tensors) == {"norm.weight", "fc.weight"}
         assert checkpoint.tensors["fc.weight"].shape == tuple(parts[named].shape)
         for needed in ({"norm.weight": (4,)}, {"norm.weight": (4,), "fc.weight": (8, 8)}):
@@ -412,7 +412,7 @@ def test_other_schemes_are_refused_by_name_unless_nobody_needs_them(
 
 def test_a_weight_in_two_ways_is_refused(tmp_path: Path) -> None:
     write(tmp_path, {"visual.fc.weight": torch.ones(8, 8), "visual.fc.qweight": i32(8, 1)})
-    checkpoint = Checkpoint.open(tmp_path, roots=ROOTS)
+    checkpoint = Checkpoint.open(tmp_path, prefixes=PREFIXES)
     assert set(checkpoint.tensors) == {"fc.weight", "fc.qweight"}
     with pytest.raises(UnsupportedDtypeError, match=r"visual\.fc\.qweight"):
         checkpoint.expect({"fc.weight": (8, 8)})
@@ -434,7 +434,7 @@ VARIANTS: dict[str, tuple[Tensors, str]] = {
 @pytest.mark.parametrize(("parts", "text"), VARIANTS.values(), ids=VARIANTS)
 def test_variants_are_refused_rather_than_guessed(tmp_path: Path, parts: Tensors, text: str) -> None:
     write(tmp_path, {f"visual.fc.{name}": part for name, part in parts.items()})
-    checkpoint = Checkpoint.open(tmp_path, roots=ROOTS)
+    checkpoint = Checkpoint.open(tmp_path, prefixes=PREFIXES)
     with pytest.raises(UnsupportedDtypeError, match=re.escape(text)):
         checkpoint.expect({"fc.weight": tuple(parts["weight"].shape)})
     with pytest.raises(UnsupportedDtypeError, match=re.escape(text)):
@@ -475,7 +475,7 @@ DESCRIPTIONS: dict[str, tuple[object, str]] = {
 def test_faulty_description_of_four_bits(tmp_path: Path, description: object, text: str) -> None:
     tensors, _ = four_bit((6, 50))
     tensors[f"visual.x.weight.{NF4}"] = as_bytes(description)
-    checkpoint = Checkpoint.open(write(tmp_path, tensors), roots=ROOTS)
+    checkpoint = Checkpoint.open(write(tmp_path, tensors), prefixes=PREFIXES)
     with pytest.raises(CheckpointCorruptError, match=re.escape(text)) as caught:
         checkpoint.expect({"x.weight": (6, 50)})
     assert "visual.x.weight" in str(caught.value)
@@ -530,7 +530,7 @@ def test_parts_that_contradict_one_another(tmp_path: Path, part: str, value: tor
     tensors = {other: tensor for other, tensor in tensors.items() if other != name}
     if value is not None:
         tensors[name] = value
-    checkpoint = Checkpoint.open(write(tmp_path, tensors), roots=ROOTS)
+    checkpoint = Checkpoint.open(write(tmp_path, tensors), prefixes=PREFIXES)
     with pytest.raises(CheckpointCorruptError, match=re.escape(text)):
         checkpoint.expect({"x.weight": (40, 50)})
 
@@ -576,7 +576,7 @@ def test_mutated_file_raises_nothing_but_tower_errors(tmp_path: Path, data: st.D
         content[position] = byte
     (tmp_path / "model.safetensors").write_bytes(content)
     try:
-        with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+        with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
             checkpoint.expect({**MIXED_SHAPES, "x.weight": (40, 50)})
             loaded = dict(checkpoint.iterate(torch.float32))
     except TowerError as error:
@@ -590,5 +590,5 @@ def test_mutated_file_raises_nothing_but_tower_errors(tmp_path: Path, data: st.D
 def test_every_supported_scheme_is_one_that_messages_promise(tmp_path: Path) -> None:
     write(tmp_path, {"visual.x.weight": i8(2, 2)})
     with pytest.raises(UnsupportedDtypeError) as caught:
-        Checkpoint.open(tmp_path, roots=ROOTS).expect({})
+        Checkpoint.open(tmp_path, prefixes=PREFIXES).expect({})
     assert all(scheme in str(caught.value) for scheme in SUPPORTED_SCHEMES)

@@ -11,7 +11,7 @@ from tritontower.checkpoint.checkpoint import Checkpoint
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
-ROOTS = {"visual.": ""}
+PREFIXES = {"visual.": ""}
 SHAPES = [(96, 80), (80, 1176), (7, 5), (3, 3, 2, 14, 14), (160,)]
 """Blocks end in the middle of rows, the last one is not full, and the second has more blocks than one nested block."""
 
@@ -36,7 +36,7 @@ def their_numbers(packed: torch.Tensor, state: Any) -> torch.Tensor:
 
 def loaded(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[Checkpoint, torch.Tensor]:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    with Checkpoint.open(folder, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(folder, prefixes=PREFIXES) as checkpoint:
         ((_, tensor),) = checkpoint.iterate(dtype)
         _ = checkpoint.tensors["x.weight"]
         return checkpoint, tensor
@@ -96,7 +96,7 @@ def test_modules_as_they_save_themselves(tmp_path: Path, module: str) -> None:
     state = {f"visual.x.{name}": part.contiguous() for name, part in linear.state_dict().items()}
     assert len(state) > 2, "it was not quantized"
     save_file(state, tmp_path / "model.safetensors")
-    with Checkpoint.open(tmp_path, roots=ROOTS) as checkpoint:
+    with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         checkpoint.expect({"x.weight": (96, 80), "x.bias": (96,)})
         tensors = dict(checkpoint.iterate(torch.float32))
     error = (tensors["x.weight"] - weight((96, 80))).abs().max()

@@ -23,8 +23,8 @@ from tritontower.errors import (
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "org/name"
-ROOTS = {"visual.": ""}
-NATIVE_ROOTS = {"vision_encoder.": "tower."}
+PREFIXES = {"visual.": ""}
+NATIVE_PREFIXES = {"vision_encoder.": "tower."}
 
 
 class FakeHub:
@@ -87,7 +87,7 @@ def weights(folder: Path, *names: str) -> bytes:
 def test_local_folder_asks_the_hub_for_nothing(tmp_path: Path, hub: FakeHub) -> None:
     assert locate(tmp_path) == tmp_path
     assert locate(str(tmp_path)) == tmp_path
-    fetch_shards(tmp_path, ROOTS)
+    fetch_shards(tmp_path, PREFIXES)
     assert hub.requests == []
 
 
@@ -133,18 +133,18 @@ def test_sharded_repository_gives_only_the_shards_with_vision_tensors(tmp_path: 
         "model.safetensors.index.json",
     ]
     hub.requests.clear()
-    fetch_shards(folder, ROOTS)
+    fetch_shards(folder, PREFIXES)
     assert hub.names == ["a.safetensors", "c.safetensors"]
-    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"one", "two"}
+    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"one", "two"}
 
 
 def test_single_file_repository(tmp_path: Path, hub: FakeHub) -> None:
     hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
     folder = locate(MODEL)
     hub.requests.clear()
-    fetch_shards(folder, ROOTS)
+    fetch_shards(folder, PREFIXES)
     assert hub.names == ["model.safetensors"]
-    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"one"}
+    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"one"}
 
 
 @pytest.fixture
@@ -187,10 +187,10 @@ def test_native_index_gives_only_the_shards_with_vision_tensors(tmp_path: Path, 
     }
     folder = locate(MODEL)
     native.requests.clear()
-    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
     assert native.names == ["consolidated.safetensors.index.json", "consolidated-00002-of-00002.safetensors"]
     assert native.listings == []
-    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+    assert set(Checkpoint.open(folder, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == {"tower.one"}
 
 
 def test_native_single_file_beside_the_files_of_transformers(tmp_path: Path, hub: FakeHub) -> None:
@@ -199,12 +199,12 @@ def test_native_single_file_beside_the_files_of_transformers(tmp_path: Path, hub
         "model.safetensors": weights(tmp_path, "visual.two"),
     }
     folder = locate(MODEL)
-    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
     assert not (folder / "model.safetensors").exists()
     assert hub.listings == []
-    fetch_shards(folder, ROOTS)
-    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
-    assert set(Checkpoint.open(folder, roots=ROOTS).tensors) == {"two"}
+    fetch_shards(folder, PREFIXES)
+    assert set(Checkpoint.open(folder, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == {"tower.one"}
+    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"two"}
 
 
 def numbered(tmp_path: Path) -> dict[str, bytes]:
@@ -218,10 +218,10 @@ def test_native_numbered_files_without_an_index_are_all_fetched(tmp_path: Path, 
     native.files |= numbered(tmp_path)
     folder = locate(MODEL)
     native.requests.clear()
-    fetch_shards(folder, NATIVE_ROOTS, layout="mistral", token="secret")
+    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", token="secret")
     assert native.names[-2:] == ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"]
     assert native.listings == [(COMMIT, "secret")]
-    assert set(Checkpoint.open(folder, roots=NATIVE_ROOTS, layout="mistral").tensors) == {"tower.one"}
+    assert set(Checkpoint.open(folder, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == {"tower.one"}
 
 
 @pytest.mark.parametrize("how", ["local_files_only", "offline mode"])
@@ -230,38 +230,38 @@ def test_native_numbered_files_are_found_in_the_cache_without_the_hub(
 ) -> None:
     native.files |= numbered(tmp_path)
     folder = locate(MODEL)
-    fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
     native.listing_failure = errors.OfflineModeIsEnabled("story")
     native.listings.clear()
-    fetch_shards(folder, NATIVE_ROOTS, layout="mistral", local_files_only=how == "local_files_only")
+    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", local_files_only=how == "local_files_only")
     assert len(native.listings) == (how == "offline mode")
     (folder / "consolidated-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointIncompleteError, match="1 of 2 numbered files"):
-        fetch_shards(folder, NATIVE_ROOTS, layout="mistral", local_files_only=True)
+        fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", local_files_only=True)
 
 
 def test_list_of_files_that_cannot_be_fetched(native: FakeHub) -> None:
     native.listing_failure = ConnectionError("story")
     folder = locate(MODEL)
     with pytest.raises(CheckpointNotFoundError, match=r"the list of files cannot be fetched \(ConnectionError\)"):
-        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+        fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
 
 
 def test_native_repository_of_pickles_and_one_without_weights(native: FakeHub) -> None:
     folder = locate(MODEL)
     with pytest.raises(CheckpointNotFoundError, match=r"holds neither consolidated\.safetensors nor consolidated\."):
-        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+        fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
     native.files["consolidated.00.pth"] = b""
     with pytest.raises(UnsafeFormatError, match=r"consolidated\.00\.pth"):
-        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+        fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
     native.files["model.safetensors"] = b""
     with pytest.raises(CheckpointNotFoundError, match="holds neither"):
-        fetch_shards(folder, NATIVE_ROOTS, layout="mistral")
+        fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
 
 
 def test_everything_comes_from_the_commit_of_the_configuration(tmp_path: Path, hub: FakeHub) -> None:
     hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
-    fetch_shards(locate(MODEL, revision="v1.0"), ROOTS)
+    fetch_shards(locate(MODEL, revision="v1.0"), PREFIXES)
     assert hub.requests[0] == ("config.json", "v1.0")
     assert {revision for _, revision in hub.requests[1:]} == {COMMIT}
 
@@ -269,7 +269,7 @@ def test_everything_comes_from_the_commit_of_the_configuration(tmp_path: Path, h
 def test_options_reach_every_request(tmp_path: Path, hub: FakeHub) -> None:
     hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
     folder = locate(MODEL, token="secret", cache_dir=hub.cache, local_files_only=True)
-    fetch_shards(folder, ROOTS, token="secret", local_files_only=True)
+    fetch_shards(folder, PREFIXES, token="secret", local_files_only=True)
     assert all(
         options == {"token": "secret", "cache_dir": hub.cache, "local_files_only": True} for options in hub.options
     )
@@ -279,14 +279,14 @@ def test_repository_of_pickles(hub: FakeHub) -> None:
     hub.files["pytorch_model.bin"] = b""
     folder = locate(MODEL)
     with pytest.raises(UnsafeFormatError, match=r"org/name holds its weights only as pickles \(pytorch_model\.bin\)"):
-        fetch_shards(folder, ROOTS)
+        fetch_shards(folder, PREFIXES)
     assert "pytorch_model.bin" not in hub.names
 
 
 def test_repository_without_weights(hub: FakeHub) -> None:
     folder = locate(MODEL)
     with pytest.raises(CheckpointNotFoundError, match="org/name holds neither"):
-        fetch_shards(folder, ROOTS)
+        fetch_shards(folder, PREFIXES)
 
 
 def test_unsafe_shard_name_is_never_asked_for(hub: FakeHub) -> None:
@@ -295,7 +295,7 @@ def test_unsafe_shard_name_is_never_asked_for(hub: FakeHub) -> None:
     folder = locate(MODEL)
     hub.requests.clear()
     with pytest.raises(UnsafePathError):
-        fetch_shards(folder, ROOTS)
+        fetch_shards(folder, PREFIXES)
     assert hub.requests == []
 
 

@@ -16,7 +16,7 @@ from tritontower.kernels.runtime import tables
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.models import qwen2_vl
 from tritontower.tuning import tuner
-from tritontower.tuning.compile.aot_compile import Launch, Order, Rehearsal
+from tritontower.tuning.compile.aot_compile import CompileResult, Launch, Order
 from tritontower.tuning.tasks import Task
 
 pytest.importorskip("triton", reason="tuning needs Triton, which ships for Linux only")
@@ -40,16 +40,16 @@ def folders(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.delenv(tables.FOLDER_VARIABLE, raising=False)
     monkeypatch.setattr(tables, "packaged_folder", lambda: tmp_path / "packaged")
 
-    def compiler(orders: Sequence[Order], **options: Any) -> Iterator[tuple[int, Rehearsal]]:
+    def compiler(orders: Sequence[Order], **options: Any) -> Iterator[tuple[int, CompileResult]]:
         for index, order in enumerate(orders):
             fields = dict(order.config)
             warps = fields["num_warps"]
             spills = 9 if fields.get("block_columns") == 256 else 0
             facts = {"occupancy": 2, "tensor_core": {"HGMMA": 8}, "instructions": 600, "loop_instructions": 100}
             launch = Launch("_k", warps, 32 * warps, 128, spills, 0, 65536, **facts)
-            yield index, Rehearsal((launch,))
+            yield index, CompileResult((launch,))
 
-    monkeypatch.setattr(tuner, "rehearse", compiler)
+    monkeypatch.setattr(tuner, "compile_orders", compiler)
     tables.forget()
     yield tmp_path / "cache" / "tuned"
     tables.forget()

@@ -124,8 +124,8 @@ def test_every_dimension_is_planned_for_at_least_what_there_is_and_comes_out_eve
     for images in (1, 2, 5, 17, 33):
         sizes = [(generator.randint(28, 120), generator.randint(28, 120)) for _ in range(images)]
         workload = tower.workload(sizes)
-        plan = planned(workload, rows_per_token=per_token, view_rows=config.longest_segment)
-        for dimension in ("patches", "selected", "merged", "tokens", "views"):
+        plan = planned(workload, rows_per_token=per_token, tile_rows=config.longest_segment)
+        for dimension in ("patches", "selected", "merged", "tokens", "tiles"):
             live, size = workload.rows(dimension), plan.rows(dimension)
             assert live <= size <= live + live / STEPS, dimension
         assert plan.rows("selected") == plan.rows("merged") * per_token
@@ -134,14 +134,14 @@ def test_every_dimension_is_planned_for_at_least_what_there_is_and_comes_out_eve
         if workload.rows("selected") == workload.patches:
             assert plan.rows("selected") == plan.patches
         if config.longest_segment is not None:
-            assert plan.patches == plan.views * config.longest_segment
-        again = planned(plan, rows_per_token=per_token, view_rows=config.longest_segment)
+            assert plan.patches == plan.tiles * config.longest_segment
+        again = planned(plan, rows_per_token=per_token, tile_rows=config.longest_segment)
         assert again == plan
 
 
-def test_views_that_do_not_have_the_rows_that_they_are_said_to_have() -> None:
-    with pytest.raises(ValueError, match="3 views of 5 rows have 15 rows, not 14"):
-        planned(Workload(14, 14, 0, views=3), view_rows=5)
+def test_tiles_that_do_not_have_the_rows_that_they_are_said_to_have() -> None:
+    with pytest.raises(ValueError, match="3 tiles of 5 rows have 15 rows, not 14"):
+        planned(Workload(14, 14, 0, tiles=3), tile_rows=5)
 
 
 @pytest.mark.parametrize("bound", [None, 4000])
@@ -181,14 +181,14 @@ def test_what_one_backend_launched_is_not_replayed_for_another(tower: VisionTowe
     assert replace(interpreted, backend="reference") == planner.bucket(batch)
 
 
-def test_views_of_several_sizes_that_count_are_not_planned(towers: Towers) -> None:
+def test_tiles_of_several_sizes_that_count_are_not_planned(towers: Towers) -> None:
     case = next(case for case in CASES if case.name == "clip")
     tower = towers(case)
     batch = tower.preprocess([noise(64, 64, 1)] * 2)
     planner = Planner(tower.graph, tower.device)
     planner._bound = None
     assert planner.bucket(batch) is not None
-    assert planner.bucket(replace(batch, views=Segments([1, batch.segments.total - 1]))) is None
+    assert planner.bucket(replace(batch, tiles=Segments([1, batch.segments.total - 1]))) is None
 
 
 # -- that it does not show --------------------------------------------------------------------------------------------
@@ -698,11 +698,11 @@ def test_the_plan_of_a_planned_pass_is_its_memory(case: TowerCase, towers: Tower
         batch.workload,
         4,
         rows_per_token=config.rows_per_token,
-        view_rows=config.longest_segment,
+        tile_rows=config.longest_segment,
     )
     outputs = planned_one.run(batch)
     (entry,) = planned_one._passes._passes.values()
-    assert replace(entry.bucket.workload, views=plan.workload.views) == plan.workload
+    assert replace(entry.bucket.workload, tiles=plan.workload.tiles) == plan.workload
     taken = entry.memory.numel() + sum(-(-rows.nbytes // 256) * 256 for rows in outputs.values())
     tables = 4 * (entry._layout.tables_end + 2 * 4 * 5)
     assert plan.peak_bytes - 256 * len(plan.offsets) <= taken <= plan.peak_bytes + tables + 256

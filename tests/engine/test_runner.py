@@ -202,7 +202,7 @@ def test_padding_and_what_videos_have_beside_still_images_count() -> None:
     )
 
 
-def test_the_transforms_that_take_no_memory_are_views() -> None:
+def test_the_transforms_that_take_no_memory_are_tiles() -> None:
     tensor = torch.zeros(4, 3, 2, 5, 5)
     copies = {name for name, transform in TRANSFORMS.items() if transform(tensor).data_ptr() != tensor.data_ptr()}
     assert copies == {"fold_temporal"}

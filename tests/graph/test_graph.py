@@ -152,7 +152,7 @@ def test_attention_costs_what_its_windows_hold() -> None:
 
 
 def test_pooling_by_attention_costs_one_query_a_view() -> None:
-    graph, workload = build(SIGLIP), Workload(32, 32, 2 * 16**2, views=2)
+    graph, workload = build(SIGLIP), Workload(32, 32, 2 * 16**2, tiles=2)
     assert cost_of(graph, node_of(graph, "pooling.attention"), workload, 2).flops == 4 * 32 * 64
     assert cost_of(graph, node_of(graph, "pooling.mlp_up"), workload, 2).flops == 2 * 2 * 64 * 96
     assert cost_of(graph, node_of(graph, "pooling.keys_values"), workload, 2).flops == 2 * 32 * 64 * 128
@@ -160,7 +160,7 @@ def test_pooling_by_attention_costs_one_query_a_view() -> None:
 
 def test_only_selected_rows_are_projected_and_only_tokens_leave() -> None:
     graph = build(TOWERS["tiles"])
-    workload = Workload(85, 40, 5 * 17**2, selected=30, merged=30, views=5)
+    workload = Workload(85, 40, 5 * 17**2, selected=30, merged=30, tiles=5)
     assert cost_of(graph, node_of(graph, "projector"), workload, 2).flops == 2 * 30 * (64 * 96 + 96 * 48)
     # Four rows and their shares in, one row out, for each of 40 tokens; the 30 rows and the newline count once.
     assert cost_of(graph, node_of(graph, "assemble"), workload, 2).bytes == 2 * 48 * (30 + 40 + 1) + 40 * 4 * (4 + 4)
@@ -171,7 +171,7 @@ def test_only_selected_rows_are_projected_and_only_tokens_leave() -> None:
 @pytest.mark.parametrize("patches", [4, 1000])
 def test_values_that_live_at_the_same_time_never_share_memory(passes: str, patches: int, tower: str) -> None:
     graph = graph_of(passes, TOWERS[tower])
-    workload = Workload(patches, patches // 4, patches**2, selected=patches, merged=patches // 4, views=2)
+    workload = Workload(patches, patches // 4, patches**2, selected=patches, merged=patches // 4, tiles=2)
     plan = plan_memory(graph, workload, 2)
     live: dict[str, list[int]] = {}
     for step, node in enumerate(graph.nodes):

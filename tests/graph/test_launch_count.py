@@ -29,7 +29,7 @@ from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.kernels.runtime.tables import Identity
 
 CASES = {case.name: case for case in all_cases()}
-MANY = Workload(16384, 4096, 16384**2, views=1)
+MANY = Workload(16384, 4096, 16384**2, tiles=1)
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]
 
 def still(patches: int) -> Workload:
     """One image."""
-    return Workload(patches, patches // 4, patches**2, views=1)
+    return Workload(patches, patches // 4, patches**2, tiles=1)
 
 
 def on(architecture: str, patches: int) -> tuple[int, int]:

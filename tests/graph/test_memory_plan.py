@@ -89,7 +89,7 @@ def executor_of(graph: Graph, dtype: torch.dtype) -> Executor:
 
 def batch_of(config: TowerConfig, grids: list[tuple[int, int]]) -> PackedBatch:
     side = config.patch.size
-    layouts = [ImageLayout.of_one_view((1, height, width), side) for height, width in grids]
+    layouts = [ImageLayout.of_one_tile((1, height, width), side) for height, width in grids]
     pixels = torch.randn(sum(layout.patches for layout in layouts), config.patch.still_inner)
     facts = {"original_sizes": [(1, 1)] * len(grids), "content_hashes": [""] * len(grids)}
     return PackedBatch.pack(config, pixels, layouts, **facts)
@@ -131,7 +131,7 @@ def test_no_pass_however_small_takes_more_than_its_plan(config: TowerConfig, dty
 
 
 @pytest.mark.usefixtures("restore_threads")
-def test_many_views_take_no_more_than_their_plan() -> None:
+def test_many_tiles_take_no_more_than_their_plan() -> None:
     torch.set_num_threads(1)
     config, _ = FAMILIES["llava"]
     batch, graph = batch_of(config, [(24, 24)] * 7), cpu_graph(config)

@@ -259,10 +259,10 @@ def test_sglang_gets_videos_in_an_item_of_their_own(case: TowerCase, load: Load)
 Change = Callable[[ImageEmbedding], Any]
 
 DAMAGES: dict[str, tuple[str, Change, str]] = {
-    "a row too few": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[1:], view_tokens=()), "its grid"),
+    "a row too few": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[1:], tile_tokens=()), "its grid"),
     "a row too many": (
         "qwen2_vl",
-        lambda e: replace(e, embeddings=torch.cat((e.embeddings, e.embeddings[:1])), view_tokens=()),
+        lambda e: replace(e, embeddings=torch.cat((e.embeddings, e.embeddings[:1])), tile_tokens=()),
         "its grid",
     ),
     "another grid": ("qwen2_vl", lambda e: replace(e, grid_thw=(1, 2, 2)), "its grid"),
@@ -271,9 +271,9 @@ DAMAGES: dict[str, tuple[str, Change, str]] = {
         lambda e: replace(e, grid_thw=(1, e.grid_thw[1] // 2, e.grid_thw[2] // 2)),
         "its grid",
     ),
-    "half a view": ("llava", lambda e: replace(e, embeddings=e.embeddings[::2], view_tokens=()), "its grid"),
-    "no tiles": ("llava_next", lambda e: replace(e, embeddings=e.embeddings[:4], view_tokens=()), "its grid"),
-    "views of other rows": ("llava", lambda e: replace(e, view_tokens=(1,)), "views"),
+    "half a view": ("llava", lambda e: replace(e, embeddings=e.embeddings[::2], tile_tokens=()), "its grid"),
+    "no tiles": ("llava_next", lambda e: replace(e, embeddings=e.embeddings[:4], tile_tokens=()), "its grid"),
+    "views of other rows": ("llava", lambda e: replace(e, tile_tokens=(1,)), "views"),
     "narrower": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[:, 1:]), "another one"),
     "without deepstack": ("qwen3_vl", lambda e: replace(e, deepstack=()), "deepstack"),
     "a short level": ("qwen3_vl", lambda e: replace(e, deepstack=(e.deepstack[0], e.deepstack[1][1:])), "shape"),
@@ -416,7 +416,7 @@ def test_what_exllama_makes_of_a_prompt_is_what_merging_makes(name: str, load: L
 
 def named_tokens(layout: Any) -> dict[str, int]:
     """An id for every piece of a layout that is a name."""
-    pieces = (*layout.before, *layout.after, *layout.view_before, *layout.view_after, layout.row_break, layout.row_end)
+    pieces = (*layout.before, *layout.after, *layout.tile_before, *layout.view_after, layout.row_break, layout.row_end)
     names = {piece for piece in pieces if isinstance(piece, str)}
     return {name: 60 + number for number, name in enumerate(sorted(names))}
 

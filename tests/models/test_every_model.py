@@ -278,9 +278,9 @@ def test_weights_want_no_gradients_and_results_are_ordinary(case: TowerCase, sav
 
 @each_case
 def test_a_missing_tensor_is_named(case: TowerCase, saved: Saved, tmp_path: Path) -> None:
-    roots = load(saved(case), delay_load=True).family.roots
+    prefixes = load(saved(case), delay_load=True).family.prefixes
     with safe_open(saved(case) / "model.safetensors", "pt") as file:
-        stripped = {name: strip_prefix(name, roots) or "" for name in file.keys()}  # noqa: SIM118  (a handle, no mapping)
+        stripped = {name: strip_prefix(name, prefixes) or "" for name in file.keys()}  # noqa: SIM118  (a handle, no mapping)
     name = next(name for name, inner in stripped.items() if "0." in inner and "norm" in inner)
     broken = rename_all(saved(case), tmp_path / "broken", [(name, "elsewhere")])
     with pytest.raises(CheckpointIncompleteError, match="norm"):

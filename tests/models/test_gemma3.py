@@ -140,14 +140,14 @@ class TestReading:
 class TestPanAndScan:
     @pytest.mark.parametrize(("size", "crops"), [((300, 64), 3), ((64, 300), 3), ((157, 243), 2), ((90, 90), 0)])
     def test_crops_stand_behind_the_whole_image(self, size: tuple[int, int], crops: int, gemma: Path) -> None:
-        """The tokens of all views one after the other: each is what that view alone would give."""
+        """The tokens of all tiles one after the other: each is what that tile alone would give."""
         image = noise(*size, seed=3)
         tower = VisionTower.from_pretrained(gemma, device="cpu", processor_options=PAN_AND_SCAN)
         (seen,) = tower.encode([image])
         assert seen.num_tokens == 16 * (1 + crops) == tower.count_tokens(*size)
         plain = VisionTower.from_pretrained(gemma, device="cpu")
-        views = [image, *cut(image, crops)]
-        expected = torch.cat([embedding.embeddings for embedding in plain.encode(views)])
+        tiles = [image, *cut(image, crops)]
+        expected = torch.cat([embedding.embeddings for embedding in plain.encode(tiles)])
         assert relative_error(seen.embeddings, expected) <= 1e-6
 
     def test_the_option_gives_what_transformers_gives_when_asked(self, gemma: Path) -> None:
@@ -159,9 +159,9 @@ class TestPanAndScan:
         model = Gemma3ForConditionalGeneration.from_pretrained(gemma, attn_implementation="sdpa").eval()
         decoded = [[Image.fromarray(image)] for image in images]
         inputs = processor(images=decoded, do_convert_rgb=False, return_tensors="pt", **PAN_AND_SCAN)
-        views = inputs["pixel_values"].flatten(0, -4)
+        tiles = inputs["pixel_values"].flatten(0, -4)
         with torch.inference_mode():
-            rows = model.model.get_image_features(views).pooler_output
+            rows = model.model.get_image_features(tiles).pooler_output
         counts = [1 + int(crops) for crops in inputs["num_crops"]]
         assert counts == [4, 1, 4]
         tower = VisionTower.from_pretrained(gemma, device="cpu", processor_options=PAN_AND_SCAN)
@@ -194,7 +194,7 @@ class TestNumbers:
         assert relative_error(without.embeddings, with_norm.embeddings) > 0.01
 
     def test_neighbors_in_a_square_are_averaged(self, gemma: Path) -> None:
-        """Sixteen patches of a view are one token: those of its 4 × 4 square in the image, and no others."""
+        """Sixteen patches of a tile are one token: those of its 4 × 4 square in the image, and no others."""
         tower = VisionTower.from_pretrained(gemma, device="cpu")
         batch = tower.preprocess([noise(100, 60)])
         found = {line.value: line for line in compare_nodes(tower, batch)}

@@ -26,7 +26,7 @@ from tritontower.errors import (
 )
 from tritontower.graph.builder import build
 from tritontower.models import mistral_format
-from tritontower.models.common.hf_reference import view_images
+from tritontower.models.common.hf_reference import tile_images
 from tritontower.models.common.registry import MISTRAL_FORMAT, Family, read_family
 from tritontower.parity.parity import HALF_TOLERANCE, Reference, compare, relative_error
 
@@ -84,7 +84,7 @@ def test_the_embeddings_are_those_of_the_formats_own_definition(kind: str, saved
     tower = load(folder)
     batch = tower.preprocess(IMAGES)
     rows = tower.forward(batch).split(batch.token_counts)
-    for ours, image in zip(rows, view_images(batch, tower.config), strict=True):
+    for ours, image in zip(rows, tile_images(batch, tower.config), strict=True):
         assert relative_error(ours, by_definition(folder, image)) <= 1e-5
 
 
@@ -261,7 +261,7 @@ def test_norm_and_merging_are_asked_for_separately(saved: Saved, tmp_path: Path)
     save_file(tensors, folder / "consolidated.safetensors")
     tower = load(folder)
     batch = tower.preprocess(IMAGES[0])
-    (image,) = view_images(batch, tower.config)
+    (image,) = tile_images(batch, tower.config)
     assert relative_error(tower.forward(batch), by_definition(folder, image)) <= 1e-5
     alone = read(PIXTRAL, add_pre_mm_projector_layer_norm=True).config.projector
     assert alone is not None

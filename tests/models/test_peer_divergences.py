@@ -193,7 +193,7 @@ def test_a_token_of_qwen2_vl_is_made_of_its_own_four_patches(qwen2_vl: TowerCase
         for name, weight in tower._read_weights(None).items()
     }
     batch = tower.preprocess(noise(7 * 28, 5 * 28))
-    assert batch.view_grids == ((1, 10, 14),)
+    assert batch.tile_grids == ((1, 10, 14),)
     executor = Executor(tower.graph, deaf)
     for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
         pixels = batch.pixels.clone()

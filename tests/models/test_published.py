@@ -63,8 +63,8 @@ def test_parameters_are_the_published_ones(tower: PublishedTower, inspect: Any) 
 def test_patches_and_tokens_are_the_known_ones(tower: PublishedTower, image: Any, inspect: Any) -> None:
     report = inspect(tower, image.side)
     workload = report["graph"]["workload"]
-    class_rows = image.views if report["config"]["class_token"] else 0
-    assert (workload["patches"] - class_rows, workload["views"]) == (image.patches, image.views)
+    class_rows = image.tiles if report["config"]["class_token"] else 0
+    assert (workload["patches"] - class_rows, workload["tiles"]) == (image.patches, image.tiles)
     assert workload["tokens"] == report["images"][0]["tokens"] == image.tokens
 
 
@@ -78,8 +78,8 @@ def test_operations_are_the_known_ones(tower: PublishedTower, image: Any, inspec
     report = inspect(tower, image.side)
     flops = report["graph"]["flops"]
     assert flops == report["images"][0]["flops"]
-    if image.views > 1:
-        flops = sum(node["flops"] for node in nodes_of(report, projector=False)) / image.views
+    if image.tiles > 1:
+        flops = sum(node["flops"] for node in nodes_of(report, projector=False)) / image.tiles
     assert flops / 1e12 == pytest.approx(float(image.tera), rel=0.01)
 
 

@@ -34,18 +34,18 @@ class Model:
     Attributes:
         save: makes it, with ``settings``.
         settings: its sizes.
-        vision_root: what the names of the tower's linear layers begin with.
+        vision_prefix: what the names of the tower's linear layers begin with.
         a_linear: one of them.
     """
 
     save: Callable[..., Path]
     settings: Mapping[str, Any]
-    vision_root: str
+    vision_prefix: str
     a_linear: str
 
     def is_linear(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether this is the matrix of a linear layer of the vision tower, as quantization tools pick them."""
-        return name.startswith(self.vision_root) and name.endswith(".weight") and tensor.ndim == 2
+        return name.startswith(self.vision_prefix) and name.endswith(".weight") and tensor.ndim == 2
 
 
 ENCODER = {"hidden_size": 192, "intermediate_size": 320}
@@ -157,7 +157,7 @@ def test_nf4_as_transformers_saves_it(
     quantized = save_in_four_bits(plain(model), tmp_path / "nf4", nested=nested)
     stored = load_file(quantized / "model.safetensors")
     in_four_bits = [name for name in stored if name.endswith(".quant_state.bitsandbytes__nf4")]
-    in_vision = [name for name in in_four_bits if name.startswith(model.vision_root)]
+    in_vision = [name for name in in_four_bits if name.startswith(model.vision_prefix)]
     assert stored[f"{model.a_linear}.weight"].dtype == torch.uint8
     assert len(in_vision) >= 3 * 4, "the vision tower was left out"
     assert (f"{model.a_linear}.weight.nested_absmax" in stored) == nested

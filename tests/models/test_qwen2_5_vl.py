@@ -171,7 +171,7 @@ def test_window_blocks_see_no_further_than_their_window(
 ) -> None:
     tower = towers(fullatt_block_indexes=[])
     batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
-    assert batch.view_grids == ((1, 2 * GRID[0], 2 * GRID[1]),)
+    assert batch.tile_grids == ((1, 2 * GRID[0], 2 * GRID[1]),)
     window = (place[0] // 4, place[1] // 4)
     together = {
         row * GRID[1] + column

@@ -165,12 +165,12 @@ def test_impossible_values_name_key_value_and_what_is_allowed(key: str, value: o
 def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., VisionTower]) -> None:
     tower = towers(num_position_embeddings=36)
     batch = tower.preprocess([noise(160, 224), noise(96, 96)])
-    assert batch.view_grids == ((1, 14, 10), (1, 6, 6))
+    assert batch.tile_grids == ((1, 14, 10), (1, 6, 6))
     bare, placed = values_of(tower, batch, "patch_rows", "placed_rows")
     table = tower._read_weights(None)["position_table.weight"]
     square = table.T.view(1, -1, 6, 6)
     expected = []
-    for grid in batch.view_grids:
+    for grid in batch.tile_grids:
         stretched = torch.nn.functional.interpolate(square, grid[1:], mode="bilinear", align_corners=True)[0]
         row, column = merge_block_positions([grid], 2).long().unbind(1)
         expected.append(stretched[:, row, column].T)
@@ -183,7 +183,7 @@ def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., Visi
 def test_weights_of_the_table_are_not_rounded_to_bf16(towers: Callable[..., VisionTower]) -> None:
     tower = towers(num_position_embeddings=2304)
     batch = tower.preprocess(noise(352, 416))
-    _, weights = bilinear_taps(merge_block_positions(batch.view_grids, 2), batch.view_grids, 48)
+    _, weights = bilinear_taps(merge_block_positions(batch.tile_grids, 2), batch.tile_grids, 48)
     assert batch.position_weights is not None
     assert torch.equal(batch.position_weights, weights)
     assert (weights - weights.bfloat16().float()).abs().max() > 1e-4
@@ -265,7 +265,7 @@ def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tower = load(folder)
     batch = tower.preprocess(noise(7 * 32, 5 * 32))
-    assert batch.view_grids == ((1, 10, 14),)
+    assert batch.tile_grids == ((1, 10, 14),)
     # Nobody hears of a patch but the token that it is a part of.
     for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
         assert tokens_moved_by(tower, batch, row_of(batch, place)) == {place[0] // 2 * 7 + place[1] // 2}

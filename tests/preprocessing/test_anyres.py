@@ -54,7 +54,7 @@ def stub(side: int, canvases: Any) -> Any:
 
 
 def assembled(assembly: Assembly, features: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
-    """The tokens: sums of rows of all views, with the newline embedding at −1."""
+    """The tokens: sums of rows of all tiles, with the newline embedding at −1."""
     rows = torch.cat((features.flatten(0, 1), newline[None]))  # index −1 is the last
     picked = rows[assembly.index.long()]
     return picked[:, 0] if assembly.weights is None else (picked * assembly.weights[..., None]).sum(1)
@@ -94,7 +94,7 @@ def test_tokens_are_those_of_transformers(
     large = [(1900 + 37 * number % 800, 1700 + 91 * number % 1100) for number in range(40)]
     for width, height in [(1, 200), (200, 1), (1, 1), (336, 336), *large, *random_sizes(350, largest=3000)]:
         layout = preprocessor.layout(width, height)
-        features = torch.randn(len(layout.views), side * side, 2, generator=generator)
+        features = torch.randn(len(layout.tiles), side * side, 2, generator=generator)
         expected = pack(stub(image_side, canvases), features, torch.tensor([height, width]), newline)
         assert layout.assembly is not None
         assert layout.tokens(preprocessor.config) == len(expected)
@@ -124,15 +124,15 @@ def test_pixels_are_those_of_transformers(
     tiles_seen = set()
     for image, rows in zip(images, patches_of(preprocessor, images), strict=True):
         expected = reference(images=[image.array], input_data_format="channels_last", return_tensors="pt")
-        views = expected["pixel_values"][0]
+        tiles = expected["pixel_values"][0]
         layout = preprocessor.layout(image.width, image.height)
         canvas = select_best_resolution((image.height, image.width), content["image_grid_pinpoints"])
         assert layout.processed_size == canvas[::-1]
         assert layout.grid == (1, canvas[0] // image_side * 2, canvas[1] // image_side * 2)
-        assert layout.views == ((1, 2, 2),) * len(views)
-        for view, part in zip(views, rows.chunk(len(views)), strict=True):
-            assert torch.equal(put_together(part, (1, 2, 2), 14, 1), view[:, :pixels_side, :pixels_side])
-        tiles_seen.add(len(views))
+        assert layout.tiles == ((1, 2, 2),) * len(tiles)
+        for tile, part in zip(tiles, rows.chunk(len(tiles)), strict=True):
+            assert torch.equal(put_together(part, (1, 2, 2), 14, 1), tile[:, :pixels_side, :pixels_side])
+        tiles_seen.add(len(tiles))
     assert len(tiles_seen) > 2
 
 
@@ -145,8 +145,8 @@ def test_published_sizes(tmp_path: Path, content: dict[str, Any], side: int) -> 
         images=[image.array], input_data_format="channels_last", return_tensors="pt"
     )["pixel_values"][0]
     parts = rows.chunk(len(expected))
-    for view, part in zip(expected, parts, strict=True):
-        assert torch.equal(put_together(part, (1, side, side), 14, 1), view[:, : side * 14, : side * 14])
+    for tile, part in zip(expected, parts, strict=True):
+        assert torch.equal(put_together(part, (1, side, side), 14, 1), tile[:, : side * 14, : side * 14])
 
 
 def test_an_images_layout_does_not_depend_on_the_others(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_batch_of_tiles_is_packed(tmp_path: Path) -> None:
     batch = preprocessor.images(images)
     layouts = [preprocessor.layout(image.width, image.height) for image in images]
     assert batch.token_counts == tuple(layout.tokens(config) for layout in layouts)
-    assert batch.view_counts == tuple(len(layout.views) for layout in layouts)
+    assert batch.tile_counts == tuple(len(layout.tiles) for layout in layouts)
     assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, images)))
 
 

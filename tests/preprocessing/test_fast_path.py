@@ -13,14 +13,14 @@ from PIL import __version__ as pillow_version
 from support.checkpoints import noise
 from support.preprocessing import LIMITS, canonical, patches_of, random_sizes, tower, write_settings
 from transformers.image_transforms import center_crop
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tritontower.batch.normalization import HUGE_PAGE, PIXEL_CENTER, Rescaling, fresh
 from tritontower.errors import ImageTooLargeError, Limits, UsageError
 from tritontower.preprocessing import AnyResolution, FixedSize, LongestEdge, MistralResize, Preprocessor, SmartResize
-from tritontower.preprocessing import fast_path as shortcut_module
+from tritontower.preprocessing import fast_path as fast_path_module
 from tritontower.preprocessing.fast_path import (
     Bytes,
     Spread,
@@ -133,7 +133,7 @@ def by_processor(preprocessor: Preprocessor, image: CanonicalImage, **bounds: An
 @each_rule
 def test_pixels_are_those_of_the_processor_bit_for_bit(tmp_path: Path, name: str) -> None:
     preprocessor = rule(tmp_path, name)
-    assert preprocessor.shortcut is not None
+    assert preprocessor.fast_path is not None
     sizes = [(1, 1), (1, 7), (9, 1), (56, 56), (31, 31), *random_sizes(50, largest=500, seed=len(name))]
     for seed, (width, height) in enumerate(sizes):
         image = canonical(noise(width, height, seed))
@@ -157,7 +157,7 @@ def test_every_arithmetic_of_the_pixels(tmp_path: Path, name: str) -> None:
     ]
     for number, options in enumerate(changes):
         preprocessor = rule(tmp_path / str(number), name, options)
-        assert preprocessor.shortcut is not None, options
+        assert preprocessor.fast_path is not None, options
         (rows,) = patches_of(preprocessor, [image])
         assert torch.equal(rows, by_processor(preprocessor, image)), options
 
@@ -210,7 +210,7 @@ def test_a_small_image_and_a_single_thread_start_no_thread(restore_threads: None
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of these tests are resized in many pieces."""
-    monkeypatch.setattr(shortcut_module, "PIECE", 900)
+    monkeypatch.setattr(fast_path_module, "PIECE", 900)
 
 
 def by_pillow(image: Bytes, size: tuple[int, int], resample: int) -> Bytes:
@@ -223,7 +223,7 @@ def in_three(work: Callable[[slice], None], count: int) -> None:
 
 
 @pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize("resample", sorted(shortcut_module.FILTERS))
+@pytest.mark.parametrize("resample", sorted(fast_path_module.FILTERS))
 @pytest.mark.parametrize("spread", [alone, in_three])
 def test_resizing_piece_by_piece_is_pillows_bit_for_bit(resample: int, spread: Spread) -> None:
     generator = np.random.default_rng(resample)
@@ -255,8 +255,8 @@ def test_where_the_order_is_not_known_channels_are_resized_whole(monkeypatch: py
     def height_first(array: Bytes, size: tuple[int, int], resample: int) -> Bytes:
         return by_pillow(by_pillow(array, (array.shape[1], size[1]), resample), size, resample)
 
-    monkeypatch.setattr(shortcut_module, "_by_pillow", height_first)
-    shortcut_module._order_of_passes.cache_clear()
+    monkeypatch.setattr(fast_path_module, "_by_pillow", height_first)
+    fast_path_module._order_of_passes.cache_clear()
     try:
         assert resizing_passes((100, 80), (50, 60), 3) is None
         for new in [(50, 60), (130, 140), (90, 20)]:
@@ -264,7 +264,7 @@ def test_where_the_order_is_not_known_channels_are_resized_whole(monkeypatch: py
             for spread in (alone, in_three):
                 assert np.array_equal(resized(image, new, 3, spread), height_first(image, new, 3))
     finally:
-        shortcut_module._order_of_passes.cache_clear()
+        fast_path_module._order_of_passes.cache_clear()
 
 
 def test_large_arrays_begin_with_a_huge_page() -> None:
@@ -386,8 +386,8 @@ def fixed(given: Any, folder: Path) -> FixedSize:
 def test_a_subclass_is_asked_itself(tmp_path: Path) -> None:
     image = canonical(noise(80, 70))
     usual, darker = (fixed(kind(**CLIP), tmp_path) for kind in (CLIPImageProcessorPil, Darker))
-    assert usual.shortcut is not None
-    assert darker.shortcut is None
+    assert usual.fast_path is not None
+    assert darker.fast_path is None
     (rows,) = patches_of(darker, [image])
     assert torch.equal(rows, by_processor(darker, image))
     assert not torch.equal(rows, patches_of(usual, [image])[0])
@@ -397,7 +397,7 @@ def test_a_method_replaced_on_the_object_is_called(tmp_path: Path) -> None:
     image, patched = canonical(noise(80, 70)), CLIPImageProcessorPil(**CLIP)
     patched.rescale = lambda image, scale, **_: np.zeros(image.shape, np.float32)
     preprocessor = fixed(patched, tmp_path)
-    assert preprocessor.shortcut is None
+    assert preprocessor.fast_path is None
     (rows,) = patches_of(preprocessor, [image])
     assert (rows.unflatten(1, (3, -1)) == rows[0].unflatten(0, (3, -1))[:, :1]).all()
 
@@ -410,7 +410,7 @@ def test_a_class_that_has_changed_under_us_fails_the_probe(tmp_path: Path, monke
 
     monkeypatch.setattr(CLIPImageProcessorPil, "normalize", shifted)
     preprocessor = fixed(CLIPImageProcessorPil(**CLIP), tmp_path)
-    assert preprocessor.shortcut is None
+    assert preprocessor.fast_path is None
     assert torch.equal(patches_of(preprocessor, [image])[0], by_processor(preprocessor, image))
 
 
@@ -434,7 +434,7 @@ def test_a_class_that_has_changed_under_us_fails_the_probe(tmp_path: Path, monke
 def test_settings_that_are_not_known_go_to_transformers(
     tmp_path: Path, name: str, changes: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    assert rule(tmp_path, name, options, **changes).shortcut is None
+    assert rule(tmp_path, name, options, **changes).fast_path is None
 
 
 def test_padding_to_a_square_is_still_transformers(tmp_path: Path) -> None:
@@ -443,9 +443,9 @@ def test_padding_to_a_square_is_still_transformers(tmp_path: Path) -> None:
     assert torch.equal(patches_of(preprocessor, [image])[0], by_processor(preprocessor, image))
 
 
-def test_a_rule_without_a_processor_has_no_shortcut(tmp_path: Path) -> None:
+def test_a_rule_without_a_processor_has_no_fast_path(tmp_path: Path) -> None:
     preprocessor = MistralResize(tower(merge=2), tmp_path, LIMITS, longest_edge=280)
-    assert preprocessor.shortcut is None
+    assert preprocessor.fast_path is None
     with pytest.raises(UsageError, match="leave `raw` out"):
         preprocessor.images([canonical(noise(50, 60))], raw=True)
     assert preprocessor.images([canonical(noise(50, 60))], raw=None).pixels.dtype == torch.float32
@@ -454,7 +454,7 @@ def test_a_rule_without_a_processor_has_no_shortcut(tmp_path: Path) -> None:
 def test_limits_that_allow_no_probe_are_no_error_of_their_own(tmp_path: Path) -> None:
     kind, config, content, _ = SETTINGS["squashed"]
     preprocessor = kind(config, write_settings(tmp_path, content), Limits(max_planned_pixels=100))
-    assert preprocessor.shortcut is None
+    assert preprocessor.fast_path is None
     with pytest.raises(ImageTooLargeError, match="limit is 100 pixels"):
         preprocessor.images([canonical(noise(50, 60))])
 
@@ -510,8 +510,8 @@ def test_videos_are_those_of_the_processor(tmp_path: Path, frames: int) -> None:
     usual, own = (SmartResize(config, tmp_path, LIMITS, kind(**bounds)) for kind in (Qwen2VLImageProcessorPil, Own))
     video = [canonical(noise(110, 75, seed)) for seed in range(frames)]
     expected = own.video(video, **bounds)
-    assert own.shortcut is None
-    assert usual.shortcut is not None
+    assert own.fast_path is None
+    assert usual.fast_path is not None
     assert torch.equal(usual.video(video, **bounds).pixels, expected.pixels)
     with ThreadPoolExecutor(3) as pool:
         raw = usual.video(video, raw=True, each=pool.map, **bounds)
@@ -526,5 +526,5 @@ def test_edges_of_a_pixtral_without_a_file(tmp_path: Path) -> None:
     preprocessor = LongestEdge(tower(merge=2), tmp_path, LIMITS, without_file=content)
     assert type(preprocessor.processor) is PixtralImageProcessorPil
     image = canonical(noise(300, 77))
-    assert preprocessor.shortcut is not None
+    assert preprocessor.fast_path is not None
     assert torch.equal(patches_of(preprocessor, [image])[0], by_processor(preprocessor, image))

@@ -70,7 +70,7 @@ def test_pixels_and_sizes_are_those_of_transformers(tmp_path: Path, content: dic
     images = [canonical(noise(*size, seed)) for seed, size in enumerate(random_sizes(25, largest=300))]
     for image, rows in zip(images, patches_of(preprocessor, images), strict=True):
         layout = preprocessor.layout(image.width, image.height)
-        assert layout.views == ((1, 4, 4),)
+        assert layout.tiles == ((1, 4, 4),)
         assert layout.processed_size == (width, height)
         expected = reference(images=[image.array], input_data_format="channels_last", return_tensors="pt")
         assert expected["pixel_values"].shape == (1, 3, height, width)
@@ -82,7 +82,7 @@ def test_every_size_has_the_same_layout(tmp_path: Path) -> None:
         preprocessor = rule(tmp_path / name, content)
         for width, height in random_sizes(400):
             layout = preprocessor.layout(width, height)
-            assert (layout.views, layout.grid, layout.assembly) == (((1, 4, 4),), (1, 4, 4), None)
+            assert (layout.tiles, layout.grid, layout.assembly) == (((1, 4, 4),), (1, 4, 4), None)
             assert layout.tokens(SQUARE) == 16
 
 
@@ -194,24 +194,24 @@ def test_pan_and_scan_shows_the_whole_image_first(tmp_path: Path) -> None:
             images=[image.array], input_data_format="channels_last", return_tensors="pt", **options, **usual
         )
         layout = preprocessor.layout(width, height)
-        views = expected["pixel_values"]
-        assert layout.views == ((1, 4, 4),) * len(views)
-        assert layout.tokens(SQUARE) == 16 * len(views)
+        tiles = expected["pixel_values"]
+        assert layout.tiles == ((1, 4, 4),) * len(tiles)
+        assert layout.tokens(SQUARE) == 16 * len(tiles)
         assert layout.assembly is None
         (rows,) = patches_of(preprocessor, [image])
-        for view, part in zip(views, rows.chunk(len(views)), strict=True):
-            assert torch.equal(put_together(part, (1, 4, 4), 14, 1), view)
+        for tile, part in zip(tiles, rows.chunk(len(tiles)), strict=True):
+            assert torch.equal(put_together(part, (1, 4, 4), 14, 1), tile)
         # The whole image comes first, whether or not crops follow it.
         assert torch.equal(rows[:16], patches_of(plain, [image])[0])
-        seen.add(len(views))
+        seen.add(len(tiles))
     assert seen == {1, 3, 4, 5}
 
 
 def test_pan_and_scan_is_done_only_where_it_is_known_and_asked_for(tmp_path: Path) -> None:
     asked = {**PUBLISHED_GEMMA, "do_pan_and_scan": True}
-    assert len(rule(tmp_path, asked, pan_and_scan=True).layout(1000, 300).views) == 4
-    assert len(rule(tmp_path, asked).layout(1000, 300).views) == 1
-    assert len(rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True).layout(1000, 300).views) == 1
+    assert len(rule(tmp_path, asked, pan_and_scan=True).layout(1000, 300).tiles) == 4
+    assert len(rule(tmp_path, asked).layout(1000, 300).tiles) == 1
+    assert len(rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True).layout(1000, 300).tiles) == 1
     with pytest.raises(UsageError, match="no option do_pan_and_scan"):
         rule(tmp_path, CLIP, options={"do_pan_and_scan": True})
 
@@ -219,7 +219,7 @@ def test_pan_and_scan_is_done_only_where_it_is_known_and_asked_for(tmp_path: Pat
 def test_crops_count_towards_the_limit(tmp_path: Path) -> None:
     write_settings(tmp_path, {**PUBLISHED_GEMMA, "do_pan_and_scan": True})
     preprocessor = FixedSize(SQUARE, tmp_path, Limits(max_planned_pixels=3 * 56 * 56), pan_and_scan=True)
-    assert len(preprocessor.layout(600, 300).views) == 3
+    assert len(preprocessor.layout(600, 300).tiles) == 3
     with pytest.raises(ImageTooLargeError, match=r"would be resized to 4 times 56 × 56"):
         preprocessor.layout(1000, 300)
 

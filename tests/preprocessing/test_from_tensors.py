@@ -7,52 +7,52 @@ import torch
 from support.configs import CONFIG, FIXED, TILED
 
 from tritontower.errors import UsageError
-from tritontower.models.common.hf_reference import view_images
-from tritontower.preprocessing import pack_views
+from tritontower.models.common.hf_reference import tile_images
+from tritontower.preprocessing import pack_tiles
 
 
 @pytest.mark.parametrize("merge", [1, 2])
-def test_a_view_is_found_again_in_its_patches(merge: int) -> None:
+def test_a_tile_is_found_again_in_its_patches(merge: int) -> None:
     config = replace(CONFIG, projector=replace(CONFIG.projector, merge=merge))
-    views = [torch.randn(3, 56, 84), torch.randn(3, 28, 28)]
-    batch = pack_views(config, views)
+    tiles = [torch.randn(3, 56, 84), torch.randn(3, 28, 28)]
+    batch = pack_tiles(config, tiles)
     assert batch.token_counts == (24 // merge**2, 4 // merge**2)
     assert batch.processed_sizes == ((84, 56), (28, 28))
-    assert all(map(torch.equal, view_images(batch, config), views))
+    assert all(map(torch.equal, tile_images(batch, config), tiles))
 
 
-def test_a_view_of_a_tower_with_a_class_token_is_found_again() -> None:
-    views = list(torch.randn(2, 3, 6, 6))
-    assert all(map(torch.equal, view_images(pack_views(FIXED, views), FIXED), views))
-    assert pack_views(TILED, views).token_counts == (9, 9)
+def test_a_tile_of_a_tower_with_a_class_token_is_found_again() -> None:
+    tiles = list(torch.randn(2, 3, 6, 6))
+    assert all(map(torch.equal, tile_images(pack_tiles(FIXED, tiles), FIXED), tiles))
+    assert pack_tiles(TILED, tiles).token_counts == (9, 9)
 
 
 def test_what_is_left_of_a_side_is_left_out() -> None:
-    view = torch.randn(3, 7, 7)
-    (cut,) = view_images(pack_views(FIXED, [view]), FIXED)
-    assert torch.equal(cut, view[:, :6, :6])
+    tile = torch.randn(3, 7, 7)
+    (cut,) = tile_images(pack_tiles(FIXED, [tile]), FIXED)
+    assert torch.equal(cut, tile[:, :6, :6])
 
 
-def test_no_views_is_an_empty_batch() -> None:
-    assert len(pack_views(CONFIG, [])) == 0
+def test_no_tiles_is_an_empty_batch() -> None:
+    assert len(pack_tiles(CONFIG, [])) == 0
 
 
 @pytest.mark.parametrize(
-    ("view", "message"),
+    ("tile", "message"),
     [
-        (torch.zeros(3, 28, 28, dtype=torch.uint8), r"view 0 has shape \[3, 28, 28\] and dtype torch.uint8.*encode"),
-        ("photo.jpg", r"view 0 is 'photo.jpg'"),
+        (torch.zeros(3, 28, 28, dtype=torch.uint8), r"tile 0 has shape \[3, 28, 28\] and dtype torch.uint8.*encode"),
+        ("photo.jpg", r"tile 0 is 'photo.jpg'"),
         (torch.zeros(4, 28, 28), r"\[4, 28, 28\].*\[3, height, width\]"),
         (torch.zeros(1, 3, 28, 28), r"\[1, 3, 28, 28\]"),
         (torch.zeros(3, 28, 42), r"42 × 28 pixels; both sides have to be multiples of 28"),
         (torch.zeros(3, 0, 28), r"28 × 0 pixels"),
     ],
 )
-def test_what_does_not_fit_is_refused(view: object, message: str) -> None:
+def test_what_does_not_fit_is_refused(tile: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        pack_views(CONFIG, [view])
+        pack_tiles(CONFIG, [tile])
 
 
 def test_another_size_than_the_towers_is_refused() -> None:
     with pytest.raises(UsageError, match="8 × 6 pixels; this tower takes 3 × 3 patches of 2"):
-        pack_views(FIXED, [torch.zeros(3, 6, 8)])
+        pack_tiles(FIXED, [torch.zeros(3, 6, 8)])

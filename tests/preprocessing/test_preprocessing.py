@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.checkpoints import noise
 from support.preprocessing import LIMITS, blank, canonical, patches_of, put_together, tower, write_settings
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -21,7 +22,6 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tritontower.errors import (
     AspectRatioError,
@@ -40,7 +40,7 @@ from tritontower.preprocessing import (
     Preprocessor,
     SmartResize,
     cut_into_patches,
-    pack_views,
+    pack_tiles,
 )
 from tritontower.preprocessing.processor_config import CLASS_DEFAULTS, IMAGE_FILES, Settings
 
@@ -79,30 +79,30 @@ def one_of_each(folder: Path, limits: Limits = LIMITS) -> list[Preprocessor]:
     ("patch", "merge", "size"), [(2, 1, (6, 10)), (3, 2, (12, 18)), (1, 4, (8, 4)), (5, 3, (15, 30))]
 )
 def test_the_cut_is_what_a_loop_over_blocks_gives(patch: int, merge: int, size: tuple[int, int]) -> None:
-    views = torch.randn(2, 3, *size)
-    rows = cut_into_patches(views, patch, merge)
+    tiles = torch.randn(2, 3, *size)
+    rows = cut_into_patches(tiles, patch, merge)
     grid = (1, size[0] // patch, size[1] // patch)
-    for view, part in zip(views, rows.chunk(2), strict=True):
-        assert torch.equal(put_together(part, grid, patch, merge), view)
+    for tile, part in zip(tiles, rows.chunk(2), strict=True):
+        assert torch.equal(put_together(part, grid, patch, merge), tile)
 
 
 def test_the_cut_leaves_out_what_is_no_whole_patch() -> None:
-    views = torch.randn(1, 3, 11, 14)
+    tiles = torch.randn(1, 3, 11, 14)
     weight = torch.randn(5, 3, 4, 4)
-    convolved = torch.nn.functional.conv2d(views, weight, stride=4)
-    rows = cut_into_patches(views, 4, 1)
+    convolved = torch.nn.functional.conv2d(tiles, weight, stride=4)
+    rows = cut_into_patches(tiles, 4, 1)
     assert torch.allclose(rows @ weight.flatten(1).T, convolved[0].flatten(1).T, atol=1e-5)
 
 
 def test_the_cut_writes_where_it_is_told_and_refuses_what_does_not_fit() -> None:
-    views = torch.randint(0, 255, (1, 3, 4, 4), dtype=torch.uint8)
+    tiles = torch.randint(0, 255, (1, 3, 4, 4), dtype=torch.uint8)
     out = torch.full((4, 12), -1.0)
-    assert cut_into_patches(views, 2, 2, out) is out
-    assert torch.equal(out, cut_into_patches(views, 2, 2).float())
+    assert cut_into_patches(tiles, 2, 2, out) is out
+    assert torch.equal(out, cut_into_patches(tiles, 2, 2).float())
     with pytest.raises(ValueError, match=r"2 × 2 patches cannot be cut into blocks of 3 × 3"):
-        cut_into_patches(views, 2, 3)
+        cut_into_patches(tiles, 2, 3)
     with pytest.raises(ValueError, match=r"shape \[3, 12\]; the image makes \[4, 12\]"):
-        cut_into_patches(views, 2, 1, torch.empty(3, 12))
+        cut_into_patches(tiles, 2, 1, torch.empty(3, 12))
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -236,9 +236,9 @@ def test_images_of_one_pixel(tmp_path: Path) -> None:
     for preprocessor in one_of_each(tmp_path):
         (rows,) = patches_of(preprocessor, [canonical(np.full((1, 1, 3), 200, np.uint8))])
         assert rows.isfinite().all()
-        # One color all over the whole image, which is the first view: every patch is the same.
-        views = preprocessor.layout(1, 1).views
-        first = rows[: views[0][1] * views[0][2]]
+        # One color all over the whole image, which is the first tile: every patch is the same.
+        tiles = preprocessor.layout(1, 1).tiles
+        first = rows[: tiles[0][1] * tiles[0][2]]
         assert (first - first[:1]).abs().max() <= 1e-5
 
 
@@ -265,7 +265,7 @@ def test_a_bound_that_a_rule_does_not_have_is_refused_with_the_reason(tmp_path: 
             with pytest.raises(UsageError, match=message):
                 call()
         empty = dict.fromkeys(wrong)
-        assert preprocessor.layout(100, 100, **empty).views == preprocessor.layout(100, 100).views
+        assert preprocessor.layout(100, 100, **empty).tiles == preprocessor.layout(100, 100).tiles
 
 
 @pytest.mark.parametrize("bound", [0, -5, 1.5, "many", True])
@@ -385,47 +385,47 @@ def test_layouts_need_no_transformers_and_little_time(tmp_path: Path) -> None:
 # -- pixels that are ready --------------------------------------------------------------------------------------------
 
 
-def test_views_that_are_ready_are_packed_as_they_are() -> None:
+def test_tiles_that_are_ready_are_packed_as_they_are() -> None:
     config = tower(merge=2)
-    views = [torch.randn(3, 56, 84, dtype=torch.float64), torch.randn(3, 28, 28, dtype=torch.bfloat16)]
-    batch = pack_views(config, views)
+    tiles = [torch.randn(3, 56, 84, dtype=torch.float64), torch.randn(3, 28, 28, dtype=torch.bfloat16)]
+    batch = pack_tiles(config, tiles)
     assert batch.grids == ((1, 4, 6), (1, 2, 2))
     assert batch.token_counts == (6, 1)
     assert batch.processed_sizes == ((84, 56), (28, 28))
-    for view, grid, rows in zip(views, batch.grids, batch.pixels.split([24, 4]), strict=True):
-        assert torch.equal(put_together(rows, grid, 14, 2), view.float())
-    assert len(pack_views(config, [])) == 0
+    for tile, grid, rows in zip(tiles, batch.grids, batch.pixels.split([24, 4]), strict=True):
+        assert torch.equal(put_together(rows, grid, 14, 2), tile.float())
+    assert len(pack_tiles(config, [])) == 0
 
 
-def test_views_may_be_part_of_a_graph_and_are_left_as_they_were() -> None:
-    view = torch.randn(3, 28, 28, requires_grad=True)
-    before = view.detach().clone()
-    assert not pack_views(tower(), [view]).pixels.requires_grad
-    assert torch.equal(view, before)
+def test_tiles_may_be_part_of_a_graph_and_are_left_as_they_were() -> None:
+    tile = torch.randn(3, 28, 28, requires_grad=True)
+    before = tile.detach().clone()
+    assert not pack_tiles(tower(), [tile]).pixels.requires_grad
+    assert torch.equal(tile, before)
 
 
-def test_views_of_a_fixed_grid_may_leave_a_margin() -> None:
-    batch = pack_views(tower(table_side=4), [torch.ones(3, 62, 57)])
+def test_tiles_of_a_fixed_grid_may_leave_a_margin() -> None:
+    batch = pack_tiles(tower(table_side=4), [torch.ones(3, 62, 57)])
     assert batch.grids == ((1, 4, 4),)
     assert batch.processed_sizes == ((57, 62),)
 
 
 @pytest.mark.parametrize(
-    ("view", "message"),
+    ("tile", "message"),
     [
         (torch.ones(3, 56, 60), r"60 × 56 pixels; both sides have to be multiples of 28"),
         (torch.ones(3, 0, 28), r"28 × 0 pixels"),
         (torch.ones(1, 56, 56), r"\[1, 56, 56\].*takes \[3, height, width\]"),
         (torch.ones(1, 3, 56, 56), r"\[1, 3, 56, 56\]"),
         (torch.ones(3, 56, 56, dtype=torch.uint8), r"torch.uint8"),
-        ("a view", r"'a view'; it has to be a tensor"),
+        ("a tile", r"'a tile'; it has to be a tensor"),
     ],
 )
-def test_views_that_do_not_fit_are_refused(view: Any, message: str) -> None:
+def test_tiles_that_do_not_fit_are_refused(tile: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        pack_views(tower(merge=2), [view])
+        pack_tiles(tower(merge=2), [tile])
 
 
-def test_a_view_of_another_grid_than_the_towers_is_refused() -> None:
+def test_a_tile_of_another_grid_than_the_towers_is_refused() -> None:
     with pytest.raises(UsageError, match=r"this tower takes 4 × 4 patches of 14 pixels"):
-        pack_views(tower(table_side=4), [torch.ones(3, 56, 70)])
+        pack_tiles(tower(table_side=4), [torch.ones(3, 56, 70)])

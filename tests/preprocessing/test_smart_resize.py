@@ -215,7 +215,7 @@ def test_a_video_interleaves_its_frames_and_repeats_the_last(tmp_path: Path, cou
     assert len(found) == count + count % 2
     for slot, rows in enumerate(found):
         assert torch.equal(rows, stills[min(slot, count - 1)])
-    assert video.grids == preprocessor.video_layout(count, 120, 80, **bounds).views
+    assert video.grids == preprocessor.video_layout(count, 120, 80, **bounds).tiles
     assert video.original_sizes == ((120, 80),)
 
 
@@ -293,7 +293,7 @@ def test_a_whole_videos_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
     frames = [canonical(noise(200, 150, seed)) for seed in range(5)]
     video = preprocessor.video(frames)
     layout = preprocessor.video_layout(5, 200, 150)
-    assert video.grids == layout.views
+    assert video.grids == layout.tiles
     assert layout.processed_size[0] % 32 == layout.processed_size[1] % 32 == 0
     reference = reference_processor(tmp_path)
     found = frames_of(video.pixels, 3)

@@ -161,7 +161,7 @@ def test_ids_spans_and_types_say_where_an_image_is(name, opened):
     assert len(prompt) == len(types)
 
 
-def test_views_that_see_both_ways_are_found_in_the_prompt(opened):
+def test_tiles_that_see_both_ways_are_found_in_the_prompt(opened):
     tower, tokenizer, _ = opened("gemma3-pan-and-scan", "runs")
     embeddings = tower.encode([noise(300, 64, 1), noise(90, 90, 2)])
     assert [len(embedding.bidirectional_spans) for embedding in embeddings] == [4, 1]
@@ -233,7 +233,7 @@ def test_layouts_of_published_checkpoints():
     assert tokens["llava"] == {(32000, (), (), None)}
     gemma = next(layout for name, layout in found.items() if name.startswith("gemma3:"))
     assert gemma is not None
-    assert (gemma.marker, gemma.view_before, gemma.view_after) == (255999, ("\n\n", 255999), (256000, "\n\n"))
+    assert (gemma.marker, gemma.tile_before, gemma.tile_after) == (255999, ("\n\n", 255999), (256000, "\n\n"))
     assert {(layout.row_break, layout.row_end) for layout in found.values() if layout and layout.row_break} == {
         ("[IMG_BREAK]", "[IMG_END]"),
         (12, 13),
@@ -349,7 +349,7 @@ LINES = PromptLayout(placeholder=5, row_break=3, row_end=4)
         ("x", [embedding_of(2, alias="")], {}, PromptError, "embedding 0 has an empty alias"),
         ("x", [embedding_of(2)], {}, PromptError, "embedding 0 has no alias"),
         ("x", [embedding_of(0, alias="x")], {}, PromptError, "embedding 0 has no rows"),
-        ("x", [embedding_of(3, alias="x", view_tokens=(2,))], {}, PromptError, "has 3 rows, but its views have 2"),
+        ("x", [embedding_of(3, alias="x", tile_tokens=(2,))], {}, PromptError, "has 3 rows, but its tiles have 2"),
         ("x", [embedding_of(3, alias="x", bidirectional_spans=((0, 4),))], {}, PromptError, "spans end at 4"),
         ("x", [embedding_of(2, alias="x")], {"space": None}, UsageError, r"pass space=TokenSpace\(\)"),
         ("x", [], {"layout": None}, UsageError, "either layout or tower"),

@@ -118,14 +118,14 @@ def test_bits_and_order_do_not_depend_on_how_a_call_is_split(
 
 
 @pytest.mark.parametrize("module", [gemma3, llava_next, qwen3_vl], ids=lambda module: module.__name__.split(".")[-1])
-def test_splits_are_equal_in_towers_with_views_tiles_and_deepstack(module: Any, tmp_path: Path) -> None:
+def test_splits_are_equal_in_towers_with_tiles_tiles_and_deepstack(module: Any, tmp_path: Path) -> None:
     case = module.CASES[0]
     tower = VisionTower.from_pretrained(case.save(tmp_path), device="cpu")
     images = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
     whole = tower.encode(images)
     assert_equal(tower.encode(images, max_patches=1), whole)
     assert_equal(tower.encode(images[::-1], max_patches=300)[::-1], whole)
-    assert all(sum(one.view_tokens) == one.num_tokens for one in whole)
+    assert all(sum(one.tile_tokens) == one.num_tokens for one in whole)
 
 
 def test_passes_hold_at_most_what_is_allowed(tower: VisionTower, passes: list[int]) -> None:
@@ -644,24 +644,24 @@ def test_embeddings_go_where_they_are_wanted(tower: VisionTower) -> None:
         tower.encode(IMAGES[:1], output_device="cuba")
 
 
-def test_views_and_spans_are_those_of_the_tower(tmp_path: Path, tower: VisionTower) -> None:
+def test_tiles_and_spans_are_those_of_the_tower(tmp_path: Path, tower: VisionTower) -> None:
     (case,) = [case for case in gemma3.CASES if case.name == "gemma3"]
     folder = case.save(tmp_path)
     plain = VisionTower.from_pretrained(folder, device="cpu")
     image = noise(300, 100, 1)
     (one,) = plain.encode(image)
     assert one.bidirectional_spans == ((0, one.num_tokens),)
-    assert one.view_tokens == (one.num_tokens,)
+    assert one.tile_tokens == (one.num_tokens,)
     options = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 16, "pan_and_scan_max_num_crops": 4}
     panning = VisionTower.from_pretrained(folder, device="cpu", processor_options=options)
     found, alone = panning.encode([image, noise(50, 50, 2)])
-    views = found.num_tokens // one.num_tokens
-    assert views > 1
-    assert found.view_tokens == (one.num_tokens,) * views
+    tiles = found.num_tokens // one.num_tokens
+    assert tiles > 1
+    assert found.tile_tokens == (one.num_tokens,) * tiles
     assert found.bidirectional_spans == tuple(
-        (view * one.num_tokens, (view + 1) * one.num_tokens) for view in range(views)
+        (tile * one.num_tokens, (tile + 1) * one.num_tokens) for tile in range(tiles)
     )
-    assert alone.view_tokens == (one.num_tokens,)
+    assert alone.tile_tokens == (one.num_tokens,)
     assert tower.encode(IMAGES[0])[0].bidirectional_spans == ()
 
 

@@ -35,10 +35,10 @@ class Wick(torch.nn.Module):
         self.second = torch.nn.Linear(width * join * join, output)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        views, patches, width = rows.shape
+        tiles, patches, width = rows.shape
         side, join = round(patches**0.5), self.join
-        squares = self.norm(rows).view(views, side // join, join, side // join, join, width)
-        joined = squares.transpose(2, 3).reshape(views, (side // join) ** 2, join * join * width)
+        squares = self.norm(rows).view(tiles, side // join, join, side // join, join, width)
+        joined = squares.transpose(2, 3).reshape(tiles, (side // join) ** 2, join * join * width)
         return self.second(torch.nn.functional.gelu(self.first(joined)))
 
 

@@ -33,7 +33,7 @@ from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.rowwise.splice import splice_rows
 from tritontower.kernels.runtime import config, dispatch
 from tritontower.kernels.runtime.segments import Segments
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 from tritontower.tuning.compile.disassembly import read_amd, read_nvidia
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -76,7 +76,7 @@ def far_apart(count: int, width: int, dtype: torch.dtype = BF16) -> torch.Tensor
 
 
 def heads_of(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
-    """q, k and v as views of a fused projection."""
+    """q, k and v as tiles of a fused projection."""
     return torch.empty(patches, 3, heads, head_dim, dtype=dtype).unbind(1)
 
 
@@ -119,9 +119,9 @@ def product(
     )
 
 
-def live(planned: int) -> Extent:
+def live(planned: int) -> ValidRows:
     """As many rows as a captured pass is planned for, of which the device knows how many count."""
-    return Extent(planned, torch.zeros(1, dtype=torch.int32))
+    return ValidRows(planned, torch.zeros(1, dtype=torch.int32))
 
 
 def project_heads(
@@ -240,14 +240,17 @@ def production() -> Iterator[Case]:
         residual = {"residual": rows_of(patches, WIDTH), "residual_out": rows_of(patches, WIDTH)}
         yield f"norm, {here}", lambda p=patches: normalize(p, WIDTH)
         yield f"norm residual, {here}", lambda p=patches, r=residual: normalize(p, WIDTH, **r)
-        yield f"norm residual, planned, {here}", lambda p=patches, r=residual: normalize(p, WIDTH, **r, extent=live(p))
+        yield (
+            f"norm residual, planned, {here}",
+            lambda p=patches, r=residual: normalize(p, WIDTH, **r, valid_rows=live(p)),
+        )
         yield f"qkv, {here}", lambda p=patches: product(p, WIDTH, 3 * WIDTH)
         for head_dim, padded in ((64, 64), (72, 80), (80, 80)):
             name = f"qkv rotated, heads of {head_dim}, {here}"
             yield name, lambda p=patches, h=head_dim, d=padded: project_heads(p, HEADS, h, d)
         yield f"qkv not rotated, {here}", lambda p=patches: project_heads(p, HEADS, 72, 80, rotated=False)
-        yield f"qkv rotated, planned, {here}", lambda p=patches: project_heads(p, HEADS, 80, 80, extent=live(p))
-        yield f"mlp out, planned, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True, extent=live(p))
+        yield f"qkv rotated, planned, {here}", lambda p=patches: project_heads(p, HEADS, 80, 80, valid_rows=live(p))
+        yield f"mlp out, planned, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True, valid_rows=live(p))
         yield f"interleaved gates, {here}", lambda p=patches: product(p, WIDTH, 2 * HIDDEN, GATED[1])
         yield f"attention output, {here}", lambda p=patches: product(p, WIDTH, WIDTH, added=True)
         yield f"mlp in, {here}", lambda p=patches: product(p, WIDTH, HIDDEN, "quick_gelu")
@@ -311,11 +314,11 @@ def boundaries() -> Iterator[Case]:
             yield name, lambda k=kind, n=inner, c=described: product(300, n, 512, k, added=True, config=c)
         split = LinearConfig(64, 64, 64, 8, 4, 3, split=2, operands="descriptors")
         name = f"descriptors, split, planned, K of {inner}"
-        yield name, lambda n=inner, c=split: product(300, n, 512, config=c, extent=live(300))
-    yield "qkv rotated, descriptors", lambda: project_heads(300, 16, 72, 80, config=described, extent=live(300))
+        yield name, lambda n=inner, c=split: product(300, n, 512, config=c, valid_rows=live(300))
+    yield "qkv rotated, descriptors", lambda: project_heads(300, 16, 72, 80, config=described, valid_rows=live(300))
     yield "patch projection, descriptors", lambda: project_patches(5, 1184, torch.uint8, config=described)
-    yield "patch projection, planned", lambda: project_patches(5, 588, torch.uint8, extent=live(5))
-    yield "projector, planned", lambda: project(300, 1536, extent=live(300))
+    yield "patch projection, planned", lambda: project_patches(5, 588, torch.uint8, valid_rows=live(5))
+    yield "projector, planned", lambda: project(300, 1536, valid_rows=live(300))
     yield "qkv rotated, long rows", lambda: project_heads_far_apart()
     for kind in ACTIVATIONS:
         yield f"activation {kind}", lambda k=kind: activation(rows_of(3, 1280), k)
@@ -353,13 +356,13 @@ def boundaries() -> Iterator[Case]:
     yield "mean of many rows", lambda: mean_rows(rows_of(729, 48), 729)
     yield "means, long rows", lambda: mean_rows(far_apart(8, 64), 4, out=far_apart(2, 64))
     yield "pooling of one element", lambda: pool([1], 1, 1)
-    yield "pooling, unaligned views", lambda: pool_unaligned()
+    yield "pooling, unaligned tiles", lambda: pool_unaligned()
     yield "pooling, long rows", lambda: pool_far_apart()
     for head_dim in (40, 64, 104, 128):
         yield f"pooling, heads of {head_dim}", lambda h=head_dim: pool([5, 200], 3, h)
         yield f"attention, heads of {head_dim}", lambda h=head_dim: attend([5, 200], 3, h)
         yield f"rotation, heads of {head_dim}", lambda h=head_dim: rotate(5, 3, h)
-    yield "attention, unaligned views", lambda: attend_unaligned()
+    yield "attention, unaligned tiles", lambda: attend_unaligned()
     yield from attention_variants()
     yield "attention, long rows", lambda: attend_far_apart()
 

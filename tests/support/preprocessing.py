@@ -83,7 +83,7 @@ def patches_of(preprocessor: Preprocessor, images: list[CanonicalImage], **bound
 
 
 def put_together(rows: torch.Tensor, grid: tuple[int, int, int], patch: int, merge: int) -> torch.Tensor:
-    """``[channels, height, width]`` of one view from its rows: one patch after the other, in plain Python."""
+    """``[channels, height, width]`` of one tile from its rows: one patch after the other, in plain Python."""
     _, height, width = grid
     image = torch.empty(3, height * patch, width * patch)
     number = 0

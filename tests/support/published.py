@@ -38,14 +38,14 @@ class ImageFacts:
         tokens: rows of its embedding.
         tera: operations of the pass, 10¹², as text, so that its digits say how precise it is.  They are those of the blocks
             that have to run (23 of LLaVA's 24); of an image in tiles, those of one tile without the projector.
-        views: images and tiles that the tower sees.
+        tiles: images and tiles that the tower sees.
     """
 
     side: int
     patches: int
     tokens: int
     tera: str
-    views: int = 1
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ PUBLISHED = (
         "17.0",
         # Two or three tiles a side, with a newline behind every row of theirs, and the whole image.
         [
-            ImageFacts(448, 5 * 729, 729 + 54 * 55, "0.64", views=5),
-            ImageFacts(1024, 10 * 729, 729 + 81 * 82, "0.64", views=10),
+            ImageFacts(448, 5 * 729, 729 + 54 * 55, "0.64", tiles=5),
+            ImageFacts(1024, 10 * 729, 729 + 81 * 82, "0.64", tiles=10),
         ],
     ),
     _varied(

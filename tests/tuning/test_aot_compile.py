@@ -13,7 +13,7 @@ from tritontower.kernels.runtime.config import ARCHITECTURES, CompileSpec
 from tritontower.tuning import static
 from tritontower.tuning.build_tables import published_tasks
 from tritontower.tuning.compile import aot_compile
-from tritontower.tuning.compile.aot_compile import Order, rehearse
+from tritontower.tuning.compile.aot_compile import Order, compile_orders
 from tritontower.tuning.compile.disassembly import Instruction, hot_loop, read_amd
 from tritontower.tuning.static import StaticReport, compile_ahead, discover, problems, table
 from tritontower.tuning.tasks import Task
@@ -175,7 +175,7 @@ class TestShippedTables:
         assert orders
         broken = {}
         todo = list(orders.values())
-        for index, result in rehearse(todo, workers=2):
+        for index, result in compile_orders(todo, workers=2):
             order = todo[index]
             wrong = aot_compile.problems(result, architecture, order.task.dtype, products=order.task.kernel != "norm")
             if found.key["triton"] != triton.__version__:

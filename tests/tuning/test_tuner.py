@@ -31,7 +31,7 @@ from tritontower.models.common.registry import read_family
 from tritontower.tuning import tuner
 from tritontower.tuning.build_tables import published_tasks
 from tritontower.tuning.compile import aot_compile, worker
-from tritontower.tuning.compile.aot_compile import Launch, Order, Rehearsal, problems, rehearse
+from tritontower.tuning.compile.aot_compile import CompileResult, Launch, Order, compile_orders, problems
 from tritontower.tuning.compile.worker import Death
 from tritontower.tuning.journal import Journal
 from tritontower.tuning.operations import CONFIGS, prepare
@@ -307,11 +307,11 @@ def order(fields: Mapping[str, Any], architecture: str = "sm_90", node: str = "a
     return Order(named(tasks_for(QWEN2), node), tuple(sorted(fields.items())), architecture)
 
 
-class TestRehearsal:
+class TestCompileOrders:
     def test_real_compiles(self, tmp_path):
         """One that fits, one that spills, one that no kernel takes; kept, and not done again."""
         orders = [order(FITS), order(SPILLS), order({**FITS, "num_warps": "many"}), order(FITS)]
-        found = dict(rehearse(orders, workers=2, cache=tmp_path))
+        found = dict(compile_orders(orders, workers=2, cache=tmp_path))
         assert len(found) == 4
         assert found[0] == found[3]
         assert not problems(found[0], "sm_90", "bfloat16")
@@ -319,7 +319,7 @@ class TestRehearsal:
         assert 50 < found[0].main.registers < 256
         assert problems(found[1], "sm_90", "bfloat16")[0].startswith("spills registers (")
         assert "not the fields of a configuration" in problems(found[2], "sm_90", "bfloat16")[0]
-        again = dict(rehearse(orders, cache=tmp_path))
+        again = dict(compile_orders(orders, cache=tmp_path))
         assert again == found
         assert all(each.cached for each in again.values())
         assert len(list(tmp_path.glob("*.json"))) == 3
@@ -355,11 +355,11 @@ class TestRehearsal:
             yield from ((index, answer) for index in range(len(orders)))
 
         monkeypatch.setattr(aot_compile, "answers", answers)
-        assert len(dict(rehearse([order(FITS)], cache=tmp_path))) == 1
+        assert len(dict(compile_orders([order(FITS)], cache=tmp_path))) == 1
         (path,) = tmp_path.iterdir()
         for text in ("", "{", '{"error": null, "launches": [{"registers": 1}]}', "[]"):
             path.write_text(text)
-            assert dict(rehearse([order(FITS)], cache=tmp_path))[0].main == launch()
+            assert dict(compile_orders([order(FITS)], cache=tmp_path))[0].main == launch()
         assert asked == [1] * 5
 
     @pytest.mark.parametrize(
@@ -376,20 +376,20 @@ class TestRehearsal:
         """A process that was killed, for the memory it took or by somebody, says nothing of a configuration."""
         code = f"import os\nfrom tritontower.tuning.compile.worker import answer_orders\nanswer_orders(lambda order: {end})"
         monkeypatch.setattr(aot_compile, "_CHILD", code)
-        (found,) = dict(rehearse([order(FITS)], cache=tmp_path)).values()
+        (found,) = dict(compile_orders([order(FITS)], cache=tmp_path)).values()
         assert problems(found, "sm_90", "bfloat16")[0].startswith("does not compile: ")
         assert len(list(tmp_path.glob("*.json"))) == kept
 
     def test_nothing_is_yielded_after_the_deadline(self, monkeypatch):
         monkeypatch.setattr(aot_compile, "_CHILD", "import time; time.sleep(1000)")
         start = time.monotonic()
-        assert list(rehearse([order(FITS)], deadline=start + 1)) == []
+        assert list(compile_orders([order(FITS)], deadline=start + 1)) == []
         assert time.monotonic() - start < 30
 
-    @pytest.mark.parametrize("module", ["operations", "rehearsal", "static", "disassembly"])
+    @pytest.mark.parametrize("module", ["operations", "compile_result", "static", "disassembly"])
     def test_what_launches_and_reads_counts(self, tmp_path, monkeypatch, module):
         before = aot_compile._digest(order(FITS))
-        owner = aot_compile if module == "rehearsal" else getattr(aot_compile, module)
+        owner = aot_compile if module == "compile_result" else getattr(aot_compile, module)
         changed = tmp_path / f"{module}.py"
         changed.write_text(Path(owner.__file__).read_text(encoding="utf-8") + "\nMORE = 1\n", encoding="utf-8")
         monkeypatch.setattr(owner, "__file__", str(changed))
@@ -416,8 +416,8 @@ class TestRehearsal:
         ],
     )
     def test_rules(self, change, problem):
-        assert problems(Rehearsal((launch(),)), "sm_90", "bfloat16") == []
-        assert problems(Rehearsal((launch(**change),)), "sm_90", "bfloat16") == [problem]
+        assert problems(CompileResult((launch(),)), "sm_90", "bfloat16") == []
+        assert problems(CompileResult((launch(**change),)), "sm_90", "bfloat16") == [problem]
 
     def test_warps_that_fetch_are_no_warps_that_compute(self):
         compiled = launch(num_warps=4, threads=384).compiled("sm_90")
@@ -517,15 +517,15 @@ def compiler(monkeypatch) -> dict[str, Any]:
     """Compiles at once: everything fits, but for what ``spoilt`` says of a configuration."""
     state: dict[str, Any] = {"spoilt": lambda fields: False, "orders": []}
 
-    def fake(orders: Sequence[Order], **options: Any) -> Iterator[tuple[int, Rehearsal]]:
+    def fake(orders: Sequence[Order], **options: Any) -> Iterator[tuple[int, CompileResult]]:
         for index, each in enumerate(orders):
             state["orders"].append(each)
             fields = dict(each.config)
             wrong = {"spills": 9} if state["spoilt"](fields) else {}
             warps = fields["num_warps"]
-            yield index, Rehearsal((launch(num_warps=warps, threads=32 * warps, **wrong),))
+            yield index, CompileResult((launch(num_warps=warps, threads=32 * warps, **wrong),))
 
-    monkeypatch.setattr(tuner, "rehearse", fake)
+    monkeypatch.setattr(tuner, "compile_orders", fake)
     return state
 
 

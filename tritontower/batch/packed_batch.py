@@ -32,14 +32,14 @@ class PackedBatch:
         pixels: ``[patches, inner]``, float or uint8; columns are channel, frame, row and column of the patch.  A batch
             of still images holds one frame per patch, a batch of videos as many as the tower's patches span.  A class
             token is a patch of zeros, or of bytes that count zero: 128.
-        positions: ``[patches, 2]`` int32: row and column of each patch in its view.
+        positions: ``[patches, 2]`` int32: row and column of each patch in its tile.
         segments: the runs of patches that attend to each other.
         windows: the same in the blocks that attend within windows; ``None`` for a tower without.
         grids: per image or video, its temporal patches, rows and columns of patches.
         token_counts: per image, its tokens.
-        view_grids: temporal patches, rows and columns of patches of every view.
-        view_counts: per image, its views.
-        views: the rows of each view, its class token included, whatever they attend to.
+        tile_grids: temporal patches, rows and columns of patches of every tile.
+        tile_counts: per image, its tiles.
+        tiles: the rows of each tile, its class token included, whatever they attend to.
         rows_per_token: patches that become one token.
         form: what the batch is arranged for; towers of another form refuse it.
         original_sizes: per image, width and height as it came, pixels.
@@ -49,7 +49,7 @@ class PackedBatch:
         position_index: ``[patches, taps]`` int32: rows of the position table that a patch's position is made of.
         position_weights: ``[patches, 4]`` fp32: what each of them counts; ``None`` where there is one tap.
         selection: ``[selected, 1]`` int32: the rows that make the tokens, in the order of the image; ``None``: all.
-        class_rows: ``[views, 1]`` int32: the first row of each view.
+        class_rows: ``[tiles, 1]`` int32: the first row of each tile.
         assembly_index: ``[tokens, taps]`` int32: rows of the projector that a token is made of, −1 for the newline.
         assembly_weights: ``[tokens, taps]`` fp32: what each of them counts.
     """
@@ -60,9 +60,9 @@ class PackedBatch:
     windows: Segments | None
     grids: tuple[Grid, ...]
     token_counts: tuple[int, ...]
-    view_grids: tuple[Grid, ...]
-    view_counts: tuple[int, ...]
-    views: Segments
+    tile_grids: tuple[Grid, ...]
+    tile_counts: tuple[int, ...]
+    tiles: Segments
     rows_per_token: int
     form: BatchForm
     original_sizes: tuple[tuple[int, int], ...]
@@ -85,12 +85,12 @@ class PackedBatch:
         original_sizes: Sequence[tuple[int, int]],
         content_hashes: Sequence[str],
     ) -> "PackedBatch":
-        """Packs the patches of views that are already in order: per temporal patch, merge block by merge block.
+        """Packs the patches of tiles that are already in order: per temporal patch, merge block by merge block.
 
         Args:
             config: the tower that will take the batch.
             pixels: ``[patches, inner]`` for one frame per patch (still images) or for all that a patch spans; the
-                views of all images one after the other, without class tokens.
+                tiles of all images one after the other, without class tokens.
             layouts: what each image becomes.
             original_sizes: width and height of each image as it came.
             content_hashes: digest of each image as it came.
@@ -98,7 +98,7 @@ class PackedBatch:
         Raises:
             ValueError: the rows do not match the layouts, or a grid is not one that the tower can take.
         """
-        grids = [grid for layout in layouts for grid in layout.views]
+        grids = [grid for layout in layouts for grid in layout.tiles]
         _check(config, pixels, grids)
         if not len(layouts) == len(original_sizes) == len(content_hashes):
             raise ValueError(
@@ -138,7 +138,7 @@ class PackedBatch:
             window_scores=0 if self.windows is None else _scores(self.windows),
             selected=selected,
             merged=tokens if self.assembly_index is None else selected // self.rows_per_token,
-            views=self.views.count,
+            tiles=self.tiles.count,
         )
 
     def pinned(self) -> "PackedBatch":
@@ -162,7 +162,7 @@ class PackedBatch:
 
 def _arranged(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[PackedBatch, torch.Tensor]:
     """A batch without pixels, and where in it each patch goes."""
-    grids = [grid for layout in layouts for grid in layout.views]
+    grids = [grid for layout in layouts for grid in layout.tiles]
     positions = merge_block_positions(grids, config.merge)
     places = _numbers(len(positions))
     windows: Segments | None = None
@@ -172,15 +172,15 @@ def _arranged(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[Pack
         places[order] = _numbers(len(order))
         windows = Segments.from_lengths(length * config.rows_per_token for length in lengths)
     index, weights = _positions(config.position_table, positions, grids)
-    views = [t * h * w for t, h, w in grids]
-    lengths = [h * w for t, h, w in grids for _ in range(t)] if config.segments == "frame" else views
+    tiles = [t * h * w for t, h, w in grids]
+    lengths = [h * w for t, h, w in grids for _ in range(t)] if config.segments == "frame" else tiles
     if config.class_token:
-        counts = torch.tensor(views, dtype=torch.int64, device="cpu")
-        places = places + (_numbers(len(views)) + 1).repeat_interleave(counts)
+        counts = torch.tensor(tiles, dtype=torch.int64, device="cpu")
+        places = places + (_numbers(len(tiles)) + 1).repeat_interleave(counts)
         # Row 0 of the table is the class token's, and what was not written is 0.
         index = None if index is None else index + 1
-        views = lengths = [view + 1 for view in views]
-    rows = sum(views)
+        tiles = lengths = [tile + 1 for tile in tiles]
+    rows = sum(tiles)
     selection, assembly_index, assembly_weights = _tokens(config, layouts, places)
     batch = PackedBatch(
         pixels=torch.empty(0, config.patch.still_inner, dtype=torch.float32, device="cpu"),
@@ -189,15 +189,15 @@ def _arranged(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[Pack
         windows=windows,
         grids=tuple(layout.grid for layout in layouts),
         token_counts=tuple(layout.tokens(config) for layout in layouts),
-        view_grids=tuple(grids),
-        view_counts=tuple(len(layout.views) for layout in layouts),
-        views=Segments.from_lengths(views),
+        tile_grids=tuple(grids),
+        tile_counts=tuple(len(layout.tiles) for layout in layouts),
+        tiles=Segments.from_lengths(tiles),
         rows_per_token=config.rows_per_token,
         form=config.batch_form,
         original_sizes=tuple(layout.processed_size for layout in layouts),
         processed_sizes=tuple(layout.processed_size for layout in layouts),
         content_hashes=("",) * len(layouts),
-        class_rows=_first_rows(views),
+        class_rows=_first_rows(tiles),
         position_index=None if index is None else _placed(index, places, rows),
         position_weights=None if weights is None else _placed(weights, places, rows),
         selection=selection,
@@ -316,19 +316,19 @@ def _scores(segments: Segments) -> int:
 def expected_workload(config: TowerConfig, counts: Sequence[int]) -> Workload:
     """The workload of images of which only the patches are known: windows are whole, and no tile is cut or ended."""
     patches = sum(counts)
-    views = (
+    tiles = (
         [count for count in counts if count]
         if config.num_patches is None
         else [config.num_patches] * (patches // config.num_patches)
     )
-    class_rows = len(views) if config.class_token else 0
+    class_rows = len(tiles) if config.class_token else 0
     window = 0 if config.windows is None else config.windows.side**2 * config.rows_per_token
     return Workload(
         patches=patches + class_rows,
         tokens=patches // config.rows_per_token + (class_rows if config.keep_class_token else 0),
-        scores=sum((view + bool(class_rows)) ** 2 for view in views),
-        window_scores=sum(view * min(view, window) for view in views),
+        scores=sum((tile + bool(class_rows)) ** 2 for tile in tiles),
+        window_scores=sum(tile * min(tile, window) for tile in tiles),
         selected=patches + (class_rows if config.keep_class_token else 0),
         merged=patches // config.rows_per_token,
-        views=len(views),
+        tiles=len(tiles),
     )

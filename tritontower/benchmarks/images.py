@@ -119,10 +119,10 @@ def square(tower: VisionTower, patches: int) -> PackedBatch:
     if config.num_patches is None:
         unit = config.merge
         side = unit * max(1, round(patches**0.5 / unit))
-        count, layout = 1, ImageLayout.of_one_view((1, side, side), config.patch.size)
+        count, layout = 1, ImageLayout.of_one_tile((1, side, side), config.patch.size)
     else:
         side = round(config.num_patches**0.5)
-        count, layout = max(1, round(patches / side**2)), ImageLayout.of_one_view((1, side, side), config.patch.size)
+        count, layout = max(1, round(patches / side**2)), ImageLayout.of_one_tile((1, side, side), config.patch.size)
     generator = torch.Generator().manual_seed(patches)
     pixels = torch.randn(count * side * side, config.patch.still_inner, generator=generator)
     try:

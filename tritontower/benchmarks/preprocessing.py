@@ -88,7 +88,7 @@ def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repea
         calls[BYTES] = lambda: tower.preprocess(images, raw=True)
     # The same preprocessor, made to leave every pixel to transformers.
     plain = copy(preprocessor)
-    plain.__dict__["shortcut"] = None
+    plain.__dict__["fast_path"] = None
     expected = plain.images(decoded).pixels
     distance = float((tower.preprocess(images, raw=False).pixels - expected).abs().max())
     row = {"label": label, "sizes": [list(size) for size in sizes], "distance": distance, "limit": LIMIT}

@@ -31,7 +31,7 @@ from tritontower.errors import (
 
 from .config_reader import ConfigReader
 from .dequantize import FLOAT_DTYPES, SUPPORTED_SCHEMES, Decoder, Group, StoredTensor, decoder_of, group_tensors
-from .files import INDEX_NAMES, Layout, Roots, WeightFiles, explained, open_safetensors, strip_prefix
+from .files import INDEX_NAMES, Layout, Prefixes, WeightFiles, explained, open_safetensors, strip_prefix
 
 __all__ = ["Checkpoint", "Progress", "TensorHeader"]
 
@@ -107,14 +107,16 @@ class Checkpoint:
         self._handles.clear()  # a safetensors handle closes its file when nobody holds it any more
 
     @classmethod
-    def open(cls, folder: Path, *, roots: Roots, layout: Layout = "hf", allow_symlinks: bool = False) -> "Checkpoint":
+    def open(
+        cls, folder: Path, *, prefixes: Prefixes, layout: Layout = "hf", allow_symlinks: bool = False
+    ) -> "Checkpoint":
         """Reads the headers of the files in ``folder`` that hold vision tensors.
 
         An index wins over a single file beside it.
 
         Args:
             folder: a local folder.
-            roots: beginnings of the stored names that belong to the tower → what they become, as
+            prefixes: beginnings of the stored names that belong to the tower → what they become, as
                 :func:`~tritontower.checkpoint.files.strip_prefix` applies them.
             layout: whose names the weight files have; a folder may hold both layouts.
             allow_symlinks: also follow links that leave the folder other than into the Hugging Face cache.
@@ -124,15 +126,15 @@ class Checkpoint:
             UnsafeFormatError: only pickles in it.
             UnsafePathError: a shard's name or link points outside.
             CheckpointIncompleteError: a shard, or a tensor that the index promises, is missing; no vision tensor at all.
-            CheckpointAmbiguousError: a tensor is stored twice, in two shards or under two roots.
+            CheckpointAmbiguousError: a tensor is stored twice, in two shards or under two prefixes.
             CheckpointCorruptError: a file is not safetensors, or damaged; the index is not JSON.
         """
         if not folder.is_dir():
             raise CheckpointNotFoundError(f"{folder} is not a folder")
         checkpoint = cls(folder)
         files = WeightFiles(folder, allow_symlinks)
-        for file, promised in files.with_prefix(roots, layout).items():
-            names = checkpoint._read_headers(files.path(file), roots)
+        for file, promised in files.with_prefix(prefixes, layout).items():
+            names = checkpoint._read_headers(files.path(file), prefixes)
             absent = sorted(set(promised) - names)
             if absent:
                 raise CheckpointIncompleteError(
@@ -141,7 +143,7 @@ class Checkpoint:
                 )
         if not checkpoint._stored:
             raise CheckpointIncompleteError(
-                f"{folder} holds no vision tensor: no name begins with {list_names([repr(root) for root in roots])}"
+                f"{folder} holds no vision tensor: no name begins with {list_names([repr(root) for root in prefixes])}"
             )
         checkpoint._groups = group_tensors(checkpoint._stored)
         return checkpoint
@@ -309,13 +311,13 @@ class Checkpoint:
             f"{torch.finfo(dtype).max:.6g}; load it as torch.bfloat16 or torch.float32",
         )
 
-    def _read_headers(self, path: Path, roots: Roots) -> set[str]:
+    def _read_headers(self, path: Path, prefixes: Prefixes) -> set[str]:
         """Opens one file and takes the headers of its vision tensors in; returns their names as stored."""
         handle = open_safetensors(path)
         names: set[str] = set()
         with explained(path):
             for name in handle.offset_keys():
-                stripped = strip_prefix(name, roots)
+                stripped = strip_prefix(name, prefixes)
                 if stripped is None:
                     continue
                 view = handle.get_slice(name)

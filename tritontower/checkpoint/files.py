@@ -35,7 +35,7 @@ __all__ = [
     "INDEX_NAMES",
     "SINGLE_NAMES",
     "Layout",
-    "Roots",
+    "Prefixes",
     "WeightFiles",
     "check_shard_name",
     "explained",
@@ -58,7 +58,7 @@ INDEX_NAMES: Final[Mapping[Layout, str]] = {
 SINGLE_NAMES: Final[Mapping[Layout, str]] = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
 """Layout → the file that holds everything, where there are no shards."""
 
-Roots = Mapping[str, str]
+Prefixes = Mapping[str, str]
 """Which stored names belong to the vision tower: how they begin → what that becomes.  ``""`` takes what nothing else does."""
 
 _WRAPPERS = frozenset({"model", "module", "base_model", "_orig_mod"})
@@ -77,7 +77,7 @@ _CONVERSION_HINT = (
 )
 
 
-def strip_prefix(name: str, roots: Roots) -> str | None:
+def strip_prefix(name: str, prefixes: Prefixes) -> str | None:
     """``name`` with its root replaced, wherever wrappers put it; ``None`` if it is not of the vision tower.
 
     Wrappers (``model.``, ``module.``, ``base_model.``, ``_orig_mod.``) are dropped from the front, one after the other,
@@ -89,17 +89,17 @@ def strip_prefix(name: str, roots: Roots) -> str | None:
     """
     rest = name
     while True:
-        fitting = [root for root in roots if root and rest.startswith(root)]
+        fitting = [root for root in prefixes if root and rest.startswith(root)]
         if fitting:
             root = max(fitting, key=len)
-            return roots[root] + rest[len(root) :]
+            return prefixes[root] + rest[len(root) :]
         wrapper, _, behind = rest.partition(".")
         if wrapper not in _WRAPPERS or not behind:
             break
         rest = behind
-    if "" not in roots or wrapper == _LANGUAGE_MODEL:
+    if "" not in prefixes or wrapper == _LANGUAGE_MODEL:
         return None
-    return roots[""] + rest
+    return prefixes[""] + rest
 
 
 def check_shard_name(name: object, index: str = INDEX_NAMES["hf"]) -> str:
@@ -120,7 +120,7 @@ def check_shard_name(name: object, index: str = INDEX_NAMES["hf"]) -> str:
     return name
 
 
-def shards_with_prefix(folder: Path, roots: Roots, layout: Layout = "hf") -> dict[str, list[str]]:
+def shards_with_prefix(folder: Path, prefixes: Prefixes, layout: Layout = "hf") -> dict[str, list[str]]:
     """Shard → stored names of the vision tensors that the folder's index places there, in the index's order.
 
     Raises:
@@ -139,7 +139,7 @@ def shards_with_prefix(folder: Path, roots: Roots, layout: Layout = "hf") -> dic
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         check_shard_name(shard, index.name)
-        if strip_prefix(name, roots) is not None:
+        if strip_prefix(name, prefixes) is not None:
             shards.setdefault(shard, []).append(name)
     return shards
 
@@ -192,12 +192,12 @@ class WeightFiles:
     folder: Path
     allow_symlinks: bool
 
-    def with_prefix(self, roots: Roots, layout: Layout = "hf") -> dict[str, list[str]]:
+    def with_prefix(self, prefixes: Prefixes, layout: Layout = "hf") -> dict[str, list[str]]:
         """File → names that it must hold, of the files that hold vision tensors, or may where no index says which."""
         index, single = INDEX_NAMES[layout], SINGLE_NAMES[layout]
         if (self.folder / index).exists():
             self.path(index)
-            shards = shards_with_prefix(self.folder, roots, layout)
+            shards = shards_with_prefix(self.folder, prefixes, layout)
             missing = sorted(shard for shard in shards if not (self.folder / shard).is_file())
             if missing:
                 raise CheckpointIncompleteError(

@@ -11,7 +11,7 @@ from typing import Final
 
 from tritontower.errors import CheckpointNotFoundError, UsageError, shorten
 
-from .files import INDEX_NAMES, SINGLE_NAMES, Layout, Roots, numbered_files, refuse_pickles, shards_with_prefix
+from .files import INDEX_NAMES, SINGLE_NAMES, Layout, Prefixes, numbered_files, refuse_pickles, shards_with_prefix
 
 __all__ = ["CONFIG_NAME", "fetch_shards", "locate"]
 
@@ -78,7 +78,7 @@ def locate(
 
 
 def fetch_shards(
-    folder: Path, roots: Roots, *, layout: Layout = "hf", token: str | None = None, local_files_only: bool = False
+    folder: Path, prefixes: Prefixes, *, layout: Layout = "hf", token: str | None = None, local_files_only: bool = False
 ) -> None:
     """Fetches the weight files of ``folder`` that hold vision tensors, if it lies in the hub's cache; else does nothing.
 
@@ -86,7 +86,7 @@ def fetch_shards(
 
     Args:
         folder: what :func:`locate` returned.
-        roots: as for :meth:`tritontower.checkpoint.checkpoint.Checkpoint.open`.
+        prefixes: as for :meth:`tritontower.checkpoint.checkpoint.Checkpoint.open`.
         layout: whose names the weight files have, as there.
         token, local_files_only: as in ``huggingface_hub``.
 
@@ -104,7 +104,7 @@ def fetch_shards(
         return
     hub = _Hub("/".join(parts), commit, token, folder.parents[2], local_files_only)
     if (folder / INDEX_NAMES[layout]).is_file() or (layout != "hf" and hub.fetch_if_there(INDEX_NAMES[layout])):
-        for shard in shards_with_prefix(folder, roots, layout):
+        for shard in shards_with_prefix(folder, prefixes, layout):
             hub.fetch(shard)
     elif hub.fetch_if_there(SINGLE_NAMES[layout]) is None:
         _fetch_unlisted(hub, folder, layout)

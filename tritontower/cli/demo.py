@@ -138,7 +138,7 @@ def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
 
 
 def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.Tensor"]:
-    """What the last block gives for every patch, ``[rows, columns, width]`` for the first view of each image."""
+    """What the last block gives for every patch, ``[rows, columns, width]`` for the first tile of each image."""
     import torch
 
     last = f"blocks.{tower.config.blocks_needed - 1}.block_rows"
@@ -151,11 +151,11 @@ def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.T
 
     tower.executor_for(batch).run(batch.to(tower.device), keep)
     class_rows = 1 if tower.config.class_token else 0
-    lengths = batch.views.lengths
-    views = list(zip(batch.view_grids, kept[0].split(lengths), batch.positions.long().split(lengths), strict=True))
+    lengths = batch.tiles.lengths
+    tiles = list(zip(batch.tile_grids, kept[0].split(lengths), batch.positions.long().split(lengths), strict=True))
     maps, first = [], 0
-    for count in batch.view_counts:
-        grid, features, places = views[first]
+    for count in batch.tile_counts:
+        grid, features, places = tiles[first]
         in_place = features.new_empty(*grid[1:], features.shape[1])
         in_place[places[class_rows:, 0], places[class_rows:, 1]] = features[class_rows:]
         maps.append(in_place)

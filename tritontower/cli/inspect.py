@@ -29,7 +29,7 @@ _SIZES = [(224, 224), (448, 448), (1024, 768), (1920, 1080)]
 class _ImageCost:
     size: tuple[int, int]
     grid: tuple[int, int]
-    views: int
+    tiles: int
     tokens: int
     flops: int
     peak_bytes: int
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             _ImageCost(
                 size=(width, height),
                 grid=layout.grid[1:],
-                views=len(layout.views),
+                tiles=len(layout.tiles),
                 tokens=workload.tokens,
                 flops=description.total.flops,
                 peak_bytes=plan.peak_bytes,
@@ -112,7 +112,7 @@ def _report(tower: "VisionTower", description: "Description", costs: list[_Image
                 "width": cost.size[0],
                 "height": cost.size[1],
                 "grid": cost.grid,
-                "views": cost.views,
+                "tiles": cost.tiles,
                 "tokens": cost.tokens,
                 "flops": cost.flops,
                 "peak_bytes": cost.peak_bytes,
@@ -129,7 +129,7 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_ImageCo
         (
             f"{cost.size[0]} × {cost.size[1]}",
             f"{cost.grid[0]} × {cost.grid[1]}",
-            cost.views,
+            cost.tiles,
             f"{cost.tokens:,}",
             f"{cost.flops / 1e12:,.3f}",
             f"{cost.peak_bytes / 2**20:,.1f} MiB",
@@ -142,7 +142,7 @@ def _text(tower: "VisionTower", description: "Description", costs: list[_ImageCo
             description.text() + _launches_remark(tower),
             text_table(
                 f"One image a pass, in {dtype}; the weights take {tower.weights_bytes / 2**20:,.0f} MiB beside it",
-                ("image", "patches", "views", "tokens", "TFLOP", "peak memory"),
+                ("image", "patches", "tiles", "tokens", "TFLOP", "peak memory"),
                 sizes,
             ),
         ]

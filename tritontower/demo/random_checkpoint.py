@@ -36,7 +36,7 @@ def write_random_checkpoint(
     """
     reader = ConfigReader(config, "config.json")
     family = read_family(reader)
-    prefix = {inner: root for root, inner in family.roots.items()}
+    prefix = {inner: root for root, inner in family.prefixes.items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in _published_shapes(family).items():

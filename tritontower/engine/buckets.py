@@ -38,37 +38,37 @@ def rounded(count: int, steps: int = STEPS) -> int:
     return -(-count >> shift) << shift
 
 
-def planned(workload: Workload, *, rows_per_token: int = 1, view_rows: int | None = None) -> Workload:
+def planned(workload: Workload, *, rows_per_token: int = 1, tile_rows: int | None = None) -> Workload:
     """The workload that a pass over ``workload`` is planned for: none of its rows are fewer, or more than a sixteenth more.
 
     Whatever the graph makes of so many rows comes out even: rows that merge are a multiple of ``rows_per_token``, and
-    where ``view_rows`` is given, whole views are added.  Its scores are 0: they depend on more than a number of rows, and
+    where ``tile_rows`` is given, whole tiles are added.  Its scores are 0: they depend on more than a number of rows, and
     no memory and no launch depends on them.
 
     Args:
         workload: what there is to do.
         rows_per_token: rows that become one token.
-        view_rows: rows of every view, class token included, of a tower whose views are all of one size.
+        tile_rows: rows of every tile, class token included, of a tower whose tiles are all of one size.
 
     Raises:
-        ValueError: ``view_rows`` is not what the views of ``workload`` have.
+        ValueError: ``tile_rows`` is not what the tiles of ``workload`` have.
     """
-    if view_rows is not None and workload.patches != workload.views * view_rows:
+    if tile_rows is not None and workload.patches != workload.tiles * tile_rows:
         raise ValueError(
-            f"{workload.views} views of {view_rows} rows have {workload.views * view_rows} rows, not {workload.patches}"
+            f"{workload.tiles} tiles of {tile_rows} rows have {workload.tiles * tile_rows} rows, not {workload.patches}"
         )
-    views = rounded(workload.views)
+    tiles = rounded(workload.tiles)
     selected, merged = workload.rows("selected"), workload.rows("merged")
-    if view_rows is not None:
-        patches = views * view_rows
+    if tile_rows is not None:
+        patches = tiles * tile_rows
     else:
         unit = 1 if workload.patches % rows_per_token else rows_per_token
         patches = unit * rounded(workload.patches // unit)
-    of_each_view = selected // max(1, workload.views)
+    of_each_tile = selected // max(1, workload.tiles)
     if selected == workload.patches:
         all_selected = patches
-    elif view_rows is not None and selected == of_each_view * workload.views and of_each_view % rows_per_token == 0:
-        all_selected = views * of_each_view
+    elif tile_rows is not None and selected == of_each_tile * workload.tiles and of_each_tile % rows_per_token == 0:
+        all_selected = tiles * of_each_tile
     else:
         all_selected = rows_per_token * rounded(selected // rows_per_token)
     all_merged = all_selected // rows_per_token
@@ -78,7 +78,7 @@ def planned(workload: Workload, *, rows_per_token: int = 1, view_rows: int | Non
         scores=0,
         selected=all_selected,
         merged=all_merged,
-        views=views,
+        tiles=tiles,
     )
 
 
@@ -121,7 +121,7 @@ class Bucket:
     """Rows of everything."""
     segments: Division | None
     windows: Division | None
-    views: Division | None
+    tiles: Division | None
     """``None``: no node asks for them."""
     side: int
     """Rows and columns of patches that the table of positions covers."""
@@ -141,20 +141,20 @@ class Planner:
         self._bound = whole[0].attributes.get("length_bound") if whole else None
         self._window_bound = windowed[0].attributes.get("length_bound") if windowed else None
         self._pools = any(node.kind == "attention_pooling" for node in graph.nodes)
-        self._has_views = self._pools or any(value.rows == "views" for value in graph.values.values())
+        self._has_tiles = self._pools or any(value.rows == "tiles" for value in graph.values.values())
         self._rotates = any(node.kind == "rotary_table" for node in graph.nodes)
 
     def bucket(self, batch: PackedBatch) -> Bucket | None:
-        """The bucket of a pass over ``batch``; ``None`` for one with views of several sizes that count: it cannot be padded."""
-        view_rows = self._bound
-        if view_rows is None and self._has_views:
-            sizes = set(batch.views.lengths)
+        """The bucket of a pass over ``batch``; ``None`` for one with tiles of several sizes that count: it cannot be padded."""
+        tile_rows = self._bound
+        if tile_rows is None and self._has_tiles:
+            sizes = set(batch.tiles.lengths)
             if len(sizes) > 1:
                 return None
-            view_rows = sizes.pop()
-        workload = planned(batch.workload, rows_per_token=batch.rows_per_token, view_rows=view_rows)
-        if not self._has_views:
-            workload = replace(workload, views=0)
+            tile_rows = sizes.pop()
+        workload = planned(batch.workload, rows_per_token=batch.rows_per_token, tile_rows=tile_rows)
+        if not self._has_tiles:
+            workload = replace(workload, tiles=0)
         rows = workload.patches
         return Bucket(
             workload=workload,
@@ -162,8 +162,8 @@ class Planner:
             windows=Division.of(batch.windows, rows, self._window_bound)
             if self._windowed and batch.windows is not None
             else None,
-            # A view of padding is a whole one: there is no pooling over no rows.
-            views=Division(rows, workload.views, view_rows or 0, view_rows or 0) if self._pools else None,
+            # A tile of padding is a whole one: there is no pooling over no rows.
+            tiles=Division(rows, workload.tiles, tile_rows or 0, tile_rows or 0) if self._pools else None,
             side=1 << (max(SMALLEST_SIDE, batch.side) - 1).bit_length() if self._rotates else 0,
             pixels=batch.pixels.dtype,
             backend=backend_on(self._device),

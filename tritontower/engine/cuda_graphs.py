@@ -30,7 +30,7 @@ from tritontower.errors import UsageError, is_out_of_memory
 from tritontower.graph.ir import Graph, Node, Rows, Workload
 from tritontower.graph.memory_plan import ALIGNMENT, MemoryPlan, plan_memory
 from tritontower.kernels.runtime.segments import PlannedSegments, Segments
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 
 from .buckets import Bucket, Division, Planner, planned
 from .ops import PassFacts, Step, Tensors
@@ -63,7 +63,7 @@ MOST_UNCAPTURED = 16
 
 _WORD = 4
 _APART = 16 // _WORD  # words: pointers to multiples of 16 bytes are what kernels are compiled for
-_DIMENSIONS: tuple[Rows, ...] = ("patches", "selected", "merged", "tokens", "views")
+_DIMENSIONS: tuple[Rows, ...] = ("patches", "selected", "merged", "tokens", "tiles")
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class _Layout:
             end = section.end
         self.words_offset, words = end, len(_DIMENSIONS) * _APART
         self.tables = words
-        for division in (bucket.segments, bucket.windows, bucket.views):
+        for division in (bucket.segments, bucket.windows, bucket.tiles):
             words += 0 if division is None else _table_words(division)
         self.tables_end = words
         for name in graph.inputs:
@@ -285,7 +285,7 @@ class PlannedPass:
         self._words = memory[start : start + layout.words * _WORD].view(torch.int32)
         tables = _Tables(self._words, layout.tables, layout.tables_end)
         self._divisions: dict[str, tuple[Division, PlannedSegments]] = {}
-        for name in ("segments", "windows", "views"):
+        for name in ("segments", "windows", "tiles"):
             division: Division | None = getattr(bucket, name)
             if division is not None:
                 held = PlannedSegments(division.total, division.count, division.longest, tables.allocate)
@@ -294,10 +294,10 @@ class PlannedPass:
         self.facts = PassFacts(
             segments=held_divisions.get("segments", Segments([])),
             windows=held_divisions.get("windows"),
-            views=held_divisions.get("views", Segments([])),
+            tiles=held_divisions.get("tiles", Segments([])),
             side=bucket.side,
-            extents={
-                dimension: Extent(bucket.workload.rows(dimension), self._words[place : place + 1])
+            valid_rows={
+                dimension: ValidRows(bucket.workload.rows(dimension), self._words[place : place + 1])
                 for dimension, place in _live_places()
             },
         )
@@ -381,7 +381,7 @@ def plan_planned_pass(
     itemsize: int,
     *,
     rows_per_token: int = 1,
-    view_rows: int | None = None,
+    tile_rows: int | None = None,
     pixels: torch.dtype = torch.float32,
 ) -> MemoryPlan:
     """The memory plan of a planned pass: that of the rounded workload, with outputs in the pass's memory and the caller's.
@@ -390,10 +390,10 @@ def plan_planned_pass(
 
     Args:
         graph, workload, itemsize: as in :func:`~tritontower.graph.memory_plan.plan_memory`.
-        rows_per_token, view_rows: as in :func:`~tritontower.engine.buckets.planned`.
+        rows_per_token, tile_rows: as in :func:`~tritontower.engine.buckets.planned`.
         pixels: the dtype that pixels come in.
     """
-    plan = plan_memory(graph, planned(workload, rows_per_token=rows_per_token, view_rows=view_rows), itemsize)
+    plan = plan_memory(graph, planned(workload, rows_per_token=rows_per_token, tile_rows=tile_rows), itemsize)
     outputs = plan_memory(graph, workload, itemsize).output_bytes
     wider = torch.float32.itemsize - pixels.itemsize
     return replace(

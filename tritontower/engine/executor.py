@@ -104,7 +104,7 @@ class Executor:
             batch = batch.to(self.device)
             tensors = {**self._arena_views(workload), **outputs}
             tensors |= {name: getattr(batch, name) for name in graph.inputs}
-            facts = PassFacts(batch.segments, batch.windows, batch.views, batch.side)
+            facts = PassFacts(batch.segments, batch.windows, batch.tiles, batch.side)
             for node, step in self._steps:
                 step(tensors, facts)
                 if observer is not None:

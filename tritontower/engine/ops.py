@@ -25,7 +25,7 @@ from tritontower.kernels.rowwise.norm import norm
 from tritontower.kernels.rowwise.positions import axial_frequencies, rotary_table
 from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime.segments import Segments
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 
 __all__ = ["BINDINGS", "TRANSFORMS", "PassFacts", "Step", "Tensors", "bound_weight"]
 
@@ -38,9 +38,9 @@ class PassFacts:
 
     segments: Segments
     windows: Segments | None
-    views: Segments
+    tiles: Segments
     side: int
-    extents: Mapping[Rows, Extent] = field(default_factory=dict)
+    valid_rows: Mapping[Rows, ValidRows] = field(default_factory=dict)
     """How many rows along each dimension a pass is planned for; none: as many as its tensors have."""
 
     def segments_within(self, *, windows: bool) -> Segments:
@@ -97,7 +97,7 @@ def _bind_patch_projection(node: Node, weights: Weights) -> Step:
         places: dict[str, Any] = {}
         if index:
             places = {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
-        patch_projection(tensors[pixels], weight, bias, **places, **_extent(node, facts), out=tensors[rows])
+        patch_projection(tensors[pixels], weight, bias, **places, **_valid_rows(node, facts), out=tensors[rows])
 
     return step
 
@@ -136,7 +136,7 @@ def _bind_norm(node: Node, weights: Weights) -> Step:
         added: dict[str, Any] = {}
         if residual:
             added = {"residual": tensors[residual[0]], "residual_out": tensors[summed[0]]}
-        norm(tensors[rows], weight, bias, **how, **added, **_extent(node, facts), out=tensors[normed])
+        norm(tensors[rows], weight, bias, **how, **added, **_valid_rows(node, facts), out=tensors[normed])
 
     return step
 
@@ -149,7 +149,7 @@ def _bind_linear(node: Node, weights: Weights) -> Step:
 
     def step(tensors: Tensors, facts: PassFacts) -> None:
         how: dict[str, Any] = {"activation": kind, "residual": tensors[residual[0]] if residual else None}
-        linear(_joined(tensors[rows], joined), weight, bias, **how, **_extent(node, facts), out=tensors[result])
+        linear(_joined(tensors[rows], joined), weight, bias, **how, **_valid_rows(node, facts), out=tensors[result])
 
     return step
 
@@ -192,7 +192,9 @@ def _bind_qkv_projection(node: Node, weights: Weights) -> Step:
 
     def step(tensors: Tensors, facts: PassFacts) -> None:
         cosines, sines = (tensors[name] for name in tables) if tables else (None, None)
-        qkv_projection(tensors[rows], weight, bias, cosines, sines, **heads, **_extent(node, facts), out=tensors[qkv])
+        qkv_projection(
+            tensors[rows], weight, bias, cosines, sines, **heads, **_valid_rows(node, facts), out=tensors[qkv]
+        )
 
     return step
 
@@ -231,7 +233,9 @@ def _bind_mlp(node: Node, weights: Weights) -> Step:
             run = slice(start, min(start + most, total))
             # A configuration for all rows: that of a run could sum in another order where the last one is short.
             how: dict[str, Any] = (
-                _extent(node, facts) if total <= most else {"extent": _extent_of_run(node, facts, total, start)}
+                _valid_rows(node, facts)
+                if total <= most
+                else {"valid_rows": _valid_rows_of_run(node, facts, total, start)}
             )
             held = between[: run.stop - run.start]
             linear(x[run], first, first_bias, activation=node.attributes["activation"], out=held, **how)
@@ -281,7 +285,7 @@ def _bind_projector(node: Node, weights: Weights) -> Step:
         if index:
             where["row_index"] = tensors[index[0]].squeeze(1)
         x = _joined(tensors[rows], merge) if over_token else tensors[rows]
-        where |= _extent(node, facts)
+        where |= _valid_rows(node, facts)
         projector_mlp(x, norm_weight, norm_bias, first, first_bias, second, second_bias, **how, **where)
 
     return step
@@ -308,24 +312,24 @@ def _bind_attention_pooling(node: Node, weights: Weights) -> Step:
 
     def step(tensors: Tensors, facts: PassFacts) -> None:
         parts = tensors[keys_values].unflatten(1, (2, *heads))
-        attention_pooling(query, parts, facts.views, out=tensors[mixed].unflatten(1, heads))
+        attention_pooling(query, parts, facts.tiles, out=tensors[mixed].unflatten(1, heads))
 
     return step
 
 
-def _extent(node: Node, facts: PassFacts) -> dict[str, Any]:
+def _valid_rows(node: Node, facts: PassFacts) -> dict[str, Any]:
     """How many rows the node is planned for, as a keyword; none where it is as many as there are."""
-    extent = facts.extents.get(node.rows)
-    return {} if extent is None else {"extent": extent}
+    valid_rows = facts.valid_rows.get(node.rows)
+    return {} if valid_rows is None else {"valid_rows": valid_rows}
 
 
-def _extent_of_run(node: Node, facts: PassFacts, total: int, start: int) -> Extent:
-    """The extent of a run of rows from ``start`` on: planned like all of them.
+def _valid_rows_of_run(node: Node, facts: PassFacts, total: int, start: int) -> ValidRows:
+    """The valid_rows of a run of rows from ``start`` on: planned like all of them.
 
     Only in the first run the rows that count begin where the run does; the others compute whatever is there.
     """
-    extent = facts.extents.get(node.rows) or Extent(total)
-    return extent if start == 0 else Extent(extent.planned)
+    valid_rows = facts.valid_rows.get(node.rows) or ValidRows(total)
+    return valid_rows if start == 0 else ValidRows(valid_rows.planned)
 
 
 def _joined(rows: torch.Tensor, count: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ def graph_for_bytes(graph: Graph, *, class_token: bool) -> Graph:
 
     Args:
         graph: its patch projection has the positions in its epilogue, if there is a class token.
-        class_token: whether the first row of each view, and of the position table, is the class token's.
+        class_token: whether the first row of each tile, and of the position table, is the class token's.
 
     Raises:
         ValueError: a class token, and a patch projection without positions.

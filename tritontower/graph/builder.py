@@ -115,7 +115,7 @@ def build(config: TowerConfig) -> Graph:
         A graph whose inputs carry the names of what a :class:`~tritontower.batch.packed_batch.PackedBatch` holds: ``pixels`` (a row
         per patch; columns channel, frame, row, column of the patch), ``positions`` and whatever else the tower needs.
         Its outputs are ``embeddings`` (a row per token), ``deepstack.0``, ``deepstack.1`` … and ``pooled`` (a row per
-        view), as far as the tower has them.
+        tile), as far as the tower has them.
     """
     builder = _Builder(config)
     rows = _patch_projection(builder)
@@ -357,7 +357,7 @@ def _projector_node(
 
 
 def _assemble(builder: _Builder, rows: str) -> str:
-    """Tokens out of the rows of all views, and the newline embedding between them."""
+    """Tokens out of the rows of all tiles, and the newline embedding between them."""
     config = builder.config
     index = builder.input("assembly_index", config.assembly_taps, "tokens")
     share = builder.input("assembly_weights", config.assembly_taps, "tokens", "float32")
@@ -369,21 +369,21 @@ def _assemble(builder: _Builder, rows: str) -> str:
 
 
 def _class_token_pooling(builder: _Builder, rows: str, norm: Normalization) -> str:
-    """The class token of every view, normalized."""
+    """The class token of every tile, normalized."""
     config = builder.config
-    index = builder.input("class_rows", 1, "views")
+    index = builder.input("class_rows", 1, "tiles")
     (first,) = builder.node(
-        "class_token", "select", [rows, index], ("class_token", config.width), rows="views", features=1
+        "class_token", "select", [rows, index], ("class_token", config.width), rows="tiles", features=1
     )
     weights = builder.norm_weights("output_norm", norm, config.width)
     (pooled,) = builder.node(
-        "pooled", "norm", [first], ("pooled", config.width), rows="views", weights=weights, **_of(norm)
+        "pooled", "norm", [first], ("pooled", config.width), rows="tiles", weights=weights, **_of(norm)
     )
     return pooled
 
 
 def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str:
-    """A learned query attends to a view's rows; then a projection and an MLP, whose result is added to what it read."""
+    """A learned query attends to a tile's rows; then a projection and an MLP, whose result is added to what it read."""
     config = builder.config
     width = config.width
     keys_values = builder.linear("pooling.keys_values", rows, 2 * width, bias=True)
@@ -398,7 +398,7 @@ def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str
         "attention_pooling",
         [keys_values],
         ("pooling.mixed", width),
-        rows="views",
+        rows="tiles",
         weights=weights,
         **heads,
     )
@@ -410,9 +410,9 @@ def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str
         "activation",
         [hidden],
         ("pooling.mlp_hidden", config.mlp_hidden),
-        rows="views",
+        rows="tiles",
         activation=config.activation,
     )
     projected = builder.linear("pooling.mlp_down", hidden, width, bias=True)
-    (pooled,) = builder.node("pooling.residual", "add", [projected, attended], ("pooled", width), rows="views")
+    (pooled,) = builder.node("pooling.residual", "add", [projected, attended], ("pooled", width), rows="tiles")
     return pooled

@@ -62,7 +62,7 @@ def _flops(graph: Graph, node: Node, workload: Workload) -> int:
     if node.kind == "attention":
         scores = workload.window_scores if node.attributes["windows"] else workload.scores
     elif node.kind == "attention_pooling":
-        scores = workload.patches  # one query a view
+        scores = workload.patches  # one query a tile
     else:
         return sum(2 * prod(product) for product in products_of(graph, node, workload))
     # Scores and their weighted sum of values: two products of head_dim each, per query–key pair and head.

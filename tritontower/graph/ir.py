@@ -24,7 +24,7 @@ node kind               inputs → outputs                              weights
 ``pool``                rows → means of neighboring rows
 ``projector``           rows [, selection] → tokens                   norm_*, weight_1, bias_1, weight_2, bias_2
 ``assemble``            rows, index, weights → tokens                 newline
-``attention_pooling``   keys and values → a row per view              probe, weight, bias
+``attention_pooling``   keys and values → a row per tile              probe, weight, bias
 ======================  ============================================  ================================================
 """
 
@@ -55,7 +55,7 @@ NodeKind = Literal[
     "assemble",
     "attention_pooling",
 ]
-Rows = Literal["patches", "selected", "merged", "tokens", "views"]
+Rows = Literal["patches", "selected", "merged", "tokens", "tiles"]
 Dtype = Literal["activation", "float32", "int32", "uint8"]
 Transform = Literal["as_is", "flatten", "fold_temporal"]
 
@@ -75,7 +75,7 @@ class Workload:
     """Rows that enter the projector; ``None``: all."""
     merged: int | None = None
     """Rows that leave the projector; ``None``: as many as tokens."""
-    views: int = 0
+    tiles: int = 0
     """Images, tiles and crops."""
 
     def rows(self, dimension: Rows) -> int:
@@ -84,7 +84,7 @@ class Workload:
             return self.patches if self.selected is None else self.selected
         if dimension == "merged":
             return self.tokens if self.merged is None else self.merged
-        return {"patches": self.patches, "tokens": self.tokens, "views": self.views}[dimension]
+        return {"patches": self.patches, "tokens": self.tokens, "tiles": self.tiles}[dimension]
 
 
 @dataclass(frozen=True)

@@ -130,14 +130,14 @@ def _check_count(config: TowerConfig, embedding: ImageEmbedding, index: int) -> 
         raise UsageError(f"embedding {index} has {t} temporal patches and does not say that it is a video; set is_clip")
     if len(embedding.timestamps) not in (0, t):
         raise UsageError(f"embedding {index} has {len(embedding.timestamps)} time stamps for {t} temporal patches")
-    if sum(embedding.view_tokens) != found:
-        raise UsageError(f"embedding {index} has {found} rows, but its views have {sum(embedding.view_tokens)} in all")
+    if sum(embedding.tile_tokens) != found:
+        raise UsageError(f"embedding {index} has {found} rows, but its tiles have {sum(embedding.tile_tokens)} in all")
     if config.newline:
-        # How tiles are put together depends on the image's size as well; the base view is there in any case.
-        fits, expected = found > (least := _rows_of_view(config)), f"more than {least}"
+        # How tiles are put together depends on the image's size as well; the base tile is there in any case.
+        fits, expected = found > (least := _rows_of_tile(config)), f"more than {least}"
     elif config.num_patches is not None:
-        view = _rows_of_view(config)
-        fits, expected = found > 0 and found % view == 0, f"{view} for each of its views"
+        tile = _rows_of_tile(config)
+        fits, expected = found > 0 and found % tile == 0, f"{tile} for each of its tiles"
     else:
         count = t * h * w // config.rows_per_token
         fits, expected = found == count, f"{count}"
@@ -145,6 +145,6 @@ def _check_count(config: TowerConfig, embedding: ImageEmbedding, index: int) -> 
         raise UsageError(f"embedding {index} has {found} rows, but its grid {embedding.grid_thw} makes {expected}")
 
 
-def _rows_of_view(config: TowerConfig) -> int:
-    """Tokens of one view where every view has as many."""
+def _rows_of_tile(config: TowerConfig) -> int:
+    """Tokens of one tile where every tile has as many."""
     return (config.num_patches or 0) // config.rows_per_token + (1 if config.keep_class_token else 0)

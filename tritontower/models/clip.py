@@ -16,8 +16,8 @@ from tritontower.preprocessing import FixedSize
 
 from .common.clip_encoder import (
     IGNORED,
-    ROOTS_IN_CONTRASTIVE_MODEL,
-    ROOTS_OF_ENCODER,
+    PREFIXES_IN_CONTRASTIVE_MODEL,
+    PREFIXES_OF_ENCODER,
     EncoderReference,
     encoder_tensors,
     read_encoder,
@@ -71,7 +71,7 @@ def read(reader: ConfigReader) -> Family:
     config = replace(config, keep_class_token=True, pooling=Pooling("class_token"))
     return Family(
         config=config,
-        roots=ROOTS_OF_ENCODER if alone else ROOTS_IN_CONTRASTIVE_MODEL,
+        prefixes=PREFIXES_OF_ENCODER if alone else PREFIXES_IN_CONTRASTIVE_MODEL,
         tensors=encoder_tensors(config),
         ignored=IGNORED,
         preprocessors={"hf": FixedSize},

@@ -1,7 +1,7 @@
 """Gemma 3 (Gemma Team 2025, arXiv 2503.19786): 4B, 12B and 27B share one SigLIP encoder; ShieldGemma 2 is the 4B model.
 
 Every image is squashed to one size; with pan-and-scan, crops of a long one are seen beside it.  Behind the encoder's
-output norm, squares of 4 × 4 patches are averaged, normalized and projected by one matrix, so that each view has 256 tokens.
+output norm, squares of 4 × 4 patches are averaged, normalized and projected by one matrix, so that each tile has 256 tokens.
 The reference is ``Gemma3Model`` of ``transformers.models.gemma3.modeling_gemma3``; ``ShieldGemma2ForImageClassification``
 holds a whole Gemma 3.
 
@@ -18,7 +18,7 @@ from tritontower.config import Normalization, Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
 from tritontower.prompt.layout import PromptLayout
 
-from .common.clip_encoder import IGNORED, ROOTS_IN_MODEL, SIGLIP_PROCESSOR, SIGLIP_SO400M, encoder_tensors
+from .common.clip_encoder import IGNORED, PREFIXES_IN_MODEL, SIGLIP_PROCESSOR, SIGLIP_SO400M, encoder_tensors
 from .common.config_fields import positive, text_width
 from .common.gemma import GemmaReference, read_siglip, with_projector
 from .common.prompts import token
@@ -72,7 +72,7 @@ SUMMARIES = (
         checkpoints="Gemma 3 4B, 12B, 27B",
         images="squashed to 896 × 896; with pan-and-scan, crops of long ones beside it",
         video=False,
-        tokens="256 a view",
+        tokens="256 a tile",
         example=EXAMPLE,
         processor=PROCESSOR,
     ),
@@ -81,7 +81,7 @@ SUMMARIES = (
         checkpoints="ShieldGemma 2 4B",
         images="squashed to 896 × 896",
         video=False,
-        tokens="256 a view",
+        tokens="256 a tile",
         example={
             **EXAMPLE,
             "architectures": ["ShieldGemma2ForImageClassification"],
@@ -100,25 +100,25 @@ def read(reader: ConfigReader) -> Family:
     config = read_config(reader)
     return Family(
         config=config,
-        roots=ROOTS_IN_MODEL,
+        prefixes=PREFIXES_IN_MODEL,
         tensors={**encoder_tensors(config), **PROJECTOR_TENSORS},
         ignored=IGNORED,
         preprocessors={"hf": partial(FixedSize, pan_and_scan=True)},
         reference=REFERENCES[reader.get(str, "model_type", choices=MODEL_TYPES)],
         prompt=read_prompt(reader),
-        bidirectional_views=True,
+        bidirectional_tiles=True,
     )
 
 
 def read_prompt(reader: ConfigReader) -> PromptLayout:
-    """Empty lines and two tokens round the rows of every view; crops come with an explanation."""
+    """Empty lines and two tokens round the rows of every tile; crops come with an explanation."""
     begin = token(reader, "boi", 255_999)
     return PromptLayout(
         placeholder=token(reader, "image", 262_144),
         marker=begin,
-        view_before=("\n\n", begin),
-        view_after=(token(reader, "eoi", 256_000), "\n\n"),
-        between_views=("Here is the original image ", " and here are some crops to help you see better ", " "),
+        tile_before=("\n\n", begin),
+        tile_after=(token(reader, "eoi", 256_000), "\n\n"),
+        between_tiles=("Here is the original image ", " and here are some crops to help you see better ", " "),
     )
 
 

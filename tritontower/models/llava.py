@@ -8,7 +8,7 @@ then neither built nor read; the class token is left out.  The reference is ``Ll
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.preprocessing import FixedSize
 
-from .common.clip_encoder import IGNORED, ROOTS_IN_MODEL
+from .common.clip_encoder import IGNORED, PREFIXES_IN_MODEL
 from .common.llava import (
     CLIP_LARGE_336_EXAMPLE,
     CLIP_LARGE_336_PROCESSOR,
@@ -62,7 +62,7 @@ def read(reader: ConfigReader) -> Family:
     config = read_llava(reader, "llava", LLAVA_DEFAULTS)
     return Family(
         config=config,
-        roots=ROOTS_IN_MODEL,
+        prefixes=PREFIXES_IN_MODEL,
         tensors=llava_tensors(config),
         ignored=IGNORED,
         preprocessors={"hf": FixedSize},

@@ -11,7 +11,7 @@ from functools import partial
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.preprocessing import AnyResolution
 
-from .common.clip_encoder import IGNORED, ROOTS_IN_MODEL
+from .common.clip_encoder import IGNORED, PREFIXES_IN_MODEL
 from .common.llava import (
     CLIP_LARGE_336_EXAMPLE,
     CLIP_LARGE_336_PROCESSOR,
@@ -78,7 +78,7 @@ def read(reader: ConfigReader) -> Family:
     pinpoints = reader.get_rows(int, "image_grid_pinpoints", PINPOINTS, length=2, minimum=1)
     return Family(
         config=config,
-        roots={**ROOTS_IN_MODEL, "image_newline": "image_newline"},
+        prefixes={**PREFIXES_IN_MODEL, "image_newline": "image_newline"},
         tensors=llava_tensors(config),
         ignored=IGNORED,
         preprocessors={"hf": partial(AnyResolution, pinpoints=pinpoints)},

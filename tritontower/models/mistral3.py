@@ -1,4 +1,4 @@
-"""Mistral Small 3.1 and its kin in transformers' format: Pixtral's tower, whose patches are merged before the projector.
+"""Mistral Small 3.1 and its variants in transformers' format: Pixtral's tower, whose patches are merged before the projector.
 
 Behind the tower of :mod:`tritontower.models.common.pixtral_encoder` every patch goes through an RMS norm; squares of patches are joined
 and taken back to the tower's width by a linear; then two linears with gelu between them.  The joined columns are stored
@@ -13,7 +13,7 @@ from tritontower.config import Normalization, Projector
 from .common.config_fields import activation, feature_layers, positive, text_width
 from .common.pixtral_encoder import (
     IGNORED,
-    ROOTS,
+    PREFIXES,
     PixtralReference,
     preprocessors,
     processor_example,
@@ -100,7 +100,7 @@ def read(reader: ConfigReader) -> Family:
     }
     return Family(
         config=config,
-        roots=ROOTS,
+        prefixes=PREFIXES,
         tensors={**tower_tensors(config), **projector_tensors("linear_1", "linear_2"), **merging},
         ignored=IGNORED,
         preprocessors=preprocessors(size.longest_edge),

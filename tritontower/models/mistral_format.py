@@ -27,7 +27,7 @@ from .common.registry import MISTRAL_FORMAT, Family, FamilySummary
 MODEL_TYPES = (MISTRAL_FORMAT,)
 
 PATCH_MERGE = "patch_merge"
-ROOTS = {
+PREFIXES = {
     "vision_encoder.": "tower.",
     "vision_language_adapter.": "projector.",
     "patch_merger.": "projector.patch_merger.",
@@ -65,7 +65,7 @@ SUMMARIES = (
     ),
     FamilySummary(
         title="Mistral Small 3, Mistral's own format",
-        checkpoints="Mistral Small 3.1, 3.2 and their kin (params.json)",
+        checkpoints="Mistral Small 3.1, 3.2 and their variants (params.json)",
         images="any size, shrunk to 1540 pixels on the longer side, to multiples of 28",
         video=False,
         tokens="⌈width/28⌉ × ⌈height/28⌉",
@@ -100,7 +100,7 @@ def read(reader: ConfigReader) -> Family:
     }
     return Family(
         config=config,
-        roots=ROOTS,
+        prefixes=PREFIXES,
         tensors=_tensors(config),
         preprocessors=preprocessors(size.longest_edge, without_file=processor),
         reference=None,

@@ -12,7 +12,7 @@ from tritontower.config import Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
 from tritontower.prompt.layout import PromptLayout
 
-from .common.clip_encoder import IGNORED, ROOTS_IN_MODEL, SIGLIP_PROCESSOR, SIGLIP_SO400M, encoder_tensors
+from .common.clip_encoder import IGNORED, PREFIXES_IN_MODEL, SIGLIP_PROCESSOR, SIGLIP_SO400M, encoder_tensors
 from .common.config_fields import positive
 from .common.gemma import GemmaReference, read_siglip, with_projector
 from .common.prompts import token
@@ -68,7 +68,7 @@ def read(reader: ConfigReader) -> Family:
     config = read_config(reader)
     return Family(
         config=config,
-        roots=ROOTS_IN_MODEL,
+        prefixes=PREFIXES_IN_MODEL,
         tensors={**encoder_tensors(config), **PROJECTOR_TENSORS},
         ignored=IGNORED,
         preprocessors={"hf": FixedSize},

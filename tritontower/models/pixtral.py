@@ -10,7 +10,7 @@ from tritontower.config import Projector
 from .common.config_fields import activation, feature_layers, text_width
 from .common.pixtral_encoder import (
     IGNORED,
-    ROOTS,
+    PREFIXES,
     PixtralReference,
     preprocessors,
     processor_example,
@@ -78,7 +78,7 @@ def read(reader: ConfigReader) -> Family:
     config = tower_config(size, projector, family="pixtral", features=features, rotation="activation")
     return Family(
         config=config,
-        roots=ROOTS,
+        prefixes=PREFIXES,
         tensors={**tower_tensors(config), **projector_tensors("linear_1", "linear_2")},
         ignored=IGNORED,
         preprocessors=preprocessors(size.longest_edge),

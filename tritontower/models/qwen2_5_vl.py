@@ -23,9 +23,9 @@ from .common.qwen_encoder import (
     ATTENTION,
     IGNORED,
     NORMS,
+    PREFIXES,
     QWEN2_MERGER,
     QWEN2_PROCESSOR,
-    ROOTS,
     QwenReference,
     block_values,
     merger_tensors,
@@ -100,7 +100,7 @@ def read(reader: ConfigReader) -> Family:
     per_second = positive(reader.section("vision_config", optional=True), "tokens_per_second", 4)
     return Family(
         config=config,
-        roots=ROOTS,
+        prefixes=PREFIXES,
         tensors=stored_blocks(config, BLOCK_TENSORS, OTHER_TENSORS) | _gated(config),
         ignored=IGNORED,
         preprocessors={"hf": partial(SmartResize, frame_budget="per_frame")},

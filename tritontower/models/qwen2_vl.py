@@ -22,9 +22,9 @@ from .common.qwen_encoder import (
     ATTENTION,
     IGNORED,
     NORMS,
+    PREFIXES,
     QWEN2_MERGER,
     QWEN2_PROCESSOR,
-    ROOTS,
     QwenReference,
     block_values,
     merger_tensors,
@@ -92,7 +92,7 @@ def read(reader: ConfigReader) -> Family:
     config = read_config(reader)
     return Family(
         config=config,
-        roots=ROOTS,
+        prefixes=PREFIXES,
         tensors=stored_blocks(config, BLOCK_TENSORS, OTHER_TENSORS),
         ignored=IGNORED,
         preprocessors={"hf": partial(SmartResize, frame_budget="per_frame")},

@@ -24,7 +24,7 @@ from .common.qwen_encoder import (
     ATTENTION,
     IGNORED,
     NORMS,
-    ROOTS,
+    PREFIXES,
     QwenReference,
     block_values,
     merger_tensors,
@@ -135,7 +135,7 @@ def read(reader: ConfigReader) -> Family:
             values[ours] = (theirs, "output")
     return Family(
         config=config,
-        roots=ROOTS,
+        prefixes=PREFIXES,
         tensors=stored_blocks(config, BLOCK_TENSORS, tensors),
         ignored=IGNORED,
         preprocessors={"hf": partial(SmartResize, frame_budget="per_video")},

@@ -17,8 +17,8 @@ from tritontower.preprocessing import FixedSize
 
 from .common.clip_encoder import (
     IGNORED,
-    ROOTS_IN_CONTRASTIVE_MODEL,
-    ROOTS_OF_ENCODER,
+    PREFIXES_IN_CONTRASTIVE_MODEL,
+    PREFIXES_OF_ENCODER,
     SIGLIP_PROCESSOR,
     SIGLIP_SO400M,
     EncoderReference,
@@ -72,7 +72,7 @@ def read(reader: ConfigReader) -> Family:
     config = replace(config, features_normed=True, pooling=Pooling("attention", norm=config.norm) if pools else None)
     return Family(
         config=config,
-        roots=ROOTS_OF_ENCODER if alone else ROOTS_IN_CONTRASTIVE_MODEL,
+        prefixes=PREFIXES_OF_ENCODER if alone else PREFIXES_IN_CONTRASTIVE_MODEL,
         tensors=encoder_tensors(config),
         ignored=IGNORED,
         preprocessors={"hf": FixedSize},

@@ -257,7 +257,7 @@ def _dequantized(tower: VisionTower) -> dict[str, torch.Tensor] | None:
     """Stored name → vision weight in fp32, of a checkpoint with anything quantized in it; ``None`` for all others."""
     config = ConfigReader.from_file(tower.folder / "config.json")
     declared = config.has("quantization_config") or config.has("text_config.quantization_config")
-    with Checkpoint.open(tower.folder, roots=tower.family.roots, layout=tower.family.layout) as checkpoint:
+    with Checkpoint.open(tower.folder, prefixes=tower.family.prefixes, layout=tower.family.layout) as checkpoint:
         headers = checkpoint.tensors
         if not declared and all(header.scheme is None for header in headers.values()):
             return None
@@ -279,10 +279,10 @@ def _image_order(batch: PackedBatch, rows: int) -> torch.Tensor:
 
 
 def _raster_order(batch: PackedBatch) -> torch.Tensor:
-    """The rows of each view by their row and column in it."""
-    view = torch.arange(batch.views.count).repeat_interleave(torch.tensor(batch.views.lengths))
+    """The rows of each tile by their row and column in it."""
+    tile = torch.arange(batch.tiles.count).repeat_interleave(torch.tensor(batch.tiles.lengths))
     row, column = batch.positions.long().unbind(1)
-    return ((view * batch.side + row) * batch.side + column).argsort(stable=True)
+    return ((tile * batch.side + row) * batch.side + column).argsort(stable=True)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

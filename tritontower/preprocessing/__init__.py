@@ -2,12 +2,12 @@
 
 transformers' PIL image processors are the definition of the pixels.  A rule works out, from the checkpoint's settings
 files alone, what an image of a given size becomes (a :class:`~tritontower.batch.layout.ImageLayout`).  Where it knows what the
-processor does, it does the same without it (:mod:`.shortcut`); else it has the processor make the pixels, checks that they
+processor does, it does the same without it (:mod:`.fast_path`); else it has the processor make the pixels, checks that they
 are what was planned, and cuts them into rows of patches.
 """
 
 from .base import Bounds, Preprocessor, cut_into_patches
-from .from_tensors import pack_views
+from .from_tensors import pack_tiles
 from .resize.anyres import AnyResolution
 from .resize.fixed_size import FixedSize
 from .resize.longest_edge import LongestEdge
@@ -23,5 +23,5 @@ __all__ = [
     "Preprocessor",
     "SmartResize",
     "cut_into_patches",
-    "pack_views",
+    "pack_tiles",
 ]

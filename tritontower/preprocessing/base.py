@@ -1,4 +1,4 @@
-"""What every resizing rule has in common: settings, limits, the processor's call or the shortcut past it, the cut."""
+"""What every resizing rule has in common: settings, limits, the processor's call or the fast_path past it, the cut."""
 
 import textwrap
 from abc import ABC, abstractmethod
@@ -22,15 +22,15 @@ from tritontower.config import TowerConfig
 from tritontower.errors import ImageError, ImageTooLargeError, Limits, ProcessorError, UsageError, list_names, shorten
 
 from .fast_path import (
-    Shortcut,
+    FastPath,
     Spread,
     alone,
     cut_bytes,
     cut_values,
+    fast_path_of,
     pixel_matrix,
     probe_image,
     resized,
-    shortcut_of,
     spread_over_threads,
 )
 from .images.image import CanonicalImage, check_size, is_large
@@ -66,10 +66,10 @@ class Bounds(TypedDict, total=False):
 
 
 def cut_into_patches(image: torch.Tensor, patch: int, merge: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Views → rows of patches: view by view, block by block, the patches of a block in raster order.
+    """Tiles → rows of patches: tile by tile, block by block, the patches of a block in raster order.
 
     Args:
-        image: ``[views, channels, height, width]``.  What is left of a side that is no multiple of ``patch``, right
+        image: ``[tiles, channels, height, width]``.  What is left of a side that is no multiple of ``patch``, right
             and bottom, is left out, as by a convolution without padding.
         patch: side of a patch, pixels.
         merge: side of a block, patches; 1 is plain raster order.
@@ -81,17 +81,17 @@ def cut_into_patches(image: torch.Tensor, patch: int, merge: int, out: torch.Ten
     Raises:
         ValueError: rows or columns of patches that ``merge`` does not divide, or an ``out`` of another shape.
     """
-    views, channels, height, width = image.shape
+    tiles, channels, height, width = image.shape
     rows, columns = height // patch, width // patch
     if rows % merge or columns % merge:
         raise ValueError(f"{rows} × {columns} patches cannot be cut into blocks of {merge} × {merge}")
-    shape = (views * rows * columns, channels * patch * patch)
+    shape = (tiles * rows * columns, channels * patch * patch)
     if out is None:
         out = image.new_empty(shape)
     elif out.shape != shape:
         raise ValueError(f"out has shape {list(out.shape)}; the image makes {list(shape)}")
     blocks = image[:, :, : rows * patch, : columns * patch].reshape(
-        views, channels, rows // merge, merge, patch, columns // merge, merge, patch
+        tiles, channels, rows // merge, merge, patch, columns // merge, merge, patch
     )
     blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
     out.view(blocks.shape).copy_(blocks)
@@ -243,8 +243,8 @@ class Preprocessor(ABC):
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         """The settings in the spelling that transformers takes, for the processor and for every call of it."""
 
-    def _views(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
-        """``[views, channels, height, width]``: the image's views, resized and normalized."""
+    def _tiles(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
+        """``[tiles, channels, height, width]``: the image's tiles, resized and normalized."""
         pixels: torch.Tensor = self._processed(image.array, **self._arguments(bounds))["pixel_values"]
         return pixels
 
@@ -268,7 +268,7 @@ class Preprocessor(ABC):
         return settings.changed(self.options)
 
     @cached_property
-    def shortcut(self) -> Shortcut | None:
+    def fast_path(self) -> FastPath | None:
         """How the processor's pixels are made without it; ``None``: it has to make them.
 
         It has to where its class or its settings are none that the rule knows, and where what the rule makes of a small
@@ -279,13 +279,13 @@ class Preprocessor(ABC):
         """
         if not self.PROCESSORS:
             return None
-        shortcut = shortcut_of(self.processor, self.PROCESSORS, self.options, self.config.patch.channels)
-        return shortcut if shortcut is not None and self._is_usual() and self._proves(shortcut) else None
+        fast_path = fast_path_of(self.processor, self.PROCESSORS, self.options, self.config.patch.channels)
+        return fast_path if fast_path is not None and self._is_usual() and self._proves(fast_path) else None
 
     @property
     def rescaling(self) -> Rescaling | None:
         """What becomes of an image's bytes, where that can be left to a tower's weights; ``None``: it cannot."""
-        return None if self.shortcut is None else self.shortcut.rescaling
+        return None if self.fast_path is None else self.fast_path.rescaling
 
     @cached_property
     def processor(self) -> Any:
@@ -347,18 +347,18 @@ class Preprocessor(ABC):
         each: Each = map,
         raw: bool = False,
     ) -> torch.Tensor:
-        """``[patches, channels · patch²]``: all views of all images, cut into patches in merge-block order."""
+        """``[patches, channels · patch²]``: all tiles of all images, cut into patches in merge-block order."""
         counts = [layout.patches for layout in layouts]
         pixels = pixel_matrix(sum(counts), self.config.patch.still_inner, raw)
         if not images:
             return pixels
         # Found here, not by every thread for itself.
-        shortcut = self.shortcut
+        fast_path = self.fast_path
         if len(images) > 1:
             # They are several threads' already, where there are any.  Small ones would only wait for Python's lock there.
-            if shortcut is not None and not any(map(is_large, images)):
+            if fast_path is not None and not any(map(is_large, images)):
                 each = map
-            alike = map(repeat, (bounds, shortcut, alone))
+            alike = map(repeat, (bounds, fast_path, alone))
             for _ in each(self._fill_and_digest, pixels.split(counts), images, layouts, *alike):
                 pass
             return pixels
@@ -366,7 +366,7 @@ class Preprocessor(ABC):
         largest = max(image.width * image.height, layout.patches * self.config.patch.size**2)
         beside = (lambda: image.digest) if _outweighs(image, pixels) else None
         with spread_over_threads(largest, beside) as spread:
-            self._fill(pixels, image, layout, bounds, shortcut, spread)
+            self._fill(pixels, image, layout, bounds, fast_path, spread)
         return pixels
 
     def _fill_and_digest(self, out: torch.Tensor, image: CanonicalImage, *arguments: Any) -> None:
@@ -381,39 +381,39 @@ class Preprocessor(ABC):
         image: CanonicalImage,
         layout: ImageLayout,
         bounds: Bounds,
-        shortcut: Shortcut | None,
+        fast_path: FastPath | None,
         spread: Spread,
     ) -> None:
-        """Writes the patches of one image, fp32 or, where there is a shortcut, bytes."""
-        if shortcut is None:
+        """Writes the patches of one image, fp32 or, where there is a fast_path, bytes."""
+        if fast_path is None:
             self._fill_by_processor(out, image, layout, bounds)
         else:
-            self._fill_directly(out, image, layout, shortcut, spread)
+            self._fill_directly(out, image, layout, fast_path, spread)
 
     def _fill_directly(
-        self, out: torch.Tensor, image: CanonicalImage, layout: ImageLayout, shortcut: Shortcut, spread: Spread
+        self, out: torch.Tensor, image: CanonicalImage, layout: ImageLayout, fast_path: FastPath, spread: Spread
     ) -> None:
         patch, merge = self.config.patch.size, self.config.merge
-        counts = [t * h * w for t, h, w in layout.views]
-        resize = partial(resized, resample=shortcut.resample, spread=spread)
-        views = self._resized_views(image.array, layout, resize)
-        for view, rows in zip(views, out.split(counts), strict=True):
+        counts = [t * h * w for t, h, w in layout.tiles]
+        resize = partial(resized, resample=fast_path.resample, spread=spread)
+        tiles = self._resized_tiles(image.array, layout, resize)
+        for tile, rows in zip(tiles, out.split(counts), strict=True):
             if rows.dtype == torch.uint8:
-                cut_bytes(view, patch, merge, rows.numpy())
+                cut_bytes(tile, patch, merge, rows.numpy())
             else:
-                cut_values(view, patch, merge, shortcut.rescaling, rows.numpy(), spread)
+                cut_values(tile, patch, merge, fast_path.rescaling, rows.numpy(), spread)
 
-    def _resized_views(
+    def _resized_tiles(
         self, array: NDArray[np.uint8], layout: ImageLayout, resize: Resize
     ) -> Iterable[NDArray[np.uint8]]:
-        """``[height, width, 3]`` of every view, as the processor has it before it rescales."""
+        """``[height, width, 3]`` of every tile, as the processor has it before it rescales."""
         return (resize(array, layout.processed_size),)
 
     def _is_usual(self) -> bool:
-        """Whether the processor's settings are ones for which :meth:`_resized_views` makes the processor's views."""
+        """Whether the processor's settings are ones for which :meth:`_resized_tiles` makes the processor's tiles."""
         return True
 
-    def _proves(self, shortcut: Shortcut) -> bool:
+    def _proves(self, fast_path: FastPath) -> bool:
         """Whether both ways lead to the same pixels."""
         probe = CanonicalImage(probe_image(), "probe")
         try:
@@ -423,7 +423,7 @@ class Preprocessor(ABC):
         except (ImageError, ProcessorError):
             # Whatever is wrong, the images themselves will show it.
             return False
-        self._fill_directly(ours, probe, layout, shortcut, alone)
+        self._fill_directly(ours, probe, layout, fast_path, alone)
         return torch.equal(ours, theirs)
 
     def _stay_bytes(self, raw: bool | None) -> bool:
@@ -441,17 +441,17 @@ class Preprocessor(ABC):
 
     def _fill_by_processor(self, out: torch.Tensor, image: CanonicalImage, layout: ImageLayout, bounds: Bounds) -> None:
         """Writes the patches of one image, as the processor makes them."""
-        views = self._views(image, bounds)
+        tiles = self._tiles(image, bounds)
         patch = self.config.patch
-        made = [(1, views.shape[2] // patch.size, views.shape[3] // patch.size)] * len(views)
+        made = [(1, tiles.shape[2] // patch.size, tiles.shape[3] // patch.size)] * len(tiles)
         self._check_made(made, layout)
-        self._check_channels(views.shape[1])
-        cut_into_patches(views, patch.size, self.config.merge, out)
+        self._check_channels(tiles.shape[1])
+        cut_into_patches(tiles, patch.size, self.config.merge, out)
 
     def _check_made(self, made: Sequence[Sequence[int]], layout: ImageLayout) -> None:
-        if [tuple(grid) for grid in made] != list(layout.views):
+        if [tuple(grid) for grid in made] != list(layout.tiles):
             raise ProcessorError(
-                f"the image processor of {self.folder} made grids {list(made)} where {list(layout.views)} were "
+                f"the image processor of {self.folder} made grids {list(made)} where {list(layout.tiles)} were "
                 "planned; its resizing rule is not the tower's"
             )
 
@@ -462,17 +462,17 @@ class Preprocessor(ABC):
                 f"but the tower takes {self.config.patch.channels}"
             )
 
-    def _check_planned(self, original: tuple[int, int], planned: tuple[int, int], views: int, advice: str) -> None:
-        """Raises unless ``views`` images of the ``planned`` width and height are within the limits."""
-        if planned[0] * planned[1] * views > self.limits.max_planned_pixels:
-            times = "" if views == 1 else f"{views} times "
+    def _check_planned(self, original: tuple[int, int], planned: tuple[int, int], tiles: int, advice: str) -> None:
+        """Raises unless ``tiles`` images of the ``planned`` width and height are within the limits."""
+        if planned[0] * planned[1] * tiles > self.limits.max_planned_pixels:
+            times = "" if tiles == 1 else f"{tiles} times "
             raise ImageTooLargeError(
                 f"{original[0]} × {original[1]} pixels would be resized to {times}{planned[0]} × {planned[1]}, the "
                 f"limit is {self.limits.max_planned_pixels} pixels; {advice}, or pass Limits(max_planned_pixels=...)"
             )
 
     def _check_grid(self, grid: tuple[int, int], size: tuple[int, int]) -> None:
-        """Raises unless a tower whose views all have one grid has this one."""
+        """Raises unless a tower whose tiles all have one grid has this one."""
         patches, merge = self.config.num_patches, self.config.merge
         if (patches is not None and (grid[0] != grid[1] or grid[0] * grid[1] != patches)) or any(
             side < 1 or side % merge for side in grid

@@ -23,17 +23,17 @@ from PIL import Image
 from tritontower.batch.normalization import Rescaling, fresh
 
 __all__ = [
-    "Shortcut",
+    "FastPath",
     "Spread",
     "alone",
     "cropped",
     "cut_bytes",
     "cut_values",
+    "fast_path_of",
     "pixel_matrix",
     "probe_image",
     "resized",
     "resizing_passes",
-    "shortcut_of",
     "spread_over_threads",
 ]
 
@@ -53,7 +53,7 @@ Spread = Callable[[Callable[[slice], None], int], None]
 
 
 @dataclass(frozen=True)
-class Shortcut:
+class FastPath:
     """What decides about a processor's pixels beside their size.
 
     Attributes:
@@ -65,7 +65,7 @@ class Shortcut:
     rescaling: Rescaling
 
 
-def shortcut_of(processor: Any, known: Collection[str], options: Mapping[str, Any], channels: int) -> Shortcut | None:
+def fast_path_of(processor: Any, known: Collection[str], options: Mapping[str, Any], channels: int) -> FastPath | None:
     """How to make the pixels of ``processor`` without it.
 
     Args:
@@ -101,7 +101,7 @@ def shortcut_of(processor: Any, known: Collection[str], options: Mapping[str, An
         if found[0] is None or found[1] is None or not min(found[1]) > 0:
             return None
         means, deviations = found[0], found[1]
-    return Shortcut(int(resample), Rescaling(float(factor) if rescales else 1.0, means, deviations))
+    return FastPath(int(resample), Rescaling(float(factor) if rescales else 1.0, means, deviations))
 
 
 def _is_number(value: object) -> bool:
@@ -116,7 +116,7 @@ def _per_channel(value: Any, channels: int) -> tuple[float, ...] | None:
 
 
 def probe_image() -> Bytes:
-    """``[31, 45, 3]``: noise, the same every time, on which a shortcut has to prove itself."""
+    """``[31, 45, 3]``: noise, the same every time, on which a fast_path has to prove itself."""
     return np.random.default_rng(0).integers(0, 256, (31, 45, 3), np.uint8)
 
 
@@ -270,7 +270,7 @@ def cropped(array: Bytes, height: int, width: int) -> Bytes:
 
 
 def cut_bytes(array: Bytes, patch: int, merge: int, out: Bytes) -> None:
-    """Writes a view's patches, block by block, the patches of a block in raster order.
+    """Writes a tile's patches, block by block, the patches of a block in raster order.
 
     Args:
         array: ``[height, width, channels]``.  What is left of a side that is no multiple of ``patch``, right and bottom,

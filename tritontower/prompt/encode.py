@@ -5,7 +5,7 @@ searched by ids then finds the prefix again that holds the same image, and no ot
 embedded by itself (:func:`merge_embeddings`).  How a model's prompt has an image (markers round it, a token behind each
 row of patches, time stamps of a video) is data, :class:`PromptLayout`; the tokens are those of transformers' processors
 (``replace_image_token`` and ``replace_video_token`` of ``Qwen2VLProcessor``, ``Qwen3VLProcessor``, ``Gemma3Processor``,
-``PixtralProcessor``, ``PaliGemmaProcessor``, ``LlavaProcessor`` and their kin), token for token.
+``PixtralProcessor``, ``PaliGemmaProcessor``, ``LlavaProcessor`` and their variants), token for token.
 """
 
 import re
@@ -220,11 +220,11 @@ def _is_video(index: int, embedding: ImageEmbedding, layout: PromptLayout) -> bo
     """
     if not embedding.num_tokens:
         raise PromptError(f"embedding {index} has no rows, so nothing of it would stand in the prompt")
-    rows, last = sum(embedding.view_tokens), max((end for _, end in embedding.bidirectional_spans), default=0)
+    rows, last = sum(embedding.tile_tokens), max((end for _, end in embedding.bidirectional_spans), default=0)
     if rows != embedding.num_tokens or last > embedding.num_tokens:
         raise PromptError(
-            f"embedding {index} has {embedding.num_tokens} rows, but its views have {rows} and its spans end at {last}; "
-            "where rows are changed, view_tokens and bidirectional_spans have to be changed with them"
+            f"embedding {index} has {embedding.num_tokens} rows, but its tiles have {rows} and its spans end at {last}; "
+            "where rows are changed, tile_tokens and bidirectional_spans have to be changed with them"
         )
     if embedding.is_video and layout.video is None:
         raise PromptError(f"embedding {index} is of a video, which this model's prompt has no place for")
@@ -343,19 +343,19 @@ def _rows_of(image: ImageEmbedding, index: int, video: bool, layout: PromptLayou
     """An image's rows, and what the model wants among them."""
     if video and layout.video is not None:
         return _frames_of(image, index, layout.video)
-    counts = (image.num_tokens,) if layout.between_views is None else image.view_tokens
+    counts = (image.num_tokens,) if layout.between_tiles is None else image.tile_tokens
     parts: list[Part] = []
     start = 0
-    for view, count in enumerate(counts):
-        if layout.between_views is not None and len(counts) > 1:
-            parts.append(layout.between_views[min(view, 2)])
-        parts += [*layout.view_before, *_lines_of(image, index, start, count, layout), *layout.view_after]
+    for tile, count in enumerate(counts):
+        if layout.between_tiles is not None and len(counts) > 1:
+            parts.append(layout.between_tiles[min(tile, 2)])
+        parts += [*layout.tile_before, *_lines_of(image, index, start, count, layout), *layout.tile_after]
         start += count
     return parts
 
 
 def _lines_of(image: ImageEmbedding, index: int, start: int, count: int, layout: PromptLayout) -> list[Part]:
-    """The rows of one view, line by line where the model tells lines apart."""
+    """The rows of one tile, line by line where the model tells lines apart."""
     if layout.row_break is None or layout.row_end is None:
         return [Run(index, start, count, layout.placeholder)]
     lines, columns = (side // layout.merge for side in image.grid_thw[1:])

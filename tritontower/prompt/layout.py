@@ -42,9 +42,9 @@ class PromptLayout:
         merge: side of the square of patches that one token stands for.
         before, after: what a chat template writes round an image; it comes with an alias, while round a marker it is
             there already.
-        view_before, view_after: what stands round the rows of each view, whoever wrote the prompt.
-        between_views: where an image has several views, the text before the first, the second, and every other one;
-            ``None`` where views are not told apart.
+        tile_before, tile_after: what stands round the rows of each tile, whoever wrote the prompt.
+        between_tiles: where an image has several tiles, the text before the first, the second, and every other one;
+            ``None`` where tiles are not told apart.
         row_break, row_end: the token behind each row of tokens but the last, and behind the last; text has to be the name
             of one token.
         behind_images: what follows upon the last image of a prompt, and stands at its beginning where there is none.
@@ -58,9 +58,9 @@ class PromptLayout:
     merge: int = 1
     before: tuple[Piece, ...] = ()
     after: tuple[Piece, ...] = ()
-    view_before: tuple[Piece, ...] = ()
-    view_after: tuple[Piece, ...] = ()
-    between_views: tuple[str, str, str] | None = None
+    tile_before: tuple[Piece, ...] = ()
+    tile_after: tuple[Piece, ...] = ()
+    between_tiles: tuple[str, str, str] | None = None
     row_break: Piece | None = None
     row_end: Piece | None = None
     behind_images: tuple[Piece, ...] = ()

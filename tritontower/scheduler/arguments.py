@@ -22,7 +22,7 @@ __all__ = [
     "is_one_image",
     "is_whole_number",
     "pack_of",
-    "views_of",
+    "tiles_of",
     "workload_of",
 ]
 
@@ -60,18 +60,18 @@ def frames_of(frames: Iterable[ImageInput]) -> list[ImageInput]:
     return list(frames)
 
 
-def views_of(views: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Pixels that are preprocessed already, view by view.
+def tiles_of(tiles: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Pixels that are preprocessed already, tile by tile.
 
     Raises:
-        UsageError: neither a tensor of several views nor a list of tensors.
+        UsageError: neither a tensor of several tiles nor a list of tensors.
     """
-    alone = isinstance(views, torch.Tensor) and views.ndim == 0
-    if alone or isinstance(views, str) or not isinstance(views, Iterable):
+    alone = isinstance(tiles, torch.Tensor) and tiles.ndim == 0
+    if alone or isinstance(tiles, str) or not isinstance(tiles, Iterable):
         raise UsageError(
-            f"batch is {shorten(views)}; allowed: what preprocess() returned, pixels [B, C, H, W], or a list of [C, H, W]"
+            f"batch is {shorten(tiles)}; allowed: what preprocess() returned, pixels [B, C, H, W], or a list of [C, H, W]"
         )
-    return list(views)
+    return list(tiles)
 
 
 def pack_of(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -103,6 +103,6 @@ def workload_of(config: TowerConfig, patches: int | Sequence[int] | Workload) ->
     counts = [int(count) for count in counts]
     unit = config.num_patches or config.rows_per_token
     if any(count < 0 or count % unit for count in counts):
-        reason = "the patches of one token" if config.num_patches is None else "the patches of one view"
+        reason = "the patches of one token" if config.num_patches is None else "the patches of one tile"
         raise UsageError(f"patches {counts} must be multiples of {unit}, {reason}")
     return expected_workload(config, counts)

@@ -22,17 +22,17 @@ def embeddings_of(
         config: the tower.
         outputs: what it made of the batch, by name.
         batch: the batch.
-        bidirectional: whether a language model lets the rows of a view attend to each other in both directions.
+        bidirectional: whether a language model lets the rows of a tile attend to each other in both directions.
     """
 
     def parts(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-        # A view would keep, and take along when it is pickled, the rows of the whole pack.
+        # A tile would keep, and take along when it is pickled, the rows of the whole pack.
         return [part.clone() for part in rows.split(list(counts))] if len(batch) > 1 else [rows][: len(batch)]
 
     tokens = {name: parts(rows, batch.token_counts) for name, rows in outputs.items() if name != "pooled"}
-    pooled = parts(outputs["pooled"], batch.view_counts) if "pooled" in outputs else None
+    pooled = parts(outputs["pooled"], batch.tile_counts) if "pooled" in outputs else None
     levels = [tokens[f"deepstack.{level}"] for level in range(len(config.deepstack))]
-    views = _view_tokens(config, batch)
+    tiles = _tile_tokens(config, batch)
     return [
         ImageEmbedding(
             embeddings=rows,
@@ -42,20 +42,20 @@ def embeddings_of(
             content_hash=batch.content_hashes[index],
             deepstack=tuple(level[index] for level in levels),
             pooled=None if pooled is None else pooled[index],
-            view_tokens=views[index],
-            bidirectional_spans=tuple(pairwise(accumulate(views[index], initial=0))) if bidirectional else (),
+            tile_tokens=tiles[index],
+            bidirectional_spans=tuple(pairwise(accumulate(tiles[index], initial=0))) if bidirectional else (),
         )
         for index, rows in enumerate(tokens["embeddings"])
     ]
 
 
-def _view_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...]]:
-    """Per image the tokens of its views; of one that is put together of tiles, all of its tokens."""
+def _tile_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...]]:
+    """Per image the tokens of its tiles; of one that is put together of tiles, all of its tokens."""
     if batch.assembly_index is not None:
         return [(tokens,) for tokens in batch.token_counts]
     extra = 1 if config.keep_class_token else 0
-    counts = [t * h * w // config.rows_per_token + extra for t, h, w in batch.view_grids]
-    ends = list(accumulate(batch.view_counts, initial=0))
+    counts = [t * h * w // config.rows_per_token + extra for t, h, w in batch.tile_grids]
+    ends = list(accumulate(batch.tile_counts, initial=0))
     return [tuple(counts[first:last]) for first, last in pairwise(ends)]
 
 

@@ -1,6 +1,6 @@
 """Makes the tables that come with the package: predicted configurations of the published towers, for each architecture.
 
-``python -m tritontower.tuning.build_tables`` writes ``kernels/tuned/sm_80.json`` and its kin; it needs no GPU, and goes on where it
+``python -m tritontower.tuning.build_tables`` writes ``kernels/tuned/sm_80.json`` and its variants; it needs no GPU, and goes on where it
 was when it is started again.  It has to be run when a kernel's device code or launcher changes, because entries count only
 for the source that they were found for; ``tests/engine/test_tuned_tables.py`` says when that is.
 

@@ -1,7 +1,7 @@
 """The operation behind a task: tensors of its shapes, a launch with a given configuration, and what should come out.
 
 The same code launches on a GPU, where it is timed and checked, in Triton's interpreter, and where there is no device at
-all (:mod:`.rehearsal`), where it is only compiled.
+all (:mod:`.compile_result`), where it is only compiled.
 """
 
 import math

@@ -4,7 +4,7 @@ A model to *rank* configurations with, good to some 15 % where it was held again
 attention and FlashAttention-3 on the H100, arXiv 2407.08608) and unproven elsewhere.  Its figures are predictions and are
 marked so wherever they are stored or printed.
 
-Products (``linear`` and its kin).  A program works through K in steps; the time of a step on one multiprocessor is the
+Products (``linear`` and its variants).  A program works through K in steps; the time of a step on one multiprocessor is the
 largest of
 
 * tensor cores: 2 · rows · columns · depth operations at 92 % of the dense 16-bit rate (the data sheet's);

@@ -102,9 +102,9 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _static(candidate: Candidate) -> dict[str, int] | None:
-    if candidate.rehearsal is None or not candidate.rehearsal.launches:
+    if candidate.compile_result is None or not candidate.compile_result.launches:
         return None
-    main = candidate.rehearsal.main
+    main = candidate.compile_result.main
     return {"registers": main.registers, "spills": main.spills, "shared_memory": main.shared_memory}
 
 

@@ -5,7 +5,7 @@ model only says which are worth the time: those, the default, and what only a GP
 numbers first; one that is wrong is dropped and named.  Those that are right are timed.
 
 Both stop when their time is up: what is chosen by then is kept, and the next run goes on from there, since compiles are
-kept on disk (:mod:`.rehearsal`) and times in a journal (:mod:`.journal`) beside the table.
+kept on disk (:mod:`.compile_result`) and times in a journal (:mod:`.journal`) beside the table.
 """
 
 import math
@@ -24,7 +24,7 @@ from tritontower.benchmarks.measuring import can_capture, time_on_device
 from tritontower.errors import BackendUnavailableError
 from tritontower.kernels.runtime import config as configs
 
-from .compile.aot_compile import Order, Rehearsal, problems, rehearse
+from .compile.aot_compile import CompileResult, Order, compile_orders, problems
 from .journal import ATTEMPTS, Journal
 from .operations import prepare
 from .predict import Prediction
@@ -76,7 +76,7 @@ class Candidate:
     """One configuration of a task and what is known of it."""
 
     config: Mapping[str, Any]
-    rehearsal: Rehearsal | None = None
+    compile_result: CompileResult | None = None
     predicted: Prediction | None = None
     microseconds: float | None = None
     """Measured."""
@@ -183,13 +183,13 @@ def _compile(
             for fields in chosen:
                 if not fields.get("vendor"):
                     orders.append((task, Order(task, tuple(sorted(fields.items())), architecture)))
-        late = _rehearse(orders, found, workers, cache, deadline, progress)
+        late = _compile_orders(orders, found, workers, cache, deadline, progress)
         if late:
             return {task: each for task, each in found.items() if task not in late}
     return found
 
 
-def _rehearse(
+def _compile_orders(
     orders: Sequence[tuple[Task, Order]],
     found: dict[Task, list[Candidate]],
     workers: int,
@@ -202,10 +202,10 @@ def _rehearse(
     results: dict[int, Candidate] = {}
     progress("compiling", 0, len(orders))
     wanted = [order for _, order in orders]
-    with closing(rehearse(wanted, workers=workers, cache=cache, deadline=deadline)) as rehearsals:
-        for index, rehearsal in rehearsals:
+    with closing(compile_orders(wanted, workers=workers, cache=cache, deadline=deadline)) as compile_results:
+        for index, compile_result in compile_results:
             task, order = orders[index]
-            results[index] = _judged(task, dict(order.config), rehearsal, order.architecture)
+            results[index] = _judged(task, dict(order.config), compile_result, order.architecture)
             del missing[index]
             progress("compiling", len(results), len(orders))
             if time.monotonic() > deadline:
@@ -238,12 +238,12 @@ def _ranked(task: Task, architecture: str, *, measured: bool) -> list[dict[str, 
     return list(unique.values())
 
 
-def _judged(task: Task, config: dict[str, Any], rehearsal: Rehearsal, architecture: str) -> Candidate:
-    broken = problems(rehearsal, architecture, task.dtype, products=task.kernel != "norm")
+def _judged(task: Task, config: dict[str, Any], compile_result: CompileResult, architecture: str) -> Candidate:
+    broken = problems(compile_result, architecture, task.dtype, products=task.kernel != "norm")
     if broken:
-        return Candidate(config, rehearsal, dropped="; ".join(dict.fromkeys(broken)))
-    compiled = rehearsal.main.compiled(architecture)
-    return Candidate(config, rehearsal, prediction(task, architecture, config, compiled))
+        return Candidate(config, compile_result, dropped="; ".join(dict.fromkeys(broken)))
+    compiled = compile_result.main.compiled(architecture)
+    return Candidate(config, compile_result, prediction(task, architecture, config, compiled))
 
 
 def _choices(known: Mapping[Task, Sequence[Candidate]], architecture: str, margin: float) -> list[Choice]:

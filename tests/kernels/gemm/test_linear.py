@@ -26,7 +26,7 @@ from tritontower.kernels.gemm.linear_config import epilogue_passes
 from tritontower.kernels.gemm.tiles import descriptors_fit
 from tritontower.kernels.gemm.torch_reference import linear_reference
 from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ACTIVATIONS = [None, *EPILOGUES]
@@ -289,7 +289,7 @@ def test_reference_allocates_its_result():
     assert relative_error(linear_reference(x, weight, bias), expected(x, weight, bias)) <= TOLERANCE[torch.float32]
 
 
-# -- extents ----------------------------------------------------------------------------------------------------------
+# -- valid_rows ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operands", ["pointers", "descriptors"])
@@ -297,13 +297,13 @@ def test_reference_allocates_its_result():
 # None; a tile and one more; whole tiles; more than there are.
 @pytest.mark.parametrize("live", [0, 33, 64, 100])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_extent_leaves_live_rows_alone_and_the_rest_zero(kernel_device, live, split, operands):
+def test_valid_rows_leaves_live_rows_alone_and_the_rest_zero(kernel_device, live, split, operands):
     x, weight, bias, residual = inputs(70, 20, 72, torch.bfloat16, "silu_gated_interleaved", kernel_device)
     how = {"activation": "silu_gated_interleaved", "residual": residual}
     config = replace(SMALL, split=split, operands=operands)
     whole = linear(x, weight, bias, **how, config=config)
-    extent = Extent(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
-    y = linear(x, weight, bias, **how, config=config, extent=extent)
+    valid_rows = ValidRows(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = linear(x, weight, bias, **how, config=config, valid_rows=valid_rows)
     assert torch.equal(y[:live], whole[:live])
     # Where K is split, the tile that is stored is that of the sums' sum.
     height = SMALL.block_rows if split == 1 else linear_module.REDUCE_ROWS
@@ -318,9 +318,11 @@ def test_dead_rows_are_not_read(kernel_device, split):
     x, weight, bias, residual = inputs(70, 20, 64, torch.float32, device=kernel_device)
     x[64:] = float("nan")
     residual[64:] = float("nan")
-    extent = Extent(70, torch.tensor([64], dtype=torch.int32, device=kernel_device))
+    valid_rows = ValidRows(70, torch.tensor([64], dtype=torch.int32, device=kernel_device))
     config = replace(SMALL, split=split)
-    assert linear(x, weight, bias, residual=residual, out=residual, config=config, extent=extent).isfinite().all()
+    assert (
+        linear(x, weight, bias, residual=residual, out=residual, config=config, valid_rows=valid_rows).isfinite().all()
+    )
 
 
 def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch):
@@ -334,7 +336,7 @@ def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch
     x, weight, bias, residual = inputs(7, 20, 64, torch.float32, device=kernel_device)
     want = linear(x, weight, bias, residual=residual, config=SMALL)
     for planned in (7, 512):
-        assert torch.equal(linear(x, weight, bias, residual=residual, extent=Extent(planned)), want)
+        assert torch.equal(linear(x, weight, bias, residual=residual, valid_rows=ValidRows(planned)), want)
     linear(x, weight, activation="silu")
     assert chosen == [(7, 20, 64, None, True), (512, 20, 64, None, True), (7, 20, 64, "silu", False)]
 
@@ -372,13 +374,13 @@ def test_a_tuned_configuration_is_taken(monkeypatch):
 @pytest.mark.parametrize(
     ("live", "error", "message"),
     [
-        (torch.zeros(1), TypeError, "extent.live is torch.float32 on cpu.*torch.int32"),
-        (torch.zeros(2, dtype=torch.int32), ValueError, r"extent.live has shape \(2,\)"),
+        (torch.zeros(1), TypeError, "valid_rows.live is torch.float32 on cpu.*torch.int32"),
+        (torch.zeros(2, dtype=torch.int32), ValueError, r"valid_rows.live has shape \(2,\)"),
     ],
 )
-def test_refuses_an_extent_that_is_no_number(live, error, message):
+def test_refuses_an_valid_rows_that_is_no_number(live, error, message):
     with pytest.raises(error, match=message):
-        linear(torch.zeros(4, 8), torch.zeros(6, 8), extent=Extent(4, live))
+        linear(torch.zeros(4, 8), torch.zeros(6, 8), valid_rows=ValidRows(4, live))
 
 
 # -- descriptors ------------------------------------------------------------------------------------------------------
@@ -493,8 +495,10 @@ def test_vendor_writes_into_out_only(kernel_device):
 
 def test_vendor_computes_padding_too(kernel_device):
     x, weight, bias, _ = inputs(70, 20, 64, torch.float32, device=kernel_device)
-    extent = Extent(70, torch.tensor([3], dtype=torch.int32, device=kernel_device))
-    assert torch.equal(linear(x, weight, bias, config=VENDOR, extent=extent), linear(x, weight, bias, config=VENDOR))
+    valid_rows = ValidRows(70, torch.tensor([3], dtype=torch.int32, device=kernel_device))
+    assert torch.equal(
+        linear(x, weight, bias, config=VENDOR, valid_rows=valid_rows), linear(x, weight, bias, config=VENDOR)
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tritontower.kernels.gemm.patch_projection import (
     patch_projection_reference,
 )
 from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=1)
@@ -186,14 +186,14 @@ def test_rows_may_stand_apart(request, backend, kind):
 @pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
 @pytest.mark.parametrize("live", [0, 33, 64, 70])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_extent(kernel_device, kind, live):
+def test_valid_rows(kernel_device, kind, live):
     weight, bias, table = weights(20, 77, torch.bfloat16, kernel_device)
     patches = pixels(70, 77, kind, kernel_device)
     index = torch.arange(70, device=kernel_device, dtype=torch.int32) % 5
     how = {"position_table": table, "position_index": index, "config": SMALL}
     whole = patch_projection(patches, weight, bias, **how)
-    extent = Extent(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
-    y = patch_projection(patches, weight, bias, **how, extent=extent)
+    valid_rows = ValidRows(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = patch_projection(patches, weight, bias, **how, valid_rows=valid_rows)
     dead = min(70, -(-live // 32) * 32)
     assert torch.equal(y[:dead], whole[:dead])
     assert torch.equal(y[dead:], torch.zeros_like(y[dead:]))
@@ -222,7 +222,7 @@ def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch
     weight, bias, _ = weights(20, 77, torch.float32, kernel_device)
     patches = pixels(7, 77, torch.uint8, kernel_device)
     want = patch_projection(patches, weight, bias, config=SMALL)
-    assert torch.equal(patch_projection(patches, weight, bias, extent=Extent(512)), want)
+    assert torch.equal(patch_projection(patches, weight, bias, valid_rows=ValidRows(512)), want)
     patch_projection(patches, weight, bias)
     assert chosen == [(rows, 20, 77, torch.uint8, torch.float32) for rows in (512, 7)]
 

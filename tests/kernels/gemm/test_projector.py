@@ -11,7 +11,7 @@ from tritontower.kernels.gemm.linear import GATED, LinearConfig
 from tritontower.kernels.gemm.projector import ProjectorConfig, compile_specs, default_config, projector_mlp
 from tritontower.kernels.rowwise.norm import NormConfig
 from tritontower.kernels.runtime.config import ARCHITECTURES
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-6
@@ -186,12 +186,12 @@ def test_kernel_token_alone_has_the_bits_it_has_in_a_pack(kernel_device, config)
 @pytest.mark.parametrize("config", [SMALL, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("live", [0, 5, 32, 37])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_extent(kernel_device, live, config):
+def test_valid_rows(kernel_device, live, config):
     """Whole tiles of tokens beyond those that count are zeros; the norm before them computes every row."""
     tensors = inputs(4 * 37, 20, 4, torch.bfloat16, device=kernel_device)
     whole = projector_mlp(*tensors, merge=4, eps=EPS, config=config)
-    extent = Extent(37, torch.tensor([live], dtype=torch.int32, device=kernel_device))
-    y = projector_mlp(*tensors, merge=4, eps=EPS, config=config, extent=extent)
+    valid_rows = ValidRows(37, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = projector_mlp(*tensors, merge=4, eps=EPS, config=config, valid_rows=valid_rows)
     assert torch.equal(y[:live], whole[:live])
     assert torch.isfinite(y).all()
     assert not y[-(-live // 32) * 32 :].any()
@@ -202,7 +202,7 @@ def test_configuration_is_chosen_for_the_planned_tokens(kernel_device, monkeypat
     monkeypatch.setattr(projector_module, "choose_config", lambda *sizes, **options: chosen.append(sizes) or SMALL)
     tensors = inputs(4 * 7, 20, 4, torch.float32, device=kernel_device)
     want = projector_mlp(*tensors, merge=4, eps=EPS, config=SMALL)
-    assert torch.equal(projector_mlp(*tensors, merge=4, eps=EPS, extent=Extent(512)), want)
+    assert torch.equal(projector_mlp(*tensors, merge=4, eps=EPS, valid_rows=ValidRows(512)), want)
     projector_mlp(*tensors, merge=4, eps=EPS)
     assert chosen == [(512, 20, 80, 40, 24), (7, 20, 80, 40, 24)]
 

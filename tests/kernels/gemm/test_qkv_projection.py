@@ -1,4 +1,4 @@
-"""Projection to q, k and v with the rotation inside: fp64, the two operations it replaces, arrangement, padding, extents."""
+"""Projection to q, k and v with the rotation inside: fp64, the two operations it replaces, arrangement, padding, valid_rows."""
 
 import tempfile
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ from tritontower.kernels.gemm.qkv_projection import (
 from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.kernels.runtime.dispatch import runs_kernel
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=1)
@@ -211,12 +211,12 @@ def test_descriptors_give_the_same_bits(kernel_device, split):
 @pytest.mark.parametrize("split", [1, 2])
 @pytest.mark.parametrize("live", [0, 33, 64, 70])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_extent(kernel_device, live, split):
+def test_valid_rows(kernel_device, live, split):
     x, weight, bias, cosines, sines = inputs(70, 2, 20, 64, torch.bfloat16, kernel_device)
     how = {"heads": 2, "head_dim": 20, "config": replace(SMALL, split=split)}
     whole = qkv_projection(x, weight, bias, cosines, sines, **how)
-    extent = Extent(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
-    y = qkv_projection(x, weight, bias, cosines, sines, **how, extent=extent)
+    valid_rows = ValidRows(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    y = qkv_projection(x, weight, bias, cosines, sines, **how, valid_rows=valid_rows)
     assert torch.equal(y[:live], whole[:live])
     assert torch.isfinite(y).all()
     dead = -(-live // 32) * 32
@@ -234,7 +234,7 @@ def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch
     x, weight, bias, cosines, sines = inputs(7, 2, 20, 64, torch.float32, kernel_device)
     how = {"heads": 2, "head_dim": 20}
     want = qkv_projection(x, weight, bias, cosines, sines, **how, config=SMALL)
-    assert torch.equal(qkv_projection(x, weight, bias, cosines, sines, **how, extent=Extent(512)), want)
+    assert torch.equal(qkv_projection(x, weight, bias, cosines, sines, **how, valid_rows=ValidRows(512)), want)
     qkv_projection(x, weight, bias, cosines, sines, **how)
     assert chosen == [(rows, 120, 64, 20, torch.float32) for rows in (512, 7)]
 
@@ -353,7 +353,7 @@ def test_arrange_heads_refuses(change, message):
         ({"padded_head_dim": 2}, ValueError, "padded_head_dim 2"),
         ({"head_dim": 3, "padded_head_dim": 4}, ValueError, "to be rotated they have to be even"),
         ({"out": torch.zeros(3, 25)}, ValueError, r"out has shape \(3, 25\).*\[3, 24\]"),
-        ({"extent": Extent(3, torch.zeros(1))}, TypeError, "extent.live is torch.float32.*torch.int32"),
+        ({"valid_rows": ValidRows(3, torch.zeros(1))}, TypeError, "valid_rows.live is torch.float32.*torch.int32"),
     ],
 )
 def test_refuses_what_does_not_fit(change, error, message):

@@ -7,7 +7,7 @@ from support.numbers import TOLERANCE, relative_error, tolerance
 from tritontower.kernels.rowwise.norm import MAX_WIDTH, NormConfig, _blocks, compile_specs, default_config, norm
 from tritontower.kernels.runtime import dispatch
 from tritontower.kernels.runtime.config import ARCHITECTURES
-from tritontower.kernels.runtime.valid_rows import Extent
+from tritontower.kernels.runtime.valid_rows import ValidRows
 
 KINDS = [("layer_norm", "once"), ("rms_norm", "once"), ("rms_norm", "before_weight"), ("gemma_rms_norm", "once")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -281,17 +281,19 @@ def test_rows_beyond_the_live_ones_are_finite_and_the_others_unchanged(
     config = NormConfig(rows=16, num_warps=4)
     how = {"kind": "rms_norm", "eps": 1e-6, "residual": residual, "config": config}
     expected, expected_sum = norm(x[:live], weight, **{**how, "residual": residual[:live]})
-    actual, actual_sum = norm(x, weight, **how, extent=Extent(64, count))
+    actual, actual_sum = norm(x, weight, **how, valid_rows=ValidRows(64, count))
     assert torch.equal(actual[:live], expected)
     assert torch.equal(actual_sum[:live], expected_sum)
     beyond = -(-live // 16) * 16
     assert not actual[beyond:].any()
     assert not actual_sum[beyond:].any()
-    assert torch.equal(norm(x, weight, kind="rms_norm", eps=1e-6, extent=Extent(64, count))[beyond:], actual[beyond:])
+    assert torch.equal(
+        norm(x, weight, kind="rms_norm", eps=1e-6, valid_rows=ValidRows(64, count))[beyond:], actual[beyond:]
+    )
 
 
-def test_an_extent_counts_the_rows_of_the_result(device: torch.device) -> None:
+def test_an_valid_rows_counts_the_rows_of_the_result(device: torch.device) -> None:
     x = torch.zeros(4, 16, device=device)
     index = torch.arange(4, dtype=torch.int32, device=device)
     with pytest.raises(ValueError, match="another order"):
-        norm(x, x[0], kind="rms_norm", eps=1e-6, residual=x, row_index=index, extent=Extent(4))
+        norm(x, x[0], kind="rms_norm", eps=1e-6, residual=x, row_index=index, valid_rows=ValidRows(4))

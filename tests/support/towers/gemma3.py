@@ -60,7 +60,7 @@ def save_gemma3(
         vision: changes of ``vision_config``.
         text: changes of ``text_config``.
         processor: changes of the image processor's settings.
-        tokens: per view, ``mm_tokens_per_image``.
+        tokens: per tile, ``mm_tokens_per_image``.
     """
     from transformers import (
         Gemma3Config,
@@ -103,7 +103,7 @@ def perturb(model: torch.nn.Module) -> None:
 def by_transformers(
     folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype, *, model_class: str
 ) -> list[torch.Tensor]:
-    """The projected rows of each image, one view after the other."""
+    """The projected rows of each image, one tile after the other."""
     import transformers
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -117,9 +117,9 @@ def by_transformers(
     embeddings = []
     for image in images:
         # The processor's own file leaves it open whether an image is converted, which these need not be.
-        views = processor(images=[Image.fromarray(image)], do_convert_rgb=False, return_tensors="pt")["pixel_values"]
+        tiles = processor(images=[Image.fromarray(image)], do_convert_rgb=False, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
-            rows = holder.get_image_features(views.flatten(0, -4)).pooler_output
+            rows = holder.get_image_features(tiles.flatten(0, -4)).pooler_output
         embeddings.append(rows.flatten(0, 1))
     return embeddings
 

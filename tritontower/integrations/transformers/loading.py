@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tritontower.checkpoint.files import Roots
+from tritontower.checkpoint.files import Prefixes
 from tritontower.errors import (
     BackendUnavailableError,
     CheckpointIncompleteError,
@@ -88,7 +88,7 @@ def load_vlm(
     language = _load_language_model(
         model_class, source, config, tower, {**download, **{name: value for name, value in options.items() if value}}
     )
-    put_in_place(vision_holder(language, tower.family.roots), tower.load(), tower.family)
+    put_in_place(vision_holder(language, tower.family.prefixes), tower.load(), tower.family)
     return language, processor
 
 
@@ -110,7 +110,7 @@ def _load_language_model(
     quantized = options.get("quantization_config") is not None or hasattr(config, "quantization_config")
     placed = {"device_map": {"": tower.device}} if quantized else {}
     try:
-        model, report = _without_vision(model_class, tower.family.roots).from_pretrained(
+        model, report = _without_vision(model_class, tower.family.prefixes).from_pretrained(
             source,
             config=config,
             dtype=tower.dtype,
@@ -130,14 +130,14 @@ def _load_language_model(
     return (model if quantized else model.to(tower.device)).eval()
 
 
-def _without_vision(model_class: type[Any], roots: Roots) -> type[Any]:
+def _without_vision(model_class: type[Any], prefixes: Prefixes) -> type[Any]:
     """The class with its vision part left out as soon as it is made, which is before any memory is taken for it."""
 
     class LanguageModelOnly(model_class):  # type: ignore[misc]
         def __init__(self, config: Any, *positional: Any, **named: Any) -> None:
             super().__init__(config, *positional, **named)
-            holder = vision_holder(self, roots)
-            left_out = vision_children(holder, roots)
+            holder = vision_holder(self, prefixes)
+            left_out = vision_children(holder, prefixes)
             for name in left_out:
                 setattr(holder, name, ReleasedModule())
             # Nobody is to be warned that they are in the files.

@@ -46,7 +46,7 @@ def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = 
             f"{type(model).__name__} of transformers {transformers.__version__} takes no mm_encoder_outputs, which came with "
             "5.18; pass inputs_embeds instead, from tritontower.integrations.transformers.inputs_embeds"
         )
-    holder = vision_holder(model, family_of(model).roots)
+    holder = vision_holder(model, family_of(model).prefixes)
     given = {"image": listed(embeddings), "video": listed(videos)}
     return {name: _output(holder, several) for name, several in given.items() if several}
 
@@ -79,7 +79,7 @@ def inputs_embeds(
         UsageError: another number of placeholders than of rows; rows of another width.
         UnsupportedArchitectureError, NoVisionTowerError, ConfigError: as in :func:`encoder_outputs`.
     """
-    holder = vision_holder(model, family_of(model).roots)
+    holder = vision_holder(model, family_of(model).prefixes)
     table = model.get_input_embeddings()
     ids = input_ids.to(table.weight.device)
     places = {token: ids == token for token in _placeholders(holder).values()}
@@ -110,7 +110,7 @@ def added_deepstack(
     Raises:
         UsageError: as :func:`inputs_embeds`; or a prompt that begins is longer or shorter than ``input_ids``.
     """
-    holder = vision_holder(model, family_of(model).roots)
+    holder = vision_holder(model, family_of(model).prefixes)
     images, videos = listed(embeddings), listed(videos)
     levels = _levels(holder)
     if not levels:
@@ -155,8 +155,8 @@ def _output(holder: Any, embeddings: Sequence[ImageEmbedding]) -> Any:
     _check(holder, embeddings)
     rows: Any = [one.embeddings for one in embeddings]
     if is_stacked(holder):
-        views = [view for one in embeddings for view in one.embeddings.split(one.view_tokens)]
-        rows = torch.stack(views)
+        tiles = [tile for one in embeddings for tile in one.embeddings.split(one.tile_tokens)]
+        rows = torch.stack(tiles)
     return feature_output(
         holder, rows, [[one.deepstack[level] for one in embeddings] for level in range(_levels(holder))]
     )

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import torch
 
 from tritontower.checkpoint.checkpoint import Progress
-from tritontower.checkpoint.files import Roots, strip_prefix
+from tritontower.checkpoint.files import Prefixes, strip_prefix
 from tritontower.checkpoint.weight_map import Recipe, Shape
 from tritontower.errors import (
     CheckpointIncompleteError,
@@ -31,14 +31,14 @@ class ModuleWeights:
 
     Args:
         module: holds them, under any of the names that a checkpoint may have for them.
-        roots: beginnings of names that belong to the tower → what they become.
+        prefixes: beginnings of names that belong to the tower → what they become.
 
     Attributes:
         parameters: name without its root → parameter.
     """
 
-    def __init__(self, module: torch.nn.Module, roots: Roots) -> None:
-        stripped = ((strip_prefix(name, roots), name, parameter) for name, parameter in module.named_parameters())
+    def __init__(self, module: torch.nn.Module, prefixes: Prefixes) -> None:
+        stripped = ((strip_prefix(name, prefixes), name, parameter) for name, parameter in module.named_parameters())
         found = [(name, full, parameter) for name, full, parameter in stripped if name is not None]
         self.parameters: dict[str, torch.nn.Parameter] = {name: parameter for name, _, parameter in found}
         self._full_names = {name: full for name, full, _ in found}

@@ -84,7 +84,7 @@ def accelerate_vision(
         CheckpointError: the model's vision weights cannot be used: quantized, missing, of other shapes, not finite.
     """
     family = family_of(model)
-    holder = vision_holder(model, family.roots)
+    holder = vision_holder(model, family.prefixes)
     if accelerated(model) is not None:
         raise UsageError("a tower is in the place of the model's vision part already; restore(model) first")
     lent: dict[str, torch.nn.Parameter] = {}
@@ -108,7 +108,7 @@ def put_in_place(
     release: bool = False,
 ) -> AcceleratedVision:
     """Makes ``tower`` answer for ``holder``; see :func:`accelerate_vision`."""
-    parts = {name: holder.get_submodule(name) for name in vision_children(holder, family.roots)}
+    parts = {name: holder.get_submodule(name) for name in vision_children(holder, family.prefixes)}
     sizes = {id(weight): weight.nbytes for part in parts.values() for weight in part.parameters()}
     lent = lent or {}
     shared = sum(sizes.get(id(parameter), 0) for parameter in lent.values())
@@ -215,7 +215,7 @@ class _TowerOfModule(VisionTower):
     def __init__(
         self, model: Any, holder: Any, family: Family, dtype: torch.dtype | None, image_processor: Any
     ) -> None:
-        self._source = ModuleWeights(model, family.roots)
+        self._source = ModuleWeights(model, family.prefixes)
         self._canonical: dict[str, torch.Tensor] = {}
         folder = _folder_of(model)
         make = family.preprocessors["hf"]

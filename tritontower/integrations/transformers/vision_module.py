@@ -16,7 +16,7 @@ import torch
 from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.files import Roots, strip_prefix
+from tritontower.checkpoint.files import Prefixes, strip_prefix
 from tritontower.config import TowerConfig
 from tritontower.errors import UnsupportedArchitectureError, UsageError, shorten
 from tritontower.models.common.registry import Family, read_family
@@ -39,7 +39,7 @@ CHOICES = ("vision_feature_layer", "vision_feature_select_strategy")
 """What a caller may ask the methods for beside the checkpoint's choice, and a tower has settled."""
 
 STACKED = frozenset(("gemma3", "paligemma", "shieldgemma2"))
-"""Model types that take the rows of all views in one tensor ``[views, tokens, width]``, where others take a list."""
+"""Model types that take the rows of all tiles in one tensor ``[tiles, tokens, width]``, where others take a list."""
 
 
 class ReleasedModule(torch.nn.Module):
@@ -63,14 +63,14 @@ def family_of(model: Any) -> Family:
     return read_family(ConfigReader(values, source=f"the configuration of {type(model).__name__}"))
 
 
-def vision_holder(model: torch.nn.Module, roots: Roots) -> Any:
+def vision_holder(model: torch.nn.Module, prefixes: Prefixes) -> Any:
     """The module inside ``model`` that makes image rows and holds the vision part.
 
     Raises:
         UnsupportedArchitectureError: there is none, or no language model beside it that would take the rows.
     """
     for module in model.modules():
-        if hasattr(module, "get_image_features") and vision_children(module, roots):
+        if hasattr(module, "get_image_features") and vision_children(module, prefixes):
             if hasattr(module, "language_model"):
                 return module
             break
@@ -79,16 +79,16 @@ def vision_holder(model: torch.nn.Module, roots: Roots) -> Any:
     )
 
 
-def vision_children(holder: torch.nn.Module, roots: Roots) -> list[str]:
+def vision_children(holder: torch.nn.Module, prefixes: Prefixes) -> list[str]:
     """Names of the modules directly inside ``holder`` that are parts of its tower."""
-    named = [root for root in roots if root]
+    named = [root for root in prefixes if root]
     return [
         name for name, _ in holder.named_children() if strip_prefix(f"{name}.x", dict.fromkeys(named, "")) is not None
     ]
 
 
 def is_stacked(holder: Any) -> bool:
-    """Whether the model takes the rows of its views in one tensor."""
+    """Whether the model takes the rows of its tiles in one tensor."""
     return holder.config.model_type in STACKED
 
 
@@ -130,7 +130,7 @@ def replacements(holder: Any, tower: VisionTower) -> dict[str, Callable[..., Any
     elif tower.config.num_patches is None:
         makers = {"get_image_features": _of_sized_images}
     else:
-        makers = {"get_image_features": _of_views}
+        makers = {"get_image_features": _of_same_size}
     return {name: _in_place_of(getattr(holder, name), holder, tower, make) for name, make in makers.items()}
 
 
@@ -167,7 +167,7 @@ def _refuse_lost_gradients(holder: Any, tower: VisionTower) -> None:
     """Raises where the vision part is being trained, which would go on without ever changing it."""
     if not (holder.training and torch.is_grad_enabled()):
         return
-    parts = (holder.get_submodule(name) for name in vision_children(holder, tower.family.roots))
+    parts = (holder.get_submodule(name) for name in vision_children(holder, tower.family.prefixes))
     if any(weight.requires_grad for part in parts for weight in part.parameters()):
         raise UsageError(
             "the model is being trained, its vision weights with it, but the tower in their place computes no gradients; "
@@ -189,7 +189,7 @@ def _run_patches(
     tower: VisionTower, pixels: torch.Tensor, grids: Sequence[tuple[int, int, int]]
 ) -> tuple[Mapping[str, torch.Tensor], list[int]]:
     config = tower.config
-    layouts = [ImageLayout.of_one_view(grid, config.patch.size) for grid in grids]
+    layouts = [ImageLayout.of_one_tile(grid, config.patch.size) for grid in grids]
     batch = PackedBatch.pack(
         config,
         pixels.detach().float(),
@@ -200,7 +200,7 @@ def _run_patches(
     return tower.run(batch), list(batch.token_counts)
 
 
-def _of_views(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
+def _of_same_size(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:
     """Images that are all of one size."""
     rows = tower.forward(arguments["pixel_values"])
     return feature_output(holder, rows if is_stacked(holder) else list(rows))
@@ -212,8 +212,8 @@ def _of_sized_images(holder: Any, tower: VisionTower, arguments: _Arguments) -> 
     if sizes is None:
         return feature_output(holder, tower.forward(list(pixels)))
     sizes = torch.as_tensor(sizes).tolist()
-    views = [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
-    return feature_output(holder, tower.forward(views))
+    tiles = [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
+    return feature_output(holder, tower.forward(tiles))
 
 
 def _of_tiles(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:

@@ -19,15 +19,15 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import ClassTokenFirst, OfBatchOfOne, OneFrame, PartOf, Recipe, Stacked, Stored
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
-from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, view_images
+from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, tile_images
 
 from .config_fields import activation, positive, whole_heads
 
 __all__ = [
     "IGNORED",
-    "ROOTS_IN_CONTRASTIVE_MODEL",
-    "ROOTS_IN_MODEL",
-    "ROOTS_OF_ENCODER",
+    "PREFIXES_IN_CONTRASTIVE_MODEL",
+    "PREFIXES_IN_MODEL",
+    "PREFIXES_OF_ENCODER",
     "SIGLIP_PROCESSOR",
     "SIGLIP_SO400M",
     "TOWER_TYPES",
@@ -44,17 +44,17 @@ Kind = Literal["clip", "siglip"]
 TOWER_TYPES: Mapping[str, Kind] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 """``vision_config.model_type`` → which of the two it is."""
 
-ROOTS_IN_MODEL = {
+PREFIXES_IN_MODEL = {
     "vision_tower.vision_model.": "tower.",
     "vision_tower.": "tower.",
     "multi_modal_projector.": "projector.",
 }
 """Beginnings of the names of tensors in a vision-language model."""
 
-ROOTS_IN_CONTRASTIVE_MODEL = {"vision_model.": "tower."}
+PREFIXES_IN_CONTRASTIVE_MODEL = {"vision_model.": "tower."}
 """The same in ``CLIPModel`` and ``SiglipModel``; the text encoder is never looked at."""
 
-ROOTS_OF_ENCODER = {"vision_model.": "tower.", "": "tower."}
+PREFIXES_OF_ENCODER = {"vision_model.": "tower.", "": "tower."}
 """The same where the encoder is the whole model: with and without the level that transformers 5 dropped."""
 
 IGNORED = (
@@ -250,13 +250,13 @@ def encoder_values(config: TowerConfig, path: str) -> dict[str, ModuleValue]:
 
 
 def encoder_pixels(encoder: Any, batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
-    """``[views, channels, side, side]``: every view of a batch, as transformers' encoder takes it.
+    """``[tiles, channels, side, side]``: every tile of a batch, as transformers' encoder takes it.
 
     The batch holds whole patches alone; what its image size has beyond them, where the encoder looks at nothing, is zero.
     """
     side = encoder.embeddings.image_size
-    pixels = batch.pixels.new_zeros(len(batch.view_grids), config.patch.channels, side, side)
-    for place, image in zip(pixels, view_images(batch, config), strict=True):
+    pixels = batch.pixels.new_zeros(len(batch.tile_grids), config.patch.channels, side, side)
+    for place, image in zip(pixels, tile_images(batch, config), strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
     return pixels
 
@@ -272,11 +272,11 @@ class EncoderReference(ReferenceModel):
     path: str
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
-        """All views in one tensor."""
+        """All tiles in one tensor."""
         return encoder_pixels(model.get_submodule(self.path), batch, config)
 
     def outputs(self, model: Any, inputs: torch.Tensor, config: TowerConfig) -> Mapping[str, torch.Tensor]:
-        """The selected hidden states, and the pooled row of every view where there is pooling."""
+        """The selected hidden states, and the pooled row of every tile where there is pooling."""
         output = model.get_submodule(self.path)(inputs, output_hidden_states=True)
         states = [
             # Only this one is behind the norm, where there is one.

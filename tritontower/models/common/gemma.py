@@ -50,11 +50,11 @@ class GemmaReference(ReferenceModel):
     row_order = "raster"
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
-        """All views in one tensor."""
+        """All tiles in one tensor."""
         return encoder_pixels(model.get_submodule(self.inner).vision_tower, batch, config)
 
     def outputs(self, model: Any, inputs: torch.Tensor, config: TowerConfig) -> Mapping[str, torch.Tensor]:
-        """The projected rows of all views, one view after the other."""
+        """The projected rows of all tiles, one tile after the other."""
         features = model.get_submodule(self.inner).get_image_features(inputs)
         return {"embeddings": features.pooler_output.flatten(0, 1)}
 

@@ -17,7 +17,7 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import ReferenceModelError, TowerError, list_names, shorten
 
-__all__ = ["ModuleValue", "ReferenceModel", "flat_patches", "view_images"]
+__all__ = ["ModuleValue", "ReferenceModel", "flat_patches", "tile_images"]
 
 
 BESIDE_THE_TOWER = frozenset(
@@ -56,7 +56,7 @@ class ReferenceModel(ABC):
     """How to load and run transformers' implementation of one family."""
 
     row_order: ClassVar[Literal["tower", "raster"]] = "tower"
-    """Whether a view's patches stand in its modules as in the tower, or row by row."""
+    """Whether a tile's patches stand in its modules as in the tower, or row by row."""
     auto_class: str = "AutoModel"
     """Which of transformers' automatic classes makes the model."""
 
@@ -141,14 +141,14 @@ def flat_patches(batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
     return frames.expand(-1, -1, config.patch.temporal, -1).flatten(1)
 
 
-def view_images(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
-    """``[channels, height, width]`` of every view, put together again from its patches."""
+def tile_images(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
+    """``[channels, height, width]`` of every tile, put together again from its patches."""
     patch, images = config.patch, []
     class_rows = 1 if config.class_token else 0
     rows = zip(
-        batch.pixels.split(batch.views.lengths),
-        batch.positions.split(batch.views.lengths),
-        batch.view_grids,
+        batch.pixels.split(batch.tiles.lengths),
+        batch.positions.split(batch.tiles.lengths),
+        batch.tile_grids,
         strict=True,
     )
     for pixels, positions, (_, height, width) in rows:

@@ -160,7 +160,7 @@ class LlavaReference(ReferenceModel):
     """The image half of transformers' model, its selection of hidden states and its packing of tiles included."""
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> Mapping[str, torch.Tensor]:
-        """All views in one tensor, and of tiled images the height and width that they came with."""
+        """All tiles in one tensor, and of tiled images the height and width that they came with."""
         pixels = {"pixel_values": encoder_pixels(model.vision_tower, batch, config)}
         if not config.newline:
             return pixels

@@ -17,7 +17,7 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import OneFrame, Recipe, Stacked, Stored
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
-from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, view_images
+from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, tile_images
 from tritontower.preprocessing import LongestEdge, MistralResize
 
 from .config_fields import positive, rotary_theta, whole_heads
@@ -26,7 +26,7 @@ from .registry import MakePreprocessor
 __all__ = [
     "IGNORED",
     "NORM",
-    "ROOTS",
+    "PREFIXES",
     "PixtralReference",
     "TowerSize",
     "block_tensors",
@@ -38,7 +38,7 @@ __all__ = [
     "tower_tensors",
 ]
 
-ROOTS = {"vision_tower.": "tower.", "multi_modal_projector.": "projector."}
+PREFIXES = {"vision_tower.": "tower.", "multi_modal_projector.": "projector."}
 """Beginnings of the names of tensors in transformers' models."""
 
 IGNORED = ("tower.patch_positional_embedding.*",)
@@ -216,7 +216,7 @@ class PixtralReference(ReferenceModel):
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """All images, padded to one size as transformers' processor pads them, and the height and width of each."""
-        images = view_images(batch, config)
+        images = tile_images(batch, config)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
         pixels = batch.pixels.new_zeros(len(images), config.patch.channels, height, width)

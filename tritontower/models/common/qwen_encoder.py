@@ -22,9 +22,9 @@ __all__ = [
     "ATTENTION",
     "IGNORED",
     "NORMS",
+    "PREFIXES",
     "QWEN2_MERGER",
     "QWEN2_PROCESSOR",
-    "ROOTS",
     "QwenReference",
     "block_values",
     "merger_tensors",
@@ -36,7 +36,7 @@ __all__ = [
     "stored_blocks",
 ]
 
-ROOTS = {"visual.": ""}
+PREFIXES = {"visual.": ""}
 """Beginnings of the names of tensors."""
 
 IGNORED = ("rotary_pos_emb.inv_freq",)
@@ -181,7 +181,7 @@ class QwenReference(ReferenceModel):
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels of all the frames that a patch spans, and the grids."""
-        return flat_patches(batch, config), torch.tensor(batch.view_grids, device=batch.pixels.device)
+        return flat_patches(batch, config), torch.tensor(batch.tile_grids, device=batch.pixels.device)
 
     def outputs(
         self, model: Any, inputs: tuple[torch.Tensor, torch.Tensor], config: TowerConfig

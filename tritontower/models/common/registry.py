@@ -64,9 +64,9 @@ class Family:
 
     Attributes:
         config: what the tower is.
-        roots: beginnings of the stored names that belong to it → what they become
+        prefixes: beginnings of the stored names that belong to it → what they become
             (:func:`tritontower.checkpoint.files.strip_prefix`).
-        tensors: name of a weight of the layer graph → how it is stored, under names stripped by ``roots``.  Weights that
+        tensors: name of a weight of the layer graph → how it is stored, under names stripped by ``prefixes``.  Weights that
             the graph turns out not to need (blocks behind the last one, pooling heads) are listed as well, and may be
             missing from the checkpoint.
         ignored: :mod:`fnmatch` patterns of stripped names that hold nothing the tower needs.
@@ -76,14 +76,14 @@ class Family:
         mrope: how the language model numbers the tokens of images and videos; ``None`` where they have one position each,
             like text.
         prompt: how the language model's prompt has images; ``None`` for a tower that comes without one.
-        bidirectional_views: whether the language model lets the rows of a view attend to each other in both directions.
+        bidirectional_tiles: whether the language model lets the rows of a tile attend to each other in both directions.
         settle: called with the stripped names that the checkpoint really holds, where they decide what the
             configuration leaves open.
         model_type: whose file it is, as in :func:`model_types`: what other engines go by; :func:`read_family` fills it in.
     """
 
     config: TowerConfig
-    roots: Mapping[str, str]
+    prefixes: Mapping[str, str]
     tensors: Mapping[str, Recipe]
     preprocessors: Mapping[str, MakePreprocessor]
     reference: ReferenceModel | None
@@ -91,7 +91,7 @@ class Family:
     layout: Literal["hf", "mistral"] = "hf"
     mrope: MropeRule | None = None
     prompt: PromptLayout | None = None
-    bidirectional_views: bool = False
+    bidirectional_tiles: bool = False
     settle: Callable[["Family", Collection[str]], "Family"] | None = field(default=None)
     model_type: str = ""
 

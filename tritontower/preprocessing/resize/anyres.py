@@ -6,7 +6,7 @@ those of the canvas without its padding, row by row, each row ended by the newli
 than the model was trained for is shrunk first, by bilinear interpolation of its rows.
 
 An image is always seen in tiles.  transformers sees the images of a LLaVA-OneVision prompt with several in one
-view each; an embedding here does not depend on what else is in the call.
+tile each; an embedding here does not depend on what else is in the call.
 """
 
 import math
@@ -103,9 +103,9 @@ class Canvas:
         return self.tile_rows * self.side - 2 * self.top, self.tile_columns * self.side - 2 * self.left
 
     def rows_of(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Where the tokens at ``rows`` and ``columns`` of the kept part stand among all rows of all views."""
+        """Where the tokens at ``rows`` and ``columns`` of the kept part stand among all rows of all tiles."""
         rows, columns = rows + self.top, columns + self.left
-        # The squashed image is the first view.
+        # The squashed image is the first tile.
         tile = 1 + rows // self.side * self.tile_columns + columns // self.side
         return (tile * self.side + rows % self.side) * self.side + columns % self.side
 
@@ -194,11 +194,11 @@ class AnyResolution(Preprocessor):
 
     @cached_property
     def side(self) -> int:
-        """Side of every view, pixels.
+        """Side of every tile, pixels.
 
         Raises:
             ConfigError: a spelling of a size that is not known.
-            ProcessorError: views that are not square, or whose grid is not the tower's.
+            ProcessorError: tiles that are not square, or whose grid is not the tower's.
         """
         square = ("height", "width"), ("side",)
         size = self.settings.size("size", (*square, ("shortest_edge",)))
@@ -258,7 +258,7 @@ class AnyResolution(Preprocessor):
             width, height, patches // self.config.merge, (tile_rows, tile_columns), self.shrink_limit
         )
         return ImageLayout(
-            views=((1, patches, patches),) * (1 + tile_rows * tile_columns),
+            tiles=((1, patches, patches),) * (1 + tile_rows * tile_columns),
             processed_size=(canvas_width, canvas_height),
             grid=(1, tile_rows * patches, tile_columns * patches),
             assembly=tile_assembly(canvas, self.newline),
@@ -270,10 +270,10 @@ class AnyResolution(Preprocessor):
             "image_grid_pinpoints": [list(canvas) for canvas in self.canvases],
         }
 
-    def _views(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
-        return super()._views(image, bounds)[0]
+    def _tiles(self, image: CanonicalImage, bounds: Bounds) -> torch.Tensor:
+        return super()._tiles(image, bounds)[0]
 
-    def _resized_views(
+    def _resized_tiles(
         self, array: NDArray[np.uint8], layout: ImageLayout, resize: Resize
     ) -> Iterator[NDArray[np.uint8]]:
         side, (width, height) = self.side, layout.processed_size

@@ -83,7 +83,7 @@ class _Sizes:
 
     @property
     def final(self) -> tuple[int, int]:
-        """Width and height of every view, pixels."""
+        """Width and height of every tile, pixels."""
         size = self.crop or self.resize
         return size["width"], size["height"]
 
@@ -157,10 +157,10 @@ class FixedSize(Preprocessor):
 
     def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         sizes = self.sizes
-        views = 1 + (0 if self.crops is None else self.crops.crops(width, height))
-        self._check_planned((width, height), self._before_crop(width, height), views, "crop the image")
+        tiles = 1 + (0 if self.crops is None else self.crops.crops(width, height))
+        self._check_planned((width, height), self._before_crop(width, height), tiles, "crop the image")
         grid = self._grid(sizes)
-        return ImageLayout((grid,) * views, sizes.final, grid)
+        return ImageLayout((grid,) * tiles, sizes.final, grid)
 
     def _before_crop(self, width: int, height: int) -> tuple[int, int]:
         """Width and height of the largest image that the processor makes on its way, pixels."""
@@ -189,17 +189,17 @@ class FixedSize(Preprocessor):
             arguments["pan_and_scan_min_ratio_to_activate"] = self.crops.least_ratio
         return arguments
 
-    def _resized_views(
+    def _resized_tiles(
         self, array: NDArray[np.uint8], layout: ImageLayout, resize: Resize
     ) -> Iterator[NDArray[np.uint8]]:
         sizes = self.sizes
-        for view in self._seen(array, len(layout.views) - 1):
-            height, width = view.shape[:2]
+        for tile in self._seen(array, len(layout.tiles) - 1):
+            height, width = tile.shape[:2]
             if "shortest_edge" in sizes.resize:
                 size = scaled_by_shorter_side(width, height, sizes.resize["shortest_edge"])
             else:
                 size = sizes.resize["width"], sizes.resize["height"]
-            made = resize(view, size)
+            made = resize(tile, size)
             yield made if sizes.crop is None else cropped(made, sizes.crop["height"], sizes.crop["width"])
 
     def _seen(self, array: NDArray[np.uint8], crops: int) -> Iterator[NDArray[np.uint8]]:

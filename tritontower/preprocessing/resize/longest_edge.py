@@ -63,7 +63,7 @@ def checked_edge(edge: int, config: TowerConfig) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LongestEdge(Preprocessor):
-    """One view, its sides multiples of a token's, and no larger than the longest edge.
+    """One tile, its sides multiples of a token's, and no larger than the longest edge.
 
     Attributes:
         without_file: settings for a checkpoint that ships no processor's file, ``size`` and ``patch_size`` at least; a
@@ -131,7 +131,7 @@ class LongestEdge(Preprocessor):
         size = shrunk_to_fit(width, height, self._bounded(bounds), self.factor)
         self._check_planned((width, height), size, 1, "lower longest_edge")
         side = self.config.patch.size
-        return ImageLayout.of_one_view((1, size[1] // side, size[0] // side), side)
+        return ImageLayout.of_one_tile((1, size[1] // side, size[0] // side), side)
 
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         width, height = self._bounded(bounds)

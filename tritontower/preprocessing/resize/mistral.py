@@ -75,7 +75,7 @@ def _resampled(image: torch.Tensor, target: int, axis: int) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MistralResize(Preprocessor):
-    """One view, resized and normalized as ``mistral_common`` does.
+    """One tile, resized and normalized as ``mistral_common`` does.
 
     Attributes:
         longest_edge: greatest side before it is rounded up to a token's, pixels.
@@ -105,12 +105,12 @@ class MistralResize(Preprocessor):
         size = rounded_to_fit(width, height, edge, self.factor)
         self._check_planned((width, height), size, 1, "lower longest_edge")
         side = self.config.patch.size
-        return ImageLayout.of_one_view((1, size[1] // side, size[0] // side), side)
+        return ImageLayout.of_one_tile((1, size[1] // side, size[0] // side), side)
 
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         return {}
 
-    def _views(self, decoded: CanonicalImage, bounds: Bounds) -> torch.Tensor:
+    def _tiles(self, decoded: CanonicalImage, bounds: Bounds) -> torch.Tensor:
         width, height = self._plan(decoded.width, decoded.height, bounds).processed_size
         image = torch.from_numpy(decoded.array.copy())  # torch has no tensors that are read-only
         image = _resampled(_resampled(image, height, 0), width, 1)

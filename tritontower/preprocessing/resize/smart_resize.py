@@ -100,7 +100,7 @@ def _check_ratio(width: int, height: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SmartResize(Preprocessor):
-    """One view, resized to multiples of a token's side, its area within bounds.
+    """One tile, resized to multiples of a token's side, its area within bounds.
 
     Attributes:
         frame_budget: what the bounds of a video's area count: every frame alone, or all frames together.
@@ -166,7 +166,7 @@ class SmartResize(Preprocessor):
                 f"{planned} pixels in all; the limit is {self.limits.max_video_pixels}; take fewer frames, lower "
                 "max_pixels, or pass Limits(max_video_pixels=...)"
             )
-        return self._one_view(patches, (width, height), size)
+        return self._one_tile(patches, (width, height), size)
 
     def video(
         self,
@@ -202,13 +202,13 @@ class SmartResize(Preprocessor):
 
     def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         area = self._bounded(self.image_area, bounds, 1)
-        return self._one_view(1, (width, height), smart_resize(width, height, self.factor, area))
+        return self._one_tile(1, (width, height), smart_resize(width, height, self.factor, area))
 
-    def _one_view(self, temporal: int, original: tuple[int, int], size: tuple[int, int]) -> ImageLayout:
+    def _one_tile(self, temporal: int, original: tuple[int, int], size: tuple[int, int]) -> ImageLayout:
         self._check_planned(original, size, 1, "lower max_pixels")
         side = self.config.patch.size
         grid: Grid = (temporal, size[1] // side, size[0] // side)
-        return ImageLayout.of_one_view(grid, side)
+        return ImageLayout.of_one_tile(grid, side)
 
     def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         least, greatest = self._bounded(self.image_area, bounds, 1)
@@ -231,7 +231,7 @@ class SmartResize(Preprocessor):
         # A still image would come with its one frame repeated over the frames that a patch spans; one is enough.
         features = self._processed(array, temporal_patch_size=1, **arguments)
         _, rows, columns = layout.grid
-        self._check_made(features["image_grid_thw"].tolist(), ImageLayout.of_one_view((1, rows, columns), 1))
+        self._check_made(features["image_grid_thw"].tolist(), ImageLayout.of_one_tile((1, rows, columns), 1))
         pixels: torch.Tensor = features["pixel_values"]
         self._check_channels(pixels.shape[1] // self.config.patch.size**2)
         return pixels
@@ -240,8 +240,8 @@ class SmartResize(Preprocessor):
         self, frames: Sequence[CanonicalImage], layout: ImageLayout, each: Each, raw: bool
     ) -> torch.Tensor:
         """``[patches, inner]``: columns are channel, frame, row and column of the patch."""
-        patch, shortcut = self.config.patch, self.shortcut
-        pixels = pixel_matrix(layout.patches, patch.inner, raw=shortcut is not None)
+        patch, fast_path = self.config.patch, self.fast_path
+        pixels = pixel_matrix(layout.patches, patch.inner, raw=fast_path is not None)
         slots = pixels.view(layout.grid[0], -1, patch.channels, patch.temporal, patch.size**2)
 
         def fill(number: int, frame: CanonicalImage) -> None:
@@ -254,19 +254,19 @@ class SmartResize(Preprocessor):
         # The last frame is repeated until every temporal patch is full.
         filled = (len(frames) - 1) % patch.temporal + 1
         slots[-1, :, :, filled:] = slots[-1, :, :, filled - 1 : filled]
-        if shortcut is None or raw:
+        if fast_path is None or raw:
             return pixels
         values = pixel_matrix(layout.patches, patch.inner)
-        shortcut.rescaling.normalize(pixels.numpy(), values.numpy())
+        fast_path.rescaling.normalize(pixels.numpy(), values.numpy())
         return values
 
     def _frame_rows(self, frame: CanonicalImage, layout: ImageLayout) -> torch.Tensor:
-        """``[patches, channels · patch²]`` of one frame: bytes where there is a shortcut, else the processor's fp32."""
-        if self.shortcut is None:
+        """``[patches, channels · patch²]`` of one frame: bytes where there is a fast_path, else the processor's fp32."""
+        if self.fast_path is None:
             return self._rows(self._resized(frame, layout.processed_size), layout, do_resize=False)
         _, rows, columns = layout.grid
         made = np.empty((rows * columns, self.config.patch.still_inner), np.uint8)
-        array = resized(frame.array, layout.processed_size, self.shortcut.resample)
+        array = resized(frame.array, layout.processed_size, self.fast_path.resample)
         cut_bytes(array, self.config.patch.size, self.config.merge, made)
         return torch.from_numpy(made)
 

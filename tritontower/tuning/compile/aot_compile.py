@@ -4,7 +4,7 @@ A child process (:mod:`.children`) puts a stand-in in the place of Triton's driv
 the CPU, which nobody fills, in the place of the device's.  Then it calls the operation as a tower would.  Triton binds
 the arguments, specializes the kernel on them and compiles; there it ends.
 
-What was rehearsed is kept on disk, a file each, named by everything that decides what comes out: the kernel's source, the
+What was compiled ahead is kept on disk, a file each, named by everything that decides what comes out: the kernel's source, the
 source of what launches it and reads the machine code, the versions of Triton and of its assembler, the architecture, the
 launch and the configuration.  A run that is killed goes on where it was.  Of failures only the compiler's own are kept: a
 process that was killed, or ended because it took too long, says nothing of what a configuration compiles to.
@@ -34,12 +34,12 @@ from tritontower.tuning.tasks import Task
 from . import disassembly
 from .worker import Death, answer_orders, answers
 
-__all__ = ["Launch", "Order", "Rehearsal", "cache_folder", "problems", "rehearse", "stand_in"]
+__all__ = ["CompileResult", "Launch", "Order", "cache_folder", "compile_orders", "problems", "stand_in"]
 
 _CHILD = "from tritontower.tuning.compile.aot_compile import _serve; _serve()"
 
 _ROWS, _INNER, _HEADS = 256, 1024, 16
-"""Sizes of a rehearsal."""
+"""Sizes of a compile_result."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class CompileResult:
     """What became of an order."""
 
     launches: tuple[Launch, ...] = ()
@@ -90,7 +90,7 @@ class Rehearsal:
 
 
 def stand_in(order: Order) -> Order:
-    """The order whose rehearsal stands for ``order``'s: the same code is compiled for many sizes.
+    """The order whose compile_result stands for ``order``'s: the same code is compiled for many sizes.
 
     Kernels are specialized on whether a size is a multiple of 16 and whether blocks divide K, not on the size; and in how
     many parts K is cut matters only if it is cut.
@@ -126,37 +126,37 @@ def stand_in(order: Order) -> Order:
     return Order(same, tuple(sorted(config.items())), order.architecture)
 
 
-def problems(rehearsal: Rehearsal, architecture: str, dtype: str, *, products: bool = True) -> list[str]:
+def problems(compile_result: CompileResult, architecture: str, dtype: str, *, products: bool = True) -> list[str]:
     """Why a configuration may not be taken, as sentences; empty when it may."""
-    if rehearsal.error is not None:
-        return [f"does not compile: {rehearsal.error}"]
+    if compile_result.error is not None:
+        return [f"does not compile: {compile_result.error}"]
     broken = []
-    for launch in rehearsal.launches:
+    for launch in compile_result.launches:
         if launch.spills or launch.stack:
             broken.append(f"spills registers ({launch.spills} instructions, {launch.stack} bytes of stack)")
         if launch.shared_memory > SHARED_MEMORY_LIMIT[architecture]:
             limit = SHARED_MEMORY_LIMIT[architecture]
             broken.append(f"takes {launch.shared_memory} bytes of shared memory, the limit is {limit}")
     prefix = TENSOR_CORE_PREFIX[architecture]
-    if products and dtype != "float32" and not any(name.startswith(prefix) for name in rehearsal.main.tensor_core):
+    if products and dtype != "float32" and not any(name.startswith(prefix) for name in compile_result.main.tensor_core):
         broken.append(f"has no {prefix} instruction")
     return broken
 
 
 def cache_folder() -> Path:
-    """Where rehearsals are kept: ``compiled`` beside the user's tables."""
+    """Where compile_results are kept: ``compiled`` beside the user's tables."""
     return (tables.cache_folder() or Path(tempfile.gettempdir()) / "tritontower") / "compiled"
 
 
-def rehearse(
+def compile_orders(
     orders: Sequence[Order], *, workers: int = 1, cache: Path | None = None, deadline: float = math.inf
-) -> Generator[tuple[int, Rehearsal]]:
+) -> Generator[tuple[int, CompileResult]]:
     """Yields every order's index and what became of it, those first that are known from before.
 
     Args:
         orders: what to compile; orders that stand for the same compile are compiled once.
         workers: compiler processes at the same time.
-        cache: a folder to keep rehearsals in; ``None``: keep none.
+        cache: a folder to keep compile_results in; ``None``: keep none.
         deadline: of ``time.monotonic()``; what is not compiled then is not yielded.
     """
     places: dict[str, list[int]] = {}
@@ -172,9 +172,9 @@ def rehearse(
     todo = [stand_in(orders[places[digest][0]]) for digest in waiting]
     for position, answer in answers(todo, _CHILD, workers=workers, deadline=deadline):
         if isinstance(answer, Death):
-            done, lasting = Rehearsal(error=answer.reason), answer.aborted
+            done, lasting = CompileResult(error=answer.reason), answer.aborted
         else:
-            done, lasting = _rehearsal(answer), True
+            done, lasting = _compile_result(answer), True
         if cache is not None and lasting:
             _write(cache / f"{waiting[position]}.json", done)
         yield from ((index, done) for index in places[waiting[position]])
@@ -194,7 +194,7 @@ def _digest(order: Order) -> str:
 
 @lru_cache
 def _reading_digest() -> str:
-    """Of the text of what launches a kernel for a rehearsal and of what reads what it compiled to."""
+    """Of the text of what launches a kernel for a compile_result and of what reads what it compiled to."""
     files = (__file__, operations.__file__, static.__file__, disassembly.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
@@ -205,21 +205,23 @@ def _assembler(architecture: str) -> str | None:
     return ptxas_version(int(architecture.removeprefix("sm_"))) if architecture.startswith("sm_") else None
 
 
-def _rehearsal(answer: Mapping[str, Any], *, cached: bool = False) -> Rehearsal:
-    return Rehearsal(tuple(Launch(**launch) for launch in answer["launches"]), answer["error"], cached)
+def _compile_result(answer: Mapping[str, Any], *, cached: bool = False) -> CompileResult:
+    return CompileResult(tuple(Launch(**launch) for launch in answer["launches"]), answer["error"], cached)
 
 
-def _read(path: Path) -> Rehearsal | None:
+def _read(path: Path) -> CompileResult | None:
     try:
-        return _rehearsal(json.loads(path.read_text(encoding="utf-8")), cached=True)
+        return _compile_result(json.loads(path.read_text(encoding="utf-8")), cached=True)
     except (OSError, ValueError, TypeError, KeyError):  # absent, cut off, or of another release: it is done again
         return None
 
 
-def _write(path: Path, rehearsal: Rehearsal) -> None:
+def _write(path: Path, compile_result: CompileResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump({"launches": [asdict(launch) for launch in rehearsal.launches], "error": rehearsal.error}, file)
+        json.dump(
+            {"launches": [asdict(launch) for launch in compile_result.launches], "error": compile_result.error}, file
+        )
     os.replace(file.name, path)
 
 
