@@ -143,12 +143,12 @@ def _repeats(tower: VisionTower, batch: PackedBatch, least: int) -> int:
 
 
 def squares(*counts: int) -> list[Pass]:
-    """Passes over one square image each, or as many views of a fixed size."""
+    """CudaGraphCache over one square image each, or as many views of a fixed size."""
     return [(f"{count} patches", partial(square, patches=count)) for count in counts]
 
 
 def packs(*names: str) -> list[Pass]:
-    """Passes over named packs."""
+    """CudaGraphCache over named packs."""
     return [(name, partial(images_of, sizes=PACKS[name])) for name in names]
 
 

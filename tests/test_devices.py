@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tritontower import EmbeddingCache, load_embeddings, save_embeddings
-from tritontower.devices import device_of
+from tritontower.devices import parse_device
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import BackendUnavailableError, UsageError
 
@@ -28,10 +28,10 @@ def test_a_gpu_has_the_number_of_the_threads_current_one(
     device: str | torch.device | None, current: threading.local
 ) -> None:
     current.index = 1
-    assert device_of(device) == torch.device("cuda", 1)
+    assert parse_device(device) == torch.device("cuda", 1)
     assert EmbeddingCache(100, device=device).device == torch.device("cuda", 1)
     others: list[torch.device] = []
-    thread = threading.Thread(target=lambda: others.append(device_of(device)))
+    thread = threading.Thread(target=lambda: others.append(parse_device(device)))
     thread.start()
     thread.join()
     assert others == [torch.device("cuda", 0)], "a thread's current GPU is its own"
@@ -39,10 +39,10 @@ def test_a_gpu_has_the_number_of_the_threads_current_one(
 
 @pytest.mark.usefixtures("current")
 def test_a_number_that_is_given_stays() -> None:
-    assert device_of("cuda:3") == torch.device("cuda", 3)
-    assert device_of("cpu") == torch.device("cpu")
+    assert parse_device("cuda:3") == torch.device("cuda", 3)
+    assert parse_device("cpu") == torch.device("cpu")
     with pytest.raises(BackendUnavailableError, match="sees 4 GPUs here, counted from 0"):
-        device_of("cuda:4")
+        parse_device("cuda:4")
 
 
 def test_embeddings_are_loaded_where_there_is_something(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

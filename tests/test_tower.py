@@ -145,12 +145,12 @@ def test_a_tower_that_goes_gives_its_memory_back_at_once(qwen2_vl: Path) -> None
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu")
     tower.encode(IMAGES[:2])
     batches = [tower.preprocess(IMAGES[0], raw=raw) for raw in (False, True)]
-    executors = [weakref.ref(tower.executor_for(batch)) for batch in batches]
+    runner = [weakref.ref(tower.executor_for(batch)) for batch in batches]
     gc.collect()
     gc.disable()
     try:
         del tower
-        assert [executor() for executor in executors] == [None, None]
+        assert [executor() for executor in runner] == [None, None]
     finally:
         gc.enable()
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .config import TowerConfig
-from .devices import device_of
+from .devices import parse_device
 from .embedding import ImageEmbedding
 from .errors import UsageError, is_out_of_memory, shorten
 from .preprocessing import Bounds, Preprocessor
@@ -81,7 +81,7 @@ class EmbeddingCache:
         if not isinstance(max_bytes, int) or isinstance(max_bytes, bool) or max_bytes < 0:
             raise UsageError(f"max_bytes is {shorten(max_bytes)}; allowed: a whole number of bytes ≥ 0")
         self.max_bytes = max_bytes
-        self.device = device_of(device)
+        self.device = parse_device(device)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = self._hits = self._misses = self._evictions = 0
         self._lock = Lock()

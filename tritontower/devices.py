@@ -4,12 +4,12 @@ import torch
 
 from .errors import BackendUnavailableError, UsageError
 
-__all__ = ["device_of", "dtype_of"]
+__all__ = ["parse_device", "parse_dtype"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def device_of(device: str | torch.device | None) -> torch.device:
+def parse_device(device: str | torch.device | None) -> torch.device:
     """The device that is meant, by default the GPU that is the calling thread's current one, or else the CPU.
 
     A GPU always comes with its number: which one is current is each thread's own affair.
@@ -40,7 +40,7 @@ def device_of(device: str | torch.device | None) -> torch.device:
     return where
 
 
-def dtype_of(dtype: str | torch.dtype) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """The dtype that is meant; ``None`` for ``"auto"``.
 
     Raises:

@@ -17,7 +17,7 @@ import torch
 
 from .batch.packed_batch import Grid
 from .checkpoint.files import explained, open_safetensors
-from .devices import device_of
+from .devices import parse_device
 from .errors import CheckpointCorruptError, EmbeddingFileError, UsageError, shorten
 
 __all__ = ["ImageEmbedding", "checked_alias", "load_embeddings", "save_embeddings"]
@@ -216,7 +216,7 @@ def load_embeddings(path: str | Path, *, device: torch.device | str = "cpu") -> 
         BackendUnavailableError: it is not here.
         EmbeddingFileError: there is no such file, it is damaged or something else, or it contradicts itself.
     """
-    where = device_of(device)
+    where = parse_device(device)
     path = Path(path)
     if not path.exists():
         raise EmbeddingFileError(f"{path}: there is no such file")

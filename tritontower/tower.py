@@ -17,12 +17,12 @@ from .cache import EmbeddingCache, embedding_key, files_identity, tower_identity
 from .checkpoint.checkpoint import Checkpoint, Progress
 from .checkpoint.hub import fetch_shards, locate
 from .config import TowerConfig
-from .devices import device_of, dtype_of
+from .devices import parse_device, parse_dtype
 from .embedding import ImageEmbedding, checked_alias
-from .engine.cuda_graphs import CaptureLimits, plan_planned_pass
+from .engine.cuda_graphs import CaptureLimits, plan_static_buffers
 from .engine.executor import Executor
 from .engine.onednn_weights import pack_weights
-from .engine.runner import Executors, expected_weights_bytes
+from .engine.runner import ModelRunner, expected_weights_bytes
 from .engine.weight_loader import read_weights, stored_shapes
 from .errors import Limits, TowerNotLoadedError, UsageError, shorten
 from .graph.builder import build
@@ -97,7 +97,7 @@ class VisionTower:
         self._fetch = fetch
         self.cache = cache
         self._cuda_graphs = cuda_graphs
-        self._executors: Executors | None = None
+        self._runner: ModelRunner | None = None
         self._weights_identity = token_hex(32)
         self._load_lock = Lock()
         self._describe(family)
@@ -163,8 +163,8 @@ class VisionTower:
         check_instance("limits", limits, (Limits, NoneType), "Limits(...), or None")
         check_instance("cache", cache, (EmbeddingCache, NoneType), "an EmbeddingCache, or None")
         check_instance("cuda_graphs", cuda_graphs, (bool, CaptureLimits), "True, False, or CaptureLimits(...)")
-        where = device_of(device)
-        wanted = dtype_of(dtype)
+        where = parse_device(device)
+        wanted = parse_dtype(dtype)
         folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         reader = configuration_in(folder)
         family = with_features(read_family(reader), feature_layer, feature_select)
@@ -218,13 +218,13 @@ class VisionTower:
     def load(self, progress: Progress | None = None) -> "VisionTower":
         """Reads the weights, if they are not there yet; returns the tower."""
         with self._load_lock:
-            if self._executors is None:
+            if self._runner is None:
                 sources = self._read_weights(progress)
                 if not self._shares_weights:
                     pack_weights(self._graphs, sources)
                 preprocessor = self.preprocessor  # not the tower: one that goes is to give its memory back at once
                 # Assigned when all of it is there: other threads may already be asking.
-                self._executors = Executors(
+                self._runner = ModelRunner(
                     self.config,
                     self._graphs,
                     sources,
@@ -239,11 +239,11 @@ class VisionTower:
         return (self.graph, self._video_graph) if self.config.patch.temporal > 1 else (self.graph,)
 
     @property
-    def _loaded(self) -> Executors:
-        """The executors, of a tower that has its weights."""
-        if self._executors is None:
+    def _loaded(self) -> ModelRunner:
+        """The runner, of a tower that has its weights."""
+        if self._runner is None:
             raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
-        return self._executors
+        return self._runner
 
     def _read_weights(self, progress: Progress | None) -> dict[str, torch.Tensor]:
         with self._checkpoint() as checkpoint:
@@ -267,7 +267,7 @@ class VisionTower:
     @property
     def is_loaded(self) -> bool:
         """Whether the weights are there."""
-        return self._executors is not None
+        return self._runner is not None
 
     @property
     def device(self) -> torch.device:
@@ -295,8 +295,8 @@ class VisionTower:
         such a batch has come.  Before, it is what is going to be held, but for oneDNN's blocks, the projection for bytes
         and gaps between tensors: for published towers about a percent less.
         """
-        if self._executors is not None:
-            return self._executors.weights_bytes
+        if self._runner is not None:
+            return self._runner.weights_bytes
         return expected_weights_bytes(self._graphs, self.dtype.itemsize)
 
     @property
@@ -583,7 +583,7 @@ class VisionTower:
 
         Each runs once with noise for images: what is compiled at first use is compiled, memory is taken, and on a GPU
         the pass is captured as a CUDA graph, unless that was switched off.  Without this, a pass is captured when its size
-        comes the second time.  Passes whose patches differ by less than a sixteenth may share a graph.
+        comes the second time.  CudaGraphCache whose patches differ by less than a sixteenth may share a graph.
 
         On a CPU nothing is captured, and nothing done.  A video's passes are captured as they come.  While a pass is
         captured, other threads may use the GPU, but for torch's random numbers on it.
@@ -599,7 +599,7 @@ class VisionTower:
             UsageError: a size that is none.
             TowerNotLoadedError: the weights are not there yet.
         """
-        executors = self._loaded
+        runner = self._loaded
         sizes = [pack_of(pack) for pack in packs]
         workloads = [self.workload(pack, **bounds) for pack in sizes]
         if self.device.type != "cuda":
@@ -609,13 +609,13 @@ class VisionTower:
         # The largest first: the others find room in its memory.
         for _, pack in sorted(zip((-workload.patches for workload in workloads), sizes, strict=True)):
             batch = self.preprocess([noise.integers(256, size=(h, w, 3), dtype=np.uint8) for w, h in pack], **bounds)
-            warm += executors.of(batch).warm_up(batch)
+            warm += runner.of(batch).warm_up(batch)
         return warm
 
     @property
     def captured_bytes(self) -> int:
         """Bytes of device memory that captured passes hold; :meth:`release` gives them back."""
-        return 0 if self._executors is None else self._executors.captured_bytes
+        return 0 if self._runner is None else self._runner.captured_bytes
 
     def executor_for(self, batch: PackedBatch) -> Executor:
         """What runs ``batch``: still images and videos have a graph each, over the same weights.
@@ -640,7 +640,7 @@ class VisionTower:
         input_data_format: ChannelOrder | None = None,
     ) -> Call:
         """What a call of :meth:`encode` or :meth:`encode_video` works with."""
-        executors = self._loaded
+        runner = self._loaded
         self.preprocessor.check_bounds(bounds)
         if on_error not in ("raise", "return"):
             raise UsageError(f"on_error is {shorten(on_error)}; allowed: 'raise', 'return'")
@@ -650,9 +650,9 @@ class VisionTower:
             preprocessor=self.preprocessor,
             bounds=bounds,
             run=self._pass,
-            release=executors.release,
+            release=runner.release,
             device=self.device,
-            output_device=self.device if output_device is None else device_of(output_device),
+            output_device=self.device if output_device is None else parse_device(output_device),
             raw=self._raw,
             input_data_format=input_data_format,
             max_patches=int(max_patches or patches_per_pass(self._sample_plan, self.device)),
@@ -664,8 +664,8 @@ class VisionTower:
 
     def release(self) -> None:
         """Gives back what passes have left on the device beside the weights; the next pass takes it again."""
-        if self._executors is not None:
-            self._executors.release()
+        if self._runner is not None:
+            self._runner.release()
 
     @cached_property
     def _sample_plan(self) -> MemoryPlan:
@@ -707,7 +707,7 @@ class VisionTower:
             return plan_memory(self.graph, workload, self.dtype.itemsize, cpu_dtype=cpu_dtype)
         tile_rows = self.config.longest_segment
         raw = self._raw is None and self.preprocessor.rescaling is not None
-        return plan_planned_pass(
+        return plan_static_buffers(
             self.graph,
             workload,
             self.dtype.itemsize,

@@ -283,14 +283,14 @@ def test_companions_that_belong_to_nothing_are_unexpected(tmp_path: Path, extra:
 
 
 def test_dtype_is_that_of_the_plain_tensors_or_the_recorded_one_or_bfloat16(tmp_path: Path) -> None:
-    def dtype_of(tensors: Tensors) -> torch.dtype:
+    def parse_dtype(tensors: Tensors) -> torch.dtype:
         return Checkpoint.open(write(tmp_path, tensors), prefixes=PREFIXES).dtype
 
     packed, _ = four_bit((60, 50))
     scaled = {"visual.y.weight": float8((130, 7)), "visual.y.weight_scale": torch.ones(1)}
-    assert dtype_of({**packed, **scaled, "visual.norm": torch.ones(2)}) == torch.float32
-    assert dtype_of({**scaled, **packed}) == torch.float16
-    assert dtype_of(scaled) == torch.bfloat16
+    assert parse_dtype({**packed, **scaled, "visual.norm": torch.ones(2)}) == torch.float32
+    assert parse_dtype({**scaled, **packed}) == torch.float16
+    assert parse_dtype(scaled) == torch.bfloat16
 
 
 def test_closed_checkpoint_keeps_the_shapes_that_were_asked_for(tmp_path: Path) -> None:

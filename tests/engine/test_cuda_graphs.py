@@ -27,7 +27,7 @@ from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.engine import cuda_graphs
 from tritontower.engine.buckets import STEPS, Division, Planner, planned, rounded
-from tritontower.engine.cuda_graphs import CaptureLimits, CudaGraphs, plan_planned_pass
+from tritontower.engine.cuda_graphs import CaptureLimits, CudaGraphs, plan_static_buffers
 from tritontower.engine.executor import Executor
 from tritontower.errors import TowerNotLoadedError, UsageError
 from tritontower.graph.ir import Workload
@@ -693,7 +693,7 @@ def test_the_plan_of_a_planned_pass_is_its_memory(case: TowerCase, towers: Tower
     _, planned_one = both(tower)
     batch = batches_of(case, tower)[0]
     config = tower.config
-    plan = plan_planned_pass(
+    plan = plan_static_buffers(
         tower.graph,
         batch.workload,
         4,

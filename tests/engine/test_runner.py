@@ -1,4 +1,4 @@
-"""The executors of a tower: which batch each takes, what they share, and how much memory the weights take."""
+"""The runner of a tower: which batch each takes, what they share, and how much memory the weights take."""
 
 import gc
 import threading
@@ -17,7 +17,7 @@ from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.engine import cuda_graphs
 from tritontower.engine.ops import TRANSFORMS
-from tritontower.engine.runner import Executors, expected_weights_bytes
+from tritontower.engine.runner import ModelRunner, expected_weights_bytes
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import KERNEL_PASSES, fold_still_images, fuse
@@ -38,7 +38,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
 
     def tower(name: str) -> VisionTower:
         if name not in folders:
-            folders[name] = CASES[name].save(tmp_path_factory.mktemp("executors") / name)
+            folders[name] = CASES[name].save(tmp_path_factory.mktemp("runner") / name)
         return VisionTower.from_pretrained(folders[name], device="cpu", delay_load=True)
 
     return tower
@@ -50,9 +50,9 @@ def graphs_of(tower: VisionTower) -> list[Graph]:
     return [fold_still_images(videos), videos]
 
 
-def made(tower: VisionTower, *, rescaled: bool = True) -> Executors:
+def made(tower: VisionTower, *, rescaled: bool = True) -> ModelRunner:
     rescaling = tower.preprocessor.rescaling if rescaled else None
-    return Executors(tower.config, graphs_of(tower), tower._read_weights(None), rescaling=lambda: rescaling)
+    return ModelRunner(tower.config, graphs_of(tower), tower._read_weights(None), rescaling=lambda: rescaling)
 
 
 def packs(tower: VisionTower) -> dict[str, PackedBatch]:
@@ -67,31 +67,31 @@ def packs(tower: VisionTower) -> dict[str, PackedBatch]:
 
 def test_every_kind_of_batch_has_an_executor_of_its_own(towers: Towers) -> None:
     tower = towers("qwen2_vl")
-    executors = made(tower)
-    assert len([*executors]) == 2, "those for bytes only when there are any"
-    found = {name: executors.of(batch) for name, batch in packs(tower).items()}
+    runner = made(tower)
+    assert len([*runner]) == 2, "those for bytes only when there are any"
+    found = {name: runner.of(batch) for name, batch in packs(tower).items()}
     assert len(set(found.values())) == 4
-    assert set(executors) == set(found.values())
+    assert set(runner) == set(found.values())
     for name, batch in packs(tower).items():
-        assert executors.of(batch) is found[name]
+        assert runner.of(batch) is found[name]
         assert found[name].graph.values["pixels"].width == batch.pixels.shape[1]
         assert (found[name].graph.values["pixels"].dtype == "uint8") == (batch.pixels.dtype == torch.uint8)
 
 
 def test_threads_that_bring_the_first_bytes_share_one_executor(towers: Towers) -> None:
     tower = towers("qwen2_vl")
-    executors = made(tower)
+    runner = made(tower)
     raw = packs(tower)["stills in bytes"]
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(executors.of, [raw] * 8))
+        found = set(pool.map(runner.of, [raw] * 8))
     assert len(found) == 1
-    assert len([*executors]) == 3
+    assert len([*runner]) == 3
 
 
 def test_weights_are_shared_but_for_the_patch_projection(towers: Towers) -> None:
     tower = towers("qwen2_vl")
-    executors = made(tower)
-    still, still_bytes, video, video_bytes = (executors.of(batch) for batch in packs(tower).values())
+    runner = made(tower)
+    still, still_bytes, video, video_bytes = (runner.of(batch) for batch in packs(tower).values())
     for other in (video, still_bytes, video_bytes):
         shared = still.weights.keys() & other.weights.keys()
         own = {name for name in other.weights.keys() ^ still.weights.keys() if "patch_projection" not in name}
@@ -118,24 +118,24 @@ def test_batches_of_other_towers_are_refused_with_what_this_one_takes(towers: To
 
 def test_release_reaches_all_of_them(towers: Towers) -> None:
     tower = towers("qwen2_vl")
-    executors = made(tower)
+    runner = made(tower)
     for batch in packs(tower).values():
-        executors.of(batch).run(batch)
-    assert all(executor._arena.numel() > 0 for executor in executors)
-    executors.release()
-    assert [executor._arena.numel() for executor in executors] == [0, 0, 0, 0]
-    assert executors.captured_bytes == 0
+        runner.of(batch).run(batch)
+    assert all(executor._arena.numel() > 0 for executor in runner)
+    runner.release()
+    assert [executor._arena.numel() for executor in runner] == [0, 0, 0, 0]
+    assert runner.captured_bytes == 0
 
 
 def test_release_leaves_torchs_caches_alone_while_a_pass_is_captured(
     towers: Towers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executors = made(towers("qwen2_vl"))
-    for executor in executors:
+    runner = made(towers("qwen2_vl"))
+    for executor in runner:
         executor.device = torch.device("cuda")  # as far as releasing goes
     emptied = threading.Event()
     monkeypatch.setattr(torch.cuda, "empty_cache", emptied.set)
-    thread = threading.Thread(target=executors.release)
+    thread = threading.Thread(target=runner.release)
     with cuda_graphs._capturing:
         thread.start()
         assert not emptied.wait(0.1), "torch does not allow it during a capture, whoever captures"

@@ -12,7 +12,7 @@ from support.towers import TowerCase, all_cases
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tritontower import VisionTower
-from tritontower.batch.normalization import Rescaling
+from tritontower.batch.normalization import PixelNormalization
 from tritontower.engine.executor import Executor
 from tritontower.engine.uint8_graph import folded_tensors, graph_for_bytes
 from tritontower.errors import UsageError
@@ -205,7 +205,7 @@ def test_a_class_token_needs_positions_in_the_same_node(saved: Saved) -> None:
         folded_tensors(
             graph,
             {"patch_projection.weight": torch.zeros(1)},
-            Rescaling(1.0, (0.0,) * 3, (1.0,) * 3),
+            PixelNormalization(1.0, (0.0,) * 3, (1.0,) * 3),
             class_token=True,
         )
 

@@ -270,7 +270,7 @@ def test_kernels_rotate_in_the_projection_and_leave_six_nodes() -> None:
     assert projection.inputs == ("blocks.7.norm1_rows", "cosines", "sines")
     assert projection.outputs == ("blocks.7.rotated",)
     weight = graph.weights[projection.weights["weight"]]
-    assert weight.arrangement == HeadOrder(16, 80, pairs=True)
+    assert weight.weight_layout == HeadOrder(16, 80, pairs=True)
     assert weight.held_name not in graph.sources
     assert weight.held_shape == weight.source_shape == (3840, 1280)
     assert graph.sources == graph_of("default").sources
@@ -290,8 +290,8 @@ def test_heads_of_72_get_eight_columns_of_padding(rotated: bool) -> None:
     assert attention.attributes["head_dim"] == 72
     assert attention.attributes["queries_scaled"]
     assert projection.attributes["query_scale"] * math.log(2) == pytest.approx(72**-0.5)
-    arrangements = {role: graph.weights[name].arrangement for role, name in projection.weights.items()}
-    assert arrangements == {
+    weight_layout = {role: graph.weights[name].weight_layout for role, name in projection.weights.items()}
+    assert weight_layout == {
         "weight": HeadOrder(16, 72, 80, pairs=rotated),
         "bias": HeadOrder(16, 72, 80, pairs=rotated, ones=True),
     }
@@ -312,9 +312,9 @@ def test_gates_and_ups_take_turns_in_a_gated_mlp() -> None:
     mlp = node_of(interleaved, "blocks.1.mlp")
     assert mlp.attributes["activation"] == "silu_gated_interleaved"
     weight = interleaved.weights[mlp.weights["weight_1"]]
-    assert isinstance(weight.arrangement, InterleavedGates)
+    assert isinstance(weight.weight_layout, InterleavedGates)
     assert weight.held_shape == (2 * 3456, 1280)
-    assert interleaved.weights[mlp.weights["weight_2"]].arrangement is None
+    assert interleaved.weights[mlp.weights["weight_2"]].weight_layout is None
     assert interleave_gated(graph_of("default")) == graph_of("default")
 
 

@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tritontower.batch.normalization import HUGE_PAGE, PIXEL_CENTER, Rescaling, fresh
+from tritontower.batch.normalization import HUGE_PAGE, PIXEL_CENTER, PixelNormalization, fresh
 from tritontower.errors import ImageTooLargeError, Limits, UsageError
 from tritontower.preprocessing import AnyResolution, FixedSize, LongestEdge, MistralResize, Preprocessor, SmartResize
 from tritontower.preprocessing import fast_path as fast_path_module
@@ -163,9 +163,9 @@ def test_every_arithmetic_of_the_pixels(tmp_path: Path, name: str) -> None:
 
 
 def test_division_by_255_is_used_only_where_it_is_exact() -> None:
-    usual = Rescaling(1 / 255, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    usual = PixelNormalization(1 / 255, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     assert usual._divides
-    odd = Rescaling(1 / 254, usual.means, usual.deviations)
+    odd = PixelNormalization(1 / 254, usual.means, usual.deviations)
     assert not odd._divides
     raw = np.random.default_rng(0).integers(0, 256, (300, 3 * 25), np.uint8)
     for rescaling in (usual, odd):
@@ -323,7 +323,7 @@ def test_the_cut_leaves_out_what_is_no_whole_patch() -> None:
     image = noise(11, 14)
     raw, values = np.empty((6, 48), np.uint8), np.empty((6, 48), np.float32)
     cut_bytes(image, 4, 1, raw)
-    cut_values(image, 4, 1, Rescaling(1.0, (0.0,) * 3, (1.0,) * 3), values)
+    cut_values(image, 4, 1, PixelNormalization(1.0, (0.0,) * 3, (1.0,) * 3), values)
     assert np.array_equal(raw, values)
     assert np.array_equal(raw[5].reshape(3, 4, 4), image[8:12, 4:8].transpose(2, 0, 1))
 

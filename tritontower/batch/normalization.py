@@ -1,7 +1,7 @@
 """What a pixel's byte means to a tower: the arithmetic of transformers' ``rescale`` and ``normalize``, and its inverse.
 
 A value is ``(byte × factor − mean) / deviation``, where the product is computed in fp64 and rounded to fp32, and the rest
-in fp32: there are 256 values per channel, and :attr:`Rescaling.table` lists them.  Where a tower's weights take bytes
+in fp32: there are 256 values per channel, and :attr:`PixelNormalization.table` lists them.  Where a tower's weights take bytes
 instead (:mod:`tritontower.engine.uint8_graph`), the arithmetic is in the weights.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER, fold_normalization
 
-__all__ = ["PIXEL_CENTER", "Rescaling", "fresh"]
+__all__ = ["PIXEL_CENTER", "PixelNormalization", "fresh"]
 
 BYTES = 256
 LARGEST_BYTE = np.float32(255)
@@ -41,7 +41,7 @@ def fresh(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class Rescaling:
+class PixelNormalization:
     """How bytes become what a tower was trained on.
 
     Attributes:

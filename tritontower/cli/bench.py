@@ -280,9 +280,9 @@ def _drawing(text: str) -> Path:
 
 
 def _device(arguments: argparse.Namespace) -> "torch.device":
-    from tritontower.devices import device_of
+    from tritontower.devices import parse_device
 
-    return device_of(arguments.device)
+    return parse_device(arguments.device)
 
 
 def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequence[Source]":

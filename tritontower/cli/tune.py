@@ -153,7 +153,7 @@ def _identity(arguments: argparse.Namespace) -> "Identity":
         return static_identity(arguments.arch)
     import torch
 
-    from tritontower.devices import device_of
+    from tritontower.devices import parse_device
     from tritontower.kernels.runtime import tables
     from tritontower.kernels.runtime._triton import HAS_TRITON
 
@@ -166,7 +166,7 @@ def _identity(arguments: argparse.Namespace) -> "Identity":
         raise BackendUnavailableError(
             "there is no GPU here to measure on; `--static --arch sm_90` predicts without one, for the architecture named"
         )
-    device = device_of(_device(arguments))
+    device = parse_device(_device(arguments))
     if device.type != "cuda":
         raise UsageError(f"--device is {arguments.device!r}; configurations are measured on a GPU, such as cuda:0")
     return tables.identity(device)
@@ -182,7 +182,7 @@ def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
 
     from tritontower.checkpoint.config_reader import ConfigReader
     from tritontower.checkpoint.hub import CONFIG_NAME, locate
-    from tritontower.devices import dtype_of
+    from tritontower.devices import parse_dtype
     from tritontower.errors import CheckpointNotFoundError
     from tritontower.models.common.registry import MISTRAL_FORMAT, declared_dtype, read_family
 
@@ -195,7 +195,7 @@ def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
     if path is None:
         raise CheckpointNotFoundError(f"there is no configuration file {paths[0]}")
     reader = ConfigReader.from_file(path)
-    dtype = dtype_of(arguments.dtype) or declared_dtype(reader) or torch.bfloat16
+    dtype = parse_dtype(arguments.dtype) or declared_dtype(reader) or torch.bfloat16
     return read_family(reader).config, dtype
 
 

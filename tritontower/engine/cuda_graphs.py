@@ -1,11 +1,11 @@
-"""Passes over padded buffers that stay where they are, and the CUDA graphs that replay them.
+"""CudaGraphCache over padded buffers that stay where they are, and the CUDA graphs that replay them.
 
-A :class:`PlannedPass` is what all packs of one :class:`~tritontower.engine.buckets.Bucket` share: buffers for the inputs, tables of
-segments, an arena, and buffers for the outputs, all at fixed addresses.  :meth:`PlannedPass.fill` brings a pack into
+A :class:`StaticBuffers` is what all packs of one :class:`~tritontower.engine.buckets.Bucket` share: buffers for the inputs, tables of
+segments, an arena, and buffers for the outputs, all at fixed addresses.  :meth:`StaticBuffers.fill` brings a pack into
 them, one copy for the pixels and one for everything else, out of page-locked memory and without waiting; what then runs,
 launch by launch or as one graph, is the same for every pack.
 
-:class:`Passes` keeps them.  A bucket's first pack runs launch by launch.  Its second does, too, and is then captured: the
+:class:`CudaGraphCache` keeps them.  A bucket's first pack runs launch by launch.  Its second does, too, and is then captured: the
 graph's first replay has to reproduce that pass bit for bit, or the bucket stays without one.  A capture that fails is
 remembered likewise, with one warning each; only one for which there was no memory is tried again, when its bucket has come
 several times as often: there may be some then.
@@ -33,18 +33,18 @@ from tritontower.kernels.runtime.segments import PlannedSegments, Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
 from .buckets import Bucket, Division, Planner, planned
-from .ops import PassFacts, Step, Tensors
+from .ops import BatchMetadata, Step, Tensors
 
 __all__ = [
     "CaptureBackend",
     "CaptureLimits",
+    "CudaGraphCache",
     "CudaGraphs",
     "Observer",
-    "Passes",
-    "PlannedPass",
     "Replay",
+    "StaticBuffers",
     "empty_cache",
-    "plan_planned_pass",
+    "plan_static_buffers",
 ]
 
 logger = logging.getLogger("tritontower")
@@ -59,7 +59,7 @@ USES_BEFORE_CAPTURE = 2
 MOST_HISTORIES = 4096
 """Buckets whose uses are remembered."""
 MOST_UNCAPTURED = 16
-"""Passes without a graph that are kept laid out."""
+"""CudaGraphCache without a graph that are kept laid out."""
 
 _WORD = 4
 _APART = 16 // _WORD  # words: pointers to multiples of 16 bytes are what kernels are compiled for
@@ -264,7 +264,7 @@ class _Tables:
         return self._words[start : start + words]
 
 
-class PlannedPass:
+class StaticBuffers:
     """The buffers of all packs of one bucket.
 
     Attributes:
@@ -291,7 +291,7 @@ class PlannedPass:
                 held = PlannedSegments(division.total, division.count, division.longest, tables.allocate)
                 self._divisions[name] = (division, held)
         held_divisions = {name: held for name, (_, held) in self._divisions.items()}
-        self.facts = PassFacts(
+        self.facts = BatchMetadata(
             segments=held_divisions.get("segments", Segments([])),
             windows=held_divisions.get("windows"),
             tiles=held_divisions.get("tiles", Segments([])),
@@ -375,7 +375,7 @@ def _live_places() -> Iterator[tuple[Rows, int]]:
     return ((dimension, number * _APART) for number, dimension in enumerate(_DIMENSIONS))
 
 
-def plan_planned_pass(
+def plan_static_buffers(
     graph: Graph,
     workload: Workload,
     itemsize: int,
@@ -420,7 +420,7 @@ class _History:
         self.due = 2 * (self.due + self.uses)
 
 
-class Passes:
+class CudaGraphCache:
     """The planned passes of one graph; one caller at a time.
 
     Args:
@@ -447,7 +447,7 @@ class Passes:
         self._graph, self._steps, self._dtype, self._device = graph, steps, dtype, device
         self._planner = Planner(graph, device)
         self._backend, self._limits = backend, limits
-        self._passes: OrderedDict[Bucket, PlannedPass] = OrderedDict()
+        self._passes: OrderedDict[Bucket, StaticBuffers] = OrderedDict()
         self._histories: OrderedDict[Bucket, _History] = OrderedDict()
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
 
@@ -501,7 +501,7 @@ class Passes:
         self._passes.clear()
         self.memory = self.memory.new_empty(0)
 
-    def _of(self, bucket: Bucket) -> tuple[PlannedPass, _History]:
+    def _of(self, bucket: Bucket) -> tuple[StaticBuffers, _History]:
         """The pass and the history of a bucket, which become the most recently used."""
         history = self._histories.setdefault(bucket, _History())
         self._histories.move_to_end(bucket)
@@ -510,7 +510,7 @@ class Passes:
         entry = self._passes.get(bucket)
         if entry is None:
             layout = _Layout(self._graph, bucket, self._dtype)
-            entry = PlannedPass(self._graph, bucket, layout, self._memory_of(layout.size))
+            entry = StaticBuffers(self._graph, bucket, layout, self._memory_of(layout.size))
             self._passes[bucket] = entry
             idle = [key for key, other in self._passes.items() if other.replay is None]
             for key in idle[:-MOST_UNCAPTURED]:
@@ -527,23 +527,23 @@ class Passes:
             self.memory = torch.empty(size, dtype=torch.uint8, device=self._device)
         return self.memory
 
-    def _launch(self, entry: PlannedPass) -> None:
+    def _launch(self, entry: StaticBuffers) -> None:
         tensors, facts = entry.tensors, entry.facts
         for _, step in self._steps:
             step(tensors, facts)
 
-    def _observed(self, entry: PlannedPass, batch: PackedBatch, observer: Observer) -> None:
+    def _observed(self, entry: StaticBuffers, batch: PackedBatch, observer: Observer) -> None:
         live = entry.live(batch.workload)
         for node, step in self._steps:
             step(entry.tensors, entry.facts)
             observer(node, live)
 
-    def _captured(self) -> Mapping[Bucket, PlannedPass]:
+    def _captured(self) -> Mapping[Bucket, StaticBuffers]:
         return {bucket: entry for bucket, entry in self._passes.items() if entry.replay is not None}
 
     # -- capturing --
 
-    def _capture(self, entry: PlannedPass, history: _History, outputs: Tensors) -> None:
+    def _capture(self, entry: StaticBuffers, history: _History, outputs: Tensors) -> None:
         """Captures the pass that just ran, whose buffers are filled and whose results are in ``outputs``."""
         if self._backend is None:
             return

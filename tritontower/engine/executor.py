@@ -17,8 +17,8 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Node, Value, Workload
 from tritontower.graph.memory_plan import MemoryPlan, plan_memory
 
-from .cuda_graphs import DTYPES, CaptureBackend, CaptureLimits, CudaGraphs, Observer, Passes
-from .ops import BINDINGS, PassFacts, Step, Tensors, bound_weight
+from .cuda_graphs import DTYPES, CaptureBackend, CaptureLimits, CudaGraphCache, CudaGraphs, Observer
+from .ops import BINDINGS, BatchMetadata, Step, Tensors, bound_weight
 
 __all__ = ["Executor", "Observer"]
 
@@ -61,12 +61,14 @@ class Executor:
         self._views: Tensors = {}
         self._lock = Lock()
         self._finished: torch.cuda.Event | None = None
-        self._passes: Passes | None = None
+        self._passes: CudaGraphCache | None = None
         if self.device.type == "cuda" or not isinstance(cuda_graphs, bool):
             backend: CaptureBackend | None = None
             if cuda_graphs is not False:
                 backend = CudaGraphs(self.device) if isinstance(cuda_graphs, bool) else cuda_graphs
-            self._passes = Passes(graph, self._steps, self.dtype, self.device, backend, limits or CaptureLimits())
+            self._passes = CudaGraphCache(
+                graph, self._steps, self.dtype, self.device, backend, limits or CaptureLimits()
+            )
         if self.device.type == "cuda":
             # The first pass may come on another stream than the one on which the weights are still being made.
             with torch.cuda.device(self.device):
@@ -104,7 +106,7 @@ class Executor:
             batch = batch.to(self.device)
             tensors = {**self._arena_views(workload), **outputs}
             tensors |= {name: getattr(batch, name) for name in graph.inputs}
-            facts = PassFacts(batch.segments, batch.windows, batch.tiles, batch.side)
+            facts = BatchMetadata(batch.segments, batch.windows, batch.tiles, batch.side)
             for node, step in self._steps:
                 step(tensors, facts)
                 if observer is not None:

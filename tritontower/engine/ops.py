@@ -27,13 +27,13 @@ from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
-__all__ = ["BINDINGS", "TRANSFORMS", "PassFacts", "Step", "Tensors", "bound_weight"]
+__all__ = ["BINDINGS", "TRANSFORMS", "BatchMetadata", "Step", "Tensors", "bound_weight"]
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class PassFacts:
+class BatchMetadata:
     """What a step has to know of the batch beside its tensors."""
 
     segments: Segments
@@ -59,7 +59,7 @@ class PassFacts:
         return self.windows
 
 
-Step = Callable[[Tensors, PassFacts], None]
+Step = Callable[[Tensors, BatchMetadata], None]
 
 
 TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -78,8 +78,8 @@ def bound_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.T
             one and only the canonical tensor is there, that, which is left as it is.
     """
     held = sources.get(weight.held_name)
-    if held is None and weight.arrangement is not None:
-        held = weight.arrangement.apply(sources[weight.source])
+    if held is None and weight.weight_layout is not None:
+        held = weight.weight_layout.apply(sources[weight.source])
     return TRANSFORMS[weight.transform](sources[weight.source] if held is None else held)
 
 
@@ -93,7 +93,7 @@ def _bind_patch_projection(node: Node, weights: Weights) -> Step:
     (rows,) = node.outputs
     weight, bias, table = _roles(node, weights, "weight", "bias", "position_table")
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         places: dict[str, Any] = {}
         if index:
             places = {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
@@ -107,7 +107,7 @@ def _bind_add_positions(node: Node, weights: Weights) -> Step:
     (result,) = node.outputs
     (table,) = _roles(node, weights, "position_table")
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         counted = tensors[share[0]] if share else None
         gather_rows(table, tensors[index], counted, residual=tensors[rows], out=tensors[result])
 
@@ -119,7 +119,7 @@ def _bind_rotary_table(node: Node, weights: Weights) -> Step:
     attributes = node.attributes
     frequencies = axial_frequencies(attributes["head_dim"], attributes["theta"], attributes["layout"])
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         table = {"out_cos": tensors[cosines], "out_sin": tensors[sines]}
         rotary_table(tensors[positions], frequencies, side=facts.side, **table)
 
@@ -132,7 +132,7 @@ def _bind_norm(node: Node, weights: Weights) -> Step:
     weight, bias = _roles(node, weights, "weight", "bias")
     how = _norm_attributes(node, "kind")
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         added: dict[str, Any] = {}
         if residual:
             added = {"residual": tensors[residual[0]], "residual_out": tensors[summed[0]]}
@@ -147,7 +147,7 @@ def _bind_linear(node: Node, weights: Weights) -> Step:
     weight, bias = _roles(node, weights, "weight", "bias")
     kind, joined = node.attributes["activation"], node.attributes["joined"]
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         how: dict[str, Any] = {"activation": kind, "residual": tensors[residual[0]] if residual else None}
         linear(_joined(tensors[rows], joined), weight, bias, **how, **_valid_rows(node, facts), out=tensors[result])
 
@@ -157,7 +157,7 @@ def _bind_linear(node: Node, weights: Weights) -> Step:
 def _bind_activation(node: Node, weights: Weights) -> Step:
     (rows,), (result,) = node.inputs, node.outputs
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         activation(tensors[rows], node.attributes["activation"], out=tensors[result])
 
     return step
@@ -166,7 +166,7 @@ def _bind_activation(node: Node, weights: Weights) -> Step:
 def _bind_add(node: Node, weights: Weights) -> Step:
     (first, second), (result,) = node.inputs, node.outputs
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         add(tensors[first], tensors[second], out=tensors[result])
 
     return step
@@ -176,7 +176,7 @@ def _bind_rope(node: Node, weights: Weights) -> Step:
     qkv, cosines, sines = node.inputs
     shape = (3, node.attributes["heads"], node.attributes["head_dim"])
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         q, k, _ = tensors[qkv].unflatten(1, shape).unbind(1)
         dtype = torch.float32 if node.attributes["rotation"] == "float32" else q.dtype
         rope_(q, k, tensors[cosines], tensors[sines], rotation_dtype=dtype)
@@ -190,7 +190,7 @@ def _bind_qkv_projection(node: Node, weights: Weights) -> Step:
     weight, bias = _roles(node, weights, "weight", "bias")
     heads = {name: node.attributes[name] for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         cosines, sines = (tensors[name] for name in tables) if tables else (None, None)
         qkv_projection(
             tensors[rows], weight, bias, cosines, sines, **heads, **_valid_rows(node, facts), out=tensors[qkv]
@@ -212,7 +212,7 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
         "columns": None if padded is None else head_dim,
     }
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         q, k, v = tensors[qkv].unflatten(1, (3, heads, padded or head_dim)).unbind(1)
         segments = facts.segments_within(windows=node.attributes["windows"])
         flash_attention_varlen(q, k, v, segments, **how, out=tensors[mixed].unflatten(1, (heads, head_dim)))
@@ -225,7 +225,7 @@ def _bind_mlp(node: Node, weights: Weights) -> Step:
     (result,), (hidden,) = node.outputs, node.scratch
     first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         x, out, between = tensors[rows], tensors[result], tensors[hidden]
         total, most = x.shape[0], between.shape[0]
         added = tensors[residual[0]] if residual else None
@@ -248,7 +248,7 @@ def _bind_select(node: Node, weights: Weights) -> Step:
     features, index = node.inputs[: node.attributes["features"]], node.inputs[node.attributes["features"] :]
     (result,) = node.outputs
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         columns = tensors[result].tensor_split(len(features), dim=1)
         for feature, out in zip(features, columns, strict=True):
             if index:
@@ -262,7 +262,7 @@ def _bind_select(node: Node, weights: Weights) -> Step:
 def _bind_pool(node: Node, weights: Weights) -> Step:
     (rows,), (result,) = node.inputs, node.outputs
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         mean_rows(tensors[rows], node.attributes["count"], out=tensors[result])
 
     return step
@@ -278,7 +278,7 @@ def _bind_projector(node: Node, weights: Weights) -> Step:
     if norm_weight is not None:
         how |= _norm_attributes(node, "norm_kind")
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         where: dict[str, Any] = {"hidden": tensors[hidden], "out": tensors[tokens]}
         if normed:
             where["normed"] = tensors[normed[0]]
@@ -296,7 +296,7 @@ def _bind_assemble(node: Node, weights: Weights) -> Step:
     (tokens,) = node.outputs
     (newline,) = _roles(node, weights, "newline")
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         counted = tensors[share] if tensors[share].shape[1] > 1 else None
         gather_rows(tensors[rows], tensors[index], counted, fill=newline, out=tensors[tokens])
 
@@ -310,20 +310,20 @@ def _bind_attention_pooling(node: Node, weights: Weights) -> Step:
     # The query is learned, hence the same in every pass.
     query = linear(probe, weight, bias).view(heads)
 
-    def step(tensors: Tensors, facts: PassFacts) -> None:
+    def step(tensors: Tensors, facts: BatchMetadata) -> None:
         parts = tensors[keys_values].unflatten(1, (2, *heads))
         attention_pooling(query, parts, facts.tiles, out=tensors[mixed].unflatten(1, heads))
 
     return step
 
 
-def _valid_rows(node: Node, facts: PassFacts) -> dict[str, Any]:
+def _valid_rows(node: Node, facts: BatchMetadata) -> dict[str, Any]:
     """How many rows the node is planned for, as a keyword; none where it is as many as there are."""
     valid_rows = facts.valid_rows.get(node.rows)
     return {} if valid_rows is None else {"valid_rows": valid_rows}
 
 
-def _valid_rows_of_run(node: Node, facts: PassFacts, total: int, start: int) -> ValidRows:
+def _valid_rows_of_run(node: Node, facts: BatchMetadata, total: int, start: int) -> ValidRows:
     """The valid_rows of a run of rows from ``start`` on: planned like all of them.
 
     Only in the first run the rows that count begin where the run does; the others compute whatever is there.

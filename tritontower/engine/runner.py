@@ -1,4 +1,4 @@
-"""The executors of one tower: for still images and for videos, for pixels and for bytes, over one set of weights.
+"""The runner of one tower: for still images and for videos, for pixels and for bytes, over one set of weights.
 
 Each has buffers and captured passes of its own, and a lock: passes of two of them may run at once.
 """
@@ -9,7 +9,7 @@ from threading import Lock
 
 import torch
 
-from tritontower.batch.normalization import Rescaling
+from tritontower.batch.normalization import PixelNormalization
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import UsageError
@@ -20,10 +20,10 @@ from .executor import Executor
 from .onednn_weights import held_bytes
 from .uint8_graph import folded_tensors, graph_for_bytes
 
-__all__ = ["Executors", "expected_weights_bytes"]
+__all__ = ["ModelRunner", "expected_weights_bytes"]
 
 
-class Executors:
+class ModelRunner:
     """What runs the batches of a tower.
 
     Args:
@@ -42,7 +42,7 @@ class Executors:
         graphs: Iterable[Graph],
         sources: Mapping[str, torch.Tensor],
         *,
-        rescaling: Callable[[], Rescaling | None],
+        rescaling: Callable[[], PixelNormalization | None],
         cuda_graphs: bool | CaptureLimits = True,
     ) -> None:
         self._config, self._sources, self._rescaling, self._cuda_graphs = config, sources, rescaling, cuda_graphs
@@ -78,7 +78,7 @@ class Executors:
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of memory that the weights take, all executors' together, each counted once."""
+        """Bytes of memory that the weights take, all runner' together, each counted once."""
         used = [weight for executor in self for weight in executor.weights.values()]
         return held_bytes([*self._sources.values(), *used])
 
@@ -116,7 +116,7 @@ class Executors:
 
 
 def expected_weights_bytes(graphs: Iterable[Graph], itemsize: int) -> int:
-    """Bytes of the weights that executors of ``graphs`` are going to hold, of ``itemsize`` bytes a number.
+    """Bytes of the weights that runner of ``graphs`` are going to hold, of ``itemsize`` bytes a number.
 
     Left out are gaps between tensors, what oneDNN's blocks take beyond the plain tensors, and the weights for bytes.
     """

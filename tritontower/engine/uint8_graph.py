@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from tritontower.batch.normalization import Rescaling
+from tritontower.batch.normalization import PixelNormalization
 from tritontower.graph.ir import Graph, Node, Weight
 
 __all__ = ["folded_tensors", "graph_for_bytes"]
@@ -43,7 +43,7 @@ def graph_for_bytes(graph: Graph, *, class_token: bool) -> Graph:
 
 
 def folded_tensors(
-    graph: Graph, sources: Mapping[str, torch.Tensor], rescaling: Rescaling, *, class_token: bool
+    graph: Graph, sources: Mapping[str, torch.Tensor], rescaling: PixelNormalization, *, class_token: bool
 ) -> dict[str, torch.Tensor]:
     """What :func:`graph_for_bytes` of ``graph`` needs beside the tensors of ``graph`` itself.
 

@@ -103,6 +103,6 @@ def read_weights(
             recipes[held.source].write(place, stored, tensor)
         del tensor
     for held, place in written.values():
-        if held.arrangement is not None:
-            weights[held.held_name].copy_(held.arrangement.apply(place.view(held.canonical_shape)))
+        if held.weight_layout is not None:
+            weights[held.held_name].copy_(held.weight_layout.apply(place.view(held.canonical_shape)))
     return weights

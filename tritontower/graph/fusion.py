@@ -1,4 +1,4 @@
-"""Passes over the layer graph: each takes a graph and returns one with fewer nodes and the same numbers.
+"""CudaGraphCache over the layer graph: each takes a graph and returns one with fewer nodes and the same numbers.
 
 A pass knows node kinds, never models.  Those that put weights in another order are in
 :mod:`tritontower.graph.layout_passes`.  Each moves rounding points only towards fewer of them: what the plain graph rounds

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
-from .weight_layout import Arrangement
+from .weight_layout import WeightLayout
 
 __all__ = ["Dtype", "Graph", "Node", "NodeKind", "Rows", "Transform", "Value", "Weight", "Workload"]
 
@@ -127,7 +127,7 @@ class Weight:
     transform: Transform = "as_is"
     padded_shape: tuple[int, ...] | None = None
     """Shape in which the canonical tensor is held, zeros behind its numbers; ``None``: without padding."""
-    arrangement: Arrangement | None = None
+    weight_layout: WeightLayout | None = None
     """Another order of the rows, in which the tensor is held instead of the canonical one."""
 
     @property
@@ -138,13 +138,13 @@ class Weight:
     @property
     def useful_shape(self) -> tuple[int, ...]:
         """Shape as the node uses it, without padding."""
-        padded = self.padded_shape is not None or self.arrangement is not None
+        padded = self.padded_shape is not None or self.weight_layout is not None
         return self.source_shape if padded else self.shape
 
     @property
     def held_name(self) -> str:
         """What the tensor in memory is called: as its source, or, where that is arranged, what no canonical tensor is."""
-        return self.source if self.arrangement is None else f"{self.source}:{self.arrangement.name}"
+        return self.source if self.weight_layout is None else f"{self.source}:{self.weight_layout.name}"
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
@@ -155,13 +155,13 @@ class Weight:
     def held_shape(self) -> tuple[int, ...]:
         """Shape of the tensor in memory."""
         shape = self.canonical_shape
-        return shape if self.arrangement is None else self.arrangement.shape(shape)
+        return shape if self.weight_layout is None else self.weight_layout.shape(shape)
 
-    def arranged(self, arrangement: Arrangement) -> "Weight":
+    def arranged(self, weight_layout: WeightLayout) -> "Weight":
         """This weight in another order of its rows, under a name of its own."""
         name = self.name.partition(":")[0]
-        shape = arrangement.shape(self.canonical_shape)
-        return replace(self, name=f"{name}:{arrangement.name}", shape=shape, arrangement=arrangement)
+        shape = weight_layout.shape(self.canonical_shape)
+        return replace(self, name=f"{name}:{weight_layout.name}", shape=shape, weight_layout=weight_layout)
 
 
 @dataclass(frozen=True)

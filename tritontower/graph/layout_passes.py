@@ -1,4 +1,4 @@
-"""Passes that put weights in the order a kernel wants them in, so that it does without a step of its own.
+"""CudaGraphCache that put weights in the order a kernel wants them in, so that it does without a step of its own.
 
 Each is a pass like those of :mod:`tritontower.graph.fusion`, which names them together, and leaves the numbers where they were.
 The weights it touches are held in another order from then on (:mod:`tritontower.graph.weight_layout`), instead of the canonical.
@@ -94,7 +94,7 @@ def _is_plain(graph: Graph, node: Node) -> bool:
     """Whether the node is a product and nothing else, over weights that nothing has arranged."""
     if node.kind != "linear" or node.attributes["activation"] is not None or node.attributes["joined"] != 1:
         return False
-    return len(node.inputs) == 1 and all(graph.weights[name].arrangement is None for name in node.weights.values())
+    return len(node.inputs) == 1 and all(graph.weights[name].weight_layout is None for name in node.weights.values())
 
 
 def _qkv_projection(

@@ -11,7 +11,7 @@ import torch
 from tritontower.kernels.gemm.linear import interleave_gated
 from tritontower.kernels.gemm.qkv_projection import arrange_heads
 
-__all__ = ["Arrangement", "HeadOrder", "InterleavedGates"]
+__all__ = ["HeadOrder", "InterleavedGates", "WeightLayout"]
 
 
 @dataclass(frozen=True)
@@ -73,4 +73,4 @@ class InterleavedGates:
         return interleave_gated(tensor)
 
 
-Arrangement = HeadOrder | InterleavedGates
+WeightLayout = HeadOrder | InterleavedGates

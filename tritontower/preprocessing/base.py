@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tritontower.batch.digests import Digests
 from tritontower.batch.layout import ImageLayout
-from tritontower.batch.normalization import Rescaling
+from tritontower.batch.normalization import PixelNormalization
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import ImageError, ImageTooLargeError, Limits, ProcessorError, UsageError, list_names, shorten
@@ -217,7 +217,7 @@ class Preprocessor(ABC):
             return batch
         self._stay_bytes(raw=True)
         pixels = pixel_matrix(*batch.pixels.shape)
-        cast("Rescaling", self.rescaling).normalize(batch.pixels.cpu().numpy(), pixels.numpy())
+        cast("PixelNormalization", self.rescaling).normalize(batch.pixels.cpu().numpy(), pixels.numpy())
         if self.config.class_token:
             pixels[batch.class_rows.flatten().long().cpu()] = 0
         return replace(batch, pixels=pixels.to(batch.pixels.device))
@@ -283,7 +283,7 @@ class Preprocessor(ABC):
         return fast_path if fast_path is not None and self._is_usual() and self._proves(fast_path) else None
 
     @property
-    def rescaling(self) -> Rescaling | None:
+    def rescaling(self) -> PixelNormalization | None:
         """What becomes of an image's bytes, where that can be left to a tower's weights; ``None``: it cannot."""
         return None if self.fast_path is None else self.fast_path.rescaling
 

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from tritontower.batch.normalization import Rescaling, fresh
+from tritontower.batch.normalization import PixelNormalization, fresh
 
 __all__ = [
     "FastPath",
@@ -62,7 +62,7 @@ class FastPath:
     """
 
     resample: int
-    rescaling: Rescaling
+    rescaling: PixelNormalization
 
 
 def fast_path_of(processor: Any, known: Collection[str], options: Mapping[str, Any], channels: int) -> FastPath | None:
@@ -101,7 +101,7 @@ def fast_path_of(processor: Any, known: Collection[str], options: Mapping[str, A
         if found[0] is None or found[1] is None or not min(found[1]) > 0:
             return None
         means, deviations = found[0], found[1]
-    return FastPath(int(resample), Rescaling(float(factor) if rescales else 1.0, means, deviations))
+    return FastPath(int(resample), PixelNormalization(float(factor) if rescales else 1.0, means, deviations))
 
 
 def _is_number(value: object) -> bool:
@@ -204,23 +204,23 @@ def _resized_along(axis: int, array: Bytes, length: int, resample: int, spread: 
     return made
 
 
-Passes = tuple[int, ...]
+CudaGraphCache = tuple[int, ...]
 """The axes of ``[height, width, channels]`` along which an image is resized, in order; it is rounded to bytes between."""
 
 
-def _width_first(old: tuple[int, int], new: tuple[int, int]) -> Passes:
+def _width_first(old: tuple[int, int], new: tuple[int, int]) -> CudaGraphCache:
     """What Pillow does up to version 12."""
     return tuple(axis for axis in (1, 0) if old[1 - axis] != new[1 - axis])
 
 
-def _larger_loss_first(old: tuple[int, int], new: tuple[int, int]) -> Passes:
+def _larger_loss_first(old: tuple[int, int], new: tuple[int, int]) -> CudaGraphCache:
     """What Pillow 13 does: the height goes first where it loses more than twice as many pixels as the width."""
     passes = _width_first(old, new)
     lost_columns, lost_rows = (before - after for before, after in zip(old, new, strict=True))
     return passes[::-1] if lost_rows > max(0, 2 * lost_columns) else passes
 
 
-def resizing_passes(old: tuple[int, int], new: tuple[int, int], resample: int) -> Passes | None:
+def resizing_passes(old: tuple[int, int], new: tuple[int, int], resample: int) -> CudaGraphCache | None:
     """How Pillow resizes an image from one width and height to another: pass by pass, the same bytes.
 
     Along one axis, the parts of an image do not depend on each other, so that each may be a thread's.
@@ -238,7 +238,7 @@ def resizing_passes(old: tuple[int, int], new: tuple[int, int], resample: int) -
 
 
 @lru_cache
-def _order_of_passes(resample: int) -> Callable[[tuple[int, int], tuple[int, int]], Passes] | None:
+def _order_of_passes(resample: int) -> Callable[[tuple[int, int], tuple[int, int]], CudaGraphCache] | None:
     """The first of the known orders that accounts for what Pillow makes of small images."""
     generator = np.random.default_rng(0)
     # Around the limit between one order and the other, and elsewhere.
@@ -289,7 +289,12 @@ def cut_bytes(array: Bytes, patch: int, merge: int, out: Bytes) -> None:
 
 
 def cut_values(
-    array: Bytes, patch: int, merge: int, rescaling: Rescaling, out: NDArray[np.float32], spread: Spread = alone
+    array: Bytes,
+    patch: int,
+    merge: int,
+    rescaling: PixelNormalization,
+    out: NDArray[np.float32],
+    spread: Spread = alone,
 ) -> None:
     """As :func:`cut_bytes`, with what the bytes mean in place of the bytes."""
     strip, per_strip = patch * merge, array.shape[1] // patch * merge

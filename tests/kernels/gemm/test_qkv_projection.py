@@ -1,4 +1,4 @@
-"""Projection to q, k and v with the rotation inside: fp64, the two operations it replaces, arrangement, padding, valid_rows."""
+"""Projection to q, k and v with the rotation inside: fp64, the two operations it replaces, weight_layout, padding, valid_rows."""
 
 import tempfile
 from dataclasses import asdict, replace
