@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer, DynamicCache
 
 from tritontower import VisionTower
-from tritontower.prompt.encode import TokenSpace, encode_prompt, merge_embeddings, sanitize_ids
-from tritontower.prompt.mrope import prompt_positions
+from tritontower.prompt import TokenSpace, encode_prompt, merge_embeddings, prompt_positions, sanitize_ids
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from support.towers import TowerCase, all_cases
 from tritontower import TokenSpace, VisionTower, encode_prompt, merge_embeddings
 from tritontower.engine import weight_loader
 from tritontower.kernels.gemm import cpu
-from tritontower.prompt.mrope import prompt_positions
+from tritontower.prompt import prompt_positions
 
 CASES = all_cases()
 PROBES = (cpu.onednn_multiplies, cpu.onednn_packs, cpu.onednn_exponentiates)

@@ -31,7 +31,7 @@ from tritontower.integrations.exllama import ExLlamaEmbedding, ExLlamaV2Vision, 
 from tritontower.integrations.sglang import SGLANG_READ, to_sglang
 from tritontower.integrations.vllm import VLLM_READ, to_vllm
 from tritontower.models.common.registry import model_types
-from tritontower.prompt.encode import TokenSpace, encode_prompt, merge_embeddings
+from tritontower.prompt import TokenSpace, encode_prompt, merge_embeddings
 
 HOSTS = json.loads((Path(__file__).parents[1] / "data" / "hosts.json").read_text())
 VLLM, SGLANG = HOSTS["vllm"], HOSTS["sglang"]
@@ -416,7 +416,7 @@ def test_what_exllama_makes_of_a_prompt_is_what_merging_makes(name: str, load: L
 
 def named_tokens(layout: Any) -> dict[str, int]:
     """An id for every piece of a layout that is a name."""
-    pieces = (*layout.before, *layout.after, *layout.tile_before, *layout.view_after, layout.row_break, layout.row_end)
+    pieces = (*layout.before, *layout.after, *layout.tile_before, *layout.tile_after, layout.row_break, layout.row_end)
     names = {piece for piece in pieces if isinstance(piece, str)}
     return {name: 60 + number for number, name in enumerate(sorted(names))}
 
@@ -440,7 +440,7 @@ def test_what_ends_a_prompt_does_not_come_with_an_image(load: Load) -> None:
     tower = load(BY_NAME["paligemma"])
     layout = tower.prompt_layout
     assert layout is not None
-    assert layout.behind_images
+    assert layout.after_images
     assert layout.ending
     view = to_exllama(
         tower, tower.encode([noise(64, 96, 0)])[0], tokenizer=WordTokenizer({"<t>": 1}), space=TokenSpace()

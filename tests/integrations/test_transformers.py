@@ -41,8 +41,7 @@ from tritontower.errors import (
 from tritontower.integrations import transformers as integration
 from tritontower.integrations.transformers import attention as _attention
 from tritontower.parity.parity import relative_error
-from tritontower.prompt.encode import TokenSpace, encode_prompt, merge_embeddings, sanitize_ids
-from tritontower.prompt.mrope import prompt_positions
+from tritontower.prompt import TokenSpace, encode_prompt, merge_embeddings, prompt_positions, sanitize_ids
 
 NAMES = (
     "gemma3",

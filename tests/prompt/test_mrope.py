@@ -18,18 +18,17 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import UsageError
 from tritontower.models.common.registry import family_files, read_family
-from tritontower.prompt.encode import TokenSpace, encode_prompt
-from tritontower.prompt.mrope import (
-    CLIP,
-    IMAGE,
-    TEXT,
+from tritontower.prompt import (
     MropePositions,
     MropeRule,
     MropeState,
+    TokenSpace,
+    encode_prompt,
     mrope_positions,
     prompt_positions,
 )
 
+TEXT, IMAGE, VIDEO = 0, 1, 2
 # Before 5.18 transformers rounded the seconds between two temporal patches down to whole ones.
 WHOLE_SECONDS = Version(transformers.__version__) < Version("5.18")
 
@@ -77,7 +76,7 @@ class Prompts:
     video_grids: list[tuple[int, int, int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     # Per image and per video: sequence, and number of its first token in it.
-    begins: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: {IMAGE: [], CLIP: []})
+    begins: dict[int, list[tuple[int, int]]] = field(default_factory=lambda: {IMAGE: [], VIDEO: []})
 
     def new(self) -> None:
         self.rows.append([])
@@ -91,13 +90,13 @@ class Prompts:
 
     def video(self, grid: tuple[int, int, int], seconds: float = 1.0) -> None:
         """Where videos are split, a text token stands before every temporal patch but the first."""
-        self._begin(CLIP, self.video_grids, grid)
+        self._begin(VIDEO, self.video_grids, grid)
         self.seconds.append(seconds)
         if self.split:
-            frame = [CLIP] * self._tokens((1, *grid[1:]))
+            frame = [VIDEO] * self._tokens((1, *grid[1:]))
             self.rows[-1] += frame + [TEXT, *frame] * (grid[0] - 1)
         else:
-            self.rows[-1] += [CLIP] * self._tokens(grid)
+            self.rows[-1] += [VIDEO] * self._tokens(grid)
 
     def _begin(self, kind: int, grids: list[tuple[int, int, int]], grid: tuple[int, int, int]) -> None:
         self.begins[kind].append((len(self.rows) - 1, len(self.rows[-1])))
@@ -138,7 +137,7 @@ def cases(draw: st.DrawFn, *, split: bool, most_rows: int = 3) -> Case:
     seconds = st.integers(1, 9).map(float) if WHOLE_SECONDS else st.floats(0.0, 9.0, width=32)
     for _ in range(draw(st.integers(1, most_rows))):
         prompts.new()
-        for kind in draw(st.lists(st.sampled_from([IMAGE, CLIP]), max_size=4)):
+        for kind in draw(st.lists(st.sampled_from([IMAGE, VIDEO]), max_size=4)):
             prompts.text(draw(st.integers(1, 5)))
             if kind == IMAGE:
                 prompts.image((1, draw(sides), draw(sides)))
@@ -196,8 +195,8 @@ def in_chunks(rule: MropeRule, case: Case, cuts: list[int]) -> list[MropePositio
                 rule,
                 case.types[:, start:end],
                 image_grids=[case.prompts.image_grids[index] for index in begun[IMAGE]],
-                video_grids=[case.prompts.video_grids[index] for index in begun[CLIP]],
-                seconds_per_grid=None if case.seconds is None else [case.seconds[index] for index in begun[CLIP]],
+                video_grids=[case.prompts.video_grids[index] for index in begun[VIDEO]],
+                seconds_per_grid=None if case.seconds is None else [case.seconds[index] for index in begun[VIDEO]],
                 attention_mask=None if case.mask is None else case.mask[:, start:end],
                 states=chunks[-1].states if chunks else None,
                 partial=end < case.types.shape[1],
@@ -313,8 +312,8 @@ def test_generated_tokens_go_on_where_transformers_goes_on(model_type: str) -> N
 @pytest.mark.parametrize("split", [False, True])
 def test_pieces_of_an_encoded_prompt_are_those_of_the_whole(split: bool) -> None:
     case = prompt(3, (1, 4, 4), 2, (3, 2, 4), 2, (1, 2, 2), 1, split=split)
-    begins = [(IMAGE, 0), (CLIP, 0), (IMAGE, 1)]
-    grids = {IMAGE: case.prompts.image_grids, CLIP: case.prompts.video_grids}
+    begins = [(IMAGE, 0), (VIDEO, 0), (IMAGE, 1)]
+    grids = {IMAGE: case.prompts.image_grids, VIDEO: case.prompts.video_grids}
     starts = [case.prompts.begins[kind][index][1] for kind, index in begins]
     images = [SimpleNamespace(grid_thw=grids[kind][index], seconds_per_grid=0.5) for kind, index in begins]
     # Aliases may stand in the text in another order than that of the list.
@@ -370,7 +369,7 @@ def test_encoded_prompts_have_the_positions_of_transformers(model_type: str) -> 
         second_per_grid_ts=[2.0],
     )
     found = prompt_positions(rule_of(model_type), prompt)
-    assert types.max() == CLIP
+    assert types.max() == VIDEO
     assert torch.equal(found.positions, expected)
     assert torch.equal(found.deltas, delta)
 
@@ -409,19 +408,19 @@ IMAGE_OF_TWO = [TEXT, IMAGE, IMAGE, TEXT]
     ("types", "options", "message"),
     [
         (IMAGE_OF_TWO, {}, "token 1 of sequence 0 belongs to an image that image_grids has no grid for"),
-        ([TEXT, CLIP], {"image_grids": [(1, 2, 2)]}, "a video that video_grids has no grid for"),
+        ([TEXT, VIDEO], {"image_grids": [(1, 2, 2)]}, "a video that video_grids has no grid for"),
         ([TEXT], {"image_grids": [(1, 2, 2)] * 3}, "image_grids has 3 more grids than images begin"),
         ([TEXT], {"video_grids": torch.tensor([[1, 2, 2]])}, "video_grids has 1 more grids than videos begin"),
         (IMAGE_OF_TWO, {"image_grids": [(1, 2, 6)]}, "token 3 of sequence 0 interrupts an image .* 2 of 3 tokens"),
-        ([CLIP, IMAGE], {"video_grids": [(2, 2, 2)]}, "token 1 of sequence 0 interrupts a clip"),
+        ([VIDEO, IMAGE], {"video_grids": [(2, 2, 2)]}, "token 1 of sequence 0 interrupts a clip"),
         (IMAGE_OF_TWO[:2], {"image_grids": [(1, 2, 4)]}, "ends within an image .* needs partial=True"),
         ([TEXT], {"image_grids": [(1, 3, 2)]}, r"image_grids\[0\] is '\[1, 3, 2\]'; allowed: .* multiples of 2"),
         ([TEXT], {"image_grids": [(0, 2, 2)]}, r"image_grids\[0\]"),
         ([TEXT], {"video_grids": [(2, 2)]}, r"video_grids\[0\]"),
-        ([CLIP], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [1.0, 2.0]}, "2 entries for 1 clips"),
-        ([CLIP], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [float("nan")]}, "holds nan; allowed: at least 0"),
-        ([CLIP], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [-1.0]}, "holds -1.0; allowed: at least 0"),
-        ([CLIP], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [1e30]}, r"holds 1e\+30; .* before position"),
+        ([VIDEO], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [1.0, 2.0]}, "2 entries for 1 clips"),
+        ([VIDEO], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [float("nan")]}, "holds nan; allowed: at least 0"),
+        ([VIDEO], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [-1.0]}, "holds -1.0; allowed: at least 0"),
+        ([VIDEO], {"video_grids": [(1, 2, 2)], "seconds_per_grid": [1e30]}, r"holds 1e\+30; .* before position"),
         ([TEXT, 3], {}, r"token_types holds 3; allowed: 0 \(text\)"),
         ([TEXT], {"attention_mask": torch.ones(1, 2)}, "attention_mask has the shape"),
         ([TEXT], {"states": ()}, "states has 0 entries for 1 sequences"),
@@ -440,4 +439,4 @@ def test_types_have_two_dimensions() -> None:
 def test_a_split_video_has_to_come_to_its_end() -> None:
     rule = MropeRule(2, split_videos=True)
     with pytest.raises(UsageError, match="sequence 0 ends within a video of 2 more parts"):
-        mrope_positions(rule, torch.tensor([[TEXT, CLIP, TEXT]]), video_grids=[(3, 2, 2)])
+        mrope_positions(rule, torch.tensor([[TEXT, VIDEO, TEXT]]), video_grids=[(3, 2, 2)])

@@ -26,16 +26,17 @@ from tritontower.errors import PromptError, TokenSpaceExhaustedError, UsageError
 from tritontower.kernels.rowwise.splice import splice_rows
 from tritontower.models import mistral_format
 from tritontower.models.common.registry import family_files, read_family
-from tritontower.prompt import merge, token_ids
-from tritontower.prompt.encode import (
+from tritontower.prompt import (
     EncodedPrompt,
     PromptLayout,
     TokenSpace,
     VideoLayout,
     add_deepstack,
     encode_prompt,
+    merge,
     merge_embeddings,
     sanitize_ids,
+    token_ids,
 )
 
 CASES = {case.name: case for case in all_cases() if case.name in KINDS}
@@ -335,7 +336,7 @@ def test_a_prompt_without_images_is_text():
     assert encode("", []).input_ids.tolist() == []
 
 
-CLIP_LAYOUT = PromptLayout(placeholder=5, video=VideoLayout(placeholder=8, time_stamp="<{:.1f} seconds>"))
+CLIP_LAYOUT = PromptLayout(placeholder=5, video=VideoLayout(placeholder=8, timestamp="<{:.1f} seconds>"))
 LINES = PromptLayout(placeholder=5, row_break=3, row_end=4)
 
 

@@ -23,7 +23,7 @@ import torch
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import UsageError, shorten
 from tritontower.preprocessing.images.image import ImageInput
-from tritontower.prompt.encode import DEFAULT_BASE, TokenSpace, encode_prompt
+from tritontower.prompt import DEFAULT_BASE, TokenSpace, encode_prompt
 from tritontower.tower import VisionTower
 
 from .checks import checked
@@ -363,7 +363,7 @@ def _token_list(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any) -
     layout = tower.prompt_layout
     if tokenizer is None or layout is None:
         return list(embedding.token_ids)
-    alone = replace(layout, behind_images=(), ending="")
+    alone = replace(layout, after_images=(), ending="")
     prompt = encode_prompt(
         _reader(tokenizer), str(embedding.text_alias), [embedding], layout=alone, add_special_tokens=False
     )

@@ -81,7 +81,7 @@ def read_prompt(reader: ConfigReader) -> PromptLayout:
     """Images first, then the beginning of the text, which ends in a line break (section 3.2 of the paper)."""
     return PromptLayout(
         placeholder=token(reader, "image", 256_000),
-        behind_images=(reader.get(int, "bos_token_id", default=2, minimum=0),),
+        after_images=(reader.get(int, "bos_token_id", default=2, minimum=0),),
         ending="\n",
         special_tokens=False,
     )

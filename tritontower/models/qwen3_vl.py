@@ -174,7 +174,7 @@ def read_config(reader: ConfigReader) -> TowerConfig:
 def _prompt(reader: ConfigReader) -> PromptLayout:
     """A video's temporal patches stand apart, each behind the second at its middle."""
     tokens = QWEN3_5_TOKENS if reader.get(str, "model_type") in QWEN3_5 else QWEN_TOKENS
-    return qwen_prompt(reader, time_stamp="<{:.1f} seconds>", defaults=tokens)
+    return qwen_prompt(reader, timestamp="<{:.1f} seconds>", defaults=tokens)
 
 
 def _table_side(vision: ConfigReader) -> int:

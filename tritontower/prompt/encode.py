@@ -270,7 +270,7 @@ def _parts(text: str, images: Sequence[ImageEmbedding], layout: PromptLayout, vo
         last = len(parts)
     parts.append(_plain(text[end:], layout, vocabulary) + layout.ending)
     _check_all_used(unused, waiting, markers)
-    parts[last:last] = layout.behind_images
+    parts[last:last] = layout.after_images
     return parts
 
 
@@ -373,7 +373,7 @@ def _lines_of(image: ImageEmbedding, index: int, start: int, count: int, layout:
 
 def _frames_of(image: ImageEmbedding, index: int, layout: VideoLayout) -> list[Part]:
     """A video's rows, temporal patch by temporal patch where the model wants to know when."""
-    if layout.time_stamp is None:
+    if layout.timestamp is None:
         return [Run(index, 0, image.num_tokens, layout.placeholder)]
     frames = image.grid_thw[0]
     seconds = image.timestamps
@@ -386,5 +386,5 @@ def _frames_of(image: ImageEmbedding, index: int, layout: VideoLayout) -> list[P
     count = image.num_tokens // frames
     for frame, moment in enumerate(seconds):
         run = Run(index, frame * count, count, layout.placeholder)
-        parts += [layout.time_stamp.format(moment), *layout.frame_before, run, *layout.frame_after]
+        parts += [layout.timestamp.format(moment), *layout.frame_before, run, *layout.frame_after]
     return parts

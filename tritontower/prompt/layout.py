@@ -19,7 +19,7 @@ class VideoLayout:
     Attributes:
         placeholder: the token that transformers repeats for the video's rows.
         before, after: what a chat template writes round a video; it comes with an alias.
-        time_stamp: text before each temporal patch, its ``{}`` the seconds at its middle, such as
+        timestamp: text before each temporal patch, its ``{}`` the seconds at its middle, such as
             ``"<{:.1f} seconds>"``; ``None`` where a video's rows follow upon each other.
         frame_before, frame_after: what stands round the rows of each temporal patch, where there are time stamps.
     """
@@ -27,7 +27,7 @@ class VideoLayout:
     placeholder: int
     before: tuple[Piece, ...] = ()
     after: tuple[Piece, ...] = ()
-    time_stamp: str | None = None
+    timestamp: str | None = None
     frame_before: tuple[Piece, ...] = ()
     frame_after: tuple[Piece, ...] = ()
 
@@ -47,7 +47,7 @@ class PromptLayout:
             ``None`` where tiles are not told apart.
         row_break, row_end: the token behind each row of tokens but the last, and behind the last; text has to be the name
             of one token.
-        behind_images: what follows upon the last image of a prompt, and stands at its beginning where there is none.
+        after_images: what follows upon the last image of a prompt, and stands at its beginning where there is none.
         ending: text at the end of a prompt.
         special_tokens: whether the tokenizer adds its own tokens, such as the one for the beginning.
         video: how it has videos; ``None`` where it has none.
@@ -63,7 +63,7 @@ class PromptLayout:
     between_tiles: tuple[str, str, str] | None = None
     row_break: Piece | None = None
     row_end: Piece | None = None
-    behind_images: tuple[Piece, ...] = ()
+    after_images: tuple[Piece, ...] = ()
     ending: str = ""
     special_tokens: bool = True
     video: VideoLayout | None = None

@@ -19,9 +19,9 @@ import torch
 from tritontower.errors import UsageError, shorten
 
 __all__ = [
-    "CLIP",
     "IMAGE",
     "TEXT",
+    "VIDEO",
     "MropePositions",
     "MropeRule",
     "MropeState",
@@ -29,10 +29,10 @@ __all__ = [
     "prompt_positions",
 ]
 
-TEXT, IMAGE, CLIP = 0, 1, 2
+TEXT, IMAGE, VIDEO = 0, 1, 2
 """Kinds of tokens, as ``mm_token_type_ids`` of transformers' processors numbers them."""
 
-NAMES = {IMAGE: ("image", "image_grids"), CLIP: ("clip", "video_grids")}
+NAMES = {IMAGE: ("image", "image_grids"), VIDEO: ("video", "video_grids")}
 
 LARGEST_POSITION = 2**31
 """Language models hold positions in 32 bits, here or there."""
@@ -183,7 +183,7 @@ def prompt_positions(
     types = prompt.token_types[start:stop].tolist()
     begun = sorted((first - start, index) for index, (first, _) in enumerate(prompt.spans) if start <= first < stop)
     images = [prompt.embeddings[index] for first, index in begun if types[first] == IMAGE]
-    videos = [prompt.embeddings[index] for first, index in begun if types[first] == CLIP]
+    videos = [prompt.embeddings[index] for first, index in begun if types[first] == VIDEO]
     return mrope_positions(
         rule,
         prompt.token_types[None, start:stop],
@@ -233,7 +233,7 @@ def mrope_positions(
     before = tuple(states) if states is not None else (MropeState(),) * batch
     if len(before) != batch:
         raise UsageError(f"states has {len(before)} entries for {batch} sequences; pass one for each")
-    sources = {IMAGE: _images(rule, image_grids), CLIP: _videos(rule, video_grids, seconds_per_grid)}
+    sources = {IMAGE: _images(rule, image_grids), VIDEO: _videos(rule, video_grids, seconds_per_grid)}
     numbered = [_Numbering(state, sources, row) for row, state in enumerate(before)]
     for row, kind, tokens in _runs(types, kept):
         numbered[row].add(kind, tokens)
@@ -263,7 +263,7 @@ def _checked(token_types: torch.Tensor, attention_mask: torch.Tensor | None) -> 
         )
     types = token_types.cpu()
     kept = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
-    unknown = kept & ((types < TEXT) | (types > CLIP))
+    unknown = kept & ((types < TEXT) | (types > VIDEO))
     if unknown.any():
         raise UsageError(f"token_types holds {int(types[unknown][0])}; allowed: 0 (text), 1 (image), 2 (video)")
     return types, kept
@@ -401,7 +401,7 @@ class _Numbering:
         self._tokens += tokens
 
     def _following(self, kind: int) -> Block:
-        if kind == CLIP and self._video:
+        if kind == VIDEO and self._video:
             return self._video.popleft()
         blocks = next(self._sources[kind], None)
         if blocks is None:

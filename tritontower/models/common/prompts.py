@@ -29,13 +29,13 @@ def pixtral_prompt(reader: ConfigReader, config: TowerConfig, default: int) -> P
 
 
 def qwen_prompt(
-    reader: ConfigReader, *, time_stamp: str | None = None, defaults: dict[str, int] = QWEN_TOKENS
+    reader: ConfigReader, *, timestamp: str | None = None, defaults: dict[str, int] = QWEN_TOKENS
 ) -> PromptLayout:
     """Rows between two tokens; a video's temporal patches each between their own where they have time stamps."""
     tokens = {name: token(reader, name, default) for name, default in defaults.items()}
     before, after = (tokens["vision_start"],), (tokens["vision_end"],)
-    if time_stamp is None:
+    if timestamp is None:
         video = VideoLayout(placeholder=tokens["video"], before=before, after=after)
     else:
-        video = VideoLayout(placeholder=tokens["video"], time_stamp=time_stamp, frame_before=before, frame_after=after)
+        video = VideoLayout(placeholder=tokens["video"], timestamp=timestamp, frame_before=before, frame_after=after)
     return PromptLayout(placeholder=tokens["image"], before=before, after=after, video=video)
