@@ -251,7 +251,7 @@ class VisionTower:
                 self._describe(self.family.settle(self.family, checkpoint.tensors.keys()))
             graph, family = self.graph, self.family
             needed = stored_shapes(graph, family.tensors)
-            known = {name for recipe in family.tensors.values() for name in recipe.names}
+            known = {name for weight_map in family.tensors.values() for name in weight_map.stored_names}
             checkpoint.expect(needed, ignored=family.ignored, unneeded=known - needed.keys())
             if self._dtype is None:
                 self._dtype = checkpoint.dtype

@@ -1,4 +1,4 @@
-"""Recipes: what they ask of a checkpoint, and where the numbers go, held against plain tensor arithmetic."""
+"""Weight maps: stored shapes, and the place of every number, compared with plain tensor arithmetic."""
 
 import math
 
@@ -9,13 +9,14 @@ from tritontower.checkpoint.weight_map import (
     ChannelMajor,
     ClassTokenFirst,
     InterleavedRotary,
-    OfBatchOfOne,
     OneFrame,
-    PartOf,
-    Recipe,
+    RowSlice,
+    Shape,
     Stacked,
     Stored,
     Transposed,
+    WeightMap,
+    WithBatchDimension,
 )
 
 
@@ -23,48 +24,66 @@ def numbered(*shape: int) -> torch.Tensor:
     return torch.arange(1.0, math.prod(shape) + 1).view(shape)
 
 
-def written(recipe: Recipe, shape: tuple[int, ...], tensors: dict[str, torch.Tensor], *, backwards: bool = False):
-    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(recipe.stored(shape))
-    assert set(recipe.names) == tensors.keys()
+def write(weight_map: WeightMap, shape: Shape, tensors: dict[str, torch.Tensor], *, reverse: bool = False):
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(weight_map.stored_shapes(shape))
+    assert set(weight_map.stored_names) == tensors.keys()
     target = torch.zeros(shape)
-    for name in reversed(tensors) if backwards else tensors:
-        recipe.write(target, name, tensors[name])
+    for name in reversed(tensors) if reverse else tensors:
+        weight_map.write(target, name, tensors[name])
     return target
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_parts_are_stacked_whatever_the_order_they_come_in(backwards: bool) -> None:
-    tensors = {"q": numbered(4, 3), "k": numbered(4, 3) + 100, "v": numbered(4, 3) + 200}
-    stacked = written(Stacked.of("q", "k", "v"), (12, 3), tensors, backwards=backwards)
-    assert torch.equal(stacked, torch.cat(list(tensors.values())))
+W, Q, K, TABLE, TOKEN = numbered(9, 4), numbered(8, 3), numbered(8, 3) * 2, numbered(5, 3), torch.tensor([0.5, 0.25, 1])
+HEADS_OF_4 = [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_padding_stands_behind_every_part_and_is_zero() -> None:
-    recipe = Stacked.of("gate", "up")
-    assert recipe.stored((6, 5)) == {"gate": (3, 5), "up": (3, 5)}
-    target = torch.zeros(8, 5)
-    recipe.write(target, "up", numbered(3, 5))
-    recipe.write(target, "gate", -numbered(3, 5))
-    assert torch.equal(target[:3], -numbered(3, 5))
-    assert torch.equal(target[4:7], numbered(3, 5))
+@pytest.mark.parametrize(
+    ("weight_map", "tensors", "canonical"),
+    [
+        (Stored("w"), {"w": W}, W),
+        (Transposed("w"), {"w": W}, W.T),
+        (OneFrame("w"), {"w": W.view(3, 3, 2, 2)}, W.view(3, 3, 1, 2, 2)),
+        (WithBatchDimension("w"), {"w": W[None]}, W),
+        (RowSlice("w", 0, 1, 3), {"w": W}, W[:3]),
+        (RowSlice("w", 1, 2, 3), {"w": W}, W[3:]),
+        (Stacked.of("q", "k"), {"q": Q, "k": K}, torch.cat((Q, K))),
+        (
+            Stacked((InterleavedRotary("q", 2), InterleavedRotary("k", 2), Stored("v"))),
+            {"q": Q, "k": K, "v": -Q},
+            torch.cat((Q[HEADS_OF_4], K[HEADS_OF_4], -Q)),
+        ),
+        (
+            ClassTokenFirst("table", "token"),
+            {"table": TABLE, "token": TOKEN},
+            torch.cat((TABLE[:1] + TOKEN, TABLE[1:])),
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, WeightMap) else "",
+)
+def test_stored_tensors_make_the_canonical_one_in_any_order(
+    weight_map: WeightMap, tensors: dict[str, torch.Tensor], canonical: torch.Tensor
+) -> None:
+    for reverse in (False, True):
+        assert torch.equal(write(weight_map, tuple(canonical.shape), tensors, reverse=reverse), canonical)
+
+
+def test_numbers_are_cast_and_padding_stays_zero() -> None:
+    weight_map = Stacked.of("gate", "up")
+    third = torch.full((3, 5), 1 / 3)
+    target = torch.zeros(8, 6, dtype=torch.bfloat16)
+    weight_map.write(target, "up", third)
+    weight_map.write(target, "gate", -third)
+    assert torch.equal(target[:3, :5], -third.bfloat16())
+    assert torch.equal(target[4:7, :5], third.bfloat16())
     assert not target[[3, 7]].any()
-    columns = torch.zeros(5, 4)
-    Stored("down").write(columns, "down", numbered(5, 3))
-    assert torch.equal(columns[:, :3], numbered(5, 3))
-    assert not columns[:, 3].any()
-
-
-def test_a_transposed_matrix_and_an_image_kernel() -> None:
-    assert torch.equal(written(Transposed("w"), (2, 3), {"w": numbered(3, 2)}), numbered(3, 2).T)
-    kernel = written(OneFrame("w"), (2, 3, 1, 4, 4), {"w": numbered(2, 3, 4, 4)})
-    assert torch.equal(kernel[:, :, 0], numbered(2, 3, 4, 4))
+    assert not target[:, 5].any()
 
 
 def test_interleaved_rotary_rows_rotate_the_same() -> None:
     # Rotating neighbors (2i, 2i+1) before is rotating halves (i, i + hd/2) after.
     heads, head_dim, width = 3, 8, 5
     stored, x = torch.randn(heads * head_dim, width), torch.randn(width)
-    canonical = written(InterleavedRotary("wq", heads), (heads * head_dim, width), {"wq": stored})
+    canonical = write(InterleavedRotary("wq", heads), (heads * head_dim, width), {"wq": stored})
     angles = torch.rand(head_dim // 2)
     pairs = (stored @ x).view(heads, head_dim // 2, 2)
     halves = (canonical @ x).view(heads, 2, head_dim // 2)
@@ -77,37 +96,15 @@ def test_interleaved_rotary_rows_rotate_the_same() -> None:
 def test_channel_major_columns_take_an_unfolded_square() -> None:
     channels, merge = 6, 2
     stored = torch.randn(4, channels * merge * merge)
-    canonical = written(ChannelMajor("w", merge * merge), tuple(stored.shape), {"w": stored})
+    canonical = write(ChannelMajor("w", merge * merge), tuple(stored.shape), {"w": stored})
     square = torch.randn(1, channels, merge, merge)
     unfolded = torch.nn.functional.unfold(square, merge).squeeze()
     patches = square.permute(0, 2, 3, 1).flatten()
     assert torch.allclose(canonical @ patches, stored @ unfolded, atol=1e-5)
 
 
-@pytest.mark.parametrize("backwards", [False, True])
-def test_the_class_embedding_is_in_row_zero(backwards: bool) -> None:
-    tensors = {"table": numbered(5, 3), "token": torch.tensor([0.5, 0.25, 0.125])}
-    table = written(ClassTokenFirst("table", "token"), (5, 3), tensors, backwards=backwards)
-    assert torch.equal(table[0], tensors["table"][0] + tensors["token"])
-    assert torch.equal(table[1:], tensors["table"][1:])
-
-
-def test_parts_of_a_tensor() -> None:
-    stored = {"in_proj": numbered(9, 4)}
-    assert torch.equal(written(PartOf("in_proj", 0, 1, 3), (3, 4), stored), stored["in_proj"][:3])
-    assert torch.equal(written(PartOf("in_proj", 1, 2, 3), (6, 4), stored), stored["in_proj"][3:])
-
-
-def test_recipes_nest() -> None:
-    recipe = Stacked((InterleavedRotary("wq", 2), InterleavedRotary("wk", 2), Stored("wv")))
-    tensors = {"wq": numbered(8, 3), "wk": numbered(8, 3) * 2, "wv": numbered(8, 3) * 3}
-    stacked = written(recipe, (24, 3), tensors)
-    assert torch.equal(stacked[0:4], tensors["wq"][[0, 2, 1, 3]])
-    assert torch.equal(stacked[16:], tensors["wv"])
-
-
 @pytest.mark.parametrize(
-    ("recipe", "canonical", "held"),
+    ("weight_map", "canonical", "held"),
     [
         (Stored("a"), (4, 3), (6, 5)),
         (Stored("a"), (4,), (6,)),
@@ -115,18 +112,16 @@ def test_recipes_nest() -> None:
         (Stacked((Transposed("a"), Transposed("b"))), (6, 5), (8, 7)),
         (Transposed("a"), (4, 3), (6, 5)),
         (OneFrame("a"), (4, 3, 1, 2, 2), (6, 3, 1, 2, 2)),
-        (OfBatchOfOne("a"), (4, 3), (6, 5)),
+        (WithBatchDimension("a"), (4, 3), (6, 5)),
     ],
 )
-def test_a_view_is_the_stored_tensor_in_the_memory_of_the_canonical_one(
-    recipe: Recipe, canonical: tuple[int, ...], held: tuple[int, ...]
-) -> None:
+def test_view_shares_the_memory_of_the_canonical_tensor(weight_map: WeightMap, canonical: Shape, held: Shape) -> None:
     target = torch.zeros(held)
-    tensors = {name: torch.randn(shape) for name, shape in recipe.stored(canonical).items()}
+    tensors = {name: torch.randn(shape) for name, shape in weight_map.stored_shapes(canonical).items()}
     for name, tensor in tensors.items():
-        recipe.write(target, name, tensor)
+        weight_map.write(target, name, tensor)
     for name, tensor in tensors.items():
-        view = recipe.view(target, name, tuple(tensor.shape))
+        view = weight_map.view(target, name, tuple(tensor.shape))
         assert view is not None
         assert view.untyped_storage().data_ptr() == target.untyped_storage().data_ptr()
         assert view.shape == tensor.shape
@@ -134,22 +129,16 @@ def test_a_view_is_the_stored_tensor_in_the_memory_of_the_canonical_one(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "canonical"),
+    ("weight_map", "canonical"),
     [
         (InterleavedRotary("a", 2), (8, 3)),
         (ChannelMajor("a", 4), (3, 8)),
         (ClassTokenFirst("a", "b"), (5, 3)),
-        (PartOf("a", 0, 1, 3), (3, 4)),
+        (RowSlice("a", 0, 1, 3), (3, 4)),
         (Stacked((InterleavedRotary("a", 2), InterleavedRotary("b", 2))), (16, 3)),
         (Stacked.of("a", "a"), (6, 3)),
     ],
 )
-def test_what_is_in_another_order_summed_or_there_twice_has_no_view(recipe: Recipe, canonical: tuple[int, ...]) -> None:
-    for name, shape in recipe.stored(canonical).items():
-        assert recipe.view(torch.zeros(canonical), name, tuple(shape)) is None
-
-
-def test_numbers_are_cast_to_the_target() -> None:
-    target = torch.zeros(2, 2, dtype=torch.bfloat16)
-    Stored("w").write(target, "w", torch.full((2, 2), 1 / 3))
-    assert torch.equal(target, torch.full((2, 2), 1 / 3).bfloat16())
+def test_reordered_summed_or_repeated_tensors_have_no_view(weight_map: WeightMap, canonical: Shape) -> None:
+    for name, shape in weight_map.stored_shapes(canonical).items():
+        assert weight_map.view(torch.zeros(canonical), name, tuple(shape)) is None

@@ -27,14 +27,14 @@ SMALL = replace(
 )
 
 
-def recipes_of(config: TowerConfig) -> dict:
-    recipes = {name: Stored(f"stored.{name}") for name in build(config).sources}
-    for name in recipes:
+def map_weights(config: TowerConfig) -> dict:
+    weight_maps = {name: Stored(f"stored.{name}") for name in build(config).sources}
+    for name in weight_maps:
         if "mlp_gate_up" in name:
-            recipes[name] = Stacked.of(f"gate.{name}", f"up.{name}")
+            weight_maps[name] = Stacked.of(f"gate.{name}", f"up.{name}")
         elif "qkv" in name:
-            recipes[name] = Stacked.of(f"q.{name}", f"k.{name}", f"v.{name}")
-    return recipes
+            weight_maps[name] = Stacked.of(f"q.{name}", f"k.{name}", f"v.{name}")
+    return weight_maps
 
 
 class OneAtATime:
@@ -56,9 +56,9 @@ class OneAtATime:
 
 
 def test_weights_lie_side_by_side_padded_and_in_their_places() -> None:
-    graph, recipes = build(SMALL), recipes_of(SMALL)
-    checkpoint = OneAtATime(stored_shapes(graph, recipes))
-    weights = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    graph, weight_maps = build(SMALL), map_weights(SMALL)
+    checkpoint = OneAtATime(stored_shapes(graph, weight_maps))
+    weights = read_weights(checkpoint, graph, weight_maps, torch.float32, torch.device("cpu"))
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == graph.held_shapes
     assert len({weight.untyped_storage().data_ptr() for weight in weights.values()}) == 1
     assert all(weight.data_ptr() % 256 == next(iter(weights.values())).data_ptr() % 256 for weight in weights.values())
@@ -74,11 +74,11 @@ def test_weights_lie_side_by_side_padded_and_in_their_places() -> None:
 
 def test_arranged_weights_are_arranged_where_they_lie() -> None:
     config = replace(SMALL, width=144, heads=2, projector=replace(SMALL.projector, hidden=576))
-    plain, recipes = fuse(build(config)), recipes_of(config)
+    plain, weight_maps = fuse(build(config)), map_weights(config)
     graph = fuse(plain, KERNEL_PASSES)
-    checkpoint = OneAtATime(stored_shapes(plain, recipes))
-    canonical = read_weights(checkpoint, plain, recipes, torch.float32, torch.device("cpu"))
-    weights = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    checkpoint = OneAtATime(stored_shapes(plain, weight_maps))
+    canonical = read_weights(checkpoint, plain, weight_maps, torch.float32, torch.device("cpu"))
+    weights = read_weights(checkpoint, graph, weight_maps, torch.float32, torch.device("cpu"))
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == graph.held_shapes
     # Every tensor is there once: in its order or in another.
     assert len(weights) == len(canonical)
@@ -103,12 +103,12 @@ def test_arranged_weights_are_arranged_where_they_lie() -> None:
 
 
 def test_canonical_weights_are_arranged_in_copies() -> None:
-    plain, recipes = fuse(build(SMALL)), recipes_of(SMALL)
+    plain, weight_maps = fuse(build(SMALL)), map_weights(SMALL)
     graph = fuse(plain, KERNEL_PASSES)
-    checkpoint = OneAtATime(stored_shapes(plain, recipes))
-    canonical = read_weights(checkpoint, plain, recipes, torch.float32, torch.device("cpu"))
+    checkpoint = OneAtATime(stored_shapes(plain, weight_maps))
+    canonical = read_weights(checkpoint, plain, weight_maps, torch.float32, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in canonical.items()}
-    held = read_weights(checkpoint, graph, recipes, torch.float32, torch.device("cpu"))
+    held = read_weights(checkpoint, graph, weight_maps, torch.float32, torch.device("cpu"))
     assert held.keys() != canonical.keys()
     for weight in graph.weights.values():
         assert torch.equal(bound_weight(weight, canonical), bound_weight(weight, held)), weight.name
@@ -123,9 +123,9 @@ def test_padding_is_not_counted_as_parameters() -> None:
 
 
 def test_a_stored_tensor_may_serve_two_weights() -> None:
-    graph, recipes = build(SMALL), recipes_of(SMALL)
-    recipes["projector.norm.weight"] = Stored("stored.blocks.0.norm1.weight")
-    checkpoint = OneAtATime(stored_shapes(graph, recipes))
-    weights = read_weights(checkpoint, graph, recipes, torch.bfloat16, torch.device("cpu"))
+    graph, weight_maps = build(SMALL), map_weights(SMALL)
+    weight_maps["projector.norm.weight"] = Stored("stored.blocks.0.norm1.weight")
+    checkpoint = OneAtATime(stored_shapes(graph, weight_maps))
+    weights = read_weights(checkpoint, graph, weight_maps, torch.bfloat16, torch.device("cpu"))
     assert torch.equal(weights["projector.norm.weight"], weights["blocks.0.norm1.weight"])
     assert weights["projector.norm.weight"].any()

@@ -67,5 +67,5 @@ def _published_shapes(family: Family) -> dict[str, Shape]:
     sources |= build(config).sources
     shapes: dict[str, Shape] = {}
     for name, shape in sources.items():
-        shapes |= family.tensors[name].stored(shape)
+        shapes |= family.tensors[name].stored_shapes(shape)
     return shapes

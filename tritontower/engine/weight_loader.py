@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from tritontower.checkpoint.checkpoint import Progress
-from tritontower.checkpoint.weight_map import Recipe, Shape
+from tritontower.checkpoint.weight_map import Shape, WeightMap
 from tritontower.graph.ir import Graph, Weight
 
 __all__ = ["WeightSource", "read_weights", "stored_shapes"]
@@ -40,18 +40,18 @@ class WeightSource(Protocol):
         ...
 
 
-def stored_shapes(graph: Graph, recipes: Mapping[str, Recipe]) -> dict[str, Shape]:
+def stored_shapes(graph: Graph, weight_maps: Mapping[str, WeightMap]) -> dict[str, Shape]:
     """Name → shape of every stored tensor that the graph is made from; the order is that of the graph."""
     shapes: dict[str, Shape] = {}
     for name, shape in graph.sources.items():
-        shapes |= recipes[name].stored(shape)
+        shapes |= weight_maps[name].stored_shapes(shape)
     return shapes
 
 
 def read_weights(
     source: WeightSource,
     graph: Graph,
-    recipes: Mapping[str, Recipe],
+    weight_maps: Mapping[str, WeightMap],
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -62,7 +62,7 @@ def read_weights(
     Args:
         source: its names and shapes checked.
         graph: says which tensors there are, and how they are padded and arranged.
-        recipes: what each is made of.
+        weight_maps: what each is made of.
         dtype: of the weights.
         device: where they go.
         progress: called after every stored tensor.
@@ -96,11 +96,11 @@ def read_weights(
     }
     users: dict[str, list[tuple[Weight, torch.Tensor]]] = {}
     for held, place in written.values():
-        for stored in recipes[held.source].stored(held.source_shape):
+        for stored in weight_maps[held.source].stored_shapes(held.source_shape):
             users.setdefault(stored, []).append((held, place.view(held.canonical_shape)))
     for stored, tensor in source.iterate(dtype, device, names=users, progress=progress):
         for held, place in users[stored]:
-            recipes[held.source].write(place, stored, tensor)
+            weight_maps[held.source].write(place, stored, tensor)
         del tensor
     for held, place in written.values():
         if held.weight_layout is not None:

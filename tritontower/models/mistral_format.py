@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import ChannelMajor, InterleavedRotary, Recipe, Stacked, Stored
+from tritontower.checkpoint.weight_map import ChannelMajor, InterleavedRotary, Stacked, Stored, WeightMap
 from tritontower.config import Projector, TowerConfig
 from tritontower.prompt.layout import PromptLayout
 
@@ -152,7 +152,7 @@ def _read_projector(vision: ConfigReader, width: int) -> Projector:
     )
 
 
-def _tensors(config: TowerConfig) -> Mapping[str, Recipe]:
+def _tensors(config: TowerConfig) -> Mapping[str, WeightMap]:
     tensors = block_tensors(config, output="attention.wo", gate="w1", up="w3", down="w2")
     for block in range(config.depth):
         attention = f"tower.transformer.layers.{block}.attention"

@@ -12,7 +12,7 @@ read by nobody.
 from functools import partial
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import Recipe, Stacked
+from tritontower.checkpoint.weight_map import Stacked, WeightMap
 from tritontower.config import Normalization, TowerConfig, Windows
 from tritontower.preprocessing import SmartResize
 from tritontower.prompt.mrope import MropeRule
@@ -143,7 +143,7 @@ def _windows(vision: ConfigReader, token: int, depth: int) -> Windows:
     return Windows(side=pixels // token, full_blocks=tuple(sorted({block for block in full if block < depth})))
 
 
-def _gated(config: TowerConfig) -> dict[str, Recipe]:
+def _gated(config: TowerConfig) -> dict[str, WeightMap]:
     """Gate and up projection, stored one by one."""
     return {
         f"blocks.{block}.mlp_gate_up.{kind}": Stacked.of(

@@ -12,7 +12,7 @@ import torch
 
 from tritontower.checkpoint.checkpoint import Progress
 from tritontower.checkpoint.files import Prefixes, strip_prefix
-from tritontower.checkpoint.weight_map import Recipe, Shape
+from tritontower.checkpoint.weight_map import Shape, WeightMap
 from tritontower.errors import (
     CheckpointIncompleteError,
     NonFiniteWeightsError,
@@ -132,7 +132,7 @@ def lend(
     parameters: Mapping[str, torch.nn.Parameter],
     weights: Mapping[str, torch.Tensor],
     graph: Graph,
-    recipes: Mapping[str, Recipe],
+    weight_maps: Mapping[str, WeightMap],
 ) -> list[str]:
     """Makes parameters views of a tower's weights, whose numbers they have; their own memory is then free.
 
@@ -140,7 +140,7 @@ def lend(
         parameters: name without its root → parameter, of the dtype and on the device of the weights.
         weights: the tower's tensors, by name.
         graph: says how they are shaped before padding.
-        recipes: what each is made of.
+        weight_maps: what each is made of.
 
     Returns:
         The names of those that are views now.  What is held in another order or summed cannot be one.
@@ -148,13 +148,13 @@ def lend(
     lent: list[str] = []
     users: dict[str, int] = {}
     for name, shape in graph.sources.items():
-        for stored in recipes[name].stored(shape):
+        for stored in weight_maps[name].stored_shapes(shape):
             users[stored] = users.get(stored, 0) + 1
     for name, shape in graph.sources.items():
         if name not in weights:  # the tower holds it in another order
             continue
-        for stored, stored_shape in recipes[name].stored(shape).items():
-            view = recipes[name].view(weights[name], stored, stored_shape) if users[stored] == 1 else None
+        for stored, stored_shape in weight_maps[name].stored_shapes(shape).items():
+            view = weight_maps[name].view(weights[name], stored, stored_shape) if users[stored] == 1 else None
             parameter = parameters[stored]
             if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
                 parameter.data = view

@@ -17,7 +17,15 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import ClassTokenFirst, OfBatchOfOne, OneFrame, PartOf, Recipe, Stacked, Stored
+from tritontower.checkpoint.weight_map import (
+    ClassTokenFirst,
+    OneFrame,
+    RowSlice,
+    Stacked,
+    Stored,
+    WeightMap,
+    WithBatchDimension,
+)
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, tile_images
 
@@ -186,11 +194,11 @@ def read_encoder(
     )
 
 
-def encoder_tensors(config: TowerConfig) -> dict[str, Recipe]:
+def encoder_tensors(config: TowerConfig) -> dict[str, WeightMap]:
     """How the encoder is stored, its names beginning with ``tower.``; those behind the last needed block are listed too."""
     embeddings = "tower.embeddings"
     table = f"{embeddings}.position_embedding.weight"
-    tensors: dict[str, Recipe] = {
+    tensors: dict[str, WeightMap] = {
         "patch_projection.weight": OneFrame(f"{embeddings}.patch_embedding.weight"),
         "position_table.weight": Stored(table),
         **_parameters("output_norm", "tower.post_layernorm"),
@@ -211,14 +219,14 @@ def encoder_tensors(config: TowerConfig) -> dict[str, Recipe]:
     return tensors
 
 
-def _parameters(ours: str, theirs: str) -> dict[str, Recipe]:
+def _parameters(ours: str, theirs: str) -> dict[str, WeightMap]:
     return {f"{ours}.{role}": Stored(f"{theirs}.{role}") for role in ("weight", "bias")}
 
 
-def _pooling_tensors() -> dict[str, Recipe]:
+def _pooling_tensors() -> dict[str, WeightMap]:
     """SigLIP's attention-pooling head, whose q, k and v are one matrix of ``torch.nn.MultiheadAttention``."""
-    tensors: dict[str, Recipe] = {
-        "pooling.probe": OfBatchOfOne("tower.head.probe"),
+    tensors: dict[str, WeightMap] = {
+        "pooling.probe": WithBatchDimension("tower.head.probe"),
         **_parameters("pooling.attention_output", "tower.head.attention.out_proj"),
         **_parameters("pooling.norm", "tower.head.layernorm"),
         **_parameters("pooling.mlp_up", "tower.head.mlp.fc1"),
@@ -226,8 +234,8 @@ def _pooling_tensors() -> dict[str, Recipe]:
     }
     for role in ("weight", "bias"):
         stacked = f"tower.head.attention.in_proj_{role}"
-        tensors[f"pooling.query.{role}"] = PartOf(stacked, first=0, taken=1, parts=3)
-        tensors[f"pooling.keys_values.{role}"] = PartOf(stacked, first=1, taken=2, parts=3)
+        tensors[f"pooling.query.{role}"] = RowSlice(stacked, first=0, taken=1, parts=3)
+        tensors[f"pooling.keys_values.{role}"] = RowSlice(stacked, first=1, taken=2, parts=3)
     return tensors
 
 

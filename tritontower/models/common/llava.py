@@ -11,7 +11,7 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import Recipe, Stored
+from tritontower.checkpoint.weight_map import Stored, WeightMap
 from tritontower.config import Projector, TowerConfig
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel
 
@@ -144,14 +144,14 @@ def refuse_class_token(reader: ConfigReader, config: TowerConfig) -> None:
         )
 
 
-def llava_tensors(config: TowerConfig) -> dict[str, Recipe]:
+def llava_tensors(config: TowerConfig) -> dict[str, WeightMap]:
     """How encoder and projector are stored, and the newline embedding of a tower with tiles."""
-    projector: dict[str, Recipe] = {
+    projector: dict[str, WeightMap] = {
         f"projector.{linear}.{role}": Stored(f"projector.{linear}.{role}")
         for linear in ("linear_1", "linear_2")
         for role in ("weight", "bias")
     }
-    newline: dict[str, Recipe] = {"newline": Stored("image_newline")} if config.newline else {}
+    newline: dict[str, WeightMap] = {"newline": Stored("image_newline")} if config.newline else {}
     return {**encoder_tensors(config), **projector, **newline}
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import OneFrame, Recipe, Stacked, Stored
+from tritontower.checkpoint.weight_map import OneFrame, Stacked, Stored, WeightMap
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, tile_images
 from tritontower.preprocessing import LongestEdge, MistralResize
@@ -138,7 +138,7 @@ def tower_config(
     )
 
 
-def tower_tensors(config: TowerConfig) -> dict[str, Recipe]:
+def tower_tensors(config: TowerConfig) -> dict[str, WeightMap]:
     """How transformers stores the tower."""
     tensors = block_tensors(config, output="attention.o_proj", gate="gate_proj", up="up_proj", down="down_proj")
     for block in range(config.depth):
@@ -147,9 +147,9 @@ def tower_tensors(config: TowerConfig) -> dict[str, Recipe]:
     return tensors
 
 
-def block_tensors(config: TowerConfig, *, output: str, gate: str, up: str, down: str) -> dict[str, Recipe]:
+def block_tensors(config: TowerConfig, *, output: str, gate: str, up: str, down: str) -> dict[str, WeightMap]:
     """Everything but queries, keys and values, which are stored the same way under two sets of names."""
-    tensors: dict[str, Recipe] = {
+    tensors: dict[str, WeightMap] = {
         "patch_projection.weight": OneFrame("tower.patch_conv.weight"),
         "input_norm.weight": Stored("tower.ln_pre.weight"),
     }
@@ -164,7 +164,7 @@ def block_tensors(config: TowerConfig, *, output: str, gate: str, up: str, down:
     return tensors
 
 
-def projector_tensors(first: str, second: str) -> dict[str, Recipe]:
+def projector_tensors(first: str, second: str) -> dict[str, WeightMap]:
     """The two linears; their biases are listed even where the tower has none."""
     return {
         f"projector.{ours}.{role}": Stored(f"projector.{theirs}.{role}")

@@ -12,7 +12,7 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import Recipe, Stored
+from tritontower.checkpoint.weight_map import Stored, WeightMap
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, flat_patches
 
@@ -67,8 +67,8 @@ def parameters(parts: Mapping[str, str], kinds: Sequence[str] = ("weight", "bias
     return {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in parts.items() for kind in kinds}
 
 
-def stored_blocks(config: TowerConfig, block: Mapping[str, str], others: Mapping[str, str]) -> dict[str, Recipe]:
-    """Recipes of tensors that are stored as the layer graph has them.
+def stored_blocks(config: TowerConfig, block: Mapping[str, str], others: Mapping[str, str]) -> dict[str, WeightMap]:
+    """Weight maps of tensors that are stored as the layer graph has them.
 
     Args:
         config: says how many blocks there are.

@@ -17,7 +17,7 @@ import torch
 
 import tritontower.models
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import Recipe
+from tritontower.checkpoint.weight_map import WeightMap
 from tritontower.config import TowerConfig
 from tritontower.devices import DTYPES
 from tritontower.errors import Limits, NoVisionTowerError, UnsupportedArchitectureError
@@ -84,7 +84,7 @@ class Family:
 
     config: TowerConfig
     prefixes: Mapping[str, str]
-    tensors: Mapping[str, Recipe]
+    tensors: Mapping[str, WeightMap]
     preprocessors: Mapping[str, MakePreprocessor]
     reference: ReferenceModel | None
     ignored: Sequence[str] = ()
