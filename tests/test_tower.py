@@ -20,7 +20,7 @@ from support.checkpoints import noise, rename_tensors, save_qwen2_vl
 from support.towers import all_cases
 
 from tritontower import VisionTower, has_vision
-from tritontower.engine.cuda_graphs import CaptureLimits
+from tritontower.engine.graph_cache import CaptureLimits
 from tritontower.errors import (
     AspectRatioError,
     BackendUnavailableError,
@@ -281,12 +281,12 @@ def test_memory_plan_covers_what_a_pass_allocates(tower: VisionTower) -> None:
     assert plan.workload == batch.workload
     tower.forward(batch)
     executor = tower.executor_for(batch)
-    assert executor._arena.numel() >= plan.arena_bytes
+    assert executor.arena_bytes >= plan.arena_bytes
     assert plan.output_bytes >= batch.workload.tokens * 48 * 4
     executor.release()
-    assert executor._arena.numel() == 0
+    assert executor.arena_bytes == 0
     tower.forward(batch)
-    assert executor._arena.numel() == plan.arena_bytes
+    assert executor.arena_bytes == plan.arena_bytes
     with pytest.raises(UsageError, match="multiples of 4"):
         tower.memory_plan(1023)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "CaptureLimits": "engine.cuda_graphs",
+    "CaptureLimits": "engine.graph_cache",
     "EmbeddingCache": "cache",
     "ImageEmbedding": "embedding",
     "ItemError": "scheduler.scheduler",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from .cache import EmbeddingCache
     from .config import TowerConfig
     from .embedding import ImageEmbedding, load_embeddings, save_embeddings
-    from .engine.cuda_graphs import CaptureLimits
+    from .engine.graph_cache import CaptureLimits
     from .errors import Limits, TowerError
     from .prompt.encode import encode_prompt
     from .prompt.merge import merge_embeddings

@@ -19,14 +19,15 @@ from .checkpoint.hub import fetch_shards, locate
 from .config import TowerConfig
 from .devices import parse_device, parse_dtype
 from .embedding import ImageEmbedding, checked_alias
-from .engine.cuda_graphs import CaptureLimits, plan_static_buffers
 from .engine.executor import Executor
-from .engine.onednn_weights import pack_weights
-from .engine.runner import ModelRunner, expected_weights_bytes
+from .engine.graph_cache import CaptureLimits
+from .engine.onednn_weights import prepack_weights
+from .engine.runner import ModelRunner, estimate_weights_bytes
+from .engine.static_buffers import plan_static_buffers
 from .engine.weight_loader import read_weights, stored_shapes
 from .errors import Limits, TowerNotLoadedError, UsageError, shorten
 from .graph.builder import build
-from .graph.fusion import fold_still_images, fuse, passes_for
+from .graph.fusion import fold_still_images, fuse, select_passes
 from .graph.ir import Graph, Workload
 from .graph.memory_plan import MemoryPlan, plan_memory
 from .graph.summary import Description
@@ -104,7 +105,7 @@ class VisionTower:
 
     def _describe(self, family: Family) -> None:
         self.family = family
-        self._video_graph: Graph = fuse(build(family.config), passes_for(self._device))
+        self._video_graph: Graph = fuse(build(family.config), select_passes(self._device))
         self.graph: Graph = fold_still_images(self._video_graph)
 
     @classmethod
@@ -152,7 +153,7 @@ class VisionTower:
             cache: keeps embeddings, so that an image that comes again is not encoded again; by default nothing is kept.
                 Several towers may share one.
             cuda_graphs: whether passes on a GPU are captured as CUDA graphs when their size comes the second time, and
-                replayed from then on; a :class:`~tritontower.engine.cuda_graphs.CaptureLimits` says what they may hold (by default
+                replayed from then on; a :class:`~tritontower.engine.graph_cache.CaptureLimits` says what they may hold (by default
                 32 graphs and 4 GiB).  See :meth:`warm_up`.  It changes no number, and nothing at all on a CPU.
             revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
             progress: called with the bytes read so far and in all.
@@ -221,14 +222,14 @@ class VisionTower:
             if self._runner is None:
                 sources = self._read_weights(progress)
                 if not self._shares_weights:
-                    pack_weights(self._graphs, sources)
+                    prepack_weights(self._graphs, sources)
                 preprocessor = self.preprocessor  # not the tower: one that goes is to give its memory back at once
                 # Assigned when all of it is there: other threads may already be asking.
                 self._runner = ModelRunner(
                     self.config,
                     self._graphs,
                     sources,
-                    rescaling=lambda: preprocessor.rescaling,
+                    normalization=lambda: preprocessor.rescaling,
                     cuda_graphs=self._cuda_graphs,
                 )
         return self
@@ -297,7 +298,7 @@ class VisionTower:
         """
         if self._runner is not None:
             return self._runner.weights_bytes
-        return expected_weights_bytes(self._graphs, self.dtype.itemsize)
+        return estimate_weights_bytes(self._graphs, self.dtype.itemsize)
 
     @property
     def hidden_size(self) -> int:
@@ -609,7 +610,7 @@ class VisionTower:
         # The largest first: the others find room in its memory.
         for _, pack in sorted(zip((-workload.patches for workload in workloads), sizes, strict=True)):
             batch = self.preprocess([noise.integers(256, size=(h, w, 3), dtype=np.uint8) for w, h in pack], **bounds)
-            warm += runner.of(batch).warm_up(batch)
+            warm += runner.executor_for(batch).warm_up(batch)
         return warm
 
     @property
@@ -624,7 +625,7 @@ class VisionTower:
             UsageError: another tower's batch.
             TowerNotLoadedError: the weights are not there yet.
         """
-        return self._loaded.of(batch)
+        return self._loaded.executor_for(batch)
 
     def _pass(self, batch: PackedBatch) -> list[ImageEmbedding]:
         """Packed batch → graph → embeddings, image by image."""

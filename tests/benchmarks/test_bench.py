@@ -17,9 +17,9 @@ from tritontower.benchmarks.towers import CheckedReference
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
-from tritontower.graph.cost import cost_of, total_cost
-from tritontower.graph.launch_count import launch_counts
-from tritontower.graph.workspace import SMALL_BYTES
+from tritontower.graph.cost import estimate_cost, estimate_total_cost
+from tritontower.graph.launch_count import count_launches
+from tritontower.graph.workspace import SMALL_WORKSPACE_BYTES
 from tritontower.models import qwen2_vl
 
 CPU = torch.device("cpu")
@@ -253,9 +253,9 @@ class TestTowers:
         workload = images.square(tower, 64).workload
         products.products_alone(tower.graph, workload, device=CPU, dtype=torch.float32)()
         attention = [node for node in tower.graph.nodes if node.kind == "attention"]
-        by_attention = sum(cost_of(tower.graph, node, workload, 4).flops for node in attention)
+        by_attention = sum(estimate_cost(tower.graph, node, workload, 4).flops for node in attention)
         assert len(attention) == tower.config.depth
-        assert sum(made) == total_cost(tower.graph, workload, 4).flops - by_attention
+        assert sum(made) == estimate_total_cost(tower.graph, workload, 4).flops - by_attention
 
     def test_fixed_sizes_are_packed_to_the_count(self):
         with images.family_configuration("CLIP", depth=1) as folder:
@@ -308,7 +308,7 @@ class TestPreprocessing:
 class TestLaunches:
     def test_rows_are_the_counts_of_the_graphs(self, tower):
         (row,) = launch_rows(tower, [("64 patches", lambda tower: images.square(tower, 64))], "x")
-        plain = launch_counts(build(tower.config), images.square(tower, 64).workload)
+        plain = count_launches(build(tower.config), images.square(tower, 64).workload)
         assert row["plain_pass"] == plain.total.total
         assert row["fused_block"] < row["plain_block"]
         assert row["fused_pass"] < row["plain_pass"]
@@ -322,7 +322,7 @@ class TestChildren:
         assert memory["growth_bytes"] > memory["weights_bytes"] > 0
         assert 0 < memory["plan_bytes"] <= memory["planned_bytes"]
         assert memory["allocated_bytes"] <= memory["planned_bytes"]
-        assert memory["allocated_bytes"] == pytest.approx(memory["planned_bytes"] - SMALL_BYTES, rel=0.1)
+        assert memory["allocated_bytes"] == pytest.approx(memory["planned_bytes"] - SMALL_WORKSPACE_BYTES, rel=0.1)
         load = children.ask("load", **facts, by="transformers", cold=True)
         assert load["kind"] == "Reference"
         assert load["seconds"] > 0

@@ -25,10 +25,12 @@ from support.towers import TowerCase, all_cases
 
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
-from tritontower.engine import cuda_graphs
+from tritontower.engine import graph_cache, static_buffers
 from tritontower.engine.buckets import STEPS, Division, Planner, planned, rounded
-from tritontower.engine.cuda_graphs import CaptureLimits, CudaGraphs, plan_static_buffers
+from tritontower.engine.cuda_graphs import CudaCapture
 from tritontower.engine.executor import Executor
+from tritontower.engine.graph_cache import CaptureLimits
+from tritontower.engine.static_buffers import plan_static_buffers
 from tritontower.errors import TowerNotLoadedError, UsageError
 from tritontower.graph.ir import Workload
 from tritontower.kernels.runtime import dispatch
@@ -92,9 +94,9 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def poison(executor: Executor) -> None:
     """Nothing but NaN, and for integers −1, in everything that a pass holds."""
-    assert executor._passes is not None
+    assert executor.graph_cache is not None
     with torch.inference_mode():
-        for entry in executor._passes._passes.values():
+        for entry in executor.graph_cache.buffers.values():
             entry.memory.fill_(255)
 
 
@@ -235,8 +237,8 @@ def test_padding_is_finite_in_every_value(case: TowerCase, towers: Towers, poiso
     _, planned_one = both(tower)
     batch = batches_of(case, tower)[0]
     planned_one.run(batch)
-    assert planned_one._passes is not None
-    (entry,) = planned_one._passes._passes.values()
+    assert planned_one.graph_cache is not None
+    (entry,) = planned_one.graph_cache.buffers.values()
     poison(planned_one)
     with torch.inference_mode():
         entry.fill(batch)
@@ -270,7 +272,7 @@ def test_one_token_and_nothing_at_all(tower: VisionTower) -> None:
 
 def test_inputs_that_are_on_the_device_already(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
     exact, planned_one = both(tower)
-    monkeypatch.setattr(cuda_graphs, "_are_on_host", lambda tensors: False)
+    monkeypatch.setattr(static_buffers, "_are_on_host", lambda tensors: False)
     for seed in range(4):
         batch = tower.preprocess([noise(300, 200, seed), noise(90, 90, seed)])
         expected = exact.run(batch)
@@ -322,7 +324,7 @@ def test_warming_up_captures_at_once(tower: VisionTower) -> None:
     assert planned_one.warm_up(batch)
     assert planned_one.warm_up(batch)
     assert (recorder.captures, planned_one.captured) == (1, 1)
-    assert planned_one.captured_bytes == planned_one._passes.memory.numel() + 1000
+    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel() + 1000
     assert_same(planned_one.run(batch), exact.run(batch))
     assert not exact.warm_up(batch)
     assert (exact.captured, exact.captured_bytes) == (0, 0)
@@ -422,7 +424,7 @@ def test_a_capture_that_cannot_be_ended_leaves_the_current_stream_as_it_was(monk
     fakes |= {"empty_cache": lambda: None, "memory_reserved": lambda device: 0, "CUDAGraph": object}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    backend = CudaGraphs(torch.device("cuda", 0))
+    backend = CudaCapture(torch.device("cuda", 0))
     for _ in range(2):
         with pytest.raises(RuntimeError, match="previous error"):
             backend.capture(lambda: ran_on.append(current[0]))
@@ -455,7 +457,7 @@ def test_a_replay_that_differs_is_never_used(tower: VisionTower, fault: str) -> 
                     rows[0, 0] ^= 1
 
             faulty.allocated = 0
-            (entry,) = planned_one._passes._passes.values()
+            (entry,) = planned_one.graph_cache.buffers.values()
             return faulty
 
     exact, planned_one = both(tower, Faulty())
@@ -470,7 +472,7 @@ def test_a_replay_that_differs_is_never_used(tower: VisionTower, fault: str) -> 
 def test_a_table_that_appears_only_while_launches_are_captured_fails_the_capture(tower: VisionTower) -> None:
     class Late(StepRecorder):
         def capture(self, work: Callable[[], None]) -> Any:
-            (entry,) = planned_one._passes._passes.values()
+            (entry,) = planned_one.graph_cache.buffers.values()
             entry.facts.segments.tiles(48, torch.device("cpu"))
             return super().capture(work)
 
@@ -490,7 +492,7 @@ def test_the_least_recently_used_graph_goes_first(tower: VisionTower) -> None:
         assert planned_one.warm_up(batch)
     planned_one.run(batches[0])
     assert planned_one.warm_up(batches[2])
-    passes = planned_one._passes
+    passes = planned_one.graph_cache
     assert [passes.bucket(batch) in passes._captured() for batch in batches] == [True, False, True]
     for batch in batches:
         assert_same(planned_one.run(batch), exact.run(batch))
@@ -547,12 +549,12 @@ def test_what_an_evicted_graph_allocated_is_counted_as_long_as_any_graph_is_ther
     recorder.allocates = 0
     planned_one.warm_up(second)
     assert planned_one.captured == 1
-    assert planned_one.captured_bytes == planned_one._passes.memory.numel() + 1000
+    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel() + 1000
     planned_one.release()
     gc.collect()  # a recorder's replay knows its pass, which a CUDA graph does not
     assert planned_one.captured_bytes == 0
     planned_one.warm_up(second)
-    assert planned_one.captured_bytes == planned_one._passes.memory.numel()
+    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel()
 
 
 def test_what_other_graphs_allocated_may_leave_no_room(tower: VisionTower) -> None:
@@ -580,14 +582,14 @@ def test_graphs_keep_their_memory_when_a_larger_pass_comes(tower: VisionTower) -
     assert_same(planned_one.run(small), exact.run(small))
     assert recorder.replays == before + 1
     planned_one.warm_up(large)
-    assert planned_one.captured_bytes == held + planned_one._passes.memory.numel() + 1000
+    assert planned_one.captured_bytes == held + planned_one.graph_cache.memory.numel() + 1000
 
 
 def test_buckets_share_memory_when_the_largest_comes_first(tower: VisionTower) -> None:
     _, planned_one = both(tower)
     for side in (400, 300, 200, 90):
         planned_one.warm_up(tower.preprocess(noise(side, side, 1)))
-    assert planned_one.captured_bytes == planned_one._passes.memory.numel() + 4 * 1000
+    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel() + 4 * 1000
 
 
 def test_release_gives_everything_back(tower: VisionTower) -> None:
@@ -597,7 +599,7 @@ def test_release_gives_everything_back(tower: VisionTower) -> None:
     planned_one.warm_up(batch)
     planned_one.release()
     gc.collect()  # as above
-    assert (planned_one.captured, planned_one.captured_bytes, planned_one._passes.memory.numel()) == (0, 0, 0)
+    assert (planned_one.captured, planned_one.captured_bytes, planned_one.graph_cache.memory.numel()) == (0, 0, 0)
     assert_same(planned_one.run(batch), exact.run(batch))
     assert recorder.captures == 2, "it has come before"
 
@@ -606,8 +608,8 @@ def test_what_is_released_is_gone_at_once(tower: VisionTower) -> None:
     """Device memory must not wait for Python's collector of rings."""
     _, planned_one = both(tower)
     planned_one.run(tower.preprocess(noise(90, 90, 1)))
-    (entry,) = map(weakref.ref, planned_one._passes._passes.values())
-    memory = weakref.ref(planned_one._passes.memory)
+    (entry,) = map(weakref.ref, planned_one.graph_cache.buffers.values())
+    memory = weakref.ref(planned_one.graph_cache.memory)
     gc.collect()
     gc.disable()
     try:
@@ -621,16 +623,16 @@ def test_few_passes_without_a_graph_are_kept(tower: VisionTower) -> None:
     _, planned_one = both(tower)
     for count in range(1, 20):
         planned_one.run(tower.preprocess(np.zeros((28, 28 * count, 3), np.uint8), min_pixels=28 * 28))
-    assert len(planned_one._passes._passes) <= cuda_graphs.MOST_UNCAPTURED
+    assert len(planned_one.graph_cache.buffers) <= graph_cache.MOST_UNCAPTURED
 
 
 def test_what_is_remembered_of_buckets_is_bounded(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST_HISTORIES", 2)
+    monkeypatch.setattr(graph_cache, "MOST_HISTORIES", 2)
     exact, planned_one = both(tower)
     batches = [tower.preprocess(noise(side, side, side)) for side in (56, 140, 280)]
     for batch in (*batches, *batches, batches[0], *batches[::-1]):
         assert_same(planned_one.run(batch), exact.run(batch))
-    assert len(planned_one._passes._histories) == 2
+    assert len(planned_one.graph_cache._histories) == 2
 
 
 def test_threads_share_graphs(tower: VisionTower) -> None:
@@ -673,7 +675,7 @@ def test_on_a_cpu_nothing_is_planned_or_captured(qwen2_vl: Path) -> None:
     for choice in (True, False, CaptureLimits(max_graphs=1)):
         tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cuda_graphs=choice)
         batch = tower.preprocess(noise(90, 90, 1))
-        assert tower.executor_for(batch)._passes is None
+        assert tower.executor_for(batch).graph_cache is None
         assert tower.warm_up([(90, 90), [(90, 90), (56, 28)]]) == 0
         assert tower.captured_bytes == 0
         assert tower.memory_plan(batch.workload).workload == batch.workload
@@ -701,7 +703,7 @@ def test_the_plan_of_a_planned_pass_is_its_memory(case: TowerCase, towers: Tower
         tile_rows=config.longest_segment,
     )
     outputs = planned_one.run(batch)
-    (entry,) = planned_one._passes._passes.values()
+    (entry,) = planned_one.graph_cache.buffers.values()
     assert replace(entry.bucket.workload, tiles=plan.workload.tiles) == plan.workload
     taken = entry.memory.numel() + sum(-(-rows.nbytes // 256) * 256 for rows in outputs.values())
     tables = 4 * (entry._layout.tables_end + 2 * 4 * 5)

@@ -40,7 +40,7 @@ def packs_of_one_bucket(tower: VisionTower, count: int) -> list[PackedBatch]:
         for number in range(count)
     ]
     executor = tower.executor_for(batches[0])
-    assert len({executor._passes.bucket(batch) for batch in batches}) <= 4
+    assert len({executor.graph_cache.bucket(batch) for batch in batches}) <= 4
     return batches
 
 
@@ -61,7 +61,7 @@ def test_replayed_passes_are_bitwise_the_launched_ones(
             for name, rows in expected.items():
                 assert torch.equal(actual[name].view(torch.uint8), rows.view(torch.uint8)), name
     executor = replayed.executor_for(batch)
-    assert executor.captured == len({executor._passes.bucket(launched.preprocess(pack)) for pack in packs}) > 0
+    assert executor.captured == len({executor.graph_cache.bucket(launched.preprocess(pack)) for pack in packs}) > 0
     assert launched.captured_bytes == 0 < replayed.captured_bytes
 
 

@@ -17,7 +17,7 @@ from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.engine import cuda_graphs
 from tritontower.engine.ops import TRANSFORMS
-from tritontower.engine.runner import ModelRunner, expected_weights_bytes
+from tritontower.engine.runner import ModelRunner, estimate_weights_bytes
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import KERNEL_PASSES, fold_still_images, fuse
@@ -52,7 +52,7 @@ def graphs_of(tower: VisionTower) -> list[Graph]:
 
 def made(tower: VisionTower, *, rescaled: bool = True) -> ModelRunner:
     rescaling = tower.preprocessor.rescaling if rescaled else None
-    return ModelRunner(tower.config, graphs_of(tower), tower._read_weights(None), rescaling=lambda: rescaling)
+    return ModelRunner(tower.config, graphs_of(tower), tower._read_weights(None), normalization=lambda: rescaling)
 
 
 def packs(tower: VisionTower) -> dict[str, PackedBatch]:
@@ -69,11 +69,11 @@ def test_every_kind_of_batch_has_an_executor_of_its_own(towers: Towers) -> None:
     tower = towers("qwen2_vl")
     runner = made(tower)
     assert len([*runner]) == 2, "those for bytes only when there are any"
-    found = {name: runner.of(batch) for name, batch in packs(tower).items()}
+    found = {name: runner.executor_for(batch) for name, batch in packs(tower).items()}
     assert len(set(found.values())) == 4
     assert set(runner) == set(found.values())
     for name, batch in packs(tower).items():
-        assert runner.of(batch) is found[name]
+        assert runner.executor_for(batch) is found[name]
         assert found[name].graph.values["pixels"].width == batch.pixels.shape[1]
         assert (found[name].graph.values["pixels"].dtype == "uint8") == (batch.pixels.dtype == torch.uint8)
 
@@ -83,7 +83,7 @@ def test_threads_that_bring_the_first_bytes_share_one_executor(towers: Towers) -
     runner = made(tower)
     raw = packs(tower)["stills in bytes"]
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(runner.of, [raw] * 8))
+        found = set(pool.map(runner.executor_for, [raw] * 8))
     assert len(found) == 1
     assert len([*runner]) == 3
 
@@ -91,7 +91,7 @@ def test_threads_that_bring_the_first_bytes_share_one_executor(towers: Towers) -
 def test_weights_are_shared_but_for_the_patch_projection(towers: Towers) -> None:
     tower = towers("qwen2_vl")
     runner = made(tower)
-    still, still_bytes, video, video_bytes = (runner.of(batch) for batch in packs(tower).values())
+    still, still_bytes, video, video_bytes = (runner.executor_for(batch) for batch in packs(tower).values())
     for other in (video, still_bytes, video_bytes):
         shared = still.weights.keys() & other.weights.keys()
         own = {name for name in other.weights.keys() ^ still.weights.keys() if "patch_projection" not in name}
@@ -106,24 +106,24 @@ def test_batches_of_other_towers_are_refused_with_what_this_one_takes(towers: To
     tower = towers("qwen2_vl")
     stranger = towers("siglip").preprocess(noise(60, 60, 1))
     with pytest.raises(UsageError, match=r"is another tower's, with temporal 1 instead of 2, .*; pack .* preprocess"):
-        made(tower).of(stranger)
+        made(tower).executor_for(stranger)
     cut = packs(tower)["stills in values"]
     with pytest.raises(
         UsageError, match=r"587 pixel values a patch; the tower takes \[588, 1176\]; pack .* preprocess"
     ):
-        made(tower).of(replace(cut, pixels=cut.pixels[:, 1:]))
+        made(tower).executor_for(replace(cut, pixels=cut.pixels[:, 1:]))
     with pytest.raises(UsageError, match=r"uint8 pixels is another tower's.*preprocess\(\), without raw=True"):
-        made(tower, rescaled=False).of(packs(tower)["stills in bytes"])
+        made(tower, rescaled=False).executor_for(packs(tower)["stills in bytes"])
 
 
 def test_release_reaches_all_of_them(towers: Towers) -> None:
     tower = towers("qwen2_vl")
     runner = made(tower)
     for batch in packs(tower).values():
-        runner.of(batch).run(batch)
-    assert all(executor._arena.numel() > 0 for executor in runner)
+        runner.executor_for(batch).run(batch)
+    assert all(executor.arena_bytes > 0 for executor in runner)
     runner.release()
-    assert [executor._arena.numel() for executor in runner] == [0, 0, 0, 0]
+    assert [executor.arena_bytes for executor in runner] == [0, 0, 0, 0]
     assert runner.captured_bytes == 0
 
 
@@ -195,9 +195,9 @@ def test_padding_and_what_videos_have_beside_still_images_count() -> None:
     videos = fuse(build(config), KERNEL_PASSES)
     heads = 3 * 2 * (80 - 72) * (144 + 1)
     gates = (128 - 70) * (3 * 144 + 2)
-    assert expected_weights_bytes([videos], 2) == 2 * (videos.parameters + heads + gates)
+    assert estimate_weights_bytes([videos], 2) == 2 * (videos.parameters + heads + gates)
     folded = 144 * config.patch.still_inner
-    assert expected_weights_bytes([fold_still_images(videos), videos], 2) == 2 * (
+    assert estimate_weights_bytes([fold_still_images(videos), videos], 2) == 2 * (
         videos.parameters + heads + gates + folded
     )
 

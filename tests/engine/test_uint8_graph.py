@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tritontower import VisionTower
 from tritontower.batch.normalization import PixelNormalization
 from tritontower.engine.executor import Executor
-from tritontower.engine.uint8_graph import folded_tensors, graph_for_bytes
+from tritontower.engine.uint8_graph import fold_pixel_weights, make_uint8_graph
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse
@@ -186,7 +186,7 @@ def test_an_unknown_processor_keeps_values_even_on_a_gpu(saved: Saved, monkeypat
 def test_the_pass_changes_the_patch_projection_alone(case: TowerCase, saved: Saved) -> None:
     config = VisionTower.from_pretrained(saved(case), device="cpu", delay_load=True).config
     for graph in (fuse(build(config)), fold_still_images(fuse(build(config)))):
-        folded = graph_for_bytes(graph, class_token=config.class_token)
+        folded = make_uint8_graph(graph, class_token=config.class_token)
         assert [node.name for node in folded.nodes] == [node.name for node in graph.nodes]
         changed = [node for node, old in zip(folded.nodes, graph.nodes, strict=True) if node != old]
         assert [node.kind for node in changed] == ["patch_projection"]
@@ -200,9 +200,9 @@ def test_the_pass_changes_the_patch_projection_alone(case: TowerCase, saved: Sav
 def test_a_class_token_needs_positions_in_the_same_node(saved: Saved) -> None:
     graph = build(load(saved(CASES["clip"]), delay_load=True).config)
     with pytest.raises(ValueError, match="nothing tells a class token's row from a patch's"):
-        graph_for_bytes(graph, class_token=True)
+        make_uint8_graph(graph, class_token=True)
     with pytest.raises(ValueError, match="nothing tells a class token's row from a patch's"):
-        folded_tensors(
+        fold_pixel_weights(
             graph,
             {"patch_projection.weight": torch.zeros(1)},
             PixelNormalization(1.0, (0.0,) * 3, (1.0,) * 3),
@@ -217,7 +217,7 @@ def test_folded_weights_are_rounded_once(name: str, saved: Saved) -> None:
     assert rescaling is not None
     sources = plain_sources(tower)
     exact_sources = {key: tensor.double() for key, tensor in sources.items()}
-    made = folded_tensors(tower.graph, sources, rescaling, class_token=class_token)
+    made = fold_pixel_weights(tower.graph, sources, rescaling, class_token=class_token)
     kernel = exact_sources["patch_projection.weight"]
     whole = kernel.sum(2) if tower.config.patch.temporal > 1 else kernel
     means, deviations = (
@@ -250,8 +250,8 @@ def plain_sources(tower: VisionTower) -> dict[str, torch.Tensor]:
 def test_an_executor_of_the_folded_graph_needs_nothing_else(saved: Saved) -> None:
     tower = load(saved(CASES["siglip"]))
     weights = tower._read_weights(None)
-    made = folded_tensors(tower.graph, weights, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
-    graph = graph_for_bytes(tower.graph, class_token=False)
+    made = fold_pixel_weights(tower.graph, weights, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
+    graph = make_uint8_graph(tower.graph, class_token=False)
     unused = {tower.graph.weights[name].held_name for name in tower.graph.weights if name not in graph.weights}
     assert unused
     sources = {name: tensor for name, tensor in weights.items() if name not in unused}

@@ -9,7 +9,7 @@ from support.configs import CONFIG
 
 from tritontower.checkpoint.weight_map import Stacked, Stored
 from tritontower.config import TowerConfig
-from tritontower.engine.ops import bound_weight
+from tritontower.engine.ops import bind_weight
 from tritontower.engine.weight_loader import read_weights, stored_shapes
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import KERNEL_PASSES, fuse
@@ -111,7 +111,7 @@ def test_canonical_weights_are_arranged_in_copies() -> None:
     held = read_weights(checkpoint, graph, weight_maps, torch.float32, torch.device("cpu"))
     assert held.keys() != canonical.keys()
     for weight in graph.weights.values():
-        assert torch.equal(bound_weight(weight, canonical), bound_weight(weight, held)), weight.name
+        assert torch.equal(bind_weight(weight, canonical), bind_weight(weight, held)), weight.name
     assert all(torch.equal(canonical[name], tensor) for name, tensor in before.items())
 
 

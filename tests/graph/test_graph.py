@@ -26,7 +26,7 @@ from tritontower.config import (
     TowerConfig,
 )
 from tritontower.graph.builder import build
-from tritontower.graph.cost import cost_of, total_cost
+from tritontower.graph.cost import estimate_cost, estimate_total_cost
 from tritontower.graph.fusion import (
     CHUNK_ROWS,
     CPU_CHUNK_ROWS,
@@ -38,7 +38,7 @@ from tritontower.graph.fusion import (
     fuse_positions,
     fuse_residual_into_linear,
     fuse_selection,
-    passes_for,
+    select_passes,
 )
 from tritontower.graph.ir import Graph, Node, Value, Workload
 from tritontower.graph.layout_passes import interleave_gated, pad_heads
@@ -131,39 +131,41 @@ def test_a_gated_mlp_is_held_wider_than_it_is_stored() -> None:
 
 def test_flops_are_those_of_the_published_tower() -> None:
     # Twice the multiply-adds of 1024 patches through the 7B tower: 1.49 TFLOP.
-    assert total_cost(build(CONFIG), IMAGE, 2).flops / 1e12 == pytest.approx(1.49, abs=0.005)
+    assert estimate_total_cost(build(CONFIG), IMAGE, 2).flops / 1e12 == pytest.approx(1.49, abs=0.005)
     large = Workload(21316, 5329, 21316**2)
-    assert total_cost(build(CONFIG), large, 2).flops / 1e12 == pytest.approx(101.8, abs=0.1)
+    assert estimate_total_cost(build(CONFIG), large, 2).flops / 1e12 == pytest.approx(101.8, abs=0.1)
 
 
 def test_cost_of_a_linear_counts_its_product_and_its_bytes() -> None:
     graph = build(CONFIG)
     node = next(node for node in graph.nodes if node.name == "blocks.0.mlp_up")
-    cost = cost_of(graph, node, IMAGE, 2)
+    cost = estimate_cost(graph, node, IMAGE, 2)
     assert cost.flops == 2 * 1024 * 1280 * 5120
     assert cost.bytes == 2 * (1024 * 1280 + 1024 * 5120 + 5120 * 1280 + 5120)
 
 
 def test_attention_costs_what_its_windows_hold() -> None:
     graph, workload = build(WINDOWED), Workload(1024, 256, scores=1024**2, window_scores=16 * 64**2)
-    costs = [cost_of(graph, node_of(graph, f"blocks.{block}.attention"), workload, 2) for block in range(3)]
+    costs = [estimate_cost(graph, node_of(graph, f"blocks.{block}.attention"), workload, 2) for block in range(3)]
     assert [cost.flops for cost in costs] == [4 * scores * 1280 for scores in (16 * 64**2, 1024**2, 16 * 64**2)]
     assert len({cost.bytes for cost in costs}) == 1
 
 
 def test_pooling_by_attention_costs_one_query_a_view() -> None:
     graph, workload = build(SIGLIP), Workload(32, 32, 2 * 16**2, tiles=2)
-    assert cost_of(graph, node_of(graph, "pooling.attention"), workload, 2).flops == 4 * 32 * 64
-    assert cost_of(graph, node_of(graph, "pooling.mlp_up"), workload, 2).flops == 2 * 2 * 64 * 96
-    assert cost_of(graph, node_of(graph, "pooling.keys_values"), workload, 2).flops == 2 * 32 * 64 * 128
+    assert estimate_cost(graph, node_of(graph, "pooling.attention"), workload, 2).flops == 4 * 32 * 64
+    assert estimate_cost(graph, node_of(graph, "pooling.mlp_up"), workload, 2).flops == 2 * 2 * 64 * 96
+    assert estimate_cost(graph, node_of(graph, "pooling.keys_values"), workload, 2).flops == 2 * 32 * 64 * 128
 
 
 def test_only_selected_rows_are_projected_and_only_tokens_leave() -> None:
     graph = build(TOWERS["tiles"])
     workload = Workload(85, 40, 5 * 17**2, selected=30, merged=30, tiles=5)
-    assert cost_of(graph, node_of(graph, "projector"), workload, 2).flops == 2 * 30 * (64 * 96 + 96 * 48)
+    assert estimate_cost(graph, node_of(graph, "projector"), workload, 2).flops == 2 * 30 * (64 * 96 + 96 * 48)
     # Four rows and their shares in, one row out, for each of 40 tokens; the 30 rows and the newline count once.
-    assert cost_of(graph, node_of(graph, "assemble"), workload, 2).bytes == 2 * 48 * (30 + 40 + 1) + 40 * 4 * (4 + 4)
+    assert estimate_cost(graph, node_of(graph, "assemble"), workload, 2).bytes == 2 * 48 * (30 + 40 + 1) + 40 * 4 * (
+        4 + 4
+    )
 
 
 @each_tower
@@ -255,8 +257,8 @@ def test_an_mlp_costs_what_its_two_products_do() -> None:
     plain, workload = build(CONFIG), Workload(20000, 5000, 20000**2)
     fused = fuse(plain, (fuse_activations, fuse_residual_into_linear))
     chunked = fuse(fused, (chunk_mlp,))
-    parts = [cost_of(fused, node_of(fused, f"blocks.0.{name}"), workload, 2) for name in ("mlp_up", "mlp_down")]
-    whole = cost_of(chunked, node_of(chunked, "blocks.0.mlp"), workload, 2)
+    parts = [estimate_cost(fused, node_of(fused, f"blocks.0.{name}"), workload, 2) for name in ("mlp_up", "mlp_down")]
+    whole = estimate_cost(chunked, node_of(chunked, "blocks.0.mlp"), workload, 2)
     assert whole.flops == sum(part.flops for part in parts)
     # The rows between the two products are written by one and read by the other, however few are held at once.
     assert whole.bytes == sum(part.bytes for part in parts) - 20000 * 5120 * 2
@@ -274,7 +276,7 @@ def test_kernels_rotate_in_the_projection_and_leave_six_nodes() -> None:
     assert weight.held_name not in graph.sources
     assert weight.held_shape == weight.source_shape == (3840, 1280)
     assert graph.sources == graph_of("default").sources
-    assert total_cost(graph, IMAGE, 2).flops == total_cost(build(CONFIG), IMAGE, 2).flops
+    assert estimate_total_cost(graph, IMAGE, 2).flops == estimate_total_cost(build(CONFIG), IMAGE, 2).flops
 
 
 @pytest.mark.parametrize("rotated", [True, False], ids=["rotary", "no rotary"])
@@ -295,7 +297,7 @@ def test_heads_of_72_get_eight_columns_of_padding(rotated: bool) -> None:
         "weight": HeadOrder(16, 72, 80, pairs=rotated),
         "bias": HeadOrder(16, 72, 80, pairs=rotated, ones=True),
     }
-    assert total_cost(graph, IMAGE, 2).flops == total_cost(build(config), IMAGE, 2).flops
+    assert estimate_total_cost(graph, IMAGE, 2).flops == estimate_total_cost(build(config), IMAGE, 2).flops
     assert graph.parameters == build(config).parameters
     assert "heads of 72 in 80 columns" in Description(graph, IMAGE, 2).text()
 
@@ -321,14 +323,14 @@ def test_gates_and_ups_take_turns_in_a_gated_mlp() -> None:
 def test_kernels_have_passes_of_their_own() -> None:
     cpu = torch.device("cpu")
     with dispatch.use("reference"):
-        assert not set(KERNEL_PASSES) & set(passes_for(cpu))
-        graph = fuse(build(CONFIG), passes_for(cpu))
+        assert not set(KERNEL_PASSES) & set(select_passes(cpu))
+        graph = fuse(build(CONFIG), select_passes(cpu))
     assert graph.values["blocks.0.mlp_hidden"].most_rows == CPU_CHUNK_ROWS
     if torch.cuda.is_available():
-        assert passes_for(torch.device("cuda")) == PASSES["kernels"]
+        assert select_passes(torch.device("cuda")) == PASSES["kernels"]
     else:
         with dispatch.use("interpreter"):
-            assert passes_for(cpu) == PASSES["kernels"]
+            assert select_passes(cpu) == PASSES["kernels"]
 
 
 def test_attention_knows_how_long_a_segment_can_be() -> None:

@@ -20,7 +20,7 @@ from tritontower.engine.weight_loader import read_weights
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.graph.ir import Graph, Workload
-from tritontower.graph.launch_count import Launches, launch_counts
+from tritontower.graph.launch_count import Launches, count_launches
 from tritontower.kernels.attention.attention import FlashAttentionConfig
 from tritontower.kernels.gemm import linear as linears
 from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
@@ -80,7 +80,7 @@ def test_a_pass_launches_exactly_what_is_counted(
     graph = fold_still_images(fuse(build(tower.config), PASSES[passes]))
     with tower._checkpoint() as checkpoint:
         weights = read_weights(checkpoint, graph, tower.family.tensors, torch.float32, kernel_device)
-    expected = launch_counts(graph, batch.workload, dtype=torch.float32, device=kernel_device)
+    expected = count_launches(graph, batch.workload, dtype=torch.float32, device=kernel_device)
     seen: dict[str, int] = {}
     with counted_launches() as names:
 
@@ -95,7 +95,7 @@ def test_a_pass_launches_exactly_what_is_counted(
 
 
 def block_of(config: TowerConfig, passes: str, workload: Workload = MANY) -> Launches:
-    return launch_counts(graph_of(passes, config), workload).per_block
+    return count_launches(graph_of(passes, config), workload).per_block
 
 
 def test_a_block_takes_at_most_seven_launches_where_no_product_is_cut() -> None:
@@ -126,7 +126,7 @@ def still(patches: int) -> Workload:
 def on(architecture: str, patches: int) -> tuple[int, int]:
     """Launches of a block and of a pass of Qwen2-VL's tower in bf16."""
     graph = fold_still_images(graph_of("kernels"))
-    counts = launch_counts(graph, still(patches), device=Identity("", architecture))
+    counts = count_launches(graph, still(patches), device=Identity("", architecture))
     return counts.per_block.total, counts.total.total
 
 
@@ -192,16 +192,16 @@ def test_an_architecture_counts_like_a_device_of_it(architecture: str, monkeypat
     """The kernels' own choice for a device, asked of one that is not here."""
     who, gpu = Identity("", architecture), torch.device("cuda", 0)
     graph = fold_still_images(graph_of("kernels"))
-    counted = [launch_counts(graph, still(patches), device=who).nodes for patches in (64, 256, 1024, 4096)]
+    counted = [count_launches(graph, still(patches), device=who).nodes for patches in (64, 256, 1024, 4096)]
     monkeypatch.setattr(tables, "identity", lambda _: who)
     monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: architecture)
     tables.forget()
-    assert [launch_counts(graph, still(patches), device=gpu).nodes for patches in (64, 256, 1024, 4096)] == counted
+    assert [count_launches(graph, still(patches), device=gpu).nodes for patches in (64, 256, 1024, 4096)] == counted
     tables.forget()
 
 
 def test_a_pass_takes_its_blocks_and_little_else() -> None:
-    counts = launch_counts(fold_still_images(graph_of("kernels")), MANY)
+    counts = count_launches(fold_still_images(graph_of("kernels")), MANY)
     # Patch projection, rotary table; the projector's norm and two products.
     assert counts.total == Launches(32 * 7 + 2 + 3)
     assert set(counts.blocks) == set(range(32))
@@ -215,11 +215,11 @@ def test_an_mlp_takes_its_products_once_a_run_of_rows() -> None:
 
 
 def test_rows_that_torch_gathers_or_copies_are_library_calls() -> None:
-    selecting = launch_counts(graph_of("default", TOWERS["class token"]), MANY)
+    selecting = count_launches(graph_of("default", TOWERS["class token"]), MANY)
     assert selecting.nodes["projector"] == Launches(kernels=2, library=1)
-    several = launch_counts(graph_of("default", TOWERS["several layers"]), MANY)
+    several = count_launches(graph_of("default", TOWERS["several layers"]), MANY)
     assert several.nodes["features"] == Launches(kernels=3)
-    means = launch_counts(graph_of("plain", replace(CONFIG, depth=1, features=(0, 1))), MANY)
+    means = count_launches(graph_of("plain", replace(CONFIG, depth=1, features=(0, 1))), MANY)
     assert means.nodes["features"] == Launches(library=2)
 
 
@@ -236,10 +236,10 @@ def chosen(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 
 def test_products_cut_into_parts_take_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen(monkeypatch, split=4)
-    counts = launch_counts(graph_of("plain"), MANY, device=torch.device("cpu"))
+    counts = count_launches(graph_of("plain"), MANY, device=torch.device("cpu"))
     assert counts.nodes["blocks.0.mlp_up"] == Launches(2)
     assert counts.nodes["projector"] == Launches(1 + 2 + 2)
-    assert launch_counts(graph_of("plain"), MANY).nodes["blocks.0.mlp_up"] == Launches(1)
+    assert count_launches(graph_of("plain"), MANY).nodes["blocks.0.mlp_up"] == Launches(1)
 
 
 def test_attention_that_repairs_takes_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,9 +248,9 @@ def test_attention_that_repairs_takes_a_second_launch(monkeypatch: pytest.Monkey
     chosen(monkeypatch)
     graph, cpu = graph_of("kernels"), torch.device("cpu")
     monkeypatch.setattr("tritontower.graph.launch_count.choose_qkv", lambda *_, **__: LinearConfig(64, 64, 64, 8, 4, 3))
-    assert launch_counts(graph, MANY, device=cpu).per_block == Launches(8)
-    assert launch_counts(graph, MANY, device=cpu, dtype=torch.float16).per_block == Launches(7)
-    assert launch_counts(graph, MANY).per_block == Launches(7)
+    assert count_launches(graph, MANY, device=cpu).per_block == Launches(8)
+    assert count_launches(graph, MANY, device=cpu, dtype=torch.float16).per_block == Launches(7)
+    assert count_launches(graph, MANY).per_block == Launches(7)
 
 
 def test_a_librarys_product_counts_as_one_and_its_missing_epilogues_as_kernels(
@@ -260,7 +260,7 @@ def test_a_librarys_product_counts_as_one_and_its_missing_epilogues_as_kernels(
 
     def nodes(config: TowerConfig) -> dict[str, Launches]:
         graph: Graph = fuse(build(config))
-        return dict(launch_counts(graph, MANY, device=torch.device("cpu")).nodes)
+        return dict(count_launches(graph, MANY, device=torch.device("cpu")).nodes)
 
     with_bias, without = nodes(CONFIG), nodes(replace(CONFIG, mlp_bias=False, attention_bias=False))
     assert with_bias["blocks.0.mlp_up"] == Launches(kernels=1, library=1)

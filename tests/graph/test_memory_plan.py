@@ -12,10 +12,10 @@ from tritontower.benchmarks.memory_use import allocated_peak, pass_peak
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig, Windows
 from tritontower.engine.executor import Executor
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_images, fuse, passes_for
+from tritontower.graph.fusion import fold_still_images, fuse, select_passes
 from tritontower.graph.ir import Graph
 from tritontower.graph.memory_plan import plan_memory
-from tritontower.graph.workspace import SMALL_BYTES
+from tritontower.graph.workspace import SMALL_WORKSPACE_BYTES
 
 CPU = torch.device("cpu")
 RMS_NORM = Normalization("rms_norm", 1e-6, "before_weight")
@@ -96,7 +96,7 @@ def batch_of(config: TowerConfig, grids: list[tuple[int, int]]) -> PackedBatch:
 
 
 def cpu_graph(config: TowerConfig) -> Graph:
-    return fold_still_images(fuse(build(config), passes_for(CPU)))
+    return fold_still_images(fuse(build(config), select_passes(CPU)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -109,9 +109,9 @@ def test_the_plan_is_hardly_more_than_what_a_pass_takes(family: str, dtype: torc
     assert batch.workload.patches >= 1024
     plan = plan_memory(graph, batch.workload, dtype.itemsize, cpu_dtype=dtype)
     taken = pass_peak(executor_of(graph, dtype), batch)
-    assert taken <= plan.peak_bytes <= 1.02 * taken + SMALL_BYTES, (taken, plan)
+    assert taken <= plan.peak_bytes <= 1.02 * taken + SMALL_WORKSPACE_BYTES, (taken, plan)
     # What torch takes for itself is no small part of it: without it the plan would be wrong.
-    assert plan.temporary_bytes > 0.1 * plan.peak_bytes
+    assert plan.workspace_bytes > 0.1 * plan.peak_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -143,9 +143,9 @@ def test_temporaries_count_on_a_cpu_only_and_move_nothing() -> None:
     config, grids = FAMILIES["qwen2_vl"]
     graph, workload = cpu_graph(config), batch_of(config, grids).workload
     plan, with_temporaries = (plan_memory(graph, workload, 4, cpu_dtype=dtype) for dtype in (None, torch.float32))
-    assert plan.temporary_bytes == 0
-    assert replace(with_temporaries, temporary_bytes=0) == plan
-    assert with_temporaries.peak_bytes == plan.peak_bytes + with_temporaries.temporary_bytes
+    assert plan.workspace_bytes == 0
+    assert replace(with_temporaries, workspace_bytes=0) == plan
+    assert with_temporaries.peak_bytes == plan.peak_bytes + with_temporaries.workspace_bytes
 
 
 def test_the_peak_of_a_call_is_what_lives_at_one_time() -> None:

@@ -13,9 +13,9 @@ import torch
 
 from tritontower import VisionTower
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_images, fuse, passes_for
+from tritontower.graph.fusion import fold_still_images, fuse, select_passes
 from tritontower.graph.ir import Graph
-from tritontower.graph.launch_count import PassLaunches, launch_counts
+from tritontower.graph.launch_count import GraphLaunches, count_launches
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.kernels.runtime.tables import Identity
 from tritontower.text_table import text_table
@@ -43,12 +43,12 @@ def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -
     """The rows of one tower, which need not be loaded."""
     config = tower.config
     plain = build(config)
-    fused = fold_still_images(fuse(plain, passes_for(torch.device("cuda"))))
+    fused = fold_still_images(fuse(plain, select_passes(torch.device("cuda"))))
     for name, make in passes:
         workload = make(tower).workload
 
-        def counted(graph: Graph, where: Identity | None = None, workload: Any = workload) -> PassLaunches:
-            return launch_counts(graph, workload, dtype=torch.bfloat16, device=where)
+        def counted(graph: Graph, where: Identity | None = None, workload: Any = workload) -> GraphLaunches:
+            return count_launches(graph, workload, dtype=torch.bfloat16, device=where)
 
         counts = {"plain": counted(plain), "fused": counted(fused)}
         there = {name: counted(fused, Identity("", name)) for name in ARCHITECTURES}

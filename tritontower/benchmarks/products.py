@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from tritontower.graph.cost import products_of
+from tritontower.graph.cost import list_matmuls
 from tritontower.graph.ir import Graph, Workload
 from tritontower.kernels.gemm.cpu import PackedWeight, compute_dtype, pack, product
 
@@ -28,7 +28,7 @@ def products_alone(
         device: where.
         dtype: of rows and weights.
     """
-    shapes = Counter(shape for node in graph.nodes for shape in products_of(graph, node, workload) if shape[0])
+    shapes = Counter(shape for node in graph.nodes for shape in list_matmuls(graph, node, workload) if shape[0])
     calls = [(_product(*shape, device, dtype), times) for shape, times in shapes.items()]
 
     def call() -> None:

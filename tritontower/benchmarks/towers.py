@@ -19,7 +19,7 @@ import torch
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.errors import ReferenceModelError, UsageError
-from tritontower.graph.cost import total_cost
+from tritontower.graph.cost import estimate_total_cost
 from tritontower.parity.parity import OutputParity, Reference, relative_error
 from tritontower.text_table import text_table
 
@@ -201,7 +201,7 @@ def compare_times(
     """
     batch = batch.to(tower.device)
     workload = batch.workload
-    cost = total_cost(tower.graph, workload, tower.dtype.itemsize)
+    cost = estimate_total_cost(tower.graph, workload, tower.dtype.itemsize)
     row: dict[str, Any] = {
         **facts,
         "blocks": tower.config.blocks_needed,

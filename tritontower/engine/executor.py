@@ -17,8 +17,10 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Node, Value, Workload
 from tritontower.graph.memory_plan import MemoryPlan, plan_memory
 
-from .cuda_graphs import DTYPES, CaptureBackend, CaptureLimits, CudaGraphCache, CudaGraphs, Observer
-from .ops import BINDINGS, BatchMetadata, Step, Tensors, bound_weight
+from .cuda_graphs import CaptureBackend, CudaCapture
+from .graph_cache import CaptureLimits, CudaGraphCache, Observer
+from .ops import BINDINGS, BatchMetadata, Step, Tensors, bind_weight
+from .static_buffers import DTYPES
 
 __all__ = ["Executor", "Observer"]
 
@@ -52,7 +54,7 @@ class Executor:
         limits: CaptureLimits | None = None,
     ) -> None:
         self.graph = graph
-        self.weights: Tensors = {name: bound_weight(weight, sources) for name, weight in graph.weights.items()}
+        self.weights: Tensors = {name: bind_weight(weight, sources) for name, weight in graph.weights.items()}
         first = next(iter(self.weights.values()))
         self.dtype, self.device = first.dtype, first.device
         self._steps: list[tuple[Node, Step]] = [(node, BINDINGS[node.kind](node, self.weights)) for node in graph.nodes]
@@ -61,12 +63,12 @@ class Executor:
         self._views: Tensors = {}
         self._lock = Lock()
         self._finished: torch.cuda.Event | None = None
-        self._passes: CudaGraphCache | None = None
+        self.graph_cache: CudaGraphCache | None = None
         if self.device.type == "cuda" or not isinstance(cuda_graphs, bool):
             backend: CaptureBackend | None = None
             if cuda_graphs is not False:
-                backend = CudaGraphs(self.device) if isinstance(cuda_graphs, bool) else cuda_graphs
-            self._passes = CudaGraphCache(
+                backend = CudaCapture(self.device) if isinstance(cuda_graphs, bool) else cuda_graphs
+            self.graph_cache = CudaGraphCache(
                 graph, self._steps, self.dtype, self.device, backend, limits or CaptureLimits()
             )
         if self.device.type == "cuda":
@@ -97,11 +99,11 @@ class Executor:
         outputs = {name: self._allocate(graph.values[name], workload) for name in graph.outputs}
         if workload.patches == 0:
             return outputs
-        bucket = None if self._passes is None else self._passes.bucket(batch)
+        bucket = None if self.graph_cache is None else self.graph_cache.bucket(batch)
         # The arena serves one pass at a time; Triton launches on the current GPU, wherever the tensors are.
         with self._lock, self._on_device():
-            if self._passes is not None and bucket is not None:
-                self._passes.run(bucket, batch, outputs, observer)
+            if self.graph_cache is not None and bucket is not None:
+                self.graph_cache.run(bucket, batch, outputs, observer)
                 return outputs
             batch = batch.to(self.device)
             tensors = {**self._arena_views(workload), **outputs}
@@ -116,28 +118,33 @@ class Executor:
     @torch.inference_mode()
     def warm_up(self, batch: PackedBatch) -> bool:
         """One pass, after which passes of its size are replayed if that is possible; whether they are."""
-        bucket = None if self._passes is None or not batch.workload.patches else self._passes.bucket(batch)
-        if self._passes is None or bucket is None:
+        bucket = None if self.graph_cache is None or not batch.workload.patches else self.graph_cache.bucket(batch)
+        if self.graph_cache is None or bucket is None:
             return False
         outputs = {name: self._allocate(self.graph.values[name], batch.workload) for name in self.graph.outputs}
         with self._lock, self._on_device():
-            return self._passes.warm_up(bucket, batch, outputs)
+            return self.graph_cache.warm_up(bucket, batch, outputs)
 
     @property
     def captured(self) -> int:
         """How many sizes of passes are captured."""
-        if self._passes is None:
+        if self.graph_cache is None:
             return 0
         with self._lock:
-            return self._passes.captured
+            return self.graph_cache.captured
 
     @property
     def captured_bytes(self) -> int:
         """Bytes of device memory that captured passes hold."""
-        if self._passes is None:
+        if self.graph_cache is None:
             return 0
         with self._lock:
-            return self._passes.captured_bytes
+            return self.graph_cache.captured_bytes
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arena of forward passes of exact size."""
+        return self._arena.numel()
 
     def release(self) -> None:
         """Gives the arena and all captured passes back; the next pass allocates a new arena."""
@@ -147,8 +154,8 @@ class Executor:
                 self._finished.synchronize()
             self._arena = self._arena.new_empty(0)
             self._plan, self._views = None, {}
-            if self._passes is not None:
-                self._passes.release()
+            if self.graph_cache is not None:
+                self.graph_cache.release()
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -165,8 +172,8 @@ class Executor:
             finally:
                 # Whoever frees the arena, the allocator has to wait for this stream too.
                 self._arena.record_stream(stream)
-                if self._passes is not None:
-                    self._passes.memory.record_stream(stream)
+                if self.graph_cache is not None:
+                    self.graph_cache.memory.record_stream(stream)
                 self._finished = torch.cuda.Event()
                 self._finished.record()
 

@@ -13,12 +13,12 @@ from tritontower.kernels.gemm import cpu
 from tritontower.kernels.runtime._triton import INTERPRETED
 from tritontower.kernels.runtime.dispatch import backend_on
 
-__all__ = ["held_bytes", "pack_weights"]
+__all__ = ["held_bytes", "prepack_weights"]
 
 _PRODUCTS = {"linear": ("weight",), "mlp": ("weight_1", "weight_2"), "projector": ("weight_1", "weight_2")}
 
 
-def pack_weights(graphs: Iterable[Graph], sources: dict[str, torch.Tensor]) -> None:
+def prepack_weights(graphs: Iterable[Graph], sources: dict[str, torch.Tensor]) -> None:
     """Replaces in ``sources`` what linear products alone read by its packed form; one plain tensor goes after the other.
 
     Nothing happens to tensors that are not on a CPU, where Triton's interpreter is to run the kernels, or where torch

@@ -27,7 +27,7 @@ from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
-__all__ = ["BINDINGS", "TRANSFORMS", "BatchMetadata", "Step", "Tensors", "bound_weight"]
+__all__ = ["BINDINGS", "TRANSFORMS", "BatchMetadata", "Step", "Tensors", "bind_weight"]
 
 Tensors = dict[str, torch.Tensor]
 
@@ -69,7 +69,7 @@ TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def bound_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def bind_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A weight as its node takes it, out of the tensors that a graph is made from.
 
     Args:

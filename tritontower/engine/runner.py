@@ -15,12 +15,14 @@ from tritontower.config import TowerConfig
 from tritontower.errors import UsageError
 from tritontower.graph.ir import Graph
 
-from .cuda_graphs import CaptureLimits, empty_cache
-from .executor import Executor
+from .cuda_graphs import empty_cache
+from .executor import Executor, Observer
+from .graph_cache import CaptureLimits
 from .onednn_weights import held_bytes
-from .uint8_graph import folded_tensors, graph_for_bytes
+from .ops import Tensors
+from .uint8_graph import fold_pixel_weights, make_uint8_graph
 
-__all__ = ["ModelRunner", "expected_weights_bytes"]
+__all__ = ["ModelRunner", "estimate_weights_bytes"]
 
 
 class ModelRunner:
@@ -31,8 +33,8 @@ class ModelRunner:
         graphs: what runs; each takes pixels of another width.
         sources: name → tensor as :func:`tritontower.engine.weight_loader.read_weights` holds it, of all graphs, all of one dtype and
             on one device.
-        rescaling: says what becomes of a byte of an image, ``None`` where nobody knows and bytes are refused.  It is asked
-            when the first bytes come: the image processor's files may be missing where there never are any.
+        normalization: returns how uint8 pixels are normalized, or ``None`` if unknown (uint8 batches are then rejected).
+            Called lazily: the image processor's files may be missing.
         cuda_graphs: whether passes on a GPU are captured, or how much each executor's may hold then.
     """
 
@@ -42,16 +44,25 @@ class ModelRunner:
         graphs: Iterable[Graph],
         sources: Mapping[str, torch.Tensor],
         *,
-        rescaling: Callable[[], PixelNormalization | None],
+        normalization: Callable[[], PixelNormalization | None],
         cuda_graphs: bool | CaptureLimits = True,
     ) -> None:
-        self._config, self._sources, self._rescaling, self._cuda_graphs = config, sources, rescaling, cuda_graphs
+        self._config, self._sources, self._normalization, self._cuda_graphs = (
+            config,
+            sources,
+            normalization,
+            cuda_graphs,
+        )
         self._form = config.batch_form
         self._by_width = {_width(graph): self._executor(graph, sources) for graph in graphs}
         self._of_bytes: dict[int, Executor] = {}
         self._lock = Lock()
 
-    def of(self, batch: PackedBatch) -> Executor:
+    def run(self, batch: PackedBatch, observer: Observer | None = None) -> Tensors:
+        """Runs ``batch``; see :meth:`.Executor.run`."""
+        return self.executor_for(batch).run(batch, observer)
+
+    def executor_for(self, batch: PackedBatch) -> Executor:
         """What runs ``batch``; for bytes it is made when the first come, since few towers are given both kinds of pixels.
 
         Raises:
@@ -99,14 +110,14 @@ class ModelRunner:
         width, class_token = _width(graph), self._config.class_token
         with self._lock:
             if width not in self._of_bytes:
-                rescaling = self._rescaling()
-                if rescaling is None:
+                normalization = self._normalization()
+                if normalization is None:
                     raise UsageError(
                         "a batch with uint8 pixels is another tower's: the arithmetic of this one's image processor is not "
                         "known; pack the images with its own preprocess(), without raw=True"
                     )
-                made = folded_tensors(graph, self._sources, rescaling, class_token=class_token)
-                folded = graph_for_bytes(graph, class_token=class_token)
+                made = fold_pixel_weights(graph, self._sources, normalization, class_token=class_token)
+                folded = make_uint8_graph(graph, class_token=class_token)
                 self._of_bytes[width] = self._executor(folded, {**self._sources, **made})
             return self._of_bytes[width]
 
@@ -115,7 +126,7 @@ class ModelRunner:
         return Executor(graph, sources, cuda_graphs=self._cuda_graphs is not False, limits=limits)
 
 
-def expected_weights_bytes(graphs: Iterable[Graph], itemsize: int) -> int:
+def estimate_weights_bytes(graphs: Iterable[Graph], itemsize: int) -> int:
     """Bytes of the weights that runner of ``graphs`` are going to hold, of ``itemsize`` bytes a number.
 
     Left out are gaps between tensors, what oneDNN's blocks take beyond the plain tensors, and the weights for bytes.

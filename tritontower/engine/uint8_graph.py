@@ -13,11 +13,11 @@ import torch
 from tritontower.batch.normalization import PixelNormalization
 from tritontower.graph.ir import Graph, Node, Weight
 
-__all__ = ["folded_tensors", "graph_for_bytes"]
+__all__ = ["fold_pixel_weights", "make_uint8_graph"]
 
 
-def graph_for_bytes(graph: Graph, *, class_token: bool) -> Graph:
-    """``graph`` for bytes where it takes normalized pixels; :func:`folded_tensors` makes the weights.
+def make_uint8_graph(graph: Graph, *, class_token: bool) -> Graph:
+    """``graph`` for bytes where it takes normalized pixels; :func:`fold_pixel_weights` makes the weights.
 
     ``(s · byte − m) @ Wᵀ = (byte − 128) @ (s W)ᵀ + (128 s − m) @ Wᵀ``.  The last term, the same for every patch, goes into
     the bias.  The row of a class token is no patch, and its pixels count zero: in a tower that has one, the term goes into
@@ -42,10 +42,10 @@ def graph_for_bytes(graph: Graph, *, class_token: bool) -> Graph:
     return graph.with_nodes(nodes, [replace(graph.values[node.inputs[0]], dtype="uint8")], made.values())
 
 
-def folded_tensors(
+def fold_pixel_weights(
     graph: Graph, sources: Mapping[str, torch.Tensor], rescaling: PixelNormalization, *, class_token: bool
 ) -> dict[str, torch.Tensor]:
-    """What :func:`graph_for_bytes` of ``graph`` needs beside the tensors of ``graph`` itself.
+    """What :func:`make_uint8_graph` of ``graph`` needs beside the tensors of ``graph`` itself.
 
     Args:
         graph: the graph for normalized pixels.

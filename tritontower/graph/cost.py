@@ -10,7 +10,7 @@ from math import prod
 
 from .ir import Graph, Node, Workload
 
-__all__ = ["Cost", "cost_of", "products_of", "total_cost"]
+__all__ = ["Cost", "estimate_cost", "estimate_total_cost", "list_matmuls"]
 
 PRODUCTS = ("patch_projection", "linear", "qkv_projection", "mlp", "projector")
 
@@ -29,7 +29,7 @@ class Cost:
         return Cost(self.flops * times, self.bytes * times)
 
 
-def cost_of(graph: Graph, node: Node, workload: Workload, itemsize: int) -> Cost:
+def estimate_cost(graph: Graph, node: Node, workload: Workload, itemsize: int) -> Cost:
     """The cost of one node of ``graph``.
 
     Args:
@@ -44,12 +44,12 @@ def cost_of(graph: Graph, node: Node, workload: Workload, itemsize: int) -> Cost
     return Cost(_flops(graph, node, workload), moved)
 
 
-def total_cost(graph: Graph, workload: Workload, itemsize: int) -> Cost:
+def estimate_total_cost(graph: Graph, workload: Workload, itemsize: int) -> Cost:
     """The cost of every node of ``graph`` together."""
-    return sum((cost_of(graph, node, workload, itemsize) for node in graph.nodes), Cost())
+    return sum((estimate_cost(graph, node, workload, itemsize) for node in graph.nodes), Cost())
 
 
-def products_of(graph: Graph, node: Node, workload: Workload) -> list[tuple[int, int, int]]:
+def list_matmuls(graph: Graph, node: Node, workload: Workload) -> list[tuple[int, int, int]]:
     """Rows, columns and inner dimension of each product of rows by a weight that ``node`` makes; padding does not count."""
     if node.kind not in PRODUCTS:
         return []
@@ -64,6 +64,6 @@ def _flops(graph: Graph, node: Node, workload: Workload) -> int:
     elif node.kind == "attention_pooling":
         scores = workload.patches  # one query a tile
     else:
-        return sum(2 * prod(product) for product in products_of(graph, node, workload))
+        return sum(2 * prod(product) for product in list_matmuls(graph, node, workload))
     # Scores and their weighted sum of values: two products of head_dim each, per query–key pair and head.
     return 4 * scores * int(node.attributes["heads"]) * int(node.attributes["head_dim"])

@@ -30,7 +30,7 @@ __all__ = [
     "fuse_residual_into_linear",
     "fuse_residual_into_norm",
     "fuse_selection",
-    "passes_for",
+    "select_passes",
 ]
 
 Pass = Callable[[Graph], Graph]
@@ -204,7 +204,7 @@ def fuse(graph: Graph, passes: Sequence[Pass] = DEFAULT_PASSES) -> Graph:
     return graph
 
 
-def passes_for(device: torch.device) -> tuple[Pass, ...]:
+def select_passes(device: torch.device) -> tuple[Pass, ...]:
     """The passes for a graph that runs on ``device``.
 
     What arranges weights for the kernels is for where kernels run: the plain torch of a CPU would only pay for it.

@@ -29,7 +29,7 @@ from tritontower.kernels.runtime.tables import Identity, configuration, dtype_na
 
 from .ir import Graph, Node, Workload
 
-__all__ = ["Launches", "PassLaunches", "launch_counts"]
+__all__ = ["GraphLaunches", "Launches", "count_launches"]
 
 Where = torch.device | Identity
 """Whose configurations count: those of a device that is here, or those that the tables have for an architecture."""
@@ -55,7 +55,7 @@ class Launches:
 
 
 @dataclass(frozen=True)
-class PassLaunches:
+class GraphLaunches:
     """The launches of one pass over a graph.
 
     Attributes:
@@ -77,9 +77,9 @@ class PassLaunches:
         return max(self.blocks.values(), key=lambda launches: launches.total, default=Launches())
 
 
-def launch_counts(
+def count_launches(
     graph: Graph, workload: Workload, *, dtype: torch.dtype = torch.bfloat16, device: Where | None = None
-) -> PassLaunches:
+) -> GraphLaunches:
     """The launches of every node of ``graph``.
 
     Args:
@@ -96,7 +96,7 @@ def launch_counts(
     for node in graph.nodes:
         if node.block is not None:
             blocks[node.block] = blocks.get(node.block, Launches()) + nodes[node.name]
-    return PassLaunches(nodes, blocks)
+    return GraphLaunches(nodes, blocks)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .ir import Graph, Workload
-from .workspace import temporary_bytes
+from .workspace import workspace_bytes
 
 __all__ = ["MemoryPlan", "memory_owners", "plan_memory"]
 
@@ -34,13 +34,13 @@ class MemoryPlan:
     """Pixels and positions, held by the batch while the pass runs."""
     output_bytes: int
     """Results, which outlive the pass and belong to the caller."""
-    temporary_bytes: int = 0
+    workspace_bytes: int = 0
     """What torch's operations take for themselves on a CPU, at most; kernels take nothing."""
 
     @property
     def peak_bytes(self) -> int:
         """Everything that a pass holds at once beside the weights."""
-        return self.arena_bytes + self.input_bytes + self.output_bytes + self.temporary_bytes
+        return self.arena_bytes + self.input_bytes + self.output_bytes + self.workspace_bytes
 
 
 def plan_memory(graph: Graph, workload: Workload, itemsize: int, *, cpu_dtype: torch.dtype | None = None) -> MemoryPlan:
@@ -64,7 +64,7 @@ def plan_memory(graph: Graph, workload: Workload, itemsize: int, *, cpu_dtype: t
         arena_bytes=arena,
         input_bytes=sum(sizes[name] for name in graph.inputs),
         output_bytes=sum(sizes[name] for name in graph.outputs),
-        temporary_bytes=0 if cpu_dtype is None else temporary_bytes(graph, workload, cpu_dtype),
+        workspace_bytes=0 if cpu_dtype is None else workspace_bytes(graph, workload, cpu_dtype),
     )
 
 

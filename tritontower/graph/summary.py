@@ -11,9 +11,9 @@ import torch
 from tritontower.drawing import DrawnNode, collapse_repeats, graph_svg, number_ranges
 from tritontower.text_table import text_table
 
-from .cost import Cost, cost_of, total_cost
+from .cost import Cost, estimate_cost, estimate_total_cost
 from .ir import Graph, Node, Workload
-from .launch_count import PassLaunches, launch_counts
+from .launch_count import GraphLaunches, count_launches
 from .memory_plan import plan_memory
 
 __all__ = ["Description"]
@@ -44,12 +44,12 @@ class Description:
     @property
     def total(self) -> Cost:
         """Operations and bytes of one pass."""
-        return total_cost(self.graph, self.workload, self.itemsize)
+        return estimate_total_cost(self.graph, self.workload, self.itemsize)
 
     @cached_property
-    def launches(self) -> PassLaunches:
+    def launches(self) -> GraphLaunches:
         """Launches of one pass, by node and by block."""
-        return launch_counts(self.graph, self.workload, dtype=self.dtype, device=self.device)
+        return count_launches(self.graph, self.workload, dtype=self.dtype, device=self.device)
 
     def text(self) -> str:
         """A table with a line per node; repeated blocks are shown once, their numbers for one block."""
@@ -76,7 +76,7 @@ class Description:
                 "arena_bytes": plan.arena_bytes,
                 "input_bytes": plan.input_bytes,
                 "output_bytes": plan.output_bytes,
-                "temporary_bytes": plan.temporary_bytes,
+                "workspace_bytes": plan.workspace_bytes,
                 "peak_bytes": plan.peak_bytes,
             },
             "launches": {
@@ -121,7 +121,7 @@ class Description:
         return shown
 
     def _row(self, node: Node, blocks: Sequence[int]) -> Sequence[object]:
-        cost = cost_of(self.graph, node, self.workload, self.itemsize)
+        cost = estimate_cost(self.graph, node, self.workload, self.itemsize)
         name = node.name
         if node.block is not None:
             every = len(blocks) == 1 + max(other.block for other in self.graph.nodes if other.block is not None)
@@ -139,7 +139,7 @@ class Description:
         )
 
     def _node_json(self, node: Node) -> Mapping[str, Any]:
-        cost = cost_of(self.graph, node, self.workload, self.itemsize)
+        cost = estimate_cost(self.graph, node, self.workload, self.itemsize)
         return {
             "name": node.name,
             "kind": node.kind,

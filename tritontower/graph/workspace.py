@@ -23,13 +23,13 @@ from tritontower.kernels.rowwise.activations import _CHUNK as _ACTIVATION_CHUNK
 
 from .ir import Graph, Node, Workload
 
-__all__ = ["SMALL_BYTES", "temporary_bytes"]
+__all__ = ["SMALL_WORKSPACE_BYTES", "workspace_bytes"]
 
-SMALL_BYTES = 768 * 2**10
+SMALL_WORKSPACE_BYTES = 768 * 2**10
 """What is not worked out node by node takes less, at any size of a pass: 656 KiB was the most that was measured."""
 
 
-def temporary_bytes(graph: Graph, workload: Workload, dtype: torch.dtype) -> int:
+def workspace_bytes(graph: Graph, workload: Workload, dtype: torch.dtype) -> int:
     """The most that any node of ``graph`` takes for itself, in bytes.
 
     Args:
@@ -37,7 +37,7 @@ def temporary_bytes(graph: Graph, workload: Workload, dtype: torch.dtype) -> int
         workload: for how many rows; segments are taken to be of one length.
         dtype: of the activations.
     """
-    return max((_of_node(graph, node, workload, dtype) for node in graph.nodes), default=0) + SMALL_BYTES
+    return max((_of_node(graph, node, workload, dtype) for node in graph.nodes), default=0) + SMALL_WORKSPACE_BYTES
 
 
 def _of_node(graph: Graph, node: Node, workload: Workload, dtype: torch.dtype) -> int:

@@ -445,4 +445,4 @@ def patches_per_pass(plan: MemoryPlan, device: torch.device) -> int:
         # What torch keeps for itself is free for it, too.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         budget = min(budget, (free + unused) // 2)
-    return max(1, budget * plan.workload.patches // (plan.peak_bytes - plan.temporary_bytes))
+    return max(1, budget * plan.workload.patches // (plan.peak_bytes - plan.workspace_bytes))

@@ -11,7 +11,7 @@ from support.towers import all_cases
 from tritontower import VisionTower
 from tritontower.engine import onednn_weights
 from tritontower.engine.executor import Executor
-from tritontower.engine.onednn_weights import pack_weights
+from tritontower.engine.onednn_weights import prepack_weights
 from tritontower.kernels.attention import torch_reference
 from tritontower.kernels.attention.torch_reference import flash_attention_varlen_reference
 from tritontower.kernels.gemm import cpu
@@ -235,7 +235,7 @@ def test_a_tower_of_packed_weights_gives_the_same_bits(case, tmp_path, monkeypat
         batch = tower.preprocess(np.full((90, 70, 3), 128, np.uint8))
         plain = tower._read_weights(None)
         packed = dict(plain)
-        pack_weights([tower.graph], packed)
+        prepack_weights([tower.graph], packed)
         kinds = {
             node.kind for node in tower.graph.nodes for name in node.weights.values() if is_packed(name, tower, packed)
         }
@@ -254,5 +254,5 @@ def is_packed(name, tower, sources):
 def test_the_interpreter_keeps_plain_weights(tmp_path):
     tower = VisionTower.from_pretrained(all_cases()[0].save(tmp_path / "model"), device="cpu")
     weights = tower._read_weights(None)
-    pack_weights([tower.graph], weights)
+    prepack_weights([tower.graph], weights)
     assert not any(isinstance(weight, cpu.PackedWeight) for weight in weights.values())
