@@ -98,8 +98,8 @@ def test_folding_the_frames_of_a_still_leaves_the_numbers_where_they_were(tower:
 
 def test_a_wrong_weight_is_found_at_its_node(tower: VisionTower, qwen2_vl: Path) -> None:
     class Broken(VisionTower):
-        def _read_weights(self, progress: Any) -> dict[str, torch.Tensor]:
-            weights = super()._read_weights(progress)
+        def read_weights(self, progress: Any) -> dict[str, torch.Tensor]:
+            weights = super().read_weights(progress)
             weights["blocks.1.mlp_up.bias"] += 0.1
             return weights
 
@@ -186,7 +186,7 @@ def test_threads_share_a_tower(tower: VisionTower) -> None:
 def test_threads_that_load_at_once_read_the_weights_once(qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True)
     reads: list[int] = []
-    original = VisionTower._read_weights
+    original = VisionTower.read_weights
     together = threading.Barrier(4)
 
     def read(self: VisionTower, progress: Any) -> dict[str, torch.Tensor]:
@@ -198,7 +198,7 @@ def test_threads_that_load_at_once_read_the_weights_once(qwen2_vl: Path, monkeyp
         together.wait()
         tower.load()
 
-    monkeypatch.setattr(VisionTower, "_read_weights", read)
+    monkeypatch.setattr(VisionTower, "read_weights", read)
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()

@@ -20,6 +20,9 @@ __all__ = [
     "Windows",
 ]
 
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
+"""Dtypes in which towers run."""
+
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 
 PADDED_TO = 64

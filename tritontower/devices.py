@@ -2,11 +2,12 @@
 
 import torch
 
+from .config import DTYPE_NAMES
 from .errors import BackendUnavailableError, UsageError
 
 __all__ = ["parse_device", "parse_dtype"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:

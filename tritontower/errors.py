@@ -1,71 +1,31 @@
-"""Everything this package raises on purpose, and the limits that make it raise.
+"""Errors of this package, and the limits whose violation raises them.
 
-Every error is a :class:`TowerError`, and also the builtin that a caller most likely catches already (``ValueError``,
-``OSError``, ``RuntimeError``, ``TypeError``).  A message says what is wrong, where, what the limit is and how to change
-it.  It never holds an object's address or raw bytes: a server hands these texts to strangers.
+Every error is a :class:`TowerError` and exactly one builtin exception (``ValueError``, ``OSError``, ``RuntimeError`` or
+``TypeError``).  A message gives the value, its place, the limit, and the remedy.  It never contains an object's address
+or raw bytes, because servers pass these messages on to strangers.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-__all__ = [
-    "AspectRatioError",
-    "BackendUnavailableError",
-    "CheckpointAmbiguousError",
-    "CheckpointCorruptError",
-    "CheckpointError",
-    "CheckpointIncompleteError",
-    "CheckpointNotFoundError",
-    "ConfigError",
-    "EmbeddingFileError",
-    "EmptyImageError",
-    "HostRefusalError",
-    "ImageDecodeError",
-    "ImageError",
-    "ImageFormatError",
-    "ImageTooLargeError",
-    "ImageTypeError",
-    "ImageValueError",
-    "Limits",
-    "NoVisionTowerError",
-    "NonFiniteOutputError",
-    "NonFiniteWeightsError",
-    "ProcessorError",
-    "PromptError",
-    "ShapeMismatchError",
-    "TokenSpaceExhaustedError",
-    "TowerError",
-    "TowerNotLoadedError",
-    "TowerOutOfMemoryError",
-    "UnexpectedTensorError",
-    "UnsafeFormatError",
-    "UnsafePathError",
-    "UnsupportedArchitectureError",
-    "UnsupportedDtypeError",
-    "UsageError",
-    "is_out_of_memory",
-    "list_names",
-    "shorten",
-]
+from numbers import Integral
+from typing import Any, TypeGuard
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an image may cost before it is refused; checked on the header, before anything is decoded.
+    """Limits on the size of an image, checked on its header before anything is decoded.
 
     Attributes:
-        max_image_pixels: width × height of one image.  The default is where Pillow itself gives up.
+        max_image_pixels: width × height of one image.  The default is Pillow's own limit.
         max_aspect_ratio: longer side ÷ shorter side.
-        max_planned_pixels: width × height that a processor may resize one image to.  An image of 1 × 10000 pixels
-            weighs nothing, but scaled to a shortest edge of 224 it has 500 million.
-        max_video_pixels: frames × width × height that a processor may resize one video to.  The default takes 3 GiB as fp32,
-            and has room for 445 frames of the largest size that Qwen2-VL's processor gives one.
-        image_formats: the encoded formats that are opened, by Pillow's names.  Pillow registers more than forty
-            openers, and nearly all of its advisories concern the ones left out here.
-        max_decoded_bytes: what the decoded images of one call may take at once.  ``encode`` works off more of them in
-            portions; ``encode_video`` and ``preprocess`` need all of theirs, and refuse more.  An image that takes more
-            than this is taken alone.
+        max_planned_pixels: width × height to which a processor may resize one image.  An image of 1 × 10000 pixels is
+            small, but scaled to a shortest edge of 224 it has 500 million pixels.
+        max_video_pixels: frames × width × height to which a processor may resize one video.  The default takes 3 GiB as
+            fp32, enough for 445 frames of the largest size that Qwen2-VL's processor produces.
+        image_formats: encoded formats that are opened, by Pillow's names.  Pillow registers more than forty openers;
+            nearly all of its advisories concern the ones left out here.
+        max_decoded_bytes: memory of the decoded images of one call.  ``encode`` processes longer lists in portions.
+            ``encode_video`` and ``preprocess`` need all images at once and raise.  A larger image is decoded alone.
     """
 
     max_image_pixels: int = 178_956_970
@@ -76,8 +36,13 @@ class Limits:
     max_decoded_bytes: int = 715_827_880
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Returns whether ``value`` is an integer, numpy's included; ``True`` and ``False`` are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def shorten(value: object, limit: int = 80) -> str:
-    """``repr(value)`` fit for a message: one line, at most ``limit`` characters, numbers and texts only in full."""
+    """Formats ``value`` for a message: one line of at most ``limit`` characters, containers by their length only."""
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"{len(value)} bytes"
     if value is None or isinstance(value, (bool, float, str)):
@@ -92,16 +57,16 @@ def shorten(value: object, limit: int = 80) -> str:
 
 
 def list_names(names: Sequence[str], limit: int = 10) -> str:
-    """``a, b, c (and 12 more)``: the first ``limit`` names and how many are left out."""
+    """Formats the first ``limit`` names and the number of the others: ``a, b, c (and 12 more)``."""
     shown = ", ".join(shorten(name, 120).strip("'\"") for name in names[:limit])
     hidden = len(names) - limit
     return f"{shown} (and {hidden} more)" if hidden > 0 else shown
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device has run out of memory.
+    """Returns whether a device ran out of memory.
 
-    For the CPU's, and for memory that cannot be page-locked, torch has no class of its own, but a plain ``RuntimeError``.
+    For CPU memory and for page-locked memory torch raises a plain ``RuntimeError``, so its message decides.
     """
     import torch
 
@@ -111,32 +76,41 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _rebuild(kind: type["TowerError"], arguments: tuple[Any, ...], facts: Mapping[str, Any]) -> "TowerError":
-    # Attribute lookup would find ValueError.__new__ first, which refuses the larger layout of an OSError.
-    error: TowerError = OSError.__new__(kind) if issubclass(kind, OSError) else kind.__new__(kind)
+def _rebuild(kind: type["TowerError"], arguments: tuple[Any, ...], attributes: Mapping[str, Any]) -> "TowerError":
+    error = kind.__new__(kind)
     error.args = arguments
-    error.__dict__.update(facts)
+    error.__dict__.update(attributes)
     return error
 
 
 class TowerError(Exception):
-    """The root of every error that this package raises on purpose.
+    """Base class of every error that this package raises on purpose.
 
     Attributes:
         index: of an error about one of several images, its position in the caller's list.
-        completed: of an error that stopped ``encode``, the embeddings of the images before the one that was next.
+        completed: of an error that ended ``encode``, the embeddings of the images before the first one without a result.
     """
 
     index: int | None = None
     completed: Sequence[Any] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Worker processes hand errors back by pickling them, and the default would call __init__ with the message only.
+        # Worker processes return errors by pickling them, and the default would call __init__ with the message only.
         return _rebuild, (type(self), self.args, dict(self.__dict__))
 
 
+class EncodeInterrupted(KeyboardInterrupt):
+    """Ctrl-C during ``encode``; not a :class:`TowerError`, so that ``except Exception`` does not catch it.
+
+    Attributes:
+        completed: the embeddings of the images before the first one without a result.
+    """
+
+    completed: Sequence[Any] = ()
+
+
 class UsageError(TowerError, ValueError):
-    """The call itself makes no sense: contradictory or missing arguments."""
+    """An argument of a call is invalid, missing, or contradicts another one."""
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -147,37 +121,37 @@ class ConfigError(TowerError, ValueError):
 
     Attributes:
         key: dotted path of the value, such as ``"vision_config.hidden_size"``; ``""`` for the file as a whole.
-        value: what stands there.
-        allowed: what may stand there, in words.
+        value: the value found.
+        allowed: the values allowed, in words.
     """
 
     def __init__(self, key: str, value: object, allowed: str, *, source: str = "config.json") -> None:
         self.key, self.value, self.allowed, self.source = key, value, allowed, source
         where = f"{source}: {key}" if key else source
-        super().__init__(f"{where} is {shorten(value)}; allowed: {allowed}")
+        super().__init__(f"{where} must be {allowed}, got {shorten(value)}")
 
 
 class UnsupportedArchitectureError(TowerError, ValueError):
-    """The checkpoint is of a model family that this package does not read."""
+    """The checkpoint belongs to a model family that this package does not read."""
 
 
 class NoVisionTowerError(TowerError, ValueError):
-    """The checkpoint is of a text-only model."""
+    """The checkpoint belongs to a text-only model."""
 
 
 # -- checkpoint files -------------------------------------------------------------------------------------------------
 
 
 class CheckpointError(TowerError):
-    """The root of what can be wrong with a checkpoint's files."""
+    """Base class of the errors about a checkpoint's files."""
 
 
 class CheckpointNotFoundError(CheckpointError, OSError):
-    """There is no such folder, hub repository, revision or file."""
+    """The folder, hub repository, revision or file does not exist."""
 
 
 class CheckpointCorruptError(CheckpointError, ValueError):
-    """A file is not what its name says: truncated, replaced, not a safetensors file, not JSON."""
+    """A file is truncated, replaced, or not of the format that its name says."""
 
 
 class CheckpointIncompleteError(CheckpointError, ValueError):
@@ -189,7 +163,7 @@ class CheckpointIncompleteError(CheckpointError, ValueError):
 
 
 class CheckpointAmbiguousError(CheckpointError, ValueError):
-    """One tensor is stored more than once, and nothing says which is meant."""
+    """One tensor is stored more than once, and the checkpoint does not say which one to use."""
 
 
 class ShapeMismatchError(CheckpointError, ValueError):
@@ -199,13 +173,13 @@ class ShapeMismatchError(CheckpointError, ValueError):
         self.name, self.expected, self.found = name, tuple(expected), tuple(found)
         where = f" in {source}" if source else ""
         super().__init__(
-            f"tensor {name}{where} has shape {list(self.found)}, but config.json implies {list(self.expected)}; "
-            "the configuration and the weights belong to different models"
+            f"tensor {name}{where} must have the shape {list(self.expected)} that config.json implies, got "
+            f"{list(self.found)}; the configuration and the weights belong to different models"
         )
 
 
 class UnexpectedTensorError(CheckpointError, ValueError):
-    """The checkpoint holds vision tensors that the tower would not use."""
+    """The checkpoint contains vision tensors that the tower would not use."""
 
     def __init__(self, message: str, names: Sequence[str] = ()) -> None:
         self.names = tuple(names)
@@ -225,22 +199,22 @@ class UnsafeFormatError(CheckpointError, ValueError):
 
 
 class NonFiniteWeightsError(CheckpointError, ValueError):
-    """A tensor holds NaN or infinity, or would after the conversion to the wanted type."""
+    """A tensor contains NaN or infinity, or would after the conversion to the requested dtype."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.name = name
         super().__init__(f"tensor {name} {reason}")
 
 
-# -- images ---------------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------------
 
 
-class ImageError(TowerError, ValueError):
-    """The root of what can be wrong with an image.
+class ImageError(TowerError):
+    """Base class of the errors about an image.
 
     Attributes:
-        index: position of the image in the caller's list, where there is one.
-        source: what kind of input it was, or the path it was read from.
+        index: position of the image in the caller's list, if there is one.
+        source: the kind of input, or the path it was read from.
     """
 
     def __init__(self, reason: str, *, index: int | None = None, source: str | None = None) -> None:
@@ -249,47 +223,47 @@ class ImageError(TowerError, ValueError):
         super().__init__(f"{name} ({source}): {reason}" if source else f"{name}: {reason}")
 
 
-class ImageDecodeError(ImageError, OSError):
-    """The bytes are not an image, or a damaged one, or the file cannot be read."""
+class ImageDecodeError(ImageError, ValueError):
+    """The bytes are not an image or a damaged one, or the file cannot be read."""
 
 
-class ImageFormatError(ImageError):
-    """An image in an encoded format that is not opened."""
+class ImageFormatError(ImageError, ValueError):
+    """The image has an encoded format that is not opened."""
 
 
-class ImageTooLargeError(ImageError):
-    """More pixels than :class:`Limits` allow."""
+class ImageTooLargeError(ImageError, ValueError):
+    """The image has more pixels than :class:`Limits` allow."""
 
 
-class EmptyImageError(ImageError):
-    """A side of zero pixels."""
+class EmptyImageError(ImageError, ValueError):
+    """The image has a side of zero pixels."""
 
 
-class AspectRatioError(ImageError):
-    """Longer than :class:`Limits` allow for its height, or the other way round."""
+class AspectRatioError(ImageError, ValueError):
+    """The image has a greater aspect ratio than :class:`Limits` allow."""
 
 
-class ImageValueError(ImageError):
-    """Pixel values, a shape or a channel order that cannot be read as an image without guessing."""
+class ImageValueError(ImageError, ValueError):
+    """Pixel values, shape or channel order cannot be read as an image without guessing."""
 
 
 class ImageTypeError(ImageError, TypeError):
-    """An object that is not an image; a plain ``str`` above all."""
+    """The object is not an image, for instance a plain ``str``."""
 
 
 class ProcessorError(TowerError, ValueError):
-    """The checkpoint's image processor cannot be used, or it refused the images."""
+    """The checkpoint's image processor cannot be used, or it rejected the images."""
 
 
 class ReferenceModelError(TowerError, ValueError):
-    """transformers has no implementation of the tower to hold it against, or cannot load its checkpoint."""
+    """transformers does not implement the tower, or cannot load its checkpoint."""
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
 class BackendUnavailableError(TowerError, RuntimeError):
-    """The device or the kernel backend that was asked for does not exist here."""
+    """The requested device or kernel backend does not exist on this machine."""
 
 
 class TowerNotLoadedError(TowerError, RuntimeError):
@@ -297,7 +271,7 @@ class TowerNotLoadedError(TowerError, RuntimeError):
 
 
 class TowerOutOfMemoryError(TowerError, RuntimeError):
-    """A single image or video does not fit into the device's memory; smaller passes were tried before.
+    """A single image or video does not fit into the device's memory, not even in a batch of its own.
 
     Attributes:
         remaining: positions in the caller's list of the images that were not encoded.
@@ -307,14 +281,14 @@ class TowerOutOfMemoryError(TowerError, RuntimeError):
 
 
 class NonFiniteOutputError(TowerError, ValueError):
-    """An embedding holds NaN or infinity; looked for only where ``check_output`` asks for it."""
+    """An embedding contains NaN or infinity; checked only with ``check_output``."""
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
 
 
 class PromptError(TowerError, ValueError):
-    """A text and its images do not fit together: aliases, markers, token ids, or a tokenizer of another model."""
+    """A text and its images do not match: aliases, markers, token ids, or the tokenizer of another model."""
 
 
 class TokenSpaceExhaustedError(TowerError, RuntimeError):
@@ -324,8 +298,8 @@ class TokenSpaceExhaustedError(TowerError, RuntimeError):
 # -- embeddings in files ----------------------------------------------------------------------------------------------
 
 
-class EmbeddingFileError(TowerError, ValueError, OSError):
-    """A file of embeddings cannot be read or written, or does not hold what it says."""
+class EmbeddingFileError(TowerError, OSError):
+    """A file of embeddings cannot be read or written, or its content is invalid."""
 
 
 # -- other engines ----------------------------------------------------------------------------------------------------
@@ -335,10 +309,10 @@ class HostRefusalError(TowerError, ValueError):
     """An engine cannot take ready embeddings of this model, or not these.
 
     Attributes:
-        host: the engine and the release that was read, such as ``"vLLM 0.33.0"``.
+        host: the engine and its release, such as ``"vLLM 0.33.0"``.
         model_type: the checkpoint's model type, as in :func:`tritontower.models.common.registry.model_types`.
-        reason: what the engine does with such embeddings.
-        instead: what works.
+        reason: the engine's behavior with such embeddings.
+        instead: an alternative that works.
     """
 
     def __init__(self, host: str, model_type: str, reason: str, instead: str) -> None:

@@ -220,7 +220,7 @@ class VisionTower:
         """Reads the weights, if they are not there yet; returns the tower."""
         with self._load_lock:
             if self._runner is None:
-                sources = self._read_weights(progress)
+                sources = self.read_weights(progress)
                 if not self._shares_weights:
                     prepack_weights(self._graphs, sources)
                 preprocessor = self.preprocessor  # not the tower: one that goes is to give its memory back at once
@@ -246,7 +246,8 @@ class VisionTower:
             raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
         return self._runner
 
-    def _read_weights(self, progress: Progress | None) -> dict[str, torch.Tensor]:
+    def read_weights(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
+        """Reads the weights in the layout of :attr:`graph`, for an executor of the caller's own; the tower does not keep them."""
         with self._checkpoint() as checkpoint:
             if self.family.settle is not None:
                 self._describe(self.family.settle(self.family, checkpoint.tensors.keys()))

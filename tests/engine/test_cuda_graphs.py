@@ -74,7 +74,7 @@ def both(
     tower: VisionTower, recorder: StepRecorder | None = None, limits: CaptureLimits | None = None
 ) -> tuple[Executor, Executor]:
     """The exact and the planned executor over the same weights."""
-    sources = tower._read_weights(None)
+    sources = tower.read_weights()
     planned_one = Executor(tower.graph, sources, cuda_graphs=recorder or StepRecorder(), limits=limits)
     return Executor(tower.graph, sources), planned_one
 
@@ -283,7 +283,7 @@ def test_inputs_that_are_on_the_device_already(tower: VisionTower, monkeypatch: 
 
 def test_videos_are_planned_like_images(tower: VisionTower) -> None:
     videos = tower.executor_for(tower.preprocess_video([noise(120, 90, 1)])).graph
-    sources = tower._read_weights(None)
+    sources = tower.read_weights()
     exact = Executor(videos, sources)
     recorder = StepRecorder()
     planned_one = Executor(videos, sources, cuda_graphs=recorder)

@@ -159,7 +159,7 @@ def test_two_streams_share_a_tower(tower: VisionTower) -> None:
 
 def test_weights_that_another_stream_is_still_making_are_waited_for(tower: VisionTower) -> None:
     batch = tower.preprocess(noise(280, 280, 1), raw=False)
-    expected, weights = tower.run(batch), tower._read_weights(None)
+    expected, weights = tower.run(batch), tower.read_weights()
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(10**9)

@@ -52,7 +52,7 @@ def graphs_of(tower: VisionTower) -> list[Graph]:
 
 def made(tower: VisionTower, *, rescaled: bool = True) -> ModelRunner:
     rescaling = tower.preprocessor.rescaling if rescaled else None
-    return ModelRunner(tower.config, graphs_of(tower), tower._read_weights(None), normalization=lambda: rescaling)
+    return ModelRunner(tower.config, graphs_of(tower), tower.read_weights(), normalization=lambda: rescaling)
 
 
 def packs(tower: VisionTower) -> dict[str, PackedBatch]:

@@ -243,13 +243,13 @@ def plain_sources(tower: VisionTower) -> dict[str, torch.Tensor]:
     """What the patch projection is made of."""
     (node,) = (node for node in tower.graph.nodes if node.kind == "patch_projection")
     names = [tower.graph.weights[name].held_name for name in node.weights.values()]
-    weights = tower._read_weights(None)
+    weights = tower.read_weights()
     return {name: weights[name] for name in names}
 
 
 def test_an_executor_of_the_folded_graph_needs_nothing_else(saved: Saved) -> None:
     tower = load(saved(CASES["siglip"]))
-    weights = tower._read_weights(None)
+    weights = tower.read_weights()
     made = fold_pixel_weights(tower.graph, weights, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
     graph = make_uint8_graph(tower.graph, class_token=False)
     unused = {tower.graph.weights[name].held_name for name in tower.graph.weights if name not in graph.weights}

@@ -84,7 +84,7 @@ except ConfigError as error:
     assert finished.returncode == 0, finished.stderr[-4000:]
     listed, refused = finished.stdout.splitlines()
     assert listed == "('lantern',) transformers {448: 64, 1024: 64}"
-    assert refused == "config.json: wick.join is 3; allowed: a number that divides the 16 patches on a side"
+    assert refused == "config.json: wick.join must be a number that divides the 16 patches on a side, got 3"
 
 
 def test_the_shown_code_is_in_the_house_style(checkout: Path) -> None:

@@ -115,7 +115,7 @@ def test_every_node_agrees_with_its_module(case: TowerCase, saved: Saved) -> Non
 def test_passes_leave_the_numbers_where_they_were(case: TowerCase, dtype: torch.dtype, saved: Saved) -> None:
     tower = load(saved(case), dtype=dtype)
     batch = tower.preprocess(images_of(case, 3))
-    weights = tower._read_weights(None)
+    weights = tower.read_weights()
     plain = fold_still_images(build(tower.config))
     exact = Reference(tower, torch.float32).run(batch)
     expected = Executor(plain, weights).run(batch)
@@ -136,7 +136,7 @@ def test_passes_leave_the_numbers_where_they_were(case: TowerCase, dtype: torch.
 def test_an_mlp_in_runs_of_rows_has_the_bits_of_one_at_once(case: TowerCase, dtype: torch.dtype, saved: Saved) -> None:
     tower = load(saved(case), dtype=dtype)
     batch = tower.preprocess(images_of(case, 2))
-    weights = tower._read_weights(None)
+    weights = tower.read_weights()
     fused = fuse(fold_still_images(build(tower.config)))
     expected = Executor(fused, weights).run(batch)
     for rows in (1, 7, batch.workload.patches - 1):
@@ -189,7 +189,7 @@ def test_kernels_in_half_precision_err_no_more_than_the_plain_graph(
         exact = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="float32").run(batch)
         half = VisionTower.from_pretrained(saved(case), device=kernel_device, dtype="bfloat16")
         plain = fold_still_images(build(tower.config))
-        expected = Executor(plain, half._read_weights(None)).run(batch)
+        expected = Executor(plain, half.read_weights()).run(batch)
     for name, rows in exact.items():
         assert relative_error(actual[name], rows) <= 1.1 * relative_error(expected[name], rows), name
 

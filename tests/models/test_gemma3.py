@@ -120,7 +120,7 @@ class TestReading:
         with pytest.raises(ConfigError) as caught:
             read(changed(GEMMA, key, value))
         assert key in str(caught.value)
-        assert "allowed" in str(caught.value)
+        assert "must be" in str(caught.value)
 
     @pytest.mark.parametrize(
         ("key", "value"),

@@ -197,7 +197,7 @@ def test_impossible_values_name_the_key(values: dict[str, Any], key: str, value:
     with pytest.raises(ConfigError) as caught:
         read({**values, key: value})
     assert caught.value.key.startswith(key)
-    assert "allowed" in str(caught.value)
+    assert "must be" in str(caught.value)
 
 
 TILES: list[tuple[str, object]] = [

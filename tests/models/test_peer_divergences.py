@@ -122,7 +122,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 def errors_with(tower: VisionTower, batch: PackedBatch, **changes: object) -> dict[str, float]:
     """How far each output is from transformers' with these changes of the configuration, on the same weights."""
     graph = fold_still_images(fuse(build(replace(tower.config, **changes))))
-    ours = Executor(graph, tower._read_weights(None)).run(batch)
+    ours = Executor(graph, tower.read_weights()).run(batch)
     theirs = Reference(tower, torch.float32).run(batch)
     return {name: relative_error(rows, theirs[name]) for name, rows in ours.items()}
 
@@ -190,7 +190,7 @@ def test_a_token_of_qwen2_vl_is_made_of_its_own_four_patches(qwen2_vl: TowerCase
     # Nobody hears of another patch but in the attention.
     deaf = {
         name: torch.zeros_like(weight) if name.endswith("attention_output.weight") else weight
-        for name, weight in tower._read_weights(None).items()
+        for name, weight in tower.read_weights().items()
     }
     batch = tower.preprocess(noise(7 * 28, 5 * 28))
     assert batch.tile_grids == ((1, 10, 14),)
@@ -207,7 +207,7 @@ def test_a_token_of_qwen2_vl_is_made_of_its_own_four_patches(qwen2_vl: TowerCase
 def test_patches_joined_in_another_order_show(name: str, load: Load) -> None:
     (case,) = (case for case in CASES if case.name == name)
     tower = load(case)
-    weights = tower._read_weights(None)
+    weights = tower.read_weights()
     batch = tower.preprocess([noise(90, 60, 1)])
     exact = Reference(tower, torch.float32).run(batch)["embeddings"]
     joining = "projector.merging.weight" if "projector.merging.weight" in weights else "projector.linear_1.weight"

@@ -73,4 +73,4 @@ def test_impossible_values_name_key_value_and_what_is_allowed(key: str, value: o
     with pytest.raises(ConfigError) as caught:
         read({"model_type": "qwen2_vl", "vision_config": vision})
     assert f"vision_config.{key}" in str(caught.value)
-    assert "allowed" in str(caught.value)
+    assert "must be" in str(caught.value)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tritontower.config import DTYPE_NAMES
 from tritontower.errors import CheckpointCorruptError, ConfigError, UnsupportedDtypeError, shorten
 
 from .config_reader import ConfigReader, parse_json
@@ -79,7 +80,7 @@ _BLOCK = 128
 _MAX_STATE_BYTES = 65_536
 _MAX_SIZE = 2**40
 _BLOCK_SIZES = tuple(2**power for power in range(5, 13))
-_STORED_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_STORED_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tritontower.config import DTYPE_NAMES
+
 if TYPE_CHECKING:
     from tritontower import VisionTower
     from tritontower.preprocessing import Bounds
@@ -31,7 +33,7 @@ __all__ = [
 MOST_PATCHES = 2**20
 """Of a pass that a command makes up: an image of 14,336 × 14,336 pixels at 14 a patch."""
 
-DTYPES = ("float32", "float16", "bfloat16", "auto")
+DTYPES = (*DTYPE_NAMES, "auto")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

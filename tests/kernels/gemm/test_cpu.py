@@ -233,7 +233,7 @@ def test_a_tower_of_packed_weights_gives_the_same_bits(case, tmp_path, monkeypat
     with use("reference"):
         tower = VisionTower.from_pretrained(case.save(tmp_path / "model"), device="cpu")
         batch = tower.preprocess(np.full((90, 70, 3), 128, np.uint8))
-        plain = tower._read_weights(None)
+        plain = tower.read_weights()
         packed = dict(plain)
         prepack_weights([tower.graph], packed)
         kinds = {
@@ -253,6 +253,6 @@ def is_packed(name, tower, sources):
 
 def test_the_interpreter_keeps_plain_weights(tmp_path):
     tower = VisionTower.from_pretrained(all_cases()[0].save(tmp_path / "model"), device="cpu")
-    weights = tower._read_weights(None)
+    weights = tower.read_weights()
     prepack_weights([tower.graph], weights)
     assert not any(isinstance(weight, cpu.PackedWeight) for weight in weights.values())

@@ -231,8 +231,8 @@ class _TowerOfModule(VisionTower):
     def _checkpoint(self) -> Checkpoint:
         return cast("Checkpoint", self._source)
 
-    def _read_weights(self, progress: Progress | None) -> dict[str, torch.Tensor]:
-        self._canonical = super()._read_weights(progress)
+    def read_weights(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
+        self._canonical = super().read_weights(progress)
         return self._canonical
 
     def lend(self) -> dict[str, torch.nn.Parameter]:

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from numbers import Integral
 
 from tritontower.config import TowerConfig
-from tritontower.errors import UsageError, shorten
+from tritontower.errors import UsageError, is_integer, shorten
 
 from .registry import Family
 
@@ -40,7 +39,7 @@ def _layers(config: TowerConfig, layer: int | Sequence[int]) -> tuple[int, ...]:
     if not given:
         raise UsageError("feature_layer is empty; allowed: a whole number, or a list of them")
     for index in given:
-        if not isinstance(index, Integral) or isinstance(index, bool) or not -states <= int(index) < states:
+        if not is_integer(index) or not -states <= int(index) < states:
             raise UsageError(
                 f"feature_layer has {shorten(index)}; with {config.depth} blocks allowed are whole numbers from {-states} "
                 f"to {states - 1}"
