@@ -29,8 +29,8 @@ import torch
 from ..runtime import config as configs
 from ..runtime import dispatch
 from ..runtime.config import CompileSpec
+from ..runtime.registry import lookup
 from ..runtime.segments import Segments
-from ..runtime.tables import configuration, tuned
 from . import fixed_max, online_softmax, single_block, warp_specialized
 from .common import VARIANTS, FlashAttentionConfig, Heads, Variant, split_head_dim
 from .torch_reference import flash_attention_varlen_reference
@@ -165,9 +165,7 @@ def choose_config(
 ) -> FlashAttentionConfig:
     """The configuration that the tables hold for a launch on ``device``, or the default."""
     constants = {"head_dim": head_dim, "padded": padded, "bounded": length_bound or 0}
-    found = configuration(
-        FlashAttentionConfig, tuned("attention", device, dtype, constants, {"longest": max(1, longest)})
-    )
+    found = lookup(FlashAttentionConfig, "attention.attention", device, dtype, constants, {"longest": max(1, longest)})
     if found is not None and (
         found.variant != "one_shot" or (length_bound is not None and length_bound <= found.block_keys)
     ):

@@ -31,7 +31,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from ..runtime.tables import configuration, tuned
+from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 from .linear_config import (
     EPILOGUES,
@@ -236,7 +236,7 @@ def choose_config(
 ) -> LinearConfig:
     """The tuned configuration of such a product on ``device``, or the default one."""
     constants = {"columns": columns, "inner": inner, "activation": activation, "residual": residual}
-    return configuration(LinearConfig, tuned("linear", device, dtype, constants, {"rows": rows})) or default_config(
+    return lookup(LinearConfig, "gemm.linear", device, dtype, constants, {"rows": rows}) or default_config(
         rows,
         columns,
         inner,

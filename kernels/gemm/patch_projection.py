@@ -24,7 +24,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from ..runtime.tables import configuration, tuned
+from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 from .linear import LinearConfig, describe, operand_types, operands, walk
 from .tiles import accumulate, first_row_and_column, store_zeros
@@ -192,7 +192,7 @@ def choose_config(
 ) -> LinearConfig:
     """The tuned configuration of such a projection on ``device``, or the default one."""
     constants = {"columns": columns, "inner": inner, "pixels": str(pixels).removeprefix("torch.")}
-    found = configuration(LinearConfig, tuned("patch_projection", device, dtype, constants, {"rows": rows}))
+    found = lookup(LinearConfig, "gemm.patch_projection", device, dtype, constants, {"rows": rows})
     return found or default_config(dtype=dtype, architecture=configs.architecture(device))
 
 

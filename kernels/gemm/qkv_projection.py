@@ -31,7 +31,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from ..runtime.tables import configuration, tuned
+from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 from .linear import (
     REDUCE_COLUMNS,
@@ -240,7 +240,7 @@ def choose_config(
 ) -> LinearConfig:
     """The tuned configuration of such a projection on ``device``, or the default one."""
     constants = {"columns": columns, "inner": inner, "head_dim": head_dim}
-    found = configuration(LinearConfig, tuned("qkv_projection", device, dtype, constants, {"rows": rows}))
+    found = lookup(LinearConfig, "gemm.qkv_projection", device, dtype, constants, {"rows": rows})
     return found or default_config(rows, columns, inner, dtype=dtype, architecture=configs.architecture(device))
 
 

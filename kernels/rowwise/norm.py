@@ -26,7 +26,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from ..runtime.tables import configuration, tuned
+from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
 
 __all__ = [
@@ -245,7 +245,7 @@ def choose_config(
 ) -> NormConfig:
     """What the tables of tuned configurations say of a launch, or the default."""
     constants = {"width": width, "kind": kind, "residual": residual}
-    found = configuration(NormConfig, tuned("norm", device, dtype, constants, {"rows": rows}))
+    found = lookup(NormConfig, "rowwise.norm", device, dtype, constants, {"rows": rows})
     return found or default_config(width, configs.architecture(device))
 
 

@@ -30,8 +30,9 @@ from bench.runner import (
 from bench.stages import GPU_STAGES
 from tritontower.benchmarks import documents, measuring
 from tritontower.benchmarks.cases import Outcome
-from tritontower.benchmarks.documents import document, tuned_tables, write_json
-from tritontower.kernels.runtime import dispatch, tables
+from tritontower.benchmarks.documents import document, list_tuned_tables, write_json
+from tritontower.engine import tuned_tables as tables
+from tritontower.kernels.runtime import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -387,19 +388,19 @@ def test_results_and_ignored_files_do_not_make_a_commit_dirty(monkeypatch, tmp_p
 
 
 def test_a_document_of_a_gpu_names_the_tuned_tables_in_force(monkeypatch, tmp_path):
-    chosen, user = tmp_path / "chosen", tmp_path / "user"
+    chosen, user = tmp_path / "chosen", tmp_path / "tuned"
     monkeypatch.setenv(tables.FOLDER_VARIABLE, str(chosen))
-    monkeypatch.setattr(tables, "user_folder", lambda: user)
+    monkeypatch.setenv("TRITONTOWER_CACHE", str(tmp_path))
     for folder, text in ((chosen, "a"), (user, "b")):
         folder.mkdir()
         (folder / "Some_GPU.json").write_text(text)
-    who = tables.Identity("Some GPU", "sm_90")
-    found = tuned_tables(who)
-    assert list(found) == ["chosen:Some_GPU.json", "user:Some_GPU.json", "shipped:sm_90.json"]
+    who = tables.Identity("Some GPU", "sm_90", "9.0", 132)
+    found = list_tuned_tables("Some GPU")
+    assert list(found) == ["chosen:Some_GPU.json", "user:Some_GPU.json"]
     assert found["chosen:Some_GPU.json"] == "ca978112ca1b"  # SHA-256 of the letter a
     assert str(tmp_path) not in json.dumps(found)
     monkeypatch.setattr(documents, "provenance", lambda device: {})
-    monkeypatch.setattr(tables, "identity", lambda device: who)
+    monkeypatch.setattr(tables, "identify", lambda device: who)
     assert document("any", [], device=torch.device("cuda"))["tuned"] == found
     assert "tuned" not in document("any", [], device=torch.device("cpu"))
 

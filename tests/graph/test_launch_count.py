@@ -1,6 +1,5 @@
 """Launches are counted from the graph, and the executor launches exactly what was counted."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,9 +23,8 @@ from tritontower.graph.launch_count import Launches, count_launches
 from tritontower.kernels.attention.attention import FlashAttentionConfig
 from tritontower.kernels.gemm import linear as linears
 from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
-from tritontower.kernels.runtime import tables
+from tritontower.kernels.runtime import registry
 from tritontower.kernels.runtime.config import ARCHITECTURES
-from tritontower.kernels.runtime.tables import Identity
 
 CASES = {case.name: case for case in all_cases()}
 MANY = Workload(16384, 4096, 16384**2, tiles=1)
@@ -107,17 +105,6 @@ def test_a_block_takes_at_most_seven_launches_where_no_product_is_cut() -> None:
         assert block_of(config, "kernels").total < block_of(config, "plain").total, name
 
 
-@pytest.fixture
-def no_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A folder for tables, and no other; what was read before does not count."""
-    monkeypatch.setattr(tables, "packaged_folder", lambda: tmp_path / "packaged")
-    monkeypatch.setattr(tables, "user_folder", lambda: None)
-    monkeypatch.setenv(tables.FOLDER_VARIABLE, str(tmp_path))
-    tables.forget()
-    yield tmp_path
-    tables.forget()
-
-
 def still(patches: int) -> Workload:
     """One image."""
     return Workload(patches, patches // 4, patches**2, tiles=1)
@@ -126,78 +113,46 @@ def still(patches: int) -> Workload:
 def on(architecture: str, patches: int) -> tuple[int, int]:
     """Launches of a block and of a pass of Qwen2-VL's tower in bf16."""
     graph = fold_still_images(graph_of("kernels"))
-    counts = count_launches(graph, still(patches), device=Identity("", architecture))
+    counts = count_launches(graph, still(patches), device=architecture)
     return counts.per_block.total, counts.total.total
 
 
-def test_few_rows_take_more_launches_on_every_architecture(no_tables: Path) -> None:
+def test_few_rows_take_more_launches_on_every_architecture() -> None:
     """By default each of a block's four products is cut up to 256 rows, and so are the projector's two by their own rows."""
     for architecture in ARCHITECTURES:
         found = [on(architecture, patches) for patches in (64, 256, 1024, 4096)]
         assert found == [(11, 32 * 11 + 7), (11, 32 * 11 + 7), (7, 32 * 7 + 7), (7, 32 * 7 + 5)], architecture
 
 
-def test_what_a_table_says_is_counted(no_tables: Path) -> None:
-    """One with a cut for MLP down up to 1,024 rows, and with attention that repairs."""
-
-    def entry(kernel: str, constants: dict[str, Any], sizes: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "kernel": kernel, "source": tables.source_digest(kernel), "triton": "3.7", "dtype": "bfloat16",
-            "constants": constants, "sizes": sizes, "config": config, "microseconds": None, "tflops": None,
-            "predicted": None, "static": None, "runner_up": None, "verified": None, "date": "2026-01-01",
-        }  # fmt: skip
-
-    fields = {
-        "block_rows": 64,
-        "block_columns": 64,
-        "block_inner": 64,
-        "group_rows": 8,
-        "num_warps": 4,
-        "num_stages": 3,
-    }
+def test_tuned_configurations_are_counted() -> None:
+    """A table whose MLP down splits K at 1,024 rows adds one launch to each block."""
+    values = {
+        "block_rows": 64, "block_columns": 64, "block_inner": 64, "group_rows": 8, "num_warps": 4, "num_stages": 3
+    }  # fmt: skip
     down = {"columns": 1280, "inner": 5120, "activation": None, "residual": True}
     entries = [
-        entry("linear", down, {"rows": rows}, fields | {"split": split}) for rows, split in ((1024, 4), (4096, 1))
+        {"kernel": "gemm.linear", "dtype": "bfloat16", "constants": down, "sizes": {"rows": rows}, "config": config}
+        for rows, config in ((1024, values | {"split": 4}), (4096, values))
     ]
-    key = {
-        "gpu": None,
-        "architecture": "sm_90",
-        "capability": "9.0",
-        "multiprocessors": 0,
-        "triton": "3.7",
-        "ptxas": None,
-    }
-    content = {"schema": 1, "key": key, "entries": entries}
-    (no_tables / "sm_90.json").write_text(json.dumps(content), encoding="utf-8")
-    assert [on("sm_90", patches)[0] for patches in (1024, 4096)] == [8, 7]
-    assert [on("sm_80", patches)[0] for patches in (1024, 4096)] == [7, 7]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_with_the_shipped_tables_a_block_takes_seven_to_eleven(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tables, "user_folder", lambda: None)
-    monkeypatch.delenv(tables.FOLDER_VARIABLE, raising=False)
-    tables.forget()
-    found = [on(architecture, patches)[0] for patches in (64, 256, 1024, 4096)]
-    assert found == sorted(found, reverse=True)
-    assert 7 < found[0] <= 11
-    assert found[-1] == 7
-    tables.forget()
+    device = torch.device("cuda", 0)
+    graph = fold_still_images(graph_of("kernels"))
+    registry.fill(device, [registry.TunedTable(entries)])
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: "sm_90")
+            found = [count_launches(graph, still(rows), device=device).per_block.total for rows in (1024, 4096)]
+    finally:
+        registry.clear()
+    assert found == [8, 7]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_architecture_counts_like_a_device_of_it(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels' own choice for a device, asked of one that is not here."""
-    who, gpu = Identity("", architecture), torch.device("cuda", 0)
     graph = fold_still_images(graph_of("kernels"))
-    counted = [count_launches(graph, still(patches), device=who).nodes for patches in (64, 256, 1024, 4096)]
-    monkeypatch.setattr(tables, "identity", lambda _: who)
+    counted = [count_launches(graph, still(patches), device=architecture).nodes for patches in (64, 256, 1024, 4096)]
     monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: architecture)
-    tables.forget()
+    gpu = torch.device("cuda", 0)
     assert [count_launches(graph, still(patches), device=gpu).nodes for patches in (64, 256, 1024, 4096)] == counted
-    tables.forget()
 
 
 def test_a_pass_takes_its_blocks_and_little_else() -> None:

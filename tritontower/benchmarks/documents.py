@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tritontower.kernels.runtime import tables
+from tritontower.engine import tuned_tables as tables
 
 from .measuring import Timing, provenance
 
@@ -19,12 +19,12 @@ __all__ = [
     "SCHEMA",
     "Document",
     "document",
+    "list_tuned_tables",
     "machine",
     "machine_slug",
     "median",
     "reason_of",
     "seconds_of",
-    "tuned_tables",
     "write_json",
 ]
 
@@ -46,15 +46,12 @@ def document(
     """The rows of one benchmark with all that they are worth nothing without; ``facts`` count before what is found out."""
     named: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
     if device.type == "cuda":
-        named["tuned"] = tuned_tables(tables.identity(device))
+        named["tuned"] = list_tuned_tables(tables.identify(device).gpu)
     return {"bench": bench, "schema": SCHEMA, **named, **provenance(device), **facts, "rows": list(rows)}
 
 
-def tuned_tables(who: tables.Identity) -> dict[str, str]:
-    """The tables of tuned configurations that are in force on a device, the one that counts most first.
-
-    Args:
-        who: the device, or an architecture without one.
+def list_tuned_tables(gpu: str) -> dict[str, str]:
+    """Lists the tables of tuned configurations that apply to a GPU, the preferred one first.
 
     Returns:
         Name → the first 12 hexadecimal digits of the file's SHA-256.  A name is ``shipped:``, ``user:`` (the cache folder)
@@ -62,7 +59,7 @@ def tuned_tables(who: tables.Identity) -> dict[str, str]:
     """
     places = {tables.packaged_folder(): "shipped", tables.user_folder(): "user"}
     found: dict[str, str] = {}
-    for path in tables.table_paths(who.gpu, who.architecture):
+    for path in tables.table_paths(gpu):
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         except OSError:  # most of the places are empty

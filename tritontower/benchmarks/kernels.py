@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tritontower.engine.tuned_tables import fill_registry
 from tritontower.text_table import text_table
 
 from .cases import Case, Grid, Prepared, cases, check
@@ -45,6 +46,7 @@ def benchmark_kernels(
         budget_seconds: for one candidate of one case.
         report: called with every row as soon as it is there.
     """
+    fill_registry(device)
     measured = measured_roofline(device, dtype)
     published = published_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     roofline = published if published is not None and dtype != torch.float32 else measured

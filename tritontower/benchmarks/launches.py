@@ -2,8 +2,8 @@
 
 Nothing runs and no weights are read.  What is counted is said in :mod:`tritontower.graph.launch_count`.  *plain* and *fused* are the
 graph's own: every product is one launch.  Few rows are cut into parts along K as well, each such product with a second
-launch; how many do depends on the configurations, so the numbers of every architecture stand beside them, by the tables
-that this machine has for it and the defaults where they have nothing.
+launch; how many do depends on the configurations, so the numbers of every architecture with its default configurations
+stand beside them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ from tritontower.graph.fusion import fold_still_images, fuse, select_passes
 from tritontower.graph.ir import Graph
 from tritontower.graph.launch_count import GraphLaunches, count_launches
 from tritontower.kernels.runtime.config import ARCHITECTURES
-from tritontower.kernels.runtime.tables import Identity
 from tritontower.text_table import text_table
 
 from .documents import Document, document
@@ -47,11 +46,11 @@ def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -
     for name, make in passes:
         workload = make(tower).workload
 
-        def counted(graph: Graph, where: Identity | None = None, workload: Any = workload) -> GraphLaunches:
+        def counted(graph: Graph, where: str | None = None, workload: Any = workload) -> GraphLaunches:
             return count_launches(graph, workload, dtype=torch.bfloat16, device=where)
 
         counts = {"plain": counted(plain), "fused": counted(fused)}
-        there = {name: counted(fused, Identity("", name)) for name in ARCHITECTURES}
+        there = {name: counted(fused, name) for name in ARCHITECTURES}
         yield {
             "family": title or config.family,
             "pack": name,
@@ -91,7 +90,7 @@ def launch_table(found: Mapping[str, Any]) -> str:
     ]
     return text_table(
         "Launches on a GPU, counted from the graph: as it is defined (plain) and as it runs (fused), with every product\n"
-        "one launch; by architecture: a block / a pass with the configurations that are listed for it, which cut the\n"
+        "one launch; by architecture: a block / a pass with its default configurations, which split the\n"
         "products of few rows into parts",
         COLUMNS,
         rows,

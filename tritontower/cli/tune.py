@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from tritontower.config import TowerConfig
-    from tritontower.kernels.runtime.tables import Identity
+    from tritontower.engine.tuned_tables import Identity
     from tritontower.tuning.tasks import Task
     from tritontower.tuning.tuner import Choice, Progress
 
@@ -154,7 +154,7 @@ def _identity(arguments: argparse.Namespace) -> "Identity":
     import torch
 
     from tritontower.devices import parse_device
-    from tritontower.kernels.runtime import tables
+    from tritontower.engine import tuned_tables as tables
     from tritontower.kernels.runtime._triton import HAS_TRITON
 
     if not HAS_TRITON or not torch.cuda.is_available():
@@ -169,7 +169,7 @@ def _identity(arguments: argparse.Namespace) -> "Identity":
     device = parse_device(_device(arguments))
     if device.type != "cuda":
         raise UsageError(f"--device is {arguments.device!r}; configurations are measured on a GPU, such as cuda:0")
-    return tables.identity(device)
+    return tables.identify(device)
 
 
 def _device(arguments: argparse.Namespace) -> str:
@@ -210,7 +210,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
     """Where the table goes; made and asked for before the work, not after."""
     import os
 
-    from tritontower.kernels.runtime import tables
+    from tritontower.engine import tuned_tables as tables
 
     folder = arguments.output.expanduser() if arguments.output is not None else tables.user_folder()
     if folder is None:
@@ -233,7 +233,7 @@ def _folder(arguments: argparse.Namespace) -> Path:
 
 def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity") -> dict[str, Any]:
     """Chooses, writes the table, and reports."""
-    from tritontower.kernels.runtime import tables
+    from tritontower.engine import tuned_tables as tables
     from tritontower.tuning.table_writer import Merged, entries_of, merge, table_key
 
     path = _folder(arguments) / tables.table_name(identity.gpu or identity.architecture)
@@ -327,11 +327,14 @@ def _described(choice: "Choice", identity: "Identity") -> dict[str, Any]:
 
 
 def _show(tasks: "Sequence[Task]", identity: "Identity", as_json: bool) -> int:
-    from tritontower.kernels.runtime import tables
+    from tritontower.engine import tuned_tables as tables
 
     found = []
+    loaded = tables.load_tables(identity)
     for task in tasks:
-        entry = tables.find(task.kernel, identity, task.dtype, dict(task.constants), dict(task.sizes))
+        question = task.kernel, task.dtype, dict(task.constants), dict(task.sizes)
+        entries = ((each.table.nearest(*question), each.path) for each in loaded)
+        entry = next(((fields, path) for fields, path in entries if fields is not None), None)
         described: dict[str, Any] = {"task": task.title, "config": None, "table": None, "measured": False}
         if entry is not None:
             fields, path = entry
@@ -342,7 +345,7 @@ def _show(tasks: "Sequence[Task]", identity: "Identity", as_json: bool) -> int:
                 "tuned_for": fields["sizes"],
             }
         found.append(described)
-    places = [str(path) for path in tables.table_paths(identity.gpu, identity.architecture)]
+    places = [str(path) for path in tables.table_paths(identity.gpu)]
     if as_json:
         print(json.dumps({"tables": places, "tasks": found}, indent=2))
         return 0
@@ -363,7 +366,7 @@ def _show(tasks: "Sequence[Task]", identity: "Identity", as_json: bool) -> int:
 
 
 def _remark(path: Path) -> str:
-    from tritontower.kernels.runtime import tables
+    from tritontower.engine import tuned_tables as tables
 
     try:
         tables.read_table(path)
@@ -375,7 +378,7 @@ def _remark(path: Path) -> str:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from tritontower.kernels.runtime import tables
+    from tritontower.engine import tuned_tables as tables
     from tritontower.tuning.table_writer import merge, read_checked
 
     table = read_checked(arguments.imported.expanduser())
@@ -400,12 +403,12 @@ def _given_up(count: int) -> str:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from tritontower.kernels.runtime import tables
+    from tritontower.engine import tuned_tables as tables
     from tritontower.tuning.table_writer import read_checked, table_text
 
     identity = _identity(arguments)
     name = tables.table_name(identity.gpu or identity.architecture)
-    paths = [path for path in tables.table_paths(identity.gpu, identity.architecture) if path.name == name]
+    paths = [path for path in tables.table_paths(identity.gpu) if path.name == name]
     if arguments.output is not None:
         paths = [arguments.output.expanduser() / name]
     path = next((path for path in paths if path.is_file()), None)

@@ -7,8 +7,8 @@ from pathlib import Path
 from filelock import FileLock
 from PIL import Image
 
+from tritontower.engine.tuned_tables import cache_folder
 from tritontower.errors import UsageError
-from tritontower.kernels.runtime.tables import cache_folder
 from tritontower.models import qwen2_vl
 
 from .random_checkpoint import write_random_checkpoint

@@ -20,6 +20,7 @@ from .executor import Executor, Observer
 from .graph_cache import CaptureLimits
 from .onednn_weights import held_bytes
 from .ops import Tensors
+from .tuned_tables import fill_registry
 from .uint8_graph import fold_pixel_weights, make_uint8_graph
 
 __all__ = ["ModelRunner", "estimate_weights_bytes"]
@@ -54,6 +55,7 @@ class ModelRunner:
             cuda_graphs,
         )
         self._form = config.batch_form
+        fill_registry(next(iter(sources.values())).device)
         self._by_width = {_width(graph): self._executor(graph, sources) for graph in graphs}
         self._of_bytes: dict[int, Executor] = {}
         self._lock = Lock()

@@ -25,14 +25,13 @@ from tritontower.kernels.gemm.qkv_projection import choose_config as choose_qkv
 from tritontower.kernels.gemm.qkv_projection import default_config as default_qkv
 from tritontower.kernels.gemm.vendor import vendor_takes
 from tritontower.kernels.runtime.config import nearest_architecture
-from tritontower.kernels.runtime.tables import Identity, configuration, dtype_name, find
 
 from .ir import Graph, Node, Workload
 
 __all__ = ["GraphLaunches", "Launches", "count_launches"]
 
-Where = torch.device | Identity
-"""Whose configurations count: those of a device that is here, or those that the tables have for an architecture."""
+Where = torch.device | str
+"""A device, whose tuned configurations or defaults apply; or an architecture, whose defaults apply."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +85,8 @@ def count_launches(
         graph: plain or fused.
         workload: how many rows there are, of which the configurations of the products follow.
         dtype: of the activations.
-        device: whose configurations count: a device's, or those that are listed for an architecture whose device need not
-            be here (``Identity("", "sm_90")``).  ``None``: no product is cut into parts or left to a library, as with many
-            rows and no measured table.
+        device: the device, or the name of an architecture such as ``"sm_90"``, whose configurations apply.  ``None``: no
+            matmul splits K or goes to a library, as with many rows and no measured table.
     """
     count = _Counter(graph, workload, dtype, device)
     nodes = {node.name: count.of(node) for node in graph.nodes}
@@ -180,7 +178,7 @@ class _Counter:
         """The library's product, and a kernel for each part of the epilogue that it does not know."""
         if residual and not bias and activation is None:
             return Launches(library=1)
-        on_gpu = isinstance(self.device, Identity) or (self.device is not None and self.device.type == "cuda")
+        on_gpu = isinstance(self.device, str) or (self.device is not None and self.device.type == "cuda")
         inside = activation is None or (bias and on_gpu and activation == "gelu_tanh")
         return Launches(kernels=(not inside) + residual, library=1)
 
@@ -191,13 +189,10 @@ class _Counter:
 def _linear_config(
     where: Where, rows: int, columns: int, inner: int, *, dtype: torch.dtype, activation: str | None, residual: bool
 ) -> LinearConfig:
+    options: dict[str, Any] = {"dtype": dtype, "activation": activation, "residual": residual}
     if isinstance(where, torch.device):
-        return choose_linear(rows, columns, inner, dtype=dtype, activation=activation, residual=residual, device=where)
-    constants = {"columns": columns, "inner": inner, "activation": activation, "residual": residual}
-    found = configuration(LinearConfig, _listed("linear", where, dtype, constants, {"rows": rows}))
-    return found or default_linear(
-        rows, columns, inner, dtype=dtype, activation=activation, residual=residual, architecture=_architecture(where)
-    )
+        return choose_linear(rows, columns, inner, **options, device=where)
+    return default_linear(rows, columns, inner, **options, architecture=nearest_architecture(where))
 
 
 def _qkv_config(
@@ -205,9 +200,7 @@ def _qkv_config(
 ) -> LinearConfig:
     if isinstance(where, torch.device):
         return choose_qkv(rows, columns, inner, head_dim=head_dim, dtype=dtype, device=where)
-    constants = {"columns": columns, "inner": inner, "head_dim": head_dim}
-    found = configuration(LinearConfig, _listed("qkv_projection", where, dtype, constants, {"rows": rows}))
-    return found or default_qkv(rows, columns, inner, dtype=dtype, architecture=_architecture(where))
+    return default_qkv(rows, columns, inner, dtype=dtype, architecture=nearest_architecture(where))
 
 
 def _attention_config(
@@ -215,18 +208,5 @@ def _attention_config(
 ) -> FlashAttentionConfig:
     if isinstance(where, torch.device):
         return choose_attention(head_dim, dtype, where, padded=padded, longest=longest, length_bound=length_bound)
-    constants = {"head_dim": head_dim, "padded": padded, "bounded": length_bound or 0}
-    sizes = {"longest": max(1, longest)}
-    found = configuration(FlashAttentionConfig, _listed("attention", where, dtype, constants, sizes))
-    return found or default_attention(head_dim, dtype, _architecture(where), longest=longest, length_bound=length_bound)
-
-
-def _listed(
-    kernel: str, who: Identity, dtype: torch.dtype, constants: Mapping[str, object], sizes: Mapping[str, int]
-) -> Mapping[str, Any] | None:
-    found = find(kernel, who, dtype_name(dtype), constants, sizes)
-    return None if found is None else found[0]["config"]
-
-
-def _architecture(who: Identity) -> str:
-    return nearest_architecture(who.architecture)
+    architecture = nearest_architecture(where)
+    return default_attention(head_dim, dtype, architecture, longest=longest, length_bound=length_bound)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tritontower.kernels.runtime import tables
+from tritontower.engine import tuned_tables as tables
 
 from .tasks import Task
 

@@ -18,19 +18,19 @@ from tritontower.kernels.gemm.linear_config import LinearConfig
 from tritontower.kernels.gemm.patch_projection import patch_projection
 from tritontower.kernels.gemm.qkv_projection import qkv_projection
 from tritontower.kernels.rowwise.norm import NormConfig, norm
+from tritontower.kernels.runtime.registry import make_config
 from tritontower.kernels.runtime.segments import Segments
-from tritontower.kernels.runtime.tables import configuration
 
 from .tasks import Task
 
 __all__ = ["CONFIGS", "Operation", "prepare"]
 
 CONFIGS: dict[str, type[Any]] = {
-    "attention": FlashAttentionConfig,
-    "linear": LinearConfig,
-    "norm": NormConfig,
-    "patch_projection": LinearConfig,
-    "qkv_projection": LinearConfig,
+    "attention.attention": FlashAttentionConfig,
+    "gemm.linear": LinearConfig,
+    "rowwise.norm": NormConfig,
+    "gemm.patch_projection": LinearConfig,
+    "gemm.qkv_projection": LinearConfig,
 }
 """Kernel → the class of its configurations."""
 
@@ -85,7 +85,7 @@ class _Tensors:
 
 
 def _configured(task: Task, fields: Mapping[str, Any]) -> Any:
-    config = configuration(CONFIGS[task.kernel], fields)
+    config = make_config(CONFIGS[task.kernel], fields)
     if config is None:
         raise ValueError(f"{dict(fields)} are not the fields of a configuration of {task.kernel}")
     return config
@@ -254,9 +254,9 @@ def _norm(task: Task, make: _Tensors, hard: bool) -> Operation:
 
 
 _MAKERS: dict[str, Callable[[Task, _Tensors, bool], Operation]] = {
-    "attention": _attention,
-    "linear": _product,
-    "norm": _norm,
-    "patch_projection": _patches,
-    "qkv_projection": _heads,
+    "attention.attention": _attention,
+    "gemm.linear": _product,
+    "rowwise.norm": _norm,
+    "gemm.patch_projection": _patches,
+    "gemm.qkv_projection": _heads,
 }

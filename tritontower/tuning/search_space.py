@@ -7,7 +7,7 @@ left out.
 A row's numbers depend on its own segment and on the configuration; and the configuration on the size of the pass.  Where
 fields decide in which order a row's sums are taken, attention, norms and the patch projection have them in common for all
 sizes (:func:`uniform`), so there an image's numbers do not depend on what it is packed with.  Other products are the
-exception: each number of rows may have another tile, and up to :data:`~tritontower.kernels.runtime.tables.SPLIT_ROWS` rows their K
+exception: each number of rows may have another tile, and up to :data:`~tritontower.kernels.runtime.registry.SPLIT_ROWS` rows their K
 may be cut, in another number of parts for another number of rows; sums of parts differ from whole ones in the last bits.
 """
 
@@ -24,7 +24,7 @@ from tritontower.kernels.gemm import patch_projection, qkv_projection
 from tritontower.kernels.gemm.linear_config import default_config as linear_default
 from tritontower.kernels.rowwise import norm
 from tritontower.kernels.runtime.config import SHARED_MEMORY_LIMIT
-from tritontower.kernels.runtime.tables import SPLIT_ROWS
+from tritontower.kernels.runtime.registry import SPLIT_ROWS
 
 from .operations import CONFIGS
 from .predict import CHIPS, Compiled, Prediction, attention_time, product_time, rows_time
@@ -34,7 +34,7 @@ __all__ = ["candidates", "default_fields", "guess", "predict", "prediction", "un
 
 Fields = dict[str, Any]
 
-_PRODUCTS = ("linear", "patch_projection", "qkv_projection")
+_PRODUCTS = ("gemm.linear", "gemm.patch_projection", "gemm.qkv_projection")
 _COPY_ENGINE = ("sm_90", "sm_100")
 _ACCUMULATORS = 128
 """fp32 sums that a thread may hold; the rest of its 255 registers is for operands, addresses and the epilogue."""
@@ -43,11 +43,11 @@ _SPLITS = (1, 2, 3, 4, 6, 8)
 
 def uniform(kernel: str, architecture: str) -> tuple[str, ...]:
     """The fields of a kernel's configurations that all sizes of a task have in common."""
-    if kernel == "norm":
+    if kernel == "rowwise.norm":
         return ("rows", "num_warps")
-    if kernel == "patch_projection":
+    if kernel == "gemm.patch_projection":
         return ("block_inner", "split")
-    if kernel == "attention":
+    if kernel == "attention.attention":
         # Where the compiler lays the tiles of different heights out differently across lanes, these count as well.
         layout = () if architecture in ("sm_80", "sm_89", "sm_90") else ("block_queries", "num_warps")
         return ("variant", "block_keys", *layout)
@@ -58,7 +58,7 @@ def default_fields(task: Task, architecture: str) -> Fields:
     """The fields of the configuration that is taken where no table has any."""
     dtype = getattr(torch, task.dtype)
     config: Any
-    if task.kernel == "attention":
+    if task.kernel == "attention.attention":
         config = attention.default_config(
             task.fact("head_dim"),
             dtype,
@@ -66,11 +66,11 @@ def default_fields(task: Task, architecture: str) -> Fields:
             longest=task.fact("longest"),
             length_bound=task.fact("bounded") or None,
         )
-    elif task.kernel == "norm":
+    elif task.kernel == "rowwise.norm":
         config = norm.default_config(task.fact("width"), architecture)
-    elif task.kernel == "patch_projection":
+    elif task.kernel == "gemm.patch_projection":
         config = patch_projection.default_config(dtype=dtype, architecture=architecture)
-    elif task.kernel == "qkv_projection":
+    elif task.kernel == "gemm.qkv_projection":
         config = qkv_projection.default_config(
             task.fact("rows"), task.fact("columns"), task.fact("inner"), dtype=dtype, architecture=architecture
         )
@@ -96,7 +96,7 @@ def candidates(task: Task, architecture: str, *, measured: bool = False) -> list
         measured: whether each will be checked and timed on the GPU itself; only then those are listed that nothing but
             that can vouch for: the vendor's own product, and the specialized variant of attention.
     """
-    makers = {"attention": _attention, "norm": _norm}
+    makers = {"attention.attention": _attention, "rowwise.norm": _norm}
     kind = CONFIGS[task.kernel]
     found = [
         asdict(kind(**fields))
@@ -105,7 +105,7 @@ def candidates(task: Task, architecture: str, *, measured: bool = False) -> list
     ]
     ranked = sorted(found, key=lambda fields: predict(task, architecture, fields, guess(task, architecture, fields)))
     # (The library neither rotates nor scales the heads of a projection, one of which a tower always asks for.)
-    if measured and task.kernel == "linear" and "gated" not in str(task.fact("activation")):
+    if measured and task.kernel == "gemm.linear" and "gated" not in str(task.fact("activation")):
         ranked.append(default_fields(task, architecture) | {"vendor": True})
     return ranked
 
@@ -126,7 +126,7 @@ def _product(task: Task, architecture: str) -> Iterator[Fields]:
     elif architecture in _COPY_ENGINE:
         depths = (64, 128)
     operands = ("pointers", "descriptors") if architecture in _COPY_ENGINE and _aligned(task) else ("pointers",)
-    splits = (1,) if task.kernel == "patch_projection" else _SPLITS
+    splits = (1,) if task.kernel == "gemm.patch_projection" else _SPLITS
     for (rows, columns), depth, stage, warp, read, split in itertools.product(
         tiles, depths, sorted(set(stages)), (4, 8), operands, splits
     ):
@@ -216,7 +216,7 @@ def predict(task: Task, architecture: str, fields: Mapping[str, Any], compiled: 
 def prediction(task: Task, architecture: str, fields: Mapping[str, Any], compiled: Compiled) -> Prediction:
     """What one launch should take."""
     size = _itemsize(task)
-    if task.kernel == "attention":
+    if task.kernel == "attention.attention":
         return attention_time(
             architecture,
             compiled,
@@ -229,7 +229,7 @@ def prediction(task: Task, architecture: str, fields: Mapping[str, Any], compile
             block_keys=fields["block_keys"],
             itemsize=size,
         )
-    if task.kernel == "norm":
+    if task.kernel == "rowwise.norm":
         return rows_time(
             architecture,
             compiled,
@@ -259,10 +259,10 @@ def guess(task: Task, architecture: str, fields: Mapping[str, Any]) -> Compiled:
     """What a configuration should compile to, by what others did."""
     chip = CHIPS[architecture]
     threads = fields["num_warps"] * chip.warp
-    if task.kernel == "norm":
+    if task.kernel == "rowwise.norm":
         held = fields["rows"] * task.fact("width") / threads
         return Compiled(threads, threads, max(1, 2048 // threads), 0, 60 + 12 * held)
-    if task.kernel == "attention":
+    if task.kernel == "attention.attention":
         queries, keys = fields["block_queries"], fields["block_keys"]
         width = sum(split_head_dim(task.fact("width"), getattr(torch, task.dtype)))
         per_score = 4.3 + 1.3 * width / keys if fields["variant"] == "fixed" else 5.9 + 2.2 * width / keys
@@ -298,4 +298,4 @@ def _itemsize(task: Task) -> int:
 
 def _aligned(task: Task) -> bool:
     """Whether rows of the operands start where the copy engine can read: 16 bytes, padding included."""
-    return task.kernel != "patch_projection" or task.fact("pixels") == task.dtype
+    return task.kernel != "gemm.patch_projection" or task.fact("pixels") == task.dtype

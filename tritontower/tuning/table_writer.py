@@ -9,16 +9,16 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock
 
+from tritontower.engine import tuned_tables as tables
+from tritontower.engine.tuned_tables import Identity
 from tritontower.errors import UsageError, shorten
-from tritontower.kernels.runtime import tables
-from tritontower.kernels.runtime.tables import Identity
+from tritontower.kernels.runtime.registry import bucket
 
 from .predict import CHIPS
 from .search_space import uniform
@@ -52,7 +52,7 @@ def table_key(identity: Identity, ptxas: str | None = None) -> dict[str, Any]:
     import triton
 
     return {
-        "gpu": identity.gpu or None,
+        "gpu": identity.gpu,
         "architecture": identity.architecture,
         "capability": identity.capability,
         "multiprocessors": identity.multiprocessors,
@@ -82,9 +82,6 @@ def entries_of(choices: Sequence[Choice], date: str | None = None) -> list[dict[
                 "sizes": dict(task.sizes),
                 "config": dict(best.config),
                 "microseconds": _rounded(best.microseconds),
-                "tflops": _rounded(choice.tflops),
-                "predicted": None if best.predicted is None else _positive(asdict(best.predicted)),
-                "static": _static(best),
                 "runner_up": _runner_up(choice.runner_up),
                 "verified": best.error,
                 "date": day,
@@ -214,11 +211,11 @@ def replace_table(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[
     tables.check_table(json.loads(text))
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, text)
-    tables.forget()
+    tables.reload_tables()
 
 
 def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    sizes = tuple(sorted((name, tables.bucket(size)) for name, size in entry["sizes"].items()))
+    sizes = tuple(sorted((name, bucket(size)) for name, size in entry["sizes"].items()))
     return entry["kernel"], entry["dtype"], tuple(sorted(entry["constants"].items())), sizes
 
 

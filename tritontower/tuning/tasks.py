@@ -1,7 +1,7 @@
 """What there is to tune in a tower: its graph and the sizes of its images → the distinct launches of its kernels.
 
 Two nodes whose launches the tables cannot tell apart (the same kernel, dtype, constants and buckets of sizes) are one
-task.  The names of constants and sizes are those with which the kernels ask :func:`tritontower.kernels.runtime.tables.tuned`.
+task.  The names of constants and sizes are those with which the kernels ask :func:`tritontower.kernels.runtime.registry.tuned`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from tritontower.config import TowerConfig
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import DEFAULT_PASSES, KERNEL_PASSES, chunk_mlp, fold_still_images, fuse
 from tritontower.graph.ir import Graph, Node, Workload
-from tritontower.kernels.runtime.tables import bucket, dtype_name
+from tritontower.kernels.runtime.registry import bucket, dtype_name
 
 __all__ = ["PATCHES", "Task", "tasks_of", "tower_graph"]
 
@@ -61,7 +61,7 @@ class Task:
         """What it is, in a table."""
         sizes = ", ".join(f"{name} {value}" for name, value in self.sizes)
         shown = {name: value for name, value in self.constants if value not in (None, False)}
-        if self.kernel in ("linear", "qkv_projection", "patch_projection"):
+        if self.kernel in ("gemm.linear", "gemm.qkv_projection", "gemm.patch_projection"):
             shown = {f"{shown.pop('inner')} → {shown.pop('columns')}": True} | shown
         words = [name if value is True else f"{name} {value}" for name, value in shown.items()]
         return f"{self.node}: {self.kernel}, {sizes}, {', '.join(words)}"
@@ -136,7 +136,7 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
         columns, inner = widths["weight"]
         attributes = node.attributes
         yield Task(
-            "qkv_projection",
+            "gemm.qkv_projection",
             dtype,
             _facts(columns=columns, inner=inner, head_dim=attributes["head_dim"]),
             _facts(rows=rows),
@@ -153,7 +153,7 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
         columns, inner = widths["weight"]
         pixels = graph.values[node.inputs[0]].dtype
         yield Task(
-            "patch_projection",
+            "gemm.patch_projection",
             dtype,
             _facts(columns=columns, inner=inner, pixels=dtype if pixels == "activation" else pixels),
             _facts(rows=rows),
@@ -172,7 +172,7 @@ def _attention(node: Node, workload: Workload, dtype: str, name: str) -> Task:
     bound = attributes["length_bound"] or 0
     padded = attributes.get("padded_head_dim")
     return Task(
-        "attention",
+        "attention.attention",
         dtype,
         _facts(head_dim=attributes["head_dim"], padded=padded is not None, bounded=bound),
         _facts(longest=min(length, bound) if bound else length),
@@ -199,7 +199,7 @@ def _linear(
     weight_rows, inner = widths[f"weight{suffix}"]
     gated = activation is not None and "gated" in activation
     return Task(
-        "linear",
+        "gemm.linear",
         dtype,
         _facts(columns=weight_rows // (2 if gated else 1), inner=inner, activation=activation, residual=residual),
         _facts(rows=rows),
@@ -210,7 +210,7 @@ def _linear(
 
 def _norm(name: str, dtype: str, rows: int, width: int, node: Node, *, residual: bool) -> Task:
     return Task(
-        "norm",
+        "rowwise.norm",
         dtype,
         _facts(width=width, kind=node.attributes["norm"], residual=residual),
         _facts(rows=rows),

@@ -151,7 +151,7 @@ def choose_static(
         compiled: configurations of a task that are compiled, beside the default.
     """
     # How fast a norm is hardly depends on its configuration, and what little does no model tells.
-    products = [task for task in tasks if task.kernel != "norm"]
+    products = [task for task in tasks if task.kernel != "rowwise.norm"]
     known = _compile(products, architecture, workers, cache, deadline, progress, compiled, measured=False)
     return _choices(known, architecture, MARGIN["predicted"])
 
@@ -239,7 +239,7 @@ def _ranked(task: Task, architecture: str, *, measured: bool) -> list[dict[str, 
 
 
 def _judged(task: Task, config: dict[str, Any], compile_result: CompileResult, architecture: str) -> Candidate:
-    broken = problems(compile_result, architecture, task.dtype, products=task.kernel != "norm")
+    broken = problems(compile_result, architecture, task.dtype, products=task.kernel != "rowwise.norm")
     if broken:
         return Candidate(config, compile_result, dropped="; ".join(dict.fromkeys(broken)))
     compiled = compile_result.main.compiled(architecture)
@@ -322,7 +322,7 @@ class Gauge:
         smaller = replace(task, sizes=tuple(sorted(size.items())), facts=tuple(sorted(facts.items())))
         repeats = REPEATS * (10 if config.get("variant") == "specialized" else 1)
         largest = 0.0
-        for hard in (False, True) if task.kernel == "attention" else (False,):
+        for hard in (False, True) if task.kernel == "attention.attention" else (False,):
             operation = prepare(smaller, self.device, hard=hard)
             first = operation.run(config).clone()
             error, worst = distance(first, operation.expected())

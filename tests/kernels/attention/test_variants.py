@@ -2,12 +2,13 @@
 
 import contextvars
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from support.numbers import TOLERANCE, relative_error
 
-from tritontower.kernels.attention import attention, common, fixed_max, online_softmax, single_block, warp_specialized
+from tritontower.kernels.attention import common, fixed_max, online_softmax, single_block, warp_specialized
 from tritontower.kernels.attention.attention import (
     FlashAttentionConfig,
     choose_config,
@@ -16,7 +17,7 @@ from tritontower.kernels.attention.attention import (
 )
 from tritontower.kernels.gemm.qkv_projection import arrange_heads, qkv_projection
 from tritontower.kernels.runtime import config as configs
-from tritontower.kernels.runtime import dispatch
+from tritontower.kernels.runtime import dispatch, registry
 from tritontower.kernels.runtime.segments import Segments
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -446,22 +447,20 @@ class TestConfigurations:
                 chosen = default_config(head_dim, BF16, architecture, longest=longest)
                 assert (chosen.variant, chosen.block_keys) == (usual.variant, usual.block_keys)
 
-    def test_tables_are_asked(self, monkeypatch):
-        asked = []
-
-        def tuned(*question):
-            asked.append(question)
-            return {"block_queries": 64, "block_keys": 64, "num_warps": 4, "num_stages": 1, "variant": "one_shot"}
-
-        monkeypatch.setattr(attention, "tuned", tuned)
+    def test_a_tuned_configuration_is_taken(self, request):
+        request.addfinalizer(registry.clear)
         cpu = torch.device("cpu")
-        bounded = choose_config(72, BF16, cpu, padded=True, longest=50, length_bound=64)
-        assert bounded == ONE_SHOT
-        assert asked == [("attention", cpu, BF16, {"head_dim": 72, "padded": True, "bounded": 64}, {"longest": 50})]
-        # Nobody promised that no segment is longer than the block.
+        tuned = FlashAttentionConfig(64, 64, 4, 1, "one_shot")
+        entries = [
+            {"kernel": "attention.attention", "dtype": "bfloat16", "sizes": {"longest": 64}, "config": asdict(tuned),
+             "constants": {"head_dim": 72, "padded": padded, "bounded": bound}}
+            for padded, bound in ((True, 64), (False, 0))
+        ]  # fmt: skip
+        registry.fill(cpu, [registry.TunedTable(entries)])
+        assert choose_config(72, BF16, cpu, padded=True, longest=50, length_bound=64) == tuned
+        # Without a bound a segment may be longer than the single block.
         unbounded = choose_config(72, BF16, cpu, padded=False, longest=0, length_bound=None)
         assert unbounded == default_config(72, BF16, "interpreter", longest=0)
-        assert asked[1][3:] == ({"head_dim": 72, "padded": False, "bounded": 0}, {"longest": 1})
 
     def test_an_unknown_variant(self):
         with pytest.raises(

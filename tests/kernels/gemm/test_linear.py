@@ -1,7 +1,7 @@
 """Linear layer and epilogues: both backends against fp64, split K, and rows whose bits depend on no other row."""
 
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from tritontower.kernels.gemm.linear import (
 from tritontower.kernels.gemm.linear_config import epilogue_passes
 from tritontower.kernels.gemm.tiles import descriptors_fit
 from tritontower.kernels.gemm.torch_reference import linear_reference
+from tritontower.kernels.runtime import registry
 from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
@@ -341,34 +342,18 @@ def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch
     assert chosen == [(7, 20, 64, None, True), (512, 20, 64, None, True), (7, 20, 64, "silu", False)]
 
 
-def test_a_tuned_configuration_is_taken(monkeypatch):
-    asked = []
-
-    def tuned(kernel, device, dtype, constants, sizes):
-        asked.append((kernel, dtype, constants, sizes))
-        return answer
-
-    monkeypatch.setattr(linear_module, "tuned", tuned)
-    how = {"dtype": torch.bfloat16, "activation": "gelu", "residual": True, "device": torch.device("cpu")}
-    default = default_config(
-        300, 64, 32, dtype=torch.bfloat16, activation="gelu", residual=True, architecture="interpreter"
-    )
-    answer = {
-        "block_rows": 64,
-        "block_columns": 64,
-        "block_inner": 32,
-        "group_rows": 4,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-    assert choose_config(300, 64, 32, **how) == LinearConfig(**answer)
-    assert asked == [
-        ("linear", torch.bfloat16, {"columns": 64, "inner": 32, "activation": "gelu", "residual": True}, {"rows": 300})
-    ]
-    answer = answer | {"block_rows": 48}
-    assert choose_config(300, 64, 32, **how) == default
-    answer = None
-    assert choose_config(300, 64, 32, **how) == default
+def test_a_tuned_configuration_is_taken(request):
+    request.addfinalizer(registry.clear)
+    device = torch.device("cpu")
+    options = {"dtype": torch.bfloat16, "activation": "gelu", "residual": True}
+    default = default_config(300, 64, 32, **options, architecture="interpreter")
+    config = LinearConfig(64, 64, 32, group_rows=4, num_warps=4, num_stages=2)
+    constants = {"columns": 64, "inner": 32, "activation": "gelu", "residual": True}
+    entry = {"kernel": "gemm.linear", "dtype": "bfloat16", "constants": constants, "sizes": {"rows": 300}}
+    registry.fill(device, [registry.TunedTable([entry | {"config": asdict(config)}])])
+    assert choose_config(300, 64, 32, **options, device=device) == config
+    registry.fill(device, [registry.TunedTable([entry | {"config": asdict(config) | {"block_rows": 48}}])])
+    assert choose_config(300, 64, 32, **options, device=device) == default
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tritontower.kernels.gemm.patch_projection import (
     patch_projection,
     patch_projection_reference,
 )
+from tritontower.kernels.runtime import registry
 from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
@@ -227,20 +228,14 @@ def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch
     assert chosen == [(rows, 20, 77, torch.uint8, torch.float32) for rows in (512, 7)]
 
 
-def test_a_tuned_configuration_is_taken(monkeypatch):
-    asked = []
-
-    def tuned(kernel, device, dtype, constants, sizes):
-        asked.append((kernel, dtype, constants, sizes))
-        return answer
-
-    monkeypatch.setattr(patch_projection_module, "tuned", tuned)
-    how = {"pixels": torch.uint8, "dtype": torch.bfloat16, "device": torch.device("cpu")}
-    answer = asdict(SMALL)
-    assert choose_config(7, 20, 77, **how) == SMALL
-    assert asked == [("patch_projection", torch.bfloat16, {"columns": 20, "inner": 77, "pixels": "uint8"}, {"rows": 7})]
-    answer = None
-    assert choose_config(7, 20, 77, **how).block_rows == 128
+def test_a_tuned_configuration_is_taken(request):
+    request.addfinalizer(registry.clear)
+    options = {"pixels": torch.uint8, "dtype": torch.bfloat16, "device": torch.device("cpu")}
+    constants = {"columns": 20, "inner": 77, "pixels": "uint8"}
+    entry = {"kernel": "gemm.patch_projection", "dtype": "bfloat16", "constants": constants, "sizes": {"rows": 7}}
+    registry.fill(options["device"], [registry.TunedTable([entry | {"config": asdict(SMALL)}])])
+    assert choose_config(7, 20, 77, **options) == SMALL
+    assert choose_config(7, 20, 78, **options).block_rows == 128
 
 
 def test_no_patches(kernel_device):

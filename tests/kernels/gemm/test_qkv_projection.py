@@ -19,6 +19,7 @@ from tritontower.kernels.gemm.qkv_projection import (
     qkv_projection_reference,
 )
 from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.runtime import registry
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.kernels.runtime.dispatch import runs_kernel
 from tritontower.kernels.runtime.valid_rows import ValidRows
@@ -239,20 +240,14 @@ def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch
     assert chosen == [(rows, 120, 64, 20, torch.float32) for rows in (512, 7)]
 
 
-def test_a_tuned_configuration_is_taken(monkeypatch):
-    asked = []
-
-    def tuned(kernel, device, dtype, constants, sizes):
-        asked.append((kernel, dtype, constants, sizes))
-        return answer
-
-    monkeypatch.setattr(qkv_projection_module, "tuned", tuned)
-    how = {"head_dim": 20, "dtype": torch.bfloat16, "device": torch.device("cpu")}
-    answer = asdict(SMALL)
-    assert choose_config(7, 120, 64, **how) == SMALL
-    assert asked == [("qkv_projection", torch.bfloat16, {"columns": 120, "inner": 64, "head_dim": 20}, {"rows": 7})]
-    answer = None
-    assert choose_config(7, 120, 64, **how) == default_config(
+def test_a_tuned_configuration_is_taken(request):
+    request.addfinalizer(registry.clear)
+    options = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    constants = {"columns": 120, "inner": 64, "head_dim": 20}
+    entry = {"kernel": "gemm.qkv_projection", "dtype": "bfloat16", "constants": constants, "sizes": {"rows": 7}}
+    registry.fill(options["device"], [registry.TunedTable([entry | {"config": asdict(SMALL)}])])
+    assert choose_config(7, 120, 64, head_dim=20, **options) == SMALL
+    assert choose_config(7, 120, 64, head_dim=40, **options) == default_config(
         7, 120, 64, dtype=torch.bfloat16, architecture="interpreter"
     )
 

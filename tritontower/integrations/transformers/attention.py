@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from tritontower.engine.tuned_tables import fill_registry
 from tritontower.errors import UsageError
 from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.runtime.segments import Segments
@@ -132,6 +133,7 @@ def _attend(
             f"implementation {ATTENTION!r} takes images one after the other in one batch entry"
         )
     packed = [tensor.transpose(1, 2).reshape(batch * rows, heads, head_dim) for tensor in (query, key, value)]
+    fill_registry(query.device)
     attended = flash_attention_varlen(packed[0], packed[1], packed[2], segments, scale=scaling)
     return attended.view(batch, rows, heads, head_dim), None
 

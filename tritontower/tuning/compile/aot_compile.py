@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from tritontower.benchmarks.measuring import ptxas_version
-from tritontower.kernels.runtime import tables
+from tritontower.engine import tuned_tables as tables
 from tritontower.kernels.runtime.config import SHARED_MEMORY_LIMIT
 from tritontower.tuning import operations, static
 from tritontower.tuning.predict import Compiled
@@ -105,7 +105,7 @@ def stand_in(order: Order) -> Order:
         facts["rows"] = _ROWS
     if "inner" in constants:
         constants["inner"] = _INNER + constants["inner"] % 128
-    if task.kernel in ("linear", "patch_projection"):
+    if task.kernel in ("gemm.linear", "gemm.patch_projection"):
         constants["columns"] = _INNER + constants["columns"] % 16
     if "heads" in facts and facts["heads"] % 2 == 0:
         if "columns" in constants:
