@@ -276,7 +276,7 @@ def test_delayed_loading_answers_before_it_reads_weights(qwen2_vl: Path, monkeyp
 
 def test_memory_plan_covers_what_a_pass_allocates(tower: VisionTower) -> None:
     batch = tower.preprocess(IMAGES)
-    counts = [h * w for _, h, w in batch.grids]
+    counts = [h * w for _, h, w in batch.images.grids]
     plan = tower.memory_plan(counts)
     assert plan.workload == batch.workload
     tower.forward(batch)
@@ -417,7 +417,7 @@ def test_an_order_of_axes_is_said_where_a_shape_allows_both(tower: VisionTower) 
         assert torch.equal(tall.embeddings, same.embeddings)
     for preprocess in (tower.preprocess, tower.preprocess_video):
         packed = preprocess([rows], input_data_format="channels_first")
-        assert packed.original_sizes == ((3, 50),)
+        assert packed.images.original_sizes == ((3, 50),)
         assert torch.equal(packed.pixels, preprocess([Image.fromarray(columns)]).pixels)
 
 

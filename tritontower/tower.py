@@ -563,7 +563,7 @@ class VisionTower:
         tiles = tiles_of(batch)
         packed = pack_tiles(self.config, tiles)
         rows = self.run(packed)["embeddings"]
-        parts = rows.split(packed.token_counts)
+        parts = rows.split(packed.images.token_counts)
         if isinstance(batch, torch.Tensor):
             tokens = parts[0].shape[0] if parts else 0
             return rows.view(len(tiles), tokens, self.hidden_size).to(batch.device, batch.dtype)

@@ -1,6 +1,6 @@
 """Packing: the facts about a batch, held against transformers where it states them too."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,37 +33,37 @@ def pack(grids: list[Grid], inner: int = 588, config: TowerConfig = CONFIG) -> P
 def test_positions_and_segments_are_those_of_transformers() -> None:
     batch = pack(GRIDS)
     grids = torch.tensor(GRIDS)
-    assert torch.equal(batch.positions.long(), get_vision_position_ids(grids, 2))
-    assert torch.equal(batch.segments.cu_seqlens.int(), get_vision_cu_seqlens(grids).int())
+    assert torch.equal(batch.attention.positions.long(), get_vision_position_ids(grids, 2))
+    assert torch.equal(batch.attention.segments.cu_seqlens.int(), get_vision_cu_seqlens(grids).int())
 
 
 def test_a_video_is_one_segment_where_the_tower_says_so() -> None:
-    assert pack(GRIDS).segments.lengths == (24, 4, 16, 16, 16, 40)
-    assert pack(GRIDS, config=replace(CONFIG, segments="image")).segments.lengths == (24, 4, 48, 40)
+    assert pack(GRIDS).attention.segments.lengths == (24, 4, 16, 16, 16, 40)
+    assert pack(GRIDS, config=replace(CONFIG, segments="image")).attention.segments.lengths == (24, 4, 48, 40)
 
 
 def test_counts() -> None:
     batch = pack(GRIDS)
     assert len(batch) == 4
-    assert batch.token_counts == (6, 1, 12, 10)
+    assert batch.images.token_counts == (6, 1, 12, 10)
     assert batch.workload.patches == 116
     assert batch.workload.tokens == 29
     assert batch.workload.scores == 24**2 + 4**2 + 3 * 16**2 + 40**2
-    assert batch.side == 10
-    assert batch.processed_sizes == ((84, 56), (28, 28), (112, 28), (56, 140))
+    assert batch.attention.side == 10
+    assert batch.images.processed_sizes == ((84, 56), (28, 28), (112, 28), (56, 140))
 
 
 def test_an_empty_batch_is_a_batch() -> None:
     batch = pack([])
-    assert len(batch) == batch.side == batch.workload.patches == 0
-    assert batch.token_counts == ()
+    assert len(batch) == batch.attention.side == batch.workload.patches == 0
+    assert batch.images.token_counts == ()
 
 
 @pytest.mark.parametrize(
     ("grids", "shape", "message"),
     [
-        ([(1, 4, 6)], (23, 588), r"shape \[23, 588\].*\[24, 588\]"),
-        ([(1, 4, 6)], (24, 600), r"\[24, 588\] for still images or \[24, 1176\] for clips"),
+        ([(1, 4, 6)], (23, 588), r"shape \[24, 588\].*got \[23, 588\]"),
+        ([(1, 4, 6)], (24, 600), r"\[24, 588\] for still images or \[24, 1176\] for videos"),
         ([(1, 3, 8)], (24, 588), "multiples of 2"),
         ([(0, 4, 6)], (0, 588), "positive"),
     ],
@@ -74,7 +74,7 @@ def test_pixels_that_do_not_fit_are_refused(grids: list[Grid], shape: tuple[int,
 
 
 def test_facts_of_the_wrong_number_are_refused() -> None:
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="one entry per layout"):
         PackedBatch.pack(CONFIG, torch.zeros(24, 588), layouts([(1, 4, 6)]), original_sizes=[], content_hashes=[""])
 
 
@@ -97,37 +97,37 @@ def packed(config: TowerConfig, parts: list[ImageLayout]) -> PackedBatch:
 def test_windows_stand_side_by_side_and_the_selection_undoes_it() -> None:
     batch = packed(WINDOWED, layouts([(1, 6, 10), (2, 4, 4)]))
     plain = packed(CONFIG, layouts([(1, 6, 10), (2, 4, 4)]))
-    assert batch.windows is not None
-    assert batch.selection is not None
+    assert batch.attention.windows is not None
+    assert batch.tokens.selection is not None
     # 3 × 5 tokens in windows of 2 × 2: two bands of three windows, the last ones narrow or low; then two whole windows.
-    assert batch.windows.lengths == (16, 16, 8, 8, 8, 4, 16, 16)
-    assert batch.segments == plain.segments
-    undone = batch.selection.squeeze(1)
+    assert batch.attention.windows.lengths == (16, 16, 8, 8, 8, 4, 16, 16)
+    assert batch.attention.segments == plain.attention.segments
+    undone = batch.tokens.selection.squeeze(1)
     assert torch.equal(batch.pixels[undone], plain.pixels)
-    assert torch.equal(batch.positions[undone], plain.positions)
-    for rows in batch.positions.split(batch.windows.lengths):
+    assert torch.equal(batch.attention.positions[undone], plain.attention.positions)
+    for rows in batch.attention.positions.split(batch.attention.windows.lengths):
         low, high = rows.min(0).values, rows.max(0).values
         assert (high - low < 4).all()
         assert (low % 4 == 0).all()
-    assert batch.workload.window_scores == sum(length * length for length in batch.windows.lengths)
+    assert batch.workload.window_scores == sum(length * length for length in batch.attention.windows.lengths)
     assert batch.workload.scores == 60**2 + 2 * 16**2
 
 
 def test_a_class_token_is_a_patch_of_zeros_before_each_view() -> None:
     tile = ImageLayout.of_one_tile((1, 3, 3), 2)
     batch = packed(FIXED, [tile, tile])
-    assert batch.segments.lengths == (10, 10)
-    assert batch.class_rows.flatten().tolist() == [0, 10]
-    assert batch.position_index is not None
-    assert batch.position_index.flatten().tolist() == list(range(10)) * 2
+    assert batch.attention.segments.lengths == (10, 10)
+    assert batch.tokens.class_rows.flatten().tolist() == [0, 10]
+    assert batch.attention.position_index is not None
+    assert batch.attention.position_index.flatten().tolist() == list(range(10)) * 2
     assert not batch.pixels[[0, 10]].any()
-    assert batch.selection is not None
-    assert batch.selection.flatten().tolist() == [*range(1, 10), *range(11, 20)]
-    assert torch.equal(batch.pixels[batch.selection.squeeze(1)], numbered(18, 12))
-    assert batch.token_counts == (9, 9)
+    assert batch.tokens.selection is not None
+    assert batch.tokens.selection.flatten().tolist() == [*range(1, 10), *range(11, 20)]
+    assert torch.equal(batch.pixels[batch.tokens.selection.squeeze(1)], numbered(18, 12))
+    assert batch.images.token_counts == (9, 9)
     kept = packed(replace(FIXED, keep_class_token=True), [tile, tile])
-    assert kept.selection is None
-    assert kept.token_counts == (10, 10)
+    assert kept.tokens.selection is None
+    assert kept.images.token_counts == (10, 10)
     with pytest.raises(ValueError, match="no other positions"):
         packed(FIXED, [ImageLayout.of_one_tile((1, 3, 4), 2)])
 
@@ -138,31 +138,31 @@ def test_tiles_are_put_together_and_padding_is_never_projected() -> None:
     index = torch.tensor([[row] for row in (*range(9), 12, 13, 14, -1)], dtype=torch.int32)
     tiled = ImageLayout(((1, 3, 3), (1, 3, 3)), (6, 6), (1, 3, 3), Assembly(index))
     batch = packed(TILED, [tiled, one])
-    assert batch.token_counts == (13, 9)
-    assert batch.tile_counts == (2, 1)
-    assert batch.selection is not None
-    assert batch.selection.flatten().tolist() == [*range(1, 10), 14, 15, 16, *range(21, 30)]
-    assert batch.assembly_index is not None
-    assert batch.assembly_index.flatten().tolist() == [*range(12), -1, *range(12, 21)]
+    assert batch.images.token_counts == (13, 9)
+    assert batch.images.tile_counts == (2, 1)
+    assert batch.tokens.selection is not None
+    assert batch.tokens.selection.flatten().tolist() == [*range(1, 10), 14, 15, 16, *range(21, 30)]
+    assert batch.tokens.assembly_index is not None
+    assert batch.tokens.assembly_index.flatten().tolist() == [*range(12), -1, *range(12, 21)]
     assert batch.workload == Workload(30, 22, 300, selected=21, merged=21, tiles=3)
     assert PackedBatch.without_pixels(TILED, [tiled, one]).workload == batch.workload
     wide = packed(replace(TILED, assembly_taps=4), [tiled])
-    assert wide.assembly_weights is not None
-    assert wide.assembly_weights.tolist() == [[1.0, 0.0, 0.0, 0.0]] * 13
+    assert wide.tokens.assembly_weights is not None
+    assert wide.tokens.assembly_weights.tolist() == [[1.0, 0.0, 0.0, 0.0]] * 13
 
 
 def test_bilinear_positions_reach_every_corner_of_the_table() -> None:
     config = replace(CONFIG, position_table=PositionTable(side=5, sampling="bilinear"))
     batch = packed(config, layouts([(1, 4, 6), (2, 2, 2)]))
-    assert batch.position_index is not None
-    assert batch.position_weights is not None
-    assert torch.allclose(batch.position_weights.sum(1), torch.ones(32))
+    assert batch.attention.position_index is not None
+    assert batch.attention.position_weights is not None
+    assert torch.allclose(batch.attention.position_weights.sum(1), torch.ones(32))
     table = torch.randn(25, 3)
-    rows = (table[batch.position_index.long()] * batch.position_weights.unsqueeze(2)).sum(1)
+    rows = (table[batch.attention.position_index.long()] * batch.attention.position_weights.unsqueeze(2)).sum(1)
     stretched = torch.nn.functional.interpolate(
         table.T.view(1, 3, 5, 5), size=(4, 6), mode="bilinear", align_corners=True
     )
-    places = batch.positions[:24].long()
+    places = batch.attention.positions[:24].long()
     assert torch.allclose(rows[:24], stretched[0, :, places[:, 0], places[:, 1]].T, atol=1e-6)
     # Both frames of a video have the positions of the frame.
     assert torch.equal(rows[24:28], rows[28:])
@@ -172,10 +172,10 @@ def test_a_batch_moves_with_all_its_facts() -> None:
     batch = packed(TILED, [ImageLayout.of_one_tile((1, 3, 3), 2)])
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
-    tensors = [getattr(moved, field.name) for field in fields(moved)]
-    assert {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)} == {"meta"}
+    assert {tensor.device.type for tensor in moved.tensors.values()} == {"meta"}
+    assert moved.tensors.keys() == batch.tensors.keys()
     assert moved.workload == batch.workload
-    assert moved.side == batch.side == 3
+    assert moved.attention.side == batch.attention.side == 3
 
 
 def test_a_batch_has_the_form_of_the_towers_that_it_is_for() -> None:

@@ -190,7 +190,8 @@ def test_tiles_of_several_sizes_that_count_are_not_planned(towers: Towers) -> No
     planner = Planner(tower.graph, tower.device)
     planner._bound = None
     assert planner.bucket(batch) is not None
-    assert planner.bucket(replace(batch, tiles=Segments([1, batch.segments.total - 1]))) is None
+    tiles = Segments([1, batch.attention.segments.total - 1])
+    assert planner.bucket(replace(batch, attention=replace(batch.attention, tiles=tiles))) is None
 
 
 # -- that it does not show --------------------------------------------------------------------------------------------
@@ -261,7 +262,7 @@ def test_numbers_of_a_pack_that_are_not_finite_stay_its_own(tower: VisionTower) 
 def test_one_token_and_nothing_at_all(tower: VisionTower) -> None:
     exact, planned_one = both(tower)
     smallest = tower.preprocess(noise(28, 28, 1), min_pixels=28 * 28)
-    assert sum(smallest.token_counts) == 1
+    assert sum(smallest.images.token_counts) == 1
     nothing = tower.preprocess([])
     for _ in range(4):
         assert_same(planned_one.run(smallest), exact.run(smallest))

@@ -111,7 +111,7 @@ def test_nothing_but_the_results_is_allocated_after_the_first_passes(tower: Visi
 def test_the_memory_plan_is_what_a_pass_takes(raw: bool | None, qwen2_vl: Path, kernel_device: torch.device) -> None:
     tower = VisionTower.from_pretrained(qwen2_vl, device=kernel_device, dtype=torch.bfloat16, cuda_graphs=False)
     batch = tower.preprocess(noise(1792, 1764, 1), raw=raw, max_pixels=2**22)
-    counts = [t * h * w for t, h, w in batch.grids]
+    counts = [t * h * w for t, h, w in batch.images.grids]
     tower.forward(tower.preprocess(noise(1792, 1764, 2), raw=raw, max_pixels=2**22))
     tower.release()
     torch.cuda.synchronize()

@@ -212,4 +212,4 @@ def test_a_batch_without_windows_never_runs_where_blocks_attend_within_them(towe
     tower = towers("qwen2_5_vl").load()
     batch = tower.preprocess(noise(60, 60, 1))
     with pytest.raises(UsageError, match="attends within windows, and the batch has none: it is another tower's"):
-        tower.forward(replace(batch, windows=None))
+        tower.forward(replace(batch, attention=replace(batch.attention, windows=None)))

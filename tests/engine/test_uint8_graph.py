@@ -104,7 +104,7 @@ def test_the_class_tokens_row_keeps_its_bits(name: str, saved: Saved) -> None:
         ) -> None:
             if done is node:
                 found = tensors[node.outputs[0]]
-                kept["class"] = found[batch.class_rows.flatten().long()].clone()
+                kept["class"] = found[batch.tokens.class_rows.flatten().long()].clone()
                 kept["all"] = found.clone()
 
         executor.run(batch, keep)
@@ -136,7 +136,7 @@ def test_a_row_does_not_depend_on_its_neighbors(saved: Saved) -> None:
     tower = load(saved(CASES["qwen2_vl"]))
     images = images_of(CASES["qwen2_vl"])
     together = tower.preprocess(images, raw=True)
-    for image, rows in zip(images, tower.forward(together).split(together.token_counts), strict=True):
+    for image, rows in zip(images, tower.forward(together).split(together.images.token_counts), strict=True):
         assert torch.equal(tower.forward(tower.preprocess([image], raw=True)), rows)
 
 

@@ -277,7 +277,7 @@ class TestInPlaceOfTheVisionPart:
         batch = tower.preprocess_video(video)
         pixels, grids = tower.family.reference.inputs(model.model, batch, tower.config)
         temporal = int(grids[0, 0])
-        each = batch.token_counts[0] // temporal
+        each = batch.images.token_counts[0] // temporal
         # Qwen3-VL has text between the temporal patches of a video.
         pieces = [[VIDEO] * each + [5] for _ in range(temporal)] if name == "qwen3_vl" else [[VIDEO] * each * temporal]
         input_ids = torch.tensor([[1, *(token for piece in pieces for token in piece), 3]])

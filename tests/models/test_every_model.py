@@ -216,7 +216,7 @@ def test_tokens_are_counted_without_image_or_weights(case: TowerCase, saved: Sav
     sizes = [(generator.randint(1, side), generator.randint(1, side)) for _ in range(40)]
     sizes = [(width, height) for width, height in sizes if max(width, height) <= 50 * min(width, height)]
     batch = counting.preprocess([np.zeros((height, width, 3), np.uint8) for width, height in sizes])
-    assert list(batch.token_counts) == [counting.count_tokens(width, height) for width, height in sizes]
+    assert list(batch.images.token_counts) == [counting.count_tokens(width, height) for width, height in sizes]
     assert batch.workload == counting.workload(sizes)
     assert not counting.is_loaded
     few = sizes[:3]
@@ -293,7 +293,7 @@ def test_videos_agree_with_transformers(case: TowerCase, saved: Saved) -> None:
     for frames in case.clip_frames:
         video = [noise(120, 80, seed) for seed in range(frames)]
         batch = tower.preprocess_video(video)
-        assert batch.grids[0][0] == -(-frames // tower.config.patch.temporal)
+        assert batch.images.grids[0][0] == -(-frames // tower.config.patch.temporal)
         assert compare(tower, batch).passed
         assert torch.equal(tower.encode_video(video).embeddings, tower.forward(batch))
 

@@ -205,7 +205,7 @@ class TestNumbers:
             batch, lambda node, values: rows.update({n: values[n].clone() for n in node.outputs})
         )
         grid = torch.empty(8, 8, 64)
-        grid[batch.positions[:, 0].long(), batch.positions[:, 1].long()] = rows["output_norm_rows"]
+        grid[batch.attention.positions[:, 0].long(), batch.attention.positions[:, 1].long()] = rows["output_norm_rows"]
         squares = torch.stack(
             [grid[2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((0, 1)) for i in range(4) for j in range(4)]
         )

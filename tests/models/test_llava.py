@@ -319,7 +319,7 @@ def test_the_class_token_is_dropped_and_still_attended_to(folders: dict[str, Pat
     tower = load(folders["clip"])
     batch = tower.preprocess([noise(60, 50), noise(50, 60)])
     assert batch.workload.patches == 2 * 17
-    assert batch.token_counts == (16, 16)
+    assert batch.images.token_counts == (16, 16)
     kept = load(folders["clip"], feature_select="cls_patch")
     rows = kept.forward(kept.preprocess([noise(60, 50), noise(50, 60)])).view(2, 17, -1)
     assert torch.equal(tower.forward(batch).view(2, 16, -1), rows[:, 1:])

@@ -83,7 +83,7 @@ def test_the_embeddings_are_those_of_the_formats_own_definition(kind: str, saved
     _, folder = saved(kind)
     tower = load(folder)
     batch = tower.preprocess(IMAGES)
-    rows = tower.forward(batch).split(batch.token_counts)
+    rows = tower.forward(batch).split(batch.images.token_counts)
     for ours, image in zip(rows, tile_images(batch, tower.config), strict=True):
         assert relative_error(ours, by_definition(folder, image)) <= 1e-5
 

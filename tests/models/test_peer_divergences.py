@@ -165,7 +165,7 @@ def qwen2_vl() -> TowerCase:
 def test_frames_of_a_qwen2_vl_video_do_not_see_each_other(qwen2_vl: TowerCase, load: Load) -> None:
     tower = load(qwen2_vl)
     batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(6)], min_pixels=784)
-    assert batch.grids[0][0] == 3
+    assert batch.images.grids[0][0] == 3
     assert_frames_do_not_see_each_other(tower, batch)
 
 
@@ -173,15 +173,15 @@ def test_angles_are_fp32_in_a_bf16_qwen2_vl(qwen2_vl: TowerCase, tmp_path: Path)
     tower = VisionTower.from_pretrained(qwen2_vl.save(tmp_path / "model", dtype=torch.bfloat16), device="cpu")
     assert tower.dtype == torch.bfloat16
     batch = tower.preprocess(noise(28, 4200))
-    assert batch.side == 300
+    assert batch.attention.side == 300
     quarter = tower.config.head_dim // 4
     frequencies = 10000.0 ** (-torch.arange(quarter).double() / quarter)
-    angles = (batch.positions[..., None].double() * frequencies).flatten(1)
+    angles = (batch.attention.positions[..., None].double() * frequencies).flatten(1)
     cosines, sines = values_of(tower, batch, "cosines", "sines")
     assert cosines.dtype == sines.dtype == torch.float32
     assert (cosines - angles.cos()).abs().max() < 5e-5
     assert (sines - angles.sin()).abs().max() < 5e-5
-    rounded = (batch.positions[..., None].bfloat16() * frequencies.bfloat16()).double().flatten(1)
+    rounded = (batch.attention.positions[..., None].bfloat16() * frequencies.bfloat16()).double().flatten(1)
     assert (rounded.cos() - angles.cos()).abs().max() > 0.1
 
 
@@ -193,7 +193,7 @@ def test_a_token_of_qwen2_vl_is_made_of_its_own_four_patches(qwen2_vl: TowerCase
         for name, weight in tower.read_weights().items()
     }
     batch = tower.preprocess(noise(7 * 28, 5 * 28))
-    assert batch.tile_grids == ((1, 10, 14),)
+    assert batch.images.tile_grids == ((1, 10, 14),)
     executor = Executor(tower.graph, deaf)
     for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
         pixels = batch.pixels.clone()

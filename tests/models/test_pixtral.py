@@ -216,7 +216,8 @@ def test_images_do_not_attend_to_each_other(kind: str, saved: Saved) -> None:
     assert relative_error(with_second[1].embeddings, with_other[1].embeddings) > 0.1
     # One segment over all patches, as an implementation without a mask would have it.
     batch = tower.preprocess([first, second])
-    joined = replace(batch, segments=Segments.from_lengths([batch.segments.total]))
+    segments = Segments.from_lengths([batch.attention.segments.total])
+    joined = replace(batch, attention=replace(batch.attention, segments=segments))
     assert relative_error(tower.forward(joined), tower.forward(batch)) > 1e-2
     assert compare(tower, batch).passed
 
@@ -231,7 +232,7 @@ def test_angles_are_fp32_in_a_bf16_tower(tmp_path: Path) -> None:
         found.update({name: tensors[name].clone() for name in ("cosines", "sines") if name in tensors})
 
     tower.executor_for(batch).run(batch, observe)
-    rows = batch.positions[:, 0].double()
+    rows = batch.attention.positions[:, 0].double()
     assert rows.max() == 127
     # 64 / 4 heads: eight angles, of which the vertical axis has the even ones.
     frequencies = 10000.0 ** (-torch.arange(0, 16, 2).double() / 16)
@@ -241,7 +242,7 @@ def test_angles_are_fp32_in_a_bf16_tower(tmp_path: Path) -> None:
     assert (found["sines"][:, :4] - angles.sin()).abs().max() < 2e-5
     # transformers, when a loaded model is converted, rounds the frequencies themselves.
     rotary = Reference(tower, torch.float32).model.to(torch.bfloat16).vision_tower.patch_positional_embedding
-    theirs, _ = rotary(torch.zeros(1), batch.positions)
+    theirs, _ = rotary(torch.zeros(1), batch.attention.positions)
     assert (theirs[:, :4].double() - angles.cos()).abs().max() > 5e-3
 
 
@@ -254,7 +255,9 @@ def test_axes_take_the_frequencies_in_turn(saved: Saved) -> None:
     # The series that Qwen-VL towers take for both axes.
     assert error_of(tower, batch, rotary=replace(rotary, layout="halves")) > 1e-3
     # Rows and columns swapped: the two axes have different frequencies.
-    swapped = replace(batch, positions=batch.positions.flip(1).contiguous())
+    swapped = replace(
+        batch, attention=replace(batch.attention, positions=batch.attention.positions.flip(1).contiguous())
+    )
     assert relative_error(tower.forward(swapped), tower.forward(batch)) > 1e-3
 
 
@@ -310,9 +313,9 @@ def test_mistral3_resizes_to_whole_tokens(saved: Saved) -> None:
     for width, height in sizes:
         image = Image.new("RGB", (width, height))
         batch = tower.preprocess(image)
-        (size,) = batch.processed_sizes
+        (size,) = batch.images.processed_sizes
         assert size[0] % 28 == size[1] % 28 == 0
-        assert size[0] * size[1] == batch.token_counts[0] * 28 * 28
+        assert size[0] * size[1] == batch.images.token_counts[0] * 28 * 28
         made = processor(images=[image], patch_size={"height": 28, "width": 28}, return_tensors="np")["image_sizes"]
         assert tuple(made[0])[::-1] == size
 
@@ -337,7 +340,7 @@ def test_an_odd_row_of_patches_is_kept_where_the_image_processor_alone_loses_it(
 def test_an_image_of_one_token_on_which_transformers_fails(saved: Saved) -> None:
     tower = load(saved("mistral3"))
     batch = tower.preprocess(noise(28, 28, 1))
-    assert batch.token_counts == (1,)
+    assert batch.images.token_counts == (1,)
     assert compare(tower, batch).passed
     model = Reference(tower, torch.float32).model
     with torch.inference_mode(), pytest.raises(RuntimeError, match="split"):

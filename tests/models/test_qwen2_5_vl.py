@@ -171,7 +171,7 @@ def test_window_blocks_see_no_further_than_their_window(
 ) -> None:
     tower = towers(fullatt_block_indexes=[])
     batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
-    assert batch.tile_grids == ((1, 2 * GRID[0], 2 * GRID[1]),)
+    assert batch.images.tile_grids == ((1, 2 * GRID[0], 2 * GRID[1]),)
     window = (place[0] // 4, place[1] // 4)
     together = {
         row * GRID[1] + column
@@ -191,22 +191,22 @@ def test_one_full_block_sees_the_whole_image(towers: Callable[..., VisionTower])
 def test_frames_of_a_video_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[0, 1, 2])
     batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(6)], min_pixels=784)
-    assert batch.grids[0][0] == 3
+    assert batch.images.grids[0][0] == 3
     assert_frames_do_not_see_each_other(tower, batch)
 
 
 def test_windows_of_a_video_lie_within_a_frame(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[])
     batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(4)], min_pixels=784)
-    assert batch.windows is not None
-    _, height, width = batch.grids[0]
+    assert batch.attention.windows is not None
+    _, height, width = batch.images.grids[0]
     frame = [
         4 * min(2, height // 2 - row) * min(2, width // 2 - column)
         for row in range(0, height // 2, 2)
         for column in range(0, width // 2, 2)
     ]
-    assert list(batch.windows.lengths) == frame * 2
-    assert list(batch.segments.lengths) == [height * width] * 2
+    assert list(batch.attention.windows.lengths) == frame * 2
+    assert list(batch.attention.segments.lengths) == [height * width] * 2
 
 
 # -- where the merger finds its patches -----------------------------------------------------------------------------------
@@ -227,8 +227,8 @@ def test_merged_rows_are_put_back_into_the_images_order(towers: Callable[..., Vi
     reference = Reference(tower, torch.float32)
     reference.model.visual.merger.register_forward_hook(lambda module, inputs, output: merged.append(output))
     reference.run(batch)
-    assert batch.selection is not None
-    windowed = batch.selection.view(-1, 4)[:, 0].argsort()
+    assert batch.tokens.selection is not None
+    windowed = batch.tokens.selection.view(-1, 4)[:, 0].argsort()
     assert not torch.equal(windowed, torch.arange(len(windowed)))
     assert relative_error(tower.forward(batch)[windowed], merged[0]) <= 1e-5
     assert relative_error(tower.forward(batch), merged[0]) > 0.1
@@ -243,7 +243,7 @@ def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> 
 
     tower = towers(dtype=torch.bfloat16)
     batch = tower.preprocess(noise(4200, 28))
-    assert batch.side == 300
+    assert batch.attention.side == 300
     assert_angles_are_fp32(
         tower, batch, Qwen2_5_VLVisionRotaryEmbedding(Qwen2_5_VLVisionConfig(hidden_size=64, num_heads=4))
     )

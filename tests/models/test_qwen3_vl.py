@@ -165,12 +165,12 @@ def test_impossible_values_name_key_value_and_what_is_allowed(key: str, value: o
 def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., VisionTower]) -> None:
     tower = towers(num_position_embeddings=36)
     batch = tower.preprocess([noise(160, 224), noise(96, 96)])
-    assert batch.tile_grids == ((1, 14, 10), (1, 6, 6))
+    assert batch.images.tile_grids == ((1, 14, 10), (1, 6, 6))
     bare, placed = values_of(tower, batch, "patch_rows", "placed_rows")
     table = tower.read_weights()["position_table.weight"]
     square = table.T.view(1, -1, 6, 6)
     expected = []
-    for grid in batch.tile_grids:
+    for grid in batch.images.tile_grids:
         stretched = torch.nn.functional.interpolate(square, grid[1:], mode="bilinear", align_corners=True)[0]
         row, column = merge_block_positions([grid], 2).long().unbind(1)
         expected.append(stretched[:, row, column].T)
@@ -183,13 +183,13 @@ def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., Visi
 def test_weights_of_the_table_are_not_rounded_to_bf16(towers: Callable[..., VisionTower]) -> None:
     tower = towers(num_position_embeddings=2304)
     batch = tower.preprocess(noise(352, 416))
-    _, weights = bilinear_taps(merge_block_positions(batch.tile_grids, 2), batch.tile_grids, 48)
-    assert batch.position_weights is not None
-    assert torch.equal(batch.position_weights, weights)
+    _, weights = bilinear_taps(merge_block_positions(batch.images.tile_grids, 2), batch.images.tile_grids, 48)
+    assert batch.attention.position_weights is not None
+    assert torch.equal(batch.attention.position_weights, weights)
     assert (weights - weights.bfloat16().float()).abs().max() > 1e-4
     in_bf16 = load(tower.folder, dtype="bfloat16")
     bare, placed = values_of(in_bf16, batch, "patch_rows", "placed_rows")
-    index, table = batch.position_index, in_bf16.read_weights()["position_table.weight"].float()
+    index, table = batch.attention.position_index, in_bf16.read_weights()["position_table.weight"].float()
     assert index is not None
     learned = (table[index.long()] * weights[..., None]).sum(1)
     assert (placed == (bare.float() + learned).bfloat16()).float().mean() > 0.999
@@ -201,7 +201,7 @@ def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> 
 
     tower = towers(dtype=torch.bfloat16)
     batch = tower.preprocess(noise(32, 4800))
-    assert batch.side == 300
+    assert batch.attention.side == 300
     assert_angles_are_fp32(tower, batch, Qwen3VLVisionRotaryEmbedding(Qwen3VLVisionConfig(hidden_size=64, num_heads=4)))
 
 
@@ -265,7 +265,7 @@ def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tower = load(folder)
     batch = tower.preprocess(noise(7 * 32, 5 * 32))
-    assert batch.tile_grids == ((1, 10, 14),)
+    assert batch.images.tile_grids == ((1, 10, 14),)
     # Nobody hears of a patch but the token that it is a part of.
     for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
         assert tokens_moved_by(tower, batch, row_of(batch, place)) == {place[0] // 2 * 7 + place[1] // 2}
@@ -274,7 +274,7 @@ def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
 def test_frames_of_a_video_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
     tower = towers()
     batch = tower.preprocess_video([noise(160, 96, seed) for seed in range(6)], min_pixels=2048)
-    assert batch.grids[0][0] == 3
+    assert batch.images.grids[0][0] == 3
     assert_frames_do_not_see_each_other(tower, batch)
 
 
@@ -287,8 +287,8 @@ def test_a_videos_frames_share_one_budget(towers: Callable[..., VisionTower]) ->
     for frames in (2, 7, 16):
         batch = tower.preprocess_video([noise(320, 240, seed) for seed in range(frames)], **area)
         height, width = smart_resize(frames, 240, 320, 2, 32, *area.values())
-        assert batch.grids == ((-(-frames // 2), height // 16, width // 16),)
-        grids.append(batch.grids[0])
+        assert batch.images.grids == ((-(-frames // 2), height // 16, width // 16),)
+        grids.append(batch.images.grids[0])
     assert grids[0][1:] > grids[1][1:] > grids[2][1:]
     still = tower.preprocess(noise(320, 240), **area).grids[0]
     assert still[1:] == grids[0][1:]

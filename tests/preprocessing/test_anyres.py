@@ -162,8 +162,8 @@ def test_a_batch_of_tiles_is_packed(tmp_path: Path) -> None:
     images = [canonical(noise(100, 40)), canonical(noise(30, 90, 1))]
     batch = preprocessor.images(images)
     layouts = [preprocessor.layout(image.width, image.height) for image in images]
-    assert batch.token_counts == tuple(layout.tokens(config) for layout in layouts)
-    assert batch.tile_counts == tuple(len(layout.tiles) for layout in layouts)
+    assert batch.images.token_counts == tuple(layout.tokens(config) for layout in layouts)
+    assert batch.images.tile_counts == tuple(len(layout.tiles) for layout in layouts)
     assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, images)))
 
 

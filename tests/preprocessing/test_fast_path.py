@@ -286,7 +286,7 @@ def test_nobody_asks_for_digests_and_none_is_taken(tmp_path: Path) -> None:
     for images in ([canonical(noise(300, 200))], [canonical(noise(300, 200)), canonical(noise(90, 80))]):
         batch = preprocessor.images(images)
         assert not any("digest" in vars(image) for image in images)
-        assert batch.content_hashes == tuple(image.digest for image in images)
+        assert batch.images.content_hashes == tuple(image.digest for image in images)
 
 
 def test_what_is_much_larger_than_its_patches_is_not_kept(tmp_path: Path, restore_threads: None) -> None:
@@ -298,7 +298,7 @@ def test_what_is_much_larger_than_its_patches_is_not_kept(tmp_path: Path, restor
             batch = preprocessor.images(images, raw=True)
             taken = [size for size, image in zip(sizes, images, strict=True) if "digest" in vars(image)]
             assert taken == [size for size in sizes if size[0] * size[1] > 2 * 56 * 56]
-            assert batch.content_hashes == tuple(canonical(noise(*size)).digest for size in sizes)
+            assert batch.images.content_hashes == tuple(canonical(noise(*size)).digest for size in sizes)
 
 
 def test_an_image_may_change_once_it_is_preprocessed(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_an_image_may_change_once_it_is_preprocessed(tmp_path: Path) -> None:
     expected = canonical(array.copy()).digest
     batch = rule(tmp_path, "area").images([canonical_rgb(array)])
     array[:] = 0
-    assert batch.content_hashes[0] == expected
+    assert batch.images.content_hashes[0] == expected
 
 
 def test_an_error_beside_an_image_is_not_lost(restore_threads: None) -> None:
@@ -472,8 +472,8 @@ def test_bytes_are_what_the_values_are_made_of(tmp_path: Path, name: str) -> Non
     assert torch.equal(preprocessor.normalized(raw).pixels, usual.pixels)
     assert preprocessor.normalized(usual) is usual
     assert torch.equal(preprocessor.images(images, raw=None).pixels, raw.pixels)
-    assert raw.content_hashes == usual.content_hashes
-    assert torch.equal(raw.positions, usual.positions)
+    assert raw.images.content_hashes == usual.images.content_hashes
+    assert torch.equal(raw.attention.positions, usual.attention.positions)
 
 
 def test_a_class_token_is_a_row_that_counts_zero(tmp_path: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_class_token_is_a_row_that_counts_zero(tmp_path: Path) -> None:
     preprocessor = kind(tower(table_side=4, class_token=True), write_settings(tmp_path, content), LIMITS)
     images = [canonical(noise(80, 60)), canonical(noise(60, 90))]
     usual, raw = (preprocessor.images(images, raw=raw) for raw in (False, True))
-    rows = raw.class_rows.flatten().long()
+    rows = raw.tokens.class_rows.flatten().long()
     assert rows.tolist() == [0, 17]
     assert (raw.pixels[rows] == PIXEL_CENTER).all()
     assert (usual.pixels[rows] == 0).all()

@@ -16,8 +16,8 @@ def test_a_tile_is_found_again_in_its_patches(merge: int) -> None:
     config = replace(CONFIG, projector=replace(CONFIG.projector, merge=merge))
     tiles = [torch.randn(3, 56, 84), torch.randn(3, 28, 28)]
     batch = pack_tiles(config, tiles)
-    assert batch.token_counts == (24 // merge**2, 4 // merge**2)
-    assert batch.processed_sizes == ((84, 56), (28, 28))
+    assert batch.images.token_counts == (24 // merge**2, 4 // merge**2)
+    assert batch.images.processed_sizes == ((84, 56), (28, 28))
     assert all(map(torch.equal, tile_images(batch, config), tiles))
 
 

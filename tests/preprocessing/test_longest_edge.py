@@ -114,7 +114,7 @@ def test_images_of_a_batch_do_not_pad_each_other(tmp_path: Path) -> None:
     for image, rows in zip(images, together, strict=True):
         assert torch.equal(rows, patches_of(preprocessor, [image])[0])
     batch = preprocessor.images(images)
-    assert batch.token_counts == tuple(len(rows) // 4 for rows in together)
+    assert batch.images.token_counts == tuple(len(rows) // 4 for rows in together)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_mistrals_pixels_are_a_cubic_convolution_without_a_wider_filter(size: tu
 def test_mistrals_images_need_no_file_and_take_no_processor() -> None:
     preprocessor = mistral(PIXTRAL, 1024)
     batch = preprocessor.images([canonical(noise(300, 40))])
-    assert batch.grids == ((1, 3, 19),)
+    assert batch.images.grids == ((1, 3, 19),)
     assert preprocessor.layout(3000, 400, longest_edge=320).processed_size == (320, 48)
     with pytest.raises(ProcessorError, match="longest_edge = 8"):
         preprocessor.layout(100, 100, longest_edge=8)

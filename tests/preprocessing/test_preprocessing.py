@@ -389,10 +389,10 @@ def test_tiles_that_are_ready_are_packed_as_they_are() -> None:
     config = tower(merge=2)
     tiles = [torch.randn(3, 56, 84, dtype=torch.float64), torch.randn(3, 28, 28, dtype=torch.bfloat16)]
     batch = pack_tiles(config, tiles)
-    assert batch.grids == ((1, 4, 6), (1, 2, 2))
-    assert batch.token_counts == (6, 1)
-    assert batch.processed_sizes == ((84, 56), (28, 28))
-    for tile, grid, rows in zip(tiles, batch.grids, batch.pixels.split([24, 4]), strict=True):
+    assert batch.images.grids == ((1, 4, 6), (1, 2, 2))
+    assert batch.images.token_counts == (6, 1)
+    assert batch.images.processed_sizes == ((84, 56), (28, 28))
+    for tile, grid, rows in zip(tiles, batch.images.grids, batch.pixels.split([24, 4]), strict=True):
         assert torch.equal(put_together(rows, grid, 14, 2), tile.float())
     assert len(pack_tiles(config, [])) == 0
 
@@ -406,8 +406,8 @@ def test_tiles_may_be_part_of_a_graph_and_are_left_as_they_were() -> None:
 
 def test_tiles_of_a_fixed_grid_may_leave_a_margin() -> None:
     batch = pack_tiles(tower(table_side=4), [torch.ones(3, 62, 57)])
-    assert batch.grids == ((1, 4, 4),)
-    assert batch.processed_sizes == ((57, 62),)
+    assert batch.images.grids == ((1, 4, 4),)
+    assert batch.images.processed_sizes == ((57, 62),)
 
 
 @pytest.mark.parametrize(

@@ -96,9 +96,9 @@ def test_a_batch_of_images_is_packed(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     batch = preprocessor.images(IMAGES)
     layouts = [preprocessor.layout(image.width, image.height) for image in IMAGES]
-    assert batch.grids == tuple(layout.grid for layout in layouts)
-    assert batch.original_sizes == ((157, 243), (60, 200), (5, 3))
-    assert batch.content_hashes == tuple(image.digest for image in IMAGES)
+    assert batch.images.grids == tuple(layout.grid for layout in layouts)
+    assert batch.images.original_sizes == ((157, 243), (60, 200), (5, 3))
+    assert batch.images.content_hashes == tuple(image.digest for image in IMAGES)
     assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, IMAGES)))
     assert len(preprocessor.images([])) == 0
 
@@ -215,14 +215,14 @@ def test_a_video_interleaves_its_frames_and_repeats_the_last(tmp_path: Path, cou
     assert len(found) == count + count % 2
     for slot, rows in enumerate(found):
         assert torch.equal(rows, stills[min(slot, count - 1)])
-    assert video.grids == preprocessor.video_layout(count, 120, 80, **bounds).tiles
-    assert video.original_sizes == ((120, 80),)
+    assert video.images.grids == preprocessor.video_layout(count, 120, 80, **bounds).tiles
+    assert video.images.original_sizes == ((120, 80),)
 
 
 def test_a_videos_digest_is_of_all_its_frames_in_order(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     a, b, c = (canonical(noise(30, 30, seed)) for seed in range(3))
-    hashes = [preprocessor.video(frames).content_hashes[0] for frames in ([a, b], [a, c], [b, a], [a], [a, b])]
+    hashes = [preprocessor.video(frames).images.content_hashes[0] for frames in ([a, b], [a, c], [b, a], [a], [a, b])]
     assert hashes[0] == hashes[4]
     assert len(set(hashes)) == 4
 
@@ -293,7 +293,7 @@ def test_a_whole_videos_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
     frames = [canonical(noise(200, 150, seed)) for seed in range(5)]
     video = preprocessor.video(frames)
     layout = preprocessor.video_layout(5, 200, 150)
-    assert video.grids == layout.tiles
+    assert video.images.grids == layout.tiles
     assert layout.processed_size[0] % 32 == layout.processed_size[1] % 32 == 0
     reference = reference_processor(tmp_path)
     found = frames_of(video.pixels, 3)

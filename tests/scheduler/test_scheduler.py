@@ -129,7 +129,7 @@ def test_splits_are_equal_in_towers_with_tiles_tiles_and_deepstack(module: Any, 
 
 
 def test_passes_hold_at_most_what_is_allowed(tower: VisionTower, passes: list[int]) -> None:
-    patches = [h * w for _, h, w in tower.preprocess(IMAGES).grids]
+    patches = [h * w for _, h, w in tower.preprocess(IMAGES).images.grids]
     assert len(tower.encode(IMAGES)) == len(IMAGES)
     assert passes == [sum(patches)]
     passes.clear()
@@ -430,7 +430,7 @@ def test_numbers_that_are_not_finite_are_found_on_request(qwen2_vl: Path, expect
     def run(batch: PackedBatch) -> dict[str, torch.Tensor]:
         outputs = forward(batch)
         start = 0
-        for tokens, size in zip(batch.token_counts, batch.original_sizes, strict=True):
+        for tokens, size in zip(batch.images.token_counts, batch.images.original_sizes, strict=True):
             if size == (90, 90):
                 outputs["embeddings"][start + tokens - 1, 0] = float("nan")
             start += tokens

@@ -15,7 +15,7 @@ __all__ = ["assert_angles_are_fp32", "assert_frames_do_not_see_each_other", "row
 
 def row_of(batch: PackedBatch, place: tuple[int, int]) -> int:
     """Where the patch at ``place`` (row, column) stands in the batch of one still image."""
-    (row,) = (batch.positions == torch.tensor(place, dtype=torch.int32)).all(1).nonzero().flatten().tolist()
+    (row,) = (batch.attention.positions == torch.tensor(place, dtype=torch.int32)).all(1).nonzero().flatten().tolist()
     return int(row)
 
 
@@ -40,18 +40,18 @@ def values_of(tower: VisionTower, batch: PackedBatch, *names: str) -> list[torch
 
 def assert_angles_are_fp32(tower: VisionTower, batch: PackedBatch, rotation: Any) -> None:
     """The table of angles is that of ``rotation``, transformers' module, in fp32, where bf16 would be far off."""
-    expected = rotation(torch.zeros(0), batch.positions)
+    expected = rotation(torch.zeros(0), batch.attention.positions)
     for table, wanted in zip(values_of(tower, batch, "cosines", "sines"), expected, strict=True):
         assert table.dtype == torch.float32
         assert torch.equal(table.repeat(1, 2), wanted)
-    rounded = (batch.positions[..., None].bfloat16() * rotation.inv_freq.bfloat16()).float().flatten(1)
+    rounded = (batch.attention.positions[..., None].bfloat16() * rotation.inv_freq.bfloat16()).float().flatten(1)
     assert (rounded.cos() - expected[0][:, : rounded.shape[1]]).abs().max() > 0.1
 
 
 def assert_frames_do_not_see_each_other(tower: VisionTower, batch: PackedBatch) -> None:
     """A patch of one temporal patch of a video moves the tokens of that one alone, and all of them."""
-    ((frames, height, width),) = batch.grids
-    tokens = height * width // batch.rows_per_token
+    ((frames, height, width),) = batch.images.grids
+    tokens = height * width // batch.tokens.rows_per_token
     for frame in range(frames):
         moved = tokens_moved_by(tower, batch, frame * height * width + 1)
         assert moved == set(range(frame * tokens, (frame + 1) * tokens))

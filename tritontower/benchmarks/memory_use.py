@@ -48,5 +48,5 @@ def pass_peak(executor: Executor, batch: PackedBatch) -> int:
     executor.release()
     taken = allocated_peak(lambda: executor.run(batch), executor.device)
     executor.release()
-    inputs = (getattr(batch, name) for name in executor.graph.inputs)
+    inputs = (batch.tensors[name] for name in executor.graph.inputs)
     return taken + sum(int(tensor.nbytes) for tensor in inputs)

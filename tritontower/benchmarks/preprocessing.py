@@ -80,7 +80,7 @@ def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repea
     calls: dict[str, Callable[[], object]] = {
         OURS: lambda: tower.preprocess(images, raw=False),
         THEIRS: by_transformers,
-        DIGESTS: lambda: tuple(tower.preprocess(images, raw=False).content_hashes),
+        DIGESTS: lambda: tuple(tower.preprocess(images, raw=False).images.content_hashes),
     }
     decoded = [canonical_rgb(image, index=index) for index, image in enumerate(images)]
     calls[PIXELS] = lambda: preprocessor.images(decoded, raw=False)

@@ -151,10 +151,17 @@ def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.T
 
     tower.executor_for(batch).run(batch.to(tower.device), keep)
     class_rows = 1 if tower.config.class_token else 0
-    lengths = batch.tiles.lengths
-    tiles = list(zip(batch.tile_grids, kept[0].split(lengths), batch.positions.long().split(lengths), strict=True))
+    lengths = batch.attention.tiles.lengths
+    tiles = list(
+        zip(
+            batch.images.tile_grids,
+            kept[0].split(lengths),
+            batch.attention.positions.long().split(lengths),
+            strict=True,
+        )
+    )
     maps, first = [], 0
-    for count in batch.tile_counts:
+    for count in batch.images.tile_counts:
         grid, features, places = tiles[first]
         in_place = features.new_empty(*grid[1:], features.shape[1])
         in_place[places[class_rows:, 0], places[class_rows:, 1]] = features[class_rows:]

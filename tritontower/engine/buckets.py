@@ -148,23 +148,23 @@ class Planner:
         """The bucket of a pass over ``batch``; ``None`` for one with tiles of several sizes that count: it cannot be padded."""
         tile_rows = self._bound
         if tile_rows is None and self._has_tiles:
-            sizes = set(batch.tiles.lengths)
+            sizes = set(batch.attention.tiles.lengths)
             if len(sizes) > 1:
                 return None
             tile_rows = sizes.pop()
-        workload = planned(batch.workload, rows_per_token=batch.rows_per_token, tile_rows=tile_rows)
+        workload = planned(batch.workload, rows_per_token=batch.tokens.rows_per_token, tile_rows=tile_rows)
         if not self._has_tiles:
             workload = replace(workload, tiles=0)
         rows = workload.patches
         return Bucket(
             workload=workload,
-            segments=Division.of(batch.segments, rows, self._bound) if self._whole else None,
-            windows=Division.of(batch.windows, rows, self._window_bound)
-            if self._windowed and batch.windows is not None
+            segments=Division.of(batch.attention.segments, rows, self._bound) if self._whole else None,
+            windows=Division.of(batch.attention.windows, rows, self._window_bound)
+            if self._windowed and batch.attention.windows is not None
             else None,
             # A tile of padding is a whole one: there is no pooling over no rows.
             tiles=Division(rows, workload.tiles, tile_rows or 0, tile_rows or 0) if self._pools else None,
-            side=1 << (max(SMALLEST_SIDE, batch.side) - 1).bit_length() if self._rotates else 0,
+            side=1 << (max(SMALLEST_SIDE, batch.attention.side) - 1).bit_length() if self._rotates else 0,
             pixels=batch.pixels.dtype,
             backend=backend_on(self._device),
         )

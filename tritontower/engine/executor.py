@@ -107,8 +107,11 @@ class Executor:
                 return outputs
             batch = batch.to(self.device)
             tensors = {**self._arena_views(workload), **outputs}
-            tensors |= {name: getattr(batch, name) for name in graph.inputs}
-            facts = BatchMetadata(batch.segments, batch.windows, batch.tiles, batch.side)
+            sources = batch.tensors
+            tensors |= {name: sources[name] for name in graph.inputs}
+            facts = BatchMetadata(
+                batch.attention.segments, batch.attention.windows, batch.attention.tiles, batch.attention.side
+            )
             for node, step in self._steps:
                 step(tensors, facts)
                 if observer is not None:

@@ -156,7 +156,8 @@ class StaticBuffers:
         The copies come from page-locked memory that nobody else has: torch hands it out again only when they are done.
         """
         inputs = [name for name in self._graph.inputs if name != "pixels"]
-        on_host = _are_on_host([getattr(batch, name) for name in inputs])
+        sources = batch.tensors
+        on_host = _are_on_host([sources[name] for name in inputs])
         words = self._layout.words if on_host else self._layout.tables_end
         staged = self._staging(words, torch.int32, zeroed=True)
         image = staged.numpy()
@@ -164,7 +165,7 @@ class StaticBuffers:
         for dimension, place in _live_places():
             image[place] = workload.rows(dimension)
         for name, (division, held) in self._divisions.items():
-            held.assign(division.lengths(getattr(batch, name)))
+            held.assign(division.lengths(getattr(batch.attention, name)))
             for table, rows in held.rows_of_tables():
                 # A table of its own has a copy of its own.
                 place = (table.data_ptr() - self._words.data_ptr()) // _WORD
@@ -176,13 +177,13 @@ class StaticBuffers:
                     table.copy_(own, non_blocking=True)
         if on_host:
             for name in inputs:
-                source, section = getattr(batch, name), self._layout.values[name]
+                source, section = sources[name], self._layout.values[name]
                 start = (section.offset - self._layout.words_offset) // _WORD
                 staged[start : start + source.numel()].view(source.dtype).view(source.shape).copy_(source)
         self._words[:words].copy_(staged, non_blocking=True)
         if not on_host:
             for name in inputs:
-                self._bring(self.tensors[name], getattr(batch, name))
+                self._bring(self.tensors[name], sources[name])
         self._bring(self.tensors["pixels"], batch.pixels)
 
     def _bring(self, target: torch.Tensor, source: torch.Tensor) -> None:

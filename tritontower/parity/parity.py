@@ -205,7 +205,7 @@ def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
         )
         for name, rows in ours.items()
     }
-    parts = zip(*(rows["embeddings"].split(batch.token_counts) for rows in (ours, exact)), strict=True)
+    parts = zip(*(rows["embeddings"].split(batch.images.token_counts) for rows in (ours, exact)), strict=True)
     return Parity(
         dtype=tower.dtype,
         outputs=outputs,
@@ -241,7 +241,7 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
             theirs = theirs.reshape(len(ours), -1)
             if raster is not None and len(ours) == len(raster):
                 ours = ours[raster]
-            elif batch.windows is not None and batch.selection is not None and rows != "patches":
+            elif batch.attention.windows is not None and batch.tokens.selection is not None and rows != "patches":
                 # transformers projects in window order, and puts only the result in order.
                 theirs = theirs[_image_order(batch, len(ours))]
             # A padded MLP is wider; what is beyond is zero.
@@ -271,7 +271,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _image_order(batch: PackedBatch, rows: int) -> torch.Tensor:
     """Where each patch, or each token if there are only as many ``rows``, stands in window order."""
-    selection = batch.selection
+    selection = batch.tokens.selection
     if selection is None or rows == len(selection):
         return torch.arange(rows) if selection is None else selection.squeeze(1).long()
     per_token = len(selection) // rows
@@ -280,9 +280,9 @@ def _image_order(batch: PackedBatch, rows: int) -> torch.Tensor:
 
 def _raster_order(batch: PackedBatch) -> torch.Tensor:
     """The rows of each tile by their row and column in it."""
-    tile = torch.arange(batch.tiles.count).repeat_interleave(torch.tensor(batch.tiles.lengths))
-    row, column = batch.positions.long().unbind(1)
-    return ((tile * batch.side + row) * batch.side + column).argsort(stable=True)
+    tile = torch.arange(batch.attention.tiles.count).repeat_interleave(torch.tensor(batch.attention.tiles.lengths))
+    row, column = batch.attention.positions.long().unbind(1)
+    return ((tile * batch.attention.side + row) * batch.attention.side + column).argsort(stable=True)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -219,7 +219,7 @@ class Preprocessor(ABC):
         pixels = pixel_matrix(*batch.pixels.shape)
         cast("PixelNormalization", self.rescaling).normalize(batch.pixels.cpu().numpy(), pixels.numpy())
         if self.config.class_token:
-            pixels[batch.class_rows.flatten().long().cpu()] = 0
+            pixels[batch.tokens.class_rows.flatten().long().cpu()] = 0
         return replace(batch, pixels=pixels.to(batch.pixels.device))
 
     def check_takes_videos(self) -> None:

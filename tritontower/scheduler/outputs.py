@@ -29,17 +29,17 @@ def embeddings_of(
         # A tile would keep, and take along when it is pickled, the rows of the whole pack.
         return [part.clone() for part in rows.split(list(counts))] if len(batch) > 1 else [rows][: len(batch)]
 
-    tokens = {name: parts(rows, batch.token_counts) for name, rows in outputs.items() if name != "pooled"}
-    pooled = parts(outputs["pooled"], batch.tile_counts) if "pooled" in outputs else None
+    tokens = {name: parts(rows, batch.images.token_counts) for name, rows in outputs.items() if name != "pooled"}
+    pooled = parts(outputs["pooled"], batch.images.tile_counts) if "pooled" in outputs else None
     levels = [tokens[f"deepstack.{level}"] for level in range(len(config.deepstack))]
     tiles = _tile_tokens(config, batch)
     return [
         ImageEmbedding(
             embeddings=rows,
-            grid_thw=batch.grids[index],
-            original_size=batch.original_sizes[index],
-            processed_size=batch.processed_sizes[index],
-            content_hash=batch.content_hashes[index],
+            grid_thw=batch.images.grids[index],
+            original_size=batch.images.original_sizes[index],
+            processed_size=batch.images.processed_sizes[index],
+            content_hash=batch.images.content_hashes[index],
             deepstack=tuple(level[index] for level in levels),
             pooled=None if pooled is None else pooled[index],
             tile_tokens=tiles[index],
@@ -51,11 +51,11 @@ def embeddings_of(
 
 def _tile_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...]]:
     """Per image the tokens of its tiles; of one that is put together of tiles, all of its tokens."""
-    if batch.assembly_index is not None:
-        return [(tokens,) for tokens in batch.token_counts]
+    if batch.tokens.assembly_index is not None:
+        return [(tokens,) for tokens in batch.images.token_counts]
     extra = 1 if config.keep_class_token else 0
-    counts = [t * h * w // config.rows_per_token + extra for t, h, w in batch.tile_grids]
-    ends = list(accumulate(batch.tile_counts, initial=0))
+    counts = [t * h * w // config.rows_per_token + extra for t, h, w in batch.images.tile_grids]
+    ends = list(accumulate(batch.images.tile_counts, initial=0))
     return [tuple(counts[first:last]) for first, last in pairwise(ends)]
 
 

@@ -24,7 +24,7 @@ def encode_video(call: Call, batch: PackedBatch) -> ImageEmbedding:
         TowerOutOfMemoryError: it does not fit into the device's memory.
         NonFiniteOutputError: ``call.check_output``, and it holds NaN or infinity.
     """
-    result: ImageEmbedding | TowerError | None = call.recall(batch.content_hashes[0])
+    result: ImageEmbedding | TowerError | None = call.recall(batch.images.content_hashes[0])
     if result is None:
         try:
             (embedding,) = call.run(batch)
@@ -32,7 +32,7 @@ def encode_video(call: Call, batch: PackedBatch) -> ImageEmbedding:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            result = call.does_not_fit("the clip", batch.segments.total)
+            result = call.does_not_fit("the clip", batch.attention.segments.total)
         if isinstance(result, TowerOutOfMemoryError):
             call.release()
     call.settle()

@@ -197,7 +197,7 @@ def _run_patches(
         original_sizes=[layout.processed_size for layout in layouts],
         content_hashes=[""] * len(layouts),
     )
-    return tower.run(batch), list(batch.token_counts)
+    return tower.run(batch), list(batch.images.token_counts)
 
 
 def _of_same_size(holder: Any, tower: VisionTower, arguments: _Arguments) -> Any:

@@ -263,7 +263,7 @@ def encoder_pixels(encoder: Any, batch: PackedBatch, config: TowerConfig) -> tor
     The batch holds whole patches alone; what its image size has beyond them, where the encoder looks at nothing, is zero.
     """
     side = encoder.embeddings.image_size
-    pixels = batch.pixels.new_zeros(len(batch.tile_grids), config.patch.channels, side, side)
+    pixels = batch.pixels.new_zeros(len(batch.images.tile_grids), config.patch.channels, side, side)
     for place, image in zip(pixels, tile_images(batch, config), strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
     return pixels

@@ -134,7 +134,7 @@ class ReferenceModel(ABC):
 
 def flat_patches(batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
     """``[patches, inner]``: patches in merge-block order, with all the frames that one spans."""
-    pixels = batch.pixels if batch.selection is None else batch.pixels[batch.selection.squeeze(1)]
+    pixels = batch.pixels if batch.tokens.selection is None else batch.pixels[batch.tokens.selection.squeeze(1)]
     if pixels.shape[1] == config.patch.inner:
         return pixels
     frames = pixels.view(len(pixels), config.patch.channels, 1, -1)
@@ -146,9 +146,9 @@ def tile_images(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
     patch, images = config.patch, []
     class_rows = 1 if config.class_token else 0
     rows = zip(
-        batch.pixels.split(batch.tiles.lengths),
-        batch.positions.split(batch.tiles.lengths),
-        batch.tile_grids,
+        batch.pixels.split(batch.attention.tiles.lengths),
+        batch.attention.positions.split(batch.attention.tiles.lengths),
+        batch.images.tile_grids,
         strict=True,
     )
     for pixels, positions, (_, height, width) in rows:

@@ -164,7 +164,10 @@ class LlavaReference(ReferenceModel):
         pixels = {"pixel_values": encoder_pixels(model.vision_tower, batch, config)}
         if not config.newline:
             return pixels
-        return {**pixels, "image_sizes": torch.tensor([(height, width) for width, height in batch.original_sizes])}
+        return {
+            **pixels,
+            "image_sizes": torch.tensor([(height, width) for width, height in batch.images.original_sizes]),
+        }
 
     def outputs(
         self, model: Any, inputs: Mapping[str, torch.Tensor], config: TowerConfig

@@ -181,7 +181,7 @@ class QwenReference(ReferenceModel):
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels of all the frames that a patch spans, and the grids."""
-        return flat_patches(batch, config), torch.tensor(batch.tile_grids, device=batch.pixels.device)
+        return flat_patches(batch, config), torch.tensor(batch.images.tile_grids, device=batch.pixels.device)
 
     def outputs(
         self, model: Any, inputs: tuple[torch.Tensor, torch.Tensor], config: TowerConfig
