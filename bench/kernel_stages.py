@@ -100,7 +100,7 @@ def _attention_variants(head_dim: int, longest: int) -> Iterator[dict[str, Any]]
     for shape in ((128, 128, 4, 2), (128, 64, 4, 2), (128, 128, 4, 3)):
         yield attention_fields(shape, "specialized")
     if longest <= 64:
-        yield attention_fields((64, 64, 4, 1), "one_shot")
+        yield attention_fields((64, 64, 4, 1), "single_block")
 
 
 def attention_fields(shape: tuple[int, int, int, int], variant: str) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def falls_back(case: Case, device: torch.device) -> str | None:
     heads, head_dim = case.sizes["heads"], case.sizes["head_dim"]
     width = case.sizes.get("padded", head_dim)
     q, k, v = torch.empty(1, 3, heads, width, dtype=case.dtype, device=device).unbind(1)
-    return warp_specialized.obstacle(q, k, v, head_dim, config, here)
+    return warp_specialized.find_obstacle(q, k, v, head_dim, config, here)
 
 
 def _words(chosen: Mapping[str, Any]) -> str:

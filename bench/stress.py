@@ -21,7 +21,7 @@ Shape = tuple[int, int, int, int]
 VARIANTS: Mapping[str, Sequence[Shape]] = {
     "specialized": [(128, 128, 4, 2), (128, 64, 4, 2)],
     "fixed": [(128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3)],
-    "one_shot": [(64, 64, 4, 1)],
+    "single_block": [(64, 64, 4, 1)],
     "online": [(128, 64, 4, 3), (64, 64, 4, 3)],
 }
 """Variant → the shapes that draws choose from."""
@@ -88,7 +88,7 @@ def _stress(setting: Setting, variant: str, head_dim: int, padded: int, seed: in
     launches, worst, limit = 0, 0.0, 0.0
     wrong: list[Row] = []
     while launches < wanted:
-        most = 64 if variant == "one_shot" or setting.dry else chance.choice((64, 200, 700, 3000))
+        most = 64 if variant == "single_block" or setting.dry else chance.choice((64, 200, 700, 3000))
         others = 2 if setting.dry or most > 1000 else 8
         lengths = [chance.randint(0, most) for _ in range(chance.randint(1, others))] + [chance.randint(1, most)]
         shape = chance.choice(_shapes(setting, variant))
@@ -96,7 +96,7 @@ def _stress(setting: Setting, variant: str, head_dim: int, padded: int, seed: in
         sizes |= {"padded": padded, "lengths": lengths}
         if padded == head_dim:
             sizes["boost"] = chance.choice((1, 1, 4, 40))
-        if variant == "one_shot":
+        if variant == "single_block":
             sizes["length_bound"] = 64
         case = _case(variant, shape, sizes)
         prepared = case.prepare(setting.device)

@@ -1,58 +1,40 @@
-"""What the forms of flash attention share: the configuration, the division of a head, and the device functions.
+"""Shared parts of the attention kernels: configuration, split of a head, device functions and launch arguments.
 
 A head of ``head_dim`` columns is computed as ``MAIN`` columns and a ``TAIL`` (:func:`split_head_dim`).  ``HEAD_DIM`` is
-the number of columns that count and ``WIDTH`` how many a head of keys or values has: the same, unless the heads are
-padded (see :func:`.flash_attention.flash_attention_varlen`).
+the number of valid columns.  ``WIDTH`` is the number of columns that a head of keys or values has in memory: the same,
+unless heads are padded (see :func:`.attention.flash_attention_varlen`).
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..runtime._triton import tl, triton
+from ..runtime.checks import next_power_of_two
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.device_functions import dot
+from ..runtime.segments import Segments
 
-__all__ = [
-    "VARIANTS",
-    "FlashAttentionConfig",
-    "Heads",
-    "Variant",
-    "in_log2",
-    "is_sound",
-    "key_and_value_pointers",
-    "load_keys",
-    "load_queries",
-    "load_values",
-    "online_softmax",
-    "pointer_spec",
-    "score",
-    "score_factor",
-    "split_head_dim",
-    "store_rows",
-    "stride_arguments",
-    "tile_of",
-]
-
-Variant = Literal["online", "fixed", "specialized", "one_shot"]
-VARIANTS: tuple[Variant, ...] = ("online", "fixed", "specialized", "one_shot")
+Variant = Literal["online", "fixed", "specialized", "single_block"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 @dataclass(frozen=True)
 class FlashAttentionConfig:
-    """How one launch divides the work."""
+    """Block sizes, warps, pipeline stages and kernel variant of one launch."""
 
     block_queries: int
     """Query rows of one program."""
     block_keys: int
-    """Keys taken at a time; it decides the order of the sums over keys, hence the bits of the result."""
+    """Keys of one loop iteration; it fixes the order of the sums over keys, hence the bits of the result."""
     num_warps: int
     num_stages: int
     """Blocks of keys and values in flight from memory."""
     variant: Variant = "online"
-    """Which softmax and which kernel: see :mod:`.flash_attention`."""
+    """Kernel and softmax; see :mod:`.attention`."""
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -60,122 +42,122 @@ class FlashAttentionConfig:
 
 
 def split_head_dim(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
-    """``head_dim`` as a power of two and a tail that is zero or a power of two, together covering it, each at least 16.
+    """Splits ``head_dim`` into a power of two and a tail that is zero or a power of two.
 
-    Tensor cores take power-of-two blocks.  Rounding 80 up to 128 would compute 60 % more than needed; 64 + 16 computes
-    nothing in vain, and 72 = 64 + 16 wastes 8 columns.  Where the tail would be as wide as the main part (104 = 64 + 64)
-    the two are one block, masked: a third part would add a tensor-core round trip to every block of keys.  fp32 keeps
-    the two apart: without tensor cores a thread holds whole rows of a dot's operands in registers, and 64 is its limit.
+    Together they cover the head; each part is at least 16.  Tensor cores take power-of-two blocks: rounding 80 up to 128
+    would compute 60 % more than needed; 64 + 16 wastes nothing, and 72 = 64 + 16 wastes 8 columns.  Where the tail would
+    be as wide as the main part (104 = 64 + 64) the two are one masked block: a third part would add a tensor-core round
+    trip to every block of keys.  fp32 keeps the two apart: without tensor cores a thread holds whole rows of a dot's
+    operands in registers, and 64 is its limit.
     """
     main = max(16, 1 << (head_dim.bit_length() - 1))
     if dtype == torch.float32:
         main = min(main, 64)
     if head_dim <= main:
         return main, 0
-    tail = max(16, 1 << (head_dim - main - 1).bit_length())
+    tail = max(16, next_power_of_two(head_dim - main))
     return (main, tail) if tail < main or (main == 64 and dtype == torch.float32) else (2 * main, 0)
 
 
 @triton.jit
-def tile_of(program, tile_count, tiles_pointer, cu_seqlens_pointer, BLOCK_QUERIES: tl.constexpr):
-    """What a program owns: a head, and the rows from ``first_row`` on of a segment, which has a start and a length.
+def locate_tile(program, tile_count, tiles_ptr, cu_seqlens_ptr, BLOCK_QUERIES: tl.constexpr):
+    """Finds a program's head, first row in the segment, and the segment's start and length.
 
-    Programs are numbered head by head, the tiles of each as the tile list has them; one that only fills up the list begins
-    at or beyond the end of its segment.
+    Programs are numbered head by head, in the order of the tile list.  Padding tiles begin at or after the end of their
+    segment.
     """
     head = program // tile_count
-    line = tiles_pointer + 2 * (program % tile_count)
+    line = tiles_ptr + 2 * (program % tile_count)
     segment = tl.load(line)
     first_row = tl.load(line + 1) * BLOCK_QUERIES
-    start = tl.load(cu_seqlens_pointer + segment)
-    length = tl.load(cu_seqlens_pointer + segment + 1) - start
+    start = tl.load(cu_seqlens_ptr + segment)
+    length = tl.load(cu_seqlens_ptr + segment + 1) - start
     return head, first_row, start, length
 
 
 @triton.jit
-def key_and_value_pointers(
-    key_pointer, value_pointer, head, start,
-    key_token_stride, key_head_stride, value_token_stride, value_head_stride,
+def make_key_value_ptrs(
+    k_ptr, v_ptr, head, start, stride_kt, stride_kh, stride_vt, stride_vh,
     BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """Where a segment's first block of keys (transposed) and of values begin, and the elements from block to block."""
-    # Triton sees a stride's divisibility by 16 or nothing; head dim 72 needs to hear of the 8 to load 16 bytes at once.
+    """Makes pointers to a segment's first block of keys (transposed) and values, and the step to the next block."""
+    # Triton only infers divisibility by 16.  The hint by 8 lets head_dim=72 use 16-byte loads.
     keys = tl.arange(0, BLOCK_KEYS).to(tl.int64)
-    key_pointers = key_pointer + tl.multiple_of(head * key_head_stride, ALIGNMENT)
-    key_pointers += start * key_token_stride + keys[None, :] * key_token_stride
-    value_pointers = value_pointer + tl.multiple_of(head * value_head_stride, ALIGNMENT)
-    value_pointers += start * value_token_stride + keys[:, None] * value_token_stride
-    key_step = tl.full([], BLOCK_KEYS, tl.int64) * key_token_stride
-    value_step = tl.full([], BLOCK_KEYS, tl.int64) * value_token_stride
-    return key_pointers, value_pointers, key_step, value_step
+    k_ptrs = k_ptr + tl.multiple_of(head * stride_kh, ALIGNMENT)
+    k_ptrs += start * stride_kt + keys[None, :] * stride_kt
+    v_ptrs = v_ptr + tl.multiple_of(head * stride_vh, ALIGNMENT)
+    v_ptrs += start * stride_vt + keys[:, None] * stride_vt
+    k_step = tl.full([], BLOCK_KEYS, tl.int64) * stride_kt
+    v_step = tl.full([], BLOCK_KEYS, tl.int64) * stride_vt
+    return k_ptrs, v_ptrs, k_step, v_step
 
 
 @triton.jit
 def load_block(
-    pointers, rows, row_limit, columns, COLUMN_LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
+    ptrs, rows, row_limit, columns, COLUMN_LIMIT: tl.constexpr, MASK_ROWS: tl.constexpr, MASK_COLUMNS: tl.constexpr
 ):
-    """A block of rows × columns (or its transpose) with zeros where it leaves the segment or the head."""
+    """Loads a block of rows × columns, or its transpose, with zeros outside the segment or the head."""
     if MASK_ROWS and MASK_COLUMNS:
-        block = tl.load(pointers, mask=(rows < row_limit) & (columns < COLUMN_LIMIT), other=0.0)
+        block = tl.load(ptrs, mask=(rows < row_limit) & (columns < COLUMN_LIMIT), other=0.0)
     elif MASK_ROWS:
-        block = tl.load(pointers, mask=rows < row_limit, other=0.0)
+        block = tl.load(ptrs, mask=rows < row_limit, other=0.0)
     elif MASK_COLUMNS:
-        block = tl.load(pointers, mask=columns < COLUMN_LIMIT, other=0.0)
+        block = tl.load(ptrs, mask=columns < COLUMN_LIMIT, other=0.0)
     else:
-        block = tl.load(pointers)
+        block = tl.load(ptrs)
     return block
 
 
 @triton.jit
 def _load_parts(
-    pointers, rows, row_limit,
-    LIMIT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, MASK_ROWS: tl.constexpr, AXIS: tl.constexpr,
+    ptrs, rows, row_limit,
+    COLUMN_LIMIT: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, MASK_ROWS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    # Both parts of a block of rows; the columns, of which LIMIT count, lie along AXIS of what is loaded.
+    # Loads both parts of a block of rows.  The columns lie along AXIS; the first COLUMN_LIMIT are valid.
     columns = tl.expand_dims(tl.arange(0, MAIN), 1 - AXIS)
-    PARTIAL: tl.constexpr = LIMIT < MAIN
-    block = load_block(pointers + columns, rows, row_limit, columns, LIMIT, MASK_ROWS, PARTIAL)
+    PARTIAL: tl.constexpr = COLUMN_LIMIT < MAIN
+    block = load_block(ptrs + columns, rows, row_limit, columns, COLUMN_LIMIT, MASK_ROWS, PARTIAL)
     if TAIL > 0:
         tail_columns = tl.expand_dims(MAIN + tl.arange(0, TAIL), 1 - AXIS)
-        PARTIAL_TAIL: tl.constexpr = LIMIT < MAIN + TAIL
-        tail = load_block(pointers + tail_columns, rows, row_limit, tail_columns, LIMIT, MASK_ROWS, PARTIAL_TAIL)
+        PARTIAL_TAIL: tl.constexpr = COLUMN_LIMIT < MAIN + TAIL
+        tail = load_block(ptrs + tail_columns, rows, row_limit, tail_columns, COLUMN_LIMIT, MASK_ROWS, PARTIAL_TAIL)
     else:
-        # A stand-in that nothing reads: the two forms of a kernel then share the signatures of its functions.
+        # Never read: kernels with and without a tail then share the signatures of their functions.
         tail = block
     return block, tail
 
 
 @triton.jit
 def load_queries(
-    query_pointers, rows, length, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
+    q_ptrs, rows, length, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr
 ):  # fmt: skip
-    """The two parts of a tile of queries, zero beyond the segment and beyond the columns that count."""
-    return _load_parts(query_pointers, rows[:, None], length, HEAD_DIM, MAIN, TAIL, True, 1)
+    """Loads both parts of a tile of queries, with zeros outside the segment and the valid columns."""
+    return _load_parts(q_ptrs, rows[:, None], length, HEAD_DIM, MAIN, TAIL, True, 1)
 
 
 @triton.jit
 def load_keys(
-    key_pointers, keys_left,
+    k_ptrs, keys_left,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Both parts of a block of keys, transposed; zero from key ``keys_left`` on where that is asked for."""
+    """Loads both parts of a block of keys, transposed; with ``MASK_KEYS``, zeros from key ``keys_left`` on."""
     keys = tl.arange(0, BLOCK_KEYS)[None, :]
-    return _load_parts(key_pointers, keys, keys_left, WIDTH, MAIN, TAIL, MASK_KEYS, 0)
+    return _load_parts(k_ptrs, keys, keys_left, WIDTH, MAIN, TAIL, MASK_KEYS, 0)
 
 
 @triton.jit
 def load_values(
-    value_pointers, keys_left,
+    v_ptrs, keys_left,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Both parts of a block of values; zero from key ``keys_left`` on where that is asked for."""
+    """Loads both parts of a block of values; with ``MASK_KEYS``, zeros from key ``keys_left`` on."""
     keys = tl.arange(0, BLOCK_KEYS)[:, None]
-    return _load_parts(value_pointers, keys, keys_left, WIDTH, MAIN, TAIL, MASK_KEYS, 1)
+    return _load_parts(v_ptrs, keys, keys_left, WIDTH, MAIN, TAIL, MASK_KEYS, 1)
 
 
 @triton.jit
-def score(query, query_tail, key, key_tail, TAIL: tl.constexpr):
-    """Every query times every key, unscaled."""
+def compute_scores(query, query_tail, key, key_tail, TAIL: tl.constexpr):
+    """Multiplies every query by every key, unscaled."""
     if TAIL > 0:
         return dot(query, key, dot(query_tail, key_tail))
     else:
@@ -183,8 +165,8 @@ def score(query, query_tail, key, key_tail, TAIL: tl.constexpr):
 
 
 @triton.jit
-def in_log2(scores, score_scale):
-    """Scores in units of log 2, which they are already where there is no factor (see :func:`score_factor`)."""
+def scale_to_log2(scores, score_scale):
+    """Multiplies scores by the factor of :func:`compute_score_factor`, if there is one."""
     if score_scale is not None:
         scores = scores * score_scale
     return scores
@@ -193,21 +175,21 @@ def in_log2(scores, score_scale):
 @triton.jit
 def _online_block(
     query, query_tail, accumulator, accumulator_tail, row_maximum, row_sum,
-    key_pointers, value_pointers, keys_left, score_scale,
+    k_ptrs, v_ptrs, keys_left, score_scale,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_KEYS: tl.constexpr, MASK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    # One block of keys for one tile of queries: scores, their softmax so far, and the values they weigh.
-    key, key_tail = load_keys(key_pointers, keys_left, WIDTH, MAIN, TAIL, BLOCK_KEYS, MASK_KEYS)
-    value, value_tail = load_values(value_pointers, keys_left, WIDTH, MAIN, TAIL, BLOCK_KEYS, MASK_KEYS)
-    scores = score(query, query_tail, key, key_tail, TAIL)
+    # Adds one block of keys to the running softmax of one tile of queries.
+    key, key_tail = load_keys(k_ptrs, keys_left, WIDTH, MAIN, TAIL, BLOCK_KEYS, MASK_KEYS)
+    value, value_tail = load_values(v_ptrs, keys_left, WIDTH, MAIN, TAIL, BLOCK_KEYS, MASK_KEYS)
+    scores = compute_scores(query, query_tail, key, key_tail, TAIL)
     if MASK_KEYS:
         scores = tl.where(tl.arange(0, BLOCK_KEYS)[None, :] < keys_left, scores, -float("inf"))
 
-    maximum = tl.maximum(row_maximum, in_log2(tl.max(scores, 1), score_scale))
-    weights = tl.exp2(in_log2(scores, score_scale) - maximum[:, None])
+    maximum = tl.maximum(row_maximum, scale_to_log2(tl.max(scores, 1), score_scale))
+    weights = tl.exp2(scale_to_log2(scores, score_scale) - maximum[:, None])
     correction = tl.exp2(row_maximum - maximum)
     row_sum = row_sum * correction + tl.sum(weights, 1)
-    # No weight exceeds 1 by more than a rounding, so fp16 holds them as safely as bf16.
+    # No weight exceeds 1 by more than a rounding error, so fp16 holds them as safely as bf16.
     weights = weights.to(value.dtype)
     accumulator = dot(weights, value, accumulator * correction[:, None])
     if TAIL > 0:
@@ -217,13 +199,14 @@ def _online_block(
 
 @triton.jit
 def online_softmax(
-    query, query_tail, key_pointers, value_pointers, key_step, value_step, length, score_scale,
+    query, query_tail, k_ptrs, v_ptrs, k_step, v_step, length, score_scale,
     WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """All keys of a segment for one tile of queries: the weighed values, both parts, and the sum of the weights.
+    """Computes one tile of queries against all keys of its segment.
 
-    ``key_step`` and ``value_step`` are the elements from one block of keys to the next.
+    ``k_step`` and ``v_step`` are the elements from one block of keys to the next.  Returns both parts of the weighted
+    values, and the sum of the weights.
     """
     accumulator = tl.zeros([BLOCK_QUERIES, MAIN], tl.float32)
     accumulator_tail = accumulator
@@ -236,110 +219,167 @@ def online_softmax(
     for _ in tl.range(0, whole, BLOCK_KEYS):
         accumulator, accumulator_tail, row_maximum, row_sum = _online_block(
             query, query_tail, accumulator, accumulator_tail, row_maximum, row_sum,
-            key_pointers, value_pointers, BLOCK_KEYS, score_scale, WIDTH, MAIN, TAIL, BLOCK_KEYS, False,
+            k_ptrs, v_ptrs, BLOCK_KEYS, score_scale, WIDTH, MAIN, TAIL, BLOCK_KEYS, False,
         )  # fmt: skip
-        key_pointers += key_step
-        value_pointers += value_step
+        k_ptrs += k_step
+        v_ptrs += v_step
     if whole < length:
         accumulator, accumulator_tail, row_maximum, row_sum = _online_block(
             query, query_tail, accumulator, accumulator_tail, row_maximum, row_sum,
-            key_pointers, value_pointers, length - whole, score_scale, WIDTH, MAIN, TAIL, BLOCK_KEYS, True,
+            k_ptrs, v_ptrs, length - whole, score_scale, WIDTH, MAIN, TAIL, BLOCK_KEYS, True,
         )  # fmt: skip
     return accumulator, accumulator_tail, row_sum
 
 
 @triton.jit
-def is_sound(accumulator, accumulator_tail, row_sum, LEAST: tl.constexpr, LIMIT: tl.constexpr, TAIL: tl.constexpr):
-    """Per row: neither the sum of the weights nor any weighed value left the range in which they are exact."""
+def is_in_range(
+    accumulator, accumulator_tail, row_sum, MIN_SUM: tl.constexpr, MAX_SUM: tl.constexpr, TAIL: tl.constexpr
+):
+    """Tells per row whether the sum of the weights and all weighted values stayed in the range where they are exact."""
     wrong = tl.sum(tl.where(tl.abs(accumulator) < float("inf"), 0, 1), 1)
     if TAIL > 0:
         wrong += tl.sum(tl.where(tl.abs(accumulator_tail) < float("inf"), 0, 1), 1)
-    # A comparison with NaN is false, which is what it should be.
-    return (row_sum > LEAST) & (row_sum < LIMIT) & (wrong == 0)
+    # Comparisons with NaN are false, so that NaN counts as out of range.
+    return (row_sum > MIN_SUM) & (row_sum < MAX_SUM) & (wrong == 0)
 
 
 @triton.jit
 def store_rows(
-    out_pointers, row_mask, accumulator, accumulator_tail, row_sum,
+    out_ptrs, row_mask, accumulator, accumulator_tail, row_sum,
     HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The weighed values divided by the sum of their weights, into the rows that ``row_mask`` names."""
+    """Divides the weighted values by the sum of their weights and stores the rows of ``row_mask``."""
     columns = tl.arange(0, MAIN)
     normalizer = (1.0 / row_sum)[:, None]
-    result = (accumulator * normalizer).to(out_pointers.dtype.element_ty)
-    tl.store(out_pointers + columns[None, :], result, mask=row_mask[:, None] & (columns[None, :] < HEAD_DIM))
+    result = (accumulator * normalizer).to(out_ptrs.dtype.element_ty)
+    tl.store(out_ptrs + columns[None, :], result, mask=row_mask[:, None] & (columns[None, :] < HEAD_DIM))
     if TAIL > 0:
         tail_columns = MAIN + tl.arange(0, TAIL)
-        result = (accumulator_tail * normalizer).to(out_pointers.dtype.element_ty)
-        tl.store(
-            out_pointers + tail_columns[None, :], result, mask=row_mask[:, None] & (tail_columns[None, :] < HEAD_DIM)
-        )
+        result = (accumulator_tail * normalizer).to(out_ptrs.dtype.element_ty)
+        tl.store(out_ptrs + tail_columns[None, :], result, mask=row_mask[:, None] & (tail_columns[None, :] < HEAD_DIM))
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What a launch needs to know of its heads."""
+    """Columns of a head, in memory and as they are computed."""
 
     head_dim: int
-    """Columns that count."""
+    """Valid columns."""
     width: int
     """Columns of a head of queries, keys and values in memory."""
     main: int
     tail: int
-    scaled: bool = False
-    """Whether the queries hold the scale already, so that scores come in units of log 2."""
+    has_scaled_queries: bool = False
+    """Whether the queries already contain the scale, so that scores are in units of log 2."""
 
     @classmethod
-    def of(cls, head_dim: int, width: int, dtype: torch.dtype, *, scaled: bool = False) -> "Heads":
-        """Heads of ``head_dim`` columns, padded to ``width``."""
-        return cls(head_dim, width, *split_head_dim(head_dim, dtype), scaled)
+    def split(cls, head_dim: int, width: int, dtype: torch.dtype, *, has_scaled_queries: bool = False) -> "Heads":
+        """Splits heads of ``head_dim`` columns that are padded to ``width``."""
+        return cls(head_dim, width, *split_head_dim(head_dim, dtype), has_scaled_queries)
 
     @property
     def text(self) -> str:
-        """For the name of a compile specification."""
+        """The name in a compile specification."""
         padded = f" in {self.width}" if self.width > self.head_dim else ""
         return f"head {self.head_dim}{padded} = {self.main}{f' + {self.tail}' if self.tail else ''}"
 
     def constants(self) -> dict[str, int]:
-        """The compile-time arguments that every kernel has."""
+        """Compile-time arguments that all kernels take."""
         return {"HEAD_DIM": self.head_dim, "WIDTH": self.width, "MAIN": self.main, "TAIL": self.tail}
 
 
-def score_factor(scale: float | None, *, alone: bool = False) -> float | None:
-    """What brings scores to units of log 2, since exp2 is one instruction where exp is several.
+STRIDES = ("stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh", "stride_ot", "stride_oh")
+"""Token and head strides of queries, keys, values and output, as the kernels name them."""
 
-    ``scale`` is ``None`` where the queries are scaled: then nothing has to.  ``None`` comes out, for a kernel without the
-    multiplication, where that stands ``alone``; fused with a subtraction it costs nothing, and the factor is 1.
+
+@dataclass(frozen=True)
+class LaunchArguments:
+    """Arguments of one launch: valid, non-empty tensors that the variant supports.
+
+    ``scale`` is ``None`` if the queries are already scaled.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    segments: Segments
+    scale: float | None
+    config: FlashAttentionConfig
+
+    @cached_property
+    def heads(self) -> Heads:
+        """Columns of the heads."""
+        return Heads.split(self.out.shape[2], self.q.shape[2], self.q.dtype)
+
+    @cached_property
+    def strides(self) -> dict[str, int]:
+        """Run-time arguments :data:`STRIDES`."""
+        values = [stride for tensor in (self.q, self.k, self.v, self.out) for stride in tensor.stride()[:2]]
+        return dict(zip(STRIDES, values, strict=True))
+
+    @property
+    def alignment(self) -> int:
+        """Elements, at most 16, that divide every head stride."""
+        return math.gcd(16, *(stride for name, stride in self.strides.items() if name.endswith("h")))
+
+
+def compute_score_factor(scale: float | None, *, is_optional: bool = False) -> float | None:
+    """Returns the factor that brings scores to units of log 2: exp2 is one instruction where exp is several.
+
+    ``scale`` is ``None`` if the queries are already scaled.  The result is then ``None`` if the kernel can leave the
+    multiplication out (``is_optional``), else 1: fused with a subtraction it costs nothing.
     """
     if scale is None:
-        return None if alone else 1.0
+        return None if is_optional else 1.0
     return scale * math.log2(math.e)
 
 
-def stride_arguments(*tensors: torch.Tensor) -> list[int]:
-    """Token and head stride of each tensor ``[T, H, columns]``, in the order of the kernels' arguments."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+def launch_with_pointers(
+    kernel: Any, args: LaunchArguments, score_scale: float | None, block_rows: int, **others: Any
+) -> None:
+    """Launches one program per head and tile of ``block_rows`` rows; ``others`` are arguments of this kernel alone."""
+    config, device = args.config, args.q.device
+    tiles = args.segments.tiles(block_rows, device)
+    tokens, heads, _ = args.q.shape
+    arguments = {
+        "q_ptr": args.q,
+        "k_ptr": args.k,
+        "v_ptr": args.v,
+        "out_ptr": args.out,
+        "cu_seqlens_ptr": args.segments.cu_seqlens_on(device),
+        "tiles_ptr": tiles,
+        "tile_count": len(tiles),
+        "token_count": tokens,
+        "score_scale": score_scale,
+        **args.strides,
+        **args.heads.constants(),
+        "BLOCK_QUERIES": config.block_queries,
+        "BLOCK_KEYS": config.block_keys,
+        "ALIGNMENT": args.alignment,
+        **others,
+    }
+    kernel[(len(tiles) * heads,)](
+        **{name: arguments[name] for name in kernel.arg_names},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
-TENSORS = ("query", "key", "value", "out")
-TOKEN_STRIDES = tuple(f"{tensor}_token_stride" for tensor in TENSORS)
-HEAD_STRIDES = tuple(f"{tensor}_head_stride" for tensor in TENSORS)
-
-
-def pointer_spec(
+def make_pointer_spec(
     kernel: Any, heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig, label: str, **constants: Any
 ) -> CompileSpec:
-    """How a launch that reads by pointers from the view of a fused projection is compiled."""
+    """Describes a launch with pointers over views of a fused projection."""
     name = TRITON_TYPES[dtype]
     types = {
-        **{f"{tensor}_pointer": f"*{name}" for tensor in TENSORS},
-        "faults_pointer": "*i8",
-        "cu_seqlens_pointer": "*i32",
-        "tiles_pointer": "*i32",
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{name}"),
+        "overflowed_ptr": "*i8",
+        "cu_seqlens_ptr": "*i32",
+        "tiles_ptr": "*i32",
         "tile_count": "i32",
         "token_count": "i32",
         "score_scale": "fp32",
-        **dict.fromkeys(TOKEN_STRIDES + HEAD_STRIDES, "i32"),
+        **dict.fromkeys(STRIDES, "i32"),
     }
     every = {
         **heads.constants(),
@@ -348,16 +388,24 @@ def pointer_spec(
         "ALIGNMENT": math.gcd(heads.width, 16),
         **constants,
     }
-    aligned = tuple(stride for stride in HEAD_STRIDES if (heads.head_dim if "out" in stride else heads.width) % 16 == 0)
     return CompileSpec(
         name=f"{name} {heads.text}, {config.block_queries}x{config.block_keys} warps {config.num_warps} "
         f"stages {config.num_stages}{label}",
         kernel=kernel,
         signature={argument: types[argument] for argument in kernel.arg_names if argument in types},
         constants={argument: every[argument] for argument in kernel.arg_names if argument in every},
-        divisible_by_16=TOKEN_STRIDES + aligned,
+        divisible_by_16=list_aligned_strides(heads, STRIDES),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_core=dtype != torch.float32,
         elements=config.block_queries * config.block_keys,
+    )
+
+
+def list_aligned_strides(heads: Heads, strides: tuple[str, ...]) -> tuple[str, ...]:
+    """Lists the strides of a fused projection that are divisible by 16: all token strides, head strides by width."""
+    return tuple(
+        stride
+        for stride in strides
+        if stride.endswith("t") or (heads.head_dim if stride == "stride_oh" else heads.width) % 16 == 0
     )

@@ -168,7 +168,7 @@ def _attention(task: Task, architecture: str) -> Iterator[Fields]:
     if architecture in fixed_max.ARCHITECTURES:
         variants.append("fixed")
     if bound and bound <= 128:
-        variants.append("one_shot")
+        variants.append("single_block")
     if architecture == "sm_90":
         variants.append("specialized")
     for variant, queries, keys, warps, stages in itertools.product(
@@ -178,10 +178,10 @@ def _attention(task: Task, architecture: str) -> Iterator[Fields]:
             continue
         if variant == "specialized" and (queries, warps) != (128, 4):
             continue
-        if variant == "one_shot" and (keys < bound or stages > 1):
+        if variant == "single_block" and (keys < bound or stages > 1):
             # All keys are one block: there is no loop whose loads could run ahead.
             continue
-        if variant != "one_shot" and stages == 1 and nvidia:
+        if variant != "single_block" and stages == 1 and nvidia:
             continue
         if bound and queries >= 2 * max(64, bound):
             continue

@@ -24,6 +24,7 @@ from tritontower.kernels.runtime.segments import Segments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RAGGED = Segments([1, 64, 77, 0, 150])
+SINGLE_BLOCK = FlashAttentionConfig(64, 64, 4, 1, "single_block")
 
 
 def attention_fp64(q, k, v, segments, scale=None):
@@ -299,50 +300,44 @@ def test_nothing_in_nothing_out(kernel_device, shape, backend):
         assert flash_attention_varlen(empty, empty, empty, Segments([0, shape[0]])).shape == shape
 
 
-def tensors(*shape, dtype=torch.float32):
-    return [torch.zeros(shape, dtype=dtype) for _ in range(3)]
+Q = torch.zeros(4, 2, 16)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("changes", "error", "message"),
     [
-        (lambda q, k, v: {"q": q[0]}, r"q must be \[tokens, heads, head_dim\], got shape \[2, 16\]"),
-        (lambda q, k, v: {"k": k[:3]}, r"k must be like q, \[4, 2, 16\] .* got \[3, 2, 16\]"),
-        (lambda q, k, v: {"v": v.half()}, "v must be like q, .* float32 .* got .* float16"),
-        (lambda q, k, v: {"out": torch.empty(4, 2, 32)}, r"out must be like q, .* got \[4, 2, 32\]"),
-        (lambda q, k, v: {"k": k.new_zeros(4, 16, 2).transpose(1, 2)}, r"head of k must be adjacent.*\(32, 1, 2\)"),
-        (lambda q, k, v: {"segments": Segments([3])}, r"has 4 rows, but Segments\(\[3\]\) covers 3"),
-        (lambda q, k, v: {"scale": -1.0}, "scale must be a positive, finite fp32 number, got -1.0"),
-        (lambda q, k, v: {"scale": 0.0}, "scale must be a positive, finite"),
-        (lambda q, k, v: {"scale": float("nan")}, "scale must be a positive, finite"),
-        (lambda q, k, v: {"scale": float("inf")}, "scale must be a positive, finite"),
+        ({"q": Q[0]}, ValueError, r"q must be \[tokens, heads, head_dim\] .* got shape \(2, 16\)"),
+        ({name: torch.zeros(4, 2, 136) for name in "qkv"}, ValueError, r"head_dim from 1 to 128, got .*136"),
+        ({name: Q.double() for name in "qkv"}, TypeError, "q must be float32, .* got torch.float64"),
+        ({"k": [1.0]}, TypeError, "k must be a torch.Tensor, got list"),
+        ({"k": Q[:3]}, ValueError, r"k must have shape \(4, 2, 16\), got \(3, 2, 16\)"),
+        ({"v": Q.half()}, TypeError, "v must be torch.float32 on cpu, got torch.float16"),
+        ({"k": torch.zeros(4, 16, 2).transpose(1, 2)}, ValueError, r"k must have last stride 1, .*\(32, 1, 2\)"),
+        ({"out": torch.empty(4, 2, 32)}, ValueError, r"out must have shape .* got \(4, 2, 32\)"),
+        ({"columns": 8, "out": Q}, ValueError, r"out must have shape \(4, 2, 8\)"),
+        ({"columns": 16}, ValueError, "columns must be 1 to 15 .* got 16"),
+        ({"columns": 0}, ValueError, "columns must be 1 to 15 .* got 0"),
+        ({"segments": [4]}, TypeError, "segments must be Segments, got list"),
+        ({"segments": Segments([3])}, ValueError, r"must cover the 4 rows of q, got Segments\(\[3\]\) with 3"),
+        ({"scale": -1.0}, ValueError, "scale must be a positive, finite fp32 number, got -1.0"),
+        ({"scale": 0.0}, ValueError, "scale must be a positive, finite"),
+        ({"scale": float("nan")}, ValueError, "scale must be a positive, finite"),
+        ({"scale": float("inf")}, ValueError, "scale must be a positive, finite"),
+        ({"scale": 0.1, "queries_scaled": True}, ValueError, "scale must be left out .* got 0.1"),
+        ({"length_bound": 3}, ValueError, "length_bound must be at least the longest segment, 4 rows, got 3"),
+        ({"config": SINGLE_BLOCK}, ValueError, "must be at most block_keys=64 .* got None"),
+        ({"config": SINGLE_BLOCK, "length_bound": 65}, ValueError, "must be at most block_keys=64 .* got 65"),
     ],
 )
-def test_arguments_that_do_not_fit(change, message):
-    q, k, v = tensors(4, 2, 16)
-    arguments = {"q": q, "k": k, "v": v, "segments": Segments([4])} | change(q, k, v)
-    with pytest.raises(ValueError, match=message.replace("float", "torch.float")):
+def test_refusals(changes, error, message):
+    arguments = {"q": Q, "k": Q, "v": Q, "segments": Segments([4])} | changes
+    with pytest.raises(error, match=message):
         flash_attention_varlen(**arguments)
 
 
-def test_head_too_wide():
-    with pytest.raises(ValueError, match="head_dim must be 1 to 128, got 136"):
-        flash_attention_varlen(*tensors(4, 2, 136), Segments([4]))
-    with pytest.raises(ValueError, match="exceeds the limit of 128"):
+def test_default_config_refuses_wide_heads():
+    with pytest.raises(ValueError, match="head_dim must be at most 128, got 136"):
         default_config(136, torch.bfloat16, "sm_90")
-
-
-def test_unsupported_dtype():
-    with pytest.raises(ValueError, match=r"got torch\.float64"):
-        flash_attention_varlen(*tensors(4, 2, 16, dtype=torch.float64), Segments([4]))
-
-
-def test_arguments_of_the_wrong_type():
-    q, k, v = tensors(4, 2, 16)
-    with pytest.raises(TypeError, match="segments must be Segments, got list"):
-        flash_attention_varlen(q, k, v, [4])
-    with pytest.raises(TypeError, match=r"k must be a torch.Tensor, got list"):
-        flash_attention_varlen(q, [1.0], v, Segments([4]))
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""The other kernels of attention (fixed stabilizer, specialized warps, one shot): the same numbers, promises and limits."""
+"""The other kernels of attention (fixed softmax_offset, specialized warps, one shot): the same numbers, promises and limits."""
 
 import contextvars
 import math
@@ -24,13 +24,13 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ONLINE = FlashAttentionConfig(32, 32, 4, 1)
 FIXED = FlashAttentionConfig(32, 32, 4, 1, "fixed")
 SPECIALIZED = FlashAttentionConfig(128, 32, 4, 2, "specialized")
-ONE_SHOT = FlashAttentionConfig(64, 64, 4, 1, "one_shot")
+SINGLE_BLOCK = FlashAttentionConfig(64, 64, 4, 1, "single_block")
 RAGGED = Segments([1, 32, 45, 0, 64, 97])
 WINDOWS = Segments([64, 1, 0, 33, 64, 16])
 LOG2_E = math.log2(math.e)
 
 recent_triton = pytest.mark.skipif(
-    not warp_specialized._triton_is_recent(), reason="padded heads with specialized warps need Triton 3.7"
+    not warp_specialized.triton_supports_padded_heads(), reason="padded heads with specialized warps need Triton 3.7"
 )
 
 WALKING = [pytest.param(ONLINE, dtype, id=f"online-{dtype}") for dtype in (BF16,)] + [
@@ -77,18 +77,18 @@ def turned(qkv, cosines, sines, *, heads, head_dim, padded_head_dim):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The variants that were launched, in order; a repair counts as one."""
+    """The variants that were launched, in order; a recompute counts as one."""
     seen = []
     modules = {
         "online": online_softmax,
         "fixed": fixed_max,
         "specialized": warp_specialized,
-        "one_shot": single_block,
+        "single_block": single_block,
     }
     for name, module in modules.items():
 
         def record(*arguments, _launch=module.launch, _name=name, **options):
-            seen.append("repair" if options.get("faults") is not None else _name)
+            seen.append("recompute" if options.get("overflowed") is not None else _name)
             return _launch(*arguments, **options)
 
         monkeypatch.setattr(module, "launch", record)
@@ -96,13 +96,13 @@ def launches(monkeypatch):
 
 
 @pytest.fixture
-def faults(monkeypatch):
-    """What the specialized kernel marked as faulty, launch by launch."""
+def overflowed(monkeypatch):
+    """What the specialized kernel marked as overflowed, launch by launch."""
     seen = []
     launch = online_softmax.launch
 
     def record(*arguments, **options):
-        seen.append(options["faults"].clone())
+        seen.append(options["overflowed"].clone())
         return launch(*arguments, **options)
 
     monkeypatch.setattr(online_softmax, "launch", record)
@@ -118,17 +118,17 @@ class TestNumbers:
         assert relative_error(out, attention_fp64(q, k, v, RAGGED, head_dim**-0.5)) <= TOLERANCE[dtype]
         exact = head_dim in (64, 80, 128)
         assert launches[0] == (config.variant if config.variant != "specialized" or exact else "online")
-        assert launches[1:] == (["repair"] if launches[0] == "specialized" and dtype == BF16 else [])
+        assert launches[1:] == (["recompute"] if launches[0] == "specialized" and dtype == BF16 else [])
 
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     @pytest.mark.parametrize("head_dim", [16, 64, 80, 104])
     def test_one_shot(self, kernel_device, poisoned_empty, launches, dtype, head_dim):
         q, k, v = projection(WINDOWS, head_dim, dtype, kernel_device)
-        out = flash_attention_varlen(q, k, v, WINDOWS, config=ONE_SHOT, length_bound=64)
+        out = flash_attention_varlen(q, k, v, WINDOWS, config=SINGLE_BLOCK, length_bound=64)
         assert relative_error(out, attention_fp64(q, k, v, WINDOWS, head_dim**-0.5)) <= TOLERANCE[dtype]
-        assert launches == ["one_shot"]
+        assert launches == ["single_block"]
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, ONE_SHOT], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, SINGLE_BLOCK], ids=lambda config: config.variant)
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     @pytest.mark.parametrize(("head_dim", "width"), [(72, 80), (64, 80), (60, 64), (100, 104)])
     def test_padded_heads(self, kernel_device, poisoned_empty, launches, config, dtype, head_dim, width):
@@ -152,7 +152,7 @@ class TestNumbers:
     def test_padding_costs_no_accuracy(self, kernel_device, launches, config, norm):
         """Queries are not rounded once more on the way into the product, which would show where scores are large.
 
-        (A fixed stabilizer costs a tenth by itself: the online softmax holds a row's largest weight, 1, exactly.)
+        (A fixed softmax_offset costs a tenth by itself: the online softmax holds a row's largest weight, 1, exactly.)
         """
         q, k, v = projection(RAGGED, 72, BF16, kernel_device, width=80)
         q[..., :72] *= norm
@@ -253,7 +253,7 @@ class TestFarApart:
     @pytest.mark.parametrize("where", ["last block", "before it", "row by row"])
     @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
     def test_in_padded_heads(self, kernel_device, config, where, boost):
-        """The stabilizer is rounded here, far from the maximum where that is large."""
+        """The softmax_offset is rounded here, far from the maximum where that is large."""
         scale = math.log(2)
         q, k, v, segments = boosted(boost, where, BF16, kernel_device, head_dim=72, width=80, scale=scale)
         q[..., 1:72] *= 0.17
@@ -263,19 +263,19 @@ class TestFarApart:
         assert relative_error(out, attention_fp64(*counted, segments, scale)) <= tolerance
 
     @pytest.mark.parametrize(("boost", "repaired"), [(0, 0), (60, 0), (140, 97), (400, 97)])
-    def test_which_rows_are_repaired(self, kernel_device, faults, boost, repaired):
+    def test_which_rows_are_repaired(self, kernel_device, overflowed, boost, repaired):
         q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, scale=64**-0.5)
         flash_attention_varlen(q, k, v, segments, config=SPECIALIZED)
-        assert int(faults[0].sum()) == repaired
+        assert int(overflowed[0].sum()) == repaired
 
     @recent_triton
     @pytest.mark.parametrize(("boost", "repaired"), [(0, 0), (60, 0), (400, 97)])
-    def test_which_rows_are_repaired_in_padded_heads(self, kernel_device, faults, boost, repaired):
+    def test_which_rows_are_repaired_in_padded_heads(self, kernel_device, overflowed, boost, repaired):
         scale = math.log(2)
         q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, head_dim=72, width=80, scale=scale)
         q[..., 1:72] *= 0.17
         flash_attention_varlen(q, k, v, segments, config=SPECIALIZED, scale=scale, columns=72)
-        assert int(faults[0].sum()) == repaired
+        assert int(overflowed[0].sum()) == repaired
 
     @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
     def test_values_that_overflow_before_the_sum_does(self, kernel_device, config):
@@ -319,7 +319,7 @@ class TestNeighbors:
     @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
     @pytest.mark.parametrize("length", [1, 33, 64])
     def test_in_one_shot(self, kernel_device, length):
-        self.check(kernel_device, ONE_SHOT, BF16, 80, None, length, {"length_bound": 64})
+        self.check(kernel_device, SINGLE_BLOCK, BF16, 80, None, length, {"length_bound": 64})
 
     def check(self, device, config, dtype, head_dim, width, length, options):
         """First, between NaN, and last in a pack; NaN follows at once, where a whole block of keys reaches."""
@@ -339,7 +339,7 @@ class TestNeighbors:
             assert torch.equal(packed[start : start + length], alone)
         assert bool(torch.isnan(packed[length : length + other]).all())
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, ONE_SHOT], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, SINGLE_BLOCK], ids=lambda config: config.variant)
     def test_tiles_that_only_fill_up_the_list(self, kernel_device, config):
         """A list planned for more: rows beyond the end of a segment, and segments without rows."""
 
@@ -389,21 +389,21 @@ class TestFallback:
 
     def test_other_architectures(self):
         tensor = torch.empty(4, 2, 64, dtype=BF16)
-        reason = warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_100")
+        reason = warp_specialized.find_obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_100")
         assert reason == "the compiler specializes warps for sm_90, not for sm_100"
 
     def test_rows_inside_rows(self):
         tensor = torch.empty(4, 2, 64, dtype=BF16)
         inside = tensor.as_strided((4, 2, 64), (64, 64, 1))
-        assert "one after another" in warp_specialized.obstacle(inside, tensor, tensor, 64, SPECIALIZED, "sm_90")
-        assert warp_specialized.obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_90") is None
+        assert "one after another" in warp_specialized.find_obstacle(inside, tensor, tensor, 64, SPECIALIZED, "sm_90")
+        assert warp_specialized.find_obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_90") is None
 
     def test_padded_heads_under_an_old_compiler(self, monkeypatch):
         tensor = torch.empty(4, 2, 80, dtype=BF16)
         for version, reason in (("3.6.0", "padded heads need Triton 3.7"), ("3.10.1", None)):
             monkeypatch.setattr(warp_specialized.triton, "__version__", version)
-            assert warp_specialized.obstacle(tensor, tensor, tensor, 72, SPECIALIZED, "sm_90") == reason
-            assert warp_specialized.obstacle(tensor, tensor, tensor, 80, SPECIALIZED, "sm_90") is None
+            assert warp_specialized.find_obstacle(tensor, tensor, tensor, 72, SPECIALIZED, "sm_90") == reason
+            assert warp_specialized.find_obstacle(tensor, tensor, tensor, 80, SPECIALIZED, "sm_90") is None
 
     def test_the_callers_allocator_stays(self, kernel_device):
         allocation = pytest.importorskip("triton.runtime._allocation")
@@ -431,7 +431,7 @@ class TestConfigurations:
                 if dtype == FP32 and architecture != "interpreter":
                     assert chosen.variant == "online"
                 elif bound in (16, 64):
-                    assert chosen.variant == "one_shot"
+                    assert chosen.variant == "single_block"
                     assert chosen.block_keys >= bound
                 elif dtype == BF16 and architecture in ("sm_80", "sm_89", "sm_90"):
                     assert chosen.variant == "fixed"
@@ -450,7 +450,7 @@ class TestConfigurations:
     def test_a_tuned_configuration_is_taken(self, request):
         request.addfinalizer(registry.clear)
         cpu = torch.device("cpu")
-        tuned = FlashAttentionConfig(64, 64, 4, 1, "one_shot")
+        tuned = FlashAttentionConfig(64, 64, 4, 1, "single_block")
         entries = [
             {"kernel": "attention.attention", "dtype": "bfloat16", "sizes": {"longest": 64}, "config": asdict(tuned),
              "constants": {"head_dim": 72, "padded": padded, "bounded": bound}}
@@ -464,41 +464,24 @@ class TestConfigurations:
 
     def test_an_unknown_variant(self):
         with pytest.raises(
-            ValueError, match="variant must be one of online, fixed, specialized, one_shot, got 'magic'"
+            ValueError, match="variant must be one of online, fixed, specialized, single_block, got 'magic'"
         ):
             FlashAttentionConfig(64, 64, 4, 2, "magic")
 
     def test_a_limit_for_every_dtype(self):
-        assert fixed_max.sum_limit(FP16) < torch.finfo(FP16).max
-        assert fixed_max.sum_limit(BF16) < torch.finfo(BF16).max
-        assert fixed_max.REDO_KEYS <= 32
+        assert fixed_max.max_sum(FP16) < torch.finfo(FP16).max
+        assert fixed_max.max_sum(BF16) < torch.finfo(BF16).max
+        assert fixed_max.RECOMPUTE_KEYS <= 32
 
     def test_spare_columns(self):
-        assert fixed_max.spare_column(72, 80, BF16)
-        assert not fixed_max.spare_column(72, 72, BF16)
-        assert not fixed_max.spare_column(64, 80, BF16)
-        assert not fixed_max.spare_column(72, 80, FP16)
-        assert common.Heads.of(72, 80, BF16).text == "head 72 in 80 = 64 + 16"
+        assert fixed_max.has_spare_column(72, 80, BF16)
+        assert not fixed_max.has_spare_column(72, 72, BF16)
+        assert not fixed_max.has_spare_column(64, 80, BF16)
+        assert not fixed_max.has_spare_column(72, 80, FP16)
+        assert common.Heads.split(72, 80, BF16).text == "head 72 in 80 = 64 + 16"
 
 
 class TestArguments:
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"length_bound": 3}, "a segment has 4 rows, more than the length_bound of 3"),
-            ({"columns": 16}, r"columns must be 1 to 15, .* got 16"),
-            ({"columns": 0}, r"columns must be 1 to 15, .* got 0"),
-            ({"columns": 8, "out": torch.empty(4, 2, 16)}, r"out must be like q, \[4, 2, 8\]"),
-            ({"scale": 0.1, "queries_scaled": True}, "scale is 0.1, but queries_scaled says"),
-            ({"config": ONE_SHOT}, "'one_shot' takes at most block_keys=64 rows .* length_bound is None"),
-            ({"config": ONE_SHOT, "length_bound": 65}, "length_bound is 65; say length_bound, or take another"),
-        ],
-    )
-    def test_that_do_not_fit(self, options, message):
-        tensor = torch.zeros(4, 2, 16)
-        with pytest.raises(ValueError, match=message):
-            flash_attention_varlen(tensor, tensor, tensor, Segments([4]), **options)
-
     def test_reference_of_padded_heads(self):
         q, k, v = projection(RAGGED, 72, FP32, "cpu", width=80)
         with dispatch.use("reference"):
@@ -516,13 +499,13 @@ def test_a_second_attempt_is_the_exception(kernel_device, monkeypatch, boost, ag
     if kernel_device.type != "cpu":
         pytest.skip("a compiled kernel does not say what it did")
     seen = []
-    redo = fixed_max._redo
+    redo = fixed_max._recompute
 
     def record(*arguments, **options):
         seen.append(True)
         return redo(*arguments, **options)
 
-    monkeypatch.setattr(fixed_max, "_redo", record)
+    monkeypatch.setattr(fixed_max, "_recompute", record)
     padded = {"columns": 60} if width == 64 else {}
     head_dim = padded.get("columns", width)
     q, k, v, segments = boosted(

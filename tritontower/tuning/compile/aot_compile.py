@@ -112,7 +112,7 @@ def stand_in(order: Order) -> Order:
             constants["columns"] = constants["columns"] // facts["heads"] * _HEADS
         facts["heads"] = _HEADS
     if "bounded" in constants:
-        if config.get("variant") != "one_shot":
+        if config.get("variant") != "single_block":
             constants["bounded"] = 0
         sizes["longest"] = min(constants["bounded"] or _ROWS, _ROWS)
     same = Task(
