@@ -17,7 +17,7 @@ from tritontower.kernels.attention import fixed_max, warp_specialized
 from tritontower.kernels.attention.attention import FlashAttentionConfig
 from tritontower.kernels.gemm.linear import LinearConfig
 from tritontower.kernels.gemm.linear import default_config as default_linear_config
-from tritontower.kernels.gemm.vendor import vendor_takes
+from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
 from tritontower.kernels.runtime.config import architecture
 
 from .dot16 import SHAPES, measure_dot
@@ -195,7 +195,7 @@ def _linear_variants(case: Case, device: torch.device) -> Iterator[tuple[str, Li
     yield "pointers", replace(base, operands="pointers", vendor=False)
     if here in ("sm_90", "sm_100", "interpreter"):
         yield "descriptors", replace(base, operands="descriptors", vendor=False)
-    if vendor_takes(torch.empty(0, dtype=case.dtype), sizes["activation"]):
+    if can_use_vendor_gemm(torch.empty(0, dtype=case.dtype), sizes["activation"]):
         yield "vendor", replace(base, vendor=True)
     if sizes["activation"] != "silu_gated":
         for tile in ((128, 128, 64, 8, 4, 3), (128, 256, 64, 8, 8, 3), (128, 256, 64, 8, 8, 4), (64, 128, 64, 8, 4, 4)):

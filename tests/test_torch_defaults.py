@@ -18,7 +18,7 @@ from tritontower.kernels.gemm import cpu
 from tritontower.prompt import prompt_positions
 
 CASES = all_cases()
-PROBES = (cpu.onednn_multiplies, cpu.onednn_packs, cpu.onednn_exponentiates)
+PROBES = (cpu.has_onednn_matmul, cpu.can_prepack, cpu.has_onednn_exponential)
 """What is found out once a process, by products of a few numbers."""
 
 

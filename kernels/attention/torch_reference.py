@@ -43,8 +43,8 @@ def flash_attention_varlen_reference(
     Fused, one call takes each run of equal neighboring segments: the rows of such a run reshape to
     ``[count, H, length, head_dim]`` without a copy, and torch gives every member the bits it would get alone.
     """
-    by_products = q.device.type == "cpu" and cpu.fused_attention_is_slow()
-    by_exponentials = by_products and cpu.onednn_exponentiates(q.dtype)
+    by_products = q.device.type == "cpu" and cpu.is_fused_attention_slow()
+    by_exponentials = by_products and cpu.has_onednn_exponential(q.dtype)
     for run in segments.groups():
         if by_products and run.length >= (LENGTH_FOR_EXPONENTIALS if by_exponentials else LENGTH_FOR_PRODUCTS):
             attend = _attend_by_exponentials if by_exponentials else _attend_by_products
@@ -74,9 +74,9 @@ def _attend_by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale
         query = torch.mul(q[:, head].to(torch.float32), scale)
         key = k[:, head].to(torch.float32).contiguous()
         value = v[:, head].to(compute).t().contiguous()
-        for chunk in cpu.row_chunks(length, step, cpu.fewest_rows(compute)):
-            weights = torch.softmax(cpu.product(query[chunk], key, None), dim=1)
-            out[chunk, head] = cpu.product(weights.to(compute), value, None)
+        for chunk in cpu.split_rows(length, step, cpu.min_matmul_rows(compute)):
+            weights = torch.softmax(cpu.matmul(query[chunk], key, None), dim=1)
+            out[chunk, head] = cpu.matmul(weights.to(compute), value, None)
 
 
 def _attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
@@ -107,8 +107,8 @@ def _attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s
         queries[..., width] = -(largest + _SHIFT)
         mixed = torch.empty_like(values)
         for head in range(count):
-            for chunk in cpu.row_chunks(length, step, cpu.fewest_rows(v.dtype)):
-                weights = cpu.product(queries[head, chunk], keys[head], None, "sigmoid")
+            for chunk in cpu.split_rows(length, step, cpu.min_matmul_rows(v.dtype)):
+                weights = cpu.matmul(queries[head, chunk], keys[head], None, "sigmoid")
                 torch.mm(weights, values[head], out=mixed[head, chunk])
         sums = mixed[..., width:].sum(2, keepdim=True, dtype=torch.float32)
         out[:, part] = (mixed[..., :width] / sums).transpose(0, 1)

@@ -32,7 +32,7 @@ from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
-from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear_config import (
     EPILOGUES,
     GATED,
@@ -46,7 +46,7 @@ from .linear_config import (
 )
 from .tiles import accumulate, column_parts, descriptors_fit, first_row_and_column, store_zeros
 from .torch_reference import linear_reference
-from .vendor import launch_vendor_product, vendor_takes
+from .vendor import can_use_vendor_gemm, launch_vendor_gemm
 
 __all__ = [
     "EPILOGUES",
@@ -308,8 +308,8 @@ def launch_linear(
 
     (A vendor's product computes those rows as well.)
     """
-    if config.vendor and vendor_takes(x, activation):
-        launch_vendor_product(x, weight, bias, residual, out, activation)
+    if config.vendor and can_use_vendor_gemm(x, activation):
+        launch_vendor_gemm(x, weight, bias, residual, out, activation)
         return
     (rows, inner), columns = x.shape, out.shape[1]
     residual_stride = 0 if residual is None else residual.stride(0)
@@ -538,7 +538,7 @@ def linear(
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None:
             check_matrix(name, tensor, x, (rows, columns), f"the result is {(rows, columns)}")
-    live = live_rows(valid_rows, x.device)
+    live = get_valid_count(valid_rows, x.device)
     if out is None:
         out = x.new_empty(rows, columns)
     if not out.numel():

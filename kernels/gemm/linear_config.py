@@ -42,7 +42,7 @@ class LinearConfig:
     ``passes`` says in how many passes over its columns a tile's epilogue goes (1, 2 or 4; 0: :func:`epilogue_passes`
     decides).  More of them take fewer registers, and wait for memory more often.
 
-    ``vendor`` hands the product to torch's own library, where :func:`.vendor_product.vendor_takes` it; the blocks count
+    ``vendor`` hands the product to torch's own library, where :func:`.vendor_product.can_use_vendor_gemm` it; the blocks count
     where it does not.  Only a measurement may set it.
 
     Raises:

@@ -25,7 +25,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
-from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import LinearConfig, describe, operand_types, operands, walk
 from .tiles import accumulate, first_row_and_column, store_zeros
 from .torch_reference import linear_reference
@@ -342,7 +342,7 @@ def patch_projection(
                 f"position_table has {position_table.shape[0]} rows for {rows} patches; pass position_index to say which "
                 "row each patch takes"
             )
-    live = live_rows(valid_rows, device)
+    live = get_valid_count(valid_rows, device)
     if out is not None:
         _check("out", out, dtype, device, (rows, columns))
     else:

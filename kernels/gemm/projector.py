@@ -26,7 +26,7 @@ from ..rowwise.norm import NormKind, Rounding
 from ..runtime import config as configs
 from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import EPILOGUES, GATED, LinearConfig, compile_spec, launch_linear, split_specs
 from .linear import choose_config as choose_linear
 from .linear import default_config as linear_config
@@ -297,7 +297,7 @@ def projector_mlp(
     ):
         if vector is not None:
             _check(name, vector, x, (size,))
-    live = live_rows(valid_rows, x.device)
+    live = get_valid_count(valid_rows, x.device)
     if normed is not None:
         _check("normed", normed, x, (rows, width), dense=True)
         if row_index is not None and rows and normed.data_ptr() == x.data_ptr():

@@ -4,7 +4,7 @@ Shapes: ``x [M, K]``, ``W [3·H·hd, K]`` (q's rows, then k's, then v's, head af
 cosines and sines ``[M, hd/2]`` fp32.  R rotates each head of q and k by its row's angles and leaves v alone.
 
 The two values that a rotation mixes stand side by side: row 2i of a head of W is the published row i, and row 2i + 1 the
-published row i + hd/2 (:func:`arrange_heads`).  Both are then in the same thread, and the rotation costs no exchange and
+published row i + hd/2 (:func:`reorder_heads`).  Both are then in the same thread, and the rotation costs no exchange and
 no pass over memory of its own, which :mod:`.rope` needs.  Attention does not notice: ``q·kᵀ`` is a sum over the columns
 of a head, q and k have the same order of columns, and v keeps its own.
 
@@ -32,7 +32,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
-from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import (
     REDUCE_COLUMNS,
     REDUCE_ROWS,
@@ -52,17 +52,17 @@ from .tiles import accumulate, column_parts, first_row_and_column, store_zeros
 from .torch_reference import linear_reference
 
 __all__ = [
-    "arrange_heads",
     "choose_config",
     "compile_specs",
     "default_config",
     "launch_qkv_projection",
     "qkv_projection",
     "qkv_projection_reference",
+    "reorder_heads",
 ]
 
 
-def arrange_heads(
+def reorder_heads(
     tensor: torch.Tensor,
     *,
     heads: int,
@@ -425,7 +425,7 @@ def qkv_projection(
 
     Args:
         x: ``[M, K]`` float32, float16 or bfloat16; rows any distance apart, last stride 1.
-        weight: ``[3·H·hd, K]`` of x's dtype (hd: ``padded_head_dim``), as :func:`arrange_heads` orders it with
+        weight: ``[3·H·hd, K]`` of x's dtype (hd: ``padded_head_dim``), as :func:`reorder_heads` orders it with
             ``pairs``; rows any distance apart.
         bias: ``[3·H·hd]``, in the same order.
         cosines: ``[M, head_dim/2]`` float32, cosine of each row's angles; ``None``, and ``sines`` too: no rotation.
@@ -468,7 +468,7 @@ def qkv_projection(
             _validate_table(name, table, x, head_dim)
     if out is not None:
         check_matrix("out", out, x, (rows, columns), f"{text} [{rows}, {columns}]")
-    live = live_rows(valid_rows, x.device)
+    live = get_valid_count(valid_rows, x.device)
     if out is None:
         out = x.new_empty(rows, columns)
     if not out.numel():

@@ -1,20 +1,20 @@
-"""A linear layer by the library that comes with torch: cuBLAS on NVIDIA, hipBLASLt on AMD.
+"""A linear layer by the vendor's GEMM library that comes with torch: cuBLAS on NVIDIA, hipBLASLt on AMD.
 
-For large products it is the one to beat: its kernels are written for each chip and multicast operands among the programs
-of a cluster, which Triton does not.  Its epilogues are few, so what it lacks follows as a launch of its own, with a
-rounding in between where transformers rounds too:
+It is the baseline for large matrices: its kernels are written for each chip and multicast operands within a cluster of
+programs, which Triton does not.  It has few epilogues, so the others follow as a separate launch, with a rounding in
+between where transformers also rounds:
 
-=====================  ===========================================================================
-bias, or none          in the product
-residual without bias  in the product: the result is the residual, multiplied by one and added to
-``gelu_tanh``          in the product where there is a bias (on a GPU); else after it
-other activations      after the product, in place
+=====================  ===============================================================================
+bias, or none          in the GEMM
+residual without bias  in the GEMM: the residual times one is its accumulator's initial value
+``gelu_tanh``          in the GEMM where there is a bias (on a GPU); else after it
+other activations      after the GEMM, in place
 residual with those    after them
-=====================  ===========================================================================
+=====================  ===============================================================================
 
-Which algorithm the library takes for a number of rows is its own business, so a row's bits may differ between packs of
-different sizes.  All rows are computed, padding included, which stays finite if it was.  Therefore nothing but a table
-of measured configurations, or a caller, chooses it.
+The library selects its algorithm by the number of rows, so a row's bits may differ between batches of different sizes.
+It computes all rows, including padding, which stays finite if it was.  Therefore only a table of measured
+configurations, or a caller, selects it.
 """
 
 import torch
@@ -23,18 +23,16 @@ from ..rowwise.activations import activation as apply_activation
 from ..rowwise.activations import add
 from .linear_config import GATED
 
-__all__ = ["launch_vendor_product", "on_gpu", "vendor_takes"]
-
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether the fused operation has the GPU's meaning: on a CPU it is the other GELU."""
+    """Tells if the fused operation computes the tanh form of GELU; on a CPU it is the erf form."""
     return tensor.is_cuda
 
 
-def vendor_takes(x: torch.Tensor, activation: str | None) -> bool:
-    """Whether the library computes ``f(x Wᵀ + b)`` as it is defined here.
+def can_use_vendor_gemm(x: torch.Tensor, activation: str | None) -> bool:
+    """Tells if the library computes ``f(x Wᵀ + b)`` as defined here.
 
-    It does not know gates, and where torch has been allowed TF32 it would not multiply fp32 in fp32.
+    It has no gated epilogues, and with TF32 allowed in torch it does not multiply fp32 in fp32.
     """
     if activation in GATED:
         return False
@@ -42,7 +40,7 @@ def vendor_takes(x: torch.Tensor, activation: str | None) -> bool:
 
 
 @torch.no_grad()
-def launch_vendor_product(
+def launch_vendor_gemm(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -50,9 +48,9 @@ def launch_vendor_product(
     out: torch.Tensor,
     activation: str | None,
 ) -> None:
-    """``out = f(x Wᵀ + b) + r`` for validated, non-empty tensors that :func:`vendor_takes`.
+    """``out = f(x Wᵀ + b) + r`` for validated, non-empty tensors accepted by :func:`can_use_vendor_gemm`.
 
-    Allocates only where the residual is added after the product and lies in ``out`` already.
+    Allocates only if the residual is added after the GEMM and shares memory with ``out``.
     """
     transposed = weight.t()
     if residual is not None and bias is None and activation is None:

@@ -27,7 +27,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
-from ..runtime.valid_rows import ValidRows, live_rows, planned_rows
+from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 
 __all__ = [
     "MAX_WIDTH",
@@ -265,7 +265,7 @@ def launch_norm(
     row_index: torch.Tensor | None = None,
     live: torch.Tensor | None = None,
 ) -> None:
-    """The norm of validated, non-empty tensors, as :func:`norm_reference`; ``live``: see :func:`.valid_rows.live_rows`."""
+    """The norm of validated, non-empty tensors, as :func:`norm_reference`; ``live``: see :func:`.valid_rows.get_valid_count`."""
     rows, width = out.shape
     head, tail = _blocks(width)
     _norm_kernel[(triton.cdiv(rows, config.rows),)](
@@ -433,7 +433,7 @@ def norm(
                 residual=residual is not None,
                 device=x.device,
             )
-            launch_norm(x, weight, bias, out, config, **arguments, live=live_rows(valid_rows, x.device))
+            launch_norm(x, weight, bias, out, config, **arguments, live=get_valid_count(valid_rows, x.device))
         else:
             norm_reference(x, weight, bias, out, **arguments)
     return out if residual_out is None else (out, residual_out)

@@ -1,1 +1,1 @@
-"""What all kernels share: backend choice, launch configurations, segments and device functions."""
+"""Backend selection, launch configurations, segments, argument checks and device functions of all kernels."""

@@ -1,19 +1,17 @@
-"""Triton where it is installed, a stand-in where it is not.
+"""Triton if it is installed, else a placeholder.
 
-Triton ships for Linux only, yet every kernel file also holds the torch reference that *is* the CPU path.  Importing
-``triton`` and ``tl`` from here lets those references import anywhere; launching a kernel without Triton never happens,
-because :mod:`.dispatch` sends such tensors to the reference.
+Triton is published for Linux only, but every kernel file also has the torch reference, which is the CPU path.  Importing
+``triton`` and ``tl`` from here lets the kernel files import anywhere.  Without Triton no kernel is launched, because
+:mod:`.dispatch` selects the reference.
 """
 
 import os
 from importlib import import_module
 from typing import Any
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]
-
 
 class _MissingTriton:
-    """Answers every attribute and every decoration, so that kernel definitions parse without Triton."""
+    """Placeholder for any attribute or decorator, so that kernel definitions import without Triton."""
 
     def __getattr__(self, name: str) -> "_MissingTriton":
         if name.startswith("__"):
@@ -21,7 +19,7 @@ class _MissingTriton:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # `@triton.jit` hands over the function and gets it back; anything else is a placeholder.
+        # `@triton.jit` must return the function; anything else is a placeholder.
         return args[0] if len(args) == 1 and callable(args[0]) and not kwargs else self
 
 
@@ -36,7 +34,7 @@ triton = _import("triton")
 tl = _import("triton.language")
 
 HAS_TRITON = not isinstance(triton, _MissingTriton)
-"""Whether kernels can be launched at all."""
+"""True if kernels can be launched."""
 
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
-"""Whether Triton runs its kernels in numpy on the CPU; Triton reads the variable when a kernel is *defined*, so do we."""
+"""True if Triton runs kernels in numpy on the CPU; Triton also reads the variable when a kernel is *defined*."""

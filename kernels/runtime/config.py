@@ -1,10 +1,10 @@
-"""Which launch configuration a kernel takes, and how its shipped configurations are compiled without a GPU.
+"""Launch configurations, architectures, and compile specs.
 
 Every kernel file has a frozen ``…Config`` dataclass (block sizes, warps, pipeline stages) and a ``default_config`` that
-maps a shape and an *architecture* to one.  An architecture is the compiler's own name for a chip generation:
-``sm_80`` (A100), ``sm_89`` (Ada), ``sm_90`` (Hopper), ``sm_100`` (Blackwell), ``gfx942`` (MI300), ``gfx950`` (MI350), or
-``interpreter``.  Every kernel file also lists, as :class:`CompileSpec`, how its default configurations are launched, so
-that registers, spills and instructions can be read from a compile on any machine.
+maps a shape and an *architecture* to one.  An architecture is the compiler's name of a chip generation: ``sm_80`` (A100),
+``sm_89`` (Ada), ``sm_90`` (Hopper), ``sm_100`` (Blackwell), ``gfx942`` (MI300), ``gfx950`` (MI350), or ``interpreter``.
+Every kernel file also lists its default launches as :class:`CompileSpec`, so that any machine can compile them and read
+registers, spills and instructions.
 """
 
 from collections.abc import Mapping
@@ -13,15 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-
-__all__ = [
-    "ARCHITECTURES",
-    "SHARED_MEMORY_LIMIT",
-    "TRITON_TYPES",
-    "CompileSpec",
-    "architecture",
-    "nearest_architecture",
-]
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
 
@@ -43,45 +34,45 @@ TRITON_TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-"""How a kernel signature spells a torch dtype; a pointer to it has a ``*`` in front."""
+"""torch dtype → its name in a kernel signature; a pointer to it starts with ``*``."""
 
 
 @dataclass(frozen=True)
 class CompileSpec:
-    """One launch of one kernel, described well enough to compile it for a chip that is not there."""
+    """One launch of one kernel, to be compiled for any architecture."""
 
     name: str
-    """What it is, in a table: kernel, dtype, the shape that matters, the block sizes."""
+    """Name in a table: kernel, dtype, shape, block sizes."""
     kernel: Any
     """The ``@triton.jit`` function."""
     signature: dict[str, str]
     """Run-time argument → Triton type, e.g. ``"*bf16"``, ``"i32"``, ``"fp32"``."""
     constants: dict[str, Any]
-    """Compile-time argument → value; ``None`` for an absent pointer."""
+    """``tl.constexpr`` argument → value; ``None`` for an absent pointer."""
     divisible_by_16: tuple[str, ...]
-    """Integer arguments known to be multiples of 16, as the launcher would find them; pointers always are."""
+    """Integer arguments that are multiples of 16 in the launch; pointers always are."""
     num_warps: int
     num_stages: int
     tensor_core: bool
-    """Whether tensor-core instructions must appear in the disassembly."""
+    """Tensor-core instructions must appear in the disassembly."""
     elements: int
-    """Output elements of one program's main loop body, or scores for attention: the unit of instructions per element."""
+    """Output elements (for attention: scores) of one program's main loop, to compute instructions per element."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further options of the launch, e.g. ``enable_fp_fusion``."""
+    """Other options of the launch, e.g. ``enable_fp_fusion``."""
 
 
-# Newer than a chip of the table, yet with the shared memory and the tensor cores of an older one.
-_KINDRED = {"sm_86": "sm_89", "sm_87": "sm_89", "sm_120": "sm_89", "sm_121": "sm_89"}
+# Newer chips that have the shared memory and the tensor cores of an older one.
+_SAME_AS = {"sm_86": "sm_89", "sm_87": "sm_89", "sm_120": "sm_89", "sm_121": "sm_89"}
 
 
 def nearest_architecture(name: str) -> str:
-    """The known architecture whose defaults suit ``name`` best: as a rule the newest of its vendor that is not newer."""
+    """The known architecture whose defaults fit ``name``: usually the newest of its vendor that is not newer."""
     if name in ARCHITECTURES or name == "interpreter":
         return name
-    if name in _KINDRED:
-        return _KINDRED[name]
+    if name in _SAME_AS:
+        return _SAME_AS[name]
     if name.startswith("gfx") and not name.startswith("gfx9"):
-        # AMD's gaming chips have 64 KB of local memory, like the smallest of its accelerators.
+        # AMD's gaming chips have 64 KB of LDS, like the smallest of its accelerators.
         return "gfx942"
     vendor = "sm_" if name.startswith("sm_") else "gfx"
     known = [candidate for candidate in ARCHITECTURES if candidate.startswith(vendor)]

@@ -1,4 +1,4 @@
-"""The one place that decides where an operation runs.
+"""Backend selection: the only place that decides where an operation runs.
 
 ========================  =============================================================
 tensor                    backend
@@ -9,7 +9,7 @@ on the CPU, with          ``"interpreter"``: the kernel, run by Triton's interpr
 ``TRITON_INTERPRET=1``
 ========================  =============================================================
 
-:func:`use` overrides the choice for a block of code; tests compare backends with it.
+:func:`use` overrides the backend for a block of code; tests compare backends with it.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,8 +22,6 @@ import torch
 
 from ._triton import HAS_TRITON, INTERPRETED
 
-__all__ = ["Backend", "backend_for", "backend_on", "on_device_of_first", "runs_kernel", "use"]
-
 Backend = Literal["triton", "interpreter", "reference"]
 
 Parameters = ParamSpec("Parameters")
@@ -32,16 +30,16 @@ _override: ContextVar[Backend | None] = ContextVar("tritontower_backend", defaul
 
 
 def backend_for(tensor: torch.Tensor) -> Backend:
-    """The backend that an operation on ``tensor`` takes.
+    """The backend of an operation on ``tensor``.
 
     Raises:
-        RuntimeError: an override asks for a backend that cannot take this tensor here.
+        RuntimeError: the override of :func:`use` cannot run this tensor here.
     """
     return backend_on(tensor.device)
 
 
 def backend_on(device: torch.device) -> Backend:
-    """The backend that an operation on tensors of ``device`` takes; raises what :func:`backend_for` does."""
+    """The backend of an operation on tensors of ``device``; raises like :func:`backend_for`."""
     wanted = _override.get()
     natural: Backend
     if device.type == "cuda":
@@ -51,20 +49,20 @@ def backend_on(device: torch.device) -> Backend:
     if wanted is None or wanted == natural or wanted == "reference":
         return wanted or natural
     raise RuntimeError(
-        f"backend {wanted!r} was asked for, but a tensor on {device} can only take {natural!r} or 'reference' "
-        "here; the interpreter needs TRITON_INTERPRET=1 in the environment before the first import"
+        f"backend must be {natural!r} or 'reference' for a tensor on {device}, got {wanted!r}; "
+        "the interpreter needs TRITON_INTERPRET=1 in the environment before the first import"
     )
 
 
 def runs_kernel(tensor: torch.Tensor) -> bool:
-    """Whether an operation on ``tensor`` launches its Triton kernel (compiled or interpreted)."""
+    """Tells if an operation on ``tensor`` launches its Triton kernel, compiled or interpreted."""
     return backend_for(tensor) != "reference"
 
 
 def on_device_of_first(
     launcher: Callable[Concatenate[torch.Tensor, Parameters], None],
 ) -> Callable[Concatenate[torch.Tensor, Parameters], None]:
-    """Makes the device of a launcher's first tensor the current one: Triton launches there, wherever the tensors lie."""
+    """Decorates a launcher to run with its first tensor's device as the current one, where Triton launches."""
 
     @wraps(launcher)
     def guarded(first: torch.Tensor, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> None:
@@ -76,7 +74,7 @@ def on_device_of_first(
 
 @contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Sends every operation inside the block to ``backend``; the previous choice returns afterwards."""
+    """Runs every operation inside the block on ``backend``."""
     token = _override.set(backend)
     try:
         yield
@@ -85,6 +83,6 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 if INTERPRETED:
-    from .interpreter import repair_interpreter
+    from .interpreter import patch_interpreter
 
-    repair_interpreter()
+    patch_interpreter()

@@ -1,12 +1,10 @@
-"""How the rows of a packed batch divide into segments that attend only within themselves.
+"""Segments of a packed batch: runs of rows that attend only within themselves.
 
-A pack is the rows of many images (or windows, or frames) laid one after another; a *segment* is one run of rows whose
-members attend to each other.  This module holds the arithmetic of such a division: cumulative lengths, the flat list of
-query tiles that the attention kernel walks, and the runs of equal neighbors that the torch reference handles in one
-call.  Nothing of it is computed twice for one :class:`Segments`.
+A batch is the rows of many images (or windows, or frames) concatenated; a *segment* is a run of rows that attend to each
+other.  :class:`Segments` computes cumulative lengths, the list of query tiles for the attention kernel, and the runs of
+equal neighboring segments that the torch reference processes in one call.  Each is computed once.
 
-:class:`PlannedSegments` is a division that changes in place: launches that are captured once and replayed over many packs
-find it at the same address, in tables of the same size, every time.
+:class:`StaticSegments` changes in place: its device tables keep their address and size, as a replayed CUDA graph needs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +14,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-__all__ = ["PlannedSegments", "SegmentRun", "Segments", "on_device"]
+from .checks import ceil_div
 
 LARGEST_TOTAL = 2**31 - 1
-"""Rows are counted in int32 on the device."""
+"""The kernels count rows in int32."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +35,15 @@ class SegmentRun:
 
 
 class Segments:
-    """The division of ``total`` packed rows into ``count`` segments; immutable, and equal where the lengths are equal.
+    """Division of ``total`` packed rows into ``count`` segments; immutable, and equal if the lengths are equal.
 
-    Segments of zero rows are allowed: they own no rows, no tile and no run, and keep their place in ``lengths``.
+    Segments of zero rows are allowed: they have no tile and no run, and keep their place in ``lengths``.
 
     Attributes:
         lengths: rows of each segment.
         total: rows of all segments.
         count: number of segments, empty ones included.
-        longest: rows of the longest segment; 0 where there is none.
+        longest: rows of the longest segment; 0 if there is none.
     """
 
     def __init__(self, lengths: Iterable[int]) -> None:
@@ -55,8 +53,8 @@ class Segments:
         self.total: int = sum(self.lengths)
         if self.total > LARGEST_TOTAL:
             raise ValueError(
-                f"{self.total} packed rows exceed the limit of {LARGEST_TOTAL} (rows are int32 on the device); "
-                "split the pack"
+                f"segments must have at most {LARGEST_TOTAL} rows (int32 on the device), got {self.total}; "
+                "split the batch"
             )
         self.count: int = len(self.lengths)
         self.longest: int = max(self.lengths, default=0)
@@ -65,7 +63,7 @@ class Segments:
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> "Segments":
-        """The division into segments of ``lengths`` rows.
+        """Makes segments of ``lengths`` rows.
 
         Raises:
             ValueError: a length is negative, or the rows do not fit int32.
@@ -83,7 +81,7 @@ class Segments:
 
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
-        """``[count + 1]`` int32 on the CPU: segment ``s`` owns rows ``cu_seqlens[s]`` up to ``cu_seqlens[s + 1]``."""
+        """``[count + 1]`` int32 on the CPU: segment ``s`` has rows ``cu_seqlens[s]`` to ``cu_seqlens[s + 1]``."""
         ends = torch.tensor(self.lengths, dtype=torch.int64, device="cpu").cumsum(0)
         return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
@@ -95,26 +93,26 @@ class Segments:
         return self._cu_seqlens[key]
 
     def tiles(self, block_rows: int, device: torch.device) -> torch.Tensor:
-        """Every tile of ``block_rows`` query rows: ``[tiles, 2]`` int32 of (segment, tile within it), made once.
+        """All tiles of ``block_rows`` query rows: ``[tiles, 2]`` int32 of (segment, tile within it), made once.
 
-        Tiles of long segments come first: a tile costs as much as its segment is long, and a device that is handed the
-        expensive work first finishes with the cheap work filling the gaps.
+        Tiles of long segments come first: a tile costs as much as its segment is long, so that the cheap tiles fill the
+        gaps at the end.
 
         Raises:
             ValueError: ``block_rows`` is not positive.
         """
         if block_rows < 1:
-            raise ValueError(f"a tile needs at least one row, got block_rows={block_rows}")
+            raise ValueError(f"block_rows must be at least 1, got {block_rows}")
         key = (block_rows, torch.device(device), _stream(device))
         if key not in self._tiles:
             self._tiles[key] = on_device(torch.from_numpy(_tile_list(self.lengths, block_rows)), device)
         return self._tiles[key]
 
     def groups(self) -> tuple[SegmentRun, ...]:
-        """The runs of equal neighboring segments, in row order; together they cover every row exactly once.
+        """Runs of equal neighboring segments, in row order, which cover every row exactly once.
 
-        The rows of a run reshape to ``[count, length, ...]`` without a copy, so one batched call serves them all.
-        Empty segments own no rows and interrupt no run.
+        The rows of a run reshape to ``[count, length, ...]`` without a copy, so that one batched call computes them all.
+        Empty segments do not interrupt a run.
         """
         return self._groups
 
@@ -131,60 +129,61 @@ class Segments:
         return tuple(runs)
 
 
-class PlannedSegments(Segments):
-    """A division into at most ``count`` segments of ``total`` rows, in device tables that stay where they are.
+class StaticSegments(Segments):
+    """Division into at most ``count`` segments of ``total`` rows, in device tables that keep their address and size.
 
-    :meth:`assign` says what the division is now; :meth:`rows_of_tables` is what the tables then have to hold, and whoever
-    owns the memory copies it there.  To an operation it is like any other division: ``total``, ``count`` and ``longest``
-    are what it is planned for, ``lengths`` is what it is at the moment.  Segments beyond those assigned are empty; a tile
-    beyond those that there are lies beyond the end of segment 0, and whoever gets it has nothing to do.
+    :meth:`assign` sets the current division; :meth:`list_tables` then lists the contents of the tables, which the owner of
+    the memory copies there.  Operations use it like any other division: ``total``, ``count`` and ``longest`` are the
+    planned limits, ``lengths`` are the current ones.  Segments after the assigned ones are empty.  A tile after the
+    existing ones lies after the end of segment 0, so its program does nothing.
 
     Args:
         total: rows of all segments.
-        count: the most segments.
-        longest: rows that no segment exceeds.
-        allocate: number of elements → so many int32 on the device, for a table.
+        count: maximum number of segments.
+        longest: maximum rows of a segment.
+        allocate: returns a device table of so many int32.
 
     Attributes:
-        sealed: whether a table that there is not yet is refused, as it has to be while launches are captured.
+        is_sealed: refuse to make another table, because a capture is running.
     """
 
     def __init__(self, total: int, count: int, longest: int, allocate: Callable[[int], torch.Tensor]) -> None:
         super().__init__([0] * count)
         self.total, self.longest = total, longest
-        self.sealed = False
+        self.is_sealed = False
         self._allocate = allocate
         self._table = allocate(count + 1)
         self._tables_of_tiles: dict[int, torch.Tensor] = {}
 
-    # Two of them hold two tables, whatever is in these now.
+    # Two instances have two sets of tables, whatever they hold now.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     @staticmethod
-    def planned_tiles(total: int, count: int, longest: int, block_rows: int) -> int:
-        """Tiles that no division into ``count`` segments of ``total`` rows, each at most ``longest``, has more of."""
+    def max_tiles(total: int, count: int, longest: int, block_rows: int) -> int:
+        """Maximum number of tiles of a division into ``count`` segments of at most ``longest`` rows, ``total`` together."""
         return count if longest <= block_rows else count + total // block_rows
 
     def assign(self, lengths: Iterable[int]) -> None:
-        """Makes the division one into segments of ``lengths`` rows; the tables are the caller's to fill.
+        """Sets the current lengths; the caller then fills the tables.
 
         Raises:
-            ValueError: it is not one that was planned for.
+            ValueError: the lengths exceed what was planned.
         """
         lengths = tuple(lengths)
         if len(lengths) > self.count or sum(lengths) != self.total or max(lengths, default=0) > self.longest:
             raise ValueError(
-                f"{_shortened(lengths)} have {sum(lengths)} rows in {len(lengths)} segments of at most "
-                f"{max(lengths, default=0)}; planned are {self.total} in at most {self.count} of at most {self.longest}"
+                f"segments must have {self.total} rows in at most {self.count} segments of at most {self.longest}, got "
+                f"{_shortened(lengths)}: {sum(lengths)} rows in {len(lengths)} segments of at most "
+                f"{max(lengths, default=0)}"
             )
         self.lengths = lengths + (0,) * (self.count - len(lengths))
-        # What is computed once for a division is computed again for the next.
+        # These are cached for one division.
         for name in ("cu_seqlens", "_groups"):
             self.__dict__.pop(name, None)
 
-    def rows_of_tables(self) -> Iterator[tuple[torch.Tensor, "np.ndarray[tuple[int, ...], np.dtype[np.int32]]"]]:
-        """Each device table, and what it has to hold for the division to be what it was assigned."""
+    def list_tables(self) -> Iterator[tuple[torch.Tensor, "np.ndarray[tuple[int, ...], np.dtype[np.int32]]"]]:
+        """Yields each device table with its contents for the current lengths."""
         ends = np.zeros(self.count + 1, dtype=np.int32)
         np.cumsum(self.lengths, out=ends[1:])
         yield self._table, ends
@@ -192,44 +191,43 @@ class PlannedSegments(Segments):
             tiles = np.empty(table.shape, dtype=np.int32)
             found = _tile_list(self.lengths, block_rows)
             tiles[: len(found)] = found
-            tiles[len(found) :] = (0, -(-self.total // block_rows))
+            tiles[len(found) :] = (0, ceil_div(self.total, block_rows))
             yield table, tiles
 
     def cu_seqlens_on(self, device: torch.device) -> torch.Tensor:
-        """The table of cumulative lengths, which is on one device only."""
+        """The device table of cumulative lengths."""
         return self._table
 
     def tiles(self, block_rows: int, device: torch.device) -> torch.Tensor:
-        """The table of tiles of ``block_rows`` rows, made and filled the first time that it is asked for.
+        """The device table of tiles of ``block_rows`` rows, made and filled on first use.
 
         Raises:
-            RuntimeError: it is not there, and the division is sealed.
+            RuntimeError: the table does not exist, and :attr:`is_sealed` is set.
         """
         if block_rows not in self._tables_of_tiles:
-            if self.sealed:
-                raise RuntimeError(f"there is no table of tiles of {block_rows} rows, and none may be made now")
-            planned = self.planned_tiles(self.total, self.count, self.longest, block_rows)
+            if self.is_sealed:
+                raise RuntimeError(f"the table of tiles of {block_rows} rows must be made before the capture starts")
+            planned = self.max_tiles(self.total, self.count, self.longest, block_rows)
             table = self._allocate(2 * planned).view(planned, 2)
             self._tables_of_tiles[block_rows] = table
-            rows = next(rows for own, rows in self.rows_of_tables() if own is table)
+            rows = next(rows for own, rows in self.list_tables() if own is table)
             table.copy_(on_device(torch.from_numpy(rows), table.device))
         return self._tables_of_tiles[block_rows]
 
 
 def _stream(device: torch.device) -> int:
-    """The current stream of ``device``: what is copied there is not waited for, so only there it is sure to have come."""
+    # Copies are not waited for, so a table is complete only for work on the same stream.
     return torch.cuda.current_stream(device).stream_id if torch.device(device).type == "cuda" else 0
 
 
 def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A table of the CPU on ``device``, without waiting for it: a copy out of pageable memory would."""
+    """Copies a CPU table to ``device`` without waiting; a copy from pageable memory would wait."""
     if torch.device(device).type != "cuda":
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
 
 
 def _tile_list(lengths: tuple[int, ...], block_rows: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int32]]":
-    """``[tiles, 2]``: segment and tile within it, those of long segments first."""
     rows = np.array(lengths, dtype=np.int64)
     order = np.argsort(-rows, kind="stable")
     tiles_each = -(-rows[order] // block_rows)
@@ -240,6 +238,5 @@ def _tile_list(lengths: tuple[int, ...], block_rows: int) -> "np.ndarray[tuple[i
 
 
 def _shortened(lengths: tuple[int, ...], shown: int = 8) -> str:
-    """``lengths`` for a message: the first few, and how many there are."""
     head = ", ".join(map(str, lengths[:shown]))
     return f"[{head}]" if len(lengths) <= shown else f"[{head}, …; {len(lengths)} in all]"

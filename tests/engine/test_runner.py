@@ -172,7 +172,7 @@ def test_the_weights_bytes_of_a_loaded_tower_are_those_that_loading_allocates(na
 def test_they_are_foreseen_but_for_gaps_where_nothing_is_packed(
     case: TowerCase, towers: Towers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "onednn_packs", lambda dtype: False)
+    monkeypatch.setattr(cpu, "can_prepack", lambda dtype: False)
     tower = towers(case.name)
     foreseen = tower.weights_bytes
     tower.load()

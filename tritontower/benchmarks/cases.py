@@ -19,7 +19,7 @@ from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.gemm.linear import linear
 from tritontower.kernels.gemm.patch_projection import patch_projection
 from tritontower.kernels.gemm.projector import projector_mlp
-from tritontower.kernels.gemm.qkv_projection import arrange_heads, qkv_projection
+from tritontower.kernels.gemm.qkv_projection import qkv_projection, reorder_heads
 from tritontower.kernels.rowwise.gather import gather_rows
 from tritontower.kernels.rowwise.norm import norm
 from tritontower.kernels.rowwise.rope import rope_
@@ -299,7 +299,7 @@ def _qkv_projection(make: _Tensors, case: Case) -> Prepared:
     bias = make.normal(columns)
     cosines, sines = _angles(make, rows, head_dim // 2)
     arranged = [
-        arrange_heads(tensor, heads=heads, head_dim=head_dim, padded_head_dim=head_dim, pairs=True)
+        reorder_heads(tensor, heads=heads, head_dim=head_dim, padded_head_dim=head_dim, pairs=True)
         for tensor in (weight, bias)
     ]
     out = make.empty(rows, columns)

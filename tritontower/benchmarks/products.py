@@ -12,7 +12,7 @@ import torch
 
 from tritontower.graph.cost import list_matmuls
 from tritontower.graph.ir import Graph, Workload
-from tritontower.kernels.gemm.cpu import PackedWeight, compute_dtype, pack, product
+from tritontower.kernels.gemm.cpu import PrepackedWeight, compute_dtype, matmul, prepack
 
 __all__ = ["products_alone"]
 
@@ -42,7 +42,7 @@ def products_alone(
 def _product(rows: int, columns: int, inner: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     kept = compute_dtype(dtype) if device.type == "cpu" else dtype
     x, weight = (torch.randn(count, inner, device=device, dtype=kept) for count in (rows, columns))
-    packed = pack(weight)
-    if isinstance(packed, PackedWeight):
+    packed = prepack(weight)
+    if isinstance(packed, PrepackedWeight):
         (weight,) = packed.parts
-    return partial(product if device.type == "cpu" else torch.nn.functional.linear, x, weight, None)
+    return partial(matmul if device.type == "cpu" else torch.nn.functional.linear, x, weight, None)

@@ -1,7 +1,7 @@
 """A tower's weights in the order in which a CPU multiplies them fastest, in place of the plain ones.
 
 oneDNN keeps the rows of a weight in blocks of its own making and brings a plain weight into them in every product; see
-:class:`tritontower.kernels.gemm.cpu.PackedWeight`.  Packed once, when the tower is loaded, the same numbers come out sooner.
+:class:`tritontower.kernels.gemm.cpu.PrepackedWeight`.  Packed once, when the tower is loaded, the same numbers come out sooner.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def prepack_weights(graphs: Iterable[Graph], sources: dict[str, torch.Tensor]) -
     for name, halves in gated.items():
         tensor = sources.get(name)
         if tensor is not None and not INTERPRETED and backend_on(tensor.device) == "reference":
-            sources[name] = cpu.pack(tensor, gated=halves)
+            sources[name] = cpu.prepack(tensor, gated=halves)
             del tensor
 
 
@@ -41,7 +41,7 @@ def held_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of memory that ``tensors``, packed or plain, hold together: what several are views of counts once, and whole."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        if isinstance(tensor, cpu.PackedWeight):
+        if isinstance(tensor, cpu.PrepackedWeight):
             # Blocks are full: oneDNN may take more than the plain tensor did.
             sizes |= {id(part): torch.ops.mkldnn._nbytes(part) for part in tensor.parts}
         else:

@@ -8,7 +8,7 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Rows, Workload
 from tritontower.graph.memory_plan import ALIGNMENT, MemoryPlan, plan_memory
-from tritontower.kernels.runtime.segments import PlannedSegments, Segments
+from tritontower.kernels.runtime.segments import Segments, StaticSegments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
 from .buckets import Bucket, Division, planned
@@ -84,7 +84,7 @@ def _whole(words: int) -> int:
 
 def _table_words(division: Division) -> int:
     """Words for a division's tables: cumulative lengths, and tiles of two heights, of 64 rows or more."""
-    tiles = PlannedSegments.planned_tiles(division.total, division.count, division.longest, 64)
+    tiles = StaticSegments.max_tiles(division.total, division.count, division.longest, 64)
     return _whole(division.count + 1) + 2 * _whole(2 * tiles)
 
 
@@ -127,11 +127,11 @@ class StaticBuffers:
         start = layout.words_offset
         self._words = memory[start : start + layout.words * _WORD].view(torch.int32)
         tables = _Tables(self._words, layout.tables, layout.tables_end)
-        self._divisions: dict[str, tuple[Division, PlannedSegments]] = {}
+        self._divisions: dict[str, tuple[Division, StaticSegments]] = {}
         for name in ("segments", "windows", "tiles"):
             division: Division | None = getattr(bucket, name)
             if division is not None:
-                held = PlannedSegments(division.total, division.count, division.longest, tables.allocate)
+                held = StaticSegments(division.total, division.count, division.longest, tables.allocate)
                 self._divisions[name] = (division, held)
         held_divisions = {name: held for name, (_, held) in self._divisions.items()}
         self.facts = BatchMetadata(
@@ -145,10 +145,10 @@ class StaticBuffers:
             },
         )
 
-    def seal(self, sealed: bool) -> None:
+    def seal(self, is_sealed: bool) -> None:
         """Says whether tables of segments that there are not yet are refused: what a capture makes, nothing fills later."""
         for _, held in self._divisions.values():
-            held.sealed = sealed
+            held.is_sealed = is_sealed
 
     def fill(self, batch: PackedBatch) -> None:
         """Brings a pack of this bucket into the buffers; nothing of the pack before stays.
@@ -166,7 +166,7 @@ class StaticBuffers:
             image[place] = workload.rows(dimension)
         for name, (division, held) in self._divisions.items():
             held.assign(division.lengths(getattr(batch.attention, name)))
-            for table, rows in held.rows_of_tables():
+            for table, rows in held.list_tables():
                 # A table of its own has a copy of its own.
                 place = (table.data_ptr() - self._words.data_ptr()) // _WORD
                 if 0 <= place < self._layout.tables_end:

@@ -23,7 +23,7 @@ from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
 from tritontower.kernels.gemm.linear_config import default_config as default_linear
 from tritontower.kernels.gemm.qkv_projection import choose_config as choose_qkv
 from tritontower.kernels.gemm.qkv_projection import default_config as default_qkv
-from tritontower.kernels.gemm.vendor import vendor_takes
+from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
 from tritontower.kernels.runtime.config import nearest_architecture
 
 from .ir import Graph, Node, Workload
@@ -143,7 +143,7 @@ class _Counter:
         config = _linear_config(
             self.device, rows, columns, inner, dtype=self.dtype, activation=activation, residual=residual
         )
-        if config.vendor and vendor_takes(torch.empty(0, dtype=self.dtype), activation):
+        if config.vendor and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), activation):
             return self._library_product(activation, bias=bias, residual=residual)
         return Launches(1 if parts_of(inner, config) == 1 else 2)
 
@@ -154,7 +154,7 @@ class _Counter:
         head_dim = node.attributes["head_dim"]
         config = _qkv_config(self.device, rows, columns, inner, head_dim=head_dim, dtype=self.dtype)
         plain = len(node.inputs) == 1 and node.attributes["query_scale"] == 1
-        if config.vendor and plain and vendor_takes(torch.empty(0, dtype=self.dtype), None):
+        if config.vendor and plain and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), None):
             return self._library_product(None, bias="bias" in node.weights, residual=False)
         return Launches(1 if parts_of(inner, config) == 1 else 2)
 

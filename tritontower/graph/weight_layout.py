@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from tritontower.kernels.gemm.linear import interleave_gated
-from tritontower.kernels.gemm.qkv_projection import arrange_heads
+from tritontower.kernels.gemm.qkv_projection import reorder_heads
 
 __all__ = ["HeadOrder", "InterleavedGates", "WeightLayout"]
 
@@ -45,7 +45,7 @@ class HeadOrder:
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """The arranged form of a canonical tensor, in memory of its own."""
-        return arrange_heads(
+        return reorder_heads(
             tensor,
             heads=self.heads,
             head_dim=self.head_dim,

@@ -80,9 +80,9 @@ def _attention(node: Node, workload: Workload, dtype: torch.dtype) -> int:
     scores = workload.window_scores if node.attributes["windows"] else workload.scores
     length = round(scores / max(1, workload.patches))
     heads, head_dim = int(node.attributes["heads"]), int(node.attributes["head_dim"])
-    exponentials = cpu.onednn_exponentiates(dtype)
+    exponentials = cpu.has_onednn_exponential(dtype)
     least = LENGTH_FOR_EXPONENTIALS if exponentials else LENGTH_FOR_PRODUCTS
-    if not (cpu.fused_attention_is_slow() and length >= least):
+    if not (cpu.is_fused_attention_slow() and length >= least):
         return workload.patches * heads * head_dim * dtype.itemsize
     if exponentials:
         return _exponentials(length, heads, head_dim, dtype)

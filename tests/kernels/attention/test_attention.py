@@ -51,7 +51,7 @@ def backend(request, monkeypatch):
     """Where to run: the Triton kernel, torch's fused attention, or the separate products that suit some CPUs better."""
     if request.param == "kernel":
         return contextlib.nullcontext
-    monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: request.param == "products")
+    monkeypatch.setattr(cpu, "is_fused_attention_slow", lambda: request.param == "products")
     monkeypatch.setattr(torch_reference, "LENGTH_FOR_PRODUCTS", 1)
     monkeypatch.setattr(torch_reference, "_SCORES_BYTES", 1)
     return functools.partial(dispatch.use, "reference")
@@ -70,7 +70,7 @@ def test_kernel_against_fp64(kernel_device, poisoned_empty, head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [16, 36, 72, 80, 128])
 @pytest.mark.parametrize("by_products", [False, True])
 def test_reference_against_fp64(monkeypatch, poisoned_empty, head_dim, dtype, by_products):
-    monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: by_products)
+    monkeypatch.setattr(cpu, "is_fused_attention_slow", lambda: by_products)
     monkeypatch.setattr(torch_reference, "LENGTH_FOR_PRODUCTS", 1)
     segments = Segments([1, 64, 64, 77, 0, 64, 150])
     q, k, v = fused_projection(segments, head_dim, dtype)
@@ -203,7 +203,7 @@ def test_a_segment_does_not_feel_its_neighbors(kernel_device, length, dtype, bac
 @pytest.mark.parametrize("length", [1, 31, 64, 200, 513, 700])
 @pytest.mark.parametrize("by_products", [False, True])
 def test_reference_grouping_is_invisible(monkeypatch, length, dtype, by_products):
-    monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: by_products)
+    monkeypatch.setattr(cpu, "is_fused_attention_slow", lambda: by_products)
     """A batch of equal segments goes to torch as one call; every member keeps the bits it has alone."""
     segments = Segments([length] * 10)
     q, k, v = fused_projection(segments, 80, dtype, heads=3)

@@ -15,7 +15,7 @@ from tritontower.kernels.attention.attention import (
     default_config,
     flash_attention_varlen,
 )
-from tritontower.kernels.gemm.qkv_projection import arrange_heads, qkv_projection
+from tritontower.kernels.gemm.qkv_projection import qkv_projection, reorder_heads
 from tritontower.kernels.runtime import config as configs
 from tritontower.kernels.runtime import dispatch, registry
 from tritontower.kernels.runtime.segments import Segments
@@ -186,7 +186,7 @@ class TestNumbers:
         for _ in range(2):
             x, weight, bias = normal(segments.total, inner), normal(432, inner, scale=inner**-0.5), normal(432)
             weight[:288], bias[:288] = norm * weight[:288], norm * bias[:288]
-            weight, bias = (arrange_heads(t.to(dtype), **layout, ones=t.dim() == 1) for t in (weight, bias))
+            weight, bias = (reorder_heads(t.to(dtype), **layout, ones=t.dim() == 1) for t in (weight, bias))
             x = x.to(dtype)
             exact = turned(x.double() @ weight.double().T + bias.double(), *tables, **layout)
             truth = attention_fp64(*exact.unbind(1), segments, 72**-0.5)

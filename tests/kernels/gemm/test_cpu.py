@@ -24,10 +24,10 @@ BF16 = torch.bfloat16
 HEAD_DIMS = (64, 72, 80, 88, 104, 128)
 
 needs_exponentials = pytest.mark.skipif(
-    not (cpu.onednn_exponentiates(BF16)), reason="oneDNN has no bf16 product with a sigmoid on this CPU"
+    not (cpu.has_onednn_exponential(BF16)), reason="oneDNN has no bf16 product with a sigmoid on this CPU"
 )
 needs_packing = pytest.mark.skipif(
-    not (cpu.onednn_packs(BF16) and cpu.onednn_packs(torch.float32)),
+    not (cpu.can_prepack(BF16) and cpu.can_prepack(torch.float32)),
     reason="oneDNN packs no bf16 weights on this CPU, or no fp32 ones in this torch",
 )
 
@@ -35,7 +35,7 @@ needs_packing = pytest.mark.skipif(
 @pytest.fixture
 def exponentials(monkeypatch):
     """Attention takes the path of CPUs by AMD, whoever made this one, for segments of every length."""
-    monkeypatch.setattr(cpu, "fused_attention_is_slow", lambda: True)
+    monkeypatch.setattr(cpu, "is_fused_attention_slow", lambda: True)
     monkeypatch.setattr(torch_reference, "LENGTH_FOR_EXPONENTIALS", 1)
 
 
@@ -177,8 +177,8 @@ def test_strided_views_of_one_projection(exponentials):
 
 
 def test_only_bf16_takes_exponentials():
-    assert not cpu.onednn_exponentiates(torch.float32)
-    assert not cpu.onednn_exponentiates(torch.float16)
+    assert not cpu.has_onednn_exponential(torch.float32)
+    assert not cpu.has_onednn_exponential(torch.float16)
 
 
 @needs_packing
@@ -192,8 +192,8 @@ def test_packed_weights_give_the_bits_of_plain_ones(dtype, rows, columns, inner,
         torch.randn(*shape, generator=generator).to(dtype) for shape in ((rows, inner), (columns, inner), (columns,))
     )
     residual = torch.randn(rows, columns // (2 if activation == "silu_gated" else 1), generator=generator).to(dtype)
-    packed = cpu.pack(weight, gated=activation == "silu_gated")
-    assert isinstance(packed, cpu.PackedWeight)
+    packed = cpu.prepack(weight, gated=activation == "silu_gated")
+    assert isinstance(packed, cpu.PrepackedWeight)
     assert (packed.shape, packed.dtype, packed.device) == (weight.shape, weight.dtype, weight.device)
     for added in (None, residual):
         plain = linear_reference(x, weight, bias, activation, added)
@@ -203,27 +203,27 @@ def test_packed_weights_give_the_bits_of_plain_ones(dtype, rows, columns, inner,
 @needs_packing
 def test_packed_weights_refuse_everything_else():
     weight = torch.randn(64, 32)
-    packed = cpu.pack(weight)
+    packed = cpu.prepack(weight)
     assert "64, 32" in repr(packed)
-    with pytest.raises(TypeError, match="packed weight"):
+    with pytest.raises(TypeError, match="prepacked"):
         torch.matmul(torch.randn(3, 64), packed)
     with pytest.raises(ValueError, match="gated=True"):
         linear_reference(torch.randn(3, 32), packed, None, "silu_gated")
     with pytest.raises(ValueError, match="gated=True"):
-        linear_reference(torch.randn(3, 32), cpu.pack(weight, gated=True))
+        linear_reference(torch.randn(3, 32), cpu.prepack(weight, gated=True))
 
 
 def test_a_dtype_that_onednn_cannot_pack_stays_plain(monkeypatch):
-    monkeypatch.setattr(cpu, "onednn_packs", lambda dtype: False)
+    monkeypatch.setattr(cpu, "can_prepack", lambda dtype: False)
     weight = torch.randn(64, 32)
-    assert cpu.pack(weight) is weight
+    assert cpu.prepack(weight) is weight
 
 
 @needs_packing
 def test_the_public_product_takes_packed_weights(monkeypatch):
     monkeypatch.setattr("tritontower.kernels.gemm.linear.runs_kernel", lambda x: False)
     x, weight = torch.randn(5, 48), torch.randn(32, 48)
-    assert torch.equal(linear(x, cpu.pack(weight)), linear(x, weight))
+    assert torch.equal(linear(x, cpu.prepack(weight)), linear(x, weight))
 
 
 @needs_packing
@@ -248,11 +248,11 @@ def test_a_tower_of_packed_weights_gives_the_same_bits(case, tmp_path, monkeypat
 
 
 def is_packed(name, tower, sources):
-    return isinstance(sources[tower.graph.weights[name].held_name], cpu.PackedWeight)
+    return isinstance(sources[tower.graph.weights[name].held_name], cpu.PrepackedWeight)
 
 
 def test_the_interpreter_keeps_plain_weights(tmp_path):
     tower = VisionTower.from_pretrained(all_cases()[0].save(tmp_path / "model"), device="cpu")
     weights = tower.read_weights()
     prepack_weights([tower.graph], weights)
-    assert not any(isinstance(weight, cpu.PackedWeight) for weight in weights.values())
+    assert not any(isinstance(weight, cpu.PrepackedWeight) for weight in weights.values())

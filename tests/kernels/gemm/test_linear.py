@@ -143,7 +143,7 @@ def threads(request):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference_row_alone_has_the_bits_it_has_in_a_pack(monkeypatch, threads, dtype, activation, fused):
     if not fused:
-        monkeypatch.setattr(cpu, "onednn_multiplies", lambda dtype: False)
+        monkeypatch.setattr(cpu, "has_onednn_matmul", lambda dtype: False)
     monkeypatch.setattr(linear_reference_module, "_CHUNK_BYTES", 500 * 34 * 4)
     x, weight, bias, residual = inputs(1030, 34, 588, dtype, activation)
 
@@ -359,8 +359,8 @@ def test_a_tuned_configuration_is_taken(request):
 @pytest.mark.parametrize(
     ("live", "error", "message"),
     [
-        (torch.zeros(1), TypeError, "valid_rows.live is torch.float32 on cpu.*torch.int32"),
-        (torch.zeros(2, dtype=torch.int32), ValueError, r"valid_rows.live has shape \(2,\)"),
+        (torch.zeros(1), TypeError, "valid_rows.count must be torch.int32 on cpu, got torch.float32"),
+        (torch.zeros(2, dtype=torch.int32), ValueError, r"valid_rows.count must be one number, got shape \(2,\)"),
     ],
 )
 def test_refuses_an_valid_rows_that_is_no_number(live, error, message):
@@ -518,7 +518,7 @@ def test_what_the_vendor_is_asked_on_a_gpu(monkeypatch, with_bias, activation, w
     x, weight, bias, residual = inputs(5, 6, 8, torch.bfloat16)
     y = torch.empty(5, 6, dtype=torch.bfloat16)
     with Product():
-        vendor.launch_vendor_product(
+        vendor.launch_vendor_gemm(
             x, weight, bias if with_bias else None, residual if with_residual else None, y, activation
         )
     assert seen == operations
@@ -526,17 +526,17 @@ def test_what_the_vendor_is_asked_on_a_gpu(monkeypatch, with_bias, activation, w
 
 def test_vendor_takes_what_it_computes_as_defined():
     half, full = torch.zeros(1, dtype=torch.float16), torch.zeros(1)
-    assert vendor.vendor_takes(half, "gelu")
-    assert vendor.vendor_takes(full, None)
-    assert not vendor.vendor_takes(half, "silu_gated")
-    assert not vendor.vendor_takes(half, "silu_gated_interleaved")
+    assert vendor.can_use_vendor_gemm(half, "gelu")
+    assert vendor.can_use_vendor_gemm(full, None)
+    assert not vendor.can_use_vendor_gemm(half, "silu_gated")
+    assert not vendor.can_use_vendor_gemm(half, "silu_gated_interleaved")
     torch.set_float32_matmul_precision("high")
     try:
-        assert vendor.vendor_takes(half, None)
-        assert not vendor.vendor_takes(full, None)
+        assert vendor.can_use_vendor_gemm(half, None)
+        assert not vendor.can_use_vendor_gemm(full, None)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert vendor.vendor_takes(full, None)
+    assert vendor.can_use_vendor_gemm(full, None)
 
 
 def test_what_the_vendor_does_not_take_is_launched(kernel_device):

@@ -11,12 +11,12 @@ from support.numbers import TOLERANCE, relative_error, tolerance
 from tritontower.kernels.gemm import qkv_projection as qkv_projection_module
 from tritontower.kernels.gemm.linear import LinearConfig, linear
 from tritontower.kernels.gemm.qkv_projection import (
-    arrange_heads,
     choose_config,
     compile_specs,
     default_config,
     qkv_projection,
     qkv_projection_reference,
+    reorder_heads,
 )
 from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime import registry
@@ -67,8 +67,8 @@ def test_matches_fp64(device, dtype, rows, heads, head_dim, padded, inner):
     how = {"heads": heads, "head_dim": head_dim, "padded_head_dim": padded, "pairs": True}
     y = qkv_projection(
         x,
-        arrange_heads(weight, **how),
-        arrange_heads(bias, **how, ones=padded is not None),
+        reorder_heads(weight, **how),
+        reorder_heads(bias, **how, ones=padded is not None),
         cosines,
         sines,
         heads=heads,
@@ -93,7 +93,7 @@ def test_matches_fp64(device, dtype, rows, heads, head_dim, padded, inner):
 def test_few_rows_split_and_then_rotate(kernel_device, dtype, split):
     x, weight, bias, cosines, sines = inputs(5, 7, 18, 200, dtype, kernel_device)
     how = {"heads": 7, "head_dim": 18, "padded_head_dim": 20}
-    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
+    weight_, bias_ = (reorder_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
     config = replace(SMALL, split=split)
     y = qkv_projection(x, weight_, bias_, cosines, sines, **how, config=config)
     again = qkv_projection(x, weight_, bias_, cosines, sines, **how, config=config)
@@ -108,7 +108,7 @@ def test_scores_are_those_of_the_separate_operations(device, dtype):
     rows, heads, head_dim, inner = 37, 2, 20, 96
     x, weight, bias, cosines, sines = inputs(rows, heads, head_dim, inner, dtype, device)
     how = {"heads": heads, "head_dim": head_dim}
-    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
+    weight_, bias_ = (reorder_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
     fused = qkv_projection(x, weight_, bias_, cosines, sines, **how, config=SMALL)
     apart = linear(x, weight, bias, config=SMALL).unflatten(1, (3, heads, head_dim))
     rope_(apart[:, 0], apart[:, 1], cosines, sines)
@@ -137,7 +137,7 @@ def test_queries_are_scaled(device, dtype, split, rotated):
     heads, head_dim, padded = 3, 18, 20
     x, weight, bias, cosines, sines = inputs(37, heads, head_dim, 72, dtype, device)
     how = {"heads": heads, "head_dim": head_dim, "padded_head_dim": padded}
-    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True, ones=tensor.dim() == 1) for tensor in (weight, bias))
+    weight_, bias_ = (reorder_heads(tensor, **how, pairs=True, ones=tensor.dim() == 1) for tensor in (weight, bias))
     tables = (cosines, sines) if rotated else (None, None)
     config = replace(SMALL, split=split)
     plain = qkv_projection(x, weight_, bias_, *tables, **how, config=config)
@@ -174,7 +174,7 @@ def test_rows_may_stand_apart(device, operands, split):
     x, weight, _, cosines, sines = inputs(37, 2, 20, 64, torch.float32, device)
     want = expected(x, weight, None, cosines, sines, 2, 20)
     how = {"heads": 2, "head_dim": 20}
-    weight = arrange_heads(weight, **how, pairs=True)
+    weight = reorder_heads(weight, **how, pairs=True)
     x, weight, cosines, sines = (
         torch.nn.functional.pad(tensor, (0, 4), value=float("nan"))[:, : tensor.shape[1]]
         for tensor in (x, weight, cosines, sines)
@@ -271,7 +271,7 @@ def test_rows_beyond_32_bit_offsets(kernel_device):
     stride, inner = 2**30 + 64, 64
     near, weight, bias, cosines, sines = inputs(3, 2, 20, inner, torch.bfloat16, device=kernel_device)
     want = expected(near, weight, bias, cosines, sines, 2, 20)
-    weight, bias = (arrange_heads(tensor, heads=2, head_dim=20, pairs=True) for tensor in (weight, bias))
+    weight, bias = (reorder_heads(tensor, heads=2, head_dim=20, pairs=True) for tensor in (weight, bias))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "sparse")
         with path.open("wb") as file:
@@ -301,7 +301,7 @@ def test_no_rows(device):
 def test_towers_shapes_on_a_gpu(kernel_device, dtype, head_dim, padded, rows):
     x, weight, bias, cosines, sines = inputs(rows, 16, head_dim, 1280, dtype, kernel_device)
     how = {"heads": 16, "head_dim": head_dim, "padded_head_dim": padded}
-    weight_, bias_ = (arrange_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
+    weight_, bias_ = (reorder_heads(tensor, **how, pairs=True) for tensor in (weight, bias))
     y = qkv_projection(x, weight_, bias_, cosines, sines, **how)
     want = expected(x, weight, bias, cosines, sines, 16, head_dim)
     assert relative_error(published_order(y, 16, head_dim, padded), want) <= tolerance(dtype, want.numel())
@@ -309,12 +309,12 @@ def test_towers_shapes_on_a_gpu(kernel_device, dtype, head_dim, padded, rows):
 
 def test_arrange_heads_by_hand():
     bias = torch.arange(12.0)
-    assert arrange_heads(bias, heads=1, head_dim=4).tolist() == bias.tolist()
+    assert reorder_heads(bias, heads=1, head_dim=4).tolist() == bias.tolist()
     pairs = [0, 2, 1, 3, 4, 6, 5, 7, 8, 9, 10, 11]
-    assert arrange_heads(bias, heads=1, head_dim=4, pairs=True).tolist() == pairs
-    assert arrange_heads(bias[:, None] * torch.ones(5), heads=1, head_dim=4, pairs=True)[:, 3].tolist() == pairs
+    assert reorder_heads(bias, heads=1, head_dim=4, pairs=True).tolist() == pairs
+    assert reorder_heads(bias[:, None] * torch.ones(5), heads=1, head_dim=4, pairs=True)[:, 3].tolist() == pairs
     padded = [0, 1, 0, 2, 3, 0, 4, 5, 1, 6, 7, 1, 8, 9, 1, 10, 11, 1]
-    assert arrange_heads(bias, heads=2, head_dim=2, padded_head_dim=3, ones=True).tolist() == padded
+    assert reorder_heads(bias, heads=2, head_dim=2, padded_head_dim=3, ones=True).tolist() == padded
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,7 @@ def test_arrange_heads_by_hand():
 def test_arrange_heads_refuses(change, message):
     arguments = {"tensor": torch.zeros(12), "heads": 2, "head_dim": 2} | change
     with pytest.raises(ValueError, match=message):
-        arrange_heads(arguments.pop("tensor"), **arguments)
+        reorder_heads(arguments.pop("tensor"), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_arrange_heads_refuses(change, message):
         ({"padded_head_dim": 2}, ValueError, "padded_head_dim 2"),
         ({"head_dim": 3, "padded_head_dim": 4}, ValueError, "to be rotated they have to be even"),
         ({"out": torch.zeros(3, 25)}, ValueError, r"out has shape \(3, 25\).*\[3, 24\]"),
-        ({"valid_rows": ValidRows(3, torch.zeros(1))}, TypeError, "valid_rows.live is torch.float32.*torch.int32"),
+        ({"valid_rows": ValidRows(3, torch.zeros(1))}, TypeError, "valid_rows.count must be torch.int32"),
     ],
 )
 def test_refuses_what_does_not_fit(change, error, message):

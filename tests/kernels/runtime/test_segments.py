@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tritontower.kernels.runtime.segments import PlannedSegments, SegmentRun, Segments
+from tritontower.kernels.runtime.segments import SegmentRun, Segments, StaticSegments
 
 CPU = torch.device("cpu")
 
@@ -81,12 +81,12 @@ def test_negative_length():
 
 def test_more_rows_than_int32_counts():
     assert Segments([2**31 - 1]).total == 2**31 - 1
-    with pytest.raises(ValueError, match="exceed the limit of 2147483647"):
+    with pytest.raises(ValueError, match="at most 2147483647 rows"):
         Segments([2**30, 2**30])
 
 
 def test_tile_without_rows():
-    with pytest.raises(ValueError, match="block_rows=0"):
+    with pytest.raises(ValueError, match="block_rows must be at least 1, got 0"):
         Segments([3]).tiles(0, CPU)
 
 
@@ -94,10 +94,10 @@ class TestPlanned:
     """Segments whose division changes in place, in tables that stay where they are."""
 
     def make(self, total=100, count=8, longest=64):
-        return PlannedSegments(total, count, longest, lambda size: torch.full((size,), -7, dtype=torch.int32))
+        return StaticSegments(total, count, longest, lambda size: torch.full((size,), -7, dtype=torch.int32))
 
     def fill(self, segments):
-        for table, rows in segments.rows_of_tables():
+        for table, rows in segments.list_tables():
             table.copy_(torch.from_numpy(rows))
 
     @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
@@ -129,21 +129,21 @@ class TestPlanned:
 
     def test_no_division_has_more_tiles_than_planned(self):
         for total, count, longest, block_rows in [(100, 8, 64, 16), (100, 100, 1, 16), (100, 3, 100, 64), (7, 7, 7, 2)]:
-            planned = PlannedSegments.planned_tiles(total, count, longest, block_rows)
+            planned = StaticSegments.max_tiles(total, count, longest, block_rows)
             worst = [min(longest, total - (count - 1))] + [1] * (count - 1)
             for lengths in (worst, [longest] * (total // longest)):
                 assert len(Segments(lengths[:count]).tiles(block_rows, CPU)) <= planned
 
     @pytest.mark.parametrize("lengths", [[99], [101], [65, 35], [12] * 8 + [4]])
     def test_a_division_that_was_not_planned_for(self, lengths):
-        with pytest.raises(ValueError, match="planned are 100 in at most 8 of at most 64"):
+        with pytest.raises(ValueError, match="must have 100 rows in at most 8 segments of at most 64"):
             self.make().assign(lengths)
 
     def test_a_table_that_is_missing_when_none_may_be_made(self):
         segments = self.make()
         segments.assign([50, 50])
         known = segments.tiles(16, CPU)
-        segments.sealed = True
+        segments.is_sealed = True
         assert segments.tiles(16, CPU) is known
         with pytest.raises(RuntimeError, match="tiles of 32 rows"):
             segments.tiles(32, CPU)
