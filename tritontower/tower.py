@@ -32,9 +32,9 @@ from .graph.ir import Graph, Workload
 from .graph.memory_plan import MemoryPlan, plan_memory
 from .graph.summary import Description
 from .kernels.runtime.dispatch import backend_on
-from .models.common.detection import configuration_in, has_vision
+from .models.common.family import Family
 from .models.common.feature_layers import with_features
-from .models.common.registry import Family, declared_dtype, read_family
+from .models.common.registry import declared_dtype, has_vision, open_config, read_family
 from .preprocessing import Bounds, Preprocessor, pack_tiles
 from .preprocessing.images.image import ChannelOrder, ImageInput
 from .prompt.encode import PromptLayout
@@ -167,7 +167,7 @@ class VisionTower:
         where = parse_device(device)
         wanted = parse_dtype(dtype)
         folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-        reader = configuration_in(folder)
+        reader = open_config(folder)
         family = with_features(read_family(reader), feature_layer, feature_select)
         make = family.preprocessors.get(preprocessing)
         if make is None:

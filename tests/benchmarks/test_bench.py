@@ -20,10 +20,10 @@ from tritontower.graph.builder import build
 from tritontower.graph.cost import estimate_cost, estimate_total_cost
 from tritontower.graph.launch_count import count_launches
 from tritontower.graph.workspace import SMALL_WORKSPACE_BYTES
-from tritontower.models import qwen2_vl
+from tritontower.models.common.family import read_summary
 
 CPU = torch.device("cpu")
-(PUBLISHED,) = qwen2_vl.SUMMARIES
+PUBLISHED = read_summary("qwen2_vl")
 NARROW = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
 
 

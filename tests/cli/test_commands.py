@@ -15,10 +15,10 @@ from tritontower import VisionTower, cli
 from tritontower.cli.parity import synthetic_images
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.embedding import load_embeddings
-from tritontower.models import qwen2_vl
+from tritontower.models.common.family import read_summary
 from tritontower.parity import parity as parity_module
 
-(PUBLISHED,) = qwen2_vl.SUMMARIES
+PUBLISHED = read_summary("qwen2_vl")
 SMALL = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
 
 

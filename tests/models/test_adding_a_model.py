@@ -1,4 +1,4 @@
-"""``docs/adding-a-family.md`` is true: its two files, dropped into place, make a family that passes every tower's tests."""
+"""The code in ``docs/adding-a-model.md``, put into place, makes a model that passes the tests of every model."""
 
 import os
 import re
@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "adding-a-family.md"
-FILES = ("tritontower/models/lantern.py", "tests/support/towers/lantern.py")
+from tritontower.models.common.registry import model_types
 
-# Where the two files lie beside their packages instead of in them.
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "adding-a-model.md"
+MODEL, DATA = "tritontower/models/lantern.py", "tritontower/models/published/lantern.json"
+FILES = (MODEL, DATA, "tests/support/towers/lantern.py")
+BLOCK = re.compile(r"`(\S+\.json)`\n\n```json\n(.*?)```|```python\n# (\S+)\n(.*?)```", re.DOTALL)
+
+# Adds a folder with the model's files to the search paths of the packages.
 PLUGIN = """
 from pathlib import Path
 
@@ -32,13 +36,13 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files that the page shows, where it says they belong."""
+    """Returns a folder with the files of the page, at the paths that the page gives."""
     folder = tmp_path_factory.mktemp("lantern")
-    shown = re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert tuple(name for name, _ in shown) == FILES
+    shown = [(match[1] or match[3], match[2] or match[4]) for match in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))]
+    assert sorted(name for name, _ in shown) == sorted(FILES)
     for name, code in shown:
         path = folder / name
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code, encoding="utf-8")
     (folder / "with_lantern.py").write_text(PLUGIN, encoding="utf-8")
     return folder
@@ -56,48 +60,48 @@ def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_family_passes_what_every_tower_is_held_to(checkout: Path) -> None:
+def test_model_passes_the_tests_of_every_model(checkout: Path) -> None:
     tests = ("tests/models/test_every_model.py", "-k", "lantern", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
     finished = run(checkout, "-m", "pytest", "-p", "with_lantern", *tests)
     assert finished.returncode == 0, finished.stdout[-4000:]
     passed = re.search(r"(\d+) passed", finished.stdout)
-    # Each promise once, half precision twice, every other configuration once.
     assert passed is not None
     assert int(passed[1]) >= 16, finished.stdout[-4000:]
 
 
-def test_a_tower_of_the_example_is_described_and_catalogd(checkout: Path) -> None:
+def test_catalog_lists_the_model_and_config_errors_name_keys(checkout: Path) -> None:
     code = """
 import with_lantern; with_lantern.pytest_configure(None)
 from tritontower.models.common.catalog import catalog
 (entry,) = [entry for entry in catalog() if entry.title == "Lantern"]
 print(entry.model_types, entry.format, dict(entry.counted))
 from tritontower.errors import ConfigError
-from tritontower.models.common.registry import lantern
+from tritontower.models import lantern
+from tritontower.models.common.family import read_summary
 from tritontower.checkpoint.config_reader import ConfigReader
 try:
-    lantern.read(ConfigReader({**lantern.SUMMARIES[0].example, "wick": {"join": 3, "output": 8}}))
+    lantern.read(ConfigReader({**read_summary("lantern").example, "wick": {"join": 3, "output": 8}}))
 except ConfigError as error:
-    print(error)
+    print(error.key, error.value, error.allowed)
 """
     finished = run(checkout, "-c", code)
     assert finished.returncode == 0, finished.stderr[-4000:]
-    listed, refused = finished.stdout.splitlines()
+    listed, rejected = finished.stdout.splitlines()
     assert listed == "('lantern',) transformers {448: 64, 1024: 64}"
-    assert refused == "config.json: wick.join must be a number that divides the 16 patches on a side, got 3"
+    assert rejected == "wick.join 3 a number that divides the 16 patches on a side"
 
 
-def test_the_shown_code_is_in_the_house_style(checkout: Path) -> None:
+def test_code_of_the_page_passes_ruff(checkout: Path) -> None:
     pytest.importorskip("ruff")
     configuration = ("--config", str(ROOT / "pyproject.toml"))
-    family = str(checkout / FILES[0])
-    assert run(checkout, "-m", "ruff", "check", "--no-cache", *configuration, family).returncode == 0
+    assert run(checkout, "-m", "ruff", "check", "--no-cache", *configuration, str(checkout / MODEL)).returncode == 0
     for name in FILES:
-        checked = run(checkout, "-m", "ruff", "format", "--check", "--no-cache", *configuration, str(checkout / name))
-        assert checked.returncode == 0, checked.stdout
+        if name.endswith(".py"):
+            checked = run(
+                checkout, "-m", "ruff", "format", "--check", "--no-cache", *configuration, str(checkout / name)
+            )
+            assert checked.returncode == 0, checked.stdout
 
 
-def test_without_its_file_there_is_no_such_family() -> None:
-    from tritontower.models.common.registry import model_types
-
+def test_unregistered_model_is_unknown() -> None:
     assert "lantern" not in model_types()

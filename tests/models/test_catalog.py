@@ -11,7 +11,7 @@ from tritontower import cli
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.dequantize import SUPPORTED_SCHEMES
 from tritontower.models.common.catalog import catalog, families_table, weight_formats
-from tritontower.models.common.registry import family_files, model_types, read_family
+from tritontower.models.common.registry import list_summaries, model_types, read_family
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- families -->\n", "<!-- /families -->"
@@ -38,7 +38,7 @@ def test_every_row_has_every_cell(table: str) -> None:
 
 def test_every_summary_and_every_model_type_is_listed() -> None:
     entries = catalog()
-    titles = [summary.title for file in dict.fromkeys(family_files().values()) for summary in file.SUMMARIES]
+    titles = [summary.title for summary in list_summaries()]
     assert [entry.title for entry in entries] == titles
     assert len(set(titles)) == len(titles)
     assert {model_type for entry in entries for model_type in entry.model_types} == set(model_types())
@@ -55,10 +55,8 @@ def test_tokens_are_those_of_the_published_checkpoints() -> None:
     """Where the table and the list of published towers know the same checkpoint, they agree."""
     configurations = {read_config(entry.config, entry.file): entry.images for entry in PUBLISHED if entry.images}
     compared = set()
-    summaries = [summary for file in dict.fromkeys(family_files().values()) for summary in file.SUMMARIES]
-    for entry, summary in zip(catalog(), summaries, strict=True):
-        source = "config.json" if "model_type" in summary.example else "params.json"
-        images = configurations.get(read_config(summary.example, source))
+    for entry, summary in zip(catalog(), list_summaries(), strict=True):
+        images = configurations.get(read_family(summary.reader).config)
         if images:
             assert {image.side: image.tokens for image in images} == entry.counted
             compared.add(entry.title)

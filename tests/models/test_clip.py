@@ -17,12 +17,11 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Normalization, Pooling, TowerConfig
 from tritontower.errors import ConfigError, UnexpectedTensorError
 from tritontower.graph.builder import build
-from tritontower.models import clip, siglip
+from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import compare
 
-(CLIP,) = (dict(summary.example) for summary in clip.SUMMARIES)
-(SIGLIP,) = (dict(summary.example) for summary in siglip.SUMMARIES)
+CLIP, SIGLIP = (read_summary(name).example for name in ("clip", "siglip"))
 
 
 def read(values: dict[str, Any]) -> TowerConfig:

@@ -7,9 +7,10 @@ import pytest
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.errors import ConfigError, NoVisionTowerError, UnsupportedArchitectureError
 from tritontower.models.common.config_fields import TEXT_WIDTHS, text_width
-from tritontower.models.common.registry import MISTRAL_FORMAT, FamilySummary, family_files, has_tower, read_family
+from tritontower.models.common.family import FamilySummary
+from tritontower.models.common.registry import has_tower, list_summaries, read_family
 
-SUMMARIES = [summary for file in dict.fromkeys(family_files().values()) for summary in file.SUMMARIES]
+SUMMARIES = list_summaries()
 each_summary = pytest.mark.parametrize("summary", SUMMARIES, ids=lambda summary: summary.title)
 
 
@@ -21,8 +22,7 @@ def with_heads(summary: FamilySummary, heads: int) -> tuple[ConfigReader, str]:
         # One of the published files leaves the number out.
         key = "num_attention_heads"
     vision = {name: value for name, value in summary.example[section].items() if name != "head_dim"}
-    source = "config.json" if "model_type" in summary.example else MISTRAL_FORMAT
-    return ConfigReader({**summary.example, section: {**vision, key: heads}}, source), f"{section}.{key}"
+    return ConfigReader({**summary.example, section: {**vision, key: heads}}, summary.config_file), f"{section}.{key}"
 
 
 @each_summary

@@ -290,7 +290,7 @@ def test_a_missing_tensor_is_named(case: TowerCase, saved: Saved, tmp_path: Path
 @pytest.mark.parametrize("case", [case for case in CASES if case.video], ids=lambda case: case.name)
 def test_videos_agree_with_transformers(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
-    for frames in case.clip_frames:
+    for frames in case.video_frames:
         video = [noise(120, 80, seed) for seed in range(frames)]
         batch = tower.preprocess_video(video)
         assert batch.images.grids[0][0] == -(-frames // tower.config.patch.temporal)

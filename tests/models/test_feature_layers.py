@@ -146,16 +146,16 @@ def test_class_token_of_llava_can_be_kept(folders: dict[str, Path]) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("clip", {"feature_layer": 4}, "whole numbers from -4 to 3"),
-    ("clip", {"feature_layer": -5}, "whole numbers from -4 to 3"),
-    ("clip", {"feature_layer": [1, 9]}, "feature_layer has 9"),
+    ("clip", {"feature_layer": 4}, "range from -4 to 3 for 3 blocks, got 4"),
+    ("clip", {"feature_layer": -5}, "got -5"),
+    ("clip", {"feature_layer": [1, 9]}, "got 9"),
     ("clip", {"feature_layer": []}, "empty"),
-    ("clip", {"feature_layer": True}, "True"),
-    ("clip", {"feature_layer": 1.0}, "1.0"),
-    ("clip", {"feature_layer": "-2"}, "-2"),
-    ("clip", {"feature_select": "cls"}, "'patch', 'cls_patch'"),
+    ("clip", {"feature_layer": True}, "got True"),
+    ("clip", {"feature_layer": 1.0}, "got 1.0"),
+    ("clip", {"feature_layer": "-2"}, "got '-2'"),
+    ("clip", {"feature_select": "cls"}, "'patch', 'cls_patch', got 'cls'"),
     ("siglip", {"feature_select": "cls_patch"}, "no class token"),
-    ("llava", {"feature_layer": [1, 2]}, "names 2 layers"),
+    ("llava", {"feature_layer": [1, 2]}, r"projector takes \(1\), got 2"),
     ("llava_next", {"feature_select": "cls_patch"}, "tiles"),
 ]
 

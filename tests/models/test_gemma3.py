@@ -17,12 +17,11 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Normalization, TowerConfig
 from tritontower.errors import ConfigError, NoVisionTowerError, UsageError
 from tritontower.graph.builder import build
-from tritontower.models import gemma3, paligemma
+from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import compare, compare_nodes, relative_error
 
-GEMMA, SHIELD = (dict(summary.example) for summary in gemma3.SUMMARIES)
-PALIGEMMA = dict(paligemma.SUMMARIES[0].example)
+GEMMA, SHIELD, PALIGEMMA = (read_summary(name).example for name in ("gemma3", "shieldgemma2", "paligemma"))
 
 
 def read(values: dict[str, Any]) -> TowerConfig:

@@ -22,15 +22,11 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Activation, Normalization, TowerConfig
 from tritontower.errors import ConfigError, ProcessorError, UnsupportedArchitectureError
 from tritontower.graph.builder import build
-from tritontower.models import llava, llava_next, llava_onevision
-from tritontower.models.common.registry import FamilySummary, read_family
+from tritontower.models.common.family import FamilySummary, read_summary
+from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import compare_nodes, relative_error
 
-SUMMARIES: dict[str, FamilySummary] = {
-    "llava": llava.SUMMARIES[0],
-    "llava_next": llava_next.SUMMARIES[0],
-    "llava_onevision": llava_onevision.SUMMARIES[0],
-}
+SUMMARIES = {name: read_summary(name) for name in ("llava", "llava_next", "llava_onevision")}
 LLAVA, NEXT, ONEVISION = (dict(summary.example) for summary in SUMMARIES.values())
 SIGLIP_TOWER = {**ONEVISION["vision_config"], "num_hidden_layers": 27}
 each_family = pytest.mark.parametrize("values", [LLAVA, NEXT, ONEVISION], ids=list(SUMMARIES))

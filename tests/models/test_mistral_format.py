@@ -25,12 +25,12 @@ from tritontower.errors import (
     UsageError,
 )
 from tritontower.graph.builder import build
-from tritontower.models import mistral_format
+from tritontower.models.common.family import MISTRAL_FORMAT, Family, read_summary
 from tritontower.models.common.hf_reference import tile_images
-from tritontower.models.common.registry import MISTRAL_FORMAT, Family, read_family
+from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import HALF_TOLERANCE, Reference, compare, relative_error
 
-PIXTRAL, MISTRAL3 = (summary.example for summary in mistral_format.SUMMARIES)
+PIXTRAL, MISTRAL3 = (read_summary(f"{name}_mistral_format").example for name in ("pixtral", "mistral3"))
 KINDS = ["llava", "mistral3"]
 IMAGES = [noise(157, 243, 1), noise(300, 64, 2), noise(28, 28, 3)]
 

@@ -24,12 +24,11 @@ from tritontower.errors import AspectRatioError, ConfigError, UnsupportedArchite
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fuse
 from tritontower.kernels.runtime.segments import Segments
-from tritontower.models import mistral3, pixtral
+from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import Reference, compare, relative_error
 
-PIXTRAL = pixtral.SUMMARIES[0].example
-MISTRAL3 = mistral3.SUMMARIES[0].example
+PIXTRAL, MISTRAL3 = (read_summary(name).example for name in ("pixtral", "mistral3"))
 
 Saved = Callable[[str], Path]
 

@@ -21,11 +21,11 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import TowerConfig
 from tritontower.errors import ConfigError
 from tritontower.graph.builder import build
-from tritontower.models import qwen2_5_vl
+from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import Reference, relative_error
 
-(PUBLISHED,) = qwen2_5_vl.SUMMARIES
+PUBLISHED = read_summary("qwen2_5_vl")
 
 # The tower's part of the files published with 3B and 7B, and, with a wider MLP, with 32B and 72B.
 OLD_VISION = PUBLISHED.example["vision_config"]

@@ -10,10 +10,10 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import TowerConfig
 from tritontower.errors import ConfigError
 from tritontower.graph.builder import build
-from tritontower.models import qwen2_vl
+from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 
-(PUBLISHED,) = qwen2_vl.SUMMARIES
+PUBLISHED = read_summary("qwen2_vl")
 
 
 def read(values: dict) -> TowerConfig:

@@ -17,7 +17,7 @@ from packaging.version import Version
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import UsageError
-from tritontower.models.common.registry import family_files, read_family
+from tritontower.models.common.registry import list_summaries, read_family
 from tritontower.prompt import (
     MropePositions,
     MropeRule,
@@ -388,11 +388,7 @@ def test_nothing_has_no_positions() -> None:
 
 
 def test_family_files_know_the_rules_of_published_checkpoints() -> None:
-    rules = {}
-    for file in dict.fromkeys(family_files().values()):
-        for summary in file.SUMMARIES:
-            source = "config.json" if "model_type" in summary.example else "params.json"
-            rules[summary.title] = read_family(ConfigReader(summary.example, source)).mrope
+    rules = {summary.title: read_family(summary.reader).mrope for summary in list_summaries()}
     assert {title: rule for title, rule in rules.items() if rule is not None} == {
         "Qwen2-VL": MropeRule(merge=2),
         "Qwen2.5-VL": MropeRule(merge=2, positions_per_second=2),

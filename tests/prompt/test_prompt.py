@@ -24,8 +24,8 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import PromptError, TokenSpaceExhaustedError, UsageError
 from tritontower.kernels.rowwise.splice import splice_rows
-from tritontower.models import mistral_format
-from tritontower.models.common.registry import family_files, read_family
+from tritontower.models.common.family import read_summary
+from tritontower.models.common.registry import list_summaries, read_family
 from tritontower.prompt import (
     EncodedPrompt,
     PromptLayout,
@@ -179,7 +179,7 @@ def test_tiles_that_see_both_ways_are_found_in_the_prompt(opened):
 
 def test_mistrals_own_format_has_the_tokens_of_the_converted_one(opened):
     _, tokenizer, processor = opened("pixtral", "bytes")
-    config = {**next(iter(mistral_format.SUMMARIES)).example}
+    config = {**read_summary("pixtral_mistral_format").example}
     names = {"image_token_id": "[IMG]", "image_break_token_id": "[IMG_BREAK]", "image_end_token_id": "[IMG_END]"}
     vision = {key: tokenizer.convert_tokens_to_ids(name) for key, name in names.items()}
     config["vision_encoder"] = {**config["vision_encoder"], **vision}
@@ -202,16 +202,8 @@ def test_mistrals_own_format_has_the_tokens_of_the_converted_one(opened):
 
 
 def published_layouts() -> dict[str, PromptLayout | None]:
-    modules = {id(module): module for module in family_files().values()}.values()
-    return {
-        f"{module.__name__.rpartition('.')[2]}: {summary.title}": read_family(
-            ConfigReader(
-                dict(summary.example), source="params.json" if "vision_encoder" in summary.example else "config.json"
-            )
-        ).prompt
-        for module in modules
-        for summary in module.SUMMARIES
-    }
+    families = {summary.title: read_family(summary.reader) for summary in list_summaries()}
+    return {f"{family.config.family}: {title}": family.prompt for title, family in families.items()}
 
 
 def test_layouts_of_published_checkpoints():

@@ -1,4 +1,4 @@
-"""The model of the imaginary family in ``docs/adding-a-family.md``: what transformers would have of it.
+"""The model of the imaginary family in ``docs/adding-a-model.md``: what transformers would have of it.
 
 Plain modules, none of them this project's; :func:`register` makes transformers' automatic classes know them.
 """

@@ -11,19 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tritontower.models import (
-    gemma3,
-    llava,
-    llava_onevision,
-    mistral3,
-    mistral_format,
-    paligemma,
-    pixtral,
-    qwen2_5_vl,
-    qwen2_vl,
-    qwen3_vl,
-)
-from tritontower.models.common.registry import FamilySummary
+from tritontower.models.common.family import FamilySummary, read_summary
 
 __all__ = ["PUBLISHED", "ImageFacts", "PublishedTower", "write_published"]
 
@@ -81,10 +69,10 @@ def write_published(folder: Path, tower: PublishedTower) -> Path:
     return folder
 
 
-QWEN2, QWEN2_5, QWEN3, QWEN3_5 = (*qwen2_vl.SUMMARIES, *qwen2_5_vl.SUMMARIES, *qwen3_vl.SUMMARIES)
-(PIXTRAL,), (MISTRAL3,), PIXTRAL_PARAMS = pixtral.SUMMARIES, mistral3.SUMMARIES, mistral_format.SUMMARIES[0]
-(LLAVA,), (ONEVISION,), (PALIGEMMA,) = llava.SUMMARIES, llava_onevision.SUMMARIES, paligemma.SUMMARIES
-GEMMA3 = gemma3.SUMMARIES[0]
+QWEN2, QWEN2_5, QWEN3, QWEN3_5 = map(read_summary, ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"))
+PIXTRAL, MISTRAL3, PIXTRAL_PARAMS = map(read_summary, ("pixtral", "mistral3", "pixtral_mistral_format"))
+LLAVA, ONEVISION = map(read_summary, ("llava", "llava_onevision"))
+PALIGEMMA, GEMMA3 = map(read_summary, ("paligemma", "gemma3"))
 
 SMALL_QWEN3 = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 PIXTRAL_IMAGES = (ImageFacts(448, 784, 784, "0.74"), ImageFacts(1024, 4096, 4096, "5.21"))
@@ -104,9 +92,8 @@ def _varied(
         for key, value in changes.items()
         if isinstance(value, Mapping) and key in summary.example
     }
-    file = "config.json" if "model_type" in summary.example else "params.json"
     config = {**summary.example, **changes, **sections}
-    return PublishedTower(name, config, summary.processor, millions, projector, images, file=file)
+    return PublishedTower(name, config, summary.processor, millions, projector, images, file=summary.config_file)
 
 
 def _qwen2_vl(size: str, output: int, millions: str, images: Sequence[ImageFacts] = ()) -> PublishedTower:

@@ -1,6 +1,5 @@
 """What towers are timed on: batches of noise of given patch counts, image sizes or named packs, and random checkpoints."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.errors import UsageError
-from tritontower.models.common.registry import FamilySummary, family_files
+from tritontower.models.common.family import FamilySummary, write_config
+from tritontower.models.common.registry import list_summaries
 
 __all__ = [
     "PACKS",
@@ -43,9 +43,7 @@ DEPTH_KEYS = ("depth", "num_hidden_layers")
 
 def summaries() -> dict[str, FamilySummary]:
     """Title → summary of every family whose checkpoints transformers reads as well."""
-    files = dict.fromkeys(family_files().values())
-    found = [summary for file in files for summary in file.SUMMARIES]
-    return {summary.title: summary for summary in found if "model_type" in summary.example}
+    return {summary.title: summary for summary in list_summaries() if "model_type" in summary.example}
 
 
 def family_titles() -> Sequence[str]:
@@ -84,11 +82,7 @@ def family_configuration(title: str, *, depth: int = 0) -> Iterator[Path]:
     """Like :func:`family_checkpoint`, without weights: enough for all that is known before anything is read."""
     summary = _summary(title)
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(shallow(summary.example, depth)), encoding="utf-8")
-        if summary.processor:
-            (folder / "preprocessor_config.json").write_text(json.dumps(summary.processor), encoding="utf-8")
-        yield folder
+        yield write_config(Path(name), summary, shallow(summary.example, depth))
 
 
 def _summary(title: str) -> FamilySummary:

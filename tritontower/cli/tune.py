@@ -184,7 +184,8 @@ def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
     from tritontower.checkpoint.hub import CONFIG_NAME, locate
     from tritontower.devices import parse_dtype
     from tritontower.errors import CheckpointNotFoundError
-    from tritontower.models.common.registry import MISTRAL_FORMAT, declared_dtype, read_family
+    from tritontower.models.common.family import MISTRAL_FORMAT
+    from tritontower.models.common.registry import declared_dtype, read_family
 
     if arguments.config is not None:
         paths = [arguments.config.expanduser()]

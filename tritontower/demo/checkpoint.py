@@ -9,7 +9,7 @@ from PIL import Image
 
 from tritontower.engine.tuned_tables import cache_folder
 from tritontower.errors import UsageError
-from tritontower.models import qwen2_vl
+from tritontower.models.common.family import read_summary
 
 from .random_checkpoint import write_random_checkpoint
 
@@ -37,9 +37,9 @@ def demonstration_checkpoint() -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             unfinished = Path(tempfile.mkdtemp(prefix=f"{CHECKPOINT_NAME}-", dir=folder.parent))
-            (example,) = qwen2_vl.SUMMARIES
+            summary = read_summary("qwen2_vl")
             try:
-                write_random_checkpoint(unfinished, example.example, example.processor).rename(folder)
+                write_random_checkpoint(unfinished, summary.example, summary.processor).rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
     return folder

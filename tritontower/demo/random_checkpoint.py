@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Shape
 from tritontower.graph.builder import build
-from tritontower.models.common.registry import Family, read_family
+from tritontower.models.common.family import Family
+from tritontower.models.common.registry import read_family
 
 __all__ = ["write_random_checkpoint"]
 

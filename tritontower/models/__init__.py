@@ -1,1 +1,1 @@
-"""The supported models, one file per family; what families share is in :mod:`tritontower.models.common`."""
+"""The supported models, one file per family; shared code is in :mod:`tritontower.models.common`."""

@@ -1,14 +1,13 @@
 """Pixtral and Mistral Small 3 in Mistral's own format: ``params.json`` and ``consolidated*.safetensors``.
 
-The tower and the projectors are those of :mod:`tritontower.models.pixtral` and :mod:`tritontower.models.mistral3`,
-spelled otherwise: ``w1``, ``w3`` and ``w2`` are gate, up and down; the rows of ``wq`` and ``wk`` have a rotary pair side by
-side; ``vision_language_adapter`` holds the two linears.  ``params.json`` says in ``vision_encoder`` whether patches are
-merged (``mm_projector_id``) and normed before (``add_pre_mm_projector_layer_norm``); whether the two linears have biases is
-often left out, and then the checkpoint's tensors decide.
+The tower and the projectors are those of :mod:`tritontower.models.pixtral` and :mod:`tritontower.models.mistral3`, under other
+names: ``w1``, ``w3`` and ``w2`` are gate, up and down; the rows of ``wq`` and ``wk`` interleave the two halves of a rotary pair;
+``vision_language_adapter`` holds the two linears.  ``vision_encoder`` in ``params.json`` states whether patches are merged
+(``mm_projector_id``) and normalized before (``add_pre_mm_projector_layer_norm``).  It often does not state whether the two
+linears have biases; the checkpoint's tensors then decide.
 
-transformers reads no such checkpoint.  Mistral's own implementation rotates queries and keys in fp32, and so does this; in
-transformers' format of the same weights they are rotated in the activation dtype, as transformers does.  In fp32 there is no
-difference.
+transformers cannot read such a checkpoint.  Mistral's own implementation rotates queries and keys in fp32, and so does this one;
+transformers rotates the same weights in the activation dtype.  In fp32 there is no difference.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,11 +19,13 @@ from tritontower.config import Projector, TowerConfig
 from tritontower.prompt.layout import PromptLayout
 
 from .common.config_fields import positive, whole_heads
-from .common.pixtral_encoder import NORM, TowerSize, block_tensors, preprocessors, projector_tensors, tower_config
+from .common.family import MISTRAL_FORMAT, Family
+from .common.pixtral_encoder import NORM, TowerSize, block_tensors, make_preprocessors, tower_config
 from .common.prompts import token
-from .common.registry import MISTRAL_FORMAT, Family, FamilySummary
+from .common.weights import map_parameters
 
 MODEL_TYPES = (MISTRAL_FORMAT,)
+PUBLISHED = ("pixtral_mistral_format", "mistral3_mistral_format")
 
 PATCH_MERGE = "patch_merge"
 PREFIXES = {
@@ -35,60 +36,9 @@ PREFIXES = {
 }
 BIASES = ("projector.w_in.bias", "projector.w_out.bias")
 
-ENCODER_EXAMPLE = {
-    "hidden_size": 1024,
-    "num_channels": 3,
-    "rope_theta": 10000.0,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_token_id": 10,
-    "image_break_token_id": 12,
-    "image_end_token_id": 13,
-}
-SUMMARIES = (
-    FamilySummary(
-        title="Pixtral, Mistral's own format",
-        checkpoints="Pixtral 12B and Large (params.json)",
-        images="any size, shrunk to 1024 pixels on the longer side, to multiples of 16",
-        video=False,
-        tokens="⌈width/16⌉ × ⌈height/16⌉",
-        example={
-            "dim": 5120,
-            "vision_encoder": {
-                **ENCODER_EXAMPLE,
-                "image_size": 1024,
-                "patch_size": 16,
-            },
-        },
-        processor={},
-    ),
-    FamilySummary(
-        title="Mistral Small 3, Mistral's own format",
-        checkpoints="Mistral Small 3.1, 3.2 and their variants (params.json)",
-        images="any size, shrunk to 1540 pixels on the longer side, to multiples of 28",
-        video=False,
-        tokens="⌈width/28⌉ × ⌈height/28⌉",
-        example={
-            "dim": 5120,
-            "vision_encoder": {
-                **ENCODER_EXAMPLE,
-                "image_size": 1540,
-                "max_image_size": 1540,
-                "patch_size": 14,
-                "adapter_bias": False,
-                "mm_projector_id": PATCH_MERGE,
-                "spatial_merge_size": 2,
-                "add_pre_mm_projector_layer_norm": True,
-            },
-        },
-        processor={},
-    ),
-)
-
 
 def read(reader: ConfigReader) -> Family:
-    """Reads ``vision_encoder`` and the language model's width, ``dim``; neither has defaults that could be guessed."""
+    """Reads ``vision_encoder`` and the language model's width, ``dim``; both are required."""
     vision = reader.section("vision_encoder")
     size = _read_size(vision)
     projector = _read_projector(vision, positive(reader, "dim"))
@@ -101,17 +51,17 @@ def read(reader: ConfigReader) -> Family:
     return Family(
         config=config,
         prefixes=PREFIXES,
-        tensors=_tensors(config),
-        preprocessors=preprocessors(size.longest_edge, without_file=processor),
+        tensors=_map_tensors(config),
+        preprocessors=make_preprocessors(size.longest_edge, without_file=processor),
         reference=None,
         layout="mistral",
-        prompt=_prompt(vision, config),
+        prompt=_read_prompt(vision, config),
         settle=_settle,
     )
 
 
-def _prompt(vision: ConfigReader, config: TowerConfig) -> PromptLayout:
-    """As transformers has it, but the configuration knows every token."""
+def _read_prompt(vision: ConfigReader, config: TowerConfig) -> PromptLayout:
+    """Reads transformers' layout; the configuration has the id of every token."""
     return PromptLayout(
         placeholder=token(vision, "image", 10),
         merge=config.merge,
@@ -136,7 +86,7 @@ def _read_size(vision: ConfigReader) -> TowerSize:
 
 
 def _read_projector(vision: ConfigReader, width: int) -> Projector:
-    # Where nothing is merged, files leave this out or empty.
+    # Files without merging leave this out or empty.
     kind = vision.get(str, "mm_projector_id", default="", choices=("", PATCH_MERGE))
     merge = positive(vision, "spatial_merge_size", 1)
     if merge > 1 and kind != PATCH_MERGE:
@@ -152,8 +102,10 @@ def _read_projector(vision: ConfigReader, width: int) -> Projector:
     )
 
 
-def _tensors(config: TowerConfig) -> Mapping[str, WeightMap]:
-    tensors = block_tensors(config, output="attention.wo", gate="w1", up="w3", down="w2")
+def _map_tensors(config: TowerConfig) -> Mapping[str, WeightMap]:
+    tensors = block_tensors(
+        config, output="attention.wo", gate="feed_forward.w1", up="feed_forward.w3", down="feed_forward.w2"
+    )
     for block in range(config.depth):
         attention = f"tower.transformer.layers.{block}.attention"
         rotated = [InterleavedRotary(f"{attention}.{part}.weight", config.heads) for part in ("wq", "wk")]
@@ -161,14 +113,14 @@ def _tensors(config: TowerConfig) -> Mapping[str, WeightMap]:
     merging = ChannelMajor("projector.patch_merger.merging_layer.weight", config.rows_per_token)
     return {
         **tensors,
-        **projector_tensors("w_in", "w_out"),
+        **map_parameters({"projector.linear_1": "projector.w_in", "projector.linear_2": "projector.w_out"}),
         "projector.norm.weight": Stored("projector.norm.weight"),
         "projector.merging.weight": merging,
     }
 
 
 def _settle(family: Family, names: Collection[str]) -> Family:
-    """The linears have biases where the checkpoint has: published files that leave ``adapter_bias`` out are of both kinds."""
+    """Takes the biases of the linears from the checkpoint: published files without ``adapter_bias`` are of both kinds."""
     projector = family.config.projector
     if projector is None:
         return family

@@ -1,12 +1,10 @@
-"""Qwen2-VL (Wang et al. 2024, arXiv 2409.12191): 2B, 7B and 72B share one tower, with different outputs.
+"""Qwen2-VL (Wang et al. 2024, arXiv 2409.12191): 2B, 7B and 72B share one tower, with different output widths.
 
 Patches of 14 × 14 pixels and two frames, no position table, 2-D rotary embedding, attention within one temporal patch,
-quick-GELU, and a merger that joins 2 × 2 patches.  The reference is ``Qwen2VisionTransformerPretrainedModel`` of
-``transformers.models.qwen2_vl.modeling_qwen2_vl``.
+quick-GELU, and a merger that joins 2 × 2 patches.  The reference is ``Qwen2VisionTransformerPretrainedModel``.
 
-Published configurations come in two generations: the old one is flat (the language model's keys stand at the top level
-and ``vision_config`` says ``model_type: qwen2_vl`` or nothing), the new one nests a ``text_config`` beside the
-``vision_config``.  The tower's part reads the same in both.
+Published configurations are flat (old: the language model's keys are at the top level) or nested (new: ``text_config`` and
+``vision_config``).  The tower's part reads the same in both.
 """
 
 from functools import partial
@@ -17,6 +15,7 @@ from tritontower.preprocessing import SmartResize
 from tritontower.prompt.mrope import MropeRule
 
 from .common.config_fields import activation, positive
+from .common.family import Family
 from .common.prompts import qwen_prompt
 from .common.qwen_encoder import (
     ATTENTION,
@@ -24,26 +23,21 @@ from .common.qwen_encoder import (
     NORMS,
     PREFIXES,
     QWEN2_MERGER,
-    QWEN2_PROCESSOR,
     QwenReference,
+    block_tensors,
     block_values,
     merger_tensors,
     merger_values,
-    parameters,
     read_merger,
     read_patch,
     read_tower,
-    stored_blocks,
 )
-from .common.registry import Family, FamilySummary
+from .common.weights import map_parameters
 
 MODEL_TYPES = ("qwen2_vl",)
+PUBLISHED = ("qwen2_vl",)
 
-BLOCK_TENSORS = parameters({**NORMS, **ATTENTION, "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"})
-OTHER_TENSORS = {
-    "patch_projection.weight": "patch_embed.proj.weight",
-    **merger_tensors("projector", "merger", QWEN2_MERGER),
-}
+MODULES = {**NORMS, **ATTENTION, "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"}
 
 # Value of the layer graph → module of the reference and side of it.
 BLOCK_VALUES = block_values(up="mlp.fc1", down="mlp.fc2")
@@ -53,47 +47,21 @@ OTHER_VALUES = {
     **merger_values("projector", "merger", QWEN2_MERGER),
 }
 
-SUMMARIES = (
-    FamilySummary(
-        title="Qwen2-VL",
-        checkpoints="Qwen2-VL 2B, 7B, 72B",
-        images="any size, to multiples of 28 pixels within an area",
-        video=True,
-        tokens="width/28 × height/28",
-        example={
-            "architectures": ["Qwen2VLForConditionalGeneration"],
-            "model_type": "qwen2_vl",
-            "hidden_size": 1536,
-            "torch_dtype": "bfloat16",
-            "vision_config": {
-                "depth": 32,
-                "embed_dim": 1280,
-                "hidden_act": "quick_gelu",
-                "hidden_size": 1536,
-                "in_channels": 3,
-                "mlp_ratio": 4,
-                "model_type": "qwen2_vl",
-                "num_heads": 16,
-                "patch_size": 14,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-            },
-        },
-        processor=QWEN2_PROCESSOR,
-    ),
-)
-
 
 def read(reader: ConfigReader) -> Family:
-    """Reads ``vision_config``; what a sparse file leaves out has the defaults of ``Qwen2VLVisionConfig``.
+    """Reads ``vision_config``; missing keys have the defaults of ``Qwen2VLVisionConfig``.
 
-    Only ``hidden_size`` (the language model's width) must be there: its default fits the 7B model alone.
+    Only ``hidden_size`` (the language model's width) is required: its default matches the 7B model alone.
     """
-    config = read_config(reader)
+    config = _read_config(reader)
     return Family(
         config=config,
         prefixes=PREFIXES,
-        tensors=stored_blocks(config, BLOCK_TENSORS, OTHER_TENSORS),
+        tensors={
+            **map_parameters({"patch_projection": "patch_embed.proj"}, ("weight",)),
+            **block_tensors(config, MODULES),
+            **merger_tensors("projector", "merger", QWEN2_MERGER),
+        },
         ignored=IGNORED,
         preprocessors={"hf": partial(SmartResize, frame_budget="per_frame")},
         reference=QwenReference(BLOCK_VALUES, OTHER_VALUES),
@@ -102,17 +70,15 @@ def read(reader: ConfigReader) -> Family:
     )
 
 
-def read_config(reader: ConfigReader) -> TowerConfig:
-    """The tower of ``vision_config``."""
+def _read_config(reader: ConfigReader) -> TowerConfig:
     vision = reader.section("vision_config", optional=True)
     vision.get(str, "model_type", default="qwen2_vl", choices=("qwen2_vl", "qwen2_vl_vision"))
     width = positive(vision, "embed_dim", 1280)
     norm = Normalization("layer_norm", eps=1e-6)
-    depth = positive(vision, "depth", 32)
     return read_tower(
         vision,
         width,
-        depth,
+        positive(vision, "depth", 32),
         family="qwen2_vl",
         patch=read_patch(vision, 14, bias=False),
         norm=norm,

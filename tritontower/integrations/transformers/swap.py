@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from tritontower.checkpoint.checkpoint import Checkpoint, Progress
 from tritontower.checkpoint.hub import locate
 from tritontower.errors import Limits, TowerError, UsageError, list_names
-from tritontower.models.common.registry import Family
+from tritontower.models.common.family import Family
 from tritontower.tower import VisionTower
 
 from .module_weights import ModuleWeights, lend

@@ -19,7 +19,8 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.files import Prefixes, strip_prefix
 from tritontower.config import TowerConfig
 from tritontower.errors import UnsupportedArchitectureError, UsageError, shorten
-from tritontower.models.common.registry import Family, read_family
+from tritontower.models.common.family import Family
+from tritontower.models.common.registry import read_family
 from tritontower.preprocessing.resize.anyres import best_canvas
 from tritontower.tower import VisionTower
 

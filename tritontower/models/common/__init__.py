@@ -1,1 +1,1 @@
-"""What several model files share: the registry, encoders, configuration fields and prompt layouts."""
+"""Code shared by the model files: registry, encoders, configuration fields, weight maps and prompt layouts."""

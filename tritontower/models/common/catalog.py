@@ -1,10 +1,5 @@
-"""What can be loaded: every family's row of the documentation, from what the family files say of themselves.
+"""The table of supported models, from the summaries and published examples of the model files."""
 
-Nothing is listed by hand.  Formats and token counts are those of each family's published example, read as a checkpoint
-without weights is read.
-"""
-
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +7,16 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from tritontower.checkpoint.dequantize import SUPPORTED_SCHEMES
-from tritontower.tower import VisionTower
+from tritontower.errors import Limits
 
-from .registry import MISTRAL_FORMAT, FamilyFile, FamilySummary, family_files
-
-__all__ = ["COUNTED_SIDES", "CatalogEntry", "catalog", "families_table", "weight_formats"]
+from .family import MISTRAL_FORMAT, FamilyFile, FamilySummary, read_summary, write_config
+from .registry import list_family_files, read_family
 
 COUNTED_SIDES: Final = (448, 1024)
-"""Sides of the square images that tokens are counted for, pixels."""
+"""Sides of the square images for which tokens are counted, pixels."""
 
 FORMATS: Final = {"hf": "transformers", "mistral": "Mistral"}
-"""A family's ``layout`` → whose names its files have."""
+"""``Family.layout`` → column "Format"."""
 
 COLUMNS: Final = (
     "Family",
@@ -38,17 +32,11 @@ COLUMNS: Final = (
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One row of the table.
+    """One row of the table: a :class:`FamilySummary` with what follows from its example.
 
     Attributes:
-        title: what people call the family.
-        checkpoints: models that it loads, by name.
-        format: whose configuration, file and tensor names the checkpoints have.
-        model_types: by what a configuration is recognized: ``model_type``, ``model_type/vision_config.model_type``, or
-            ``params.json``.
-        images: to which sizes images are resized, in words.
-        video: whether it takes videos.
-        tokens: tokens of an image, in words or as a formula.
+        format: whose configuration and tensor names the checkpoints have.
+        model_types: ``model_type``, ``model_type/vision_config.model_type``, or ``params.json``.
         counted: side of a square image, pixels → its tokens in the published example.
     """
 
@@ -63,23 +51,23 @@ class CatalogEntry:
 
 
 def catalog() -> list[CatalogEntry]:
-    """Every family, in the order of the family files' names."""
+    """Returns every family, in the order of the model files' names."""
     return [
-        _entry(summary, model_types)
-        for file in dict.fromkeys(family_files().values())
-        for summary, model_types in _model_types_of(file)
+        _make_entry(summary, model_types)
+        for file in dict.fromkeys(list_family_files().values())
+        for summary, model_types in _assign_model_types(file)
     ]
 
 
 def families_table() -> str:
-    """The catalog as a Markdown table, with a line beneath it on how weights may be stored."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, catalog())]
+    """Returns the catalog as a Markdown table, followed by :func:`weight_formats`."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(_format_cells, catalog())]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{table}\n\n{weight_formats()}"
 
 
 def weight_formats() -> str:
-    """How the weights of every family may be stored, in a sentence."""
+    """Returns a sentence with the storage formats that every family supports."""
     *others, last = SUPPORTED_SCHEMES
     return (
         f"A tower's weights may be stored in fp32, fp16 or bf16, or quantized: {', '.join(others)} and {last} are "
@@ -87,7 +75,7 @@ def weight_formats() -> str:
     )
 
 
-def _cells(entry: CatalogEntry) -> Sequence[str]:
+def _format_cells(entry: CatalogEntry) -> Sequence[str]:
     return (
         entry.title,
         entry.checkpoints,
@@ -100,38 +88,37 @@ def _cells(entry: CatalogEntry) -> Sequence[str]:
     )
 
 
-def _entry(summary: FamilySummary, model_types: tuple[str, ...]) -> CatalogEntry:
+def _make_entry(summary: FamilySummary, model_types: tuple[str, ...]) -> CatalogEntry:
+    family = read_family(summary.reader)
     with TemporaryDirectory() as name:
-        folder = Path(name)
-        mistral = MISTRAL_FORMAT in model_types
-        (folder / (MISTRAL_FORMAT if mistral else "config.json")).write_text(json.dumps(summary.example))
-        if summary.processor:
-            (folder / "preprocessor_config.json").write_text(json.dumps(summary.processor))
-        tower = VisionTower.from_pretrained(folder, device="cpu", delay_load=True)
-        return CatalogEntry(
-            title=summary.title,
-            checkpoints=summary.checkpoints,
-            format=FORMATS[tower.family.layout],
-            model_types=model_types,
-            images=summary.images,
-            video=summary.video,
-            tokens=summary.tokens,
-            counted={side: tower.count_tokens(side, side) for side in COUNTED_SIDES},
-        )
+        folder = write_config(Path(name), summary)
+        preprocessor = family.preprocessors["hf"](family.config, folder, Limits(), None, {})
+        counted = {side: preprocessor.layout(side, side).tokens(family.config) for side in COUNTED_SIDES}
+    return CatalogEntry(
+        title=summary.title,
+        checkpoints=summary.checkpoints,
+        format=FORMATS[family.layout],
+        model_types=model_types,
+        images=summary.images,
+        video=summary.video,
+        tokens=summary.tokens,
+        counted=counted,
+    )
 
 
-def _model_types_of(file: FamilyFile) -> list[tuple[FamilySummary, tuple[str, ...]]]:
-    """The summaries of a file, each with the model types that are its own.
+def _assign_model_types(file: FamilyFile) -> list[tuple[FamilySummary, tuple[str, ...]]]:
+    """Pairs each summary of a file with its model types.
 
-    A type belongs to the summary whose example's ``model_type`` it begins with: ``qwen3_5_moe`` to ``qwen3_5``.  Summaries
+    A type belongs to the summary whose example's ``model_type`` is its prefix: ``qwen3_5_moe`` to ``qwen3_5``.  Summaries
     whose examples have the same type share it.
     """
-    own = [str(summary.example.get("model_type", MISTRAL_FORMAT)) for summary in file.SUMMARIES]
+    summaries = [read_summary(name) for name in file.PUBLISHED]
+    own = [str(summary.example.get("model_type", MISTRAL_FORMAT)) for summary in summaries]
 
-    def nearest(model_type: str) -> str:
+    def find_owner(model_type: str) -> str:
         return max((name for name in own if model_type.startswith(name)), key=len, default=own[0])
 
     return [
-        (summary, tuple(model_type for model_type in file.MODEL_TYPES if nearest(model_type) == name))
-        for summary, name in zip(file.SUMMARIES, own, strict=True)
+        (summary, tuple(model_type for model_type in file.MODEL_TYPES if find_owner(model_type) == name))
+        for summary, name in zip(summaries, own, strict=True)
     ]

@@ -1,21 +1,11 @@
-"""What several families read in the same way."""
+"""Fields of ``config.json`` that several models read in the same way."""
 
 from collections.abc import Mapping
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Activation
+from tritontower.config import Activation, Projector
 from tritontower.errors import ConfigError
 from tritontower.kernels.attention.attention import LARGEST_HEAD_DIM
-
-__all__ = [
-    "ACTIVATIONS",
-    "activation",
-    "feature_layers",
-    "positive",
-    "rotary_theta",
-    "text_width",
-    "whole_heads",
-]
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "quick_gelu": "quick_gelu",
@@ -26,7 +16,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """transformers' names of activations → ours."""
 
 HEAD_MULTIPLE = 4
-"""Two axes turn pairs of a head's columns; towers without rotary embedding keep to it as well, for aligned loads."""
+"""The rotary embedding rotates pairs of columns along two axes; other towers need the multiple for aligned loads."""
 
 TEXT_WIDTHS: Mapping[str, int] = {
     "gemma": 3072,
@@ -42,32 +32,33 @@ TEXT_WIDTHS: Mapping[str, int] = {
     "qwen2": 4096,
     "qwen3": 4096,
 }
-"""``model_type`` of a language model → the width that its class in transformers has where a file says nothing."""
+"""``model_type`` of a language model → default width of its class in transformers."""
 
 
 def positive(reader: ConfigReader, key: str, default: int | None = None) -> int:
-    """A whole number of at least 1; it has to be there where there is no default."""
+    """Reads an integer of at least 1; the key is required if there is no default."""
     if default is None:
         return reader.get(int, key, minimum=1)
     return reader.get(int, key, default, minimum=1)
 
 
 def activation(reader: ConfigReader, key: str, default: str) -> Activation:
-    """An activation by transformers' name for it."""
+    """Reads an activation by transformers' name."""
     return ACTIVATIONS[reader.get(str, key, default=default, choices=tuple(ACTIVATIONS))]
 
 
-def whole_heads(reader: ConfigReader, key: str, width: int, default: int | None = None) -> int:
-    """The number of heads, as wide as the kernels take them: a multiple of 4, and at most 128.
+def read_eps(reader: ConfigReader, key: str, default: float | None = None) -> float:
+    """Reads the epsilon of a norm; the key is required if there is no default."""
+    if default is None:
+        return reader.get(float, key, minimum=0.0, maximum=1.0)
+    return reader.get(float, key, default, minimum=0.0, maximum=1.0)
 
-    Args:
-        reader: of the section that holds the number.
-        key: under which it stands.
-        width: of all heads together.
-        default: where the key is left out; it has to be there where this is ``None``.
+
+def whole_heads(reader: ConfigReader, key: str, width: int, default: int | None = None) -> int:
+    """Reads the number of heads that share ``width`` columns.
 
     Raises:
-        ConfigError: the width does not divide into so many heads, or they are not of such a width.
+        ConfigError: heads do not divide the width, or their width is not a multiple of 4 up to 128, as the kernels need.
     """
     heads = positive(reader, key, default)
     head_dim, left = divmod(width, heads)
@@ -81,31 +72,53 @@ def whole_heads(reader: ConfigReader, key: str, width: int, default: int | None 
 
 
 def rotary_theta(vision: ConfigReader) -> float:
-    """Base of the rotary frequencies, in the old spelling or the new one."""
+    """Reads the base of the rotary frequencies from ``rope_parameters`` or the old ``rope_theta``."""
     vision.get(str, "rope_parameters.rope_type", default="axial", choices=("axial", "default"))
     old = vision.get(float, "rope_theta", default=10000.0, minimum=1.0)
     return vision.get(float, "rope_parameters.rope_theta", default=old, minimum=1.0)
 
 
 def text_width(reader: ConfigReader, default_type: str) -> int:
-    """Width of the language model: ``text_config.hidden_size``, or what transformers assumes where that is left out.
+    """Reads the language model's width.
 
-    Args:
-        reader: of the whole configuration.
-        default_type: the language model's ``model_type`` where ``text_config`` does not say.
-
-    Raises:
-        ConfigError: no width, for a language model of which no other is known.
+    Published files may leave it out; the class of its ``model_type`` then has a default, and ``default_type`` is the class of
+    a ``text_config`` without ``model_type``.
     """
     text = reader.section("text_config", optional=True)
     return positive(text, "hidden_size", TEXT_WIDTHS.get(text.get(str, "model_type", default=default_type)))
 
 
+def two_linears(
+    reader: ConfigReader, width: int, *, bias: bool = True, merge: int = 1, merging_linear: bool = False
+) -> Projector:
+    """Reads the projector of LLaVA, Pixtral and Mistral 3: two linears of the language model's ``width``.
+
+    Args:
+        reader: top level of the configuration.
+        width: of the language model.
+        bias: default of ``multimodal_projector_bias``.
+        merge: side of the square of patches that become one token.
+        merging_linear: a linear joins them first.
+    """
+    return Projector(
+        norm=None,
+        merge=merge,
+        hidden=width,
+        output=width,
+        activation=activation(reader, "projector_hidden_act", "gelu"),
+        bias=reader.get(bool, "multimodal_projector_bias", default=bias),
+        merging_linear=merging_linear,
+    )
+
+
 def feature_layers(reader: ConfigReader, key: str, depth: int, default: int) -> tuple[int, ...]:
-    """Blocks behind which the features are taken, 0 … ``depth``, from one index into ``hidden_states`` or a list of them.
+    """Reads the blocks after which the features are taken: an index into ``hidden_states``, or a list of them.
+
+    Returns:
+        Number of blocks that precede each feature, 0 … ``depth``.
 
     Raises:
-        ConfigError: something else, no index at all, or one that a tower of ``depth`` blocks does not have.
+        ConfigError: the value is something else, empty, or out of range for ``depth`` blocks.
     """
     first, last = -(depth + 1), depth
     try:

@@ -1,11 +1,11 @@
-"""transformers' own implementation of a tower, as what the tower is held against.
+"""The transformers implementation of each tower, which is the reference for its numbers.
 
-A whole vision-language model is instantiated, because only it knows how its tower, its projector and its packing fit
-together; its language model is cut down to nothing first, so that a 7B model costs the memory of its tower.
+The whole vision-language model is instantiated, because only it combines tower, projector and tile assembly.  Its language
+model is reduced to zero layers first, so that a 7B model needs only the memory of its tower.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,63 +17,55 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import ReferenceModelError, TowerError, list_names, shorten
 
-__all__ = ["ModuleValue", "ReferenceModel", "flat_patches", "tile_images"]
-
-
-BESIDE_THE_TOWER = frozenset(
+OTHER_PARTS = frozenset(
     ("language_model", "text_model", "lm_head", "text_projection", "visual_projection", "logit_scale", "logit_bias")
 )
-"""Parts of models that no tower needs, by their names in transformers."""
+"""Modules of transformers that are not part of a tower."""
 
 
 @dataclass(frozen=True)
 class ModuleValue:
-    """A value inside transformers: the input or the output of a module, or of several, side by side."""
+    """A value inside transformers: the input or output of a module, or the outputs of several, concatenated."""
 
     paths: tuple[str, ...]
     side: Literal["input", "output"]
 
     @classmethod
     def input(cls, path: str) -> "ModuleValue":
-        """What the module at ``path`` reads."""
+        """Returns the input of the module at ``path``."""
         return cls((path,), "input")
 
     @classmethod
     def output(cls, *paths: str) -> "ModuleValue":
-        """What the modules at ``paths`` return."""
+        """Returns the outputs of the modules at ``paths``."""
         return cls(paths, "output")
-
-    @classmethod
-    def at(cls, path: str, side: str) -> "ModuleValue":
-        """The ``side`` of the module at ``path``; a dot at its end does not count."""
-        return cls.input(path.rstrip(".")) if side == "input" else cls.output(path.rstrip("."))
 
     def __str__(self) -> str:
         return f"{', '.join(self.paths)} ({self.side})"
 
 
 class ReferenceModel(ABC):
-    """How to load and run transformers' implementation of one family."""
+    """Loads and runs transformers' implementation of one family."""
 
     row_order: ClassVar[Literal["tower", "raster"]] = "tower"
-    """Whether a tile's patches stand in its modules as in the tower, or row by row."""
+    """Order of a tile's patches inside its modules: the tower's, or raster order."""
     auto_class: str = "AutoModel"
-    """Which of transformers' automatic classes makes the model."""
+    """The auto class of transformers that creates the model."""
 
     def load(
         self, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None = None
     ) -> torch.nn.Module:
-        """The model with its vision weights, in evaluation mode, on the CPU.
+        """Loads the model with its vision weights, in evaluation mode, on the CPU.
 
         Args:
             folder: the checkpoint.
-            dtype: in which the model computes.
-            weights: stored name → tensor, instead of what the folder's files hold; the model is then an unquantized one,
-                whatever ``config.json`` says.
+            dtype: of weights and activations.
+            weights: stored name → tensor, to use instead of the folder's files; ``config.json``'s quantization is then
+                ignored.
 
         Raises:
-            ReferenceModelError: transformers cannot load it, or finds vision tensors missing, which it would otherwise fill
-                with random numbers.
+            ReferenceModelError: transformers cannot load it, or misses vision tensors, which it would otherwise initialize
+                randomly.
         """
         from transformers.utils import logging
 
@@ -86,23 +78,25 @@ class ReferenceModel(ABC):
                 reason = str(error).strip().splitlines() or [type(error).__name__]
                 raise ReferenceModelError(f"transformers cannot load {folder}: {shorten(reason[0], 200)}") from error
         mismatched = [entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]]
-        wrong = sorted(name for name in (*report["missing_keys"], *mismatched) if not _is_beside_the_tower(name))
+        wrong = sorted(
+            name for name in (*report["missing_keys"], *mismatched) if OTHER_PARTS.isdisjoint(name.split("."))
+        )
         if wrong:
             raise ReferenceModelError(f"transformers finds no weights in {folder} for {list_names(wrong)}")
         model.eval()
         return cast("torch.nn.Module", model)
 
     def _load(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None) -> tuple[Any, Any]:
-        """The model, and transformers' report of what it found no weights for."""
+        """Returns the model, and transformers' report of missing weights."""
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        _without_language_model(config)
+        _remove_language_model(config)
         model_class: Any = getattr(transformers, self.auto_class)
         if weights is not None:
-            _without_quantization(config)
-            model_class = _chosen_class(model_class, config)
-        # `from_pretrained(dtype=…)`, not `.to(dtype)`: the latter would round the rotary frequencies as well.
+            _remove_quantization(config)
+            model_class = _resolve_class(model_class, config)
+        # `from_pretrained(dtype=…)`, not `.to(dtype)`, which would also round the rotary frequencies.
         return cast(
             "tuple[Any, Any]",
             model_class.from_pretrained(
@@ -110,7 +104,7 @@ class ReferenceModel(ABC):
                 config=config,
                 state_dict=None if weights is None else dict(weights),
                 dtype=dtype,
-                # Some language models refuse SDPA, even cut down to nothing.
+                # Some language models reject SDPA, even with zero layers.
                 attn_implementation={"": "sdpa", "vision_config": "sdpa", "text_config": "eager"},
                 local_files_only=True,
                 trust_remote_code=False,
@@ -121,19 +115,42 @@ class ReferenceModel(ABC):
 
     @abstractmethod
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> Any:
-        """``batch`` in the form that the model takes, on the batch's device."""
+        """Converts ``batch`` to the inputs of the model, on the batch's device."""
 
     @abstractmethod
     def outputs(self, model: Any, inputs: Any, config: TowerConfig) -> Mapping[str, torch.Tensor]:
-        """Runs the model over :meth:`inputs`; the names are those of the graph's outputs."""
+        """Runs the model on :meth:`inputs`; returns the graph's outputs by name."""
 
     @abstractmethod
     def values(self, config: TowerConfig) -> Mapping[str, ModuleValue]:
-        """Value of the layer graph → where it is found inside the model."""
+        """Returns value of the layer graph → its place inside the model."""
+
+
+def module_values(table: Mapping[str, tuple[str, str]], path: str = "", ours: str = "") -> dict[str, ModuleValue]:
+    """Locates values from a table of graph value → (module, ``"input"`` or ``"output"``).
+
+    Args:
+        table: an empty module stands for the one at ``path``.
+        path: module of the model that holds the table's modules.
+        ours: prefix of the graph's values, with its dot.
+    """
+    found = {}
+    for name, (module, side) in table.items():
+        place = f"{path}.{module}".strip(".")
+        found[f"{ours}{name}"] = ModuleValue.input(place) if side == "input" else ModuleValue.output(place)
+    return found
+
+
+def stack_padded(images: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """Stacks images ``[channels, h, w]`` into ``[images, channels, height, width]``, with zeros at the bottom and right."""
+    stacked = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    for place, image in zip(stacked, images, strict=True):
+        place[:, : image.shape[1], : image.shape[2]] = image
+    return stacked
 
 
 def flat_patches(batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
-    """``[patches, inner]``: patches in merge-block order, with all the frames that one spans."""
+    """Returns ``[patches, inner]``: patches in merge-block order, each with all frames that it spans."""
     pixels = batch.pixels if batch.tokens.selection is None else batch.pixels[batch.tokens.selection.squeeze(1)]
     if pixels.shape[1] == config.patch.inner:
         return pixels
@@ -142,7 +159,7 @@ def flat_patches(batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
 
 
 def tile_images(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
-    """``[channels, height, width]`` of every tile, put together again from its patches."""
+    """Reassembles every tile, ``[channels, height, width]``, from its patches."""
     patch, images = config.patch, []
     class_rows = 1 if config.class_token else 0
     rows = zip(
@@ -161,7 +178,7 @@ def tile_images(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
     return images
 
 
-def _without_language_model(config: Any) -> None:
+def _remove_language_model(config: Any) -> None:
     text = getattr(config, "text_config", None)
     if text is None:
         return
@@ -172,26 +189,22 @@ def _without_language_model(config: Any) -> None:
         text.layer_types = []
 
 
-def _chosen_class(auto_class: Any, config: Any) -> Any:
-    """The class of model behind one of the automatic ones, which themselves want a checkpoint in a folder."""
+def _resolve_class(auto_class: Any, config: Any) -> Any:
+    """Returns the model class that an auto class would choose; auto classes need a checkpoint in a folder."""
     with torch.device("meta"):
         return type(auto_class.from_config(config, trust_remote_code=False))
 
 
-def _without_quantization(config: Any) -> None:
+def _remove_quantization(config: Any) -> None:
     holders: tuple[Any, Any] = (config, getattr(config, "text_config", None))
     for holder in holders:
         if hasattr(holder, "quantization_config"):
             del holder.quantization_config
 
 
-def _is_beside_the_tower(name: str) -> bool:
-    return not BESIDE_THE_TOWER.isdisjoint(name.split("."))
-
-
 @contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
-    """Silences transformers while it reads a tower out of a whole model: it reports every tensor that it leaves out."""
+    """Silences transformers, which would report every tensor of the language model as unexpected."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

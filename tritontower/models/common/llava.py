@@ -1,10 +1,8 @@
-"""What LLaVA, LLaVA-NeXT and LLaVA-OneVision have in common: an encoder, a choice of its hidden states, two linears.
-
-The references are ``LlavaModel``, ``LlavaNextModel`` and ``LlavaOnevisionModel`` of transformers.
-"""
+"""LLaVA, LLaVA-NeXT and LLaVA-OneVision: an encoder, a choice of its hidden states, two linears."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,23 +10,23 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Stored, WeightMap
-from tritontower.config import Projector, TowerConfig
-from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel
+from tritontower.config import TowerConfig
+from tritontower.preprocessing import AnyResolution, FixedSize
 
-from .clip_encoder import TOWER_TYPES, encoder_pixels, encoder_tensors, encoder_values, read_encoder
-from .config_fields import activation, feature_layers, text_width
-
-__all__ = [
-    "CLIP_LARGE_336_EXAMPLE",
-    "CLIP_LARGE_336_PROCESSOR",
-    "LLAVA_DEFAULTS",
-    "ClassDefaults",
-    "LlavaReference",
-    "claimed",
-    "llava_tensors",
-    "read_llava",
-    "refuse_class_token",
-]
+from .clip_encoder import (
+    IGNORED,
+    PREFIXES_IN_MODEL,
+    TOWER_TYPES,
+    encoder_pixels,
+    encoder_tensors,
+    encoder_values,
+    read_encoder,
+)
+from .config_fields import feature_layers, text_width, two_linears
+from .family import Family
+from .hf_reference import ModuleValue, ReferenceModel
+from .prompts import placeholder_prompt
+from .weights import map_parameters
 
 CLIP_LARGE_336: Mapping[str, int] = {
     "hidden_size": 1024,
@@ -38,44 +36,23 @@ CLIP_LARGE_336: Mapping[str, int] = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""The encoder of a LLaVA or LLaVA-NeXT whose file says nothing at all about it."""
-
-CLIP_LARGE_336_EXAMPLE = {
-    **CLIP_LARGE_336,
-    "model_type": "clip_vision_model",
-    "projection_dim": 768,
-    "vocab_size": 32000,
-}
-"""The same encoder, as published files of the two have it in their ``vision_config``."""
-
-CLIP_LARGE_336_PROCESSOR = {
-    "crop_size": {"height": 336, "width": 336},
-    "do_center_crop": True,
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-    "rescale_factor": 0.00392156862745098,
-    "size": {"shortest_edge": 336},
-}
-"""What their processor files have in common."""
+"""The encoder of a LLaVA or LLaVA-NeXT without ``vision_config``."""
 
 STRATEGY = "vision_feature_select_strategy"
+LINEARS = {name: name for name in ("projector.linear_1", "projector.linear_2")}
 
 
 @dataclass(frozen=True)
 class ClassDefaults:
-    """What a key that a file leaves out means, by transformers' class for it.
+    """Defaults of transformers' configuration class for keys that a file leaves out.
 
     Attributes:
         tower: ``vision_config.model_type``.
-        vision: ``vision_config``, if there is none; where there is one, its own class fills it up.
+        vision: ``vision_config`` if it is missing; if it is there, its own class completes it.
         text: ``text_config.model_type``.
         layer: ``vision_feature_layer``.
         strategy: ``vision_feature_select_strategy``.
+        image_token: ``image_token_index``.
     """
 
     tower: str
@@ -83,42 +60,79 @@ class ClassDefaults:
     text: str
     layer: int
     strategy: str
+    image_token: int
 
 
 LLAVA_DEFAULTS = ClassDefaults(
-    tower="clip_vision_model", vision=CLIP_LARGE_336, text="llama", layer=-2, strategy="default"
+    tower="clip_vision_model", vision=CLIP_LARGE_336, text="llama", layer=-2, strategy="default", image_token=32000
 )
 """Of ``LlavaConfig`` and ``LlavaNextConfig``."""
 
 
-def claimed(model_type: str) -> tuple[str, ...]:
-    """Names under which a family file claims the models of one type, with each of the encoders and without saying which."""
+def list_model_types(model_type: str) -> tuple[str, ...]:
+    """Returns the model type with each of the encoders and without an encoder."""
     return (model_type, *(f"{model_type}/{tower}" for tower in TOWER_TYPES))
 
 
-def read_llava(reader: ConfigReader, family: str, defaults: ClassDefaults) -> TowerConfig:
-    """Encoder, features and projector, all that the three have in common.
+def read_llava(reader: ConfigReader, family: str, defaults: ClassDefaults) -> Family:
+    """Reads encoder, features and projector of a model without tiles.
 
     Raises:
-        ConfigError: a value cannot be right, or asks for what no such model can mean.
+        ConfigError: a value is not supported.
     """
     vision = reader.section("vision_config", optional=True)
     tower = vision.get(str, "model_type", default=defaults.tower, choices=tuple(TOWER_TYPES))
     usual = {} if reader.has("vision_config") else defaults.vision
     encoder = read_encoder(vision, TOWER_TYPES[tower], family=family, defaults=usual)
-    width = text_width(reader, defaults.text)
-    return replace(
+    config = replace(
         encoder,
         features=feature_layers(reader, "vision_feature_layer", encoder.depth, defaults.layer),
         keep_class_token=_keeps_class_token(reader, encoder, defaults.strategy),
-        projector=Projector(
-            norm=None,
-            merge=1,
-            hidden=width,
-            output=width,
-            activation=activation(reader, "projector_hidden_act", "gelu"),
-            bias=reader.get(bool, "multimodal_projector_bias", default=True),
-        ),
+        projector=two_linears(reader, text_width(reader, defaults.text)),
+    )
+    return Family(
+        config=config,
+        prefixes=PREFIXES_IN_MODEL,
+        tensors={**encoder_tensors(config), **map_parameters(LINEARS)},
+        ignored=IGNORED,
+        preprocessors={"hf": FixedSize},
+        reference=LlavaReference(),
+        prompt=placeholder_prompt(reader, defaults.image_token),
+    )
+
+
+def read_tiled(
+    reader: ConfigReader,
+    family: str,
+    defaults: ClassDefaults,
+    pinpoints: tuple[tuple[int, int], ...],
+    *,
+    shrink_limit: int | None = None,
+) -> Family:
+    """Reads a model that cuts images into tiles, whose rows end with a learned newline embedding.
+
+    Args:
+        reader: of the configuration.
+        family: for messages.
+        defaults: of transformers' class.
+        pinpoints: default of ``image_grid_pinpoints``, the canvases, ``(height, width)``.
+        shrink_limit: largest canvas in tiles' worth of tokens; larger ones are shrunk.
+    """
+    model = read_llava(reader, family, defaults)
+    if model.config.keep_class_token:
+        raise reader.error(
+            STRATEGY, "full", "'default' with a CLIP tower: class tokens have no place among the tokens of tiles"
+        )
+    # A token of a shrunk canvas is interpolated from four.
+    config = replace(model.config, newline=True, assembly_taps=1 if shrink_limit is None else 4)
+    canvases = reader.get_rows(int, "image_grid_pinpoints", pinpoints, length=2, minimum=1)
+    tensors: dict[str, WeightMap] = {**model.tensors, "newline": Stored("image_newline")}
+    return replace(
+        model,
+        config=config,
+        prefixes={**PREFIXES_IN_MODEL, "image_newline": "image_newline"},
+        tensors=tensors,
+        preprocessors={"hf": partial(AnyResolution, pinpoints=canvases, shrink_limit=shrink_limit)},
     )
 
 
@@ -128,39 +142,18 @@ def _keeps_class_token(reader: ConfigReader, encoder: TowerConfig, default: str)
         raise reader.error(
             STRATEGY,
             strategy,
-            "'full' with a SigLIP tower: 'default' leaves out the class token, which such a tower has not, and transformers "
-            "would leave out the first patch instead",
+            "'full' with a SigLIP tower: 'default' drops the class token, which SigLIP does not have, so that transformers "
+            "would drop the first patch",
         )
     return strategy == "full" and encoder.class_token
 
 
-def refuse_class_token(reader: ConfigReader, config: TowerConfig) -> None:
-    """Raises :class:`~tritontower.errors.ConfigError` where class tokens would stand among the tokens of tiles."""
-    if config.keep_class_token:
-        raise reader.error(
-            STRATEGY,
-            "full",
-            "'default' with a CLIP tower: among the tokens of tiles there is no place for class tokens",
-        )
-
-
-def llava_tensors(config: TowerConfig) -> dict[str, WeightMap]:
-    """How encoder and projector are stored, and the newline embedding of a tower with tiles."""
-    projector: dict[str, WeightMap] = {
-        f"projector.{linear}.{role}": Stored(f"projector.{linear}.{role}")
-        for linear in ("linear_1", "linear_2")
-        for role in ("weight", "bias")
-    }
-    newline: dict[str, WeightMap] = {"newline": Stored("image_newline")} if config.newline else {}
-    return {**encoder_tensors(config), **projector, **newline}
-
-
 @dataclass(frozen=True)
 class LlavaReference(ReferenceModel):
-    """The image half of transformers' model, its selection of hidden states and its packing of tiles included."""
+    """The image half of transformers' model, with its selection of hidden states and its assembly of tiles."""
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> Mapping[str, torch.Tensor]:
-        """All tiles in one tensor, and of tiled images the height and width that they came with."""
+        """Returns all tiles in one tensor, and for tiled images their original height and width."""
         pixels = {"pixel_values": encoder_pixels(model.vision_tower, batch, config)}
         if not config.newline:
             return pixels
@@ -172,8 +165,8 @@ class LlavaReference(ReferenceModel):
     def outputs(
         self, model: Any, inputs: Mapping[str, torch.Tensor], config: TowerConfig
     ) -> Mapping[str, torch.Tensor]:
-        """The projected rows of each image, put together as the model does."""
-        # Counted from the end, because a 0 passes for "no hidden states" there.
+        """Returns the projected rows of each image, assembled by the model."""
+        # Negative, because the model takes a 0 for "no hidden states".
         layers = [feature - config.depth - 1 for feature in config.features]
         drops = config.class_token and not config.keep_class_token
         found = model.get_image_features(
@@ -184,9 +177,9 @@ class LlavaReference(ReferenceModel):
         return {"embeddings": torch.cat(list(found.pooler_output))}
 
     def values(self, config: TowerConfig) -> Mapping[str, ModuleValue]:
-        """Those of the encoder, and those of the projector where it projects the same rows.
+        """Returns the encoder's values, and the projector's if it projects the same rows.
 
-        Of tiles, transformers projects the padding as well, and puts them together outside any module.
+        With tiles, transformers also projects the padding, and assembles the rows outside any module.
         """
         values = encoder_values(config, "vision_tower")
         if not config.newline:

@@ -1,9 +1,8 @@
-"""The tower of Pixtral (Agrawal et al. 2024, arXiv 2410.07073), which Mistral Small 3 has as well.
+"""The tower of Pixtral (Agrawal et al. 2024, arXiv 2410.07073), which Mistral Small 3 also has.
 
-Square patches without bias, an RMS norm, then pre-norm blocks without any bias: 2-D rotary embedding whose frequencies the
-two axes take in turn, attention within one image, gated silu MLP.  All norms have an epsilon of 1e-5, which no
-configuration file says.  The reference is ``PixtralVisionModel`` of ``transformers.models.pixtral.modeling_pixtral``, inside
-the vision-language model that has it.
+Square patches without bias, an RMS norm, then pre-norm blocks without any bias: 2-D rotary embedding whose frequencies
+alternate between the two axes, attention within one image, gated silu MLP.  All norms have an epsilon of 1e-5, which no
+configuration file states.  The reference is ``PixtralVisionModel`` inside the vision-language model.
 """
 
 from collections.abc import Mapping
@@ -15,34 +14,21 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import OneFrame, Stacked, Stored, WeightMap
+from tritontower.checkpoint.weight_map import OneFrame, Stacked, WeightMap
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
-from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel, tile_images
 from tritontower.preprocessing import LongestEdge, MistralResize
 
 from .config_fields import positive, rotary_theta, whole_heads
-from .registry import MakePreprocessor
-
-__all__ = [
-    "IGNORED",
-    "NORM",
-    "PREFIXES",
-    "PixtralReference",
-    "TowerSize",
-    "block_tensors",
-    "preprocessors",
-    "processor_example",
-    "projector_tensors",
-    "read_tower_size",
-    "tower_config",
-    "tower_tensors",
-]
+from .family import Family, MakePreprocessor
+from .hf_reference import ModuleValue, ReferenceModel, module_values, stack_padded, tile_images
+from .prompts import pixtral_prompt
+from .weights import map_parameters, prefix_parts
 
 PREFIXES = {"vision_tower.": "tower.", "multi_modal_projector.": "projector."}
-"""Beginnings of the names of tensors in transformers' models."""
+"""Prefixes of tensor names in transformers' models."""
 
 IGNORED = ("tower.patch_positional_embedding.*",)
-"""Stored names that hold nothing: the rotary frequencies, which follow from the configuration."""
+"""Stored names that no tower needs: the rotary frequencies follow from the configuration."""
 
 NORM = Normalization("rms_norm", eps=1e-5, rounding="before_weight")
 
@@ -59,11 +45,16 @@ BLOCK_VALUES = {
     "mlp_down_rows": ("feed_forward.down_proj", "output"),
     "block_rows": ("", "output"),
 }
+OTHER_VALUES = {
+    "patch_rows": ("vision_tower.ln_pre", "input"),
+    "input_norm_rows": ("vision_tower.ln_pre", "output"),
+    "embeddings": ("multi_modal_projector", "output"),
+}
 
 
 @dataclass(frozen=True)
 class TowerSize:
-    """What a configuration file says about the tower alone."""
+    """Sizes of the tower, as a configuration file states them."""
 
     channels: int
     patch: int
@@ -73,21 +64,21 @@ class TowerSize:
     mlp_hidden: int
     theta: float
     longest_edge: int
-    """Greatest side of an image that the tower was trained with, pixels."""
+    """Largest side of an image that the tower was trained with, pixels."""
 
 
 def read_tower_size(vision: ConfigReader) -> TowerSize:
-    """The ``vision_config`` of transformers; what a sparse file leaves out has the defaults of ``PixtralVisionConfig``.
+    """Reads transformers' ``vision_config``; missing keys have the defaults of ``PixtralVisionConfig``.
 
-    Only ``hidden_act`` must be there: its default is gelu, but no tower has it.
+    Only ``hidden_act`` is required: its default is gelu, which no tower has.
     """
     vision.get(str, "model_type", default="pixtral", choices=("pixtral",))
     vision.get(str, "hidden_act", choices=("silu",))
     width = positive(vision, "hidden_size", 1024)
     heads = whole_heads(vision, "num_attention_heads", width, 16)
-    if positive(vision, "head_dim", width // heads) != width // heads:
-        said = positive(vision, "head_dim")
-        raise vision.error("head_dim", said, f"{width // heads}: hidden_size divided by num_attention_heads")
+    head_dim = positive(vision, "head_dim", width // heads)
+    if head_dim != width // heads:
+        raise vision.error("head_dim", head_dim, f"{width // heads}: hidden_size divided by num_attention_heads")
     return TowerSize(
         channels=positive(vision, "num_channels", 3),
         patch=positive(vision, "patch_size", 16),
@@ -108,13 +99,13 @@ def tower_config(
     features: tuple[int, ...],
     rotation: Literal["float32", "activation"],
 ) -> TowerConfig:
-    """The tower with what stands behind it.
+    """Returns the tower with its projector.
 
     Args:
-        size: what the configuration file says about the tower.
-        projector: what makes its rows tokens.
+        size: of the tower.
+        projector: turns its rows into tokens.
         family: for messages.
-        features: blocks behind which the rows are taken.
+        features: blocks after which the rows are taken.
         rotation: the dtype in which queries and keys are rotated.
     """
     return TowerConfig(
@@ -138,59 +129,70 @@ def tower_config(
     )
 
 
-def tower_tensors(config: TowerConfig) -> dict[str, WeightMap]:
-    """How transformers stores the tower."""
-    tensors = block_tensors(config, output="attention.o_proj", gate="gate_proj", up="up_proj", down="down_proj")
+def block_tensors(config: TowerConfig, *, output: str, gate: str, up: str, down: str) -> dict[str, WeightMap]:
+    """Maps all weights except queries, keys and values; Mistral's format has other names for four of the modules."""
+    tensors: dict[str, WeightMap] = {
+        "patch_projection.weight": OneFrame("tower.patch_conv.weight"),
+        **map_parameters({"input_norm": "tower.ln_pre"}, ("weight",)),
+    }
+    modules = {"norm1": "attention_norm", "attention_output": output, "norm2": "ffn_norm", "mlp_down": down}
+    for block in range(config.depth):
+        ours, layer = f"blocks.{block}", f"tower.transformer.layers.{block}"
+        tensors |= map_parameters(prefix_parts(ours, layer, modules), ("weight",))
+        tensors[f"{ours}.mlp_gate_up.weight"] = Stacked.of(f"{layer}.{gate}.weight", f"{layer}.{up}.weight")
+    return tensors
+
+
+def read_hf_family(
+    reader: ConfigReader,
+    config: TowerConfig,
+    size: TowerSize,
+    reference: "PixtralReference",
+    *,
+    image_token: int,
+    projector_tensors: Mapping[str, WeightMap] | None = None,
+) -> Family:
+    """Returns the family of a checkpoint in transformers' format.
+
+    Args:
+        reader: of the configuration.
+        config: the tower.
+        size: of the tower.
+        reference: for the projector of this model.
+        image_token: default id of the image token.
+        projector_tensors: weights of the projector beyond its two linears.
+    """
+    tensors = block_tensors(
+        config,
+        output="attention.o_proj",
+        gate="feed_forward.gate_proj",
+        up="feed_forward.up_proj",
+        down="feed_forward.down_proj",
+    )
     for block in range(config.depth):
         layer = f"tower.transformer.layers.{block}"
         tensors[f"blocks.{block}.qkv.weight"] = Stacked.of(*(f"{layer}.{part}.weight" for part in QKV))
-    return tensors
+    # Biases are listed even if the tower has none.
+    tensors |= map_parameters({name: name for name in ("projector.linear_1", "projector.linear_2")})
+    return Family(
+        config=config,
+        prefixes=PREFIXES,
+        tensors={**tensors, **(projector_tensors or {})},
+        ignored=IGNORED,
+        preprocessors=make_preprocessors(size.longest_edge),
+        reference=reference,
+        prompt=pixtral_prompt(reader, config, image_token),
+    )
 
 
-def block_tensors(config: TowerConfig, *, output: str, gate: str, up: str, down: str) -> dict[str, WeightMap]:
-    """Everything but queries, keys and values, which are stored the same way under two sets of names."""
-    tensors: dict[str, WeightMap] = {
-        "patch_projection.weight": OneFrame("tower.patch_conv.weight"),
-        "input_norm.weight": Stored("tower.ln_pre.weight"),
-    }
-    for block in range(config.depth):
-        ours, layer = f"blocks.{block}", f"tower.transformer.layers.{block}"
-        mlp = f"{layer}.feed_forward"
-        tensors[f"{ours}.norm1.weight"] = Stored(f"{layer}.attention_norm.weight")
-        tensors[f"{ours}.attention_output.weight"] = Stored(f"{layer}.{output}.weight")
-        tensors[f"{ours}.norm2.weight"] = Stored(f"{layer}.ffn_norm.weight")
-        tensors[f"{ours}.mlp_gate_up.weight"] = Stacked.of(f"{mlp}.{gate}.weight", f"{mlp}.{up}.weight")
-        tensors[f"{ours}.mlp_down.weight"] = Stored(f"{mlp}.{down}.weight")
-    return tensors
-
-
-def projector_tensors(first: str, second: str) -> dict[str, WeightMap]:
-    """The two linears; their biases are listed even where the tower has none."""
-    return {
-        f"projector.{ours}.{role}": Stored(f"projector.{theirs}.{role}")
-        for ours, theirs in (("linear_1", first), ("linear_2", second))
-        for role in ("weight", "bias")
-    }
-
-
-def processor_example(longest_edge: int, patch: int | Mapping[str, int]) -> dict[str, Any]:
-    """A processor file as it is published with such a tower; ``patch`` is spelled in two ways."""
-    return {
-        "image_processor_type": "PixtralImageProcessor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "patch_size": patch,
-        "resample": 3,
-        "size": {"longest_edge": longest_edge},
-    }
-
-
-def preprocessors(longest_edge: int, *, without_file: Mapping[str, Any] | None = None) -> dict[str, MakePreprocessor]:
-    """Images as transformers prepares them, and as Mistral's own library does.
+def make_preprocessors(
+    longest_edge: int, *, without_file: Mapping[str, Any] | None = None
+) -> dict[str, MakePreprocessor]:
+    """Returns transformers' way to prepare images and that of Mistral's own library.
 
     Args:
-        longest_edge: greatest side of an image, pixels; what Mistral's own library goes by.
-        without_file: the settings of transformers' processor where the checkpoint ships none.
+        longest_edge: largest side of an image, pixels, for Mistral's library.
+        without_file: settings of transformers' processor if the checkpoint has no file for it.
     """
     return {
         "hf": partial(LongestEdge, without_file=without_file),
@@ -199,13 +201,13 @@ def preprocessors(longest_edge: int, *, without_file: Mapping[str, Any] | None =
 
 
 class PixtralReference(ReferenceModel):
-    """``vision_tower`` and ``multi_modal_projector`` of transformers' model, one after the other.
+    """``vision_tower`` and ``multi_modal_projector`` of transformers' model.
 
-    Not its ``get_image_features``, which does just that, but fails where all images together make a single token.
+    It does not call ``get_image_features``, which fails if all images together have a single token.
 
     Args:
         projector_values: value of the layer graph → module of the projector and side of it.
-        merges: whether the projector merges patches, and so has to be told the images' sizes.
+        merges: the projector merges patches, and takes the images' sizes.
     """
 
     row_order: ClassVar[Literal["tower", "raster"]] = "raster"
@@ -215,19 +217,16 @@ class PixtralReference(ReferenceModel):
         self.merges = merges
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """All images, padded to one size as transformers' processor pads them, and the height and width of each."""
+        """Returns all images, padded to one size as transformers' processor does, and the height and width of each."""
         images = tile_images(batch, config)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
         height, width = (max(sides) for sides in zip(*sizes, strict=True))
-        pixels = batch.pixels.new_zeros(len(images), config.patch.channels, height, width)
-        for place, image in zip(pixels, images, strict=True):
-            place[:, : image.shape[1], : image.shape[2]] = image
-        return pixels, sizes
+        return stack_padded(images, height, width), sizes
 
     def outputs(
         self, model: Any, inputs: tuple[torch.Tensor, list[tuple[int, int]]], config: TowerConfig
     ) -> Mapping[str, torch.Tensor]:
-        """The projected rows of all images, from one call."""
+        """Returns the projected rows of all images, from one call."""
         pixels, sizes = inputs
         states = model.vision_tower(pixels, image_sizes=sizes, output_hidden_states=True).hidden_states
         rows = torch.cat([states[feature] for feature in config.features], dim=-1).squeeze(0)
@@ -235,17 +234,10 @@ class PixtralReference(ReferenceModel):
         return {"embeddings": project(rows, sizes) if self.merges else project(rows)}
 
     def values(self, config: TowerConfig) -> Mapping[str, ModuleValue]:
-        """Every value that has a module's boundary on both sides."""
-        values = {
-            "patch_rows": ModuleValue.input("vision_tower.ln_pre"),
-            "input_norm_rows": ModuleValue.output("vision_tower.ln_pre"),
-            "embeddings": ModuleValue.output("multi_modal_projector"),
-        }
-        for name, (module, side) in self.projector_values.items():
-            values[name] = ModuleValue.at(f"multi_modal_projector.{module}", side)
+        """Returns every value with a module boundary on both sides."""
+        values = module_values(OTHER_VALUES) | module_values(self.projector_values, "multi_modal_projector")
         for block in range(config.depth):
             layer = f"vision_tower.transformer.layers.{block}"
+            values |= module_values(BLOCK_VALUES, layer, f"blocks.{block}.")
             values[f"blocks.{block}.qkv_rows"] = ModuleValue.output(*(f"{layer}.{part}" for part in QKV))
-            for name, (module, side) in BLOCK_VALUES.items():
-                values[f"blocks.{block}.{name}"] = ModuleValue.at(f"{layer}.{module}", side)
         return values

@@ -1,28 +1,26 @@
-"""How the prompts of several families have images, read from ``config.json``."""
+"""Layouts of images in the prompts of several models, read from ``config.json``."""
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import TowerConfig
 from tritontower.prompt.layout import PromptLayout, VideoLayout
 
-__all__ = ["QWEN_TOKENS", "pixtral_prompt", "placeholder_prompt", "qwen_prompt", "token"]
-
 QWEN_TOKENS = {"image": 151655, "video": 151656, "vision_start": 151652, "vision_end": 151653}
-"""Ids of the tokens of Qwen2-VL, Qwen2.5-VL and Qwen3-VL, as their configurations in transformers have them by default."""
+"""Default token ids of Qwen2-VL, Qwen2.5-VL and Qwen3-VL in transformers."""
 
 
 def token(reader: ConfigReader, name: str, default: int) -> int:
-    """A token's id: ``<name>_token_id``, or ``<name>_token_index`` where older configurations have it."""
+    """Reads a token id: ``<name>_token_id``, or ``<name>_token_index`` of older configurations."""
     old = reader.get(int, f"{name}_token_index", default=default, minimum=0)
     return reader.get(int, f"{name}_token_id", default=old, minimum=0)
 
 
 def placeholder_prompt(reader: ConfigReader, default: int) -> PromptLayout:
-    """Rows that follow upon each other, and nothing round them (LLaVA)."""
+    """Reads LLaVA's layout: rows without anything around them."""
     return PromptLayout(placeholder=token(reader, "image", default))
 
 
 def pixtral_prompt(reader: ConfigReader, config: TowerConfig, default: int) -> PromptLayout:
-    """Lines that end in tokens which the configuration does not know, by their names in the processor of transformers."""
+    """Reads Pixtral's layout: each row of patches ends with a token, named as in transformers' processor."""
     return PromptLayout(
         placeholder=token(reader, "image", default), merge=config.merge, row_break="[IMG_BREAK]", row_end="[IMG_END]"
     )
@@ -31,7 +29,7 @@ def pixtral_prompt(reader: ConfigReader, config: TowerConfig, default: int) -> P
 def qwen_prompt(
     reader: ConfigReader, *, timestamp: str | None = None, defaults: dict[str, int] = QWEN_TOKENS
 ) -> PromptLayout:
-    """Rows between two tokens; a video's temporal patches each between their own where they have time stamps."""
+    """Reads Qwen's layout: rows between two tokens; with time stamps, these enclose each temporal patch of a video."""
     tokens = {name: token(reader, name, default) for name, default in defaults.items()}
     before, after = (tokens["vision_start"],), (tokens["vision_end"],)
     if timestamp is None:
