@@ -16,7 +16,7 @@ import torch
 from ..gemm import cpu
 from ..runtime.segments import Segments
 
-__all__ = ["flash_attention_varlen_reference"]
+__all__ = ["attention_workspace_bytes", "flash_attention_varlen_reference"]
 
 LENGTH_FOR_PRODUCTS = 512
 """Rows of a segment from which products and a softmax are worth their calls, where they are worth it at all."""
@@ -116,3 +116,31 @@ def _attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s
         for head in torch.nonzero(~fine).flatten().tolist():
             one = slice(first + head, first + head + 1)
             _attend_by_products(q[:, one], k[:, one], v[:, one], scale, out[:, one])
+
+
+def attention_workspace_bytes(rows: int, length: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Upper bound of the memory that :func:`flash_attention_varlen_reference` allocates, in bytes.
+
+    Args:
+        rows: rows of all segments.
+        length: rows of one segment.
+        heads: number of heads.
+        head_dim: columns of one head.
+        dtype: of q, k and v.
+    """
+    by_exponentials, size = cpu.has_onednn_exponential(dtype), dtype.itemsize
+    fewest = LENGTH_FOR_EXPONENTIALS if by_exponentials else LENGTH_FOR_PRODUCTS
+    if not (cpu.is_fused_attention_slow() and length >= fewest):
+        return rows * heads * head_dim * size
+    if not by_exponentials:
+        run = min(length, max(32, _SCORES_BYTES // (4 * length) // 32 * 32))
+        # Scores, their softmax and the previous softmax; and q, k and v of one head.
+        return 3 * run * length * 4 + length * head_dim * (4 + 4 + cpu.compute_dtype(dtype).itemsize)
+    shares = 16 - head_dim % 16
+    group = min(heads, max(1, _HEADS_BYTES // (size * length * (3 * head_dim + shares + 4))))
+    queries_keys = 2 * group * length * (head_dim + 2) * size
+    held = queries_keys + 2 * group * length * (head_dim + shares) * size
+    weights = min(length, max(64, _WEIGHTS_BYTES // (size * length) // 32 * 32)) * length * size
+    # Beside the group's tensors and the last weights: the next weights, the fp32 result and its divisor, or the next
+    # group's queries and keys.
+    return held + weights + max(weights, 2 * group * length * head_dim * 4, queries_keys if group < heads else 0)

@@ -28,7 +28,7 @@ from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import LinearConfig, describe, operand_types, operands, walk
 from .tiles import accumulate, first_row_and_column, store_zeros
-from .torch_reference import linear_reference
+from .torch_reference import linear_reference, linear_workspace_bytes
 
 __all__ = [
     "choose_config",
@@ -39,6 +39,7 @@ __all__ = [
     "launch_patch_projection",
     "patch_projection",
     "patch_projection_reference",
+    "patch_projection_workspace_bytes",
 ]
 
 PIXEL_CENTER = 128
@@ -356,3 +357,14 @@ def patch_projection(
     )
     launch_patch_projection(patches, weight, bias, position_table, position_index, out, config, live)
     return out
+
+
+def patch_projection_workspace_bytes(rows: int, width: int, inner: int, dtype: torch.dtype, *, placed: bool) -> int:
+    """Upper bound of the memory that :func:`patch_projection_reference` allocates on a CPU, in bytes.
+
+    ``placed``: it also adds positions.
+    """
+    rows = min(rows, _CHUNK_ROWS)
+    pixels = 0 if dtype == torch.float32 else rows * inner * dtype.itemsize
+    positions = rows * width * dtype.itemsize if placed else 0
+    return pixels + positions + linear_workspace_bytes(rows, width, inner, None, dtype)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..rowwise.activations import activation_workspace_bytes
 from .cpu import PrepackedWeight, compute_dtype, matmul, min_matmul_rows, split_rows
 
 # Rows per matmul: this many bytes stay in the last-level cache until the epilogue reads them, and their memory is reused
@@ -83,3 +84,25 @@ def linear_reference(
         y = _matmul_rows(part.to(compute).contiguous(), weights, biases, activation, added)
         out[chunk].copy_(y[:count])
     return out
+
+
+def linear_workspace_bytes(rows: int, width: int, inner: int, activation: str | None, dtype: torch.dtype) -> int:
+    """Upper bound of the memory that :func:`linear_reference` allocates on a CPU, in bytes.
+
+    Args:
+        rows: rows of x.
+        width: rows of the weight.
+        inner: columns of x and of the weight.
+        activation: name of the activation.
+        dtype: of x.
+    """
+    compute = compute_dtype(dtype)
+    step = max(1, _CHUNK_BYTES // (width * compute.itemsize))
+    run, previous = min(rows, step), min(max(0, rows - step), step)
+    columns = width // 2 if activation == "silu_gated" else width
+    # The result of one run lives until that of the next exists; a gate lives beside the result it is multiplied into.
+    taken = (run * width + previous * columns) * compute.itemsize
+    taken += activation_workspace_bytes(run * columns, activation)
+    if compute != dtype:
+        taken += (run * (inner + columns) + width * inner) * compute.itemsize
+    return taken

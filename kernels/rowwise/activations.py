@@ -32,6 +32,7 @@ __all__ = [
     "ElementwiseConfig",
     "activation",
     "activation_reference",
+    "activation_workspace_bytes",
     "add",
     "add_reference",
     "compile_specs",
@@ -302,3 +303,8 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
         spec(f"activation {kind}", _activation_kernel, ("X", "OUT"), element, {"ACTIVATION": kind})
         for kind, element in kinds
     ] + [spec("add", _add_kernel, ("X", "Y", "OUT"), "bf16", {})]
+
+
+def activation_workspace_bytes(elements: int, kind: str | None) -> int:
+    """Upper bound of the memory that :func:`activation_reference` allocates beside its output on a CPU, in bytes."""
+    return min(elements, _CHUNK * torch.get_num_threads()) * torch.float32.itemsize if kind == "quick_gelu" else 0

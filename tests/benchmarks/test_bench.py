@@ -19,7 +19,7 @@ from tritontower.errors import UsageError
 from tritontower.graph.builder import build
 from tritontower.graph.cost import estimate_cost, estimate_total_cost
 from tritontower.graph.launch_count import count_launches
-from tritontower.graph.workspace import SMALL_WORKSPACE_BYTES
+from tritontower.graph.memory_plan import SMALL_WORKSPACE_BYTES
 from tritontower.models.common.family import read_summary
 
 CPU = torch.device("cpu")

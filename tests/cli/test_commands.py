@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -73,14 +72,14 @@ class TestInspect:
         assert _run("inspect", model, "--device", "cpu") == 0
         assert ("this is the graph for a CPU" in capsys.readouterr().out) == said
 
-    def test_text_and_drawing(self, model, tmp_path, capsys):
-        assert _run("inspect", model, "--svg", tmp_path / "tower.svg", "--dtype", "bfloat16") == 0
+    def test_text_and_dot(self, model, tmp_path, capsys):
+        assert _run("inspect", model, "--dot", tmp_path / "tower.dot", "--dtype", "bfloat16") == 0
         output = capsys.readouterr().out
         assert "1920 × 1080" in output
-        assert "in bfloat16" in output
-        texts = [element.text for element in ElementTree.parse(tmp_path / "tower.svg").iter() if element.text]
-        assert "blocks 0–1  × 2" in texts
-        assert "attention" in texts
+        assert "bfloat16" in output
+        text = (tmp_path / "tower.dot").read_text(encoding="utf-8")
+        assert 'label="blocks 0–1 × 2"' in text
+        assert '"blocks.0.attention" -> ' in text
 
 
 class TestEncode:

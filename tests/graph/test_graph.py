@@ -42,7 +42,7 @@ from tritontower.graph.fusion import (
 )
 from tritontower.graph.ir import Graph, Node, Value, Workload
 from tritontower.graph.layout_passes import interleave_gated, pad_heads
-from tritontower.graph.memory_plan import memory_owners, plan_memory
+from tritontower.graph.memory_plan import find_memory_owners, plan_memory
 from tritontower.graph.summary import Description
 from tritontower.graph.weight_layout import HeadOrder, InterleavedGates
 from tritontower.kernels.runtime import dispatch
@@ -179,7 +179,7 @@ def test_values_that_live_at_the_same_time_never_share_memory(passes: str, patch
     for step, node in enumerate(graph.nodes):
         for name in (*node.inputs, *node.outputs, *node.scratch):
             live.setdefault(name, []).append(step)
-    owners = memory_owners(graph)
+    owners = find_memory_owners(graph)
     assert set(plan.offsets) == set(graph.values) - {*graph.inputs, *graph.outputs}
     for (first, a), (second, b) in itertools.combinations(plan.offsets.items(), 2):
         begin, end = max(min(live[first]), min(live[second])), min(max(live[first]), max(live[second]))
@@ -214,11 +214,11 @@ def test_arena_is_near_the_least_possible() -> None:
 
 def test_a_sum_takes_the_place_of_a_residual_that_nothing_reads_later() -> None:
     graph = fuse(build(DEEP))
-    owners = memory_owners(graph)
+    owners = find_memory_owners(graph)
     shared = {name for name in owners if owners[name] == owners["placed_rows"]}
     assert {"blocks.0.attended", "blocks.2.block_rows"} < shared
     several = fuse(build(replace(CLIP, features=(0, 2, 3))))
-    owners = memory_owners(several)
+    owners = find_memory_owners(several)
     # What becomes a feature is read once more, far behind.
     assert owners["blocks.0.attended"] != owners["input_norm_rows"]
     assert owners["blocks.1.attended"] == owners["blocks.1.block_rows"] == owners["blocks.0.attended"]
@@ -472,9 +472,6 @@ def test_description_adds_up() -> None:
     assert sum(node["launches"] for node in document["nodes"]) == 32 * 8 + 5
     assert document["launches"] == {"kernels": 32 * 8 + 5, "library": 0, "per_block": 8}
     assert "261 launches, 8 a block" in text
-    svg = description.svg()
-    assert svg.startswith("<svg")
-    assert "32" in svg
 
 
 def test_features_in_front_of_the_first_block_need_no_angles() -> None:

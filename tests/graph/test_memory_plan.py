@@ -14,8 +14,7 @@ from tritontower.engine.executor import Executor
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse, select_passes
 from tritontower.graph.ir import Graph
-from tritontower.graph.memory_plan import plan_memory
-from tritontower.graph.workspace import SMALL_WORKSPACE_BYTES
+from tritontower.graph.memory_plan import SMALL_WORKSPACE_BYTES, plan_memory
 
 CPU = torch.device("cpu")
 RMS_NORM = Normalization("rms_norm", 1e-6, "before_weight")

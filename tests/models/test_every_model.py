@@ -308,7 +308,7 @@ def test_towers_without_video_say_so(case: TowerCase, saved: Saved) -> None:
 def test_the_whole_description_is_json(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case), delay_load=True)
     assert json.loads(json.dumps(tower.config.to_json()))["family"] == tower.config.family
-    assert tower.describe(tower.workload([(64, 64)])).svg().startswith("<svg")
+    assert tower.describe(tower.workload([(64, 64)])).to_dot().startswith("digraph")
 
 
 @each_case

@@ -1,4 +1,4 @@
-"""From a description to a layer graph: a tower written down from top to bottom, one node per step of the reference."""
+"""Builds the plain layer graph of a tower from its configuration: one node per step of the reference implementation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,9 @@ from tritontower.config import Normalization, PositionTable, Projector, RotaryEm
 
 from .ir import Dtype, Graph, Node, NodeKind, Rows, Transform, Value, Weight
 
-__all__ = ["build"]
-
 
 class _Builder:
-    """Collects nodes, values and weights while a tower is written down from top to bottom."""
+    """Collects nodes, values and weights."""
 
     def __init__(self, config: TowerConfig) -> None:
         self.config = config
@@ -25,7 +23,7 @@ class _Builder:
         return name if self.block is None else f"blocks.{self.block}.{name}"
 
     def input(self, name: str, width: int, rows: Rows = "patches", dtype: Dtype = "int32") -> str:
-        """What the batch brings under this name; listed once, however many nodes read it."""
+        """Adds a tensor of the batch, once for all nodes that read it."""
         if name not in self.values:
             self.values[name] = Value(name, rows, width, dtype)
             self.inputs.append(name)
@@ -55,26 +53,33 @@ class _Builder:
         name: str,
         kind: NodeKind,
         inputs: Sequence[str],
-        *outputs: tuple[str, int],
+        output: str,
+        width: int,
+        *,
         rows: Rows = "patches",
         weights: Mapping[str, str] | None = None,
         **attributes: Any,
-    ) -> tuple[str, ...]:
-        written = tuple(self.value(self.scoped(output), width, rows) for output, width in outputs)
-        self.nodes.append(
-            Node(
-                self.scoped(name), kind, tuple(inputs), written, weights or {}, attributes, block=self.block, rows=rows
-            )
-        )
-        return written
+    ) -> str:
+        """Adds a node with one output ``[rows, width]`` and returns the output's name."""
+        output, name = self.value(self.scoped(output), width, rows), self.scoped(name)
+        node = Node(name, kind, tuple(inputs), (output,), weights or {}, attributes, block=self.block, rows=rows)
+        self.nodes.append(node)
+        return output
 
-    def norm(self, name: str, rows: str, norm: Normalization) -> str:
+    def norm(self, name: str, rows: str, norm: Normalization, output: str = "") -> str:
         value = self.values[rows]
         weights = self.norm_weights(name, norm, value.width)
-        (normed,) = self.node(
-            name, "norm", [rows], (f"{name}_rows", value.width), rows=value.rows, weights=weights, **_of(norm)
+        attributes = _norm_attributes(norm)
+        return self.node(
+            output or name,
+            "norm",
+            [rows],
+            output or f"{name}_rows",
+            value.width,
+            rows=value.rows,
+            weights=weights,
+            **attributes,
         )
-        return normed
 
     def norm_weights(self, name: str, norm: Normalization, width: int, role: str = "") -> dict[str, str]:
         weights = {f"{role}weight": self.weight(f"{name}.weight", width)}
@@ -82,40 +87,60 @@ class _Builder:
             weights[f"{role}bias"] = self.weight(f"{name}.bias", width)
         return weights
 
-    def linear(self, name: str, rows: str, width: int, *, bias: bool, joined: int = 1) -> str:
-        """A product with rows as they are, or with ``joined`` neighbors put side by side."""
-        value = self.values[rows]
-        weights = {"weight": self.weight(f"{name}.weight", width, value.width * joined)}
+    def linear(
+        self,
+        name: str,
+        rows: str,
+        width: int,
+        *,
+        bias: bool,
+        joined: int = 1,
+        gated: bool = False,
+        unpadded: tuple[int, int] | None = None,
+        weights: str = "",
+        output: str = "",
+        output_rows: Rows | None = None,
+    ) -> str:
+        """Adds a matmul of rows, or of ``joined`` neighboring rows side by side.
+
+        Args:
+            gated: the weight is ``[gate; up]``, combined in the epilogue.
+            unpadded: shape of the stored weight, if the weight is padded.
+            weights: prefix of the weights' names, if it is not ``name``.
+        """
+        value, weights = self.values[rows], weights or name
+        columns = 2 * width if gated else width
+        named = {"weight": self.weight(f"{weights}.weight", columns, value.width * joined, unpadded=unpadded)}
         if bias:
-            weights["bias"] = self.weight(f"{name}.bias", width)
-        (result,) = self.node(
+            named["bias"] = self.weight(f"{weights}.bias", columns, unpadded=unpadded and unpadded[:1])
+        return self.node(
             name,
             "linear",
             [rows],
-            (f"{name}_rows", width),
-            rows=value.rows if joined == 1 else "merged",
-            weights=weights,
-            activation=None,
+            output or f"{name}_rows",
+            width,
+            rows=output_rows or (value.rows if joined == 1 else "merged"),
+            weights=named,
+            activation="silu_gated" if gated else None,
             joined=joined,
         )
-        return result
+
+    def activation(self, name: str, rows: str, output: str) -> str:
+        value, kind = self.values[rows], self.config.activation
+        return self.node(name, "activation", [rows], output, value.width, rows=value.rows, activation=kind)
 
 
-def _of(norm: Normalization) -> dict[str, Any]:
+def _norm_attributes(norm: Normalization) -> dict[str, Any]:
     return {"norm": norm.kind, "eps": norm.eps, "rounding": norm.rounding}
 
 
 def build(config: TowerConfig) -> Graph:
-    """The plain graph of a tower: one node per step of its reference implementation.
-
-    Args:
-        config: the tower's description.
+    """Builds the plain graph of a tower.
 
     Returns:
-        A graph whose inputs carry the names of what a :class:`~tritontower.batch.packed_batch.PackedBatch` holds: ``pixels`` (a row
-        per patch; columns channel, frame, row, column of the patch), ``positions`` and whatever else the tower needs.
-        Its outputs are ``embeddings`` (a row per token), ``deepstack.0``, ``deepstack.1`` … and ``pooled`` (a row per
-        tile), as far as the tower has them.
+        A graph whose inputs have the names of :attr:`.PackedBatch.tensors`: ``pixels`` (a row per patch; columns channel,
+        frame, row, column of the patch), ``positions`` and others that the tower needs.  Its outputs are ``embeddings`` (a
+        row per token) and, if the tower has them, ``deepstack.0``, ``deepstack.1`` … and ``pooled`` (a row per tile).
     """
     builder = _Builder(config)
     rows = _patch_projection(builder)
@@ -142,7 +167,7 @@ def build(config: TowerConfig) -> Graph:
 
 
 def _outputs(builder: _Builder, after: Mapping[int, str]) -> tuple[str, list[str]]:
-    """The embeddings, and the pooled rows if there are any; ``after`` is number of blocks → the rows behind them."""
+    """Returns the embeddings, and the pooled rows if any; ``after``: number of blocks → the rows after them."""
     config, rows = builder.config, after[builder.config.blocks_needed]
     if config.output_norm is None:
         return _embeddings(builder, [after[feature] for feature in config.features]), []
@@ -166,10 +191,7 @@ def _patch_projection(builder: _Builder) -> str:
     weights = {"weight": builder.weight("patch_projection.weight", config.width, patch.inner, source_shape=kernel)}
     if patch.bias:
         weights["bias"] = builder.weight("patch_projection.bias", config.width)
-    (rows,) = builder.node(
-        "patch_projection", "patch_projection", [pixels], ("patch_rows", config.width), weights=weights
-    )
-    return rows
+    return builder.node("patch_projection", "patch_projection", [pixels], "patch_rows", config.width, weights=weights)
 
 
 def _add_positions(builder: _Builder, rows: str, table: PositionTable) -> str:
@@ -180,8 +202,7 @@ def _add_positions(builder: _Builder, rows: str, table: PositionTable) -> str:
         inputs.append(builder.input("position_weights", taps, dtype="float32"))
     width = builder.config.width
     weights = {"position_table": builder.weight("position_table.weight", places, width)}
-    (placed,) = builder.node("add_positions", "add_positions", inputs, ("placed_rows", width), weights=weights)
-    return placed
+    return builder.node("add_positions", "add_positions", inputs, "placed_rows", width, weights=weights)
 
 
 def _rotary_table(builder: _Builder, rotary: RotaryEmbedding) -> tuple[str, str]:
@@ -194,7 +215,7 @@ def _rotary_table(builder: _Builder, rotary: RotaryEmbedding) -> tuple[str, str]
 
 
 def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole: bool) -> str:
-    """One pre-norm transformer block: attention and MLP, each added to the rows it read."""
+    """Adds a pre-norm transformer block: attention and MLP, each with a residual."""
     config = builder.config
     width = config.width
     heads: dict[str, Any] = {"heads": config.heads, "head_dim": config.head_dim}
@@ -202,134 +223,83 @@ def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole
     normed = builder.norm("norm1", rows, config.norm)
     qkv = builder.linear("qkv", normed, 3 * width, bias=config.qkv_bias)
     if config.rotary is not None and table is not None:
-        (qkv,) = builder.node(
-            "rope", "rope", [qkv, *table], ("rotated", 3 * width), **heads, rotation=config.rotary.rotation
-        )
+        rotation = config.rotary.rotation
+        qkv = builder.node("rope", "rope", [qkv, *table], "rotated", 3 * width, **heads, rotation=rotation)
     bound = config.longest_segment if whole else config.longest_window
-    (mixed,) = builder.node(
-        "attention", "attention", [qkv], ("mixed", width), **heads, windows=not whole, length_bound=bound
+    mixed = builder.node(
+        "attention", "attention", [qkv], "mixed", width, **heads, windows=not whole, length_bound=bound
     )
     projected = builder.linear("attention_output", mixed, width, bias=config.attention_bias)
-    (rows,) = builder.node("attention_residual", "add", [projected, rows], ("attended", width))
+    rows = builder.node("attention_residual", "add", [projected, rows], "attended", width)
 
     normed = builder.norm("norm2", rows, config.norm)
-    hidden = _gated_hidden(builder, normed) if config.gated else _hidden(builder, normed)
-    projected = _mlp_down(builder, hidden)
-    (rows,) = builder.node("mlp_residual", "add", [projected, rows], ("block_rows", width))
-    return rows
+    if config.gated:
+        hidden = builder.linear(
+            "mlp_gate_up",
+            normed,
+            config.mlp_padded,
+            bias=config.mlp_bias,
+            gated=True,
+            unpadded=(2 * config.mlp_hidden, width),
+            output="mlp_hidden",
+        )
+    else:
+        hidden = builder.linear("mlp_up", normed, config.mlp_hidden, bias=config.mlp_bias)
+        hidden = builder.activation("mlp_activation", hidden, "mlp_hidden")
+    projected = builder.linear("mlp_down", hidden, width, bias=config.mlp_bias, unpadded=(width, config.mlp_hidden))
+    return builder.node("mlp_residual", "add", [projected, rows], "block_rows", width)
 
 
-def _hidden(builder: _Builder, normed: str) -> str:
-    config = builder.config
-    hidden = builder.linear("mlp_up", normed, config.mlp_hidden, bias=config.mlp_bias)
-    (hidden,) = builder.node(
-        "mlp_activation", "activation", [hidden], ("mlp_hidden", config.mlp_hidden), activation=config.activation
-    )
-    return hidden
-
-
-def _gated_hidden(builder: _Builder, normed: str) -> str:
-    """``silu(gate(x)) · up(x)``: one product with ``[gate; up]``, whose two halves meet in its epilogue."""
-    config = builder.config
-    hidden, padded, width = config.mlp_hidden, config.mlp_padded, config.width
-    weights = {"weight": builder.weight("mlp_gate_up.weight", 2 * padded, width, unpadded=(2 * hidden, width))}
-    if config.mlp_bias:
-        weights["bias"] = builder.weight("mlp_gate_up.bias", 2 * padded, unpadded=(2 * hidden,))
-    (result,) = builder.node(
-        "mlp_gate_up", "linear", [normed], ("mlp_hidden", padded), weights=weights, activation="silu_gated", joined=1
-    )
-    return result
-
-
-def _mlp_down(builder: _Builder, hidden: str) -> str:
-    config = builder.config
-    width = config.width
-    weights = {
-        "weight": builder.weight("mlp_down.weight", width, config.mlp_padded, unpadded=(width, config.mlp_hidden))
-    }
-    if config.mlp_bias:
-        weights["bias"] = builder.weight("mlp_down.bias", width)
-    (result,) = builder.node(
-        "mlp_down", "linear", [hidden], ("mlp_down_rows", width), weights=weights, activation=None, joined=1
-    )
-    return result
-
-
-def _select(builder: _Builder, features: Sequence[str], name: str) -> str:
-    """The rows that the tokens are made of, in the order of the image, several features side by side."""
-    selects = builder.config.selects
-    if len(features) == 1 and not selects:
+def _select(builder: _Builder, features: Sequence[str], name: str, output: str = "", rows: Rows = "selected") -> str:
+    """Gathers the rows of the tokens, in the order of the image, several features side by side."""
+    index = [builder.input("selection", 1, "selected")] if builder.config.selects else []
+    if len(features) == 1 and not index and not output:
         return features[0]
-    index = [builder.input("selection", 1, "selected")] if selects else []
     width = sum(builder.values[feature].width for feature in features)
-    (selected,) = builder.node(
-        name, "select", [*features, *index], (name, width), rows="selected", features=len(features)
-    )
-    return selected
+    return builder.node(name, "select", [*features, *index], output or name, width, rows=rows, features=len(features))
 
 
 def _embeddings(builder: _Builder, features: Sequence[str]) -> str:
     config = builder.config
     if config.projector is None:
-        index = [builder.input("selection", 1, "selected")] if config.selects else []
-        (embeddings,) = builder.node(
-            "features",
-            "select",
-            [*features, *index],
-            ("embeddings", config.hidden_size),
-            rows="tokens",
-            features=len(features),
-        )
-        return embeddings
+        return _select(builder, features, "features", "embeddings", "tokens")
     selected = _select(builder, features, "features")
     if not config.newline:
         return _project(builder, "projector", "embeddings", selected, config.projector)
     return _assemble(builder, _project(builder, "projector", "projected", selected, config.projector))
 
 
-def _project(builder: _Builder, name: str, result: str, rows: str, projector: Projector) -> str:
-    """Rows → tokens, by one ``projector`` node where its form allows it, else step by step."""
+def _project(builder: _Builder, name: str, output: str, rows: str, projector: Projector) -> str:
+    """Projects rows to tokens with one ``projector`` node if its form allows it, else step by step."""
     norm, per_token = projector.norm, projector.rows_per_token
+    width = builder.values[rows].width
     if projector.join == "mean" and per_token > 1:
-        width = builder.values[rows].width
-        (rows,) = builder.node(
-            f"{name}.pool", "pool", [rows], (f"{name}.pooled", width), rows="merged", count=per_token
-        )
+        rows = builder.node(f"{name}.pool", "pool", [rows], f"{name}.pooled", width, rows="merged", count=per_token)
         per_token = 1
     if norm is not None and (projector.hidden is None or projector.merging_linear):
         rows = builder.norm(f"{name}.norm", rows, norm)
         norm = None
     if projector.merging_linear:
-        width = builder.values[rows].width
         rows = builder.linear(f"{name}.merging", rows, width, bias=False, joined=per_token)
         per_token = 1
     if projector.hidden is None:
-        return _one_linear(builder, name, result, rows, projector, per_token)
-    return _projector_node(builder, name, result, rows, projector, norm, per_token)
-
-
-def _one_linear(builder: _Builder, name: str, result: str, rows: str, projector: Projector, per_token: int) -> str:
-    width = builder.values[rows].width * per_token
-    weights = {"weight": builder.weight(f"{name}.linear.weight", projector.output, width)}
-    if projector.bias:
-        weights["bias"] = builder.weight(f"{name}.linear.bias", projector.output)
-    (tokens,) = builder.node(
-        name,
-        "linear",
-        [rows],
-        (result, projector.output),
-        rows="merged",
-        weights=weights,
-        activation=None,
-        joined=per_token,
-    )
-    return tokens
+        return builder.linear(
+            name,
+            rows,
+            projector.output,
+            bias=projector.bias,
+            joined=per_token,
+            weights=f"{name}.linear",
+            output=output,
+            output_rows="merged",
+        )
+    return _projector_node(builder, name, output, rows, projector, norm, per_token)
 
 
 def _projector_node(
     builder: _Builder,
     name: str,
-    result: str,
+    output: str,
     rows: str,
     projector: Projector,
     norm: Normalization | None,
@@ -346,44 +316,37 @@ def _projector_node(
         weights = builder.norm_weights(f"{name}.norm", norm, normed_width, role="norm_")
         normed = builder.value(f"{name}.normed", normed_width, "merged" if over_token else builder.values[rows].rows)
         scratch += (normed,)
-        attributes |= _of(norm)
+        attributes |= _norm_attributes(norm)
     for number, (inner, out) in enumerate(((width * per_token, hidden), (hidden, projector.output)), 1):
         weights[f"weight_{number}"] = builder.weight(f"{name}.linear_{number}.weight", out, inner)
         if projector.bias:
             weights[f"bias_{number}"] = builder.weight(f"{name}.linear_{number}.bias", out)
-    tokens = builder.value(result, projector.output, "merged")
+    tokens = builder.value(output, projector.output, "merged")
     builder.nodes.append(Node(name, "projector", (rows,), (tokens,), weights, attributes, scratch, rows="merged"))
     return tokens
 
 
 def _assemble(builder: _Builder, rows: str) -> str:
-    """Tokens out of the rows of all tiles, and the newline embedding between them."""
+    """Assembles tokens from the rows of all tiles, with newline embeddings between them."""
     config = builder.config
     index = builder.input("assembly_index", config.assembly_taps, "tokens")
     share = builder.input("assembly_weights", config.assembly_taps, "tokens", "float32")
     weights = {"newline": builder.weight("newline", config.hidden_size)}
-    (tokens,) = builder.node(
-        "assemble", "assemble", [rows, index, share], ("embeddings", config.hidden_size), rows="tokens", weights=weights
+    inputs = [rows, index, share]
+    return builder.node(
+        "assemble", "assemble", inputs, "embeddings", config.hidden_size, rows="tokens", weights=weights
     )
-    return tokens
 
 
 def _class_token_pooling(builder: _Builder, rows: str, norm: Normalization) -> str:
-    """The class token of every tile, normalized."""
-    config = builder.config
-    index = builder.input("class_rows", 1, "tiles")
-    (first,) = builder.node(
-        "class_token", "select", [rows, index], ("class_token", config.width), rows="tiles", features=1
-    )
-    weights = builder.norm_weights("output_norm", norm, config.width)
-    (pooled,) = builder.node(
-        "pooled", "norm", [first], ("pooled", config.width), rows="tiles", weights=weights, **_of(norm)
-    )
-    return pooled
+    """Normalizes the class token of every tile."""
+    index, width = builder.input("class_rows", 1, "tiles"), builder.config.width
+    first = builder.node("class_token", "select", [rows, index], "class_token", width, rows="tiles", features=1)
+    return builder.norm("output_norm", first, norm, output="pooled")
 
 
 def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str:
-    """A learned query attends to a tile's rows; then a projection and an MLP, whose result is added to what it read."""
+    """Adds attention of a learned query to a tile's rows, a projection, and an MLP with a residual."""
     config = builder.config
     width = config.width
     keys_values = builder.linear("pooling.keys_values", rows, 2 * width, bias=True)
@@ -392,27 +355,20 @@ def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str
         "weight": builder.weight("pooling.query.weight", width, width),
         "bias": builder.weight("pooling.query.bias", width),
     }
-    heads: dict[str, Any] = {"heads": config.heads, "head_dim": config.head_dim}
-    (mixed,) = builder.node(
+    mixed = builder.node(
         "pooling.attention",
         "attention_pooling",
         [keys_values],
-        ("pooling.mixed", width),
+        "pooling.mixed",
+        width,
         rows="tiles",
         weights=weights,
-        **heads,
+        heads=config.heads,
+        head_dim=config.head_dim,
     )
     attended = builder.linear("pooling.attention_output", mixed, width, bias=True)
     hidden = builder.norm("pooling.norm", attended, norm)
     hidden = builder.linear("pooling.mlp_up", hidden, config.mlp_hidden, bias=True)
-    (hidden,) = builder.node(
-        "pooling.mlp_activation",
-        "activation",
-        [hidden],
-        ("pooling.mlp_hidden", config.mlp_hidden),
-        rows="tiles",
-        activation=config.activation,
-    )
+    hidden = builder.activation("pooling.mlp_activation", hidden, "pooling.mlp_hidden")
     projected = builder.linear("pooling.mlp_down", hidden, width, bias=True)
-    (pooled,) = builder.node("pooling.residual", "add", [projected, attended], ("pooled", width), rows="tiles")
-    return pooled
+    return builder.node("pooling.residual", "add", [projected, attended], "pooled", width, rows="tiles")

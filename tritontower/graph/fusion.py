@@ -1,8 +1,7 @@
-"""CudaGraphCache over the layer graph: each takes a graph and returns one with fewer nodes and the same numbers.
+"""Graph passes: functions ``Graph → Graph`` that leave fewer nodes and the same numbers.
 
-A pass knows node kinds, never models.  Those that put weights in another order are in
-:mod:`tritontower.graph.layout_passes`.  Each moves rounding points only towards fewer of them: what the plain graph rounds
-between two nodes, a fused node keeps in fp32.
+A pass matches node kinds, never models.  Passes that reorder weights are in :mod:`.layout_passes`.  Each pass only removes
+rounding: a value that the plain graph rounds between two nodes stays in fp32 in a fused node.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,36 +15,19 @@ from tritontower.kernels.runtime.dispatch import backend_on
 from .ir import Graph, Node, Value, Weight
 from .layout_passes import fuse_rotation_into_qkv, interleave_gated, pad_heads
 
-__all__ = [
-    "CHUNK_ROWS",
-    "CPU_CHUNK_ROWS",
-    "DEFAULT_PASSES",
-    "KERNEL_PASSES",
-    "Pass",
-    "chunk_mlp",
-    "fold_still_images",
-    "fuse",
-    "fuse_activations",
-    "fuse_positions",
-    "fuse_residual_into_linear",
-    "fuse_residual_into_norm",
-    "fuse_selection",
-    "select_passes",
-]
-
 Pass = Callable[[Graph], Graph]
+Fuse = Callable[[Node, Node], Node | None]
 
 CHUNK_ROWS = 16384
-"""Rows of an MLP that kernels work on at a time: fewer would leave the largest GPU a half-empty last round of tiles."""
+"""Rows of an MLP that kernels process at a time; fewer would leave the largest GPU a half-empty last wave of tiles."""
 CPU_CHUNK_ROWS = 2048
-"""The same on a CPU, where fewer cost no time: the products go through them a cacheful at a time anyway."""
+"""The same on a CPU, whose matmuls process a cacheful of rows at a time anyway."""
 
 
 def fuse_activations(graph: Graph) -> Graph:
-    """``linear`` → ``activation`` becomes a ``linear`` with the activation in its epilogue.
+    """Fuses ``linear`` → ``activation``: the activation moves into the epilogue.
 
-    The rows before the activation then never reach memory: for an MLP four times as wide as the tower that is the
-    largest value of the block, written once and read once less.
+    The rows before the activation then never reach memory.  In an MLP they are the largest value of the block.
     """
 
     def fused(first: Node, second: Node) -> Node | None:
@@ -57,7 +39,7 @@ def fuse_activations(graph: Graph) -> Graph:
 
 
 def fuse_residual_into_linear(graph: Graph) -> Graph:
-    """``linear`` → ``add`` becomes a ``linear`` that adds the residual in its epilogue, before its one rounding."""
+    """Fuses ``linear`` → ``add``: the epilogue adds the residual before its one rounding."""
 
     def fused(first: Node, second: Node) -> Node | None:
         if first.kind != "linear" or second.kind != "add" or len(first.inputs) > 1:
@@ -69,15 +51,15 @@ def fuse_residual_into_linear(graph: Graph) -> Graph:
 
 
 def fuse_residual_into_norm(graph: Graph) -> Graph:
-    """``add`` → ``norm`` becomes a ``norm`` that also writes the sum, which the next residual needs.
+    """Fuses ``add`` → ``norm`` into a ``norm`` that also writes the sum, which the next residual needs.
 
-    The sum is rounded as the ``add`` rounded it, and that rounded sum is what is normalized.
+    The sum is rounded as in the ``add``, and the rounded sum is normalized.
     """
     nodes = list(graph.nodes)
     for add in [node for node in nodes if node.kind == "add"]:
         readers = [node for node in nodes if add.outputs[0] in node.inputs]
         norm = next((node for node in readers if node.kind == "norm" and node.inputs == add.outputs), None)
-        # Where nothing but the norm reads the sum, there is nothing to write beside it.
+        # If only the norm reads the sum, there is no second output to write.
         if norm is None or readers[0] is not norm or len(readers) == 1:
             continue
         fused = replace(norm, inputs=add.inputs, outputs=(*norm.outputs, *add.outputs))
@@ -87,9 +69,9 @@ def fuse_residual_into_norm(graph: Graph) -> Graph:
 
 
 def fuse_positions(graph: Graph) -> Graph:
-    """``patch_projection`` → ``add_positions`` becomes a projection that adds the table's row in its epilogue.
+    """Fuses ``patch_projection`` → ``add_positions``: the epilogue adds the row of the position table.
 
-    Only where a position is one row of the table; a weighted sum of several stays a node of its own.
+    A position that is a weighted sum of several rows stays a node.
     """
 
     def fused(first: Node, second: Node) -> Node | None:
@@ -102,9 +84,9 @@ def fuse_positions(graph: Graph) -> Graph:
 
 
 def fuse_selection(graph: Graph) -> Graph:
-    """``select`` → ``projector`` becomes a projector that reads the selected rows where they are.
+    """Fuses ``select`` → ``projector``: the projector gathers the selected rows.
 
-    With a norm in front of the products, the norm gathers as it reads, and the selected rows never reach memory.
+    If the projector has a norm, the norm gathers as it reads, and the selected rows never reach memory.
     """
 
     def fused(first: Node, second: Node) -> Node | None:
@@ -119,11 +101,10 @@ def fuse_selection(graph: Graph) -> Graph:
 
 
 def fold_still_images(graph: Graph) -> Graph:
-    """The graph for still images: all the frames that a patch spans are the same frame.
+    """Specializes the graph for still images, where all frames of a patch are the same frame.
 
-    ``[frame, frame] @ [W₀, W₁]ᵀ = frame @ (W₀ + W₁)ᵀ``: the projection's inner dimension shrinks by the number of
-    frames (1176 → 588 for Qwen2-VL), and so do the pixels that are prepared, moved and read.  A tower whose patches
-    span one frame is returned as it is.
+    ``[frame, frame] @ [W₀, W₁]ᵀ = frame @ (W₀ + W₁)ᵀ``: the inner dimension of the patch projection and the pixels shrink by
+    the number of frames (1176 → 588 for Qwen2-VL).  A tower whose patches span one frame is returned unchanged.
     """
     nodes, weights, values = list(graph.nodes), dict(graph.weights), dict(graph.values)
     for position, node in enumerate(nodes):
@@ -145,10 +126,10 @@ def fold_still_images(graph: Graph) -> Graph:
 
 
 def chunk_mlp(graph: Graph, rows: int = CHUNK_ROWS) -> Graph:
-    """``linear`` with an activation → ``linear`` becomes one ``mlp`` that works through the rows run by run.
+    """Fuses ``linear`` with an activation → ``linear`` into one ``mlp`` that processes ``rows`` rows at a time.
 
-    What stands between the two products is four times as wide as the rows: held for ``rows`` rows at most, it no longer
-    grows with the pack.  The products are the same, planned for all rows: no row's bits depend on the runs.
+    The value between the two matmuls, four times as wide as the rows, then no longer grows with the batch.  The launch
+    configurations are those of all rows, so the bits of a row do not depend on the chunks.
     """
     values: list[Value] = []
 
@@ -189,35 +170,33 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     fuse_residual_into_norm,
     fuse_selection,
 )
-"""What every graph goes through, before :func:`chunk_mlp`.  The residual goes into the product's epilogue wherever a
-product writes it, which moves one value less than adding it in the norm; the norm takes the additions that are left."""
+"""Passes of every graph, before :func:`chunk_mlp`.
 
+A residual is added in a matmul's epilogue if possible: that moves one value less than adding it in a norm.
+"""
 
 KERNEL_PASSES: tuple[Pass, ...] = (fuse_rotation_into_qkv, pad_heads, interleave_gated)
-"""What a graph goes through behind them where kernels run."""
+"""Passes after these for graphs that run on kernels."""
 
 
 def fuse(graph: Graph, passes: Sequence[Pass] = DEFAULT_PASSES) -> Graph:
-    """``graph`` after ``passes``, in order."""
+    """Applies ``passes`` in order."""
     for apply in passes:
         graph = apply(graph)
     return graph
 
 
 def select_passes(device: torch.device) -> tuple[Pass, ...]:
-    """The passes for a graph that runs on ``device``.
-
-    What arranges weights for the kernels is for where kernels run: the plain torch of a CPU would only pay for it.
-    """
+    """Returns the passes for a graph that runs on ``device``; only kernels profit from reordered weights."""
     if backend_on(device) == "reference":
         return (*DEFAULT_PASSES, partial(chunk_mlp, rows=CPU_CHUNK_ROWS))
     return (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)
 
 
-def _merge_pairs(graph: Graph, fused: Callable[[Node, Node], Node | None]) -> Graph:
-    """Replaces a node and the only reader of its only output by ``fused(node, reader)``, where that is a node.
+def _merge_pairs(graph: Graph, fused: Fuse) -> Graph:
+    """Replaces a node and the only reader of its only output by ``fused(node, reader)``, unless that is ``None``.
 
-    The fused node stands where the reader stood, so that everything the reader waited for is there.
+    The fused node takes the reader's place in the order, after all inputs of the reader.
     """
     readers: dict[str, list[Node]] = {}
     for node in graph.nodes:
@@ -229,7 +208,7 @@ def _merge_pairs(graph: Graph, fused: Callable[[Node, Node], Node | None]) -> Gr
         following = readers.get(node.outputs[0], [])
         if len(node.outputs) > 1 or len(following) != 1 or node.outputs[0] in graph.outputs:
             continue
-        # A reader takes one node in; a sum of two products keeps the second as it is.
+        # A reader absorbs one node: a sum of two matmuls keeps the second one.
         merged = None if following[0].name in replaced else fused(node, following[0])
         if merged is not None:
             replaced[following[0].name] = merged

@@ -1,10 +1,9 @@
 """The layer graph: a tower as an ordered list of nodes over named values.
 
-:func:`tritontower.graph.builder.build` turns a :class:`~tritontower.config.TowerConfig` into the *plain* graph, which is the
-definition of the tower: one node per step of the reference implementation.  The passes in :mod:`tritontower.graph.fusion` rewrite
-it into fewer nodes with the same numbers; ``qkv_projection`` and ``mlp`` nodes come from them alone.  Because a graph is data, its
-cost (:mod:`tritontower.graph.cost`), its memory (:mod:`tritontower.graph.memory_plan`) and its description
-(:mod:`tritontower.graph.summary`) follow from it without running it.
+:func:`.builder.build` turns a :class:`~tritontower.config.TowerConfig` into the *plain* graph, which defines the tower: one
+node per step of the reference implementation.  The passes in :mod:`.fusion` rewrite it into fewer nodes with the same
+numbers; only they create ``qkv_projection`` and ``mlp`` nodes.  A graph is data: its cost (:mod:`.cost`), its memory
+(:mod:`.memory_plan`) and its summary (:mod:`.summary`) need no run.
 
 ======================  ============================================  ================================================
 node kind               inputs → outputs                              weights
@@ -17,7 +16,7 @@ node kind               inputs → outputs                              weights
 ``activation``          rows → rows
 ``add``                 rows, rows → rows
 ``rope``                qkv, cosines, sines → qkv                     (rotates in place)
-``qkv_projection``      rows [, cosines, sines] → qkv                 weight, bias (heads arranged)
+``qkv_projection``      rows [, cosines, sines] → qkv                 weight, bias (rows reordered)
 ``attention``           qkv → rows
 ``mlp``                 rows [, residual] → rows                      weight_1, bias_1, weight_2, bias_2
 ``select``              rows …, selection → rows side by side
@@ -34,8 +33,6 @@ from math import prod
 from typing import Any, Literal
 
 from .weight_layout import WeightLayout
-
-__all__ = ["Dtype", "Graph", "Node", "NodeKind", "Rows", "Transform", "Value", "Weight", "Workload"]
 
 NodeKind = Literal[
     "patch_projection",
@@ -62,24 +59,27 @@ Transform = Literal["as_is", "flatten", "fold_temporal"]
 
 @dataclass(frozen=True)
 class Workload:
-    """How much there is to do in one pass; every size in a graph is a multiple of one of these."""
+    """The sizes of one forward pass; every size in a graph is a multiple of one of these.
+
+    Attributes:
+        patches: rows of the blocks; a class token counts as a patch.
+        scores: query–key pairs of one head, the sum of the squared segment lengths.
+        window_scores: the same in a block with window attention.
+        selected: input rows of the projector; ``None``: all.
+        merged: output rows of the projector; ``None``: as many as tokens.
+        tiles: images, or crops of images.
+    """
 
     patches: int
-    """Rows that the blocks work on; a class token counts as a patch."""
     tokens: int
     scores: int
-    """Query–key pairs of one head: the sum of the squared segment lengths."""
     window_scores: int = 0
-    """The same in a block that attends within windows."""
     selected: int | None = None
-    """Rows that enter the projector; ``None``: all."""
     merged: int | None = None
-    """Rows that leave the projector; ``None``: as many as tokens."""
     tiles: int = 0
-    """Images, tiles and crops."""
 
     def rows(self, dimension: Rows) -> int:
-        """The number of rows along ``dimension``."""
+        """Number of rows along ``dimension``."""
         if dimension == "selected":
             return self.patches if self.selected is None else self.selected
         if dimension == "merged":
@@ -89,51 +89,51 @@ class Workload:
 
 @dataclass(frozen=True)
 class Value:
-    """A matrix ``[rows, width]`` that a node reads or writes."""
+    """A matrix ``[rows, width]`` that a node reads or writes.
+
+    ``most_rows`` limits the rows in memory, for scratch that is reused by one run of rows after the other.
+    """
 
     name: str
     rows: Rows
     width: int
     dtype: Dtype = "activation"
     most_rows: int | None = None
-    """So many rows at most are held, of scratch that serves one run of rows after the other; ``None``: all."""
 
     def held_rows(self, workload: Workload) -> int:
-        """Rows that the value has memory for."""
+        """Number of rows in memory."""
         rows = workload.rows(self.rows)
         return rows if self.most_rows is None else min(rows, self.most_rows)
 
     def size(self, workload: Workload, itemsize: int) -> int:
-        """Bytes, where one activation takes ``itemsize`` bytes."""
+        """Bytes in memory; ``itemsize`` is that of an activation."""
         element = {"activation": itemsize, "uint8": 1}.get(self.dtype, 4)
         return self.held_rows(workload) * self.width * element
 
-    def moved(self, workload: Workload, itemsize: int) -> int:
-        """Bytes of all rows, whether they are held at once or not."""
+    def total_size(self, workload: Workload, itemsize: int) -> int:
+        """Bytes of all rows, in memory at once or not."""
         return replace(self, most_rows=None).size(workload, itemsize)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the graph, and the canonical tensor that it is made from."""
+    """A weight of the graph, and the canonical tensor that it is made from.
+
+    Attributes:
+        shape: as the node uses it.
+        source: name of the canonical tensor; several weights may share one.
+        source_shape: shape of the canonical tensor, without padding.
+        padded_shape: shape of the tensor in memory, padded with zeros; ``None``: no padding.
+        weight_layout: row order of the tensor in memory; ``None``: the canonical order.
+    """
 
     name: str
     shape: tuple[int, ...]
-    """Shape as the node uses it."""
     source: str
-    """Name of the canonical tensor; several weights may be made from one."""
     source_shape: tuple[int, ...]
-    """Shape of the canonical tensor, without padding."""
     transform: Transform = "as_is"
     padded_shape: tuple[int, ...] | None = None
-    """Shape in which the canonical tensor is held, zeros behind its numbers; ``None``: without padding."""
     weight_layout: WeightLayout | None = None
-    """Another order of the rows, in which the tensor is held instead of the canonical one."""
-
-    @property
-    def parameters(self) -> int:
-        """Numbers in the weight as the node uses it, padding included."""
-        return prod(self.shape)
 
     @property
     def useful_shape(self) -> tuple[int, ...]:
@@ -143,12 +143,12 @@ class Weight:
 
     @property
     def held_name(self) -> str:
-        """What the tensor in memory is called: as its source, or, where that is arranged, what no canonical tensor is."""
+        """Name of the tensor in memory; a reordered tensor has a suffix that no canonical name has."""
         return self.source if self.weight_layout is None else f"{self.source}:{self.weight_layout.name}"
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
-        """Shape of the canonical tensor in memory, before it is arranged."""
+        """Shape of the tensor in memory before its rows are reordered."""
         return self.padded_shape or self.source_shape
 
     @property
@@ -157,8 +157,8 @@ class Weight:
         shape = self.canonical_shape
         return shape if self.weight_layout is None else self.weight_layout.shape(shape)
 
-    def arranged(self, weight_layout: WeightLayout) -> "Weight":
-        """This weight in another order of its rows, under a name of its own."""
+    def with_layout(self, weight_layout: WeightLayout) -> "Weight":
+        """Returns this weight in another row order, under another name."""
         name = self.name.partition(":")[0]
         shape = weight_layout.shape(self.canonical_shape)
         return replace(self, name=f"{name}:{weight_layout.name}", shape=shape, weight_layout=weight_layout)
@@ -166,36 +166,39 @@ class Weight:
 
 @dataclass(frozen=True)
 class Node:
-    """One step: what it is called, what kind it is, what it reads and writes."""
+    """One step of the graph.
+
+    Attributes:
+        weights: role → name of the weight.
+        scratch: values that live only while the node runs.
+        block: number of the transformer block; ``None`` outside the blocks.
+        rows: dimension of the output rows.
+    """
 
     name: str
     kind: NodeKind
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     weights: Mapping[str, str] = field(default_factory=dict)
-    """Role → name of the weight."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     scratch: tuple[str, ...] = ()
-    """Values that live only while the node runs."""
     block: int | None = None
-    """Which of the repeated transformer blocks the node belongs to."""
     rows: Rows = "patches"
-    """What the rows that it writes are."""
 
     @property
-    def in_place(self) -> bool:
-        """Whether the first output is the first input, changed."""
+    def is_in_place(self) -> bool:
+        """The first output overwrites the first input."""
         return self.kind == "rope"
 
     @property
     def residual(self) -> str | None:
-        """What a product adds to its rows: its output may be written into the residual's memory."""
+        """The value that a matmul adds to its rows; the output may overwrite it."""
         return self.inputs[1] if self.kind in ("linear", "mlp") and len(self.inputs) > 1 else None
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in the order in which they run, and everything they name."""
+    """Nodes in execution order, and the values and weights that they name."""
 
     nodes: tuple[Node, ...]
     values: Mapping[str, Value]
@@ -204,10 +207,7 @@ class Graph:
     outputs: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        self.validate()
-
-    def validate(self) -> None:
-        """Raises :class:`ValueError` where a node names something unknown, unset, set twice or never used."""
+        """Raises :class:`ValueError` for a name that is unknown, unset, set twice or never used."""
         known = set(self.inputs)
         read: set[str] = set(self.outputs)
         used: set[str] = set()
@@ -231,29 +231,29 @@ class Graph:
 
     @property
     def sources(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every canonical tensor that the graph is made from."""
+        """Name → shape of every canonical tensor."""
         return {weight.source: weight.source_shape for weight in self.weights.values()}
 
     @property
     def held_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of every tensor in memory, padded and arranged as the graph asks for."""
+        """Name → shape of every tensor in memory, padded and reordered."""
         return {weight.held_name: weight.held_shape for weight in self.weights.values()}
 
     @property
     def parameters(self) -> int:
-        """Numbers in the canonical tensors that the graph is made from."""
+        """Number of parameters in the canonical tensors."""
         return sum(prod(shape) for shape in self.sources.values())
 
-    def consumers(self, value: str) -> list[Node]:
-        """The nodes that read ``value``."""
+    def readers(self, value: str) -> list[Node]:
+        """Returns the nodes that read ``value``."""
         return [node for node in self.nodes if value in node.inputs]
 
     def with_nodes(
         self, nodes: Sequence[Node], values: Iterable[Value] = (), weights: Iterable[Weight] = ()
     ) -> "Graph":
-        """This graph with other nodes, and with values and weights that they need beside or instead of what it has.
+        """Returns this graph with other nodes, and with added or replaced values and weights.
 
-        Values and weights that no node names any more are dropped.
+        Unused values and weights are dropped.
         """
         named = {name for node in nodes for name in (*node.inputs, *node.outputs, *node.scratch)}
         used = {name for node in nodes for name in node.weights.values()}

@@ -1,6 +1,7 @@
-"""A layer graph in words, as JSON and as a drawing: shapes, parameters, operations, bytes and launches of every node."""
+"""Summary of a layer graph as a table, as JSON and as Graphviz DOT: shapes, parameters, FLOPs, bytes and launches."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import prod
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 
-from tritontower.drawing import DrawnNode, collapse_repeats, graph_svg, number_ranges
 from tritontower.text_table import text_table
 
 from .cost import Cost, estimate_cost, estimate_total_cost
@@ -16,22 +16,19 @@ from .ir import Graph, Node, Workload
 from .launch_count import GraphLaunches, count_launches
 from .memory_plan import plan_memory
 
-__all__ = ["Description"]
-
-COLUMNS = ("node", "kind", "reads", "writes", "parameters", "GFLOP", "MB moved", "launches")
+_COLUMNS = ("node", "kind", "reads", "writes", "parameters", "GFLOP", "MB moved", "launches")
+_COLORS = {"attention": "#fde68a", "attention_pooling": "#fde68a", "norm": "#e5e7eb", "input": "#dcfce7"}
 
 
 @dataclass(frozen=True)
 class Description:
-    """A graph, seen for one workload.
+    """A graph with the sizes of one workload.
 
     Attributes:
-        graph: what is described.
-        workload: how many patches, tokens and scores.
         itemsize: bytes of one activation and of one weight.
-        device: where kernels run it, which decides on how many launches a product takes; ``None``: one.
-        dtype: of the activations, which decides with it.
-        on_cpu: whether torch's own operations run it on a CPU, whose temporaries then count as memory.
+        device: where kernels run; it decides how many launches a matmul takes.  ``None``: one.
+        dtype: of the activations.
+        on_cpu: torch operations run the graph on a CPU; their workspace counts as memory.
     """
 
     graph: Graph
@@ -43,93 +40,104 @@ class Description:
 
     @property
     def total(self) -> Cost:
-        """Operations and bytes of one pass."""
+        """FLOPs and bytes of one forward pass."""
         return estimate_total_cost(self.graph, self.workload, self.itemsize)
 
     @cached_property
     def launches(self) -> GraphLaunches:
-        """Launches of one pass, by node and by block."""
+        """Launches of one forward pass, by node and by block."""
         return count_launches(self.graph, self.workload, dtype=self.dtype, device=self.device)
 
+    @cached_property
+    def blocks(self) -> dict[int, list[int]]:
+        """First block of each group of identical blocks → the numbers of the group."""
+        signatures: dict[int, list[tuple[str, str]]] = {}
+        for node in self.graph.nodes:
+            if node.block is not None:
+                signatures.setdefault(node.block, []).append((node.kind, str(node.attributes)))
+        alike: dict[object, list[int]] = {}
+        for block, signature in signatures.items():
+            alike.setdefault(tuple(signature), []).append(block)
+        return {group[0]: group for group in alike.values()}
+
     def text(self) -> str:
-        """A table with a line per node; repeated blocks are shown once, their numbers for one block."""
-        rows = [self._row(node, blocks) for node, blocks in self._shown()]
-        workload, total = self.workload, self.total
-        title = (
-            f"{len(self.graph.nodes)} nodes, {self.graph.parameters / 1e6:,.1f} M parameters; "
-            f"{workload.patches:,} patches → {workload.tokens:,} tokens: {total.flops / 1e12:,.3f} TFLOP, "
-            f"{total.bytes / 1e6:,.0f} MB moved, {self.launches.total.total:,} launches"
-            + (f", {self.launches.per_block.total} a block" if self.launches.blocks else "")
-        )
-        return text_table(title, COLUMNS, rows)
+        """Formats a table with a line per node; identical blocks are listed once, with the numbers of one block."""
+        shown = [node for node in self.graph.nodes if node.block is None or node.block in self.blocks]
+        per_block = f", {self.launches.per_block.total} a block" if self.launches.blocks else ""
+        title = f"{self._headline()}, {self.total.bytes / 1e6:,.0f} MB moved, {self.launches.total.total:,} launches"
+        return text_table(title + per_block, _COLUMNS, [self._row(node) for node in shown])
 
     def to_json(self) -> dict[str, Any]:
-        """Every node with its shapes and costs, the totals, and the memory plan."""
-        plan = plan_memory(self.graph, self.workload, self.itemsize, cpu_dtype=self.dtype if self.on_cpu else None)
+        """Returns every node with its shapes and costs, the totals, and the memory plan."""
+        plan = asdict(
+            plan_memory(self.graph, self.workload, self.itemsize, cpu_dtype=self.dtype if self.on_cpu else None)
+        )
+        memory = {name: size for name, size in plan.items() if name.endswith("_bytes")}
         return {
             "workload": asdict(self.workload),
             "itemsize": self.itemsize,
             "parameters": self.graph.parameters,
             "flops": self.total.flops,
             "bytes": self.total.bytes,
-            "memory": {
-                "arena_bytes": plan.arena_bytes,
-                "input_bytes": plan.input_bytes,
-                "output_bytes": plan.output_bytes,
-                "workspace_bytes": plan.workspace_bytes,
-                "peak_bytes": plan.peak_bytes,
-            },
-            "launches": {
-                **asdict(self.launches.total),
-                "per_block": self.launches.per_block.total,
-            },
+            "memory": memory | {"peak_bytes": sum(memory.values())},
+            "launches": {**asdict(self.launches.total), "per_block": self.launches.per_block.total},
             "nodes": [self._node_json(node) for node in self.graph.nodes],
         }
 
-    def svg(self, title: str = "Layer graph") -> str:
-        """A drawing of the graph, its repeated blocks drawn once."""
-        drawn = [
-            DrawnNode(node.name, node.kind, (self._shapes(node.outputs), *self._remarks(node)))
-            for node in self.graph.nodes
-        ]
-        drawn += [DrawnNode(name, "input", (self._shape(name),)) for name in self.graph.inputs]
+    def to_dot(self, title: str = "Layer graph") -> str:
+        """Formats the graph as Graphviz DOT; each group of identical blocks is one cluster."""
+        first_of = {block: first for first, group in self.blocks.items() for block in group}
+        shown: dict[str, str] = {}  # node → the node that is drawn for it
+        clusters: dict[int | None, list[str]] = {None: []}
+        for name in self.graph.inputs:
+            shown[name] = name
+            clusters[None].append(_dot_node(name, "input", [self._shape(name)]))
+        for node in self.graph.nodes:
+            first = None if node.block is None else first_of[node.block]
+            local = node.name.removeprefix(f"blocks.{node.block}.")
+            shown[node.name] = local if first is None else f"blocks.{first}.{local}"
+            if node.block == first:
+                parameters = [f"{self._parameters(node):,} parameters"] if node.weights else []
+                kind = [self._kind(node)] if self._kind(node) != local else []
+                lines = [*kind, self._shapes(node.outputs), *parameters]
+                clusters.setdefault(first, []).append(_dot_node(node.name, node.kind, lines, local))
         writers = {name: node.name for node in self.graph.nodes for name in node.outputs}
-        edges = [(writers.get(name, name), node.name) for node in self.graph.nodes for name in node.inputs]
-        nodes, edges, groups = collapse_repeats(_inputs_first(drawn), list(dict.fromkeys(edges)))
-        subtitle = (
-            f"{self.workload.patches:,} patches → {self.workload.tokens:,} tokens · "
-            f"{self.graph.parameters / 1e6:,.1f} M parameters · {self.total.flops / 1e12:,.2f} TFLOP"
+        order = {
+            name: place for place, name in enumerate([*self.graph.inputs, *(node.name for node in self.graph.nodes)])
+        }
+        pairs = [(writers.get(name, name), node.name) for node in self.graph.nodes for name in node.inputs]
+        edges = dict.fromkeys((shown[source], shown[target]) for source, target in pairs)
+        parts = [f"label={_quote(title, self._headline())}", *clusters.pop(None)]
+        for first, members in clusters.items():
+            numbers = self.blocks[first or 0]
+            label = f"blocks {', '.join(format_ranges(numbers))} × {len(numbers)}"
+            parts += [f'subgraph "cluster_{first}" {{', f'label="{label}"; style=rounded', *members, "}"]
+        cluster = {name: name.split(".")[:2] for name in order}
+        for source, target in edges:
+            if order[source] < order[target]:
+                parts.append(f'"{source}" -> "{target}"')
+            elif cluster[source] != cluster[target]:
+                # Groups that alternate; an edge between blocks of one group is left out.
+                parts.append(f'"{source}" -> "{target}" [constraint=false, style=dashed]')
+        style = 'labelloc=t; fontname="Helvetica"; node [shape=box, style="rounded,filled", fontname="Helvetica"]'
+        return "\n".join(["digraph {", style, *parts, "}", ""])
+
+    def _headline(self) -> str:
+        return (
+            f"{len(self.graph.nodes)} nodes, {self.graph.parameters / 1e6:,.1f} M parameters; "
+            f"{self.workload.patches:,} patches → {self.workload.tokens:,} tokens: {self.total.flops / 1e12:,.3f} TFLOP"
         )
-        return graph_svg(nodes, edges, groups, title=title, subtitle=subtitle)
 
-    def _shown(self) -> list[tuple[Node, Sequence[int]]]:
-        """The nodes outside blocks and those of the first block of each kind, with the blocks that are alike."""
-        blocks: dict[int, list[Node]] = {}
-        for node in self.graph.nodes:
-            if node.block is not None:
-                blocks.setdefault(node.block, []).append(node)
-        alike: dict[object, list[int]] = {}
-        for block, nodes in blocks.items():
-            alike.setdefault(tuple((node.kind, str(node.attributes)) for node in nodes), []).append(block)
-        firsts = {group[0]: group for group in alike.values()}
-        shown: list[tuple[Node, Sequence[int]]] = []
-        for node in self.graph.nodes:
-            if node.block is None:
-                shown.append((node, ()))
-            elif node.block in firsts:
-                shown.append((node, firsts[node.block]))
-        return shown
-
-    def _row(self, node: Node, blocks: Sequence[int]) -> Sequence[object]:
+    def _row(self, node: Node) -> Sequence[object]:
         cost = estimate_cost(self.graph, node, self.workload, self.itemsize)
         name = node.name
         if node.block is not None:
-            every = len(blocks) == 1 + max(other.block for other in self.graph.nodes if other.block is not None)
-            which = "*" if every else ",".join(number_ranges(blocks))
-            name = f"{name.replace(f'blocks.{node.block}.', f'blocks.{which}.')} ×{len(blocks)}"
+            group = self.blocks[node.block]
+            numbers = "*" if len(self.blocks) == 1 else ",".join(format_ranges(group))
+            name = f"blocks.{numbers}.{name.removeprefix(f'blocks.{node.block}.')} ×{len(group)}"
         return (
             name,
-            " + ".join((node.kind, *self._epilogue(node))),
+            self._kind(node),
             self._shapes(node.inputs),
             self._shapes(node.outputs),
             f"{self._parameters(node):,}" if node.weights else None,
@@ -139,42 +147,33 @@ class Description:
         )
 
     def _node_json(self, node: Node) -> Mapping[str, Any]:
-        cost = estimate_cost(self.graph, node, self.workload, self.itemsize)
+        shapes = {role: {name: self._dimensions(name) for name in getattr(node, role)} for role in _VALUE_ROLES}
         return {
             "name": node.name,
             "kind": node.kind,
             "block": node.block,
-            "inputs": {name: self._dimensions(name) for name in node.inputs},
-            "outputs": {name: self._dimensions(name) for name in node.outputs},
-            "scratch": {name: self._dimensions(name) for name in node.scratch},
+            **shapes,
             "weights": {role: list(self.graph.weights[name].shape) for role, name in node.weights.items()},
             "attributes": dict(node.attributes),
             "parameters": self._parameters(node),
-            "flops": cost.flops,
-            "bytes": cost.bytes,
+            **asdict(estimate_cost(self.graph, node, self.workload, self.itemsize)),
             "launches": self.launches.nodes[node.name].total,
         }
 
-    def _epilogue(self, node: Node) -> list[str]:
-        """What a node does besides what its kind says."""
-        attributes, several = node.attributes, len(node.inputs) > 1
+    def _kind(self, node: Node) -> str:
+        """Returns the kind of a node and the operations fused into it."""
+        attributes, is_fused = node.attributes, len(node.inputs) > 1
         padded = attributes.get("padded_head_dim")
-        said = [f"heads of {attributes['head_dim']} in {padded} columns"] if padded else []
+        parts: list[str] = [node.kind]
+        if padded:
+            parts.append(f"heads of {attributes['head_dim']} in {padded} columns")
         if node.kind == "attention" and attributes["windows"]:
-            said.append("windows")
-        elif node.kind == "patch_projection" and several:
-            said.append("positions")
-        elif node.kind == "qkv_projection" and several:
-            said.append("rotation")
-        elif node.kind in ("linear", "mlp"):
-            said += [attributes["activation"]] if attributes["activation"] else []
-            said += ["residual"] if several else []
-        return said
-
-    def _remarks(self, node: Node) -> list[str]:
-        epilogue = self._epilogue(node)
-        parameters = [f"{self._parameters(node):,} parameters"] if node.weights else []
-        return ([f"+ {', '.join(epilogue)}"] if epilogue else []) + parameters
+            parts.append("windows")
+        if node.kind in ("linear", "mlp") and attributes["activation"]:
+            parts.append(attributes["activation"])
+        if is_fused and node.kind in _FUSED_INPUTS:
+            parts.append(_FUSED_INPUTS[node.kind])
+        return " + ".join(parts)
 
     def _parameters(self, node: Node) -> int:
         return sum(prod(self.graph.weights[name].useful_shape) for name in node.weights.values())
@@ -190,5 +189,30 @@ class Description:
         return [value.held_rows(self.workload), value.width]
 
 
-def _inputs_first(drawn: Sequence[DrawnNode]) -> list[DrawnNode]:
-    return sorted(drawn, key=lambda node: node.kind != "input")
+_VALUE_ROLES = ("inputs", "outputs", "scratch")
+_FUSED_INPUTS = {
+    "patch_projection": "positions",
+    "qkv_projection": "rotation",
+    "linear": "residual",
+    "mlp": "residual",
+}
+
+
+def format_ranges(numbers: Iterable[int]) -> list[str]:
+    """Formats ascending numbers, consecutive ones as first–last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return [f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+
+
+def _dot_node(name: str, kind: str, lines: Sequence[str], label: str = "") -> str:
+    return f'"{name}" [label={_quote(label or name, *lines)}, fillcolor="{_COLORS.get(kind, "#dbeafe")}"]'
+
+
+def _quote(*lines: str) -> str:
+    """Quotes lines of text; DOT takes the escapes of JSON."""
+    return json.dumps("\n".join(lines), ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Orders of a weight's rows other than the canonical one, in which a kernel does without a step of its own.
+"""Row orders of stored weights other than the canonical one; each saves a kernel one step.
 
-A fusion pass asks for one by putting it on a :class:`~tritontower.graph.ir.Weight`.  Such a weight is held in its arranged
-form only: it is arranged where it lies, once, when the checkpoint has been read (:mod:`tritontower.engine.weight_loader`).
+A layout pass sets one on a :class:`~tritontower.graph.ir.Weight`.  Only the reordered tensor is kept in memory; it is
+reordered in place after the checkpoint has been read (:mod:`tritontower.engine.weight_loader`).
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,15 @@ import torch
 from tritontower.kernels.gemm.linear import interleave_gated
 from tritontower.kernels.gemm.qkv_projection import reorder_heads
 
-__all__ = ["HeadOrder", "InterleavedGates", "WeightLayout"]
-
 
 @dataclass(frozen=True)
 class HeadOrder:
-    """Rows of ``[q; k; v]``, a weight ``[3·heads·head_dim, K]`` or its bias, in another order within each head.
+    """Row order within each head of ``[q; k; v]``, a weight ``[3·heads·head_dim, K]`` or its bias.
 
     Attributes:
-        heads: heads of each of q, k and v.
-        head_dim: their canonical rows.
-        padded_head_dim: rows that each has in the arranged form, zeros behind its own; ``None``: no more than its own.
-        pairs: whether the two rows of q and k that a rotation mixes stand side by side instead of half a head apart.
-        ones: whether the first padding row of k and v is one (of a bias) instead of zero: the column of the product is
-            then one in every row.
+        padded_head_dim: rows of each head in memory, zeros after its own; ``None``: no padding.
+        pairs: the two rows of q and k that a rotation mixes are adjacent instead of half a head apart.
+        ones: the first padding row of k and v is one (in a bias), so that this output column is one in every row.
     """
 
     heads: int
@@ -35,16 +30,16 @@ class HeadOrder:
 
     @property
     def name(self) -> str:
-        """What tells the arranged tensor from the canonical one."""
+        """Suffix of the reordered tensor's name."""
         parts = ["heads", str(self.padded_head_dim or self.head_dim)]
         return "-".join(parts + ["pairs"] * self.pairs + ["ones"] * self.ones)
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The arranged shape of a tensor of the canonical ``shape``."""
+        """Returns the reordered shape of a tensor of the canonical ``shape``."""
         return (3 * self.heads * (self.padded_head_dim or self.head_dim), *shape[1:])
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The arranged form of a canonical tensor, in memory of its own."""
+        """Returns a reordered copy of a canonical tensor."""
         return reorder_heads(
             tensor,
             heads=self.heads,
@@ -57,19 +52,16 @@ class HeadOrder:
 
 @dataclass(frozen=True)
 class InterleavedGates:
-    """Rows of ``[gate; up]``, a weight or its bias, in turn: row 2i is gate's row i, row 2i + 1 is up's."""
+    """Row order of ``[gate; up]``: row 2i is row i of gate, row 2i + 1 is row i of up."""
 
-    @property
-    def name(self) -> str:
-        """What tells the arranged tensor from the canonical one."""
-        return "interleaved"
+    name = "interleaved"
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The arranged shape: the canonical one."""
+        """Returns the canonical shape."""
         return shape
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The arranged form of a canonical tensor, in memory of its own."""
+        """Returns a reordered copy of a canonical tensor."""
         return interleave_gated(tensor)
 
 
