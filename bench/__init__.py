@@ -1,1 +1,1 @@
-"""Measuring from a checkout: commands (``python -m bench.towers --help``) and the campaigns (:mod:`bench.campaign`)."""
+"""Benchmarks that run from a checkout: single commands, and the campaign that runs them all (:mod:`bench.campaign`)."""

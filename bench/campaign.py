@@ -1,170 +1,205 @@
-"""The campaign: everything that is worth measuring on a machine, in stages that stand on their own.
+"""The campaign: runs every benchmark of a machine, one process and one result file per step.
 
-    python -m bench.campaign                                 # on a GPU: all stages, at most nine minutes each
-    python -m bench.campaign --stage attention --stage gemm  # these; going on where they stopped
-    python -m bench.campaign --cpu                           # the CPU's tables
-    python -m bench.campaign --list
+    python -m bench.campaign                            # on a GPU: all steps, at most nine minutes each
+    python -m bench.campaign --step towers --step tune
+    python -m bench.campaign --cpu --threads 2          # the tables for CPUs
+    python -m bench.campaign --list                     # the steps and their commands
 
-A stage is a process of its own with a time limit; one that dies or hangs takes no other with it.  What it has found is in
-``bench/results/MACHINE/DATE/STAGE.json`` as soon as it ends, its output in ``logs/`` beside it.  Run again with the same
---output (or on the same day), a campaign goes on where it stopped; --again starts a stage over.  Results of another commit,
-version, GPU or number of threads are neither gone on with nor taken for done.
-
-Exit codes: 0, 1 (something failed or is unfinished), 2 (no GPU, bad usage, or results of other conditions).
+A step writes ``bench/results/MACHINE/DATE/STEP.json`` and its output to ``logs/STEP.log`` beside it.  Benchmarks save
+after every row, so a step that is killed keeps what it measured.  A step whose result is complete is skipped; ``--again``
+repeats it.  Exit codes: 0, 1 (a step failed or ran out of time), 2 (bad usage, or no GPU).
 """
 
 import argparse
+import json
+import os
 import shlex
+import subprocess
 import sys
-import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from tritontower.benchmarks.documents import machine_slug
 from tritontower.benchmarks.measuring import provenance
-from tritontower.cli.parity import hide_reference_progress
 
-from .cpu_stages import CPU_STAGES
-from .runner import (
-    ROOT,
-    OtherConditionsError,
-    Setting,
-    Stage,
-    check_conditions,
-    facts_of,
-    is_complete,
-    run_items,
-    run_stage,
-)
-from .stages import GPU_STAGES
-
-__all__ = ["main"]
-
+ROOT = Path(__file__).resolve().parent.parent
 MINUTES = {"cpu": 20.0, "gpu": 9.0}
-"""For one stage: machines with a GPU are often lent by the quarter of an hour."""
+"""Time limit of one step: GPUs are often lent by the quarter of an hour."""
+TOWERS = "tritontower bench towers --dtype bfloat16"
+PYTEST = "pytest -q -p no:cacheprovider -o addopts=--import-mode=importlib -W ignore::pytest.PytestConfigWarning"
 
 
-def main(words: list[str] | None = None) -> int:
-    """Entry point."""
+@dataclass(frozen=True)
+class Step:
+    """One command of the campaign.
+
+    Attributes:
+        name: also the name of its result.
+        summary: the question that it answers.
+        command: arguments of ``python -m``; ``{result}`` and ``{threads}`` are filled in.
+    """
+
+    name: str
+    summary: str
+    command: str
+
+    def arguments(self, result: Path, threads: int) -> list[str]:
+        """The command as a list of words."""
+        return shlex.split(self.command.format(result=result, threads=threads))
+
+
+GPU_STEPS = (
+    Step("tests", "all tests marked gpu", f"{PYTEST} -m gpu --junitxml {{result}} tests"),
+    Step(
+        "kernel-tests", "compiled kernels against fp64", f"{PYTEST} -m 'not slow' --junitxml {{result}} tests/kernels"
+    ),
+    Step(
+        "kernels", "each kernel, torch's equivalent, the peak of today", "tritontower bench kernels --output {result}"
+    ),
+    Step("attention", "attention in every form and configuration", "bench.variants attention --output {result}"),
+    Step("gemm", "GEMMs by pointers, by descriptors, by cuBLAS", "bench.variants linear --output {result}"),
+    Step("dot16", "tensor-core matmuls with 16 columns", "bench.dot16 --output {result}"),
+    Step(
+        "towers",
+        "Qwen2-VL against transformers",
+        f"{TOWERS} --family Qwen2-VL --patches 1024,4096,256,16384 --batch mixed --batch small --repeats 15 "
+        "--output {result}",
+    ),
+    Step(
+        "towers-compiled",
+        "Qwen2-VL against compiled transformers",
+        f"{TOWERS} --family Qwen2-VL --patches 1024,4096,256 --against sdpa,compile --repeats 15 --output {{result}}",
+    ),
+    Step(
+        "preprocessing",
+        "images to patches",
+        "bench.preprocessing --family Qwen2-VL --family 'Gemma 3' --family Pixtral --output {result}",
+    ),
+    Step("tune", "the tuner within its budget", "tritontower tune --family Qwen2-VL --budget 7 --json"),
+    Step("stress", "10,000 launches of each attention form", "bench.stress --output {result}"),
+    Step(
+        "families", "every family at full depth", f"{TOWERS} --family all --batch 448 --batch mixed --output {{result}}"
+    ),
+)
+CPU_STEPS = (
+    Step(
+        "towers",
+        "Qwen2-VL-2B against transformers, bfloat16",
+        f"{TOWERS} --patches 1024,4096 --threads {{threads}} --output {{result}}",
+    ),
+    Step(
+        "towers-float32",
+        "the same in float32",
+        "tritontower bench towers --dtype float32 --patches 1024 --threads {threads} --output {result}",
+    ),
+    Step(
+        "families",
+        "every family at its published width, 8 blocks",
+        f"{TOWERS} --family all --depth 8 --batch 448 --threads {{threads}} --output {{result}}",
+    ),
+    Step(
+        "batches",
+        "large images, many small ones, mixed sizes",
+        f"{TOWERS} --family Qwen2-VL --family Qwen2.5-VL --family Qwen3-VL --family Pixtral --depth 8 "
+        "--batch 1024 --batch 64small --batch mixed --threads {threads} --output {result}",
+    ),
+    Step(
+        "preprocessing",
+        "images to patches",
+        "bench.preprocessing --family Qwen2-VL --family 'Gemma 3' --family Pixtral --repeats 15 --threads {threads} "
+        "--output {result}",
+    ),
+    Step(
+        "memory",
+        "peak memory against the plan",
+        "tritontower bench memory --dtype bfloat16 --threads {threads} --output {result}",
+    ),
+    Step(
+        "loading",
+        "time and memory to load Qwen2-VL-2B",
+        "tritontower bench loading --dtype bfloat16 --threads {threads} --output {result}",
+    ),
+)
+
+
+def is_complete(result: Path) -> bool:
+    """Whether a step has left a complete result."""
+    if not result.is_file():
+        return False
+    return result.suffix != ".json" or json.loads(result.read_text(encoding="utf-8")).get("complete", True)
+
+
+def run_step(step: Step, folder: Path, *, minutes: float, threads: int) -> bool:
+    """Runs a step in its own process; returns whether it succeeded within ``minutes``."""
+    result = folder / f"{step.name}.{'xml' if 'junitxml' in step.command else 'json'}"
+    if is_complete(result):
+        print(f"{step.name}: already complete; --again repeats it")
+        return True
+    print(f"{step.name}: {step.summary} ...", flush=True)
+    log_path = folder / "logs" / f"{step.name}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", *step.arguments(result, threads)]
+    with open(log_path, "w", encoding="utf-8") as log:
+        try:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                timeout=60 * minutes,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{step.name}: stopped after {minutes:g} minutes; see {log_path}")
+            return False
+    outcome = "done" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+    print(f"{step.name}: {outcome}; see {log_path}", flush=True)
+    return done.returncode == 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the chosen steps in order."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", action="append", metavar="NAME", help="only this one; may be repeated")
-    parser.add_argument("--list", action="store_true", help="say what the stages are")
-    parser.add_argument("--cpu", action="store_true", help="the CPU's stages")
+    parser.add_argument("--step", action="append", metavar="NAME", help="run only this step; may be repeated")
+    parser.add_argument("--list", action="store_true", help="print the steps and their commands")
+    parser.add_argument("--cpu", action="store_true", help="run the steps for CPUs")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: bench/results/MACHINE/DATE")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        help=f"for one stage (default: {MINUTES['gpu']:g}; with --cpu, {MINUTES['cpu']:g})",
-    )
-    parser.add_argument("--again", action="store_true", help="start the stages over")
-    parser.add_argument("--archive", type=Path, metavar="FILE.tar.gz", help="pack the folder into one file at the end")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="tiny shapes on a CPU: shows that the code runs, measures nothing"
-    )
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
-    parser.add_argument("--items-of", metavar="NAME", help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, help="limit of one step (default: 9; with --cpu, 20)")
+    parser.add_argument("--again", action="store_true", help="repeat complete steps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     arguments = parser.parse_args(words)
-    stages = CPU_STAGES if arguments.cpu else GPU_STAGES
+    steps = {step.name: step for step in (CPU_STEPS if arguments.cpu else GPU_STEPS)}
     if arguments.list:
-        width = max(len(stage.name) for stage in stages)
-        print("\n".join(f"{stage.name:<{width}}  {stage.summary}" for stage in stages))
+        print("\n".join(f"{step.name}: {step.summary}\n  python -m {step.command}" for step in steps.values()))
         return 0
-    unknown = sorted(set(arguments.stage or ()) - {stage.name for stage in stages})
-    if unknown:
-        print(f"no stage {unknown[0]!r}; there are {', '.join(stage.name for stage in stages)}", file=sys.stderr)
-        return 2
-    on_cpu = arguments.cpu or arguments.dry_run
-    if not on_cpu and not torch.cuda.is_available():
+    chosen = arguments.step or list(steps)
+    if unknown := sorted(set(chosen) - steps.keys()):
+        parser.error(f"--step must be one of {', '.join(steps)}, got {unknown[0]}")
+    if not arguments.cpu and not torch.cuda.is_available():
+        parser.error(f"the campaign needs a GPU, and torch {torch.__version__} sees none; --cpu measures the CPU")
+    torch.set_num_threads(arguments.threads)
+    facts = provenance(torch.device("cpu" if arguments.cpu else "cuda"))
+    if str(facts["commit"]).endswith("+"):
         print(
-            f"the campaign needs a GPU, and torch {torch.__version__} sees none here; --cpu measures the CPU's tables",
-            file=sys.stderr,
+            "warning: the checkout differs from its commit, and bench.report will refuse the results", file=sys.stderr
         )
-        return 2
-    campaign = "cpu" if arguments.cpu else "gpu"
-    minutes = MINUTES[campaign] if arguments.minutes is None else arguments.minutes
-    if not minutes > 0 or (arguments.threads is not None and arguments.threads < 1):
-        print("--minutes and --threads have to be above zero", file=sys.stderr)
-        return 2
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    device = torch.device("cpu" if on_cpu else "cuda")
-    folder = arguments.output or _default_folder(device, campaign, dry=arguments.dry_run)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        print(f"results cannot go to {folder} ({error.strerror}); name another folder with --output", file=sys.stderr)
-        return 2
-    seconds = arguments.seconds or 60 * minutes
-    setting = Setting(device=device, folder=folder.resolve(), dry=arguments.dry_run, seconds=seconds)
-    if arguments.items_of:
-        hide_reference_progress()
-        (stage,) = (stage for stage in stages if stage.name == arguments.items_of)
-        run_items(stage, setting, _facts(stage, campaign, arguments))
-        return 0
-    wanted = [stage for stage in stages if not arguments.stage or stage.name in arguments.stage]
-    if not setting.dry and str(provenance(device)["commit"]).endswith("+"):
-        print("this checkout differs from its commit, and bench.report refuses what is measured in it", file=sys.stderr)
-    good = True
-    try:
-        if not arguments.again:
-            # Before anything is measured: the first stage may take minutes.
-            for stage in wanted:
-                check_conditions(stage, setting.folder, facts_of(stage, setting, _facts(stage, campaign, arguments)))
-        for stage in wanted:
-            good = _run(stage, setting, _facts(stage, campaign, arguments), arguments) and good
-    except OtherConditionsError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if arguments.archive:
-        with tarfile.open(arguments.archive, "w:gz") as archive:
-            archive.add(setting.folder, arcname=setting.folder.name)
-    return 0 if good else 1
-
-
-def _run(stage: Stage, setting: Setting, facts: dict[str, Any], arguments: argparse.Namespace) -> bool:
-    """Runs a stage unless it is complete; says in a line how it went."""
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    folder = (arguments.output or ROOT / "bench" / "results" / machine_slug(facts) / today).resolve()
     if arguments.again:
-        for suffix in ("json", "jsonl"):
-            (setting.folder / f"{stage.name}.{suffix}").unlink(missing_ok=True)
-    if is_complete(stage, setting.folder, facts_of(stage, setting, facts)):
-        print(f"{stage.name}: complete already; --again starts it over")
-        return True
-    command = ["-m", "bench.campaign", "--items-of", stage.name, "--output", str(setting.folder)]
-    command += ["--threads", str(torch.get_num_threads())]
-    command += ["--cpu"] if arguments.cpu else []
-    command += ["--dry-run"] if setting.dry else []
-    print(f"{stage.name}: {stage.summary} …", flush=True)
-    found = run_stage(stage, setting, command)
-    if found is None:
-        print(f"{stage.name}: nothing came of it; see {setting.folder / 'logs' / stage.name}.log")
-        return False
-    bad = [row for row in found["rows"] if row.get("status") not in ("ok", "skipped")]
-    state = "complete" if found["complete"] else "not complete, run it again to go on"
-    print(f"{stage.name}: {len(found['rows'])} results, {len(bad)} of them failed; {state}", flush=True)
-    return bool(found["complete"]) and not bad
-
-
-def _facts(stage: Stage, campaign: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    return {"campaign": campaign, "command": _command(stage, arguments)}
-
-
-def _command(stage: Stage, arguments: argparse.Namespace) -> str:
-    """What a person types for a stage, whose own process has a longer command line."""
-    words = ["python", "-m", "bench.campaign", *(["--cpu"] if arguments.cpu else []), "--stage", stage.name]
-    words += ["--threads", str(torch.get_num_threads())] if arguments.cpu else []
-    return shlex.join([*words, *(["--dry-run"] if arguments.dry_run else [])])
-
-
-def _default_folder(device: torch.device, campaign: str, *, dry: bool) -> Path:
-    if dry:
-        return Path("dry-run-results") / campaign
-    return ROOT / "bench" / "results" / machine_slug(provenance(device)) / datetime.now(UTC).strftime("%Y-%m-%d")
+        for path in (path for name in chosen for path in folder.glob(f"{name}.*")):
+            path.unlink()
+    minutes = arguments.minutes or MINUTES["cpu" if arguments.cpu else "gpu"]
+    succeeded = [run_step(steps[name], folder, minutes=minutes, threads=arguments.threads) for name in chosen]
+    return 0 if all(succeeded) else 1
 
 
 if __name__ == "__main__":

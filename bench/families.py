@@ -1,11 +1,10 @@
-"""Every family's tower at its published width against transformers' own, on the same images and random weights.
+"""Compares every family's tower with transformers, at its published width with random weights.
 
-    python -m bench.families                                 # all families, 8 blocks each, an image of 448 × 448
-    python -m bench.families --family Qwen2.5-VL --pack mixed --depth 0
+    python -m bench.families                                 # all families, 8 blocks each, one image of 448 × 448
+    python -m bench.families --family Qwen2.5-VL --batch mixed --depth 0
 
-This is ``tritontower bench towers --family all --depth 8``.  The depth is cut (``--depth``, 0 for the published one):
-blocks repeat, and a ratio hardly changes with their number; what does not repeat (patch projection, projector) counts for
-more than it would, and a deepstack level behind a block that is cut away is left out.
+This is ``tritontower bench towers --family all --depth 8``.  Blocks repeat, so the depth hardly changes the ratio; patch
+projection and projector count for more than at the published depth (``--depth 0``).
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A whole tower against transformers: ``tritontower bench towers``, from a checkout (``python -m bench.towers --help``)."""
+"""Compares a whole tower with transformers: ``tritontower bench towers``, from a checkout."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`tritontower bench`: what it measures on small towers, what it prints and keeps, and what it refuses."""
+"""`tritontower bench` on small towers: what it measures, saves, prints and refuses."""
 
 import json
 import os
@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tritontower import VisionTower, cli
-from tritontower.benchmarks import children, documents, images, measuring, plots, preprocessing, products, towers
+from tritontower.benchmarks import documents, images, matmul_only, measuring, plots, preprocessing, subprocesses, towers
 from tritontower.benchmarks.launches import launch_rows
 from tritontower.benchmarks.measuring import Timing, interleaved, portable_command, provenance, time_on_device
+from tritontower.benchmarks.split import node_seconds, split_table
 from tritontower.benchmarks.towers import CheckedReference
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.errors import UsageError
@@ -41,7 +42,7 @@ def tower(model) -> VisionTower:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the command as a user has it, without the interpreter; gives exit code and what was printed."""
+    """Runs the command without the interpreter; returns exit code, stdout and stderr."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def command(*words: object) -> tuple[int, str, str]:
@@ -53,7 +54,7 @@ def run(monkeypatch, capsys):
 
 
 class TestMeasuring:
-    def test_candidates_take_turns_after_a_first_round_that_does_not_count(self):
+    def test_candidates_take_turns_after_an_uncounted_round(self):
         calls: list[str] = []
         candidates = {name: (lambda name=name: calls.append(name)) for name in "ab"}
         times = interleaved(candidates, repeats=2, device=CPU)
@@ -66,21 +67,18 @@ class TestMeasuring:
         assert timing.spread == pytest.approx((4.0 - 2.0) / 3.0)
         assert Timing((1.0,)).spread == 0.0
 
-    def test_on_a_cpu_the_wall_clock_counts(self):
+    def test_a_cpu_is_timed_by_wall_clock(self):
         calls: list[int] = []
         timing = time_on_device(lambda: calls.append(1), device=CPU, budget_seconds=0.0, least=4)
         assert timing.method == "clock"
         assert (len(calls), len(timing.seconds)) == (5, 4)
         assert len(time_on_device(lambda: None, device=CPU, budget_seconds=60.0, most=6).seconds) == 6
 
-    def test_on_a_cpu_caches_are_cold(self, monkeypatch):
+    def test_cpu_caches_are_evicted_before_each_call(self, monkeypatch):
         order: list[str] = []
         monkeypatch.setattr(measuring, "_evict_from_cpu", lambda: order.append("evict"))
         time_on_device(lambda: order.append("call"), device=CPU, budget_seconds=0.0, least=2)
         assert order == ["call", "evict", "call", "evict", "call"]
-
-    def test_what_evicts_is_more_than_the_caches_hold(self):
-        assert measuring._cpu_filler().numel() * 4 >= 64 * 2**20
 
     def graphs(self, monkeypatch, busy: list[float], idle: list[float]) -> None:
         """A GPU whose captured graphs take these times."""
@@ -98,34 +96,34 @@ class TestMeasuring:
         monkeypatch.setattr(measuring, "_between_events", lambda name: next(times[name]))
         monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
 
-    def test_a_single_difference_below_zero_counts_like_any_other(self, monkeypatch):
+    def test_a_single_negative_difference_counts(self, monkeypatch):
         self.graphs(monkeypatch, [11e-5, 10e-5, 12e-5], [10e-5, 11e-5, 10e-5])
         timing = time_on_device(lambda: None, device=torch.device("cuda"), least=3, most=3)
         assert timing.seconds == pytest.approx((1e-6, -1e-6, 2e-6))
         assert (timing.method, timing.median) == ("graph", pytest.approx(1e-6))
 
-    def test_a_time_of_nothing_is_no_time(self, monkeypatch):
+    def test_a_negative_median_is_refused(self, monkeypatch):
         self.graphs(monkeypatch, [9e-5, 10e-5, 12e-5], [10e-5, 11e-5, 10e-5])
-        with pytest.raises(RuntimeError, match=r"the median of 3 differences is -1.00 µs"):
+        with pytest.raises(RuntimeError, match=r"got a median of -1.00 µs over 3 differences"):
             time_on_device(lambda: None, device=torch.device("cuda"), least=3, most=3)
 
-    def test_provenance_names_what_a_figure_needs(self):
-        facts = provenance(CPU)
-        assert facts["torch"] == torch.__version__
-        assert facts["command"].startswith("python ")
-        assert {"date", "commit", "triton", "transformers", "cpu", "threads", "capability"} <= facts.keys()
-        json.dumps(facts)
+    def test_provenance_names_versions_and_machine(self):
+        found = provenance(CPU)
+        assert found["torch"] == torch.__version__
+        assert found["command"].startswith("python ")
+        assert {"date", "commit", "triton", "transformers", "cpu", "threads", "capability"} <= found.keys()
+        json.dumps(found)
 
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
             (["/usr/bin/python3.12", "-m", "bench.campaign", "--cpu"], "python -m bench.campaign --cpu"),
-            (["python", "/here/docs/make_api.py"], "python docs/make_api.py"),
+            (["python", "/here/bench/report.py"], "python bench/report.py"),
             (["python", "/usr/local/bin/tritontower", "bench", "../model"], "python tritontower bench ../model"),
             (["python", "x.py", "--output=/elsewhere/found here"], "python x.py '--output=found here'"),
         ],
     )
-    def test_a_command_holds_no_path_of_one_machine(self, words, expected):
+    def test_portable_command_drops_local_paths(self, words, expected):
         assert portable_command(words, Path("/here")) == expected
 
     @pytest.mark.gpu
@@ -134,17 +132,17 @@ class TestMeasuring:
         left = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
         out = torch.empty_like(left)
 
-        def product() -> None:
+        def matmul() -> None:
             torch.mm(left, left, out=out)
 
-        by_graph = time_on_device(product, device=device)
-        by_events = time_on_device(product, device=device, graph=False)
+        by_graph = time_on_device(matmul, device=device)
+        by_events = time_on_device(matmul, device=device, graph=False)
         assert (by_graph.method, by_events.method) == ("graph", "events")
         assert 0 < by_graph.median < 2 * by_events.median
         assert provenance(device)["gpu"]
 
     @pytest.mark.gpu
-    def test_what_waits_for_the_device_is_timed_by_events(self):
+    def test_a_synchronizing_call_is_timed_by_events(self):
         device = torch.device("cuda")
         rows = torch.ones(10, device=device)
         timing = time_on_device(lambda: rows.sum().item(), device=device, budget_seconds=0.01)
@@ -156,20 +154,20 @@ class TestTowers:
     def test_all_candidates_agree_and_have_times(self, tower):
         reference = CheckedReference(tower, tower.dtype)
         row = towers.compare_times(
-            tower, reference, images.square(tower, 64), repeats=2, rivals=["sdpa", "eager"], family="x"
+            tower, reference, images.square_batch(tower, 64), repeats=2, baselines=["sdpa", "eager"], family="x"
         )
         assert row["status"] == "ok"
-        assert set(row["seconds"]) == {"tritontower", "transformers sdpa", "transformers eager", "products alone"}
+        assert set(row["seconds"]) == {"tritontower", "transformers sdpa", "transformers eager", "matmul only"}
         assert {len(seconds) for seconds in row["seconds"].values()} == {2}
         assert 0 < max(row["distances"].values()) < 1e-5
-        medians = documents.seconds_of(row)
+        medians = documents.median_seconds(row)
         fastest = min(medians["transformers sdpa"], medians["transformers eager"])
         assert row["ratio"] == pytest.approx(fastest / medians["tritontower"])
         assert (row["patches"], row["tokens"]) == (64, 16)
         assert row["checked"]
         assert 0 < row["accuracy"]["embeddings"]["error"] < row["accuracy"]["embeddings"]["limit"] == 1e-5
 
-    def test_eager_attention_is_for_the_call_only(self, tower):
+    def test_eager_attention_is_restored_after_the_call(self, tower):
         model = CheckedReference(tower, tower.dtype).model
         attention = [module for module in model.modules() if type(module).__name__ == "VisionAttention"]
         with towers._attention(model, "eager"):
@@ -180,125 +178,127 @@ class TestTowers:
         monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
         monkeypatch.setattr(towers, "AGREEMENT", {"float32": 1e-12})
         reference = CheckedReference(tower, tower.dtype)
-        row = towers.compare_times(tower, reference, images.square(tower, 16))
+        row = towers.compare_times(tower, reference, images.square_batch(tower, 16))
         assert row["status"] == "failed"
         assert "transformers sdpa by" in row["reason"]
         assert "seconds" not in row
 
-    def test_a_rival_that_fails_is_left_out(self, tower, monkeypatch):
+    def test_a_failing_baseline_becomes_a_note(self, tower, monkeypatch):
         def cannot(reference, inputs):
             raise RuntimeError("no compiler\nhere")
 
-        monkeypatch.setitem(towers._BUILD_RIVAL, "compile", cannot)
+        monkeypatch.setitem(towers._BUILD_BASELINE, "compile", cannot)
         reference = CheckedReference(tower, tower.dtype)
-        row = towers.compare_times(tower, reference, images.square(tower, 16), repeats=1, rivals=["compile"])
+        row = towers.compare_times(tower, reference, images.square_batch(tower, 16), repeats=1, baselines=["compile"])
         assert row["notes"] == {"transformers sdpa, torch.compile": "RuntimeError: no compiler here"}
-        assert list(row["seconds"]) == ["tritontower", "products alone"]
+        assert list(row["seconds"]) == ["tritontower", "matmul only"]
         assert row["ratio"] is None
         assert not row["checked"]
         assert row["accuracy"]["embeddings"]["error"] < 1e-5
-        document = {"dtype": "float32", "gpu": "made up", "rows": [{**row, "family": "F", "pack": "P"}]}
+        document = {"dtype": "float32", "gpu": "made up", "rows": [{**row, "family": "F", "batch": "P"}]}
         assert "unchecked" in towers.tower_table(document)
 
-    @pytest.mark.parametrize("rivals", [["sdpa"], ["compile"]])
-    def test_16_bit_results_are_held_against_float32(self, model, monkeypatch, rivals):
-        """Off by 4 %: less than what two correct towers may differ by, and more than transformers is off by itself."""
+    @pytest.mark.parametrize("baselines", [["sdpa"], ["compile"]])
+    def test_16_bit_results_are_compared_with_fp32(self, model, monkeypatch, baselines):
+        """Off by 4 %: less than the distance of two correct towers, more than transformers' own error."""
 
         def cannot(reference, inputs):
             raise RuntimeError("no compiler here")
 
-        monkeypatch.setitem(towers._BUILD_RIVAL, "compile", cannot)
+        monkeypatch.setitem(towers._BUILD_BASELINE, "compile", cannot)
         monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
         tower = VisionTower.from_pretrained(model, device="cpu", dtype="bfloat16")
         forward, run = tower.forward, tower.run
         monkeypatch.setattr(tower, "forward", lambda batch: forward(batch) * 1.04)
         monkeypatch.setattr(tower, "run", lambda batch: {name: rows * 1.04 for name, rows in run(batch).items()})
-        row = towers.compare_times(tower, CheckedReference(tower, tower.dtype), images.square(tower, 16), rivals=rivals)
+        row = towers.compare_times(
+            tower, CheckedReference(tower, tower.dtype), images.square_batch(tower, 16), baselines=baselines
+        )
         assert row["status"] == "failed"
-        assert "too far from transformers in fp32, on an image of 224 × 224: embeddings by" in row["reason"]
+        assert "too far from transformers in fp32 on an image of 224 × 224: embeddings by" in row["reason"]
         found = row["accuracy"]["embeddings"]
         assert found["error"] > found["limit"] > 0
 
-    def test_a_right_tower_in_16_bits_passes(self, model):
+    def test_a_correct_tower_in_16_bits_passes(self, model):
         tower = VisionTower.from_pretrained(model, device="cpu", dtype="bfloat16")
         reference = CheckedReference(tower, tower.dtype)
-        row = towers.compare_times(tower, reference, images.square(tower, 16), repeats=1)
+        row = towers.compare_times(tower, reference, images.square_batch(tower, 16), repeats=1)
         assert (row["status"], row["checked"]) == ("ok", True)
         assert row["accuracy"]["embeddings"]["limit"] == 1.1 * reference.accuracy["embeddings"].reference_error
 
     def test_without_a_reference_a_time_is_unchecked(self, tower):
-        row = towers.compare_times(tower, None, images.square(tower, 16), repeats=1)
+        row = towers.compare_times(tower, None, images.square_batch(tower, 16), repeats=1)
         assert (row["status"], row["checked"]) == ("ok", False)
         assert "accuracy" not in row
 
-    def test_a_reference_that_is_too_large_is_a_note(self, tower, monkeypatch):
+    def test_running_out_of_memory_in_fp32_is_a_note(self, tower, monkeypatch):
         def too_large(*_, **__):
             raise torch.OutOfMemoryError("out of memory")
 
         reference = CheckedReference(tower, tower.dtype)
         monkeypatch.setattr(CheckedReference, "accuracy", property(too_large))
-        row = towers.compare_times(tower, reference, images.square(tower, 16), repeats=1)
+        row = towers.compare_times(tower, reference, images.square_batch(tower, 16), repeats=1)
         assert row["status"] == "ok"
         assert row["notes"] == {"transformers in fp32": "OutOfMemoryError: out of memory"}
 
-    def test_products_alone_are_all_of_a_pass(self, tower, monkeypatch):
-        """Every one of them is made, with the operations that the graph counts, less those of attention."""
+    def test_matmul_only_covers_all_matmuls(self, tower, monkeypatch):
+        """Their FLOPs are those of the graph without attention."""
         made: list[int] = []
 
         def count(x: torch.Tensor, weight: torch.Tensor, bias: None) -> None:
             made.append(2 * x.shape[0] * weight.shape[0] * x.shape[1])
 
-        monkeypatch.setattr(products, "product", count)
-        monkeypatch.setattr(products, "pack", lambda weight: weight)
-        workload = images.square(tower, 64).workload
-        products.products_alone(tower.graph, workload, device=CPU, dtype=torch.float32)()
+        monkeypatch.setattr(matmul_only, "matmul", count)
+        monkeypatch.setattr(matmul_only, "prepack", lambda weight: weight)
+        workload = images.square_batch(tower, 64).workload
+        matmul_only.matmul_only(tower.graph, workload, device=CPU, dtype=torch.float32)()
         attention = [node for node in tower.graph.nodes if node.kind == "attention"]
         by_attention = sum(estimate_cost(tower.graph, node, workload, 4).flops for node in attention)
         assert len(attention) == tower.config.depth
         assert sum(made) == estimate_total_cost(tower.graph, workload, 4).flops - by_attention
 
-    def test_fixed_sizes_are_packed_to_the_count(self):
+    def test_square_batch_repeats_fixed_sizes(self):
         with images.family_configuration("CLIP", depth=1) as folder:
-            video = VisionTower.from_pretrained(folder, device="cpu", dtype="float32", delay_load=True)
-            batch = images.square(video, 3 * video.config.num_patches)
+            clip = VisionTower.from_pretrained(folder, device="cpu", dtype="float32", delay_load=True)
+            batch = images.square_batch(clip, 3 * clip.config.num_patches)
         assert len(batch) == 3
 
-    def test_a_batch_that_cannot_be_is_refused(self, tower, monkeypatch):
+    def test_an_impossible_patch_count_is_refused(self, tower, monkeypatch):
         def refuses(*_, **__):
             raise ValueError("no such grid")
 
         monkeypatch.setattr(images.PackedBatch, "pack", refuses)
-        with pytest.raises(UsageError, match=r"no square image of 64 patches \(no such grid\); name image sizes"):
-            images.square(tower, 64)
+        with pytest.raises(UsageError, match=r"got 64 \(no such grid\); name image sizes"):
+            images.square_batch(tower, 64)
 
 
 class TestFamilies:
-    def test_cutting_the_depth_leaves_no_level_behind_it(self):
+    def test_truncated_depth_drops_deepstack_levels(self):
         config = {"vision_config": {"depth": 27, "deepstack_visual_indexes": [8, 16, 24]}, "model_type": "x"}
-        assert images.shallow(config, 10)["vision_config"] == {"depth": 10, "deepstack_visual_indexes": [8]}
-        assert images.shallow(config, 0) == config
+        assert images.truncate_depth(config, 10)["vision_config"] == {"depth": 10, "deepstack_visual_indexes": [8]}
+        assert images.truncate_depth(config, 0) == config
 
-    def test_all_families_of_transformers_are_there(self):
+    def test_families_of_transformers_are_listed(self):
         assert {"CLIP", "Gemma 3", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "Pixtral", "SigLIP"} <= set(
             images.family_titles()
         )
 
     def test_an_unknown_family_is_named(self):
         with (
-            pytest.raises(UsageError, match="no family 'Qwen9'; there are CLIP"),
+            pytest.raises(UsageError, match="family must be one of CLIP"),
             images.family_configuration("Qwen9"),
         ):
             pass
 
 
 class TestPreprocessing:
-    def test_like_is_compared_with_like(self, tower):
+    def test_preprocessing_is_compared_with_transformers(self, tower):
         row = preprocessing.compare_preprocessing(tower, "two", [(56, 84), (100, 60)], repeats=1)
         assert row["status"] == "ok"
         assert {"tritontower", "transformers"} <= row["seconds"].keys()
         assert row["distance"] <= row["limit"]
 
-    def test_other_pixels_are_not_timed(self, tower, monkeypatch):
+    def test_different_pixels_are_not_timed(self, tower, monkeypatch):
         monkeypatch.setattr(preprocessing, "LIMIT", -1.0)
         monkeypatch.setattr(preprocessing, "interleaved", lambda *_, **__: pytest.fail("was timed"))
         row = preprocessing.compare_preprocessing(tower, "one", [(56, 56)])
@@ -307,39 +307,39 @@ class TestPreprocessing:
 
 class TestLaunches:
     def test_rows_are_the_counts_of_the_graphs(self, tower):
-        (row,) = launch_rows(tower, [("64 patches", lambda tower: images.square(tower, 64))], "x")
-        plain = count_launches(build(tower.config), images.square(tower, 64).workload)
-        assert row["plain_pass"] == plain.total.total
+        (row,) = launch_rows(tower, [("64 patches", lambda tower: images.square_batch(tower, 64))], "x")
+        plain = count_launches(build(tower.config), images.square_batch(tower, 64).workload)
+        assert row["plain_forward"] == plain.total.total
         assert row["fused_block"] < row["plain_block"]
-        assert row["fused_pass"] < row["plain_pass"]
+        assert row["fused_forward"] < row["plain_forward"]
 
 
-class TestChildren:
-    def test_memory_and_loading_are_asked_of_fresh_processes(self, model):
-        facts = {"folder": str(model), "dtype": "float32", "device": "cpu"}
-        memory = children.ask("memory", **facts, patches=64)
+class TestSubprocesses:
+    def test_memory_and_loading_run_in_fresh_processes(self, model):
+        options = {"folder": str(model), "dtype": "float32", "device": "cpu"}
+        memory = subprocesses.measure_apart("memory", **options, patches=64)
         assert memory["patches"] == 64
         assert memory["growth_bytes"] > memory["weights_bytes"] > 0
         assert 0 < memory["plan_bytes"] <= memory["planned_bytes"]
         assert memory["allocated_bytes"] <= memory["planned_bytes"]
         assert memory["allocated_bytes"] == pytest.approx(memory["planned_bytes"] - SMALL_WORKSPACE_BYTES, rel=0.1)
-        load = children.ask("load", **facts, by="transformers", cold=True)
+        load = subprocesses.measure_apart("load", **options, by="transformers", cold=True)
         assert load["kind"] == "Reference"
         assert load["seconds"] > 0
         assert load["files_bytes"] > load["weights_bytes"] > 0
 
-    def test_what_the_tower_reads_is_counted(self, model):
-        load = children.load(str(model), "float32", "cpu", by="tritontower", cold=False)
+    def test_bytes_read_by_the_tower_are_counted(self, model):
+        load = subprocesses.load(str(model), "float32", "cpu", by="tritontower", cold=False)
         assert load["kind"] == "VisionTower"
         assert 0 < load["read_bytes"] <= load["files_bytes"]
 
-    def test_a_child_that_fails_says_why(self, tmp_path):
+    def test_a_failing_subprocess_reports_its_error(self, tmp_path):
         with pytest.raises(RuntimeError, match=r"CheckpointNotFoundError|ConfigError|no config"):
-            children.ask("memory", folder=str(tmp_path), dtype="float32", device="cpu", patches=64)
+            subprocesses.measure_apart("memory", folder=str(tmp_path), dtype="float32", device="cpu", patches=64)
 
 
 class TestDocuments:
-    def test_written_as_a_whole(self, tmp_path):
+    def test_json_is_written_atomically(self, tmp_path):
         path = tmp_path / "new" / "report.json"
         documents.write_json(path, {"rows": [1]})
         assert json.loads(path.read_text()) == {"rows": [1]}
@@ -350,16 +350,16 @@ class TestDocuments:
 
     @pytest.mark.parametrize(("threads", "words"), [(1, "1 thread of Some CPU"), (2, "2 threads of Some CPU")])
     def test_machines_in_words(self, threads, words):
-        assert documents.machine({"cpu": "Some CPU", "threads": threads}) == words
-        assert documents.machine({"gpu": "NVIDIA Test", "cpu": "Some CPU"}) == "NVIDIA Test"
+        assert documents.describe_machine({"cpu": "Some CPU", "threads": threads}) == words
+        assert documents.describe_machine({"gpu": "NVIDIA Test", "cpu": "Some CPU"}) == "NVIDIA Test"
 
-    def test_machines_have_names_for_folders(self):
+    def test_machine_slug(self):
         assert documents.machine_slug({"gpu": "NVIDIA H200"}) == "nvidia-h200"
         assert documents.machine_slug({"cpu": "AMD EPYC (x)", "threads": 2}) == "cpu-amd-epyc-x-2-threads"
 
-    def test_reasons_are_one_short_line(self):
-        assert documents.reason_of(ValueError("a\n  b")) == "ValueError: a b"
-        assert len(documents.reason_of(ValueError("a" * 999), 100)) == 100
+    def test_errors_are_described_in_one_line(self):
+        assert documents.describe_error(ValueError("a\n  b")) == "ValueError: a b"
+        assert len(documents.describe_error(ValueError("a" * 999), 100)) == 100
 
 
 DOCUMENT = {
@@ -370,11 +370,11 @@ DOCUMENT = {
         {
             "status": "ok",
             "family": "F",
-            "images": images_in_pass,
+            "images": count,
             "patches": 1024,
             "seconds": {"transformers sdpa": [0.2], "tritontower": [0.1, 0.3, 0.2]},
         }
-        for images_in_pass in (1, 6)
+        for count in (1, 6)
     ]
     + [{"status": "failed", "family": "G"}],
 }
@@ -382,11 +382,11 @@ DOCUMENT = {
 
 class TestPlots:
     def test_groups_and_candidates(self):
-        assert plots._groups(DOCUMENT) == [
+        assert plots.group_times(DOCUMENT) == [
             ("F: 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
             ("F: 6 images, 1,024 patches", {"transformers sdpa": 200.0, "tritontower": 200.0}),
         ]
-        assert plots._names(DOCUMENT, plots._groups(DOCUMENT))[0] == "tritontower"
+        assert plots.list_names(DOCUMENT, plots.group_times(DOCUMENT))[0] == "tritontower"
 
     def test_without_matplotlib_the_message_says_so(self, monkeypatch, tmp_path):
         for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
@@ -400,8 +400,22 @@ class TestPlots:
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
     def test_nothing_to_draw(self, tmp_path):
-        with pytest.raises(UsageError, match="nothing in this towers report"):
+        with pytest.raises(UsageError, match="got 'towers' without any"):
             plots.plot({**DOCUMENT, "rows": []}, tmp_path / "plot.png")
+
+
+class TestSplit:
+    def test_every_node_kind_is_timed_once(self, tower):
+        seconds = node_seconds(tower, images.square_batch(tower, 16), repeats=1)
+        assert set(seconds) == {node.kind for node in tower.graph.nodes}
+        assert list(seconds.values()) == sorted(seconds.values(), reverse=True)
+        assert min(seconds.values()) > 0
+
+    def test_table_has_a_dash_for_missing_kinds(self):
+        table = split_table({"first": {"linear": 0.002, "rope": 0.001}, "second": {"linear": 0.0005}})
+        first, second = (line.split() for line in table.splitlines() if line.startswith(("first", "second")))
+        assert first == ["first", "2.0", "1.0", "3.0"]
+        assert second == ["second", "0.5", "–", "0.5"]
 
 
 class TestCommand:
@@ -425,7 +439,7 @@ class TestCommand:
         assert code == 0
         report = json.loads(printed.splitlines()[-1])
         assert report == json.loads(output.read_text())
-        assert [row["pack"] for row in report["rows"]] == ["16 patches", "64 patches", "84 × 56"]
+        assert [row["batch"] for row in report["rows"]] == ["16 patches", "64 patches", "84 × 56"]
         assert report["dtype"] == "float32"
         assert "ratio: fastest transformers ÷ tritontower" in table
         assert "Milliseconds by node kind" in table
@@ -448,8 +462,8 @@ class TestCommand:
         assert "84 × 56" in printed
 
     @pytest.mark.parametrize("kind", [("launches",), ("preprocessing", "--size", "56x56", "--repeats", 1)])
-    def test_nothing_is_made_that_is_not_read(self, run, monkeypatch, tmp_path, kind):
-        """Neither the demonstration's weights nor a hub id's."""
+    def test_no_weights_are_made_or_read(self, run, monkeypatch, tmp_path, kind):
+
         monkeypatch.setenv("TRITONTOWER_CACHE", str(tmp_path))
         monkeypatch.setattr(
             "tritontower.engine.weight_loader.read_weights", lambda *_, **__: pytest.fail("weights were read")
@@ -460,7 +474,7 @@ class TestCommand:
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("kind", [("launches",), ("preprocessing", "--size", "56x56", "--repeats", 1)])
-    def test_of_a_hub_id_only_the_configuration_is_fetched(self, run, model, monkeypatch, kind):
+    def test_only_the_configuration_is_fetched_from_a_hub(self, run, model, monkeypatch, kind):
         asked: list[tuple[str, str | None]] = []
 
         def locate(name, *, revision=None, **_):
@@ -473,7 +487,7 @@ class TestCommand:
         assert code == 0
         assert asked == [("some/tower", "v2")]
 
-    def test_launches_need_no_weights_and_no_clock(self, run, monkeypatch):
+    def test_launches_run_under_the_interpreter_variable(self, run, monkeypatch):
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         code, printed, _ = run("launches", "--family", "Qwen2-VL", "--family", "CLIP", "--json")
         assert code == 0
@@ -483,32 +497,35 @@ class TestCommand:
         ("words", "message"),
         [
             (("towers", "some/model", "--family", "CLIP"), "MODEL and --family name different towers"),
-            (("kernels", "--kernel", "attenshun"), "no kernel 'attenshun'; there are attention"),
-            (("kernels", "some/model"), "`bench kernels` takes no MODEL: kernels are measured one by one"),
-            (("kernels", "--patches", "64", "--against", "none", "--split"), "`bench kernels` takes no --patches"),
-            (("kernels", "--against", "bogus"), "takes --against none or no --against, not bogus"),
-            (("loading", "--against", "sdpa,none"), "takes --against none or no --against, not sdpa,none"),
-            (("memory", "--against", "bogus"), "`bench memory` takes no --against"),
-            (("launches", "--split"), "`bench launches` takes no --split: launches are counted"),
-            (("launches", "--kernel", "x"), "`bench launches` takes no --kernel"),
-            (("launches", "--repeats", "3"), "`bench launches` takes no --repeats"),
-            (("towers", "--kernel", "linear"), "`bench towers` takes no --kernel: towers are measured as a whole"),
-            (("preprocessing", "--depth", "2", "--family", "CLIP"), "`bench preprocessing` takes no --depth"),
-            (("towers", "--revision", "main"), "--revision is that of a hub id; name it as MODEL"),
+            (("kernels", "--kernel", "attenshun"), "--kernel must be one of attention"),
+            (("kernels", "some/model"), "MODEL must be left out of `bench kernels`"),
+            (
+                ("kernels", "--patches", "64", "--against", "none", "--split"),
+                "--patches must be left out of `bench kernels`",
+            ),
+            (("kernels", "--against", "bogus"), "--against of `bench kernels` must be none, got bogus"),
+            (("loading", "--against", "sdpa,none"), "--against of `bench loading` must be none, got sdpa,none"),
+            (("memory", "--against", "bogus"), "--against must be left out of `bench memory`"),
+            (("launches", "--split"), "--split must be left out of `bench launches`"),
+            (("launches", "--kernel", "x"), "--kernel must be left out of"),
+            (("launches", "--repeats", "3"), "--repeats must be left out of"),
+            (("towers", "--kernel", "linear"), "--kernel must be left out of"),
+            (("preprocessing", "--depth", "2", "--family", "CLIP"), "--depth must be left out of"),
+            (("towers", "--revision", "main"), "--revision needs a hub id"),
             (("towers", "--family", "CLIP", "--patches", "100000000"), "the limit is 1048576"),
-            (("towers", "--pack", "huge"), "no pack 'huge'; there are 448"),
-            (("towers", "--depth", "3"), "--depth cuts the towers of --family"),
+            (("towers", "--batch", "huge"), "--batch must be one of 448"),
+            (("towers", "--depth", "3"), "--depth needs --family"),
             (("towers", "--family", "CLIP", "--depth", "-3"), "'-3' is not a positive whole number"),
-            (("towers", "--plot", "towers.svg"), "'towers.svg' is no name for a drawing; it is a PNG"),
-            (("towers", "--against", "jax"), "transformers runs as sdpa, eager, compile; not as jax"),
-            (("memory", "--plot", "x.png"), "`bench memory` takes no --plot"),
-            (("memory", "--pack", "448"), "name them with --patches"),
-            (("preprocessing", "--patches", "64"), "name them with --size or --pack"),
-            (("loading", "--family", "all"), "loading is measured for one tower at a time"),
+            (("towers", "--plot", "towers.svg"), "must end in .png"),
+            (("towers", "--against", "jax"), "against must be among sdpa, eager, compile, got jax"),
+            (("memory", "--plot", "x.png"), "--plot must be left out of"),
+            (("memory", "--batch", "448"), "--batch must be left out of"),
+            (("preprocessing", "--patches", "64"), "--patches must be left out of"),
+            (("loading", "--family", "all"), "--family of `bench loading` must be one title"),
             (("everything",), "invalid choice: 'everything'"),
         ],
     )
-    def test_refusals_are_one_line_and_exit_code_2(self, run, words, message):
+    def test_bad_options_are_one_line_and_exit_code_2(self, run, words, message):
         code, _, error = run(*words)
         assert code == 2
         assert message in error

@@ -1,4 +1,4 @@
-"""The benchmark's own cases: their numbers against the formula on every backend, and that wrong ones are not timed."""
+"""Kernel benchmark: every case is right on every backend, and a wrong one is never timed."""
 
 from dataclasses import replace
 
@@ -7,9 +7,10 @@ import torch
 
 from tritontower.benchmarks import cases as grid
 from tritontower.benchmarks import kernels as benchmark
-from tritontower.benchmarks.cases import KERNELS, Case, Prepared, check
+from tritontower.benchmarks.cases import Case, Prepared, check
 from tritontower.benchmarks.measuring import Timing
 from tritontower.benchmarks.roofline import PUBLISHED, Roofline, published_roofline
+from tritontower.benchmarks.shapes import KERNELS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float32]
@@ -23,7 +24,7 @@ def identity(case: Case) -> str:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_small_cases(device, kernel, dtype):
-    """Kernel and reference, at sizes that the interpreter can do."""
+    """Kernel and reference, at sizes for the interpreter."""
     for case in grid.cases("small", dtype, [kernel]):
         outcome = check(case, case.prepare(device), device)
         assert outcome.passed, (identity(case), outcome)
@@ -37,8 +38,8 @@ def test_production_cases(kernel_device, case):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_wrong_result_is_seen(monkeypatch, kernel):
-    """Half a percent off in one row out of seventy is more than any of the limits allows."""
+def test_check_detects_a_wrong_row(monkeypatch, kernel):
+    """An error of half a percent in one row of seventy exceeds every limit."""
     (case, *_) = grid.cases("small", torch.float32, [kernel])
     prepared = case.prepare(CPU)
 
@@ -51,7 +52,7 @@ def test_a_wrong_result_is_seen(monkeypatch, kernel):
     assert not check(case, replace(case.prepare(CPU), result=spoilt), CPU).passed
 
 
-def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
+def test_wrong_or_failing_cases_are_not_timed(monkeypatch):
     monkeypatch.setattr(benchmark, "time_on_device", lambda *_, **__: pytest.fail("was timed"))
     (case,) = list(grid.cases("small", torch.float32, ["rope"]))[:1]
     good = case.prepare(CPU)
@@ -74,33 +75,32 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch):
     assert row["reason"] == "OutOfResourcesError: shared memory"
 
 
-def test_rows_of_a_measurement():
+def test_measure_returns_times_and_rates():
     (case,) = list(grid.cases("small", torch.bfloat16, ["linear"]))[:1]
     row = benchmark.measure(case, CPU, Roofline(1e12, 1e11, "made up"), budget_seconds=0.001)
     assert row["status"] == "ok"
-    assert set(row["seconds"]) == {"tritontower", "torch linear", "torch product alone"}
+    assert set(row["seconds"]) == {"tritontower", "torch linear", "torch matmul only"}
     seconds = row["seconds"]["tritontower"]
     assert row["tflops"] == pytest.approx(2 * 70 * 48 * 80 / seconds / 1e12)
-    assert benchmark.rival_seconds(row) == {"torch linear": row["seconds"]["torch linear"]}
-    # What a CPU's caches can do is no multiple of what a copy reaches, so there is no share of it.
+    assert benchmark.baseline_seconds(row) == {"torch linear": row["seconds"]["torch linear"]}
+    # A CPU's caches exceed the rate of a copy, so no share is given.
     assert row["share"] is None
     assert "%" not in benchmark.kernel_table(document_of(row)).splitlines()[-1]
 
 
 def document_of(*rows: dict) -> dict:
     roofline = {"flops": 1e12, "bytes": 1e11, "source": "made up"}
-    facts = {"dtype": "bfloat16", "gpu": "made up"}
-    return {**facts, "roofline": roofline, "measured_roofline": roofline, "rows": rows}
+    return {"dtype": "bfloat16", "gpu": "made up", "roofline": roofline, "measured_roofline": roofline, "rows": rows}
 
 
-def test_a_share_is_that_of_the_tighter_limit():
+def test_roofline_share_uses_the_tighter_limit():
     roofline = Roofline(1e12, 1e11, "made up")
     assert roofline.share(10**9, 10**8, 0.002) == pytest.approx(0.5)
     assert roofline.share(10**9, 10**7, 0.002) == pytest.approx(0.5)
 
 
-def test_what_is_no_rival_does_not_compete(monkeypatch):
-    """Half of the work, and this project's own kernels in another order, have times but are not the best of torch."""
+def test_only_baselines_count_as_best_of_torch(monkeypatch):
+    """Parts of the work and other orders of our kernels are timed, but are no baselines."""
     times = {"a": 3e-6, "half": 1e-6, "ours, apart": 2e-6}
 
     def time(call, **_):
@@ -111,18 +111,18 @@ def test_what_is_no_rival_does_not_compete(monkeypatch):
     named = {name: (lambda name=name: name) for name in times}
     prepared = replace(
         case.prepare(CPU),
-        rivals={"a": named["a"]},
+        baselines={"a": named["a"]},
         parts={"half": named["half"]},
         own={"ours, apart": named["ours, apart"]},
     )
     monkeypatch.setattr(Case, "prepare", lambda *_: prepared)
     row = benchmark.measure(case, CPU, Roofline(1e12, 1e11, "made up"))
     assert set(row["seconds"]) == {"tritontower", *times}
-    assert benchmark.rival_seconds(row) == {"a": 3e-6}
+    assert benchmark.baseline_seconds(row) == {"a": 3e-6}
     assert "0.75" in benchmark.kernel_table(document_of(row))
 
 
-def test_all_that_is_compared_is_timed_by_one_clock(monkeypatch):
+def test_candidates_share_one_clock(monkeypatch):
     asked: list[tuple[str, bool]] = []
 
     def time(call, *, graph, **_):
@@ -132,14 +132,14 @@ def test_all_that_is_compared_is_timed_by_one_clock(monkeypatch):
 
     monkeypatch.setattr(benchmark, "time_on_device", time)
     (case,) = list(grid.cases("small", torch.bfloat16, ["gather"]))[:1]
-    prepared = replace(case.prepare(CPU), call=lambda: None, rivals={"other": lambda: "cannot be captured"})
-    timed, notes = benchmark.timings(prepared, CPU)
+    prepared = replace(case.prepare(CPU), call=lambda: None, baselines={"other": lambda: "cannot be captured"})
+    timed, notes = benchmark.time_candidates(prepared, CPU)
     assert {timing.method for timing in timed.values()} == {"events"}
     assert asked == [("ours", True), ("cannot be captured", True), ("ours", False), ("cannot be captured", False)]
     assert not notes
 
 
-def test_what_is_too_short_to_time_is_a_failure(monkeypatch):
+def test_a_call_too_short_to_time_fails(monkeypatch):
     def time(*_, **__):
         raise RuntimeError("too short")
 
@@ -150,11 +150,11 @@ def test_what_is_too_short_to_time_is_a_failure(monkeypatch):
 
 
 @pytest.mark.parametrize("kernel", ["qkv_projection", "rope", "linear", "norm", "projector"])
-def test_a_rival_does_the_whole_work(kernel):
-    """As many values as this project's own result, and the same ones, but for the order of a head's columns."""
+def test_baselines_compute_the_whole_result(kernel):
+    """Baselines return the same values, up to the order of a head's columns."""
     for case in grid.cases("small", torch.float32, [kernel]):
         prepared = case.prepare(CPU)
-        theirs = {name: call() for name, call in prepared.rivals.items()}
+        theirs = {name: call() for name, call in prepared.baselines.items()}
         prepared.call()
         ours = prepared.result().flatten(1).double().sort(1).values
         for name, result in theirs.items():
@@ -162,25 +162,23 @@ def test_a_rival_does_the_whole_work(kernel):
             assert torch.allclose(values, ours, atol=1e-3), (identity(case), name)
 
 
-def test_a_rival_that_cannot_is_left_out():
+def test_an_unsupported_baseline_becomes_a_note():
     (case,) = list(grid.cases("small", torch.bfloat16, ["gather"]))[:1]
 
     def cannot() -> torch.Tensor:
         raise NotImplementedError("not for this dtype")
 
-    prepared = replace(case.prepare(CPU), rivals={"other": cannot})
-    seconds, notes = benchmark.timings(prepared, CPU, budget_seconds=0.001)
+    prepared = replace(case.prepare(CPU), baselines={"other": cannot})
+    seconds, notes = benchmark.time_candidates(prepared, CPU, budget_seconds=0.001)
     assert list(seconds) == ["tritontower"]
     assert notes == {"other": "NotImplementedError: not for this dtype"}
 
 
 @pytest.mark.parametrize(
-    ("name", "tflops"), [("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989.4)]
+    ("name", "tflops"),
+    [("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989.4), ("Some Chip", None)],
 )
 def test_published_rooflines(name, tflops):
-    assert published_roofline(name).flops == tflops * 1e12
+    found = published_roofline(name)
+    assert (found and found.flops) == (tflops and tflops * 1e12)
     assert all(source for *_, source in PUBLISHED)
-
-
-def test_a_device_that_nobody_has_heard_of():
-    assert published_roofline("Some Other Chip") is None

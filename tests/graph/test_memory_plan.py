@@ -8,7 +8,7 @@ from support.configs import CLIP, CONFIG, DEEP, GEMMA, TOWERS
 
 from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
-from tritontower.benchmarks.memory_use import allocated_peak, pass_peak
+from tritontower.benchmarks.memory import allocated_peak, forward_peak
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig, Windows
 from tritontower.engine.executor import Executor
 from tritontower.graph.builder import build
@@ -107,7 +107,7 @@ def test_the_plan_is_hardly_more_than_what_a_pass_takes(family: str, dtype: torc
     batch, graph = batch_of(config, grids), cpu_graph(config)
     assert batch.workload.patches >= 1024
     plan = plan_memory(graph, batch.workload, dtype.itemsize, cpu_dtype=dtype)
-    taken = pass_peak(executor_of(graph, dtype), batch)
+    taken = forward_peak(executor_of(graph, dtype), batch)
     assert taken <= plan.peak_bytes <= 1.02 * taken + SMALL_WORKSPACE_BYTES, (taken, plan)
     # What torch takes for itself is no small part of it: without it the plan would be wrong.
     assert plan.workspace_bytes > 0.1 * plan.peak_bytes
@@ -126,7 +126,7 @@ def test_no_pass_however_small_takes_more_than_its_plan(config: TowerConfig, dty
     for grid in [(4, 4), (8, 8), (16, 16)] if side is None else [(side, side)]:
         batch = batch_of(config, [grid])
         plan = plan_memory(graph, batch.workload, dtype.itemsize, cpu_dtype=dtype)
-        assert pass_peak(executor, batch) <= plan.peak_bytes, (grid, plan)
+        assert forward_peak(executor, batch) <= plan.peak_bytes, (grid, plan)
 
 
 @pytest.mark.usefixtures("restore_threads")
@@ -135,7 +135,7 @@ def test_many_tiles_take_no_more_than_their_plan() -> None:
     config, _ = FAMILIES["llava"]
     batch, graph = batch_of(config, [(24, 24)] * 7), cpu_graph(config)
     plan = plan_memory(graph, batch.workload, 2, cpu_dtype=torch.bfloat16)
-    assert pass_peak(executor_of(graph, torch.bfloat16), batch) <= plan.peak_bytes
+    assert forward_peak(executor_of(graph, torch.bfloat16), batch) <= plan.peak_bytes
 
 
 def test_temporaries_count_on_a_cpu_only_and_move_nothing() -> None:

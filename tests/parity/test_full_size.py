@@ -7,7 +7,7 @@ import torch
 from support.checkpoints import noise
 
 from tritontower import VisionTower
-from tritontower.benchmarks.children import ask
+from tritontower.benchmarks.subprocesses import measure_apart
 from tritontower.demo.checkpoint import demonstration_checkpoint
 from tritontower.parity.parity import compare, compare_nodes
 
@@ -47,5 +47,5 @@ def test_bf16_errs_no_more_than_transformers(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("patches", [1024, 4096])
 def test_memory_stays_within_weights_and_plan(checkpoint: Path, patches: int) -> None:
-    memory = ask("memory", folder=str(checkpoint), dtype="bfloat16", device="cpu", patches=patches)
+    memory = measure_apart("memory", folder=str(checkpoint), dtype="bfloat16", device="cpu", patches=patches)
     assert memory["growth_bytes"] <= memory["weights_bytes"] + memory["plan_bytes"] + MEMORY_ALLOWANCE, memory

@@ -1,9 +1,8 @@
-"""The calls by which kernels are tested and timed: defined once, used by both.
+"""Kernel calls that tests and benchmarks share.
 
-A :class:`Case` is one call of a public operation.  It knows how to make its tensors, what the result should be (in fp64,
-for rows of choice, so that a long pack needs no memory of its own size), what torch itself offers for the same, and how
-many operations and bytes it takes.  :func:`check` holds a case's numbers against the formula; nothing is timed that does
-not pass it.  The shapes are in :mod:`.shapes`.
+A :class:`Case` is one call of a public operation: its tensors, its result in fp64 for chosen rows, torch's equivalents, and
+its FLOPs and bytes.  :func:`check` compares the result with fp64; a case that fails is never timed.  The shapes are in
+:mod:`.shapes`.
 """
 
 import itertools
@@ -25,15 +24,13 @@ from tritontower.kernels.rowwise.norm import norm
 from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime.segments import Segments
 
-from .shapes import GRIDS, KERNELS, Grid, sizes_of
-
-__all__ = ["GRIDS", "KERNELS", "TOLERANCE", "Case", "Grid", "Outcome", "Prepared", "cases", "check"]
+from .shapes import KERNELS, Grid, sizes_of
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
-"""Largest relative distance from the formula in fp64 of a result that was rounded once: half a unit in the last place."""
+"""Largest relative distance from fp64 of a result that was rounded once: half a unit in the last place."""
 
 CHECKED_ROWS = 256
-"""Rows of a result that are held against the formula; of a longer one the first, the last, and others at random."""
+"""Rows of a result that are compared with fp64: all, or the first, the last and random ones."""
 
 Tensor = torch.Tensor
 Call = Callable[[], Tensor]
@@ -44,22 +41,22 @@ class Prepared:
     """A case with its tensors.
 
     Attributes:
-        call: runs the operation, into memory that it was given; one that works in place may be called again, its numbers
-            then mean nothing.
-        result: what the first call has made, ``[rows, …]``.
+        call: runs the operation into preallocated memory; an in-place operation may be called again, with meaningless
+            values.
+        result: the result of the first call, ``[rows, …]``.
         expected: row numbers → these rows in fp64.
-        rivals: what torch offers for the same work, by name; not rounded alike, hence not compared.
-        parts: what torch offers for a part of the work, by name: a bound, not a rival.
-        own: other ways to the same result by this project's kernels, by name.
-        flops: operations, two per multiply–add of the matrix products.
-        bytes: what has to be read and written at least.
-        roundings: how often a value is rounded on its way.
+        baselines: torch's equivalents by name; they round differently and are not compared.
+        parts: torch's equivalents of a part of the work, by name: lower bounds.
+        own: the same result by other kernels of this project, by name.
+        flops: operations, two per multiply–add of the matmuls.
+        bytes: minimum bytes read and written.
+        roundings: roundings of a value on its way to the result.
     """
 
     call: Callable[[], object]
     result: Call
     expected: Callable[[Tensor], Tensor]
-    rivals: Mapping[str, Call]
+    baselines: Mapping[str, Call]
     flops: int
     bytes: int
     roundings: int = 1
@@ -76,32 +73,32 @@ class Case:
     dtype: torch.dtype
     sizes: Mapping[str, Any]
     config: Any = field(default=None)
-    """A launch configuration instead of the one that the operation chooses."""
+    """An explicit launch configuration; ``None`` for the default."""
 
     def prepare(self, device: torch.device) -> Prepared:
-        """Makes the tensors, the same every time."""
+        """Makes the tensors, the same in every run."""
         return _BUILDERS[self.kernel](_Tensors(device, self.dtype), self)
 
     def launched(self, config: Any, label: str) -> "Case":
-        """The same call with a configuration of choice."""
+        """The same call with an explicit configuration."""
         return replace(self, config=config, label=f"{self.label}, {label}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What :func:`check` found."""
+    """Result of :func:`check`."""
 
     distance: float
     limit: float
 
     @property
     def passed(self) -> bool:
-        """Whether the numbers are right."""
+        """True if the result is within the limit."""
         return self.distance <= self.limit
 
 
 def check(case: Case, prepared: Prepared, device: torch.device, *, most_rows: int = CHECKED_ROWS) -> Outcome:
-    """Runs the case once and holds rows of the result against the formula; not finite counts as infinitely far."""
+    """Runs the case once and compares rows of the result with fp64; a non-finite result is infinitely far."""
     prepared.call()
     result = prepared.result()
     rows = _some_rows(result.shape[0], most_rows).to(device)
@@ -131,7 +128,7 @@ def cases(grid: Grid, dtype: torch.dtype = torch.bfloat16, kernels: Sequence[str
 
 
 class _Tensors:
-    """Random tensors from one seed, made where they are needed: the same every time on one kind of device."""
+    """Random tensors from one seed, created on the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -169,7 +166,7 @@ def _size_in_bytes(*tensors: Tensor | None) -> int:
 def _attention(make: _Tensors, case: Case) -> Prepared:
     """Sizes: ``heads``, ``head_dim``, ``lengths``; and, if wanted, ``padded``, ``length_bound`` and ``boost``.
 
-    ``boost`` multiplies the queries, for scores so far apart that a stabilizer taken from a part of them does not hold.
+    ``boost`` multiplies the queries, so that a softmax offset taken from a part of the scores overflows.
     """
     heads, head_dim, lengths = (case.sizes[name] for name in ("heads", "head_dim", "lengths"))
     padded = case.sizes.get("padded", head_dim)
@@ -183,7 +180,7 @@ def _attention(make: _Tensors, case: Case) -> Prepared:
     if padded > head_dim:
         held[:, 1:, :, head_dim:] = 0
         held[:, 1:, :, head_dim] = 1
-        # As the projection that pads them leaves them.
+        # As the projection that pads them writes them.
         held[:, 0] *= scale * math.log2(math.e)
         scale = math.log(2)
         options |= {"columns": head_dim, "queries_scaled": True}
@@ -208,14 +205,14 @@ def _attention(make: _Tensors, case: Case) -> Prepared:
         call=lambda: flash_attention_varlen(given[0], given[1], given[2], segments, out=out, **options),
         result=lambda: out,
         expected=expected,
-        rivals=_attention_rivals(q, k, v, lengths),
+        baselines=_attention_baselines(q, k, v, lengths),
         flops=4 * scores * heads * head_dim,
         bytes=_size_in_bytes(q, k, v, out),
         roundings=1,
     )
 
 
-def _attention_rivals(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> dict[str, Call]:
+def _attention_baselines(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> dict[str, Call]:
     present = [length for length in lengths if length]
 
     def alike() -> Tensor:
@@ -227,19 +224,19 @@ def _attention_rivals(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -
         parts = [functional.scaled_dot_product_attention(*(x.unsqueeze(0) for x in part)) for part in split]
         return torch.cat(parts, dim=2)
 
-    rivals: dict[str, Call] = {"torch sdpa": alike if len(set(present)) == 1 else one_by_one}
+    baselines: dict[str, Call] = {"torch sdpa": alike if len(set(present)) == 1 else one_by_one}
     if q.is_cuda and q.dtype != torch.float32:
         try:
             from torch.nn.attention.varlen import varlen_attn
         except ImportError:  # torch before 2.10
-            return rivals
+            return baselines
         bounds = torch.tensor([0, *itertools.accumulate(present)], dtype=torch.int32, device=q.device)
         longest = max(present)
-        rivals["torch varlen"] = lambda: cast("Tensor", varlen_attn(q, k, v, bounds, bounds, longest, longest))
-    return rivals
+        baselines["torch varlen"] = lambda: cast("Tensor", varlen_attn(q, k, v, bounds, bounds, longest, longest))
+    return baselines
 
 
-# -- products ---------------------------------------------------------------------------------------------------------
+# -- matmuls ---------------------------------------------------------------------------------------------------------
 
 
 def _activated(x: Tensor, activation: str | None) -> Tensor:
@@ -273,10 +270,10 @@ def _linear(make: _Tensors, case: Case) -> Prepared:
         call=lambda: linear(x, weight, bias, activation=activation, residual=residual, out=out, config=case.config),
         result=lambda: out,
         expected=expected,
-        rivals={"torch linear": by_torch},
+        baselines={"torch linear": by_torch},
         flops=2 * rows * width * inner,
         bytes=_size_in_bytes(x, weight, bias, residual, out),
-        parts={"torch product alone": lambda: functional.linear(x, weight, bias)},
+        parts={"torch matmul only": lambda: functional.linear(x, weight, bias)},
     )
 
 
@@ -327,11 +324,11 @@ def _qkv_projection(make: _Tensors, case: Case) -> Prepared:
         ),
         result=lambda: out,
         expected=expected,
-        rivals={"torch linear and rotation": lambda: by_torch(slice(None), x.dtype)},
+        baselines={"torch linear and rotation": lambda: by_torch(slice(None), x.dtype)},
         flops=2 * rows * columns * inner,
         bytes=_size_in_bytes(x, weight, bias, cosines, sines, out),
-        roundings=2,  # a CPU rounds the product before it rotates
-        parts={"torch product alone": lambda: functional.linear(x, weight, bias)},
+        roundings=2,  # a CPU rounds the matmul before it rotates
+        parts={"torch matmul only": lambda: functional.linear(x, weight, bias)},
         own={"linear, then rope": separate},
     )
 
@@ -347,7 +344,7 @@ def _patch_projection(make: _Tensors, case: Case) -> Prepared:
     )
 
     def held(chosen: Tensor | slice) -> Tensor:
-        """The pixels as they enter the product."""
+        """The pixels as they enter the matmul."""
         return pixels[chosen].to(make.dtype) - (128 if raw else 0)
 
     def expected(chosen: Tensor) -> Tensor:
@@ -357,7 +354,7 @@ def _patch_projection(make: _Tensors, case: Case) -> Prepared:
         call=lambda: patch_projection(pixels, weight, bias, out=out, config=case.config),
         result=lambda: out,
         expected=expected,
-        rivals={"torch cast and linear": lambda: functional.linear(held(slice(None)), weight, bias)},
+        baselines={"torch cast and linear": lambda: functional.linear(held(slice(None)), weight, bias)},
         flops=2 * rows * columns * inner,
         bytes=_size_in_bytes(pixels, weight, bias, out),
     )
@@ -396,7 +393,7 @@ def _projector(make: _Tensors, case: Case) -> Prepared:
         ),
         result=lambda: out,
         expected=lambda chosen: by_torch(chosen, torch.float64),
-        rivals={"torch norm and linears": lambda: by_torch(slice(None), x.dtype)},
+        baselines={"torch norm and linears": lambda: by_torch(slice(None), x.dtype)},
         flops=2 * tokens * hidden * (inner + columns),
         bytes=_size_in_bytes(x, weight_1, weight_2, out),
         roundings=3,
@@ -433,7 +430,7 @@ def _norm(make: _Tensors, case: Case) -> Prepared:
         call=call,
         result=lambda: out,
         expected=expected,
-        rivals={"torch": lambda: normed(x if residual is None else x + residual, x.dtype)},
+        baselines={"torch": lambda: normed(x if residual is None else x + residual, x.dtype)},
         flops=0,
         bytes=_size_in_bytes(x, out, residual, summed if residual is not None else None),
         roundings=1 if residual is None else 2,
@@ -462,7 +459,7 @@ def _rope(make: _Tensors, case: Case) -> Prepared:
         call=call,
         result=lambda: torch.stack([q, k], dim=1),
         expected=expected,
-        rivals={"torch": by_torch},
+        baselines={"torch": by_torch},
         flops=0,
         bytes=2 * _size_in_bytes(q, k) + _size_in_bytes(cosines, sines),
     )
@@ -487,7 +484,7 @@ def _gather(make: _Tensors, case: Case) -> Prepared:
         call=lambda: gather_rows(source, index, weights, out=out, config=case.config),
         result=lambda: out,
         expected=expected,
-        rivals={"torch": by_torch},
+        baselines={"torch": by_torch},
         flops=0,
         bytes=_size_in_bytes(index, weights, out) + taps * _size_in_bytes(out),
     )

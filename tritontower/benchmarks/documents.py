@@ -1,4 +1,4 @@
-"""A benchmark's result as plain data: made, kept, and named."""
+"""Benchmark reports: rows with the machine, the versions and the command that they were measured with."""
 
 import hashlib
 import json
@@ -15,43 +15,61 @@ from tritontower.engine import tuned_tables as tables
 
 from .measuring import Timing, provenance
 
-__all__ = [
-    "SCHEMA",
-    "Document",
-    "document",
-    "list_tuned_tables",
-    "machine",
-    "machine_slug",
-    "median",
-    "reason_of",
-    "seconds_of",
-    "write_json",
-]
-
-SCHEMA = 1
+SCHEMA = 2
 """Counts up whenever the fields of a document change their meaning."""
 
 Document = dict[str, Any]
-"""``bench``, ``schema``, ``rows``, the facts of :func:`tritontower.benchmarks.measuring.provenance`, and on a GPU ``tuned``."""
+"""``bench``, ``schema``, ``complete``, ``rows``, the fields of :func:`.measuring.provenance`, and on a GPU ``tuned``."""
 
 
-def document(
-    bench: str,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    **facts: Any,
-) -> Document:
-    """The rows of one benchmark with all that they are worth nothing without; ``facts`` count before what is found out."""
-    named: dict[str, Any] = {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
-    if device.type == "cuda":
-        named["tuned"] = list_tuned_tables(tables.identify(device).gpu)
-    return {"bench": bench, "schema": SCHEMA, **named, **provenance(device), **facts, "rows": list(rows)}
+class Report:
+    """Collects rows, and saves them after each one: a benchmark that is killed keeps what it measured.
+
+    Args:
+        bench: name of the benchmark.
+        device: where it runs.
+        dtype: of weights and activations.
+        path: a JSON file to write; ``None`` for none.
+        fields: more fields of the document.
+    """
+
+    def __init__(
+        self,
+        bench: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        path: Path | None = None,
+        **fields: Any,
+    ) -> None:
+        self.path = path
+        self.rows: list[Mapping[str, Any]] = []
+        self._document: Document = {"bench": bench, "schema": SCHEMA, "complete": False, **fields}
+        if dtype is not None:
+            self._document["dtype"] = str(dtype).removeprefix("torch.")
+        if device.type == "cuda":
+            self._document["tuned"] = list_tuned_tables(tables.identify(device).gpu)
+        self._document |= provenance(device)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Appends a row."""
+        self.rows.append(row)
+        self._save()
+
+    def finish(self, **fields: Any) -> Document:
+        """Marks the report as complete and returns the document."""
+        self._document |= {"complete": True, **fields}
+        return self._save()
+
+    def _save(self) -> Document:
+        found = {**self._document, "rows": list(self.rows)}
+        if self.path is not None:
+            write_json(self.path, found)
+        return found
 
 
 def list_tuned_tables(gpu: str) -> dict[str, str]:
-    """Lists the tables of tuned configurations that apply to a GPU, the preferred one first.
+    """Lists the tables of tuned configurations that apply to a GPU, highest priority first.
 
     Returns:
         Name → the first 12 hexadecimal digits of the file's SHA-256.  A name is ``shipped:``, ``user:`` (the cache folder)
@@ -68,37 +86,37 @@ def list_tuned_tables(gpu: str) -> dict[str, str]:
     return found
 
 
-def reason_of(error: BaseException, limit: int = 300) -> str:
-    """Kind and message of an error, in one line."""
+def describe_error(error: BaseException, limit: int = 300) -> str:
+    """Type and message of an error, in one line."""
     words = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return words if len(words) <= limit else f"{words[: limit - 1]}…"
 
 
-def machine(facts: Mapping[str, Any]) -> str:
-    """The machine of a document, in words."""
-    if facts.get("gpu"):
-        return str(facts["gpu"])
-    return f"{facts['threads']} thread{'' if facts['threads'] == 1 else 's'} of {facts['cpu']}"
+def describe_machine(found: Mapping[str, Any]) -> str:
+    """The GPU of a document, or its CPU and threads."""
+    if found.get("gpu"):
+        return str(found["gpu"])
+    return f"{found['threads']} thread{'' if found['threads'] == 1 else 's'} of {found['cpu']}"
 
 
-def machine_slug(facts: Mapping[str, Any]) -> str:
-    """The machine of a document as a folder's name."""
-    name = facts.get("gpu") or f"cpu {facts['cpu']} {facts['threads']} threads"
+def machine_slug(found: Mapping[str, Any]) -> str:
+    """The machine of a document as a folder name."""
+    name = found.get("gpu") or f"cpu {found['cpu']} {found['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", str(name).lower()).strip("-")
 
 
+def median_seconds(row: Mapping[str, Any], key: str = "seconds") -> dict[str, float]:
+    """Candidate → median seconds of a row."""
+    return {name: median(seconds) for name, seconds in row[key].items()}
+
+
 def median(seconds: Sequence[float]) -> float:
-    """The median of the times in a row of a document."""
+    """The median of the times in a row."""
     return Timing(tuple(seconds)).median
 
 
-def seconds_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Candidate → median seconds, of a row with ``seconds``."""
-    return {name: median(seconds) for name, seconds in row["seconds"].items()}
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes ``content`` as a whole or not at all; makes the folder."""
+    """Writes ``content`` completely or not at all; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:

@@ -1,4 +1,4 @@
-"""What towers are timed on: batches of noise of given patch counts, image sizes or named packs, and random checkpoints."""
+"""Inputs of the benchmarks: batches of noise by patch count, image size or name, and random checkpoints."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,106 +17,92 @@ from tritontower.errors import UsageError
 from tritontower.models.common.family import FamilySummary, write_config
 from tritontower.models.common.registry import list_summaries
 
-__all__ = [
-    "PACKS",
-    "family_checkpoint",
-    "family_configuration",
-    "family_titles",
-    "images_of",
-    "noise_images",
-    "shallow",
-    "square",
-    "summaries",
-]
-
-PACKS: Mapping[str, Sequence[tuple[int, int]]] = {
+BATCHES: Mapping[str, Sequence[tuple[int, int]]] = {
     "448": [(448, 448)],
     "1024": [(1024, 1024)],
     "small": [(224, 224)] * 16,
     "64small": [(112, 112)] * 64,
     "mixed": [(448, 448), (224, 160), (640, 480), (112, 112), (300, 700), (900, 120)],
 }
-"""Name → width and height of the images of one pass."""
+"""Name → width and height of the images of one batch."""
 
 DEPTH_KEYS = ("depth", "num_hidden_layers")
 
 
-def summaries() -> dict[str, FamilySummary]:
+def list_families() -> dict[str, FamilySummary]:
     """Title → summary of every family whose checkpoints transformers reads as well."""
     return {summary.title: summary for summary in list_summaries() if "model_type" in summary.example}
 
 
 def family_titles() -> Sequence[str]:
-    """The titles of :func:`summaries`."""
-    return sorted(summaries())
+    """The titles of :func:`list_families`."""
+    return sorted(list_families())
 
 
-def shallow(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
-    """``config`` with at most ``depth`` vision blocks (0: all), and without what it says of blocks behind them."""
+def truncate_depth(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """``config`` with at most ``depth`` vision blocks (0: all) and no references to removed blocks."""
     vision: dict[str, Any] = dict(config.get("vision_config") or config)
     key = next((key for key in DEPTH_KEYS if key in vision), DEPTH_KEYS[-1])
     if depth:
         vision[key] = min(depth, vision.get(key, depth))
         if "deepstack_visual_indexes" in vision:
-            vision["deepstack_visual_indexes"] = [
-                level for level in vision["deepstack_visual_indexes"] if level < depth
-            ]
+            levels = vision["deepstack_visual_indexes"]
+            vision["deepstack_visual_indexes"] = [level for level in levels if level < depth]
     return {**config, "vision_config": vision} if "vision_config" in config else vision
 
 
 @contextmanager
 def family_checkpoint(title: str, *, dtype: torch.dtype, depth: int = 0) -> Iterator[Path]:
-    """A checkpoint of a family at its published width with random weights, gone afterwards.
+    """A temporary checkpoint of a family at its published width, with random weights.
 
     Raises:
-        UsageError: there is no family of this title that transformers reads as well.
+        UsageError: no family of this title that transformers reads as well.
     """
-    summary = _summary(title)
+    summary = _find_family(title)
     with TemporaryDirectory() as folder:
-        config = shallow(summary.example, depth)
+        config = truncate_depth(summary.example, depth)
         yield write_random_checkpoint(Path(folder), config, summary.processor, dtype=dtype)
 
 
 @contextmanager
 def family_configuration(title: str, *, depth: int = 0) -> Iterator[Path]:
-    """Like :func:`family_checkpoint`, without weights: enough for all that is known before anything is read."""
-    summary = _summary(title)
+    """Like :func:`family_checkpoint`, with configuration files only."""
+    summary = _find_family(title)
     with TemporaryDirectory() as name:
-        yield write_config(Path(name), summary, shallow(summary.example, depth))
+        yield write_config(Path(name), summary, truncate_depth(summary.example, depth))
 
 
-def _summary(title: str) -> FamilySummary:
-    known = summaries()
+def _find_family(title: str) -> FamilySummary:
+    known = list_families()
     if title not in known:
-        raise UsageError(f"no family {title!r}; there are {', '.join(sorted(known))}")
+        raise UsageError(f"family must be one of {', '.join(sorted(known))}, got {title!r}")
     return known[title]
 
 
 def noise_images(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray[Any, Any]]:
-    """Images of noise of these widths and heights, the same every time."""
+    """Images of noise of these widths and heights, the same in every run."""
     generator = np.random.default_rng(0)
     return [generator.integers(0, 256, (height, width, 3), np.uint8) for width, height in sizes]
 
 
-def images_of(tower: VisionTower, sizes: Sequence[tuple[int, int]]) -> PackedBatch:
-    """A pass over images of noise, as the tower's own preprocessing makes it."""
+def noise_batch(tower: VisionTower, sizes: Sequence[tuple[int, int]]) -> PackedBatch:
+    """A batch of noise images, from the tower's own preprocessing."""
     return tower.preprocess(noise_images(sizes))
 
 
-def square(tower: VisionTower, patches: int) -> PackedBatch:
-    """About ``patches`` patches of noise: one square image, or as many as that takes where the size is fixed.
+def square_batch(tower: VisionTower, patches: int) -> PackedBatch:
+    """About ``patches`` patches of noise: one square image, or several where the size is fixed.
 
     Raises:
         UsageError: the tower takes no image of that size.
     """
     config = tower.config
     if config.num_patches is None:
-        unit = config.merge
-        side = unit * max(1, round(patches**0.5 / unit))
-        count, layout = 1, ImageLayout.of_one_tile((1, side, side), config.patch.size)
+        count, side = 1, config.merge * max(1, round(patches**0.5 / config.merge))
     else:
         side = round(config.num_patches**0.5)
-        count, layout = max(1, round(patches / side**2)), ImageLayout.of_one_tile((1, side, side), config.patch.size)
+        count = max(1, round(patches / side**2))
+    layout = ImageLayout.of_one_tile((1, side, side), config.patch.size)
     generator = torch.Generator().manual_seed(patches)
     pixels = torch.randn(count * side * side, config.patch.still_inner, generator=generator)
     try:
@@ -129,5 +115,5 @@ def square(tower: VisionTower, patches: int) -> PackedBatch:
         )
     except ValueError as error:
         raise UsageError(
-            f"this tower takes no square image of {patches:,} patches ({error}); name image sizes instead"
+            f"patches must be a square that this tower takes, got {patches:,} ({error}); name image sizes instead"
         ) from error

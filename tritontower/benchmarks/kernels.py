@@ -1,10 +1,10 @@
-"""Every kernel at the towers' shapes, beside what torch offers for the same work and beside the roofline.
+"""Times every kernel at the towers' shapes, next to torch's equivalent and the roofline.
 
-The cases are those of the tests, and each is checked against the formula before it is timed: one whose numbers are wrong is
-reported as failed and has no time.
+The cases are those of the tests.  Each is checked against fp64 first; one with a wrong result is reported and not timed.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,15 +12,14 @@ import torch
 from tritontower.engine.tuned_tables import fill_registry
 from tritontower.text_table import text_table
 
-from .cases import Case, Grid, Prepared, cases, check
-from .documents import Document, document, machine, reason_of
+from .cases import Case, Prepared, cases, check
+from .documents import Document, Report, describe_error, describe_machine
 from .measuring import Timing, time_on_device
 from .roofline import Roofline, measured_roofline, published_roofline
-
-__all__ = ["OURS", "benchmark_kernels", "kernel_table", "measure", "rival_seconds", "timings"]
+from .shapes import Grid
 
 OURS = "tritontower"
-"""The name of this project's candidate in every document."""
+"""Name of this project's candidate in every document."""
 
 COLUMNS = ("kernel", "case", "µs", "TFLOP/s", "GB/s", "% of roofline", "best of torch, µs", "ratio", "distance")
 
@@ -31,9 +30,9 @@ def benchmark_kernels(
     dtype: torch.dtype = torch.bfloat16,
     kernels: Sequence[str] | None = None,
     grid: Grid | None = None,
-    rivals: bool = True,
+    baselines: bool = True,
     budget_seconds: float = 0.2,
-    report: Callable[[Mapping[str, Any]], None] | None = None,
+    path: Path | None = None,
 ) -> Document:
     """Times a grid of cases.
 
@@ -41,52 +40,56 @@ def benchmark_kernels(
         device: where.
         dtype: of weights and activations.
         kernels: only these; see :data:`tritontower.benchmarks.cases.KERNELS`.
-        grid: ``gpu`` or ``cpu`` by default, after the device.
-        rivals: whether to time torch's own beside them.
+        grid: by default ``gpu`` or ``cpu``, by the device.
+        baselines: whether to time torch's equivalents.
         budget_seconds: for one candidate of one case.
-        report: called with every row as soon as it is there.
+        path: a file that gets the document after every row.
     """
     fill_registry(device)
     measured = measured_roofline(device, dtype)
     published = published_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     roofline = published if published is not None and dtype != torch.float32 else measured
-    rows = []
+    report = Report(
+        "kernels",
+        device=device,
+        dtype=dtype,
+        path=path,
+        roofline=roofline.as_dict(),
+        measured_roofline=measured.as_dict(),
+    )
     for case in cases(grid or ("gpu" if device.type == "cuda" else "cpu"), dtype, kernels):
-        rows.append(measure(case, device, roofline, rivals=rivals, budget_seconds=budget_seconds))
-        if report is not None:
-            report(rows[-1])
-    facts = {"roofline": _facts(roofline), "measured_roofline": _facts(measured)}
-    return document("kernels", rows, device=device, dtype=dtype, **facts)
+        report.add(measure(case, device, roofline, baselines=baselines, budget_seconds=budget_seconds))
+    return report.finish()
 
 
 def measure(
-    case: Case, device: torch.device, roofline: Roofline, *, rivals: bool = True, budget_seconds: float = 0.2
+    case: Case, device: torch.device, roofline: Roofline, *, baselines: bool = True, budget_seconds: float = 0.2
 ) -> dict[str, Any]:
-    """The row of one case: checked, then timed."""
-    facts: dict[str, Any] = {"kernel": case.kernel, "case": case.label, "sizes": dict(case.sizes)}
+    """Checks and times one case; returns its row."""
+    row: dict[str, Any] = {"kernel": case.kernel, "case": case.label, "sizes": dict(case.sizes)}
     if case.config is not None:
-        facts["config"] = str(case.config)
+        row["config"] = str(case.config)
     try:
         prepared = case.prepare(device)
         outcome = check(case, prepared, device)
-    except Exception as error:  # Triton's own (a compilation, a lack of shared memory) have no base but this one
-        return {**facts, "status": "failed", "reason": reason_of(error)}
-    facts |= {"distance": outcome.distance, "limit": outcome.limit}
+    except Exception as error:  # Triton's errors (compilation, shared memory) share no narrower base
+        return {**row, "status": "failed", "reason": describe_error(error)}
+    row |= {"distance": outcome.distance, "limit": outcome.limit}
     if not outcome.passed:
-        return {**facts, "status": "failed", "reason": "the numbers are wrong"}
+        return {**row, "status": "failed", "reason": "the result is wrong"}
     try:
-        timed, notes = timings(prepared, device, rivals=rivals, budget_seconds=budget_seconds)
-    except RuntimeError as error:  # too short to be timed
-        return {**facts, "status": "failed", "reason": reason_of(error)}
-    ours = timed[OURS]
+        times, notes = time_candidates(prepared, device, baselines=baselines, budget_seconds=budget_seconds)
+    except RuntimeError as error:  # too short to time
+        return {**row, "status": "failed", "reason": describe_error(error)}
+    ours = times[OURS]
     return {
-        **facts,
+        **row,
         "status": "ok",
-        "seconds": {name: timing.median for name, timing in timed.items()},
-        "best": {name: timing.best for name, timing in timed.items()},
-        "spread": {name: timing.spread for name, timing in timed.items()},
+        "seconds": {name: timing.median for name, timing in times.items()},
+        "best": {name: timing.best for name, timing in times.items()},
+        "spread": {name: timing.spread for name, timing in times.items()},
         "method": ours.method,
-        "rivals": [name for name in prepared.rivals if name in timed],
+        "baselines": [name for name in prepared.baselines if name in times],
         "notes": notes,
         "flops": prepared.flops,
         "bytes": prepared.bytes,
@@ -96,19 +99,19 @@ def measure(
     }
 
 
-def rival_seconds(row: Mapping[str, Any]) -> dict[str, float]:
-    """What torch took for the same work, by name: neither a part of it nor this project's own kernels in another order."""
-    return {name: row["seconds"][name] for name in row["rivals"]}
+def baseline_seconds(row: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of torch's equivalents, by name; parts of the work and other orders of our kernels do not count."""
+    return {name: row["seconds"][name] for name in row["baselines"]}
 
 
-def timings(
-    prepared: Prepared, device: torch.device, *, rivals: bool = True, budget_seconds: float = 0.2
+def time_candidates(
+    prepared: Prepared, device: torch.device, *, baselines: bool = True, budget_seconds: float = 0.2
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """The times of a case and of what it is held against, and why those that are missing could not be timed.
+    """Times a case and its baselines; returns the times, and a reason for each baseline that could not be timed.
 
-    All by one clock: where one of them cannot be captured in a CUDA graph, none is timed in one.
+    All use one clock: if one candidate cannot be captured in a CUDA graph, none is.
     """
-    others = {**prepared.rivals, **prepared.parts, **prepared.own} if rivals else {}
+    others = {**prepared.baselines, **prepared.parts, **prepared.own} if baselines else {}
 
     def timed(*, graph: bool) -> tuple[dict[str, Timing], dict[str, str]]:
         found = {OURS: time_on_device(prepared.call, device=device, budget_seconds=budget_seconds, graph=graph)}
@@ -117,7 +120,7 @@ def timings(
             try:
                 found[name] = time_on_device(call, device=device, budget_seconds=budget_seconds, graph=graph)
             except (RuntimeError, ValueError, TypeError) as error:  # not for this dtype or head size
-                notes[name] = reason_of(error)
+                notes[name] = describe_error(error)
         return found, notes
 
     found, notes = timed(graph=True)
@@ -129,23 +132,19 @@ def timings(
 def kernel_table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
     title = (
-        f"Kernels, {found['dtype']}, {machine(found)}\n"
-        f"roofline: {_words(found['roofline'])}; today: {_words(found['measured_roofline'])}"
+        f"Kernels, {found['dtype']}, {describe_machine(found)}\n"
+        f"roofline: {_describe(found['roofline'])}; today: {_describe(found['measured_roofline'])}"
     )
     table = text_table(title, COLUMNS, [_cells(row) for row in found["rows"]])
-    failed = [f"FAILED {row['kernel']}, {row['case']}: {row['reason']}" for row in _failed(found["rows"])]
-    return "\n".join([table, *failed])
-
-
-def _failed(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["status"] != "ok"]
+    rest = [row for row in found["rows"] if row["status"] != "ok"]
+    return "\n".join([table, *(f"{row['status']}: {row['kernel']}, {row['case']}: {row['reason']}" for row in rest)])
 
 
 def _cells(row: Mapping[str, Any]) -> Sequence[object]:
     if row["status"] != "ok":
-        return (row["kernel"], row["case"], None, None, None, None, None, None, "FAILED")
+        return (row["kernel"], row["case"], None, None, None, None, None, None, row["status"].upper())
     ours = row["seconds"][OURS]
-    best = min(rival_seconds(row).values(), default=None)
+    best = min(baseline_seconds(row).values(), default=None)
     return (
         row["kernel"],
         row["case"],
@@ -159,9 +158,5 @@ def _cells(row: Mapping[str, Any]) -> Sequence[object]:
     )
 
 
-def _facts(roofline: Roofline) -> dict[str, Any]:
-    return {"flops": roofline.flops, "bytes": roofline.bytes, "source": roofline.source}
-
-
-def _words(roofline: Mapping[str, Any]) -> str:
+def _describe(roofline: Mapping[str, Any]) -> str:
     return f"{roofline['flops'] / 1e12:,.1f} TFLOP/s, {roofline['bytes'] / 1e9:,.0f} GB/s ({roofline['source']})"

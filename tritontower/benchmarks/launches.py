@@ -1,12 +1,12 @@
-"""Launches of a block and of a pass, counted from the graph: as it is defined, and as it runs on a GPU.
+"""Counts the launches of a block and of a forward pass, without weights and without running anything.
 
-Nothing runs and no weights are read.  What is counted is said in :mod:`tritontower.graph.launch_count`.  *plain* and *fused* are the
-graph's own: every product is one launch.  Few rows are cut into parts along K as well, each such product with a second
-launch; how many do depends on the configurations, so the numbers of every architecture with its default configurations
-stand beside them.
+*plain* and *fused* count every matmul as one launch (:mod:`tritontower.graph.launch_count`).  With few rows some matmuls
+are split along K, with a second launch for the sum; that depends on the configurations, so each architecture has its own
+numbers, with its default configurations.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,31 +19,29 @@ from tritontower.graph.launch_count import GraphLaunches, count_launches
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.text_table import text_table
 
-from .documents import Document, document
-from .towers import Pass
-
-__all__ = ["benchmark_launches", "launch_rows", "launch_table"]
+from .documents import Document, Report
+from .towers import MakeBatch
 
 COLUMNS = (
     "tower",
     "blocks",
-    "pack",
+    "batch",
     "patches",
     "a block, plain",
     "a block, fused",
-    "a pass, plain",
-    "a pass, fused",
+    "forward, plain",
+    "forward, fused",
     "of them library calls",
     *ARCHITECTURES,
 )
 
 
-def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -> Iterator[dict[str, Any]]:
+def launch_rows(tower: VisionTower, batches: Sequence[MakeBatch], title: str | None) -> Iterator[dict[str, Any]]:
     """The rows of one tower, which need not be loaded."""
     config = tower.config
     plain = build(config)
     fused = fold_still_images(fuse(plain, select_passes(torch.device("cuda"))))
-    for name, make in passes:
+    for name, make in batches:
         workload = make(tower).workload
 
         def counted(graph: Graph, where: str | None = None, workload: Any = workload) -> GraphLaunches:
@@ -53,22 +51,27 @@ def launch_rows(tower: VisionTower, passes: Sequence[Pass], title: str | None) -
         there = {name: counted(fused, name) for name in ARCHITECTURES}
         yield {
             "family": title or config.family,
-            "pack": name,
+            "batch": name,
             "blocks": config.blocks_needed,
             "patches": workload.patches,
             **{f"{kind}_block": found.per_block.total for kind, found in counts.items()},
-            **{f"{kind}_pass": found.total.total for kind, found in counts.items()},
+            **{f"{kind}_forward": found.total.total for kind, found in counts.items()},
             "library_calls": counts["fused"].total.library,
             "architectures": {
-                name: {"block": found.per_block.total, "pass": found.total.total} for name, found in there.items()
+                name: {"block": found.per_block.total, "forward": found.total.total} for name, found in there.items()
             },
         }
 
 
-def benchmark_launches(towers: Sequence[tuple[str | None, VisionTower]], passes: Sequence[Pass]) -> Document:
-    """The rows of several towers."""
-    rows = [row for title, tower in towers for row in launch_rows(tower, passes, title)]
-    return document("launches", rows, device=torch.device("cpu"))
+def benchmark_launches(
+    towers: Sequence[tuple[str | None, VisionTower]], batches: Sequence[MakeBatch], *, path: Path | None = None
+) -> Document:
+    """Counts the rows of several towers."""
+    report = Report("launches", device=torch.device("cpu"), path=path)
+    for title, tower in towers:
+        for row in launch_rows(tower, batches, title):
+            report.add(row)
+    return report.finish()
 
 
 def launch_table(found: Mapping[str, Any]) -> str:
@@ -77,21 +80,20 @@ def launch_table(found: Mapping[str, Any]) -> str:
         (
             row["family"],
             row["blocks"],
-            row["pack"],
+            row["batch"],
             f"{row['patches']:,}",
             row["plain_block"],
             row["fused_block"],
-            row["plain_pass"],
-            row["fused_pass"],
+            row["plain_forward"],
+            row["fused_forward"],
             row["library_calls"],
-            *("{block} / {pass}".format(**row["architectures"][name]) for name in ARCHITECTURES),
+            *("{block} / {forward}".format(**row["architectures"][name]) for name in ARCHITECTURES),
         )
         for row in found["rows"]
     ]
     return text_table(
-        "Launches on a GPU, counted from the graph: as it is defined (plain) and as it runs (fused), with every product\n"
-        "one launch; by architecture: a block / a pass with its default configurations, which split the\n"
-        "products of few rows into parts",
+        "Launches on a GPU, counted from the graph: as defined (plain) and as run (fused), one launch per matmul;\n"
+        "by architecture: a block / a forward pass with its default configurations, which split matmuls of few rows along K",
         COLUMNS,
         rows,
     )

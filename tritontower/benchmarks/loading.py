@@ -1,7 +1,7 @@
-"""Seconds and memory to load a tower from a checkpoint, against transformers' model of it.
+"""Times loading a tower from a checkpoint, against transformers' model of it.
 
-Every load happens in a process of its own that has imported everything already.  transformers is given the model without
-the layers of its language model, which is the least that it can be made to load.
+Each load runs in its own process, after all imports.  transformers loads the model without the layers of its language
+model, which is the least that it can load.
 """
 
 from collections.abc import Mapping
@@ -13,10 +13,8 @@ import torch
 
 from tritontower.text_table import text_table
 
-from .children import ask
-from .documents import Document, document, machine
-
-__all__ = ["benchmark_loading", "loading_table"]
+from .documents import Document, Report, describe_machine
+from .subprocesses import measure_apart
 
 COLUMNS = (
     "loaded by",
@@ -32,7 +30,13 @@ COLUMNS = (
 
 
 def benchmark_loading(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, repeats: int = 3, transformers: bool = True
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    repeats: int = 3,
+    transformers: bool = True,
+    path: Path | None = None,
 ) -> Document:
     """Loads with the files in the system's cache, and once from the disk.
 
@@ -40,27 +44,25 @@ def benchmark_loading(
         folder: the checkpoint.
         device: where the weights go.
         dtype: of the weights.
-        repeats: loads of each kind with the files cached; the median counts.
+        repeats: loads with cached files; the median counts.
         transformers: whether to load transformers' model as well.
+        path: a file that gets the document after every row.
     """
-    name = str(dtype).removeprefix("torch.")
-    rows = []
+    report = Report("loading", device=device, dtype=dtype, path=path)
     for by in ("tritontower", "transformers") if transformers else ("tritontower",):
-        facts = {"folder": str(folder), "dtype": name, "device": str(device), "by": by}
-        cold = ask("load", **facts, cold=True)
-        warm = [ask("load", **facts, cold=False) for _ in range(repeats)]
-        rows += [{**cold, "files": "on disk"}, {**_middle(warm), "files": "cached"}]
-    return document("loading", rows, device=device, dtype=dtype)
-
-
-def _middle(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    seconds = [answer["seconds"] for answer in answers]
-    return {
-        **answers[0],
-        "seconds": median(seconds),
-        "all_seconds": seconds,
-        "growth_bytes": int(median(answer["growth_bytes"] for answer in answers)),
-    }
+        options = {
+            "folder": str(folder),
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(device),
+            "by": by,
+        }
+        report.add({**measure_apart("load", **options, cold=True), "files": "on disk"})
+        warm = [measure_apart("load", **options, cold=False) for _ in range(repeats)]
+        seconds = [answer["seconds"] for answer in warm]
+        growth = int(median(answer["growth_bytes"] for answer in warm))
+        row = {**warm[0], "seconds": median(seconds), "all_seconds": seconds, "growth_bytes": growth}
+        report.add({**row, "files": "cached"})
+    return report.finish()
 
 
 def loading_table(found: Mapping[str, Any]) -> str:
@@ -72,13 +74,13 @@ def loading_table(found: Mapping[str, Any]) -> str:
             f"{row['seconds']:,.2f}",
             f"{row['growth_bytes'] / 1e6:,.0f}",
             f"{row['weights_bytes'] / 1e6:,.0f}",
-            # Which bytes of its memory-mapped files transformers reads, nobody counts.
+            # transformers maps its files into memory; the bytes that it reads of them are not counted.
             f"{row['read_bytes'] / 1e6:,.0f}" if row["read_bytes"] else None,
             f"{row['files_bytes'] / 1e6:,.0f}",
-            # What is read from a file system in memory, or in spite of the request from the cache, does not count here.
+            # Excludes file systems in memory, and files that the system kept cached despite the request.
             f"{row['disk_bytes'] / 1e6:,.0f}" if row["files"] == "on disk" and row["disk_bytes"] else None,
             f"{row['device_bytes'] / 1e6:,.0f}" if row["device_bytes"] else None,
         )
         for row in found["rows"]
     ]
-    return text_table(f"Loading, {found['dtype']}, {machine(found)}", COLUMNS, rows)
+    return text_table(f"Loading, {found['dtype']}, {describe_machine(found)}", COLUMNS, rows)

@@ -1,7 +1,7 @@
-"""How things are measured here: after a warm-up, repeated, in turn, with the machine written beside the figures.
+"""Two clocks, and the provenance of their figures.
 
-Two clocks.  :func:`interleaved` takes the wall time of whole passes, host work included, several candidates in turn.
-:func:`time_on_device` takes the time that one operation keeps a GPU busy, without what the host needs to launch it.
+:func:`interleaved` measures the wall time of whole forward passes, host work included, with candidates in turn.
+:func:`time_on_device` measures how long one operation keeps a GPU busy, without the host's launch time.
 """
 
 import os
@@ -23,12 +23,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["Timing", "can_capture", "interleaved", "portable_command", "provenance", "ptxas_version", "time_on_device"]
+CALLS_PER_GRAPH = 10
+"""Calls in one captured graph, which share the cost of starting it."""
 
-CALLS_A_GRAPH = 10
-"""Calls behind one another in a captured graph: what starting the graph costs is shared among them."""
-
-DRIVER_FACTS = {
+DRIVER_FIELDS = {
     "driver_version": "driver",
     "clocks.sm": "sm_clock",
     "clocks.max.sm": "sm_clock_limit",
@@ -36,12 +34,12 @@ DRIVER_FACTS = {
     "power.limit": "power_limit",
     "temperature.gpu": "temperature",
 }
-"""What ``nvidia-smi`` calls a fact → its name here."""
+"""Field of ``nvidia-smi`` → its name in a document."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one thing, seconds."""
+    """Repeated times of one call, seconds."""
 
     seconds: tuple[float, ...]
     method: str = "clock"
@@ -49,17 +47,17 @@ class Timing:
 
     @property
     def best(self) -> float:
-        """The least: what the code costs when nothing else runs."""
+        """The minimum: the time on an otherwise idle machine."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """The median: what to expect on this machine as it was."""
+        """The median: the time to expect on this machine."""
         return statistics.median(self.seconds)
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles as a share of the median: how far a single figure may be trusted."""
+        """Distance of the quartiles ÷ median."""
         if len(self.seconds) < 2 or not self.median:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -69,10 +67,7 @@ class Timing:
 def interleaved(
     candidates: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device
 ) -> dict[str, Timing]:
-    """Times every candidate ``repeats`` times in turn (A B C, A B C, …), so that a machine that drifts hits all alike.
-
-    Each is called once beforehand, uncounted.
-    """
+    """Times every candidate ``repeats`` times in turn (A B C, A B C, …), after one uncounted round."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(repeats + 1):
         for name, call in candidates.items():
@@ -94,34 +89,33 @@ def time_on_device(
     most: int = 50,
     graph: bool = True,
 ) -> Timing:
-    """How long ``call`` keeps ``device`` busy, each time with the caches cold.
+    """Measures how long ``call`` keeps ``device`` busy with cold caches.
 
-    On a GPU the calls are captured into a CUDA graph, each behind one that fills the second-level cache with something
-    else; a second graph holds only the latter, and the difference of the two is what the calls take.  So neither the host
-    nor the start of a launch is in the figure.  A single difference may come out below zero, their median may not.  What
-    cannot be captured is timed between two events, which leaves the start of the first launch in: hold such a time only
-    against others of the same :attr:`Timing.method`.  On a CPU it is the wall time, behind a walk through more memory
-    than the caches hold.
+    On a GPU the calls are captured into a CUDA graph, each after a kernel that fills the L2 cache; a second graph holds the
+    fills alone, and the difference of both is the result.  It contains neither host time nor launch latency.  A single
+    difference may be negative; their median must not.  A call that cannot be captured is timed between two events, which
+    includes the first launch: compare such times only with others of the same :attr:`Timing.method`.  On a CPU the result
+    is the wall time after reading more memory than the caches hold.
 
     Args:
-        call: launches the work on the current stream; it has to do the same every time, and should allocate nothing.
+        call: launches the same work on the current stream each time; it should allocate nothing.
         device: where it runs.
-        budget_seconds: about how long to measure, seconds; the first call, which compiles, is not counted.
-        least: samples taken whatever they cost.
-        most: samples at most.
+        budget_seconds: approximate total, seconds; the first call, which compiles, is not counted.
+        least: minimum number of samples, whatever they cost.
+        most: maximum number of samples.
         graph: whether to try a CUDA graph.
 
     Raises:
-        RuntimeError: the call is too short to be told from nothing.
+        RuntimeError: the call is too short to be measured.
     """
     call()
     if device.type != "cuda":
 
-        def behind_walk() -> float:
+        def after_eviction() -> float:
             _evict_from_cpu()
             return _clock(call)
 
-        return _samples(behind_walk, budget_seconds, least, most, "clock")
+        return _samples(after_eviction, budget_seconds, least, most, "clock")
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         filler = torch.empty(_cache_bytes(device) // 4, dtype=torch.int32, device=device)
@@ -134,25 +128,25 @@ def time_on_device(
             else:
 
                 def difference() -> float:
-                    return (_between_events(busy.replay) - _between_events(idle.replay)) / CALLS_A_GRAPH
+                    return (_between_events(busy.replay) - _between_events(idle.replay)) / CALLS_PER_GRAPH
 
                 return _above_zero(_samples(difference, budget_seconds, least, most, "graph"))
 
-        def behind_filler() -> float:
+        def after_fill() -> float:
             filler.zero_()
             return _between_events(call)
 
-        return _samples(behind_filler, budget_seconds, least, most, "events")
+        return _samples(after_fill, budget_seconds, least, most, "events")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where and when, with which versions and by which command: what a figure is worth nothing without."""
-    facts: dict[str, Any] = {
+    """Date, command, commit, versions and machine of a measurement."""
+    found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": portable_command(sys.orig_argv),
         "commit": _commit(),
         "python": platform.python_version(),
-        # With the build behind the plus sign, which a package's record may leave out.
+        # With the build after the plus sign, which package metadata may omit.
         "torch": torch.__version__,
         **{name: _version(name) for name in ("triton", "transformers")},
         "machine": platform.machine(),
@@ -163,25 +157,24 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {
+        found |= {
             "gpu": torch.cuda.get_device_name(device),
             "gpu_capability": f"{properties.major}.{properties.minor}",
             "gpu_processors": properties.multi_processor_count,
             "gpu_bytes": properties.total_memory,
             "cuda": torch.version.cuda or torch.version.hip,
             "ptxas": ptxas_version(10 * properties.major + properties.minor),
-            **_driver_facts(device),
+            **_query_driver(device),
         }
-    return facts
+    return found
 
 
 def portable_command(words: Sequence[str], folder: Path | None = None) -> str:
-    """A command line as somebody else would type it: ``python``, and no path that only this machine has.
+    """A command line without paths of this machine.
 
     Args:
         words: the program and its arguments.
-        folder: what absolute paths become relative to; by default the working directory.  Of one that lies elsewhere only
-            the last part is kept.
+        folder: absolute paths become relative to it, by default the working directory; others keep only their name.
     """
     folder = Path.cwd() if folder is None else folder
 
@@ -208,17 +201,17 @@ def _samples(sample: Callable[[], float], budget_seconds: float, least: int, mos
 
 
 def _above_zero(timing: Timing) -> Timing:
-    """``timing``, if there is a time in it: a ratio to nothing, or a kernel that takes none, would win every ranking."""
+    """Returns ``timing`` if its median is positive; a kernel that takes no time would win every ranking."""
     if timing.median <= 0:
         raise RuntimeError(
-            f"the median of {len(timing.seconds)} differences is {timing.median * 1e6:.2f} µs: a call this short cannot be "
-            "told from the launch beside it on this GPU; time one with more rows"
+            f"the call must take longer than its launch, got a median of {timing.median * 1e6:.2f} µs over "
+            f"{len(timing.seconds)} differences; time one with more rows"
         )
     return timing
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether the least of calls can be captured as a CUDA graph on ``device``."""
+    """Tests whether ``device`` can capture CUDA graphs."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -238,7 +231,7 @@ def _clock(call: Callable[[], object]) -> float:
 
 
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """``call``, :data:`CALLS_A_GRAPH` times, as a graph; run once before, as libraries set themselves up when first used."""
+    """Captures :data:`CALLS_PER_GRAPH` calls, after one call outside, since libraries initialize on first use."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -246,7 +239,7 @@ def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS_A_GRAPH):
+        for _ in range(CALLS_PER_GRAPH):
             call()
     graph.replay()
     torch.cuda.synchronize()
@@ -263,14 +256,14 @@ def _between_events(call: Callable[[], object]) -> float:
 
 
 def _cache_bytes(device: torch.device) -> int:
-    """Enough to push everything else out of the second-level cache."""
+    """Bytes that evict everything else from the L2 cache."""
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 0
     return max(2 * int(cache), 64 * 2**20)
 
 
 @lru_cache
 def _cpu_filler() -> torch.Tensor:
-    """More memory than the CPU's caches hold, as far as the system says what they do."""
+    """More memory than the CPU's caches hold, as far as the system reports them."""
     cache = 0
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         size = re.fullmatch(r"(\d+)([KM])", path.read_text(encoding="ascii").strip())
@@ -280,7 +273,7 @@ def _cpu_filler() -> torch.Tensor:
 
 
 def _evict_from_cpu() -> None:
-    """Reads the filler, so that the caches hold nothing else; writing it would leave work for the call that is timed."""
+    """Reads the filler; writing it would leave write-backs to the timed call."""
     _cpu_filler().sum()
 
 
@@ -289,7 +282,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# -- facts ------------------------------------------------------------------------------------------------------------
+# -- provenance ------------------------------------------------------------------------------------------------------------
 
 
 def _version(name: str) -> str | None:
@@ -300,15 +293,15 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in, ``+`` behind it if its tree is another; ``None`` elsewhere.
+    """The commit of this checkout, with ``+`` if files differ from it; ``None`` outside a checkout.
 
-    New files count unless git ignores them.  Results do not: a campaign leaves them while it runs.
+    Untracked files count, results do not: a campaign writes them while it runs.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-    # Without the lock that a mere question would take from whoever is committing.
+    # Optional locks could make a concurrent commit fail.
     status = ("git", "--no-optional-locks", "-C", str(root), "status", "--porcelain", "--untracked-files=normal")
     changed = _output(*status, "--", ".", ":(exclude)bench/results")
     return f"{commit}+" if commit and changed else commit
@@ -322,18 +315,18 @@ def _cpu_name() -> str:
         return platform.processor()
 
 
-def _driver_facts(device: torch.device) -> dict[str, str]:
-    """Driver, clocks, power limit and temperature of a GPU, where ``nvidia-smi`` is there to be asked."""
+def _query_driver(device: torch.device) -> dict[str, str]:
+    """Driver, clocks, power limit and temperature of a GPU, if ``nvidia-smi`` is installed."""
     identity = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
     index = torch.cuda.current_device() if device.index is None else device.index
     chosen = f"GPU-{identity}" if identity else str(index)
-    line = _output("nvidia-smi", f"--id={chosen}", f"--query-gpu={','.join(DRIVER_FACTS)}", "--format=csv,noheader")
+    line = _output("nvidia-smi", f"--id={chosen}", f"--query-gpu={','.join(DRIVER_FIELDS)}", "--format=csv,noheader")
     cells = line.splitlines()[0].split(", ") if line else []
-    return dict(zip(DRIVER_FACTS.values(), cells, strict=True)) if len(cells) == len(DRIVER_FACTS) else {}
+    return dict(zip(DRIVER_FIELDS.values(), cells, strict=True)) if len(cells) == len(DRIVER_FIELDS) else {}
 
 
 def ptxas_version(capability: int) -> str | None:
-    """The release of the assembler that Triton uses for a chip."""
+    """Version of the assembler that Triton uses for a compute capability (90 for 9.0)."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
     except ImportError:
@@ -345,7 +338,7 @@ def ptxas_version(capability: int) -> str | None:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, without the last newline; ``None`` if it is not there or fails."""
+    """Standard output of a command, stripped; ``None`` if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     try:

@@ -1,21 +1,17 @@
-"""The memory plan against what a pass really allocates, each in a process of its own.
+"""Compares the memory plan with what a forward pass allocates, in a process of its own."""
 
-What torch's allocator gives out during a pass is held against the whole plan.  On a CPU there is also how far the process
-grew from before loading to after the pass, less weights and plan: what the libraries take for themselves.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tritontower.batch.packed_batch import PackedBatch
+from tritontower.engine.executor import Executor
 from tritontower.text_table import text_table
 
-from .children import ask
-from .documents import Document, document, machine
-
-__all__ = ["benchmark_memory", "memory_table"]
+from .documents import Document, Report, describe_machine
+from .subprocesses import measure_apart
 
 COLUMNS = (
     "patches",
@@ -28,14 +24,22 @@ COLUMNS = (
 )
 
 
-def benchmark_memory(folder: Path, *, device: torch.device, dtype: torch.dtype, patches: Sequence[int]) -> Document:
-    """One row for each number of patches."""
-    name = str(dtype).removeprefix("torch.")
-    rows = [ask("memory", folder=str(folder), dtype=name, device=str(device), patches=count) for count in patches]
-    for row in rows:
+def benchmark_memory(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, patches: Sequence[int], path: Path | None = None
+) -> Document:
+    """Measures one row for each number of patches.
+
+    On a CPU ``beyond_bytes`` is the growth of the process from before loading to after the forward pass, minus weights and
+    plan: memory of the libraries.
+    """
+    report = Report("memory", device=device, dtype=dtype, path=path)
+    options = {"folder": str(folder), "dtype": str(dtype).removeprefix("torch."), "device": str(device)}
+    for count in patches:
+        row = measure_apart("memory", **options, patches=count)
         grown = row["growth_bytes"]
         row["beyond_bytes"] = None if grown is None else grown - row["weights_bytes"] - row["plan_bytes"]
-    return document("memory", rows, device=device, dtype=dtype)
+        report.add(row)
+    return report.finish()
 
 
 def memory_table(found: Mapping[str, Any]) -> str:
@@ -52,8 +56,50 @@ def memory_table(found: Mapping[str, Any]) -> str:
         )
         for row in found["rows"]
     ]
-    return text_table(f"Peak memory, {found['dtype']}, {machine(found)}", COLUMNS, rows)
+    return text_table(f"Peak memory, {found['dtype']}, {describe_machine(found)}", COLUMNS, rows)
 
 
 def _megabytes(size: int | None) -> str | None:
     return None if size is None else f"{size / 1e6:,.1f}"
+
+
+def allocated_peak(call: Callable[[], object], device: torch.device) -> int:
+    """Peak bytes that torch's allocator holds during ``call``, beyond what it held before.
+
+    On a CPU torch's profiler reports every allocation of all threads, so nothing else may run.  Memory that libraries take
+    from the system themselves does not count.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    profiler = profile.profiler
+    assert profiler is not None
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += int(event.nbytes())
+        most = max(most, held)
+    return most
+
+
+def forward_peak(executor: Executor, batch: PackedBatch) -> int:
+    """Measures :attr:`MemoryPlan.peak_bytes`: bytes that a forward pass holds at once, besides the weights.
+
+    The forward pass runs twice, so that what is allocated once is excluded.
+
+    Args:
+        executor: its arena is released.
+        batch: on the executor's device; its inputs are added to the measured bytes.
+    """
+    executor.run(batch)
+    executor.release()
+    taken = allocated_peak(lambda: executor.run(batch), executor.device)
+    executor.release()
+    inputs = (batch.tensors[name] for name in executor.graph.inputs)
+    return taken + sum(int(tensor.nbytes) for tensor in inputs)

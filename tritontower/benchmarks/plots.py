@@ -1,4 +1,4 @@
-"""Documents as images (PNG), with matplotlib, which is not needed for anything else."""
+"""Draws documents as bar charts (PNG) with matplotlib, an optional dependency."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,14 +6,12 @@ from typing import Any
 
 from tritontower.errors import UsageError
 
-from .documents import machine, seconds_of
+from .documents import describe_machine, median_seconds
 from .kernels import OURS
-from .towers import tower_titles
-
-__all__ = ["plot"]
+from .towers import list_candidates
 
 COLORS = ("#1b6ca8", "#e08e36", "#7a9e4b", "#9b5fa5", "#8c8c8c", "#b5473c")
-"""This project's first; told apart with the common kinds of color blindness too."""
+"""This project's color first; distinguishable with common color blindness."""
 
 UNITS = {"towers": "milliseconds", "preprocessing": "milliseconds", "loading": "seconds", "kernels": "microseconds"}
 
@@ -24,18 +22,17 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     Raises:
         UsageError: matplotlib is not installed, or the document holds nothing that could be drawn.
     """
-    groups = _groups(found)
+    groups = group_times(found)
     if not groups:
-        raise UsageError(f"there is nothing in this {found['bench']} report that could be drawn")
+        raise UsageError(f"plot must be of a report with times, got {found['bench']!r} without any")
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
-            'plots need matplotlib, which is not installed; install the `plot` extra (pip install "tritontower[plot]") or '
-            "leave --plot out"
+            'plots need matplotlib, which is not installed; run pip install "tritontower[plot]" or drop --plot'
         ) from error
-    names = _names(found, groups)
+    names = list_names(found, groups)
     most = max(len(times) for _, times in groups)
     height = 0.8 / most
     figure = Figure(figsize=(10, 1.9 + len(groups) * (0.22 * most + 0.18)), layout="constrained")
@@ -69,7 +66,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     axes.xaxis.set_major_formatter("{x:,.10g}")
     axes.set_xlabel(f"{UNITS[found['bench']]} (median, shorter is better{scale})")
     dtype = f"{found['dtype']}, " if "dtype" in found else ""
-    axes.set_title(f"{str(found['bench']).capitalize()}: {dtype}{machine(found)}", fontsize=11, loc="left")
+    axes.set_title(f"{str(found['bench']).capitalize()}: {dtype}{describe_machine(found)}", fontsize=11, loc="left")
     axes.legend(
         fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.5 / figure.get_figheight()), ncols=3, frameon=False
     )
@@ -79,11 +76,11 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130, format="png")
 
 
-def _groups(found: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
-    """Label of a row → candidate → its time in the unit of this benchmark."""
+def group_times(found: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """Label of a row → candidate → time in the benchmark's unit."""
     rows = [row for row in found["rows"] if row.get("status", "ok") == "ok"]
     if found["bench"] == "towers":
-        return [(_tower_label(row), _times(seconds_of(row), 1e3)) for row in rows]
+        return [(_tower_label(row), _times(median_seconds(row), 1e3)) for row in rows]
     if found["bench"] == "kernels":
         return [(f"{row['kernel']}: {row['case']}", _times(row["seconds"], 1e6)) for row in rows]
     if found["bench"] == "loading":
@@ -92,7 +89,7 @@ def _groups(found: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
             by_files.setdefault(f"files {row['files']}", {})[row["by"]] = row["seconds"]
         return list(by_files.items())
     if found["bench"] == "preprocessing":
-        return [(row["label"], _times(seconds_of(row), 1e3)) for row in rows]
+        return [(row["label"], _times(median_seconds(row), 1e3)) for row in rows]
     return []
 
 
@@ -105,9 +102,10 @@ def _times(seconds: Mapping[str, float], factor: float) -> dict[str, float]:
     return {name: value * factor for name, value in seconds.items() if value > 0}
 
 
-def _names(found: Mapping[str, Any], groups: Sequence[tuple[str, Mapping[str, float]]]) -> Sequence[str]:
+def list_names(found: Mapping[str, Any], groups: Sequence[tuple[str, Mapping[str, float]]]) -> Sequence[str]:
+    """The candidates of a document, this project's first."""
     if found["bench"] == "towers":
-        return tower_titles(found)
+        return list_candidates(found)
     names = dict.fromkeys(name for _, times in groups for name in times)
     return sorted(names, key=lambda name: (name != OURS, not name.startswith(OURS)))
 

@@ -1,16 +1,15 @@
-"""Images to patches, against transformers' own image processor, on the same decoded images.
+"""Compares preprocessing with transformers' image processor, on the same decoded images.
 
-transformers' processor gets what its users give it, a list of PIL images, and returns its tensors.  The tower's own way
-makes a packed batch of the same images:
+transformers' processor gets a list of PIL images and returns tensors; the tower makes a packed batch of the same images:
 
-* :data:`OURS`: with the normalized pixels in fp32, which is the like of what transformers returns, but for one thing: a
-  still image's one frame is not repeated over the frames that a patch spans, since the weights are folded instead.
-* :data:`BYTES`: with bytes, which is what goes to a device where the weights take them.
-* :data:`DIGESTS`: as the first, and the digests of the images, which transformers does not have, are asked for.
-* :data:`PIXELS`: as the first, from images that are canonical already, so that nothing is checked and copied.
+* :data:`OURS`: normalized fp32 pixels, as transformers returns them, except that the frame of a still image is not
+  repeated over the frames of a patch, since the weights are folded instead;
+* :data:`BYTES`: uint8 pixels, as they go to a GPU;
+* :data:`DIGESTS`: as :data:`OURS`, with the content digests that a cache needs;
+* :data:`PIXELS`: as :data:`OURS`, from canonical images, so that nothing is checked or copied.
 
-All take turns, each with two calls: the first finds the caches and the allocator as another candidate left them, the
-second as images in a row would.  The second counts; the first is in the document, and its ratio in the table, too.
+Candidates take turns with two calls each.  The first call finds caches and allocator as another candidate left them; the
+second is like one of many images in a row, and counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,21 +24,9 @@ from tritontower import VisionTower
 from tritontower.preprocessing.images.image import canonical_rgb
 from tritontower.text_table import text_table
 
-from .documents import Document, document, machine, seconds_of
+from .documents import Document, Report, describe_machine, median_seconds
 from .images import noise_images
 from .measuring import interleaved
-
-__all__ = [
-    "BYTES",
-    "DEFAULT_SIZES",
-    "DIGESTS",
-    "OURS",
-    "PIXELS",
-    "THEIRS",
-    "benchmark_preprocessing",
-    "compare_preprocessing",
-    "preprocessing_table",
-]
 
 OURS = "tritontower"
 BYTES = "tritontower, bytes"
@@ -49,7 +36,7 @@ THEIRS = "transformers"
 CPU = torch.device("cpu")
 
 LIMIT = 2e-6
-"""Largest distance of a pixel from transformers' own, of values around one."""
+"""Largest absolute difference of a normalized pixel from transformers'."""
 
 Sizes = Sequence[tuple[int, int]]
 DEFAULT_SIZES: Mapping[str, Sizes] = {
@@ -62,13 +49,13 @@ DEFAULT_SIZES: Mapping[str, Sizes] = {
 
 
 def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repeats: int = 5) -> dict[str, Any]:
-    """The row of one call.
+    """Compares the pixels, then times every candidate; returns the row.
 
     Args:
-        tower: whose images they are; its weights are not needed.
-        label: what to call the images.
+        tower: its weights are not needed.
+        label: name of the images.
         sizes: their widths and heights.
-        repeats: how often each candidate has its two turns, beside a first time that does not count.
+        repeats: measured turns of each candidate.
     """
     images = [Image.fromarray(array) for array in noise_images(sizes)]
 
@@ -103,13 +90,14 @@ def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repea
 
 
 def benchmark_preprocessing(
-    folder: Path, *, sizes: Mapping[str, Sizes] = DEFAULT_SIZES, repeats: int = 5, **placement: Any
+    folder: Path, *, sizes: Mapping[str, Sizes] = DEFAULT_SIZES, repeats: int = 5, path: Path | None = None
 ) -> Document:
-    """One row for each entry of ``sizes``; ``placement`` does not matter, it all happens on the CPU."""
-    del placement
+    """Measures one row for each entry of ``sizes``, on the CPU."""
     tower = VisionTower.from_pretrained(folder, device=CPU, delay_load=True)
-    rows = [compare_preprocessing(tower, label, each, repeats=repeats) for label, each in sizes.items()]
-    return document("preprocessing", rows, device=CPU)
+    report = Report("preprocessing", device=CPU, path=path)
+    for label, each in sizes.items():
+        report.add(compare_preprocessing(tower, label, each, repeats=repeats))
+    return report.finish()
 
 
 def preprocessing_table(found: Mapping[str, Any]) -> str:
@@ -119,7 +107,7 @@ def preprocessing_table(found: Mapping[str, Any]) -> str:
         if row["status"] != "ok":
             rows.append((row["label"], *[None] * 7, "FAILED"))
             continue
-        seconds, in_turn = seconds_of(row), seconds_of({"seconds": row["in_turn"]})
+        seconds, in_turn = median_seconds(row), median_seconds(row, "in_turn")
         rows.append(
             (
                 row["label"],
@@ -144,7 +132,7 @@ def preprocessing_table(found: Mapping[str, Any]) -> str:
         "first calls",
         "distance",
     )
-    lines = [text_table(f"Preprocessing, {machine(found)}", columns, rows)]
+    lines = [text_table(f"Preprocessing, {describe_machine(found)}", columns, rows)]
     return "\n".join(
         [*lines, *(f"failed: {row['label']}: {row['reason']}" for row in found["rows"] if "reason" in row)]
     )

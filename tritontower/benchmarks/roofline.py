@@ -1,40 +1,38 @@
-"""The most that a machine could do: what its maker says, and what a large product and a large copy reach today.
+"""Limits of a machine: published figures, and what a large matmul and a large copy reach today.
 
-The published figures are for dense 16-bit products at the boost clock and for the memory's full rate; no kernel gets
-there.  The measured ones are what the vendor's own library reaches on this machine at its present clocks, which is the
-fairer yardstick; for a device that is not in the table they are the only one.  On a CPU they say what the machine does
-today, and nothing is given as a share of them.
+Published figures are for dense 16-bit matmuls at the boost clock and the full memory rate; no kernel reaches them.  Measured
+ones are those of the vendor's library at today's clocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from .measuring import time_on_device
 
-__all__ = ["PUBLISHED", "Roofline", "measured_roofline", "published_roofline"]
-
 
 @dataclass(frozen=True)
 class Roofline:
-    """The two limits of a machine, and whose figures they are."""
+    """Compute and memory limits of a machine, with their source."""
 
     flops: float
-    """16-bit operations a second of matrix products (of the measured dtype, if measured)."""
+    """Operations per second of 16-bit matmuls (of the measured dtype, if measured)."""
     bytes: float
-    """Bytes a second to and from memory."""
+    """Bytes per second to and from memory."""
     source: str
 
     def seconds(self, flops: int, moved: int) -> float:
-        """The least time that this work can take."""
+        """Lower bound for the time of this work, seconds."""
         return max(flops / self.flops, moved / self.bytes)
 
     def share(self, flops: int, moved: int, seconds: float) -> float:
-        """How much of what is possible was reached; above 1 where a result never leaves a cache.
-
-        On a CPU that is usual, and what a copy reaches there (it reads what it overwrites) is no limit of the memory.
-        """
+        """Share of the roofline that was reached; above 1 where the data stay in a cache."""
         return self.seconds(flops, moved) / seconds if seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, for a document."""
+        return asdict(self)
 
 
 PUBLISHED: tuple[tuple[str, float, float, str], ...] = (
@@ -49,11 +47,11 @@ PUBLISHED: tuple[tuple[str, float, float, str], ...] = (
     ("RTX 4090", 165.2, 1008, "NVIDIA Ada GPU architecture whitepaper (fp32 accumulation)"),
     ("MI300X", 1307.4, 5300, "AMD Instinct MI300X datasheet"),
 )
-"""Part of the device's name → TFLOP/s (bf16, dense), GB/s, source; the first that fits counts."""
+"""Part of the device name, TFLOP/s (bf16, dense), GB/s, source; the first match counts."""
 
 
 def published_roofline(name: str) -> Roofline | None:
-    """What the maker says of the device called ``name``; ``None`` for one that is not in the table."""
+    """Published limits of a device; ``None`` if the table lacks it."""
     for part, tflops, gigabytes, source in PUBLISHED:
         if part in name:
             return Roofline(tflops * 1e12, gigabytes * 1e9, source)
@@ -63,23 +61,23 @@ def published_roofline(name: str) -> Roofline | None:
 def measured_roofline(
     device: torch.device, dtype: torch.dtype, *, side: int | None = None, copied_bytes: int | None = None
 ) -> Roofline:
-    """The vendor library's product of two square matrices, and a copy within the device's memory.
+    """Measures the vendor library's matmul of two square matrices, and a copy within device memory.
 
     Args:
         device: where.
         dtype: of the matrices.
         side: rows and columns; 8192 on a GPU, 1536 on a CPU.
-        copied_bytes: size of what is copied; 2 GiB on a GPU, 256 MiB on a CPU.
+        copied_bytes: size of the copy; 2 GiB on a GPU, 256 MiB on a CPU.
     """
     on_gpu = device.type == "cuda"
     side = side or (8192 if on_gpu else 1536)
     copied_bytes = copied_bytes or (2 * 2**30 if on_gpu else 256 * 2**20)
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     result = torch.empty_like(left)
-    product = time_on_device(lambda: torch.mm(left, right, out=result), device=device, budget_seconds=1.0)
+    matmul = time_on_device(lambda: torch.mm(left, right, out=result), device=device, budget_seconds=1.0)
     source = torch.zeros(copied_bytes // 4, dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     copy = time_on_device(lambda: target.copy_(source), device=device, budget_seconds=0.5)
-    name = f"measured: {side}³ product in {str(dtype).removeprefix('torch.')}, copy of {copied_bytes / 2**20:,.0f} MiB"
+    name = f"measured: {side}³ matmul in {str(dtype).removeprefix('torch.')}, copy of {copied_bytes / 2**20:,.0f} MiB"
     # A copy reads every byte and writes it.
-    return Roofline(2 * side**3 / product.median, 2 * copied_bytes / copy.median, name)
+    return Roofline(2 * side**3 / matmul.median, 2 * copied_bytes / copy.median, name)

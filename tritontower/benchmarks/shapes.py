@@ -1,14 +1,8 @@
-"""The shapes at which kernels are tested and timed, grid by grid: labels and sizes, without a tensor.
-
-Grids: ``small`` for the tests (the interpreter runs every one of them in a second or so), ``cpu`` and ``gpu`` with the
-towers' own shapes.
-"""
+"""Shapes of the kernel cases: ``small`` for tests in the interpreter, ``cpu`` and ``gpu`` with the towers' shapes."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
-
-__all__ = ["GRIDS", "KERNELS", "Grid", "sizes_of"]
 
 Grid = Literal["small", "cpu", "gpu"]
 GRIDS: tuple[Grid, ...] = ("small", "cpu", "gpu")
@@ -32,7 +26,7 @@ _HEADS: Mapping[Grid, Sequence[tuple[int, int, int]]] = {
     "cpu": ((16, 64, 64), (16, 72, 72), (16, 80, 80)),
     "gpu": ((16, 64, 64), (16, 72, 72), (16, 72, 80), (16, 80, 80), (16, 128, 128)),
 }
-"""Heads, columns of a head, and how many it has in memory."""
+"""Heads, columns of a head, and its width in memory."""
 _ROWS: Mapping[Grid, Sequence[int]] = {"small": (70,), "cpu": (1024,), "gpu": (256, 1024, 4096, 16384)}
 
 _LAYERS: Mapping[Grid, Sequence[tuple[str, int, int, str | None, bool]]] = {

@@ -1,13 +1,12 @@
-"""The command line: one file per subcommand, and this frame around them.
+"""The command line: one module per command.
 
-A command is a module of this package that has
+A command module has
 
-* a docstring: the first line is its entry in ``tritontower --help``, all of it the description in its own help;
-* ``EXAMPLE``: at least one complete command, shown at the end of its help;
+* a docstring: its first line is the entry in ``tritontower --help``, the whole is the description in its own help;
+* ``EXAMPLE``: a complete command, shown at the end of its help;
 * ``add_arguments(parser)`` and ``run(arguments) -> int``.
 
-Command modules import torch and everything else that is slow inside :func:`run`, so that help and mistyped options
-answer at once.
+Command modules import torch and other slow packages inside :func:`run`, so that help and mistyped options respond at once.
 
 Exit codes: 0, 1 (it ran, and the answer is no), 2 (bad usage or input), 130 (interrupted).
 """
@@ -24,10 +23,8 @@ from typing import NoReturn, Protocol, cast
 from tritontower import __version__
 from tritontower.errors import TowerError, UsageError
 
-__all__ = ["COMMANDS", "EXIT_BAD_INPUT", "EXIT_NO", "EXIT_YES", "main"]
-
 COMMANDS = ("demo", "env", "families", "inspect", "encode", "parity", "bench", "tune")
-"""The subcommands, in the order a newcomer meets them; each is the module of that name in this package."""
+"""The commands, in the order of the overview; each is a module of this package."""
 
 EXIT_YES = 0
 EXIT_NO = 1
@@ -37,21 +34,21 @@ EXIT_INTERRUPTED = 130
 
 
 class Command(Protocol):
-    """What the frame expects of a command module."""
+    """Interface of a command module."""
 
     __doc__: str | None
     EXAMPLE: str
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declares the command's own arguments."""
+        """Declares the command's arguments."""
 
     def run(self, arguments: argparse.Namespace) -> int:
-        """Does the work and returns the exit code."""
+        """Runs the command and returns the exit code."""
         ...
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports bad usage as an error of this package, hence in one line."""
+    """Reports bad usage as a UsageError, in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see `{self.prog} --help`")
@@ -61,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
     Args:
-        argv: the words after the program's name; ``None`` takes those of this process.
+        argv: the words after the program's name; by default those of this process.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -69,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # The reader of our output has gone (`tritontower env | head -1`).  Python would flush once more at exit.
+        # The reader of stdout exited (`tritontower env | head -1`).  Python would flush once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
@@ -95,21 +92,22 @@ def _run(words: list[str]) -> int:
         return EXIT_YES
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-        raise UsageError(f"no command {name!r}; {hint}")
-    command = _load(name)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"command must be one of {', '.join(COMMANDS)}, got {name!r}{hint}")
     try:
-        arguments = _command_parser(name, command).parse_args(rest)
+        arguments = build_parser(name).parse_args(rest)
     except SystemExit as stop:  # --help has been printed
         return int(stop.code or 0)
-    return command.run(arguments)
+    return _load(name).run(arguments)
 
 
 def _load(name: str) -> Command:
     return cast(Command, import_module(f"{__name__}.{name}"))
 
 
-def _command_parser(name: str, command: Command) -> argparse.ArgumentParser:
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """The argument parser of the command ``name``."""
+    command = _load(name)
     parser = _Parser(
         prog=f"tritontower {name}",
         description=command.__doc__,
@@ -134,6 +132,6 @@ def _overview() -> str:
             "commands:",
             *(f"  {name:<{width}}  {summary}" for name, summary in summaries.items()),
             "",
-            "`tritontower COMMAND --help` explains one; `tritontower --version` names this release.",
+            "`tritontower COMMAND --help` explains one; `tritontower --version` prints the version.",
         ]
     )

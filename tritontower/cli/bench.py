@@ -1,17 +1,17 @@
 """Measure kernels, towers, preprocessing, loading, launches or memory on this machine.
 
-  kernels        every kernel at the towers' shapes, beside torch's own and the roofline; one with wrong numbers is not timed
-  towers         the forward pass against transformers, after checking it against fp32 and both against each other
+  kernels        every kernel at the towers' shapes, next to torch's equivalent and the roofline
+  towers         the forward pass against transformers, after checking both against fp32
   preprocessing  images to patches, against transformers' image processor
-  loading        seconds and memory to load the tower, against transformers' model of it
-  launches       kernel launches of a block and of a pass: plain, fused, and by architecture (nothing runs)
-  memory         the memory plan against what a process takes
+  loading        time and memory to load the tower, against transformers' model of it
+  launches       kernel launches of a block and of a forward pass, by architecture (runs nothing)
+  memory         the memory plan against the process
 
-Without MODEL the tower is that of Qwen2-VL-2B with random weights, made once and kept where weights are needed; --family takes
-others at their published width, made for the occasion.  An option that a kind does not take is refused.  Exit code 1 if any numbers are wrong.
+Without MODEL the tower is Qwen2-VL-2B's with random weights; --family uses other families at their published width.  A wrong
+result is never timed, and the exit code is 1.
 
   tritontower bench towers MODEL --size 1024x768 --against sdpa,compile --dtype bfloat16
-  tritontower bench towers --family all --depth 8 --pack mixed --output families.json
+  tritontower bench towers --family all --depth 8 --batch mixed --output families.json
   tritontower bench kernels --kernel attention --kernel linear --json
 """
 
@@ -20,7 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,109 +33,75 @@ if TYPE_CHECKING:
     import torch
 
     from tritontower.benchmarks.documents import Document
-    from tritontower.benchmarks.towers import Pass, Source
-
-__all__ = ["EXAMPLE", "add_arguments", "run"]
+    from tritontower.benchmarks.towers import MakeBatch, Source
 
 EXAMPLE = "tritontower bench towers Qwen/Qwen2-VL-2B-Instruct --patches 1024,4096 --plot towers.png"
 
 _TOWER = ("model", "revision", "family")
-_TAKES: Mapping[str, tuple[tuple[str, ...], str]] = {
-    "kernels": (
-        ("kernel", "against", "device", "dtype", "threads", "plot"),
-        "kernels are measured one by one, at the shapes of all towers",
-    ),
-    "towers": (
-        (
-            *_TOWER,
-            "depth",
-            "patches",
-            "size",
-            "pack",
-            "against",
-            "split",
-            "device",
-            "dtype",
-            "repeats",
-            "threads",
-            "plot",
-        ),
-        "towers are measured as a whole; --split says what each kind of node takes",
-    ),
-    "preprocessing": (
-        (*_TOWER, "size", "pack", "repeats", "threads", "plot"),
-        "preprocessing is measured on images, on the CPU, against transformers; name them with --size or --pack",
-    ),
-    "loading": (
-        (*_TOWER, "depth", "against", "device", "dtype", "repeats", "threads", "plot"),
-        "loading is measured without a pass",
-    ),
-    "launches": (
-        (*_TOWER, "depth", "patches", "size", "pack"),
-        "launches are counted from the graph, and nothing runs",
-    ),
-    "memory": (
-        (*_TOWER, "depth", "patches", "device", "dtype", "threads"),
-        "memory is measured for square images, against the plan; name them with --patches",
-    ),
+_BATCH = ("patches", "size", "batch")
+_RUN = ("device", "dtype", "threads")
+OPTIONS: Mapping[str, Sequence[str]] = {
+    "kernels": ("kernel", "against", *_RUN, "plot"),
+    "towers": (*_TOWER, "depth", *_BATCH, "against", "split", *_RUN, "repeats", "plot"),
+    "preprocessing": (*_TOWER, "size", "batch", "repeats", "threads", "plot"),
+    "loading": (*_TOWER, "depth", "against", *_RUN, "repeats", "plot"),
+    "launches": (*_TOWER, "depth", *_BATCH),
+    "memory": (*_TOWER, "depth", "patches", *_RUN),
 }
-"""Kind → the options that it takes, beside ``--json`` and ``--output``, and what to say of the others."""
+"""Benchmark → its options, besides ``--json`` and ``--output``."""
 
-KINDS = tuple(_TAKES)
 ALL = "all"
-REPEATS = 3
-DEMONSTRATION = "Qwen2-VL-2B"
-"""What is measured where no tower is named."""
+DEMO = "Qwen2-VL-2B"
+"""The tower that is measured when none is named."""
 EXIT_NO = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to measure, on which towers and passes, and where the report goes."""
-    parser.add_argument("kind", choices=KINDS, metavar="{" + ",".join(KINDS) + "}", help="what to measure")
+    """Adds the options of all benchmarks."""
+    parser.add_argument("kind", choices=OPTIONS, metavar="{" + ",".join(OPTIONS) + "}", help="the benchmark")
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint: a local folder, or a hub id")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--family", action="append", metavar="TITLE", help="a family instead of MODEL; may be repeated, or `all`"
     )
     parser.add_argument(
-        "--depth",
-        type=positive_integer,
-        metavar="N",
-        help="at most so many blocks of --family (default: as published)",
+        "--depth", type=positive_integer_or_zero, metavar="N", help="at most N blocks of --family (0: as published)"
     )
-    passes = parser.add_argument_group("passes (towers, preprocessing, launches, memory)")
-    passes.add_argument(
-        "--patches", type=patch_counts, metavar="N,N,...", help="one square still image of about so many patches each"
+    batches = parser.add_argument_group("batches (towers, preprocessing, launches, memory)")
+    batches.add_argument(
+        "--patches", type=patch_counts, metavar="N,N,...", help="one square still image of about N patches each"
     )
-    passes.add_argument("--size", type=image_size, action="append", metavar="WIDTHxHEIGHT", help="an image of noise")
-    passes.add_argument("--pack", action="append", metavar="NAME", help="448, 1024, small, 64small or mixed")
+    batches.add_argument("--size", type=image_size, action="append", metavar="WIDTHxHEIGHT", help="an image of noise")
+    batches.add_argument("--batch", action="append", metavar="NAME", help="448, 1024, small, 64small or mixed")
     parser.add_argument(
         "--against",
         metavar="NAMES",
         help="towers: how transformers runs: sdpa, eager, compile, separated by commas, or none (default: sdpa); "
-        "kernels and loading: none leaves out what they are held against",
+        "kernels and loading: none drops the baselines",
     )
     parser.add_argument("--split", action="store_true", help="towers: also the time of each kind of node")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="kernels: only this one; may be repeated")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
     add_dtype(parser)
-    parser.add_argument("--repeats", type=positive_integer, metavar="N", help="runs that count (default: 3)")
+    parser.add_argument(
+        "--repeats", type=positive_integer, metavar="N", help="measured runs (default: 3, short ones 7)"
+    )
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of the CPU (default: torch's)")
     add_json(parser)
     parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")
-    parser.add_argument("--plot", type=_drawing, metavar="FILE.png", help="draw the report; needs matplotlib")
+    parser.add_argument("--plot", type=png_file, metavar="FILE.png", help="draw the report; needs matplotlib")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, prints and keeps; returns 1 if anything was wrong."""
+    """Measures and prints; returns 1 if any result was wrong."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1" and arguments.kind != "launches":
-        raise UsageError("TRITON_INTERPRET is set: the interpreter's times mean nothing; unset it")
+        raise UsageError("TRITON_INTERPRET must be unset for benchmarks, got 1; the interpreter's times mean nothing")
     _check_options(arguments)
     if arguments.plot is not None:
         _require_matplotlib()
     import torch
 
-    from tritontower.benchmarks.documents import write_json
+    from tritontower.benchmarks import plots
 
     from .parity import hide_reference_progress
 
@@ -143,12 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     hide_reference_progress()
     found, table = _MEASURE[arguments.kind](arguments)
-    if arguments.output is not None:
-        write_json(arguments.output, found)
     if arguments.plot is not None:
-        from tritontower.benchmarks.plots import plot
-
-        plot(found, arguments.plot)
+        plots.plot(found, arguments.plot)
     if arguments.json:
         print(table, file=sys.stderr)
         print(json.dumps(found))
@@ -158,25 +120,28 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """Refuses what the kind would ignore, and what contradicts itself."""
-    taken, why = _TAKES[arguments.kind]
-    every = {option for options, _ in _TAKES.values() for option in options}
-    # An option that was not given is None or False; of the precision only "auto" says nothing.
+    """Refuses options that the benchmark would ignore, and contradictions."""
+    every = {option for options in OPTIONS.values() for option in options}
+    # An option that was not given is None or False, the dtype is "auto".
     given = {name for name in every if getattr(arguments, name) and getattr(arguments, name) != "auto"}
-    for name in sorted(given - set(taken)):
+    for name in sorted(given - set(OPTIONS[arguments.kind])):
         option = "MODEL" if name == "model" else f"--{name}"
-        raise UsageError(f"`bench {arguments.kind}` takes no {option}: {why}")
+        raise UsageError(f"{option} must be left out of `bench {arguments.kind}`, which does not use it")
     if arguments.family and arguments.model:
         raise UsageError("MODEL and --family name different towers; give one of them")
     if arguments.revision and not arguments.model:
-        raise UsageError("--revision is that of a hub id; name it as MODEL")
+        raise UsageError("--revision needs a hub id; give it as MODEL")
     if arguments.depth and not arguments.family:
-        raise UsageError("--depth cuts the towers of --family; a checkpoint has the depth that it has")
+        raise UsageError("--depth needs --family; the depth of a checkpoint is fixed")
     if arguments.kind != "towers" and arguments.against not in (None, "none"):
-        raise UsageError(f"`bench {arguments.kind}` takes --against none or no --against, not {arguments.against}")
+        raise UsageError(f"--against of `bench {arguments.kind}` must be none, got {arguments.against}")
+    from tritontower.benchmarks.images import BATCHES
+
+    if unknown := sorted(set(arguments.batch or ()) - set(BATCHES)):
+        raise UsageError(f"--batch must be one of {', '.join(BATCHES)}, got {unknown[0]}")
 
 
-# -- what can be measured ---------------------------------------------------------------------------------------------
+# -- benchmarks -------------------------------------------------------------------------------------------------------
 
 _Measured = tuple["Document", str]
 
@@ -184,15 +149,17 @@ _Measured = tuple["Document", str]
 def _kernels(arguments: argparse.Namespace) -> _Measured:
     import torch
 
-    from tritontower.benchmarks.cases import KERNELS
     from tritontower.benchmarks.kernels import benchmark_kernels, kernel_table
+    from tritontower.benchmarks.shapes import KERNELS
 
-    unknown = sorted(set(arguments.kernel or ()) - set(KERNELS))
-    if unknown:
-        raise UsageError(f"no kernel {unknown[0]!r}; there are {', '.join(KERNELS)}")
-    dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    if unknown := sorted(set(arguments.kernel or ()) - set(KERNELS)):
+        raise UsageError(f"--kernel must be one of {', '.join(KERNELS)}, got {unknown[0]}")
     found = benchmark_kernels(
-        device=_device(arguments), dtype=dtype, kernels=arguments.kernel, rivals=arguments.against != "none"
+        device=_device(arguments),
+        dtype=torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+        kernels=arguments.kernel,
+        baselines=arguments.against != "none",
+        path=arguments.output,
     )
     return found, kernel_table(found)
 
@@ -202,14 +169,29 @@ def _towers(arguments: argparse.Namespace) -> _Measured:
 
     found = benchmark_towers(
         _sources(arguments),
-        _passes(arguments),
+        _batches(arguments),
         device=_device(arguments),
         dtype=arguments.dtype,
-        rivals=[] if arguments.against == "none" else (arguments.against or "sdpa").split(","),
-        repeats=arguments.repeats or REPEATS,
+        baselines=[] if arguments.against == "none" else (arguments.against or "sdpa").split(","),
+        repeats=arguments.repeats,
         split=arguments.split,
+        path=arguments.output,
     )
     return found, tower_table(found)
+
+
+def _preprocessing(arguments: argparse.Namespace) -> _Measured:
+    from tritontower.benchmarks.images import BATCHES
+    from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
+
+    sizes = {name: BATCHES[name] for name in arguments.batch or ()}
+    if arguments.size:
+        sizes[_size_label(arguments)] = arguments.size
+    with _one_source(arguments, weights=False) as folder:
+        found = benchmark_preprocessing(
+            folder, sizes=sizes or DEFAULT_SIZES, repeats=arguments.repeats or 5, path=arguments.output
+        )
+    return found, preprocessing_table(found)
 
 
 def _loading(arguments: argparse.Namespace) -> _Measured:
@@ -217,30 +199,12 @@ def _loading(arguments: argparse.Namespace) -> _Measured:
 
     found = _of_one_checkpoint(
         arguments,
-        partial(benchmark_loading, repeats=arguments.repeats or REPEATS, transformers=arguments.against != "none"),
+        partial(benchmark_loading, repeats=arguments.repeats or 3, transformers=arguments.against != "none"),
     )
     return found, loading_table(found)
 
 
-def _preprocessing(arguments: argparse.Namespace) -> _Measured:
-    from tritontower.benchmarks.images import PACKS
-    from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
-
-    _check_packs(arguments)
-    sizes = {name: PACKS[name] for name in arguments.pack or ()}
-    if arguments.size:
-        sizes[_size_label(arguments)] = arguments.size
-    found = _of_one_checkpoint(
-        arguments,
-        partial(benchmark_preprocessing, sizes=sizes or DEFAULT_SIZES, repeats=arguments.repeats or REPEATS),
-        weights=False,
-    )
-    return found, preprocessing_table(found)
-
-
 def _launches(arguments: argparse.Namespace) -> _Measured:
-    from contextlib import ExitStack
-
     from tritontower import VisionTower
     from tritontower.benchmarks.launches import benchmark_launches, launch_table
 
@@ -249,7 +213,7 @@ def _launches(arguments: argparse.Namespace) -> _Measured:
         for title, source in _sources(arguments, weights=False):
             folder = stack.enter_context(source())
             towers.append((title, VisionTower.from_pretrained(folder, device="cpu", delay_load=True)))
-        found = benchmark_launches(towers, _passes(arguments))
+        found = benchmark_launches(towers, _batches(arguments), path=arguments.output)
     return found, launch_table(found)
 
 
@@ -270,13 +234,19 @@ _MEASURE: Mapping[str, Callable[[argparse.Namespace], _Measured]] = {
 }
 
 
-# -- what it is measured on -------------------------------------------------------------------------------------------
+# -- towers and batches -----------------------------------------------------------------------------------------------
 
 
-def _drawing(text: str) -> Path:
+def png_file(text: str) -> Path:
+    """A writable path that ends in .png."""
     if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name for a drawing; it is a PNG, so name it FILE.png")
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
     return output_file(text)
+
+
+def positive_integer_or_zero(text: str) -> int:
+    """A count, or 0."""
+    return 0 if text == "0" else positive_integer(text)
 
 
 def _device(arguments: argparse.Namespace) -> "torch.device":
@@ -286,7 +256,7 @@ def _device(arguments: argparse.Namespace) -> "torch.device":
 
 
 def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequence[Source]":
-    """The towers that the command line names; without ``weights`` only their configurations are made or fetched."""
+    """The towers of the command line; without ``weights`` only their configurations are made or fetched."""
     import torch
 
     from tritontower.benchmarks.images import family_checkpoint, family_configuration, family_titles
@@ -302,61 +272,53 @@ def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequenc
         titles = family_titles() if ALL in arguments.family else arguments.family
         return [(title, partial(make, title)) for title in titles]
     if arguments.model and weights:
-        return [(None, lambda: nullcontext(_folder(arguments)))]
+        return [(None, lambda: nullcontext(_folder_with_weights(arguments)))]
     if arguments.model:
         return [(None, lambda: nullcontext(locate(arguments.model, revision=arguments.revision)))]
     if weights:
-        return [(DEMONSTRATION, lambda: nullcontext(demonstration_checkpoint()))]
-    return [(DEMONSTRATION, partial(make, "Qwen2-VL"))]
+        return [(DEMO, lambda: nullcontext(demonstration_checkpoint()))]
+    return [(DEMO, partial(make, "Qwen2-VL"))]
 
 
-def _folder(arguments: argparse.Namespace) -> Path:
-    """The folder of MODEL, with its weights in it."""
+def _folder_with_weights(arguments: argparse.Namespace) -> Path:
     from tritontower import VisionTower
 
     if Path(arguments.model).is_dir():
         return Path(arguments.model)
-    # Loading it once fetches what loading it needs.
+    # Loading once fetches the files.
     return VisionTower.from_pretrained(arguments.model, revision=arguments.revision, device="cpu").folder
 
 
-def _passes(arguments: argparse.Namespace) -> "Sequence[Pass]":
-    """The passes that the command line names."""
-    from tritontower.benchmarks.images import PACKS, images_of, square
+def _batches(arguments: argparse.Namespace) -> "Sequence[MakeBatch]":
+    from tritontower.benchmarks.images import BATCHES, noise_batch, square_batch
 
-    _check_packs(arguments)
-    passes: list[Pass] = [(f"{count} patches", partial(square, patches=count)) for count in arguments.patches or ()]
-    passes += [(name, partial(images_of, sizes=PACKS[name])) for name in arguments.pack or ()]
+    made: list[MakeBatch] = [
+        (f"{count} patches", partial(square_batch, patches=count)) for count in arguments.patches or ()
+    ]
+    made += [(name, partial(noise_batch, sizes=BATCHES[name])) for name in arguments.batch or ()]
     if arguments.size:
-        passes.append((_size_label(arguments), partial(images_of, sizes=arguments.size)))
-    return passes or [("448", partial(images_of, sizes=PACKS["448"]))]
-
-
-def _check_packs(arguments: argparse.Namespace) -> None:
-    from tritontower.benchmarks.images import PACKS
-
-    unknown = sorted(set(arguments.pack or ()) - set(PACKS))
-    if unknown:
-        raise UsageError(f"no pack {unknown[0]!r}; there are {', '.join(PACKS)}")
+        made.append((_size_label(arguments), partial(noise_batch, sizes=arguments.size)))
+    return made or [("448", partial(noise_batch, sizes=BATCHES["448"]))]
 
 
 def _size_label(arguments: argparse.Namespace) -> str:
     return ", ".join(f"{width} × {height}" for width, height in arguments.size)
 
 
-def _of_one_checkpoint(
-    arguments: argparse.Namespace, measure: Callable[..., Any], *, weights: bool = True
-) -> "Document":
+def _one_source(arguments: argparse.Namespace, *, weights: bool = True) -> AbstractContextManager[Path]:
+    (_, source), *others = _sources(arguments, weights=weights)
+    if others:
+        raise UsageError(f"--family of `bench {arguments.kind}` must be one title, got {len(others) + 1}")
+    return source()
+
+
+def _of_one_checkpoint(arguments: argparse.Namespace, measure: Callable[..., Any]) -> "Document":
     from tritontower import VisionTower
 
-    (title, source), *others = _sources(arguments, weights=weights)
-    if others:
-        raise UsageError(f"{arguments.kind} is measured for one tower at a time")
-    with source() as folder:
-        tower = VisionTower.from_pretrained(folder, dtype=arguments.dtype, device="cpu", delay_load=True)
-        dtype = tower.dtype if arguments.kind != "preprocessing" else None
-        found = measure(folder, device=_device(arguments), dtype=dtype)
-    return {**found, "family": title or tower.config.family}
+    with _one_source(arguments) as folder:
+        dtype = VisionTower.from_pretrained(folder, dtype=arguments.dtype, device="cpu", delay_load=True).dtype
+        found: Document = measure(folder, device=_device(arguments), dtype=dtype, path=arguments.output)
+    return found
 
 
 def _require_matplotlib() -> None:
@@ -364,6 +326,5 @@ def _require_matplotlib() -> None:
 
     if find_spec("matplotlib") is None:
         raise UsageError(
-            'plots need matplotlib, which is not installed; install the `plot` extra (pip install "tritontower[plot]") or '
-            "leave --plot out"
+            'plots need matplotlib, which is not installed; run pip install "tritontower[plot]" or drop --plot'
         )

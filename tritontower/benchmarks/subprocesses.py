@@ -1,8 +1,8 @@
-"""Measurements that need a process of their own: peak memory, and loading as the first thing that a process does.
+"""Measurements that need a process of their own: peak memory, and loading as the first action of a process.
 
-    python -m tritontower.benchmarks.children load '{"folder": "…", "dtype": "bfloat16", "device": "cpu"}'
+    python -m tritontower.benchmarks.subprocesses load '{"folder": "…", "dtype": "bfloat16", "device": "cpu"}'
 
-The last line of output is the answer, as JSON.
+The last line of output is the result, as JSON.
 """
 
 import json
@@ -20,33 +20,29 @@ import tritontower
 from tritontower import VisionTower
 from tritontower.parity.parity import Reference
 
-from .images import square
-from .memory_use import pass_peak
-
-__all__ = ["ask", "forget_files", "load", "peak_bytes"]
+from .images import square_batch
 
 
-def ask(question: str, **facts: Any) -> dict[str, Any]:
-    """The answer of a fresh process to one of the questions of this module."""
+def measure_apart(measurement: str, **options: Any) -> dict[str, Any]:
+    """Runs one of this module's measurements in a fresh process and returns its result."""
     root = str(Path(tritontower.__file__).resolve().parent.parent)
-    # Interpreted kernels would be measured, where they are asked for, and nobody wants to know what they take.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
-    facts = {"threads": torch.get_num_threads(), **facts}
-    command = [sys.executable, "-m", f"{__package__}.children", question, json.dumps(facts)]
+    options = {"threads": torch.get_num_threads(), **options}
+    command = [sys.executable, "-m", f"{__package__}.subprocesses", measurement, json.dumps(options)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(
-            f"the process that measures {question!r} ended with {child.returncode}: {child.stderr[-600:]}"
+            f"the process that measures {measurement!r} exited with {child.returncode}: {child.stderr[-600:]}"
         )
     answer: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
     return answer
 
 
 def peak_bytes() -> int:
-    """The largest resident set of this process so far; 0 where the system does not say.
+    """Peak resident set of this process; 0 if the system does not report it.
 
-    ``getrusage`` would not do: its figure survives ``exec`` and starts at the parent's.
+    ``getrusage`` is unsuitable: its figure survives ``exec`` and starts at the parent's.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -56,7 +52,7 @@ def peak_bytes() -> int:
 
 
 def forget_files(folder: Path) -> None:
-    """Asks the system to drop what it holds of a checkpoint's files, so that reading them again reads the disk."""
+    """Asks the system to drop a checkpoint's files from its cache."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in folder.glob("*.safetensors"):
@@ -77,9 +73,9 @@ def _bytes_from_disk() -> int:
 
 
 def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str, Any]:
-    """Loads the tower, or transformers' model without its language model, and says what that took."""
+    """Measures loading the tower, or transformers' model without its language model."""
     where = torch.device(device)
-    # What is imported when first used is not the loading's doing, and neither is the device's context.
+    # Excludes imports on first use and the device's context.
     tower = VisionTower.from_pretrained(folder, device=where, dtype=dtype, delay_load=True)
     implementation = tower.family.reference
     if by != "tritontower":
@@ -111,17 +107,19 @@ def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str,
         "disk_bytes": _bytes_from_disk() - disk,
         "files_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
         "device_bytes": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
-        # transformers holds the published numbers as they are; the tower pads, folds and packs them.
+        # transformers holds the published weights; the tower pads, folds and prepacks them.
         "weights_bytes": tower.weights_bytes if by == "tritontower" else tower.graph.parameters * tower.dtype.itemsize,
     }
 
 
 def _memory(folder: str, dtype: str, device: str, patches: int) -> dict[str, Any]:
-    """Loads and runs the tower, and says what a pass allocates and, on a CPU, how far the process grew."""
+    """Measures what a forward pass allocates and, on a CPU, the growth of the process."""
     where = torch.device(device)
-    # A captured graph holds its memory from then on, which would be no pass's any more.
+    from .memory import forward_peak  # that module starts this one
+
+    # A captured graph would hold its memory from then on.
     tower = VisionTower.from_pretrained(folder, device=where, dtype=dtype, delay_load=True, cuda_graphs=False)
-    batch = square(tower, patches)
+    batch = square_batch(tower, patches)
     before = peak_bytes()
     tower.load().forward(batch)
     growth = peak_bytes() - before
@@ -131,19 +129,19 @@ def _memory(folder: str, dtype: str, device: str, patches: int) -> dict[str, Any
         "growth_bytes": growth if where.type == "cpu" else None,
         "weights_bytes": tower.weights_bytes,
         "plan_bytes": plan.arena_bytes + plan.output_bytes,
-        "allocated_bytes": pass_peak(tower.executor_for(batch), batch.to(where)),
+        "allocated_bytes": forward_peak(tower.executor_for(batch), batch.to(where)),
         "planned_bytes": plan.peak_bytes,
     }
 
 
-_QUESTIONS: Mapping[str, Callable[..., dict[str, Any]]] = {"load": load, "memory": _memory}
+_MEASUREMENTS: Mapping[str, Callable[..., dict[str, Any]]] = {"load": load, "memory": _memory}
 
 
-def main(question: str, facts: str) -> None:
-    """Answers one question."""
-    given = json.loads(facts)
+def main(measurement: str, options: str) -> None:
+    """Prints the result of one measurement."""
+    given = json.loads(options)
     torch.set_num_threads(given.pop("threads"))
-    print(json.dumps(_QUESTIONS[question](**given)))
+    print(json.dumps(_MEASUREMENTS[measurement](**given)))
 
 
 if __name__ == "__main__":

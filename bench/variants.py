@@ -1,0 +1,144 @@
+"""Times the forms of one kernel against each other: attention variants and GEMM configurations, on a GPU.
+
+    python -m bench.variants attention --output attention.json
+    python -m bench.variants linear --grid small
+
+Each case is checked against fp64 before it is timed.  A configuration that the device would replace by another one is
+skipped, with the reason.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from tritontower.benchmarks.cases import Case, cases
+from tritontower.benchmarks.documents import Report
+from tritontower.benchmarks.kernels import kernel_table, measure
+from tritontower.benchmarks.roofline import measured_roofline, published_roofline
+from tritontower.benchmarks.shapes import GRIDS
+from tritontower.cli.options import output_file
+from tritontower.kernels.attention import fixed_max, warp_specialized
+from tritontower.kernels.attention.attention import FlashAttentionConfig
+from tritontower.kernels.gemm.linear import default_config as default_linear_config
+from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
+from tritontower.kernels.runtime.config import architecture
+
+Shape = tuple[int, int, int, int]
+"""Query rows and keys of a block, warps, stages."""
+SHAPES: Sequence[Shape] = ((128, 64, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3))
+SPECIALIZED_SHAPES: Sequence[Shape] = ((128, 128, 4, 2), (128, 64, 4, 2), (128, 128, 4, 3))
+TILES = ((128, 128, 64, 8, 4, 3), (128, 256, 64, 8, 8, 3), (128, 256, 64, 8, 8, 4), (64, 128, 64, 8, 4, 4))
+"""Rows, columns and K of a tile, group of rows, warps, stages."""
+
+
+def attention_config(shape: Shape, variant: Any) -> FlashAttentionConfig:
+    """The configuration of an attention variant."""
+    queries, keys, warps, stages = shape
+    return FlashAttentionConfig(
+        block_queries=queries, block_keys=keys, num_warps=warps, num_stages=stages, variant=variant
+    )
+
+
+def replaced_because(case: Case, device: torch.device) -> str | None:
+    """Returns why the device would run another attention variant; ``None`` if it runs the configured one."""
+    here = architecture(device)
+    config: FlashAttentionConfig = case.config
+    if config.variant == "fixed" and here not in fixed_max.ARCHITECTURES:
+        return f"the fixed softmax offset is not compiled for {here}"
+    if config.variant != "specialized":
+        return None
+    heads, head_dim = case.sizes["heads"], case.sizes["head_dim"]
+    width = case.sizes.get("padded", head_dim)
+    q, k, v = torch.empty(1, 3, heads, width, dtype=case.dtype, device=device).unbind(1)
+    return warp_specialized.find_obstacle(q, k, v, head_dim, config, here)
+
+
+def attention_variants(case: Case) -> Iterator[Case]:
+    """The case in every variant that compiles without spills, for long images and for windows."""
+    lengths, head_dim = case.sizes["lengths"], case.sizes["head_dim"]
+    if list(lengths) not in ([4096], [16384]) and set(lengths) != {64}:
+        return
+    bounded = replace(case, sizes={**case.sizes, "length_bound": 64}) if max(lengths) <= 64 else case
+    shapes = [*SHAPES, *([(128, 128, 4, 2)] if head_dim <= 64 else [])]
+    chosen = [(shape, variant) for shape in shapes for variant in ("online", "fixed")]
+    chosen += [(shape, "specialized") for shape in SPECIALIZED_SHAPES]
+    chosen += [((64, 64, 4, 1), "single_block")] if max(lengths) <= 64 else []
+    for shape, variant in chosen:
+        label = "{4} {0} × {1}, {2} warps, {3} stages".format(*shape, variant)
+        yield bounded.launched(attention_config(shape, variant), label)
+
+
+def linear_variants(case: Case, device: torch.device) -> Iterator[Case]:
+    """The case by pointers, by descriptors, by the vendor's GEMM, and with other tiles."""
+    sizes, here = case.sizes, architecture(device)
+    base = default_linear_config(
+        sizes["rows"],
+        sizes["columns"],
+        sizes["inner"],
+        dtype=case.dtype,
+        activation=sizes["activation"],
+        residual=sizes["residual"],
+        architecture=here,
+    )
+    yield case.launched(replace(base, operands="pointers", vendor=False), "pointers")
+    if here in ("sm_90", "sm_100", "interpreter"):
+        yield case.launched(replace(base, operands="descriptors", vendor=False), "descriptors")
+    if can_use_vendor_gemm(torch.empty(0, dtype=case.dtype), sizes["activation"]):
+        yield case.launched(replace(base, vendor=True), "vendor")
+    if sizes["activation"] == "silu_gated":
+        return
+    for rows, columns, inner, group, warps, stages in TILES:
+        config = replace(
+            base,
+            block_rows=rows,
+            block_columns=columns,
+            block_inner=inner,
+            group_rows=group,
+            num_warps=warps,
+            num_stages=stages,
+            split=1,
+            vendor=False,
+            operands="pointers",
+        )
+        yield case.launched(config, f"{rows} × {columns} × {inner}, {warps} warps, {stages} stages")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Times the cases as configured by default, then every variant; returns 1 if a result is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kernel", choices=("attention", "linear"))
+    parser.add_argument("--grid", choices=GRIDS, default="gpu", help="sizes of the cases (default: gpu)")
+    parser.add_argument("--most", type=int, metavar="N", help="at most so many cases")
+    parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")
+    arguments = parser.parse_args(words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    measured = measured_roofline(device, torch.bfloat16, side=None if device.type == "cuda" else 64)
+    published = published_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    roofline = published or measured
+    report = Report(
+        "kernels",
+        device=device,
+        dtype=torch.bfloat16,
+        path=arguments.output,
+        roofline=roofline.as_dict(),
+        measured_roofline=measured.as_dict(),
+    )
+    found = list(cases(arguments.grid, torch.bfloat16, [arguments.kernel]))[: arguments.most]
+    for case in found:
+        report.add(measure(case, device, roofline))
+    for case in found:
+        several = attention_variants(case) if case.kernel == "attention" else linear_variants(case, device)
+        for variant in several:
+            reason = replaced_because(variant, device) if case.kernel == "attention" else None
+            row = {"kernel": case.kernel, "case": variant.label, "status": "skipped", "reason": reason}
+            report.add(row if reason else measure(variant, device, roofline, baselines=False))
+    print(kernel_table(report.finish()))
+    return int(any(row["status"] == "failed" for row in report.rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
