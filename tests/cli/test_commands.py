@@ -1,4 +1,4 @@
-"""The commands over a small checkpoint: what they print, write and return, and what a newcomer's mistakes get."""
+"""Commands over a small checkpoint: output, files, exit codes, and errors for bad input."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def _run(*words: object) -> int:
 
 
 class TestInspect:
-    def test_counts_what_encoding_gives(self, model, images, capsys):
+    def test_counts_match_encoding(self, model, images, capsys):
         assert _run("inspect", model, "--json", "--size", "350x120") == 0
         report = json.loads(capsys.readouterr().out)
         (embedding,) = VisionTower.from_pretrained(model, device="cpu").encode([images[1]])
@@ -67,7 +67,7 @@ class TestInspect:
         assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
 
     @pytest.mark.parametrize(("backend", "said"), [("reference", True), ("interpreter", False)])
-    def test_launches_of_a_cpus_graph_are_nobodys(self, model, backend, said, monkeypatch, capsys):
+    def test_launches_of_a_cpu_graph_are_marked(self, model, backend, said, monkeypatch, capsys):
         monkeypatch.setattr("tritontower.kernels.runtime.dispatch.backend_on", lambda device: backend)
         assert _run("inspect", model, "--device", "cpu") == 0
         assert ("this is the graph for a CPU" in capsys.readouterr().out) == said
@@ -83,7 +83,7 @@ class TestInspect:
 
 
 class TestEncode:
-    def test_writes_what_the_tower_gives(self, model, images, tmp_path, capsys):
+    def test_writes_the_towers_embeddings(self, model, images, tmp_path, capsys):
         output = tmp_path / "embeddings.safetensors"
         assert _run("encode", model, *images, "-o", output, "--json") == 0
         report = json.loads(capsys.readouterr().out)
@@ -128,11 +128,11 @@ class TestParity:
 
 class TestDemo:
     @pytest.mark.parametrize(("parity", "compared"), [("smallest", "1.png"), ("all", "0.png, 1.png"), ("none", None)])
-    def test_shows_checks_and_draws(self, parity, compared, model, images, tmp_path, capsys):
+    def test_encodes_compares_and_draws(self, parity, compared, model, images, tmp_path, capsys):
         assert _run("demo", *images, "--model", model, "--output", tmp_path / "out", "--parity", parity) == 0
         output = capsys.readouterr().out
         assert "0.png" in output
-        assert "bit for bit what each gives alone" in output
+        assert "bit for bit equal to each image alone" in output
         assert ("\npass:" in output) == (compared is not None)
         assert compared is None or f"(compared: {compared})" in output
         with Image.open(tmp_path / "out" / "features.png") as drawing:
@@ -148,10 +148,10 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["encode", "https://example.org/model", "{image}"], "is a URL"),
+            (["encode", "https://example.org/model", "{image}"], "URL"),
             (["encode", "{folder}/absent", "{image}"], "neither a local folder nor a hub id"),
-            (["encode", "{model}", "https://example.org/a.png"], "is a URL; download the image"),
-            (["encode", "{model}", "{folder}/absent.png"], "is no file"),
+            (["encode", "{model}", "https://example.org/a.png"], "got the URL"),
+            (["encode", "{model}", "{folder}/absent.png"], "got no file"),
             (["encode", "{model}", "{folder}/corrupt.png"], "corrupt.png"),
             (["encode", "{model}", "{folder}/notes.txt"], "not an image"),
             (["encode", "{model}", "{image}", "--device", "gpu"], "'gpu' is not one of torch's"),
@@ -159,7 +159,7 @@ class TestMistakes:
             (["inspect", "{folder}/text-only"], "vision"),
         ],
     )
-    def test_each_gets_one_line_and_exit_code_2(self, arguments, message, model, images, tmp_path, capsys):
+    def test_bad_input_is_one_line_and_exit_code_2(self, arguments, message, model, images, tmp_path, capsys):
         (tmp_path / "corrupt.png").write_bytes(images[0].read_bytes()[:200])
         (tmp_path / "notes.txt").write_text("no image")
         (tmp_path / "text-only").mkdir()
@@ -175,11 +175,11 @@ class TestMistakes:
         assert message in captured.err
         assert not (tmp_path / "out.safetensors").exists()
 
-    def test_an_output_that_cannot_be_written(self, model, images, capsys):
+    def test_unwritable_output_is_refused(self, model, images, capsys):
         assert _run("encode", model, images[0], "-o", "/proc/embeddings") == 2
         assert "/proc/embeddings cannot be written" in capsys.readouterr().err
 
-    def test_an_interrupted_write_leaves_the_file_that_was_there(self, model, images, tmp_path, monkeypatch, capsys):
+    def test_an_interrupted_write_keeps_the_old_file(self, model, images, tmp_path, monkeypatch, capsys):
         output = tmp_path / "out.safetensors"
         output.write_bytes(b"before")
 
@@ -192,13 +192,13 @@ class TestMistakes:
         assert [path.name for path in tmp_path.iterdir()] == [output.name]
         assert output.read_bytes() == b"before"
 
-    def test_an_output_that_is_no_ordinary_file(self, model, images, tmp_path, capsys):
-        os.mkfifo(tmp_path / "pipe")  # a device would do as well, until a failing test replaced it by a file
+    def test_a_pipe_is_no_output(self, model, images, tmp_path, capsys):
+        os.mkfifo(tmp_path / "pipe")
         assert _run("encode", model, images[0], "-o", tmp_path / "pipe") == 2
         assert "not an ordinary file" in capsys.readouterr().err
         assert (tmp_path / "pipe").is_fifo()
 
-    def test_a_report_is_json_even_where_numbers_overflow(self, model, images, monkeypatch, capsys):
+    def test_non_finite_distances_are_null_in_json(self, model, images, monkeypatch, capsys):
         monkeypatch.setattr(parity_module, "relative_error", lambda *_: float("nan"))
         assert _run("parity", model, images[0], "--json") == 1
         report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)

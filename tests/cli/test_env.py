@@ -1,4 +1,4 @@
-"""The command line's frame, its shared options, and what ``tritontower env`` says about machines good and bad."""
+"""The command line's frame, its shared options, and the problems that ``tritontower env`` reports."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,12 @@ def _with(environment: env.Environment = GOOD, /, **packages: str | None) -> env
 
 
 def _broken(environment: env.Environment) -> list[str]:
-    return [finding.what for finding in env.find_trouble(environment) if finding.broken]
+    return [finding.problem for finding in env.find_problems(environment) if finding.broken]
 
 
 @pytest.fixture
 def fake_command(monkeypatch):
-    """Registers a command whose ``run`` is given; it takes one number."""
+    """Registers a command with the given ``run`` and one number as argument."""
 
     def register(run) -> None:
         command = types.ModuleType("tritontower.cli.fake", "Do nothing in particular.\n\nAt length.")
@@ -69,7 +70,7 @@ class TestFrame:
         for name in cli.COMMANDS:
             assert [line for line in output.splitlines() if line.startswith(f"  {name} ") and len(line) < 130]
 
-    def test_nothing_typed_is_bad_usage_and_answered_with_help(self, capsys):
+    def test_no_command_prints_the_help_and_exits_with_2(self, capsys):
         assert cli.main([]) == 2
         assert "commands:" in capsys.readouterr().err
 
@@ -78,7 +79,7 @@ class TestFrame:
         assert capsys.readouterr().out == f"tritontower {tritontower.__version__}\n"
 
     @pytest.mark.parametrize("name", cli.COMMANDS)
-    def test_every_command_explains_itself_with_an_example(self, name, capsys):
+    def test_every_command_has_help_with_an_example(self, name, capsys):
         assert cli.main([name, "--help"]) == 0
         output = capsys.readouterr().out
         assert output.startswith(f"usage: tritontower {name} ")
@@ -86,21 +87,24 @@ class TestFrame:
 
     @pytest.mark.parametrize("name", cli.COMMANDS)
     def test_every_example_is_valid(self, name, monkeypatch, tmp_path):
-        command = cli._load(name)
+        command = import_module(f"tritontower.cli.{name}")
         monkeypatch.chdir(tmp_path)
         for image in ("cat.jpg", "chart.png", "holiday.jpg", "diagram.png"):
             (tmp_path / image).touch()
         words = command.EXAMPLE.split()
         assert words[:2] == ["tritontower", name]
-        assert isinstance(cli._command_parser(name, command).parse_args(words[2:]), argparse.Namespace)
+        assert isinstance(cli.build_parser(name).parse_args(words[2:]), argparse.Namespace)
 
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["inspekt"], "no command 'inspekt'; did you mean inspect?"),
-            (["qqq"], "no command 'qqq'; there are demo, env,"),
+            (
+                ["inspekt"],
+                "command must be one of demo, env, families, inspect, encode, parity, bench, tune, fake, got 'inspekt'; did you",
+            ),
+            (["qqq"], "command must be one of demo, env,"),
             (["fake"], "the following arguments are required: number; see `tritontower fake --help`"),
-            (["fake", "x"], "argument number: 'x' is not a positive whole number; see"),
+            (["fake", "x"], "argument number: must be a positive whole number, got 'x'; see"),
             (["fake", "1", "--frobnicate"], "unrecognized arguments: --frobnicate; see"),
         ],
     )
@@ -113,7 +117,7 @@ class TestFrame:
         assert captured.err.startswith(f"tritontower: error: {message}")
 
     @pytest.mark.parametrize("code", [0, 1])
-    def test_the_command_gives_the_exit_code(self, code, fake_command):
+    def test_exit_code_is_the_commands(self, code, fake_command):
         fake_command(lambda arguments: code)
         assert cli.main(["fake", "3"]) == code
 
@@ -130,7 +134,7 @@ class TestFrame:
         assert lines[0] == "Traceback (most recent call last):"
         assert lines[-1] == "tritontower: error: many lines of text"
 
-    def test_a_bug_is_not_dressed_up_as_bad_input(self, fake_command):
+    def test_a_bug_keeps_its_traceback(self, fake_command):
         fake_command(lambda arguments: {}["missing"])
         with pytest.raises(KeyError):
             cli.main(["fake", "3"])
@@ -143,9 +147,9 @@ class TestFrame:
         assert cli.main(["fake", "3"]) == 130
         assert capsys.readouterr().err == "tritontower: interrupted\n"
 
-    def test_a_reader_that_leaves_early_causes_no_traceback(self):
+    def test_a_closed_pipe_causes_no_traceback(self):
         command = f"{sys.executable} -m tritontower --help | true; exit ${{PIPESTATUS[0]}}"
-        # Whether the pipe breaks before or after the text is written is a matter of timing; neither may complain.
+        # The pipe may break before or after the text is written.
         process = subprocess.run(
             ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
         )
@@ -165,7 +169,7 @@ class TestFrame:
 
 class TestOptions:
     @pytest.mark.parametrize("text", ["float32", "float16", "bfloat16", "auto"])
-    def test_precisions(self, text):
+    def test_dtypes(self, text):
         assert options.dtype_name(text) == text
         assert options.dtype_name(f"torch.{text}") == text
 
@@ -174,10 +178,10 @@ class TestOptions:
         assert cli.main([command, "somewhere", "--dtype", "int8"]) == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1
-        assert "--dtype: 'int8' is not a precision that towers run in: float32, float16, bfloat16, auto" in line
+        assert "--dtype: must be one of float32, float16, bfloat16, auto, got 'int8'" in line
 
     @pytest.mark.parametrize("text", ["0", "-3", "1.5", "", "1e3", "9" * 30])
-    def test_not_a_count(self, text):
+    def test_counts_are_positive_integers(self, text):
         with pytest.raises(argparse.ArgumentTypeError, match="positive whole number"):
             options.positive_integer(text)
 
@@ -186,29 +190,29 @@ class TestOptions:
         with pytest.raises(argparse.ArgumentTypeError, match="WIDTHxHEIGHT"):
             options.image_size("1024")
 
-    def test_images_are_files_of_this_machine(self, tmp_path):
+    def test_images_are_local_files(self, tmp_path):
         (tmp_path / "a.png").touch()
         assert options.image_path(str(tmp_path / "a.png")) == tmp_path / "a.png"
         for text, message in [
-            ("https://example.org/a.png", "is a URL"),
-            (str(tmp_path / "b.png"), "is no file"),
-            (str(tmp_path), "is a folder"),
+            ("https://example.org/a.png", "got the URL"),
+            (str(tmp_path / "b.png"), "got no file"),
+            (str(tmp_path), "got the folder"),
         ]:
             with pytest.raises(argparse.ArgumentTypeError, match=message):
                 options.image_path(text)
 
-    def test_outputs_are_checked_before_the_work(self, tmp_path):
+    def test_outputs_are_checked_early(self, tmp_path):
         assert options.output_file(str(tmp_path / "new")) == tmp_path / "new"
-        with pytest.raises(argparse.ArgumentTypeError, match="is a folder"):
+        with pytest.raises(argparse.ArgumentTypeError, match="got the folder"):
             options.output_file(str(tmp_path))
-        with pytest.raises(argparse.ArgumentTypeError, match="there is no folder"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be in an existing folder"):
             options.output_file(str(tmp_path / "absent" / "new"))
 
 
-class TestTrouble:
-    def test_a_good_machine_has_none(self):
-        assert env.find_trouble(GOOD) == []
-        assert env.find_trouble(replace(GOOD, accelerators=(GPU,), gpu_driver=True)) == []
+class TestProblems:
+    def test_a_good_machine_has_no_problems(self):
+        assert env.find_problems(GOOD) == []
+        assert env.find_problems(replace(GOOD, accelerators=(GPU,), gpu_driver=True)) == []
 
     @pytest.mark.parametrize(
         ("package", "release"),
@@ -221,40 +225,40 @@ class TestTrouble:
         ],
     )
     def test_releases_outside_the_range(self, package, release):
-        (what,) = _broken(_with(**{package: release}))
-        assert what == f"{package} {release} is outside {env.SUPPORTED[package]}"
+        (problem,) = _broken(_with(**{package: release}))
+        assert problem == f"{package} {release} is outside {env.SUPPORTED[package]}"
 
     def test_prereleases_and_local_builds_inside_the_range(self):
-        assert env.find_trouble(_with(torch="2.14.0.dev20261001+cu130", triton="3.8.0+git1234")) == []
+        assert env.find_problems(_with(torch="2.14.0.dev20261001+cu130", triton="3.8.0+git1234")) == []
 
     def test_missing_packages(self):
         assert _broken(_with(transformers=None)) == ["transformers is not installed"]
 
-    def test_triton_is_needed_on_a_gpu_only(self):
-        assert env.find_trouble(_with(triton=None)) == []
+    def test_triton_is_only_needed_on_a_gpu(self):
+        assert env.find_problems(_with(triton=None)) == []
         assert _broken(replace(_with(triton=None), accelerators=(GPU,))) == ["triton is not installed"]
 
-    def test_a_torchvision_of_another_build(self):
+    def test_torchvision_of_another_build(self):
         environment = replace(
             _with(torchvision="0.28.0"),
             import_errors={"torchvision": "RuntimeError: operator torchvision::nms does not exist"},
         )
-        (finding,) = env.find_trouble(environment)
+        (finding,) = env.find_problems(environment)
         assert finding.broken
-        assert "torchvision 0.28.0 does not import beside torch 2.13.0+cpu" in finding.what
-        assert "nms does not exist" in finding.what
+        assert "torchvision 0.28.0 does not import with torch 2.13.0+cpu" in finding.problem
+        assert "nms does not exist" in finding.problem
         assert "pip uninstall torchvision" in finding.remedy
 
-    def test_a_torchvision_that_works_is_fine(self):
-        assert env.find_trouble(_with(torchvision="0.28.0")) == []
+    def test_working_torchvision_is_fine(self):
+        assert env.find_problems(_with(torchvision="0.28.0")) == []
 
     def test_a_torch_that_does_not_import(self):
-        (what,) = _broken(replace(GOOD, import_errors={"torch": "ImportError: libcudart.so.13"}))
-        assert what == "torch 2.13.0+cpu does not import (ImportError: libcudart.so.13)"
+        (problem,) = _broken(replace(GOOD, import_errors={"torch": "ImportError: libcudart.so.13"}))
+        assert problem == "torch 2.13.0+cpu does not import (ImportError: libcudart.so.13)"
 
     def test_a_gpu_that_torch_does_not_see(self):
-        (what,) = _broken(replace(GOOD, gpu_driver=True))
-        assert "torch 2.13.0+cpu sees no GPU" in what
+        (problem,) = _broken(replace(GOOD, gpu_driver=True))
+        assert "torch 2.13.0+cpu sees no GPU" in problem
 
     @pytest.mark.parametrize(("architecture", "count"), [("sm_75", 1), ("sm_80", 0), ("sm_100", 0), ("gfx942", 0)])
     def test_a_gpu_that_is_too_old(self, architecture, count):
@@ -262,9 +266,9 @@ class TestTrouble:
         assert len(_broken(replace(GOOD, accelerators=(gpu,), gpu_driver=True))) == count
 
     @pytest.mark.parametrize("on_gpu", [False, True])
-    def test_the_interpreter_is_wrong_on_a_gpu_and_odd_elsewhere(self, on_gpu):
+    def test_interpreter_variable_is_broken_only_on_a_gpu(self, on_gpu):
         environment = replace(GOOD, variables={"TRITON_INTERPRET": "1"}, accelerators=(GPU,) if on_gpu else ())
-        (finding,) = env.find_trouble(environment)
+        (finding,) = env.find_problems(environment)
         assert finding.broken == on_gpu
         assert "unset TRITON_INTERPRET" in finding.remedy
 
@@ -277,29 +281,29 @@ class TestTrouble:
             ("3.7.1", "2.5.0", False, []),
         ],
     )
-    def test_numpy_and_the_old_interpreter(self, triton, numpy, interprets, expected):
+    def test_numpy_breaks_the_old_interpreter(self, triton, numpy, interprets, expected):
         environment = _with(triton=triton, numpy=numpy)
         if interprets:
             environment = replace(environment, variables={"TRITON_INTERPRET": "1"})
-        findings = [finding for finding in env.find_trouble(environment) if "numpy" in finding.what]
+        findings = [finding for finding in env.find_problems(environment) if "numpy" in finding.problem]
         assert [finding.broken for finding in findings] == expected
 
-    def test_what_is_broken_comes_first(self):
+    def test_broken_findings_come_first(self):
         environment = replace(_with(triton="3.6.0", transformers=None))
-        assert [finding.broken for finding in env.find_trouble(environment)] == [True, False]
+        assert [finding.broken for finding in env.find_problems(environment)] == [True, False]
 
 
 class TestReport:
     def test_text(self):
         environment = replace(GOOD, accelerators=(GPU,), gpu_driver=True)
-        text = env.describe(environment, env.find_trouble(environment))
+        text = env.describe(environment, env.find_problems(environment))
         assert "cuda:0  A fine GPU          sm_90         80 GiB  Triton kernels" in text
         assert "bfloat16 by avx512_bf16" in text
         assert text.endswith("No known problems.")
 
     def test_problems_come_with_remedies(self):
         environment = _with(triton="3.5.0", numpy="2.4.0")
-        text = env.describe(environment, env.find_trouble(environment))
+        text = env.describe(environment, env.find_problems(environment))
         assert 'PROBLEM: triton 3.5.0 is outside >=3.6,<3.10\n  → pip install "triton>=3.6,<3.10"' in text
         assert "note: the interpreter of triton 3.5.0 fails with numpy 2.4.0" in text
 
@@ -315,11 +319,11 @@ class TestReport:
     def test_this_machine(self):
         environment = env.observe()
         assert environment.packages["torch"] is not None
-        assert environment.cpu_backend == "reference"  # what the tests have switched to
+        assert environment.cpu_backend == "reference"  # selected by the tests
         assert environment.cpu_cores >= 1
         assert "torch" not in environment.import_errors
 
-    def test_a_broken_package_is_found_by_importing_it(self, tmp_path, monkeypatch):
+    def test_a_package_that_fails_to_import_is_found(self, tmp_path, monkeypatch):
         (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms\\n does not exist')\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "torchvision", raising=False)

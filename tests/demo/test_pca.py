@@ -1,4 +1,4 @@
-"""Feature images: what is alike looks alike, what is constant is gray, and the result never varies."""
+"""Feature images: similar patches look similar, constant features are gray, results are deterministic."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def _two_regions(rows: int = 6, columns: int = 8) -> torch.Tensor:
 
 
 class TestPrincipalComponents:
-    def test_regions_are_told_apart_in_raster_order(self):
+    def test_regions_differ_in_raster_order(self):
         red = principal_component_image(_two_regions(), 6, 8)[..., 0].astype(int)
         assert abs(red[:, :4].mean() - red[:, 4:].mean()) > 200
         assert red[:, :4].std() < 10
@@ -31,7 +31,7 @@ class TestPrincipalComponents:
         assert first.dtype == np.uint8
         np.testing.assert_array_equal(first, second)
 
-    def test_the_signs_of_the_decomposition_do_not_show(self, monkeypatch):
+    def test_svd_signs_do_not_matter(self, monkeypatch):
         expected = principal_component_image(_two_regions(), 6, 8)
         svd = torch.linalg.svd
 
@@ -42,14 +42,14 @@ class TestPrincipalComponents:
         monkeypatch.setattr(torch.linalg, "svd", flipped)
         np.testing.assert_array_equal(principal_component_image(_two_regions(), 6, 8), expected)
 
-    def test_an_outlier_leaves_the_contrast_of_the_rest(self):
+    def test_an_outlier_keeps_the_contrast(self):
         features = torch.zeros(100, 4)
         features[:, 0] = torch.linspace(0, 1, 100)
         features[-1, 0] = 100
         red = principal_component_image(features, 10, 10)[..., 0].reshape(-1)[:98]
         assert int(red.max()) - int(red.min()) > 150
 
-    def test_constant_features_are_middle_grey(self):
+    def test_constant_features_are_middle_gray(self):
         assert {*principal_component_image(torch.full((12, 7), 3.3), 3, 4).reshape(-1).tolist()} == {128}
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -66,7 +66,7 @@ class TestPrincipalComponents:
 
     @pytest.mark.parametrize("features", [torch.zeros(5, 3), torch.zeros(6), torch.zeros(6, 0), torch.zeros(1, 6, 3)])
     def test_wrong_shapes_are_refused(self, features):
-        with pytest.raises(UsageError, match=r"grid of 2 × 3 patches: expected \[6, D\]"):
+        with pytest.raises(UsageError, match=r"must have shape \[6, D\] for a grid of 2 × 3"):
             principal_component_image(features, 2, 3)
 
     def test_non_finite_features_are_refused(self):
@@ -75,7 +75,7 @@ class TestPrincipalComponents:
 
 
 class TestSideBySide:
-    def test_pairs_stand_below_each_other(self):
+    def test_pairs_are_stacked(self):
         images = [Image.new("RGB", (40, 20), "red"), Image.new("L", (10, 30), 255)]
         maps = [np.full((2, 4, 3), 50, np.uint8), np.full((3, 1, 3), 90, np.uint8)]
         page = np.asarray(side_by_side(images, maps, ["one", "two"], cell=60))
@@ -96,7 +96,7 @@ class TestSideBySide:
         assert shown[:25, :25].max() == 0
         assert shown[:25, 25:].min() == 255
 
-    def test_titles_that_the_font_lacks_or_that_are_too_long(self):
+    def test_long_and_foreign_titles_fit(self):
         blank = side_by_side([Image.new("RGB", (8, 8))], [np.zeros((1, 1, 3), np.uint8)], [""], cell=80)
         titled = side_by_side([Image.new("RGB", (8, 8))], [np.zeros((1, 1, 3), np.uint8)], ["3 × 4 猫 " * 30], cell=80)
         assert blank.size == titled.size
@@ -105,7 +105,7 @@ class TestSideBySide:
 
     @pytest.mark.parametrize("count", [0, 2])
     def test_incomplete_pairs_are_refused(self, count):
-        with pytest.raises(UsageError, match="do not make pairs"):
+        with pytest.raises(UsageError, match="must have one common length"):
             side_by_side(
                 [Image.new("RGB", (8, 8))] * count, [np.zeros((1, 1, 3), np.uint8)] * count, ["a"] * (count // 2)
             )

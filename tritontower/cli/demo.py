@@ -1,7 +1,6 @@
-"""Encode photographs with a tower of real size, check them against transformers, and draw what the tower sees.
+"""Encode photographs with a full-size tower, compare with transformers, and draw the patch features.
 
-Without --model the tower is that of Qwen2-VL-2B with random weights, made once and kept: nothing is downloaded, and the
-work is that of the real model, though what it sees is not.
+Without --model the tower is Qwen2-VL-2B's with random weights, made once and kept; nothing is downloaded.
 """
 
 import argparse
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tritontower.text_table import text_table
 
-from .options import add_bounds, add_dtype, add_images, bounds_of, load_tower
+from .options import add_bounds, add_dtype, add_images, load_tower, read_bounds
 from .parity import describe as describe_parity
 from .parity import hide_reference_progress
 
@@ -24,16 +23,15 @@ if TYPE_CHECKING:
     from tritontower.graph.ir import Node
     from tritontower.preprocessing import Bounds
 
-__all__ = ["EXAMPLE", "add_arguments", "run"]
 
-PACK_TOLERANCE = 1e-2
-"""How far, on a GPU, an image's embedding may be from the one it has in a pack; a few 16-bit roundings."""
+BATCH_TOLERANCE = 1e-2
+"""Largest relative distance of an embedding alone and in a batch, on a GPU: a few 16-bit roundings."""
 
 EXAMPLE = "tritontower demo holiday.jpg diagram.png --output demo-output"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Images, a model in place of the random one, and where the drawing goes."""
+    """Adds images, model, device, parity mode and output folder."""
     add_images(parser, required=False, without="three photographs from scikit-image")
     parser.add_argument("--model", metavar="MODEL", help="a checkpoint with real weights, a local folder or a hub id")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
@@ -45,13 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("demo-output"),
         metavar="FOLDER",
-        help="for the drawing (default: demo-output)",
+        help="folder of the drawing (default: demo-output)",
     )
     parser.add_argument(
         "--parity",
         choices=("smallest", "all", "none"),
         default="all",
-        help="which images to hold against transformers, which takes longer than all the rest (default: all)",
+        help="images to compare with transformers, the longest part (default: all)",
     )
 
 
@@ -63,21 +61,21 @@ def run(arguments: argparse.Namespace) -> int:
 
         arguments.model = demonstration_checkpoint()
     tower = load_tower(arguments)
-    bounds = bounds_of(arguments)
+    bounds = read_bounds(arguments)
     print(
         f"A tower of {tower.config.depth} blocks, {tower.config.width} wide, {tower.graph.parameters / 1e6:,.0f} M "
         f"parameters, in {str(tower.dtype).removeprefix('torch.')} on {tower.device}\n"
     )
-    # The first pass pays for what is loaded lazily.
+    # Loads what is loaded on first use.
     tower.encode([image.resize((56, 56)) for image in images[:1]])
     alone = [_timed(tower, [image], bounds) for image in images]
     packed, packed_ms = _timed(tower, images, bounds)
     print(_table(names, packed, [milliseconds for _, milliseconds in alone]))
     difference = max(_difference(one, many) for (ones, _), many in zip(alone, packed, strict=True) for one in ones)
-    agreement = f"{difference:.1e} from" if difference else "bit for bit"
-    print(f"\nAll {len(images)} in one packed pass: {packed_ms:,.0f} ms, {agreement} what each gives alone\n")
-    # A GPU may cut the products of a few rows into parts, and then adds them up in another order.
-    passed = difference == 0.0 or (tower.device.type != "cpu" and difference < PACK_TOLERANCE)
+    agreement = f"relative distance {difference:.1e} to" if difference else "bit for bit equal to"
+    print(f"\nAll {len(images)} in one packed batch: {packed_ms:,.0f} ms, {agreement} each image alone\n")
+    # A GPU may split K of matmuls with few rows, and then sums in another order.
+    passed = difference == 0.0 or (tower.device.type != "cpu" and difference < BATCH_TOLERANCE)
     if arguments.parity != "none":
         from tritontower.parity.parity import compare
 
@@ -88,12 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
         passed = passed and parity.passed
         print(f"{describe_parity(parity)} (compared: {', '.join(names[index] for index in chosen)})\n")
     batch = tower.preprocess(images, **bounds)
-    print(f"What the tower sees, as colors: {_draw(names, images, _patch_features(tower, batch), arguments.output)}")
+    print(f"Patch features as colors: {_draw(names, images, _patch_features(tower, batch), arguments.output)}")
     return 0 if passed else 1
 
 
 def _images(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
-    """Names and images: those on the command line, or the photographs of the demonstration."""
+    """Names and images of the command line, or the demonstration's photographs."""
     if not paths:
         from tritontower.demo.checkpoint import demonstration_images
 
@@ -110,7 +108,7 @@ def _images(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
 def _timed(
     tower: "VisionTower", images: Sequence["Image.Image"], bounds: "Bounds"
 ) -> tuple[list["ImageEmbedding"], float]:
-    """Embeddings on the CPU, and the milliseconds from images to there."""
+    """Embeddings on the CPU, and the milliseconds that they took."""
     start = time.perf_counter()
     embeddings = [embedding.to("cpu") for embedding in tower.encode(images, **bounds)]
     return embeddings, (time.perf_counter() - start) * 1e3
@@ -131,14 +129,14 @@ def _table(names: Sequence[str], embeddings: Sequence["ImageEmbedding"], millise
 
 
 def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
-    """Relative L2 distance of two embeddings; exactly zero if they are the same bit for bit."""
+    """Relative L2 distance of two embeddings; 0 only if they are equal bit for bit."""
     from tritontower.parity.parity import relative_error
 
     return relative_error(first.embeddings, second.embeddings)
 
 
 def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.Tensor"]:
-    """What the last block gives for every patch, ``[rows, columns, width]`` for the first tile of each image."""
+    """Output of the last block, ``[rows, columns, width]`` for the first tile of each image."""
     import torch
 
     last = f"blocks.{tower.config.blocks_needed - 1}.block_rows"
@@ -146,7 +144,7 @@ def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.T
 
     def keep(node: "Node", tensors: Mapping[str, "torch.Tensor"]) -> None:
         if last in node.outputs:
-            # A later node may write over these rows.
+            # A later node may overwrite these rows.
             kept.append(tensors[last].to("cpu", torch.float32, copy=True))
 
     tower.executor_for(batch).run(batch.to(tower.device), keep)
@@ -173,7 +171,7 @@ def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.T
 def _draw(
     names: Sequence[str], images: Sequence["Image.Image"], features: Sequence["torch.Tensor"], folder: Path
 ) -> Path:
-    """Writes the images beside the features of their patches, as PNG; returns where."""
+    """Writes the images and their patch features as PNG; returns the path."""
     from tritontower.demo.pca import principal_component_image, side_by_side
 
     maps = [principal_component_image(part.flatten(0, 1), *part.shape[:2]) for part in features]

@@ -1,6 +1,6 @@
-"""Say what is installed, what will run where, and what is known not to work together.
+"""Report versions, devices, the backend of each device, and known problems.
 
-Exit code 1 if something here is known not to work.
+Exit code 1 if a known problem breaks something here.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from .options import add_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EXAMPLE", "SUPPORTED", "Accelerator", "Environment", "Finding", "add_arguments", "find_trouble", "run"]
 
 EXAMPLE = "tritontower env --json"
 
@@ -37,7 +36,7 @@ SUPPORTED = {
     "pillow": ">=12.3,<14",
     "numpy": ">=1.26,<3",
 }
-"""The releases that the tests pass with; the same as the dependencies of the distribution."""
+"""Supported releases; the same as the dependencies of the distribution."""
 
 _OPTIONAL = ("torchvision",)
 _BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16", "svebf16")
@@ -46,14 +45,14 @@ _VECTOR_FLAGS = ("avx2", "avx512f", "amx_int8", "sve", "asimd")
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A GPU that torch can use.
+    """A GPU that torch sees.
 
     Attributes:
         device: torch's name for it, such as ``"cuda:0"``.
         name: the vendor's name.
-        memory_bytes: what it has.
+        memory_bytes: total memory.
         architecture: ``"sm_90"``, ``"gfx942"`` and the like.
-        backend: what an operation on it takes, as :mod:`tritontower.kernels.runtime.dispatch` says.
+        backend: backend of operations on it (:mod:`tritontower.kernels.runtime.dispatch`).
     """
 
     device: str
@@ -65,30 +64,30 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something worth knowing.
+    """A known problem, or a note.
 
     Attributes:
-        what: what was found, and what comes of it.
-        remedy: what to do.
-        broken: whether it is known not to work, as opposed to merely being worth knowing.
+        problem: the problem and its effect.
+        remedy: the action to take.
+        broken: True if something does not work, False for a note.
     """
 
-    what: str
+    problem: str
     remedy: str
     broken: bool = True
 
 
 @dataclass(frozen=True)
 class Environment:
-    """All that the report is made of; plain values, so that any machine can be described in a test.
+    """The content of the report, in plain values, so that tests can describe any machine.
 
     Attributes:
         packages: installed release by distribution name; ``None`` where it is not installed.
         import_errors: one line each for installed packages that fail to import.
         accelerators: the GPUs torch sees.
-        gpu_driver: whether the machine has a GPU driver, whatever torch says.
-        cpu_backend: what an operation on a CPU tensor takes.
-        cpu_features: instruction sets that matter here, of those the machine has.
+        gpu_driver: whether the machine has a GPU driver, seen by torch or not.
+        cpu_backend: backend of operations on CPU tensors.
+        cpu_features: available instruction sets that matter here.
         variables: environment variables that change what runs.
     """
 
@@ -106,14 +105,14 @@ class Environment:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--json`` only: there is nothing to choose."""
+    """Adds ``--json``."""
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the report; returns 1 if something is known not to work here."""
+    """Prints the report; returns 1 if something is broken."""
     environment = observe()
-    findings = find_trouble(environment)
+    findings = find_problems(environment)
     broken = any(finding.broken for finding in findings)
     if arguments.json:
         report = {
@@ -132,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def observe() -> Environment:
-    """Looks at this machine.  Imports torch, triton and torchvision, each of which may fail."""
+    """Inspects this machine; imports torch, triton and torchvision, each of which may fail."""
     packages = {name: _installed(name) for name in (*SUPPORTED, *_OPTIONAL)}
     errors = {name: error for name in ("torch", "triton", "torchvision") if (error := _import_error(name))}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -190,9 +189,9 @@ def _installed(name: str) -> str | None:
 
 
 def _import_error(name: str) -> str | None:
-    """Why ``import name`` fails, in one line; ``None`` if it works or nothing of that name is installed."""
+    """The error of ``import name`` in one line; ``None`` if it works or is not installed."""
     if name not in sys.modules and importlib.util.find_spec(name) is None:
-        # Torch is the only one that nothing works without.
+        # Only torch is indispensable.
         return "it is not installed" if name == "torch" else None
     try:
         importlib.import_module(name)
@@ -202,7 +201,7 @@ def _import_error(name: str) -> str | None:
 
 
 def _cpu_features() -> tuple[str, ...]:
-    """What Linux says the processor has, of the instruction sets that matter; empty elsewhere."""
+    """Relevant instruction sets that Linux reports; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -219,18 +218,18 @@ def _cpu_features() -> tuple[str, ...]:
 # -- judging ----------------------------------------------------------------------------------------------------------
 
 
-def find_trouble(environment: Environment) -> list[Finding]:
-    """Everything about ``environment`` that is known to matter; what is broken comes first."""
+def find_problems(environment: Environment) -> list[Finding]:
+    """Returns the known problems of ``environment``, broken ones first."""
     findings = [
-        *_missing_or_foreign_releases(environment),
-        *_broken_imports(environment),
-        *_unused_gpus(environment),
-        *_interpreter(environment),
+        *_check_releases(environment),
+        *_check_imports(environment),
+        *_check_gpus(environment),
+        *_check_interpreter(environment),
     ]
     return sorted(findings, key=lambda finding: not finding.broken)
 
 
-def _missing_or_foreign_releases(environment: Environment) -> list[Finding]:
+def _check_releases(environment: Environment) -> list[Finding]:
     from packaging.specifiers import SpecifierSet
 
     findings = []
@@ -245,15 +244,15 @@ def _missing_or_foreign_releases(environment: Environment) -> list[Finding]:
     return findings
 
 
-def _broken_imports(environment: Environment) -> list[Finding]:
+def _check_imports(environment: Environment) -> list[Finding]:
     findings = []
     for name, error in environment.import_errors.items():
         release = environment.packages.get(name)
         if name == "torchvision":
             findings.append(
                 Finding(
-                    f"torchvision {release} does not import beside torch {environment.packages.get('torch')} ({error}); "
-                    "transformers prefers it when it is present, so its image processors fail",
+                    f"torchvision {release} does not import with torch {environment.packages.get('torch')} ({error}); "
+                    "transformers prefers it when it is installed, so its image processors fail",
                     "pip uninstall torchvision (it is not needed), or install the build made for this torch",
                 )
             )
@@ -262,14 +261,14 @@ def _broken_imports(environment: Environment) -> list[Finding]:
     return findings
 
 
-def _unused_gpus(environment: Environment) -> list[Finding]:
+def _check_gpus(environment: Environment) -> list[Finding]:
     findings = []
     if environment.gpu_driver and not environment.accelerators:
         findings.append(
             Finding(
                 f"this machine has a GPU driver, but torch {environment.packages.get('torch')} sees no GPU: "
                 "everything runs on the CPU",
-                "install a CUDA or ROCm build of torch, or check that the device is visible to this process",
+                "install a CUDA or ROCm build of torch, or make the device visible to this process",
             )
         )
     for gpu in environment.accelerators:
@@ -283,8 +282,8 @@ def _unused_gpus(environment: Environment) -> list[Finding]:
     return findings
 
 
-def _interpreter(environment: Environment) -> list[Finding]:
-    """Triton's interpreter runs kernels in numpy: right for tests, thousands of times too slow for anything else."""
+def _check_interpreter(environment: Environment) -> list[Finding]:
+    """Checks the interpreter, which runs kernels in numpy, thousands of times slower."""
     interprets = environment.variables.get("TRITON_INTERPRET") == "1"
     findings = []
     if interprets:
@@ -332,9 +331,12 @@ def describe(environment: Environment, findings: Sequence[Finding]) -> str:
     sections = [
         f"tritontower {__version__} · Python {environment.python} · {environment.system}",
         text_table("", ("package", "installed", "supported"), packages),
-        text_table("", ("device", "what it is", "architecture", "memory", "what runs there"), where),
+        text_table("", ("device", "name", "architecture", "memory", "backend"), where),
         _describe_cpu(environment.cpu_features),
-        *(f"{'PROBLEM' if finding.broken else 'note'}: {finding.what}\n  → {finding.remedy}" for finding in findings),
+        *(
+            f"{'PROBLEM' if finding.broken else 'note'}: {finding.problem}\n  → {finding.remedy}"
+            for finding in findings
+        ),
     ]
     if not findings:
         sections.append("No known problems.")
@@ -346,7 +348,7 @@ def _describe_cpu(features: Sequence[str]) -> str:
         return "CPU instructions: unknown"
     bfloat16 = [feature for feature in features if feature in _BFLOAT16_FLAGS]
     vectors = [feature for feature in features if feature not in _BFLOAT16_FLAGS]
-    by = f"by {', '.join(bfloat16)}" if bfloat16 else "emulated, so that float32 may well be faster"
+    by = f"by {', '.join(bfloat16)}" if bfloat16 else "emulated; float32 may be faster"
     return f"CPU instructions: {', '.join(vectors)}; bfloat16 {by}"
 
 

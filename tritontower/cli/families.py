@@ -1,6 +1,6 @@
-"""List the families of towers that can be loaded, with the tokens that each makes of an image.
+"""List the supported model families, with the tokens of an image.
 
-Token counts are those of a published example of each family; `tritontower inspect MODEL` knows those of a checkpoint.
+Token counts are those of one published checkpoint per family; `tritontower inspect MODEL` counts for a checkpoint.
 """
 
 import argparse
@@ -13,13 +13,12 @@ from tritontower.text_table import text_table
 if TYPE_CHECKING:
     from tritontower.models.common.catalog import CatalogEntry
 
-__all__ = ["EXAMPLE", "add_arguments", "run"]
 
 EXAMPLE = "tritontower families --markdown"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """``--json`` or ``--markdown``."""
+    """Adds ``--json`` and ``--markdown``."""
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print the report as JSON")
     form.add_argument("--markdown", action="store_true", help="print the table of the documentation")

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from tritontower.text_table import text_table
 
-from .options import add_bounds, add_json, add_model, add_placement, bounds_of, image_size, load_tower, output_file
+from .options import (
+    add_bounds,
+    add_device_and_dtype,
+    add_json,
+    add_model,
+    image_size,
+    load_tower,
+    output_file,
+    read_bounds,
+)
 
 if TYPE_CHECKING:
     from tritontower import VisionTower
@@ -36,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dot", type=output_file, metavar="FILE", help="write the graph to FILE as Graphviz DOT (dot -Tsvg FILE)"
     )
     add_bounds(parser)
-    add_placement(parser)
+    add_device_and_dtype(parser)
     add_json(parser)
 
 
@@ -46,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dtype == "auto" and not _has_dtype(tower):
         arguments.dtype = "bfloat16"
         tower = load_tower(arguments, delay_load=True)
-    bounds = bounds_of(arguments)
+    bounds = read_bounds(arguments)
     images: list[dict[str, Any]] = []
     descriptions: list[Description] = []
     for width, height in arguments.size or _SIZES:

@@ -1,4 +1,4 @@
-"""Options and habits that several commands share.  Declaring an option loads nothing slow."""
+"""Options that several commands share; declaring them imports nothing slow."""
 
 import argparse
 import re
@@ -14,30 +14,15 @@ if TYPE_CHECKING:
     from tritontower import VisionTower
     from tritontower.preprocessing import Bounds
 
-__all__ = [
-    "DTYPES",
-    "add_bounds",
-    "add_images",
-    "add_json",
-    "add_model",
-    "add_placement",
-    "bounds_of",
-    "image_size",
-    "load_tower",
-    "output_file",
-    "patch_counts",
-    "positive_integer",
-    "reading_weights",
-]
 
 MOST_PATCHES = 2**20
-"""Of a pass that a command makes up: an image of 14,336 × 14,336 pixels at 14 a patch."""
+"""Largest forward pass of a command: an image of 14,336 × 14,336 pixels with patches of 14."""
 
 DTYPES = (*DTYPE_NAMES, "auto")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """``MODEL`` and ``--revision``."""
+    """Adds ``MODEL`` and ``--revision``."""
     parser.add_argument("model", metavar="MODEL", help="a checkpoint: a local folder, or a hub id such as owner/name")
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: its main branch)"
@@ -45,7 +30,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_images(parser: argparse.ArgumentParser, *, required: bool, without: str = "") -> None:
-    """``IMAGE ...``, files on this machine; ``without`` says what happens when there are none."""
+    """Adds ``IMAGE ...``, local files; ``without`` describes the default."""
     parser.add_argument(
         "images",
         metavar="IMAGE",
@@ -55,14 +40,14 @@ def add_images(parser: argparse.ArgumentParser, *, required: bool, without: str 
     )
 
 
-def add_placement(parser: argparse.ArgumentParser) -> None:
-    """``--device`` and ``--dtype``: where the tower runs, and in which precision."""
+def add_device_and_dtype(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--device`` and ``--dtype``."""
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
     add_dtype(parser)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """``--dtype``: the precision of weights and activations."""
+    """Adds ``--dtype``: of weights and activations."""
     parser.add_argument(
         "--dtype",
         type=dtype_name,
@@ -73,7 +58,7 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bounds(parser: argparse.ArgumentParser) -> None:
-    """``--min-pixels``, ``--max-pixels``, ``--longest-edge``: what an image is scaled to before it is cut into patches."""
+    """Adds ``--min-pixels``, ``--max-pixels`` and ``--longest-edge``: bounds of the resized image."""
     for bound, effect in (("min", "up to at least"), ("max", "down to at most")):
         parser.add_argument(
             f"--{bound}-pixels",
@@ -89,8 +74,8 @@ def add_bounds(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def bounds_of(arguments: argparse.Namespace) -> "Bounds":
-    """The bounds that were given; a tower refuses those that its resizing rule does not have."""
+def read_bounds(arguments: argparse.Namespace) -> "Bounds":
+    """The given bounds; a tower refuses those that its resize rule does not have."""
     return {
         "min_pixels": arguments.min_pixels,
         "max_pixels": arguments.max_pixels,
@@ -99,7 +84,7 @@ def bounds_of(arguments: argparse.Namespace) -> "Bounds":
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``: the same report for programs."""
+    """Adds ``--json``."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -107,25 +92,25 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def dtype_name(text: str) -> str:
-    """One of :data:`DTYPES`, alone or behind ``torch.``."""
+    """One of :data:`DTYPES`, with or without ``torch.``."""
     name = text.removeprefix("torch.")
     if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a precision that towers run in: {', '.join(DTYPES)}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, got {text!r}")
     return name
 
 
 def positive_integer(text: str) -> int:
     """A decimal integer of at least 1."""
     if not re.fullmatch(r"0*[1-9][0-9]{0,17}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
     return int(text)
 
 
 def patch_counts(text: str) -> list[int]:
-    """``N,N,...``: patches of passes, each of them once, in the order given."""
+    """``N,N,...``: distinct patch counts, in the given order."""
     counts = list(dict.fromkeys(positive_integer(part) for part in text.split(",")))
     if max(counts) > MOST_PATCHES:
-        raise argparse.ArgumentTypeError(f"{max(counts)} patches are more than a pass has; the limit is {MOST_PATCHES}")
+        raise argparse.ArgumentTypeError(f"must be at most {MOST_PATCHES} patches, got {max(counts)}")
     return counts
 
 
@@ -133,27 +118,29 @@ def image_size(text: str) -> tuple[int, int]:
     """``WIDTHxHEIGHT``, in pixels."""
     match = re.fullmatch(r"([1-9][0-9]{0,8})[x×]([1-9][0-9]{0,8})", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write WIDTHxHEIGHT, such as 1024x768")
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT such as 1024x768, got {text!r}")
     return int(match[1]), int(match[2])
 
 
 def image_path(text: str) -> Path:
     """A file on this machine."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is a URL; download the image and name the file")
+        raise argparse.ArgumentTypeError(f"must be a local file, got the URL {text!r}; download the image first")
     path = Path(text).expanduser()
     if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is {'a folder, not an image file' if path.is_dir() else 'no file'}")
+        raise argparse.ArgumentTypeError(
+            f"must be an image file, got {'the folder' if path.is_dir() else 'no file'} {text!r}"
+        )
     return path
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written; asked before the work, not after."""
+    """A writable path, checked before the work."""
     path = Path(text).expanduser()
     if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file in it")
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: there is no folder {str(path.parent)!r}")
+        raise argparse.ArgumentTypeError(f"must be in an existing folder, got {text!r}; create {str(path.parent)!r}")
     return path
 
 
@@ -161,7 +148,7 @@ def output_file(text: str) -> Path:
 
 
 def load_tower(arguments: argparse.Namespace, *, delay_load: bool = False) -> "VisionTower":
-    """The tower that ``MODEL``, ``--revision``, ``--device`` and ``--dtype`` describe, behind a progress bar."""
+    """Loads the tower of ``MODEL``, ``--revision``, ``--device`` and ``--dtype`` with a progress bar."""
     from tritontower import VisionTower
 
     with reading_weights() as progress:
@@ -177,7 +164,7 @@ def load_tower(arguments: argparse.Namespace, *, delay_load: bool = False) -> "V
 
 @contextmanager
 def reading_weights() -> Iterator[Callable[[int, int], None]]:
-    """A callback that draws a progress bar on a terminal, and does nothing elsewhere."""
+    """A callback that draws a progress bar on a terminal."""
     from tqdm import tqdm
 
     hidden = not sys.stderr.isatty()

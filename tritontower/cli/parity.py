@@ -1,10 +1,9 @@
-"""Hold the tower against transformers, on the same checkpoint and the same images.
+"""Compare the tower with transformers, on the same checkpoint and the same images.
 
-In float32 the two must agree to a relative L2 distance of 1e-5.  In bfloat16 and float16 both are held against
-transformers in float32, and the tower's error may be at most 1.10 times transformers' own.  Exit code 1 if it is not.
+In float32 the relative L2 distance must be at most 1e-5.  In bfloat16 and float16 both are compared with transformers in
+float32, and the tower's error must be at most 1.10 times transformers' own.  Exit code 1 otherwise.
 
-Of a quantized checkpoint, transformers is given the same dequantized weights: how it would run the quantized ones depends
-on other libraries, and is not compared.
+For a quantized checkpoint, transformers gets the same dequantized weights; its own quantized execution is not compared.
 """
 
 import argparse
@@ -14,35 +13,34 @@ from typing import TYPE_CHECKING
 
 from tritontower.text_table import text_table
 
-from .options import add_bounds, add_images, add_json, add_model, add_placement, bounds_of, load_tower
+from .options import add_bounds, add_device_and_dtype, add_images, add_json, add_model, load_tower, read_bounds
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from tritontower.parity.parity import NodeParity, Parity
 
-__all__ = ["EXAMPLE", "add_arguments", "describe", "hide_reference_progress", "run", "synthetic_images"]
 
 EXAMPLE = "tritontower parity Qwen/Qwen2-VL-2B-Instruct cat.jpg --dtype float32 --per-node"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, images, and how closely to look."""
+    """Adds MODEL, images and ``--per-node``."""
     add_model(parser)
     add_images(parser, required=False, without="three drawn ones of different sizes")
-    parser.add_argument("--per-node", action="store_true", help="also compare every value that both compute on the way")
+    parser.add_argument("--per-node", action="store_true", help="also compare every value that both compute")
     add_bounds(parser)
-    add_placement(parser)
+    add_device_and_dtype(parser)
     add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compares, prints, and returns 1 if the tower is not as close as it must be."""
+    """Compares and prints; returns 1 if the tower exceeds its limit."""
     from tritontower.parity.parity import compare, compare_nodes
 
     hide_reference_progress()
     tower = load_tower(arguments)
-    batch = tower.preprocess(arguments.images or synthetic_images(), **bounds_of(arguments))
+    batch = tower.preprocess(arguments.images or synthetic_images(), **read_bounds(arguments))
     parity = compare(tower, batch)
     nodes = compare_nodes(tower, batch) if arguments.per_node else []
     if arguments.json:
@@ -56,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def describe(parity: "Parity") -> str:
-    """The verdict, in words."""
+    """The comparison as a table, with the verdict."""
     name = str(parity.dtype).removeprefix("torch.")
     rows = [(f"tritontower {name}", f"{parity.error:.2e}", f"{parity.seconds * 1e3:,.0f}")]
     if parity.reference_error is None:
@@ -88,19 +86,19 @@ def _report(parity: "Parity", nodes: list["NodeParity"]) -> dict[str, object]:
 
 
 def _finite(distance: float | None) -> float | None:
-    """``distance``; ``None`` for what JSON has no number for, as when a tower overflows in float16."""
+    """``distance``, or ``None`` if it is not finite, which JSON cannot express."""
     return distance if distance is not None and math.isfinite(distance) else None
 
 
 def hide_reference_progress() -> None:
-    """Keeps transformers from drawing a progress bar for every time that it reads the checkpoint."""
+    """Disables transformers' progress bars for reading checkpoints."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def synthetic_images() -> list["Image.Image"]:
-    """Three images with smooth and with sharp parts, of different sizes and shapes; always the same."""
+    """Three images of different sizes, with smooth and sharp parts; the same in every run."""
     import numpy as np
     from PIL import Image
 

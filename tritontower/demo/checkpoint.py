@@ -1,4 +1,4 @@
-"""What the demonstration and the benchmarks run on where no real weights are: a full-size tower and photographs."""
+"""Inputs of the demonstration and the benchmarks: a full-size random checkpoint and photographs."""
 
 import shutil
 import tempfile
@@ -13,25 +13,25 @@ from tritontower.models.common.family import read_summary
 
 from .random_checkpoint import write_random_checkpoint
 
-__all__ = ["demonstration_checkpoint", "demonstration_images"]
-
 CHECKPOINT_NAME = "random-qwen2-vl-2b-tower-v1"
 PHOTOGRAPHS = {"astronaut": (512, 512), "chelsea": (451, 300), "coffee": (392, 261)}
-"""Photographs that scikit-image carries in its wheel, and the size each is shown at: three shapes in one pack."""
+"""Photographs in scikit-image's wheel, and the size to which each is resized."""
 
 
 def demonstration_checkpoint() -> Path:
-    """A checkpoint with the tower of Qwen2-VL-2B at full size and random weights (1.3 GB), made once and kept.
+    """Returns a full-size Qwen2-VL-2B checkpoint with random weights (1.3 GB), made once and kept.
 
-    The numbers mean nothing and the shapes, names and costs are the published ones.  Processes that ask at the same
-    time wait for each other; one that is killed while writing leaves nothing that the next would take for finished.
+    Shapes, names and costs are the published ones.  Concurrent processes wait for each other, and a killed one leaves no
+    unfinished checkpoint in place.
 
     Raises:
-        UsageError: there is no home folder to keep it in.
+        UsageError: no home folder.
     """
     cache = cache_folder()
     if cache is None:
-        raise UsageError("there is no home folder to keep the demonstration's checkpoint in; set TRITONTOWER_CACHE")
+        raise UsageError(
+            "the demonstration's checkpoint needs a folder, and there is no home folder; set TRITONTOWER_CACHE"
+        )
     folder = cache / CHECKPOINT_NAME
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -46,16 +46,16 @@ def demonstration_checkpoint() -> Path:
 
 
 def demonstration_images() -> dict[str, Image.Image]:
-    """Name → photograph, of different sizes.
+    """Photographs of different sizes, by name.
 
     Raises:
-        UsageError: scikit-image, which carries the photographs, is not installed.
+        UsageError: scikit-image is not installed.
     """
     try:
         from skimage import data
     except ImportError as error:
         raise UsageError(
-            "the demonstration's photographs come with scikit-image, which is not installed; install the `demo` extra "
-            '(pip install "tritontower[demo]"), or name images of your own'
+            "the demonstration's photographs need scikit-image, which is not installed; run "
+            'pip install "tritontower[demo]", or name your own images'
         ) from error
     return {name: Image.fromarray(getattr(data, name)()).resize(size) for name, size in PHOTOGRAPHS.items()}

@@ -1,7 +1,7 @@
-"""What a tower sees, as an image: the three strongest directions of its patch features become red, green and blue.
+"""Draws patch features: their three principal components become red, green and blue.
 
-Patches that the tower finds alike get similar colors.  This shows at a glance whether features follow the objects of a
-image or are noise, are shifted, or are in the wrong order; it measures nothing.
+Similar patches get similar colors.  The drawing shows at a glance whether features follow the objects or are noise, shifted,
+or in the wrong order.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tritontower.errors import UsageError
 
-__all__ = ["principal_component_image", "side_by_side"]
-
-# The brightest and darkest patches are often a few outliers; without this clipping they would leave no contrast.
+# Without this clipping, a few outliers would leave no contrast.
 _LOWEST, _HIGHEST = 0.02, 0.98
 
 _BACKGROUND = (252, 252, 251)
@@ -27,8 +25,8 @@ _CAPTION = 15
 def principal_component_image(features: torch.Tensor, grid_height: int, grid_width: int) -> NDArray[np.uint8]:
     """Projects patch features on their first three principal components and scales each to a color channel.
 
-    The same features always give the same colors: a component's sign, which the decomposition leaves open, is chosen
-    so that its largest loading is positive.  A component without any variance is drawn as middle gray.
+    The same features always give the same colors: a component's sign is chosen so that its largest
+    loading is positive.  A component without variance is drawn as middle gray.
 
     Args:
         features: ``[grid_height × grid_width, D]``, in raster order, of any float dtype, on any device.
@@ -39,20 +37,20 @@ def principal_component_image(features: torch.Tensor, grid_height: int, grid_wid
         ``[grid_height, grid_width, 3]``, RGB.
 
     Raises:
-        UsageError: the features are not a matrix of that many finite rows.
+        UsageError: features of another shape, or not finite.
     """
     if features.ndim != 2 or features.shape[0] != grid_height * grid_width or features.numel() == 0:
         raise UsageError(
-            f"features of shape {tuple(features.shape)} do not fit a grid of {grid_height} × {grid_width} patches: "
-            f"expected [{grid_height * grid_width}, D]"
+            f"features must have shape [{grid_height * grid_width}, D] for a grid of {grid_height} × {grid_width}, got "
+            f"{list(features.shape)}"
         )
     rows = features.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(rows).all()):
-        raise UsageError("the features hold NaN or infinity")
+        raise UsageError("features must be finite, got NaN or infinity")
     scores = _principal_scores(rows - rows.mean(dim=0), count=3)
     low = torch.quantile(scores, _LOWEST, dim=0)
     high = torch.quantile(scores, _HIGHEST, dim=0)
-    # Rounding alone spreads constant features a little; that must not be blown up into colors.
+    # Rounding spreads constant features a little, which must not become colors.
     flat = high - low <= 1e-5 * rows.abs().max()
     scaled = torch.where(flat, 0.5, ((scores - low) / (high - low).clamp_min(1e-30)).clamp(0, 1))
     image: NDArray[np.uint8] = (scaled * 255).round().to(torch.uint8).reshape(grid_height, grid_width, 3).numpy()
@@ -60,7 +58,7 @@ def principal_component_image(features: torch.Tensor, grid_height: int, grid_wid
 
 
 def _principal_scores(centered: torch.Tensor, count: int) -> torch.Tensor:
-    """The first ``count`` principal components of ``[N, D]`` rows: ``[N, count]``, zeros where there are fewer."""
+    """First ``count`` principal components of ``[N, D]`` rows: ``[N, count]``, padded with zeros."""
     left, singular, right = torch.linalg.svd(centered, full_matrices=False)
     available = min(count, singular.numel())
     loadings = right[:available]
@@ -78,21 +76,22 @@ def side_by_side(
     *,
     cell: int = 360,
 ) -> Image.Image:
-    """Places every image beside its feature map, one pair below the other, each under its title.
+    """Draws images next to their feature maps, one pair per row, under a title.
 
     Args:
-        images: as the tower got them.
-        feature_maps: ``[rows, columns, 3]`` each, from :func:`principal_component_image`; enlarged to the image's
-            size without smoothing, so that every patch stays a visible square.
-        titles: one line each; what does not fit is cut off.
-        cell: pixels that the longer side of an image is drawn with.
+        images: the inputs of the tower.
+        feature_maps: ``[rows, columns, 3]`` each, from :func:`principal_component_image`; enlarged
+            without smoothing, so that every patch stays a visible square.
+        titles: one line each, truncated to the page.
+        cell: pixels of an image's longer side on the page.
 
     Raises:
-        UsageError: the three sequences differ in length or are empty.
+        UsageError: sequences of different lengths, or empty.
     """
     if not (len(images) == len(feature_maps) == len(titles) > 0):
         raise UsageError(
-            f"{len(images)} images, {len(feature_maps)} feature maps and {len(titles)} titles do not make pairs"
+            "images, feature_maps and titles must have one common length above 0, got "
+            f"{len(images)}, {len(feature_maps)} and {len(titles)}"
         )
     sizes = [_fit(image.size, cell) for image in images]
     column = max(width for width, _ in sizes)
@@ -116,7 +115,7 @@ def _fit(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def _in_font(text: str) -> str:
-    """``text`` in the characters that Pillow's own font has."""
+    """Replaces characters that Pillow's default font lacks."""
     return text.replace("×", "x").replace("–", "-").encode("ascii", "replace").decode()
 
 

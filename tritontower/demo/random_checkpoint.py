@@ -1,8 +1,4 @@
-"""Checkpoints with random weights, in the shape and layout of published ones.
-
-For machines without the real weights: a demonstration, a benchmark or a test needs the shapes, the tensor names and the
-files, and the numbers may be anything.  Only the tower's tensors are written.
-"""
+"""Checkpoints with random weights, in the shape and layout of published ones; only the tower's tensors are written."""
 
 import json
 from collections.abc import Mapping
@@ -19,8 +15,6 @@ from tritontower.graph.builder import build
 from tritontower.models.common.family import Family
 from tritontower.models.common.registry import read_family
 
-__all__ = ["write_random_checkpoint"]
-
 
 def write_random_checkpoint(
     folder: Path,
@@ -32,12 +26,12 @@ def write_random_checkpoint(
 ) -> Path:
     """Writes ``config.json``, ``preprocessor_config.json`` and ``model.safetensors`` into ``folder``; returns it.
 
-    Matrices and biases are normal with a deviation of 0.02, norm weights normal around one: the scale at which these
-    towers are initialized.  The same arguments give the same file.
+    Matrices and biases are normal with a standard deviation of 0.02, norm weights normal around 1, as these towers are
+    initialized.  The same arguments give the same file.
     """
     reader = ConfigReader(config, "config.json")
     family = read_family(reader)
-    prefix = {inner: root for root, inner in family.prefixes.items()}
+    prefix = {inner: outer for outer, inner in family.prefixes.items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in _published_shapes(family).items():
@@ -56,7 +50,7 @@ def write_random_checkpoint(
 
 
 def _published_shapes(family: Family) -> dict[str, Shape]:
-    """What a published checkpoint holds: also the blocks and the norm behind the last feature, which no tower reads."""
+    """Tensors of a published checkpoint, including the blocks and the norm after the last feature."""
     config = family.config
     whole = replace(
         config,
