@@ -1,15 +1,18 @@
-"""Find the best launch configurations of a tower's kernels: measured on this GPU, or predicted for any.
+"""Tune the launch configurations of a tower's kernels for this GPU.
 
-On a GPU the likeliest configurations are compiled, checked against fp32 numbers and timed; the best go into a table in
-the user's cache folder, which every tower of the same shapes uses from then on.  With --static nothing is run: the
-configurations are compiled for an architecture and a model predicts their times.  A run that is stopped goes on where it
-was when it is started again.
+Candidate configurations are compiled, checked against fp32 results and timed.  The fastest ones go into a table in the user's
+cache folder, which every tower with the same shapes uses.  With --static nothing is launched: the configurations are compiled
+for an architecture, and the report shows registers, spills, shared memory, occupancy and tensor-core instructions.  An
+interrupted run continues when it is started again.
 """
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,23 +24,21 @@ from tritontower.text_table import text_table
 from .options import add_dtype, add_json, output_file, patch_counts, positive_integer
 
 if TYPE_CHECKING:
-    import torch
-
-    from tritontower.config import TowerConfig
     from tritontower.engine.tuned_tables import Identity
+    from tritontower.tuning.candidate import Candidate, Choice
     from tritontower.tuning.tasks import Task
-    from tritontower.tuning.tuner import Choice, Progress
+    from tritontower.tuning.tuner import Progress
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
 EXAMPLE = "tritontower tune Qwen/Qwen2-VL-2B-Instruct --patches 256,1024,4096 --budget 10"
 
 _ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
-"""As ``kernels.configs.ARCHITECTURES``, which is too slow to import for help; a test holds the two together."""
+"""As ``kernels.runtime.config.ARCHITECTURES``, which is too slow to import for help; a test compares them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What to tune, for what, how long, and where it goes."""
+    """Adds the options of the command."""
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", help="a checkpoint: a local folder, or a hub id (its configuration only)"
     )
@@ -47,28 +48,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--patches",
         type=patch_counts,
         metavar="N,N,...",
-        help="patches of a pass to tune for (default: 64,256,1024,4096,16384)",
+        help="patches of a batch to tune for (default: 64,256,1024,4096,16384)",
     )
     add_dtype(parser)
     parser.add_argument("--device", help="the GPU: cuda, cuda:1, ... (default: cuda)")
+    parser.add_argument("--arch", choices=_ARCHITECTURES, help="the architecture for --static and --show")
     parser.add_argument(
-        "--arch", choices=_ARCHITECTURES, help="the architecture that --static, --show and --export are about"
+        "--budget", type=_minutes, metavar="MINUTES", help="stop after this time, and keep what is done"
     )
-    parser.add_argument("--budget", type=_minutes, metavar="MINUTES", help="stop after so long, and keep what is done")
-    parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where the table goes (default: the user's cache)"
-    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the table (default: the user's cache)")
     parser.add_argument(
         "--workers", type=positive_integer, default=None, metavar="N", help="compilers at the same time"
     )
     instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--static", action="store_true", help="compile without measuring; needs --arch, no GPU")
     instead.add_argument(
-        "--static", action="store_true", help="predict from compiles instead of measuring; needs --arch"
+        "--show", action="store_true", help="tune nothing: show the configurations in use, and their tables"
     )
-    instead.add_argument("--show", action="store_true", help="tune nothing: show what the tables say, and which")
-    instead.add_argument(
-        "--export", type=output_file, metavar="FILE", help="copy the table of this GPU or --arch to FILE"
-    )
+    instead.add_argument("--export", type=output_file, metavar="FILE", help="copy the table of this GPU to FILE")
     instead.add_argument("--import", dest="imported", type=Path, metavar="FILE", help="add the entries of a table")
     add_json(parser)
 
@@ -76,60 +73,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 _TOWER = ("model", "revision", "config", "patches", "dtype")
 _TAKES = {
     "measuring": (*_TOWER, "device", "budget", "output", "workers"),
-    "--static": (*_TOWER, "arch", "budget", "output", "workers"),
+    "--static": (*_TOWER, "arch", "budget", "workers"),
     "--show": (*_TOWER, "device", "arch"),
-    "--export": ("device", "arch", "output"),
+    "--export": ("device", "output"),
     "--import": ("output",),
 }
-"""What is done → the options that have a say in it, beside ``--json``."""
+"""Action → the options that have an effect on it, besides ``--json``."""
 
 
-def _what(arguments: argparse.Namespace) -> str:
-    """What is to be done, of :data:`_TAKES`.
-
-    Raises:
-        UsageError: an option was given that has no say in it.
-    """
+def _action(arguments: argparse.Namespace) -> str:
+    """Returns a key of :data:`_TAKES`; raises :class:`UsageError` for an option without effect on it."""
     chosen = {
         "--static": arguments.static,
         "--show": arguments.show,
         "--export": arguments.export is not None,
         "--import": arguments.imported is not None,
     }
-    what = next((name for name, given in chosen.items() if given), "measuring")
+    action = next((name for name, is_given in chosen.items() if is_given), "measuring")
     given = {name for names in _TAKES.values() for name in names if getattr(arguments, name) not in (None, "auto")}
-    for name in sorted(given - set(_TAKES[what])):
+    for name in sorted(given - set(_TAKES[action])):
         shown = "MODEL" if name == "model" else f"--{name}"
-        those = [other for other, names in _TAKES.items() if name in names]
-        raise UsageError(f"{shown} has no say in {what}; it goes with {', '.join(those)}")
-    return what
+        others = [other for other, names in _TAKES.items() if name in names]
+        raise UsageError(f"{shown} has no effect on {action}; it goes with {', '.join(others)}")
+    return action
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Tunes, or does what else was asked for."""
-    what = _what(arguments)
-    if what == "--import":
+    """Runs the command and returns its exit code."""
+    action = _action(arguments)
+    if action == "--import":
         return _import(arguments)
-    if what == "--export":
+    if action == "--export":
         return _export(arguments)
     if (arguments.model is None) == (arguments.config is None):
         raise UsageError("name one model, or --config FILE; see `tritontower tune --help`")
     if arguments.revision is not None and arguments.model is None:
-        raise UsageError("--revision is of a hub id; --config names a file")
+        raise UsageError("--revision must come with a hub id; --config names a file")
     if arguments.static and arguments.arch is None:
-        raise UsageError("--static predicts for an architecture: name it with --arch, such as --arch sm_90")
+        raise UsageError("--static needs an architecture; name it with --arch, such as --arch sm_90")
     if arguments.arch is not None and arguments.device is not None:
-        raise UsageError("--arch and --device both say whose tables are meant; name one of them")
-    identity = _identity(arguments)
+        raise UsageError("--arch and --device exclude each other; name one of them")
+    identity = None if arguments.arch is not None else _identify(arguments)
     tasks = _tasks(arguments)
     if arguments.show:
-        return _show(tasks, identity, arguments.json)
-    report = _tune(arguments, tasks, identity)
-    print(json.dumps(report, indent=2) if arguments.json else _text(report))
+        return _show(tasks, identity, arguments)
+    report = _tune(arguments, tasks, identity) if identity else _compile(arguments, tasks)
+    text = _measured_text if identity else _static_text
+    print(json.dumps(report, indent=2) if arguments.json else text(report))
     return 0 if report["tasks"] else 1
-
-
-# -- types of arguments -----------------------------------------------------------------------------------------------
 
 
 def _minutes(text: str) -> float:
@@ -142,42 +133,36 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-# -- what there is to do ----------------------------------------------------------------------------------------------
+# -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _identity(arguments: argparse.Namespace) -> "Identity":
-    """Whose table it is: that of the GPU, or of the architecture that was named."""
-    from tritontower.tuning.table_writer import static_identity
-
-    if arguments.arch is not None:
-        return static_identity(arguments.arch)
+def _identify(arguments: argparse.Namespace) -> "Identity":
+    """Returns the identity of the GPU."""
     import torch
 
     from tritontower.devices import parse_device
-    from tritontower.engine import tuned_tables as tables
+    from tritontower.engine.tuned_tables import identify
     from tritontower.kernels.runtime._triton import HAS_TRITON
 
     if not HAS_TRITON or not torch.cuda.is_available():
-        if arguments.show or arguments.export is not None:
-            option = "--show" if arguments.show else "--export"
-            raise BackendUnavailableError(
-                f"there is no GPU here for {option} to be about; name an architecture with --arch, such as --arch sm_90"
-            )
-        raise BackendUnavailableError(
-            "there is no GPU here to measure on; `--static --arch sm_90` predicts without one, for the architecture named"
-        )
+        remedies = {
+            "--show": "; `--show --arch sm_90` shows the defaults of an architecture",
+            "measuring": "; `--static --arch sm_90` compiles without one",
+        }
+        action = _action(arguments)
+        raise BackendUnavailableError(f"{action} needs a GPU, and there is none here{remedies.get(action, '')}")
     device = parse_device(_device(arguments))
     if device.type != "cuda":
-        raise UsageError(f"--device is {arguments.device!r}; configurations are measured on a GPU, such as cuda:0")
-    return tables.identify(device)
+        raise UsageError(f"--device must be a GPU, such as cuda:0, got {arguments.device!r}")
+    return identify(device)
 
 
 def _device(arguments: argparse.Namespace) -> str:
     return str(arguments.device or "cuda")
 
 
-def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
-    """The tower's description and the precision to tune for."""
+def _tasks(arguments: argparse.Namespace) -> "list[Task]":
+    """Lists the tasks of the tower in the precision to tune for."""
     import torch
 
     from tritontower.checkpoint.config_reader import ConfigReader
@@ -186,6 +171,7 @@ def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
     from tritontower.errors import CheckpointNotFoundError
     from tritontower.models.common.family import MISTRAL_FORMAT
     from tritontower.models.common.registry import declared_dtype, read_family
+    from tritontower.tuning.tasks import PATCHES, list_tasks
 
     if arguments.config is not None:
         paths = [arguments.config.expanduser()]
@@ -197,27 +183,18 @@ def _tower(arguments: argparse.Namespace) -> "tuple[TowerConfig, torch.dtype]":
         raise CheckpointNotFoundError(f"there is no configuration file {paths[0]}")
     reader = ConfigReader.from_file(path)
     dtype = parse_dtype(arguments.dtype) or declared_dtype(reader) or torch.bfloat16
-    return read_family(reader).config, dtype
-
-
-def _tasks(arguments: argparse.Namespace) -> "list[Task]":
-    from tritontower.tuning.tasks import PATCHES, tasks_of
-
-    config, dtype = _tower(arguments)
-    return tasks_of(config, arguments.patches or PATCHES, dtype)
+    return list_tasks(read_family(reader).config, arguments.patches or PATCHES, dtype)
 
 
 def _folder(arguments: argparse.Namespace) -> Path:
-    """Where the table goes; made and asked for before the work, not after."""
-    import os
+    """Makes the folder of the table before the work starts."""
+    from tritontower.engine.tuned_tables import user_folder
 
-    from tritontower.engine import tuned_tables as tables
-
-    folder = arguments.output.expanduser() if arguments.output is not None else tables.user_folder()
+    folder = arguments.output.expanduser() if arguments.output is not None else user_folder()
     if folder is None:
-        raise UsageError("there is no home folder to keep tables in; name a folder with --output")
+        raise UsageError("there is no home folder for tables; name a folder with --output")
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output {str(folder)!r} is a file; name a folder")
+        raise UsageError(f"--output must be a folder, got the file {str(folder)!r}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -225,152 +202,148 @@ def _folder(arguments: argparse.Namespace) -> Path:
             f"the folder {str(folder)!r} for the table cannot be made ({error.strerror}); name another with --output"
         ) from error
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"nothing can be written into the folder {str(folder)!r}; name another with --output")
+        raise UsageError(f"the folder {str(folder)!r} is not writable; name another with --output")
     return Path(folder)
 
 
-# -- the commands -----------------------------------------------------------------------------------------------------
+# -- actions ----------------------------------------------------------------------------------------------------------
 
 
-def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity") -> dict[str, Any]:
-    """Chooses, writes the table, and reports."""
-    from tritontower.engine import tuned_tables as tables
-    from tritontower.tuning.table_writer import Merged, entries_of, merge, table_key
-
-    path = _folder(arguments) / tables.table_name(identity.gpu or identity.architecture)
-    start = time.monotonic()
-    ptxas = None
-    if arguments.static:
-        # How fast a norm is no model tells; none is predicted.
-        tasks = [task for task in tasks if task.kernel != "norm"]
-        choices = _predicted(arguments, tasks, identity, start)
-    else:
-        choices, ptxas = _measured(arguments, tasks, identity, start, path.with_suffix(".journal"))
-    merged = merge(path, table_key(identity, ptxas), entries_of(choices)) if choices else Merged(0, 0, 0)
-    missing = len(tasks) - len(choices)
-    if not missing:
-        # Everything is in the table; whoever tunes again wants new times.
-        path.with_suffix(".journal").unlink(missing_ok=True)
-    return {
-        "table": str(path),
-        "entries": merged.held,
-        "added": merged.added,
-        "given_up": merged.given_up,
-        "measured": not arguments.static,
-        "seconds": round(time.monotonic() - start, 1),
-        "missing": missing,
-        "tasks": [_described(choice, identity) for choice in choices],
-    }
-
-
-def _predicted(
-    arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity", start: float
-) -> "list[Choice]":
-    from tritontower.tuning.tuner import choose_static
-
-    with _progress_bar() as progress:
-        return choose_static(tasks, identity.architecture, **_how(arguments, start, progress))
-
-
-def _measured(
-    arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity", start: float, journal: Path
-) -> "tuple[list[Choice], str | None]":
-    """What was chosen by times, and the release of the assembler that they are of."""
-    import torch
-    import triton
-
-    from tritontower.benchmarks.measuring import provenance
-    from tritontower.tuning.journal import Journal
-    from tritontower.tuning.tuner import Gauge, choose_measured
-
-    device = torch.device(_device(arguments))
-    ptxas = provenance(device)["ptxas"]
-    known = Journal(journal, f"{identity.gpu} {triton.__version__} {ptxas}")
-    with _progress_bar() as progress:
-        how = _how(arguments, start, progress)
-        choices = choose_measured(tasks, Gauge(device), architecture=identity.architecture, journal=known, **how)
-    return choices, ptxas
-
-
-def _how(arguments: argparse.Namespace, start: float, progress: "Progress") -> dict[str, Any]:
-    """What choosing takes, with a GPU and without."""
-    import math
-    import os
-
+def _options(arguments: argparse.Namespace, progress: "Progress") -> dict[str, Any]:
+    """Returns the options of a compile, with or without a GPU."""
     from tritontower.tuning.compile.aot_compile import cache_folder
 
     return {
         "workers": arguments.workers or max(1, min(8, (os.cpu_count() or 2) // 2)),
         "cache": cache_folder(),
         "progress": progress,
-        "deadline": math.inf if arguments.budget is None else start + 60 * arguments.budget,
+        "deadline": math.inf if arguments.budget is None else time.monotonic() + 60 * arguments.budget,
     }
 
 
-def _described(choice: "Choice", identity: "Identity") -> dict[str, Any]:
-    from tritontower.tuning.predict import CHIPS
+def _compile(arguments: argparse.Namespace, tasks: "list[Task]") -> dict[str, Any]:
+    """Compiles the candidates of all tasks for an architecture, and reports."""
+    from tritontower.tuning.tuner import compile_tasks
 
-    best, measured = choice.best, choice.best.microseconds is not None
-    peak = CHIPS[identity.architecture].peak / 1e12
+    start = time.monotonic()
+    with _progress_bar() as progress:
+        found = compile_tasks(tasks, arguments.arch, **_options(arguments, progress))
+    return {
+        "architecture": arguments.arch,
+        "seconds": round(time.monotonic() - start, 1),
+        "missing": len(tasks) - len(found),
+        "tasks": [
+            {
+                "task": task.title,
+                "kernel": task.kernel,
+                "launches": task.launches,
+                "candidates": [_compiled(each) for each in candidates if each.compile_result],
+            }
+            for task, candidates in found.items()
+        ],
+    }
+
+
+def _compiled(candidate: "Candidate") -> dict[str, Any]:
+    result = candidate.compile_result
+    described: dict[str, Any] = {"config": dict(candidate.config), "problem": candidate.dropped or None}
+    if result is not None and result.launches:
+        names = ("registers", "spills", "shared_memory", "occupancy", "tensor_core", "loop_instructions")
+        described |= {name: getattr(result.main, name) for name in names}
+    return described
+
+
+def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identity") -> dict[str, Any]:
+    """Measures all tasks, writes the table, and reports."""
+    import torch
+    import triton
+
+    from tritontower.benchmarks.measuring import provenance
+    from tritontower.engine.tuned_tables import table_name
+    from tritontower.tuning.journal import Journal
+    from tritontower.tuning.table_writer import Merged, make_entries, merge, table_key
+    from tritontower.tuning.tuner import Gauge, choose
+
+    start = time.monotonic()
+    path = _folder(arguments) / table_name(identity.gpu)
+    journal_path = path.with_suffix(".journal")
+    device = torch.device(_device(arguments))
+    ptxas = provenance(device)["ptxas"]
+    journal = Journal(journal_path, f"{identity.gpu} {triton.__version__} {ptxas}")
+    with _progress_bar() as progress:
+        options = _options(arguments, progress)
+        choices = choose(tasks, Gauge(device), architecture=identity.architecture, journal=journal, **options)
+    merged = merge(path, table_key(identity, ptxas), make_entries(choices)) if choices else Merged(0, 0, 0)
+    missing = len(tasks) - len(choices)
+    if not missing:
+        # Everything is in the table; the next run measures anew.
+        journal_path.unlink(missing_ok=True)
+    return {
+        "table": str(path),
+        "entries": merged.held,
+        "added": merged.added,
+        "given_up": merged.given_up,
+        "seconds": round(time.monotonic() - start, 1),
+        "missing": missing,
+        "tasks": [_described(choice) for choice in choices],
+    }
+
+
+def _described(choice: "Choice") -> dict[str, Any]:
     return {
         "task": choice.task.title,
         "kernel": choice.task.kernel,
         "launches": choice.task.launches,
-        "config": dict(best.config),
-        "microseconds": round(best.cost, 1),
-        "measured": measured,
+        "config": dict(choice.best.config),
+        "microseconds": round(choice.best.cost, 1),
         "tflops": None if choice.tflops is None else round(choice.tflops, 1),
-        "share_of_peak": None if choice.tflops is None else round(choice.tflops / peak, 3),
-        "gain": None if choice.gain is None else round(choice.gain, 2),
-        "verified": best.error,
+        "speedup": None if choice.speedup is None else round(choice.speedup, 2),
+        "verified": choice.best.error,
         "dropped": [{"config": dict(each.config), "reason": each.dropped} for each in choice.dropped],
     }
 
 
-def _show(tasks: "Sequence[Task]", identity: "Identity", as_json: bool) -> int:
-    from tritontower.engine import tuned_tables as tables
+def _show(tasks: "Sequence[Task]", identity: "Identity | None", arguments: argparse.Namespace) -> int:
+    """Prints the configuration of every task: from the tables of a GPU, or the default of an architecture."""
+    from tritontower.engine.tuned_tables import load_tables, table_paths
+    from tritontower.tuning.search_space import default_values
 
+    loaded = load_tables(identity) if identity else []
+    places = [str(path) for path in table_paths(identity.gpu)] if identity else []
     found = []
-    loaded = tables.load_tables(identity)
     for task in tasks:
-        question = task.kernel, task.dtype, dict(task.constants), dict(task.sizes)
-        entries = ((each.table.nearest(*question), each.path) for each in loaded)
-        entry = next(((fields, path) for fields, path in entries if fields is not None), None)
-        described: dict[str, Any] = {"task": task.title, "config": None, "table": None, "measured": False}
-        if entry is not None:
-            fields, path = entry
-            described |= {
-                "config": fields["config"],
-                "table": str(path),
-                "measured": fields["microseconds"] is not None,
-                "tuned_for": fields["sizes"],
-            }
+        shape = task.kernel, task.dtype, dict(task.constants), dict(task.sizes)
+        described: dict[str, Any] = {"task": task.title, "table": None}
+        for table in loaded:
+            entry = table.table.nearest(*shape)
+            if entry is not None:
+                described |= {"config": entry["config"], "table": str(table.path), "tuned_for": entry["sizes"]}
+                break
+        else:
+            described["config"] = default_values(task, identity.architecture if identity else arguments.arch)
         found.append(described)
-    places = [str(path) for path in tables.table_paths(identity.gpu)]
-    if as_json:
+    if arguments.json:
         print(json.dumps({"tables": places, "tasks": found}, indent=2))
         return 0
     rows = [
         (
             each["task"],
-            _config_text(each["config"]) if each["config"] else "the default",
-            "–" if each["table"] is None else ("measured" if each["measured"] else "predicted"),
-            str(places.index(each["table"]) + 1) if each["table"] else "–",
+            _config_text(each["config"]),
+            str(places.index(each["table"]) + 1) if each["table"] else "default",
         )
         for each in found
     ]
-    print(text_table("", ("task", "configuration", "how", "table"), rows))
-    print("\ntables, first found first:")
+    print(text_table("", ("task", "configuration", "table"), rows))
     for number, place in enumerate(places, 1):
         print(f"  {number}  {place}{_remark(Path(place))}")
     return 0
 
 
 def _remark(path: Path) -> str:
-    from tritontower.engine import tuned_tables as tables
+    from tritontower.engine.tuned_tables import read_table
 
     try:
-        tables.read_table(path)
+        read_table(path)
     except FileNotFoundError:
         return "  (not there)"
     except (OSError, ValueError):
@@ -379,11 +352,11 @@ def _remark(path: Path) -> str:
 
 
 def _import(arguments: argparse.Namespace) -> int:
-    from tritontower.engine import tuned_tables as tables
+    from tritontower.engine.tuned_tables import table_name
     from tritontower.tuning.table_writer import merge, read_checked
 
     table = read_checked(arguments.imported.expanduser())
-    path = _folder(arguments) / tables.table_name(table.key["gpu"] or table.key["architecture"])
+    path = _folder(arguments) / table_name(table.key["gpu"])
     merged = merge(path, table.key, table.entries)
     report = {
         "table": str(path),
@@ -392,29 +365,26 @@ def _import(arguments: argparse.Namespace) -> int:
         "entries": merged.held,
         "given_up": merged.given_up,
     }
-    text = f"{merged.added} of {len(table.entries)} entries added: {path} holds {merged.held}"
+    text = f"{merged.added} of {len(table.entries)} entries added: {path} has {merged.held}"
     if merged.added < len(table.entries):
-        text += "; what the table knew better, or what did not agree with itself, was left out"
+        text += "; stale entries, and entries that disagree with each other, were left out"
     print(json.dumps(report) if arguments.json else text + _given_up(merged.given_up))
     return 0
 
 
 def _given_up(count: int) -> str:
-    return f"; {count} entries for other sizes were given up: they take a row's sums in another order" if count else ""
+    return f"; {count} entries for other sizes were removed: they sum a row in another order" if count else ""
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from tritontower.engine import tuned_tables as tables
+    from tritontower.engine.tuned_tables import table_name, table_paths
     from tritontower.tuning.table_writer import read_checked, table_text
 
-    identity = _identity(arguments)
-    name = tables.table_name(identity.gpu or identity.architecture)
-    paths = [path for path in tables.table_paths(identity.gpu) if path.name == name]
-    if arguments.output is not None:
-        paths = [arguments.output.expanduser() / name]
+    gpu = _identify(arguments).gpu
+    paths = table_paths(gpu) if arguments.output is None else [arguments.output.expanduser() / table_name(gpu)]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise UsageError(f"there is no table {name} to export; looked for {', '.join(map(str, paths))}")
+        raise UsageError(f"there is no table of {gpu} to export; looked for {', '.join(map(str, paths))}")
     table = read_checked(path)
     arguments.export.write_text(table_text(table.key, table.entries), encoding="utf-8")
     report = {"table": str(path), "exported": str(arguments.export), "entries": len(table.entries)}
@@ -429,16 +399,15 @@ def _export(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress_bar() -> "Iterator[Progress]":
-    """A bar for each part of the work on a terminal, and nothing elsewhere."""
+    """Shows a bar for each activity on a terminal, and nothing elsewhere."""
     from tqdm import tqdm
 
-    hidden = not sys.stderr.isatty()
-    with tqdm(unit="", leave=False, disable=hidden) as bar:
+    with tqdm(unit="", leave=False, disable=not sys.stderr.isatty()) as bar:
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(activity: str, done: int, total: int) -> None:
             if not done:
                 bar.reset(total)
-                bar.set_description(what)
+                bar.set_description(activity)
             bar.update(done - bar.n)
 
         yield report
@@ -448,41 +417,72 @@ _BLOCKS = ("rows", "columns", "inner", "queries", "keys")
 
 
 def _config_text(config: Mapping[str, Any]) -> str:
-    # Rows × columns × inner, or queries × keys, as everywhere; tables keep names in alphabetical order.
+    # Rows × columns × inner, or queries × keys; tables keep names in alphabetical order.
     blocks = "x".join(str(config[f"block_{name}"]) for name in _BLOCKS if f"block_{name}" in config)
     short = {"num_warps": "w", "num_stages": "s", "group_rows": "group ", "split": "split ", "rows": "rows "}
     words = [
         f"{short[name]}{value}" for name, value in config.items() if name in short and (name, value) != ("split", 1)
     ]
     words += [str(value) for value in config.values() if isinstance(value, str)]
-    return " ".join(([blocks] if blocks else []) + words + ["vendor's"] * bool(config.get("vendor")))
+    return " ".join(([blocks] if blocks else []) + words + ["vendor"] * bool(config.get("vendor")))
 
 
-def _text(report: Mapping[str, Any]) -> str:
+def _optional(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _measured_text(report: Mapping[str, Any]) -> str:
     rows = [
         (
             each["task"],
             _config_text(each["config"]),
-            f"{each['microseconds']:.1f}" + ("" if each["measured"] else " predicted"),
-            "–" if each["tflops"] is None else f"{each['tflops']:.0f}",
-            "–" if each["share_of_peak"] is None else f"{each['share_of_peak']:.0%}",
-            "–" if each["gain"] is None else f"{each['gain']:.2f}",
+            f"{each['microseconds']:.1f}",
+            _optional(each["tflops"], ".0f"),
+            _optional(each["speedup"], ".2f"),
         )
         for each in report["tasks"]
     ]
-    headings = ("task", "best configuration", "microseconds", "TFLOP/s", "of peak", "times the default's speed")
-    lines = [text_table("", headings, rows)] if rows else ["nothing was done in the time given"]
-    reasons: dict[str, int] = {}
-    for each in report["tasks"]:
-        for dropped in each["dropped"]:
-            kind = dropped["reason"].partition(" (")[0].partition(":")[0]
-            reasons[kind] = reasons.get(kind, 0) + 1
-    if reasons:
-        said = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda each: -each[1]))
-        lines.append(f"\ndropped configurations: {said} (--json lists them)")
-    if report["missing"]:
-        lines.append(f"\n{report['missing']} tasks were not done in the time given; the next run goes on from here")
+    headings = ("task", "best configuration", "microseconds", "TFLOP/s", "speedup over the default")
+    lines = [text_table("", headings, rows)] if rows else ["nothing was done in the given time"]
+    lines += _dropped(each["reason"] for task in report["tasks"] for each in task["dropped"])
+    lines += _missing(report)
     if rows:
-        held = f"{report['table']} holds {report['entries']}" + _given_up(report["given_up"])
+        held = f"{report['table']} has {report['entries']}" + _given_up(report["given_up"])
         lines.append(f"\n{len(rows)} entries in {report['seconds']:.0f} s; {held}")
     return "\n".join(lines)
+
+
+def _static_text(report: Mapping[str, Any]) -> str:
+    rows = []
+    for task in report["tasks"]:
+        default, usable = task["candidates"][0], sum(each["problem"] is None for each in task["candidates"])
+        opcodes = default.get("tensor_core", {})
+        numbers = [str(default.get(name, "–")) for name in ("registers", "spills", "shared_memory", "occupancy")]
+        rows.append(
+            (
+                task["task"],
+                _config_text(default["config"]),
+                *numbers,
+                ", ".join(f"{count} {opcode}" for opcode, count in opcodes.items()) or "–",
+                _optional(default.get("loop_instructions"), "d"),
+                f"{usable} of {len(task['candidates'])}",
+            )
+        )
+    headings = (
+        "task", "default configuration", "registers", "spills", "shared memory", "programs per SM",
+        "tensor-core instructions", "hot loop", "usable configurations",
+    )  # fmt: skip
+    lines = [text_table("", headings, rows)] if rows else ["nothing was done in the given time"]
+    lines += _dropped(each["problem"] for task in report["tasks"] for each in task["candidates"] if each["problem"])
+    return "\n".join(lines + _missing(report))
+
+
+def _dropped(reasons: Iterator[str]) -> list[str]:
+    kinds = Counter(reason.partition(" (")[0].partition(":")[0] for reason in reasons)
+    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return [f"\ndropped configurations: {counted} (--json lists them)"] if kinds else []
+
+
+def _missing(report: Mapping[str, Any]) -> list[str]:
+    count = report["missing"]
+    return [f"\n{count} tasks were not done in the given time; the next run continues"] if count else []

@@ -1,1 +1,1 @@
-"""Finding launch configurations: what they compile to on any machine, and what they cost on a given one."""
+"""Search for launch configurations: what they compile to on any machine, and their measured times on a GPU."""

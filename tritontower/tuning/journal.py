@@ -1,29 +1,29 @@
-"""The journal of a tuning run: what was begun and what came of it, so that the next run goes on from there."""
+"""Journal of a tuning run: one line for each measurement, so that an interrupted run can be resumed."""
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tritontower.engine import tuned_tables as tables
+from tritontower.engine.tuned_tables import source_digest
 
+from .candidate import Candidate
 from .tasks import Task
 
-if TYPE_CHECKING:
-    from .tuner import Candidate
-
-__all__ = ["ATTEMPTS", "Journal"]
-
 ATTEMPTS = 2
-"""How often a check may end the process, or hang until somebody ends it, before its configuration is dropped."""
+"""Attempts at a configuration that ends the process, or hangs until the process is killed, before it is dropped."""
 
 
 class Journal:
-    """What was begun and the times that were taken, a line each, so that a run that is killed goes on where it was.
+    """Measurements that were begun and their results.
 
-    A run that a configuration ends does not begin with the same one for ever: what was begun :data:`ATTEMPTS` times and
-    came to no result is dropped.
+    A configuration that was begun :data:`ATTEMPTS` times without a result is dropped by the tuner, so a run never restarts
+    with the same fatal configuration forever.
+
+    Args:
+        path: the file; ``None`` keeps everything in memory.
+        identity: GPU and compiler versions; results of another identity are ignored.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:
@@ -45,22 +45,22 @@ class Journal:
                     "error": float(entry["error"]),
                     "dropped": str(entry["dropped"]),
                 }
-            except (ValueError, TypeError, KeyError):  # the line that was being written when the run was killed
+            except (ValueError, TypeError, KeyError):  # a line that was cut off when the process was killed
                 continue
 
-    def key(self, task: Task, candidate: "Candidate") -> str:
-        """Everything that decides a time."""
+    def key(self, task: Task, candidate: Candidate) -> str:
+        """Returns everything that decides a time."""
         return json.dumps(
-            [self.identity, tables.source_digest(task.kernel), *task.key, task.sizes, task.facts, candidate.identity]
+            [self.identity, source_digest(task.kernel), *task.key, task.sizes, task.details, candidate.identity]
         )
 
-    def write(self, key: str, **facts: Any) -> None:
-        """Adds a result."""
-        self.known[key] = facts
-        self._append({"key": key, **facts})
+    def write(self, key: str, **result: Any) -> None:
+        """Adds a result: ``microseconds``, ``error`` and ``dropped``."""
+        self.known[key] = result
+        self._append({"key": key, **result})
 
     def begin(self, key: str, attempts: int) -> None:
-        """Notes how often a configuration has been begun; 0 where that was interrupted for no fault of its own."""
+        """Records the number of attempts; 0 if the user interrupted the measurement."""
         self.begun[key] = attempts
         self._append({"key": key, "begun": attempts})
 
@@ -69,6 +69,6 @@ class Journal:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
-            # A line that was cut off is ended first: it would swallow the next one otherwise.
-            torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
-            file.write(b"\n" * torn + json.dumps(entry).encode() + b"\n")
+            # Without a newline, a line that was cut off would swallow this one.
+            is_torn = file.tell() > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+            file.write(b"\n" * is_torn + json.dumps(entry).encode() + b"\n")

@@ -1,12 +1,12 @@
-"""The operation behind a task: tensors of its shapes, a launch with a given configuration, and what should come out.
+"""Operation of a task: tensors of its shapes, a launch with a given configuration, and the expected result.
 
-The same code launches on a GPU, where it is timed and checked, in Triton's interpreter, and where there is no device at
-all (:mod:`.compile_result`), where it is only compiled.
+The same code launches on a GPU, where it is timed and checked, in Triton's interpreter, and in the AOT compiler
+(:mod:`.compile.aot_compile`), where it is compiled only.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from tritontower.kernels.gemm.linear_config import LinearConfig
 from tritontower.kernels.gemm.patch_projection import patch_projection
 from tritontower.kernels.gemm.qkv_projection import qkv_projection
 from tritontower.kernels.rowwise.norm import NormConfig, norm
+from tritontower.kernels.runtime import dispatch
 from tritontower.kernels.runtime.registry import make_config
 from tritontower.kernels.runtime.segments import Segments
 
 from .tasks import Task
-
-__all__ = ["CONFIGS", "Operation", "prepare"]
 
 CONFIGS: dict[str, type[Any]] = {
     "attention.attention": FlashAttentionConfig,
@@ -35,30 +34,56 @@ CONFIGS: dict[str, type[Any]] = {
 """Kernel → the class of its configurations."""
 
 HARD_SCORES = 40.0
-"""How much larger than usual the scores of the second check of attention are: a softmax that is nearly a choice of one."""
+"""Factor of the scores in the second check of attention: the softmax then nearly selects a single key."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A launch that waits for its configuration."""
+    """A call of a kernel's wrapper without its configuration."""
 
-    run: Callable[[Mapping[str, Any]], torch.Tensor]
-    """Launches with the fields of a configuration and returns what was written."""
-    expected: Callable[[], torch.Tensor]
-    """What should come out, worked out in fp32 from the same tensors."""
+    kernel: str
+    function: Callable[..., Any]
+    tensors: Mapping[str, torch.Tensor | None]
+    out: torch.Tensor
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, values: Mapping[str, Any]) -> torch.Tensor:
+        """Launches with the fields of a configuration and returns the output.
+
+        Raises:
+            ValueError: ``values`` are not the fields of such a configuration.
+        """
+        config = make_config(CONFIGS[self.kernel], values)
+        if config is None:
+            raise ValueError(f"values must be the fields of a configuration of {self.kernel}, got {dict(values)}")
+        self.function(**self.tensors, **self.options, out=self.out, config=config)
+        return self.out
+
+    def expected(self) -> torch.Tensor:
+        """Computes the result from the same tensors with the kernel's torch reference in fp32."""
+        floats = {
+            name: tensor.float() if tensor is not None and tensor.is_floating_point() else tensor
+            for name, tensor in self.tensors.items()
+        }
+        out = torch.empty_like(self.out, dtype=torch.float32)
+        with dispatch.use("reference"):
+            self.function(**floats, **self.options, out=out)
+        return out
 
 
 def prepare(task: Task, device: torch.device, *, filled: bool = True, hard: bool = False) -> Operation:
-    """The operation of ``task`` on ``device``.
+    """Makes the operation of ``task``.
 
     Args:
-        task: one of the kernels of :data:`CONFIGS`.
-        device: where its tensors lie.
-        filled: with numbers; otherwise they are left as they are, for launches that nobody looks at.
-        hard: with the numbers that are hardest to get right: large scores, segments of odd lengths.
+        task: its kernel is one of :data:`CONFIGS`.
+        device: where the tensors are allocated.
+        filled: fills the tensors with random numbers; otherwise they are left uninitialized, for compiling.
+        hard: uses the most difficult inputs: large scores, segments of odd lengths.
     """
     make = _Tensors(device, getattr(torch, task.dtype), filled)
-    return _MAKERS[task.kernel](task, make, hard)
+    if task.kernel == "attention.attention":
+        return _attention(task, make, hard)
+    return _MAKERS[task.kernel](task, make)
 
 
 @dataclass
@@ -74,189 +99,95 @@ class _Tensors:
             return torch.empty(shape, dtype=wanted, device=self.device)
         self.seed += 1
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        how: dict[str, Any] = {"generator": generator, "device": self.device}
+        options: dict[str, Any] = {"generator": generator, "device": self.device}
         if wanted == torch.uint8:
-            return torch.randint(0, 256, shape, dtype=torch.uint8, **how)
-        return (torch.randn(shape, **how) * scale).to(wanted)
+            return torch.randint(0, 256, shape, dtype=torch.uint8, **options)
+        return (torch.randn(shape, **options) * scale).to(wanted)
 
-    def padded(self, rows: int, width: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Rows that start at multiples of 16 elements, as a tower holds them."""
+    def aligned(self, rows: int, width: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Makes rows that start at multiples of 16 elements, as in a tower."""
         return self(rows, width + -width % 16, scale=scale, dtype=dtype)[:, :width]
 
 
-def _configured(task: Task, fields: Mapping[str, Any]) -> Any:
-    config = make_config(CONFIGS[task.kernel], fields)
-    if config is None:
-        raise ValueError(f"{dict(fields)} are not the fields of a configuration of {task.kernel}")
-    return config
+def _linear(task: Task, make: _Tensors) -> Operation:
+    rows, columns, inner = task.get("rows"), task.get("columns"), task.get("inner")
+    weight = make.aligned(columns * (2 if task.is_gated else 1), inner, inner**-0.5)
+    tensors = {
+        "x": make.aligned(rows, inner),
+        "weight": weight,
+        "bias": make(weight.shape[0]) if task.get("bias") else None,
+        "residual": make(rows, columns) if task.get("residual") else None,
+    }
+    return Operation(task.kernel, linear, tensors, make(rows, columns), {"activation": task.get("activation")})
 
 
-def _product(task: Task, make: _Tensors, hard: bool) -> Operation:
-    rows = task.fact("rows")
-    columns, inner, activation = task.fact("columns"), task.fact("inner"), task.fact("activation")
-    gated = activation is not None and "gated" in activation
-    x, weight = make.padded(rows, inner), make.padded(columns * (2 if gated else 1), inner, inner**-0.5)
-    bias = make(weight.shape[0]) if task.fact("bias") else None
-    residual = make(rows, columns) if task.fact("residual") else None
-    out = make(rows, columns)
-
-    def run(fields: Mapping[str, Any]) -> torch.Tensor:
-        config = _configured(task, fields)
-        return linear(x, weight, bias, activation=activation, residual=residual, out=out, config=config)
-
-    def expected() -> torch.Tensor:
-        y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        if activation == "silu_gated":
-            gate, up = y.chunk(2, 1)
-            y = torch.nn.functional.silu(gate) * up
-        elif activation == "silu_gated_interleaved":
-            y = torch.nn.functional.silu(y[:, ::2]) * y[:, 1::2]
-        elif activation is not None:
-            y = _ACTIVATIONS[activation](y)
-        return y if residual is None else y + residual.float()
-
-    return Operation(run, expected)
+def _qkv_projection(task: Task, make: _Tensors) -> Operation:
+    rows, columns, inner = task.get("rows"), task.get("columns"), task.get("inner")
+    angles = make(rows, task.get("head_dim") // 2, scale=3.0, dtype=torch.float32) if task.get("rotated") else None
+    tensors = {
+        "x": make.aligned(rows, inner),
+        "weight": make.aligned(columns, inner, inner**-0.5),
+        "bias": make(columns) if task.get("bias") else None,
+        "cosines": None if angles is None else angles.cos(),
+        "sines": None if angles is None else angles.sin(),
+    }
+    options = {name: task.get(name) for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
+    return Operation(task.kernel, qkv_projection, tensors, make(rows, columns), options)
 
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-}
-
-
-def _heads(task: Task, make: _Tensors, hard: bool) -> Operation:
-    rows = task.fact("rows")
-    shape = {name: task.fact(name) for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
-    heads, head_dim, padded, query_scale = shape.values()
-    columns, inner = task.fact("columns"), task.fact("inner")
-    x, weight = make.padded(rows, inner), make.padded(columns, inner, inner**-0.5)
-    bias = make(columns) if task.fact("bias") else None
-    cosines = sines = None
-    if task.fact("rotated"):
-        angles = make(rows, head_dim // 2, scale=3.0, dtype=torch.float32)
-        cosines, sines = angles.cos(), angles.sin()
-    out = make(rows, columns)
-
-    def run(fields: Mapping[str, Any]) -> torch.Tensor:
-        return qkv_projection(x, weight, bias, cosines, sines, **shape, out=out, config=_configured(task, fields))
-
-    def expected() -> torch.Tensor:
-        y = torch.nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        y[:, : columns // 3] *= query_scale
-        if cosines is None or sines is None:
-            return y
-        y = y.view(rows, 3, heads, padded or head_dim)
-        pairs = y[:, :2, :, :head_dim].unflatten(-1, (-1, 2))
-        cos, sin = cosines[:, None, None], sines[:, None, None]
-        first, second = pairs[..., 0], pairs[..., 1]
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
-        y = y.clone()
-        y[:, :2, :, :head_dim] = turned
-        return y.view(rows, columns)
-
-    return Operation(run, expected)
-
-
-def _patches(task: Task, make: _Tensors, hard: bool) -> Operation:
-    rows = task.fact("rows")
-    columns, inner, pixels = task.fact("columns"), task.fact("inner"), getattr(torch, task.fact("pixels"))
-    x, weight = make.padded(rows, inner, dtype=pixels), make.padded(columns, inner, inner**-0.5)
-    bias = make(columns) if task.fact("bias") else None
-    places: dict[str, Any] = {}
-    if task.fact("positions"):
-        index = torch.arange(rows, dtype=torch.int32, device=make.device) % 7
-        places = {"position_table": make(7, columns), "position_index": index}
-    out = make(rows, columns)
-
-    def run(fields: Mapping[str, Any]) -> torch.Tensor:
-        return patch_projection(x, weight, bias, **places, out=out, config=_configured(task, fields))
-
-    def expected() -> torch.Tensor:
-        shifted = x.float() - 128 if pixels == torch.uint8 else x.to(weight.dtype).float()
-        y = torch.nn.functional.linear(shifted, weight.float(), None if bias is None else bias.float())
-        return y + places["position_table"].float()[places["position_index"].long()] if places else y
-
-    return Operation(run, expected)
+def _patch_projection(task: Task, make: _Tensors) -> Operation:
+    rows, columns, inner = task.get("rows"), task.get("columns"), task.get("inner")
+    pixels = make.aligned(rows, inner, dtype=getattr(torch, task.get("pixels")))
+    weight = make.aligned(columns, inner, inner**-0.5)
+    if pixels.is_floating_point():
+        # The kernel rounds pixels to the weight's dtype; the fp32 reference would not.
+        pixels = pixels.to(weight.dtype).to(pixels.dtype)
+    tensors = {"x": pixels, "weight": weight, "bias": make(columns) if task.get("bias") else None}
+    if task.get("positions"):
+        tensors["position_table"] = make(7, columns)
+        tensors["position_index"] = torch.arange(rows, dtype=torch.int32, device=make.device) % 7
+    return Operation(task.kernel, patch_projection, tensors, make(rows, columns))
 
 
 def _attention(task: Task, make: _Tensors, hard: bool) -> Operation:
-    heads, head_dim, width = task.fact("heads"), task.fact("head_dim"), task.fact("width")
-    length, bound = task.fact("longest"), task.fact("bounded")
-    total = max(length, task.fact("rows") // length * length)
-    lengths = [length] * (total // length)
+    heads, head_dim, width = task.get("heads"), task.get("head_dim"), task.get("width")
+    longest = task.get("longest")
+    lengths = [longest] * max(1, task.get("rows") // longest)
     if hard:
-        # Lengths that divide into no blocks, and the shortest there are; none longer than what is promised.
-        lengths = [max(1, each) for each in (length, length - 1, length // 2 + 3, 1) if each <= length]
-    segments = Segments.from_lengths(lengths)
+        # Lengths that no block size divides, and the shortest one; none exceeds the promised bound.
+        lengths = [max(1, each) for each in (longest, longest - 1, longest // 2 + 3, 1) if each <= longest]
     total = sum(lengths)
     qkv = make(total, 3, heads, width)
-    if hard and make.filled:
-        qkv[:, 0] *= HARD_SCORES
-    if width > head_dim and make.filled:
-        qkv[..., head_dim:] = 0
-        qkv[:, 1:, :, head_dim] = 1
-    q, k, v = qkv.unbind(1)
-    out = make(total, heads, head_dim)
-    options: dict[str, Any] = {"length_bound": bound or None}
+    scale = head_dim**-0.5
+    options: dict[str, Any] = {"segments": Segments.from_lengths(lengths), "length_bound": task.get("bounded") or None}
+    if make.filled:
+        qkv[:, 0] *= (HARD_SCORES if hard else 1.0) * (scale * math.log2(math.e) if task.get("queries_scaled") else 1.0)
     if width > head_dim:
         options["columns"] = head_dim
-    scale = head_dim**-0.5
-    if task.fact("queries_scaled"):
         if make.filled:
-            qkv[:, 0] *= scale * math.log2(math.e)
-        scale, options["queries_scaled"] = math.log(2), True
-    else:
-        options["scale"] = scale
-
-    def run(fields: Mapping[str, Any]) -> torch.Tensor:
-        return flash_attention_varlen(q, k, v, segments, **options, out=out, config=_configured(task, fields))
-
-    def expected() -> torch.Tensor:
-        parts = []
-        for part in qkv[..., :head_dim].split(lengths):
-            query, key, value = (each.transpose(0, 1).float() for each in part.unbind(1))
-            # Head by head: the scores of all heads of a long segment would fill the memory.
-            mixed = [torch.softmax(query[head] @ key[head].T * scale, -1) @ value[head] for head in range(heads)]
-            parts.append(torch.stack(mixed, 1))
-        return torch.cat(parts)
-
-    return Operation(run, expected)
+            qkv[..., head_dim:] = 0
+            qkv[:, 1:, :, head_dim] = 1
+    options |= {"queries_scaled": True} if task.get("queries_scaled") else {"scale": scale}
+    tensors = dict(zip("qkv", qkv.unbind(1), strict=True))
+    return Operation(task.kernel, flash_attention_varlen, tensors, make(total, heads, head_dim), options)
 
 
-def _norm(task: Task, make: _Tensors, hard: bool) -> Operation:
-    rows = task.fact("rows")
-    width, kind, rounding = task.fact("width"), task.fact("kind"), task.fact("rounding")
-    x, weight = make(rows, width), make(width)
-    bias = make(width) if kind == "layer_norm" else None
-    residual = make(rows, width) if task.fact("residual") else None
-    residual_out = None if residual is None else make(rows, width)
-    out = make(rows, width)
-
-    def run(fields: Mapping[str, Any]) -> torch.Tensor:
-        options: dict[str, Any] = {"residual": residual, "residual_out": residual_out, "out": out}
-        norm(x, weight, bias, kind=kind, eps=1e-6, rounding=rounding, **options, config=_configured(task, fields))
-        return out
-
-    def expected() -> torch.Tensor:
-        rows_in = x if residual is None else x + residual
-        values, scale = rows_in.float(), weight.float()
-        if kind == "layer_norm":
-            values = values - values.mean(1, keepdim=True)
-        values = values * torch.rsqrt(values.square().mean(1, keepdim=True) + 1e-6)
-        if rounding == "before_weight":
-            values = values.to(x.dtype).float()
-        values = values * (scale + 1 if kind == "gemma_rms_norm" else scale)
-        return values if bias is None else values + bias.float()
-
-    return Operation(run, expected)
+def _norm(task: Task, make: _Tensors) -> Operation:
+    rows, width, kind = task.get("rows"), task.get("width"), task.get("kind")
+    tensors = {
+        "x": make(rows, width),
+        "weight": make(width),
+        "bias": make(width) if kind == "layer_norm" else None,
+    }
+    if task.get("residual"):
+        tensors |= {"residual": make(rows, width), "residual_out": make(rows, width)}
+    options = {"kind": kind, "eps": 1e-6, "rounding": task.get("rounding")}
+    return Operation(task.kernel, norm, tensors, make(rows, width), options)
 
 
-_MAKERS: dict[str, Callable[[Task, _Tensors, bool], Operation]] = {
-    "attention.attention": _attention,
-    "gemm.linear": _product,
+_MAKERS: dict[str, Callable[[Task, _Tensors], Operation]] = {
+    "gemm.linear": _linear,
     "rowwise.norm": _norm,
-    "gemm.patch_projection": _patches,
-    "gemm.qkv_projection": _heads,
+    "gemm.patch_projection": _patch_projection,
+    "gemm.qkv_projection": _qkv_projection,
 }

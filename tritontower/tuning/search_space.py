@@ -1,14 +1,14 @@
-"""What may be tried: the configurations of a task on an architecture, the likeliest first.
+"""Search space: the configurations of a task on an architecture, in the order in which they are compiled.
 
-The order is that of the model (:mod:`.predict`), fed with a guess of what each will compile to; it decides only which are
-compiled at all.  Configurations that cannot work (more shared memory than there is, more accumulators than registers) are
-left out.
+The order is by load: work of the busiest multiprocessor, in matrix multiply-adds.  It decides only which configurations are
+compiled; what is fastest is measured.  Configurations that cannot work (more shared memory or accumulators than there are)
+are left out.
 
-A row's numbers depend on its own segment and on the configuration; and the configuration on the size of the pass.  Where
-fields decide in which order a row's sums are taken, attention, norms and the patch projection have them in common for all
-sizes (:func:`uniform`), so there an image's numbers do not depend on what it is packed with.  Other products are the
-exception: each number of rows may have another tile, and up to :data:`~tritontower.kernels.runtime.registry.SPLIT_ROWS` rows their K
-may be cut, in another number of parts for another number of rows; sums of parts differ from whole ones in the last bits.
+A row's result depends on its own segment and on the configuration, and the configuration depends on the size of the batch.
+For attention, norms and the patch projection, the fields that decide the order of a row's sums are therefore the same for
+all sizes (:func:`shared_fields`), so an image's embedding does not depend on the rest of the batch.  Other matmuls are the
+exception: each number of rows may have another tile, and up to
+:data:`~tritontower.kernels.runtime.registry.SPLIT_ROWS` rows their K may be split; such sums differ in the last bits.
 """
 
 import itertools
@@ -27,275 +27,203 @@ from tritontower.kernels.runtime.config import SHARED_MEMORY_LIMIT
 from tritontower.kernels.runtime.registry import SPLIT_ROWS
 
 from .operations import CONFIGS
-from .predict import CHIPS, Compiled, Prediction, attention_time, product_time, rows_time
 from .tasks import Task
 
-__all__ = ["candidates", "default_fields", "guess", "predict", "prediction", "uniform"]
+Values = dict[str, Any]
+"""Fields of a configuration."""
 
-Fields = dict[str, Any]
-
-_PRODUCTS = ("gemm.linear", "gemm.patch_projection", "gemm.qkv_projection")
-_COPY_ENGINE = ("sm_90", "sm_100")
+_MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
+"""Of the usual part of each architecture (A100, L40S, H200, B200, MI300X, MI355X)."""
+_HAS_TMA = ("sm_90", "sm_100")
 _ACCUMULATORS = 128
-"""fp32 sums that a thread may hold; the rest of its 255 registers is for operands, addresses and the epilogue."""
+"""Largest number of fp32 sums in a thread; the rest of its 255 registers holds operands, addresses and the epilogue."""
 _SPLITS = (1, 2, 3, 4, 6, 8)
+_MULTIPLY_ADDS_PER_OPERAND = 96
+"""Multiply-adds that tensor cores do while the L2 cache delivers one 16-bit operand (about 60 on A100, 120 on H200)."""
 
 
-def uniform(kernel: str, architecture: str) -> tuple[str, ...]:
-    """The fields of a kernel's configurations that all sizes of a task have in common."""
+def shared_fields(kernel: str, architecture: str) -> tuple[str, ...]:
+    """Returns the fields of a kernel's configurations that are the same for all sizes of a launch."""
     if kernel == "rowwise.norm":
         return ("rows", "num_warps")
     if kernel == "gemm.patch_projection":
         return ("block_inner", "split")
     if kernel == "attention.attention":
-        # Where the compiler lays the tiles of different heights out differently across lanes, these count as well.
+        # Elsewhere the compiler distributes tiles of different heights differently across lanes.
         layout = () if architecture in ("sm_80", "sm_89", "sm_90") else ("block_queries", "num_warps")
         return ("variant", "block_keys", *layout)
     return ()
 
 
-def default_fields(task: Task, architecture: str) -> Fields:
-    """The fields of the configuration that is taken where no table has any."""
+def default_values(task: Task, architecture: str) -> Values:
+    """Returns the fields of the kernel's default configuration."""
     dtype = getattr(torch, task.dtype)
+    options: dict[str, Any] = {"dtype": dtype, "architecture": architecture}
     config: Any
     if task.kernel == "attention.attention":
+        bound = task.get("bounded") or None
         config = attention.default_config(
-            task.fact("head_dim"),
-            dtype,
-            architecture,
-            longest=task.fact("longest"),
-            length_bound=task.fact("bounded") or None,
+            task.get("head_dim"), dtype, architecture, longest=task.get("longest"), length_bound=bound
         )
     elif task.kernel == "rowwise.norm":
-        config = norm.default_config(task.fact("width"), architecture)
+        config = norm.default_config(task.get("width"), architecture)
     elif task.kernel == "gemm.patch_projection":
-        config = patch_projection.default_config(dtype=dtype, architecture=architecture)
-    elif task.kernel == "gemm.qkv_projection":
-        config = qkv_projection.default_config(
-            task.fact("rows"), task.fact("columns"), task.fact("inner"), dtype=dtype, architecture=architecture
-        )
+        config = patch_projection.default_config(**options)
     else:
-        config = linear_default(
-            task.fact("rows"),
-            task.fact("columns"),
-            task.fact("inner"),
-            dtype=dtype,
-            activation=task.fact("activation"),
-            residual=task.fact("residual"),
-            architecture=architecture,
-        )
+        shape: Any = task.get("rows"), task.get("columns"), task.get("inner")
+        if task.kernel == "gemm.qkv_projection":
+            config = qkv_projection.default_config(*shape, **options)
+        else:
+            options |= {"activation": task.get("activation"), "residual": task.get("residual")}
+            config = linear_default(*shape, **options)
     return asdict(config)
 
 
-def candidates(task: Task, architecture: str, *, measured: bool = False) -> list[Fields]:
-    """The configurations to try, the likeliest first.
+def list_candidates(task: Task, architecture: str) -> list[Values]:
+    """Lists the configurations to try: the default, the vendor GEMM, then the others in the order of their load.
 
-    Args:
-        task: what is tuned.
-        architecture: for which chips.
-        measured: whether each will be checked and timed on the GPU itself; only then those are listed that nothing but
-            that can vouch for: the vendor's own product, and the specialized variant of attention.
+    Candidates of the same kind are spread: two of each value of the shared fields (so that every size has a candidate for
+    any value), or one of each tile and way to load it (if one spills, its variants rarely do better) come first.
     """
+    default = default_values(task, architecture)
     makers = {"attention.attention": _attention, "rowwise.norm": _norm}
-    kind = CONFIGS[task.kernel]
-    found = [
-        asdict(kind(**fields))
-        for fields in makers.get(task.kernel, _product)(task, architecture)
-        if measured or fields.get("variant") != "specialized"
-    ]
-    ranked = sorted(found, key=lambda fields: predict(task, architecture, fields, guess(task, architecture, fields)))
-    # (The library neither rotates nor scales the heads of a projection, one of which a tower always asks for.)
-    if measured and task.kernel == "gemm.linear" and "gated" not in str(task.fact("activation")):
-        ranked.append(default_fields(task, architecture) | {"vendor": True})
-    return ranked
+    found = [asdict(CONFIGS[task.kernel](**values)) for values in makers.get(task.kernel, _gemm)(task, architecture)]
+    found.sort(key=lambda values: _load(task, architecture, values))
+    shared = shared_fields(task.kernel, architecture)
+    seen: dict[tuple[Any, ...], int] = {}
+    first: list[Values] = []
+    rest: list[Values] = []
+    for values in found:
+        kind = tuple(
+            values.get(name) for name in shared or ("block_rows", "block_columns", "num_warps", "operands")
+        )  # fmt: skip
+        seen[kind] = seen.get(kind, 0) + 1
+        (first if seen[kind] <= (2 if shared else 1) else rest).append(values)
+    # A vendor GEMM neither rotates nor scales the heads of a projection, and has no gated epilogue.
+    vendor = [default | {"vendor": True}] if task.kernel == "gemm.linear" and not task.is_gated else []
+    unique = {tuple(sorted(values.items())): values for values in (default, *vendor, *first, *rest)}
+    return list(unique.values())
 
 
-# -- spaces -----------------------------------------------------------------------------------------------------------
-
-
-def _product(task: Task, architecture: str) -> Iterator[Fields]:
-    factors, size = _factors(task), _itemsize(task)
+def _gemm(task: Task, architecture: str) -> Iterator[Values]:
+    size = _itemsize(task)
     tiles: Sequence[tuple[int, int]] = (
         (128, 256), (256, 128), (128, 128), (64, 256), (64, 128), (128, 64), (64, 64), (16, 128)
     )  # fmt: skip
-    depths, stages = (32, 64), (3, 4)
+    depths: Sequence[int] = (32, 64)
+    stages: Sequence[int] = (3, 4)
     if size == 4:
         tiles, depths, stages = ((64, 64), (64, 32), (32, 64), (32, 32)), (16, 32), (2, 3)
     elif architecture.startswith("gfx"):
-        stages = (2, 2)
-    elif architecture in _COPY_ENGINE:
+        stages = (2,)
+    elif architecture in _HAS_TMA:
         depths = (64, 128)
-    operands = ("pointers", "descriptors") if architecture in _COPY_ENGINE and _aligned(task) else ("pointers",)
+    # TMA reads rows that start at multiples of 16 bytes; rows of uint8 pixels need not.
+    aligned = task.kernel != "gemm.patch_projection" or task.get("pixels") == task.dtype
+    operands = ("descriptors", "pointers") if architecture in _HAS_TMA and aligned else ("pointers",)
     splits = (1,) if task.kernel == "gemm.patch_projection" else _SPLITS
-    for (rows, columns), depth, stage, warp, read, split in itertools.product(
-        tiles, depths, sorted(set(stages)), (4, 8), operands, splits
+    factor = 2 if task.is_gated else 1
+    for (rows, columns), depth, stage, warps, read, split in itertools.product(
+        tiles, depths, stages, (4, 8), operands, splits
     ):
         memory = stage * (rows + columns) * depth * size
-        held = rows * columns / (warp * CHIPS[architecture].warp)
-        if columns // factors < 16 or memory > SHARED_MEMORY_LIMIT[architecture] or not 8 <= held <= _ACCUMULATORS:
+        accumulators = rows * columns / (warps * _warp_size(architecture))
+        if columns // factor < 16 or memory > SHARED_MEMORY_LIMIT[architecture]:
             continue
-        if split > 1 and not _worth_splitting(task, architecture, rows, columns // factors, split):
+        # Hopper's and Blackwell's tensor cores take at least 64 rows at a time.
+        if rows < 64 and architecture in _HAS_TMA:
             continue
-        if architecture in _COPY_ENGINE and rows < 64:
-            # Its tensor cores take at least 64 rows at a time.
+        if not 8 <= accumulators <= _ACCUMULATORS or not _can_split(task, architecture, rows, columns // factor, split):
             continue
         yield {
             "block_rows": rows,
-            "block_columns": columns // factors,
+            "block_columns": columns // factor,
             "block_inner": depth,
             "group_rows": 8,
-            "num_warps": warp,
+            "num_warps": warps,
             "num_stages": stage,
             "split": split,
             "operands": read,
         }
 
 
-def _worth_splitting(task: Task, architecture: str, rows: int, columns: int, split: int) -> bool:
-    """Whether the tiles alone leave multiprocessors idle, and each part keeps enough of K to repay its sums."""
-    if task.fact("rows") > SPLIT_ROWS:
-        return False
-    tiles = -(-task.fact("rows") // rows) * -(-task.fact("columns") // columns)
-    return bool(tiles * (split - 1) < 2 * CHIPS[architecture].multiprocessors and task.fact("inner") // split >= 256)
+def _can_split(task: Task, architecture: str, rows: int, columns: int, split: int) -> bool:
+    """Returns whether the tiles alone leave multiprocessors idle, and each part keeps enough of K to repay its sums."""
+    if split == 1:
+        return True
+    tiles = -(-task.get("rows") // rows) * -(-task.get("columns") // columns)
+    is_idle = tiles * (split - 1) < 2 * _MULTIPROCESSORS[architecture]
+    return bool(task.get("rows") <= SPLIT_ROWS and is_idle and task.get("inner") // split >= 256)
 
 
-def _attention(task: Task, architecture: str) -> Iterator[Fields]:
+def _attention(task: Task, architecture: str) -> Iterator[Values]:
     if _itemsize(task) == 4:
-        yield default_fields(task, architecture)
+        yield default_values(task, architecture)
         return
-    nvidia, bound = architecture.startswith("sm_"), task.fact("bounded")
+    is_nvidia, bound = architecture.startswith("sm_"), task.get("bounded")
     variants = ["online"]
     if architecture in fixed_max.ARCHITECTURES:
-        variants.append("fixed")
-    if bound and bound <= 128:
-        variants.append("single_block")
+        variants.insert(0, "fixed")
     if architecture == "sm_90":
-        variants.append("specialized")
+        variants.insert(0, "specialized")
+    if bound and bound <= 128:
+        variants.insert(0, "single_block")
     for variant, queries, keys, warps, stages in itertools.product(
-        variants, (64, 128), (32, 64, 128), (4, 8), (1, 2, 3) if nvidia else (1,)
+        variants, (128, 64), (128, 64, 32), (4, 8), (2, 3, 1) if is_nvidia else (1,)
     ):
-        if queries == 64 and warps == 8:
+        single_block = variant == "single_block"
+        if (queries == 64 and warps == 8) or (variant == "specialized" and (queries, warps) != (128, 4)):
             continue
-        if variant == "specialized" and (queries, warps) != (128, 4):
-            continue
-        if variant == "single_block" and (keys < bound or stages > 1):
-            # All keys are one block: there is no loop whose loads could run ahead.
-            continue
-        if variant != "single_block" and stages == 1 and nvidia:
+        # A single block of keys has no loop whose loads could run ahead; all other variants need two stages on NVIDIA.
+        if (single_block and (keys < bound or stages > 1)) or (not single_block and stages == 1 and is_nvidia):
             continue
         if bound and queries >= 2 * max(64, bound):
             continue
-        width = sum(split_head_dim(task.fact("width"), getattr(torch, task.dtype)))
-        memory = 2 * (queries + 2 * stages * keys) * width
-        if memory > SHARED_MEMORY_LIMIT[architecture]:
-            continue
-        yield {
-            "block_queries": queries,
-            "block_keys": keys,
-            "num_warps": warps,
-            "num_stages": stages,
-            "variant": variant,
-        }
+        if 2 * (queries + 2 * stages * keys) * _head_width(task) <= SHARED_MEMORY_LIMIT[architecture]:
+            yield {
+                "block_queries": queries,
+                "block_keys": keys,
+                "num_warps": warps,
+                "num_stages": stages,
+                "variant": variant,
+            }
 
 
-def _norm(task: Task, architecture: str) -> Iterator[Fields]:
+def _norm(task: Task, architecture: str) -> Iterator[Values]:
     for rows, warps in itertools.product((1, 2, 4, 8), (1, 2, 4, 8)):
-        # Values of a thread: from one 16-byte load to what registers hold easily.
-        if 4 <= rows * task.fact("width") / (32 * warps) <= 64:
+        # From one 16-byte load per thread to as many values as its registers hold.
+        if 4 <= rows * task.get("width") / (32 * warps) <= 64:
             yield {"rows": rows, "num_warps": warps}
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
-
-
-def predict(task: Task, architecture: str, fields: Mapping[str, Any], compiled: Compiled) -> float:
-    """The predicted microseconds of one launch."""
-    return prediction(task, architecture, fields, compiled).microseconds
-
-
-def prediction(task: Task, architecture: str, fields: Mapping[str, Any], compiled: Compiled) -> Prediction:
-    """What one launch should take."""
-    size = _itemsize(task)
-    if task.kernel == "attention.attention":
-        return attention_time(
-            architecture,
-            compiled,
-            rows=task.fact("rows"),
-            length=task.fact("longest"),
-            heads=task.fact("heads"),
-            head_dim=task.fact("head_dim"),
-            computed_dim=sum(split_head_dim(task.fact("width"), getattr(torch, task.dtype))),
-            block_queries=fields["block_queries"],
-            block_keys=fields["block_keys"],
-            itemsize=size,
-        )
+def _load(task: Task, architecture: str, values: Mapping[str, Any]) -> float:
+    """Returns the work of the busiest multiprocessor in multiply-adds, with the padding of partial tiles."""
     if task.kernel == "rowwise.norm":
-        return rows_time(
-            architecture,
-            compiled,
-            rows=task.fact("rows"),
-            width=task.fact("width"),
-            block_rows=fields["rows"],
-            itemsize=size,
-            streams=4 if task.fact("residual") else 2,
-        )
-    return product_time(
-        architecture,
-        compiled,
-        rows=task.fact("rows"),
-        columns=task.fact("columns"),
-        inner=task.fact("inner"),
-        block_rows=fields["block_rows"],
-        block_columns=fields["block_columns"],
-        block_inner=fields["block_inner"],
-        factors=_factors(task),
-        itemsize=size,
-        split=fields.get("split", 1),
-        residual=bool(dict(task.constants).get("residual")),
-    )
-
-
-def guess(task: Task, architecture: str, fields: Mapping[str, Any]) -> Compiled:
-    """What a configuration should compile to, by what others did."""
-    chip = CHIPS[architecture]
-    threads = fields["num_warps"] * chip.warp
-    if task.kernel == "rowwise.norm":
-        held = fields["rows"] * task.fact("width") / threads
-        return Compiled(threads, threads, max(1, 2048 // threads), 0, 60 + 12 * held)
+        return 0.0
+    processors = _MULTIPROCESSORS[architecture]
     if task.kernel == "attention.attention":
-        queries, keys = fields["block_queries"], fields["block_keys"]
-        width = sum(split_head_dim(task.fact("width"), getattr(torch, task.dtype)))
-        per_score = 4.3 + 1.3 * width / keys if fields["variant"] == "fixed" else 5.9 + 2.2 * width / keys
-        memory = 2 * (queries + 2 * fields["num_stages"] * keys) * width
-        held = queries * (width + keys) / threads + 60
-        return Compiled(
-            threads, threads, _fitting(architecture, threads, held, memory), per_score * queries * keys / threads, 600
-        )
-    factors = _factors(task)
-    tile = fields["block_rows"] + fields["block_columns"] * factors
-    memory = fields["num_stages"] * tile * fields["block_inner"] * _itemsize(task)
-    held = fields["block_rows"] * fields["block_columns"] * factors / threads
-    copies = 0.0
-    if fields.get("operands") != "descriptors":
-        copies = 3.0 * tile * fields["block_inner"] * _itemsize(task) / 16 / threads
-    return Compiled(threads, threads, _fitting(architecture, threads, held + 70, memory), 50 + copies, 200 + 10 * held)
+        length, width = task.get("longest"), _head_width(task)
+        queries, keys = values["block_queries"], -(-length // values["block_keys"]) * values["block_keys"]
+        programs = max(1, task.get("rows") // length) * task.get("heads") * -(-length // queries)
+        work = 2 * width * keys * max(queries, _MULTIPLY_ADDS_PER_OPERAND)
+        return float(-(-programs // processors) * work)
+    factor, split = 2 if task.is_gated else 1, values["split"]
+    rows, columns = values["block_rows"], values["block_columns"]
+    programs = -(-task.get("rows") // rows) * -(-task.get("columns") // columns) * split
+    work = max(rows * columns * factor, _MULTIPLY_ADDS_PER_OPERAND * (rows + columns * factor))
+    load = -(-programs // processors) * work * task.get("inner") / split
+    # Each part writes its fp32 sums and reads them again: four 16-bit operands.
+    sums = 4 * split * task.get("rows") * task.get("columns") * factor if split > 1 else 0
+    return float(load + sums * _MULTIPLY_ADDS_PER_OPERAND / processors)
 
 
-def _fitting(architecture: str, threads: int, registers: float, memory: int) -> int:
-    per_processor = 65536 * (4 if architecture.startswith("gfx") else 1)
-    by_registers = int(per_processor // (threads * min(255.0, registers)))
-    return max(1, min(by_registers, SHARED_MEMORY_LIMIT[architecture] // max(1, memory)))
+def _head_width(task: Task) -> int:
+    return sum(split_head_dim(task.get("width"), getattr(torch, task.dtype)))
 
 
-def _factors(task: Task) -> int:
-    activation = dict(task.constants).get("activation")
-    return 2 if activation is not None and "gated" in activation else 1
+def _warp_size(architecture: str) -> int:
+    return 64 if architecture.startswith("gfx") else 32
 
 
 def _itemsize(task: Task) -> int:
-    return int(torch.empty(0, dtype=getattr(torch, task.dtype)).element_size())
-
-
-def _aligned(task: Task) -> bool:
-    """Whether rows of the operands start where the copy engine can read: 16 bytes, padding included."""
-    return task.kernel != "gemm.patch_projection" or task.fact("pixels") == task.dtype
+    return int(getattr(torch, task.dtype).itemsize)

@@ -1,11 +1,10 @@
-"""Tables on disk: what was chosen becomes entries, merged with what a file holds already.
+"""Writing of tables: choices become entries, which are merged into the entries of a file.
 
-A table is replaced in one step (a file beside it, then a rename) and under a lock, so that a reader never sees half of one
+A table is replaced in one step (a temporary file, then a rename) and under a lock, so that a reader never sees half of one
 and two writers do not lose each other's entries.
 """
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,40 +14,19 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from tritontower.engine import tuned_tables as tables
+from tritontower.engine import tuned_tables
 from tritontower.engine.tuned_tables import Identity
 from tritontower.errors import UsageError, shorten
 from tritontower.kernels.runtime.registry import bucket
 
-from .predict import CHIPS
-from .search_space import uniform
-from .tuner import Candidate, Choice
-
-__all__ = [
-    "Merged",
-    "entries_of",
-    "merge",
-    "read_checked",
-    "replace_table",
-    "static_identity",
-    "table_key",
-    "table_text",
-]
+from .candidate import Choice
+from .search_space import shared_fields
 
 _LOCK_SECONDS = 60.0
 
 
-def static_identity(architecture: str) -> Identity:
-    """The identity of a table that belongs to an architecture and to no GPU."""
-    chip = architecture.removeprefix("sm_")
-    capability = f"{chip[:-1]}.{chip[-1]}" if architecture.startswith("sm_") else architecture
-    return Identity(
-        gpu="", architecture=architecture, capability=capability, multiprocessors=CHIPS[architecture].multiprocessors
-    )
-
-
 def table_key(identity: Identity, ptxas: str | None = None) -> dict[str, Any]:
-    """What a table says of where its entries come from."""
+    """Returns the key of a table: the GPU and the compiler versions."""
     import triton
 
     return {
@@ -61,17 +39,16 @@ def table_key(identity: Identity, ptxas: str | None = None) -> dict[str, Any]:
     }
 
 
-def entries_of(choices: Sequence[Choice], date: str | None = None) -> list[dict[str, Any]]:
-    """The choices as a table holds them."""
+def make_entries(choices: Sequence[Choice], date: str | None = None) -> list[dict[str, Any]]:
+    """Converts choices to the entries of a table."""
     import triton
 
-    day = date or datetime.now(UTC).date().isoformat()
     entries = []
     for choice in choices:
-        task, best = choice.task, choice.best
-        source = tables.source_digest(task.kernel)
+        task, best, runner_up = choice.task, choice.best, choice.runner_up
+        source = tuned_tables.source_digest(task.kernel)
         if source is None:
-            raise ValueError(f"there is no kernel file {task.kernel!r}")
+            raise ValueError(f"the kernel of a task must be a module under kernels/, got {task.kernel!r}")
         entries.append(
             {
                 "kernel": task.kernel,
@@ -81,94 +58,73 @@ def entries_of(choices: Sequence[Choice], date: str | None = None) -> list[dict[
                 "constants": dict(task.constants),
                 "sizes": dict(task.sizes),
                 "config": dict(best.config),
-                "microseconds": _rounded(best.microseconds),
-                "runner_up": _runner_up(choice.runner_up),
+                "microseconds": round(best.cost, 2),
+                "runner_up": runner_up and {"config": dict(runner_up.config), "microseconds": round(runner_up.cost, 2)},
                 "verified": best.error,
-                "date": day,
+                "date": date or datetime.now(UTC).date().isoformat(),
             }
         )
     return entries
 
 
-def _positive(facts: Mapping[str, float]) -> dict[str, float]:
-    return {name: round(value, 2) for name, value in facts.items() if value}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, 2)
-
-
-def _static(candidate: Candidate) -> dict[str, int] | None:
-    if candidate.compile_result is None or not candidate.compile_result.launches:
-        return None
-    main = candidate.compile_result.main
-    return {"registers": main.registers, "spills": main.spills, "shared_memory": main.shared_memory}
-
-
-def _runner_up(candidate: Candidate | None) -> dict[str, Any] | None:
-    if candidate is None:
-        return None
-    return {"config": dict(candidate.config), "microseconds": _rounded(candidate.microseconds)}
-
-
 def table_text(key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
-    """The table as a file holds it: an entry a line, in an order of its own, so that versions can be compared."""
+    """Formats a table with one sorted entry per line, so that versions can be compared."""
     lines = sorted(json.dumps(entry, sort_keys=True, ensure_ascii=False) for entry in entries)
-    head = json.dumps({"schema": tables.SCHEMA, "key": key}, ensure_ascii=False)[:-1]
+    head = json.dumps({"schema": tuned_tables.SCHEMA, "key": key}, ensure_ascii=False)[:-1]
     return head + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def read_checked(path: Path) -> tables.Table:
-    """The table in ``path``.
+def read_checked(path: Path) -> tuned_tables.Table:
+    """Reads the table in ``path``.
 
     Raises:
-        UsageError: there is none, with the reason.
+        UsageError: the file is not a table; the message has the reason.
     """
     try:
-        return tables.read_table(path)
+        return tuned_tables.read_table(path)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UsageError(f"{shorten(str(path), 200)} is no table of tuned configurations: {reason}") from error
 
 
 class Merged(NamedTuple):
-    """What became of a table and of the entries that were put into it."""
+    """Numbers of entries after a merge."""
 
     held: int
-    """Entries that the table holds now."""
+    """Entries in the table."""
     added: int
-    """Those of them that are new."""
+    """New entries among them."""
     given_up: int
-    """Entries for other sizes that the table held before and that do not agree with the new ones."""
+    """Previous entries for other sizes that disagreed with the new ones and were removed."""
 
 
 def merge(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> Merged:
-    """Puts ``entries`` into the table in ``path``.
+    """Merges ``entries`` into the table in ``path``.
 
-    An entry takes the place of one of the same kernel, dtype, constants and buckets of sizes, unless that one is worth
-    more: what counts here (source, Triton) more than what does not, and a measured one more than a predicted one.
+    An entry replaces the entry of the same kernel, dtype, constants and buckets of sizes, unless it is stale (another source
+    or Triton) and that one is current.
 
-    Entries of one launch for several sizes have fields in common (:func:`~tritontower.tuning.search_space.uniform`), and a table
-    never holds two values of them.  Of two that do not agree, the one that is worth more stays; of two that are worth the
-    same, the new one, and of two new ones that for the larger sizes.
+    Entries of one launch for several sizes have fields in common (:func:`~tritontower.tuning.search_space.shared_fields`),
+    and a table never has two values of them.  Of two entries that disagree, a current one stays rather than a stale one,
+    then the new one, then the one for the larger sizes.
 
-    A file that is no table is kept beside the new one, as ``….broken``.
+    A file that is not a table is renamed to ``….broken``.
 
     Raises:
-        ValueError: the entries could not be read back.
-        OSError: the folder cannot be written, or another process holds the table for a minute.
+        ValueError: the entries break the schema.
+        OSError: the folder cannot be written, or another process holds the lock for a minute.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
         known: Sequence[Mapping[str, Any]] = ()
         try:
-            known = tables.read_table(path).entries
+            known = tuned_tables.read_table(path).entries
         except FileNotFoundError:
             pass
         except ValueError:
             os.replace(path, path.with_name(f"{path.name}.broken"))
-        # What is worth the most comes last, of that the new, of those the largest sizes; and what comes last counts.
-        ranked = sorted([*sorted(known, key=_sizes), *sorted(entries, key=_sizes)], key=_worth)
+        # Current entries come last, of these the new ones, of these the largest sizes; the last one wins.
+        ranked = sorted([*sorted(known, key=_sizes), *sorted(entries, key=_sizes)], key=tuned_tables.is_current)
         merged = {_place(entry): entry for entry in ranked}
         kept = _agreeing(list(merged.values()), ranked, key["architecture"])
         replace_table(path, key, kept)
@@ -180,20 +136,16 @@ def merge(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any
 def _agreeing(
     entries: Sequence[Mapping[str, Any]], ranked: Sequence[Mapping[str, Any]], architecture: str
 ) -> list[Mapping[str, Any]]:
-    """Those of ``entries`` whose common fields are those of the last in ``ranked`` that belongs to the same launch."""
+    """Returns the entries whose shared fields equal those of the last entry in ``ranked`` for the same launch."""
 
     def launch(entry: Mapping[str, Any]) -> tuple[Any, ...]:
         return _place(entry)[:3]
 
     def common(entry: Mapping[str, Any]) -> list[Any]:
-        return [entry["config"].get(name) for name in uniform(entry["kernel"], architecture)]
+        return [entry["config"].get(name) for name in shared_fields(entry["kernel"], architecture)]
 
     wanted = {launch(entry): common(entry) for entry in ranked}
     return [entry for entry in entries if common(entry) == wanted[launch(entry)]]
-
-
-def _worth(entry: Mapping[str, Any]) -> tuple[bool, bool]:
-    return tables.is_current(entry), entry["microseconds"] is not None
 
 
 def _sizes(entry: Mapping[str, Any]) -> list[int]:
@@ -201,17 +153,17 @@ def _sizes(entry: Mapping[str, Any]) -> list[int]:
 
 
 def replace_table(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a table in one step, whatever stood there before.
+    """Writes a table in one step and reloads the tables of this process.
 
     Raises:
-        ValueError: the entries could not be read back.
+        ValueError: the entries break the schema.
         OSError: the folder cannot be written.
     """
     text = table_text(key, entries)
-    tables.check_table(json.loads(text))
+    tuned_tables.check_table(json.loads(text))
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, text)
-    tables.reload_tables()
+    tuned_tables.reload_tables()
 
 
 def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -224,7 +176,7 @@ def _replace(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        # What mkstemp makes is for its owner alone; a table is for whoever may read the folder.
+        # mkstemp makes a file that only its owner can read.
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

@@ -1,7 +1,7 @@
-"""What there is to tune in a tower: its graph and the sizes of its images → the distinct launches of its kernels.
+"""Tuning tasks of a tower: its graph and the sizes of its images give the distinct launches of its kernels.
 
-Two nodes whose launches the tables cannot tell apart (the same kernel, dtype, constants and buckets of sizes) are one
-task.  The names of constants and sizes are those with which the kernels ask :func:`tritontower.kernels.runtime.registry.tuned`.
+Nodes whose launches a table cannot tell apart (same kernel, dtype, constants and buckets of sizes) are one task.  Constants
+and sizes have the names with which the kernels call :func:`tritontower.kernels.runtime.registry.lookup`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,48 +17,63 @@ from tritontower.graph.fusion import DEFAULT_PASSES, KERNEL_PASSES, chunk_mlp, f
 from tritontower.graph.ir import Graph, Node, Workload
 from tritontower.kernels.runtime.registry import bucket, dtype_name
 
-__all__ = ["PATCHES", "Task", "tasks_of", "tower_graph"]
-
 PATCHES = (64, 256, 1024, 4096, 16384)
-"""Patches of a pass for which a tower is tuned unless others are asked for."""
+"""Default numbers of patches in a batch to tune for."""
 
-Facts = tuple[tuple[str, Any], ...]
+Pairs = tuple[tuple[str, Any], ...]
 
 _ROWS_THAT_MATTER = ("patches", "selected", "merged", "tokens")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of launch, as the tables see it, and what else has to be known to do it."""
+    """One kind of launch."""
 
     kernel: str
     dtype: str
-    constants: Facts
-    sizes: Facts
-    facts: Facts
-    """What the tables do not tell apart: heads, biases, the rows of all segments."""
+    constants: Pairs
+    sizes: Pairs
+    details: Pairs
+    """Shapes that a table does not tell apart: heads, biases, the rows of all segments."""
     node: str
-    """The first node of the graph that launches it, by its kind of name: without the number of its block."""
+    """Name of the first node that launches it, without the number of its block."""
     launches: int = 1
-    """How often one pass does."""
+    """Launches per forward pass."""
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What an entry of a table belongs to."""
+        """Kernel, dtype, constants and buckets of sizes, as in a table."""
         return self.kernel, self.dtype, self.constants, tuple((name, bucket(size)) for name, size in self.sizes)
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """What the task has in common with the same launch of other sizes."""
+        """Kernel, dtype and constants, which tasks of other sizes share."""
         return self.kernel, self.dtype, self.constants
 
-    def fact(self, name: str) -> Any:
-        """A constant, a size or a fact, by its name."""
-        return dict((*self.constants, *self.sizes, *self.facts))[name]
+    def get(self, name: str) -> Any:
+        """Returns a constant, a size or a detail."""
+        return dict((*self.constants, *self.sizes, *self.details))[name]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether each output column takes two columns of the weight."""
+        return "gated" in str(dict(self.constants).get("activation"))
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the matmuls of one launch, without padding; 0 for norms."""
+        if self.kernel == "rowwise.norm":
+            return 0.0
+        if self.kernel == "attention.attention":
+            length = self.get("longest")
+            segments = max(1, self.get("rows") // length)
+            return float(4 * segments * length**2 * self.get("heads") * self.get("head_dim"))
+        factor = 2 if self.is_gated else 1
+        return float(2 * self.get("rows") * self.get("columns") * self.get("inner") * factor)
 
     @property
     def title(self) -> str:
-        """What it is, in a table."""
+        """One line for a report."""
         sizes = ", ".join(f"{name} {value}" for name, value in self.sizes)
         shown = {name: value for name, value in self.constants if value not in (None, False)}
         if self.kernel in ("gemm.linear", "gemm.qkv_projection", "gemm.patch_projection"):
@@ -67,17 +82,17 @@ class Task:
         return f"{self.node}: {self.kernel}, {sizes}, {', '.join(words)}"
 
 
-def tower_graph(config: TowerConfig) -> Graph:
-    """The graph of a tower for still images as it runs where kernels run."""
+def build_tower_graph(config: TowerConfig) -> Graph:
+    """Builds the graph of a tower for still images, with the passes that run on a GPU."""
     return fold_still_images(fuse(build(config), (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)))
 
 
-def tasks_of(config: TowerConfig, patches: Sequence[int], dtype: torch.dtype) -> list[Task]:
-    """The distinct tasks of a tower's passes over images of ``patches`` patches each, in the order of the graph.
+def list_tasks(config: TowerConfig, patches: Sequence[int], dtype: torch.dtype) -> list[Task]:
+    """Lists the distinct tasks of batches with ``patches`` patches each, in the order of the graph.
 
-    A tower that sees images of one size only gets as many of them as come nearest to each of ``patches``.
+    A tower with a fixed image size gets the number of images that comes nearest to each of ``patches``.
     """
-    graph = tower_graph(config)
+    graph = build_tower_graph(config)
     found: dict[tuple[Any, ...], Task] = {}
     for count in patches:
         counts = [count]
@@ -108,7 +123,7 @@ def _size(task: Task) -> int:
 
 
 def _short(node: Node) -> str:
-    """A node's name without its block."""
+    """Returns a node's name without its block."""
     return node.name if node.block is None else node.name.split(".", 2)[2]
 
 
@@ -127,7 +142,7 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
         yield _linear(f"{name}.up", dtype, rows, widths, "_1", node.attributes["activation"], residual=False)
         yield _linear(f"{name}.down", dtype, rows, widths, "_2", None, residual=added)
     elif node.kind == "projector":
-        # Its norm takes the default: it runs once a pass, on rows that are read once.
+        # Its norm keeps the default: it runs once per forward pass.
         yield _linear(f"{name}.1", dtype, rows, widths, "_1", node.attributes["activation"], residual=False)
         yield _linear(f"{name}.2", dtype, rows, widths, "_2", None, residual=False)
     elif node.kind == "norm":
@@ -138,9 +153,9 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
         yield Task(
             "gemm.qkv_projection",
             dtype,
-            _facts(columns=columns, inner=inner, head_dim=attributes["head_dim"]),
-            _facts(rows=rows),
-            _facts(
+            _pairs(columns=columns, inner=inner, head_dim=attributes["head_dim"]),
+            _pairs(rows=rows),
+            _pairs(
                 heads=attributes["heads"],
                 padded_head_dim=attributes["padded_head_dim"],
                 bias="bias" in widths,
@@ -155,9 +170,9 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
         yield Task(
             "gemm.patch_projection",
             dtype,
-            _facts(columns=columns, inner=inner, pixels=dtype if pixels == "activation" else pixels),
-            _facts(rows=rows),
-            _facts(bias="bias" in widths, positions=len(node.inputs) > 1),
+            _pairs(columns=columns, inner=inner, pixels=dtype if pixels == "activation" else pixels),
+            _pairs(rows=rows),
+            _pairs(bias="bias" in widths, positions=len(node.inputs) > 1),
             name,
         )
     elif node.kind == "attention":
@@ -167,16 +182,16 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
 def _attention(node: Node, workload: Workload, dtype: str, name: str) -> Task:
     attributes = node.attributes
     scores = workload.window_scores if attributes["windows"] else workload.scores
-    # Segments of one length: that whose squares add up to the scores.
+    # Segments of equal length whose squares add up to the scores.
     length = max(1, round(scores / workload.patches))
     bound = attributes["length_bound"] or 0
     padded = attributes.get("padded_head_dim")
     return Task(
         "attention.attention",
         dtype,
-        _facts(head_dim=attributes["head_dim"], padded=padded is not None, bounded=bound),
-        _facts(longest=min(length, bound) if bound else length),
-        _facts(
+        _pairs(head_dim=attributes["head_dim"], padded=padded is not None, bounded=bound),
+        _pairs(longest=min(length, bound) if bound else length),
+        _pairs(
             heads=attributes["heads"],
             rows=workload.patches,
             width=padded or attributes["head_dim"],
@@ -197,13 +212,13 @@ def _linear(
     residual: bool,
 ) -> Task:
     weight_rows, inner = widths[f"weight{suffix}"]
-    gated = activation is not None and "gated" in activation
+    gated = "gated" in str(activation)
     return Task(
         "gemm.linear",
         dtype,
-        _facts(columns=weight_rows // (2 if gated else 1), inner=inner, activation=activation, residual=residual),
-        _facts(rows=rows),
-        _facts(bias=f"bias{suffix}" in widths),
+        _pairs(columns=weight_rows // (2 if gated else 1), inner=inner, activation=activation, residual=residual),
+        _pairs(rows=rows),
+        _pairs(bias=f"bias{suffix}" in widths),
         name,
     )
 
@@ -212,12 +227,12 @@ def _norm(name: str, dtype: str, rows: int, width: int, node: Node, *, residual:
     return Task(
         "rowwise.norm",
         dtype,
-        _facts(width=width, kind=node.attributes["norm"], residual=residual),
-        _facts(rows=rows),
-        _facts(rounding=node.attributes["rounding"]),
+        _pairs(width=width, kind=node.attributes["norm"], residual=residual),
+        _pairs(rows=rows),
+        _pairs(rounding=node.attributes["rounding"]),
         name,
     )
 
 
-def _facts(**values: Any) -> Facts:
+def _pairs(**values: Any) -> Pairs:
     return tuple(sorted(values.items()))

@@ -1,1 +1,1 @@
-"""Compiles kernels ahead of time, without the device, and reads the machine code."""
+"""Ahead-of-time (AOT) compilation of kernels in child processes, and reading of the machine code."""

@@ -1,13 +1,13 @@
-"""Launches without the device: what a configuration compiles to, through Triton's own launch path.
+"""AOT compilation of tasks: what a configuration compiles to without the device, through Triton's own launch path.
 
-A child process (:mod:`.children`) puts a stand-in in the place of Triton's driver, which names the chip, and tensors of
-the CPU, which nobody fills, in the place of the device's.  Then it calls the operation as a tower would.  Triton binds
-the arguments, specializes the kernel on them and compiles; there it ends.
+A child process (:mod:`.worker`) replaces Triton's driver by a stand-in that names the architecture, and device tensors by
+uninitialized CPU tensors.  Then it calls the operation as a tower would.  Triton binds the arguments, specializes the kernel
+and compiles it; nothing is launched.
 
-What was compiled ahead is kept on disk, a file each, named by everything that decides what comes out: the kernel's source, the
-source of what launches it and reads the machine code, the versions of Triton and of its assembler, the architecture, the
-launch and the configuration.  A run that is killed goes on where it was.  Of failures only the compiler's own are kept: a
-process that was killed, or ended because it took too long, says nothing of what a configuration compiles to.
+Results are kept on disk, one file each.  Its name is a digest of everything that decides the result: the kernel's source, the
+source that launches it and reads the machine code, the versions of Triton and its assembler, the architecture, the launch and
+the configuration.  An interrupted run therefore resumes.  Only the compiler's own failures are kept: a process that was
+killed or took too long proves nothing about a configuration.
 """
 
 import hashlib
@@ -24,22 +24,19 @@ from typing import Any
 import torch
 
 from tritontower.benchmarks.measuring import ptxas_version
-from tritontower.engine import tuned_tables as tables
-from tritontower.kernels.runtime.config import SHARED_MEMORY_LIMIT
-from tritontower.tuning import operations, static
-from tritontower.tuning.predict import Compiled
-from tritontower.tuning.static import TENSOR_CORE_PREFIX, compiled_facts_of, machine_facts
+from tritontower.engine import tuned_tables
+from tritontower.tuning import operations
 from tritontower.tuning.tasks import Task
 
-from . import disassembly
+from . import compiled_kernel, disassembly
+from .compiled_kernel import CompiledKernel, read_compiled
 from .worker import Death, answer_orders, answers
 
-__all__ = ["CompileResult", "Launch", "Order", "cache_folder", "compile_orders", "problems", "stand_in"]
-
-_CHILD = "from tritontower.tuning.compile.aot_compile import _serve; _serve()"
+CHILD = "from tritontower.tuning.compile.aot_compile import serve; serve()"
+"""Code of a child process."""
 
 _ROWS, _INNER, _HEADS = 256, 1024, 16
-"""Sizes of a compile_result."""
+"""Sizes of the representative of a compile."""
 
 
 @dataclass(frozen=True)
@@ -52,218 +49,190 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """What one of an operation's kernels compiled to."""
-
-    kernel: str
-    num_warps: int
-    threads: int
-    registers: int
-    spills: int
-    stack: int
-    shared_memory: int
-    occupancy: int
-    tensor_core: dict[str, int]
-    instructions: int
-    loop_instructions: int | None
-
-    def compiled(self, architecture: str) -> Compiled:
-        """The facts that the model of :mod:`.predict` takes."""
-        return compiled_facts_of(
-            architecture, self.threads, self.num_warps, self.occupancy, self.instructions, self.loop_instructions
-        )
-
-
-@dataclass(frozen=True)
 class CompileResult:
-    """What became of an order."""
+    """Compiled kernels of an order, or the error."""
 
-    launches: tuple[Launch, ...] = ()
+    launches: tuple[CompiledKernel, ...] = ()
     error: str | None = None
-    """The compiler's message, or how its process died."""
-    cached: bool = field(default=False, compare=False)
+    """The compiler's message, or how its process ended."""
+    is_cached: bool = field(default=False, compare=False)
 
     @property
-    def main(self) -> Launch:
-        """The launch that does the products, or, where none does, the first."""
+    def main(self) -> CompiledKernel:
+        """The launch with the most tensor-core instructions; the first one if there are none."""
         return max(self.launches, key=lambda launch: sum(launch.tensor_core.values()))
 
+    def problems(self, task: Task, architecture: str) -> list[str]:
+        """Lists the rules that the configuration breaks; empty if it may be used."""
+        if self.error is not None:
+            return [f"does not compile: {self.error}"]
+        has_matmul = task.kernel != "rowwise.norm" and task.dtype != "float32"
+        return [
+            problem
+            for launch in self.launches
+            for problem in launch.problems(architecture, wants_tensor_core=has_matmul and launch == self.main)
+        ]
 
-def stand_in(order: Order) -> Order:
-    """The order whose compile_result stands for ``order``'s: the same code is compiled for many sizes.
 
-    Kernels are specialized on whether a size is a multiple of 16 and whether blocks divide K, not on the size; and in how
-    many parts K is cut matters only if it is cut.
+def representative(order: Order) -> Order:
+    """Returns the order that is compiled for all orders with the same code.
+
+    Kernels are specialized on whether a size is a multiple of 16 and whether blocks divide K, not on the size.  The number of
+    parts of a split K does not matter.
     """
     task, config = order.task, dict(order.config)
     for name, most in (("split", 2), ("group_rows", 8)):
         if name in config:
             config[name] = min(config[name], most)
-    constants, facts = dict(task.constants), dict(task.facts)
+    constants, details = dict(task.constants), dict(task.details)
     sizes = dict.fromkeys(dict(task.sizes), _ROWS)
-    if "rows" in facts:
-        facts["rows"] = _ROWS
+    if "rows" in details:
+        details["rows"] = _ROWS
     if "inner" in constants:
         constants["inner"] = _INNER + constants["inner"] % 128
     if task.kernel in ("gemm.linear", "gemm.patch_projection"):
         constants["columns"] = _INNER + constants["columns"] % 16
-    if "heads" in facts and facts["heads"] % 2 == 0:
+    if "heads" in details and details["heads"] % 2 == 0:
         if "columns" in constants:
-            constants["columns"] = constants["columns"] // facts["heads"] * _HEADS
-        facts["heads"] = _HEADS
+            constants["columns"] = constants["columns"] // details["heads"] * _HEADS
+        details["heads"] = _HEADS
     if "bounded" in constants:
         if config.get("variant") != "single_block":
             constants["bounded"] = 0
         sizes["longest"] = min(constants["bounded"] or _ROWS, _ROWS)
-    same = Task(
-        task.kernel,
-        task.dtype,
-        tuple(sorted(constants.items())),
-        tuple(sorted(sizes.items())),
-        tuple(sorted(facts.items())),
-        node=task.kernel,
-    )
+    same = Task(task.kernel, task.dtype, _pairs(constants), _pairs(sizes), _pairs(details), node=task.kernel)
     return Order(same, tuple(sorted(config.items())), order.architecture)
 
 
-def problems(compile_result: CompileResult, architecture: str, dtype: str, *, products: bool = True) -> list[str]:
-    """Why a configuration may not be taken, as sentences; empty when it may."""
-    if compile_result.error is not None:
-        return [f"does not compile: {compile_result.error}"]
-    broken = []
-    for launch in compile_result.launches:
-        if launch.spills or launch.stack:
-            broken.append(f"spills registers ({launch.spills} instructions, {launch.stack} bytes of stack)")
-        if launch.shared_memory > SHARED_MEMORY_LIMIT[architecture]:
-            limit = SHARED_MEMORY_LIMIT[architecture]
-            broken.append(f"takes {launch.shared_memory} bytes of shared memory, the limit is {limit}")
-    prefix = TENSOR_CORE_PREFIX[architecture]
-    if products and dtype != "float32" and not any(name.startswith(prefix) for name in compile_result.main.tensor_core):
-        broken.append(f"has no {prefix} instruction")
-    return broken
+def _pairs(values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(values.items()))
 
 
 def cache_folder() -> Path:
-    """Where compile_results are kept: ``compiled`` beside the user's tables."""
-    return (tables.cache_folder() or Path(tempfile.gettempdir()) / "tritontower") / "compiled"
+    """Returns the folder of compile results: ``compiled`` beside the user's tables."""
+    return (tuned_tables.cache_folder() or Path(tempfile.gettempdir()) / "tritontower") / "compiled"
 
 
 def compile_orders(
     orders: Sequence[Order], *, workers: int = 1, cache: Path | None = None, deadline: float = math.inf
 ) -> Generator[tuple[int, CompileResult]]:
-    """Yields every order's index and what became of it, those first that are known from before.
+    """Yields the index and the result of every order, cached results first.
 
     Args:
-        orders: what to compile; orders that stand for the same compile are compiled once.
+        orders: what to compile; orders with the same representative are compiled once.
         workers: compiler processes at the same time.
-        cache: a folder to keep compile_results in; ``None``: keep none.
-        deadline: of ``time.monotonic()``; what is not compiled then is not yielded.
+        cache: folder of compile results; ``None`` keeps none.
+        deadline: of ``time.monotonic()``; orders that are not compiled by then are not yielded.
     """
     places: dict[str, list[int]] = {}
     for index, order in enumerate(orders):
-        places.setdefault(_digest(order), []).append(index)
+        places.setdefault(digest(order), []).append(index)
     waiting: list[str] = []
-    for digest, indices in places.items():
-        known = None if cache is None else _read(cache / f"{digest}.json")
+    for key, indices in places.items():
+        known = None if cache is None else _read(cache / f"{key}.json")
         if known is None:
-            waiting.append(digest)
+            waiting.append(key)
         else:
             yield from ((index, known) for index in indices)
-    todo = [stand_in(orders[places[digest][0]]) for digest in waiting]
-    for position, answer in answers(todo, _CHILD, workers=workers, deadline=deadline):
+    todo = [representative(orders[places[key][0]]) for key in waiting]
+    for position, answer in answers(todo, CHILD, workers=workers, deadline=deadline):
         if isinstance(answer, Death):
-            done, lasting = CompileResult(error=answer.reason), answer.aborted
+            result, is_lasting = CompileResult(error=answer.reason), answer.aborted
         else:
-            done, lasting = _compile_result(answer), True
-        if cache is not None and lasting:
-            _write(cache / f"{waiting[position]}.json", done)
-        yield from ((index, done) for index in places[waiting[position]])
+            result, is_lasting = _parse(answer), True
+        if cache is not None and is_lasting:
+            _write(cache / f"{waiting[position]}.json", result)
+        yield from ((index, result) for index in places[waiting[position]])
 
 
-def _digest(order: Order) -> str:
+def digest(order: Order) -> str:
+    """Returns the name of the file with an order's result."""
     import triton
 
-    order = stand_in(order)
+    order = representative(order)
     task = order.task
-    facts = [
-        tables.source_digest(task.kernel), _reading_digest(), triton.__version__, _assembler(order.architecture),
-        order.architecture, task.kernel, task.dtype, task.constants, task.sizes, task.facts, order.config,
+    parts = [
+        tuned_tables.source_digest(task.kernel), _reading_digest(), triton.__version__, _assembler(order.architecture),
+        order.architecture, task.kernel, task.dtype, task.constants, task.sizes, task.details, order.config,
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
 @lru_cache
 def _reading_digest() -> str:
-    """Of the text of what launches a kernel for a compile_result and of what reads what it compiled to."""
-    files = (__file__, operations.__file__, static.__file__, disassembly.__file__)
+    """Returns a digest of the source that launches kernels for a compile and reads the machine code."""
+    files = (__file__, operations.__file__, compiled_kernel.__file__, disassembly.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 @lru_cache
 def _assembler(architecture: str) -> str | None:
-    """The release of NVIDIA's assembler for an architecture; AMD's is a part of Triton."""
+    """Returns the release of NVIDIA's assembler for an architecture; AMD's is a part of Triton."""
     return ptxas_version(int(architecture.removeprefix("sm_"))) if architecture.startswith("sm_") else None
 
 
-def _compile_result(answer: Mapping[str, Any], *, cached: bool = False) -> CompileResult:
-    return CompileResult(tuple(Launch(**launch) for launch in answer["launches"]), answer["error"], cached)
+def _parse(answer: Mapping[str, Any], *, is_cached: bool = False) -> CompileResult:
+    launches = tuple(CompiledKernel(**launch) for launch in answer["launches"])
+    return CompileResult(launches, answer["error"], is_cached)
 
 
 def _read(path: Path) -> CompileResult | None:
     try:
-        return _compile_result(json.loads(path.read_text(encoding="utf-8")), cached=True)
-    except (OSError, ValueError, TypeError, KeyError):  # absent, cut off, or of another release: it is done again
+        return _parse(json.loads(path.read_text(encoding="utf-8")), is_cached=True)
+    except (OSError, ValueError, TypeError, KeyError):  # missing, truncated, or from another release: compile again
         return None
 
 
-def _write(path: Path, compile_result: CompileResult) -> None:
+def _write(path: Path, result: CompileResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"launches": [asdict(launch) for launch in result.launches], "error": result.error}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(
-            {"launches": [asdict(launch) for launch in compile_result.launches], "error": compile_result.error}, file
-        )
+        json.dump(content, file)
     os.replace(file.name, path)
 
 
-# -- the child --------------------------------------------------------------------------------------------------------
+# -- child process ----------------------------------------------------------------------------------------------------
 
 
 class StandInDriver:
-    """What Triton's launch path asks a driver for until a kernel is compiled."""
+    """The methods of a Triton driver that its launch path calls before a kernel is compiled."""
 
     def __init__(self) -> None:
         self.target: Any = None
 
-    def name_chip(self, architecture: str) -> None:
-        """Says which chip is compiled for from now on."""
-        from triton.backends.compiler import GPUTarget
-
-        amd = architecture.startswith("gfx")
-        self.target = (
-            GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-        )
+    def set_architecture(self, architecture: str) -> None:
+        """Sets the target of the following compiles."""
+        self.target = gpu_target(architecture)
 
     def get_current_target(self) -> Any:
-        """The chip."""
+        """Returns the target."""
         return self.target
 
     def get_current_device(self) -> int:
-        """Always the first."""
+        """Returns 0."""
         return 0
 
     def get_current_stream(self, device: int) -> int:
-        """Always the default one."""
+        """Returns the default stream."""
         return 0
 
 
-def _serve() -> None:
-    """The child process: compiles what it is told to, and launches nothing."""
+def gpu_target(architecture: str) -> Any:
+    """Returns Triton's target for one of ``ARCHITECTURES``."""
+    from triton.backends.compiler import GPUTarget
+
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+def serve() -> None:
+    """Runs the child process: compiles the orders from its standard input, and launches nothing."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     from tritontower.kernels.runtime import config as configs
     from tritontower.kernels.runtime import dispatch
-    from tritontower.tuning.operations import prepare
 
     device = StandInDriver()
     driver.set_active(device)
@@ -276,31 +245,29 @@ def _serve() -> None:
         return compiled
 
     JITFunction.run = record
-    chip = ""
-    # setattr, because these are functions of modules that nobody else may replace.
-    setattr(configs, "architecture", lambda device: chip)  # noqa: B010
+    architecture = ""
+    # setattr, because mypy rejects assignments to functions of a module.
+    setattr(configs, "architecture", lambda device: architecture)  # noqa: B010
     setattr(dispatch, "backend_on", lambda device: "triton")  # noqa: B010
     seen: dict[str, dict[str, Any]] = {}
 
+    def read(name: str, compiled: Any) -> dict[str, Any]:
+        if compiled.hash not in seen:
+            seen[compiled.hash] = asdict(read_compiled(name, compiled, architecture, int(compiled.metadata.num_warps)))
+        return seen[compiled.hash]
+
     def answer(order: Order) -> dict[str, Any]:
-        nonlocal chip
-        chip = order.architecture
-        device.name_chip(chip)
+        nonlocal architecture
+        architecture = order.architecture
+        device.set_architecture(architecture)
         launched.clear()
         try:
-            prepare(order.task, torch.device("cpu"), filled=False).run(dict(order.config))
-            return {"error": None, "launches": [_facts(name, compiled, chip, seen) for name, compiled in launched]}
-        except (OSError, MemoryError):  # the machine's fault, not the configuration's: the process ends
+            operations.prepare(order.task, torch.device("cpu"), filled=False).run(dict(order.config))
+            return {"error": None, "launches": [read(name, compiled) for name, compiled in launched]}
+        except (OSError, MemoryError):  # the machine is at fault, not the configuration: the process ends
             raise
         except Exception as error:
             text = f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
             return {"error": text, "launches": []}
 
     answer_orders(answer)
-
-
-def _facts(name: str, compiled: Any, architecture: str, seen: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    if compiled.hash not in seen:
-        warps = int(compiled.metadata.num_warps)
-        seen[compiled.hash] = {"kernel": name, "num_warps": warps, **machine_facts(compiled, architecture, warps)}
-    return seen[compiled.hash]

@@ -1,8 +1,7 @@
-"""Reads machine code: what a cubin disassembles to (NVIDIA) and what the AMD assembler was given.
+"""Disassembly: parses the SASS of a cubin (NVIDIA) or AMD assembly text into instructions and loops.
 
-Both readers return the same :class:`MachineCode`.  The NVIDIA tools come with Triton itself.  Loops are found in the
-control flow graph, not in the order of the text: compilers move the retry of a wait out of line, behind the last
-instruction of the kernel, and jump back into the loop from there.
+The NVIDIA tools come with Triton.  Loops are found in the control-flow graph, not in the order of the text: compilers move
+the retry of a wait after the last instruction of the kernel, and jump back into the loop from there.
 """
 
 import itertools
@@ -12,8 +11,6 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-__all__ = ["Instruction", "MachineCode", "hot_loop", "read_amd", "read_nvidia"]
 
 _TENSOR_CORE = re.compile(r"HMMA|HGMMA|IMMA|QMMA|QGMMA|DMMA|UTC\w*MMA|v_s?mfmac?_")
 _SASS_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(?:\.\w+)*([^;]*);")
@@ -25,25 +22,25 @@ _AMD_LABEL = re.compile(r"^(\.LBB\w+):")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, as far as control flow and counting are concerned."""
+    """Opcode and control flow of one instruction."""
 
     opcode: str
     label: str | None = None
-    """The label that stands right before it."""
+    """Label before it."""
     target: str | None = None
-    """The label it may jump to."""
+    """Label that it may jump to."""
     falls_through: bool = True
     """Whether the next instruction may follow it."""
 
     @property
     def is_tensor_core(self) -> bool:
-        """Whether it multiplies matrices."""
+        """Whether it is a matrix multiply-add."""
         return _TENSOR_CORE.match(self.opcode) is not None
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """The facts of one compiled kernel."""
+    """Registers, spills, stack and instructions of one compiled kernel."""
 
     registers: int
     spills: int
@@ -52,15 +49,15 @@ class MachineCode:
 
     @property
     def tensor_core(self) -> dict[str, int]:
-        """Opcode of each kind of tensor-core instruction → how often it stands in the code."""
+        """Opcode of each kind of tensor-core instruction → number of occurrences in the code."""
         return dict(Counter(each.opcode for each in self.instructions if each.is_tensor_core))
 
 
 def hot_loop(instructions: tuple[Instruction, ...]) -> int | None:
-    """Length of the innermost loop that feeds the tensor cores; ``None`` where there is none.
+    """Returns the length of the innermost loop with tensor-core instructions, or ``None``.
 
-    Among natural loops, the one with the most tensor-core instructions that goes around no other such loop; the wait for a
-    single instruction, a loop of its own, is no such loop.
+    That is the natural loop with the most tensor-core instructions that contains no other such loop.  A loop that waits for
+    a single instruction does not count.
     """
     loops = [
         (frozenset(body), sum(instructions[index].is_tensor_core for index in body))
@@ -75,7 +72,7 @@ def hot_loop(instructions: tuple[Instruction, ...]) -> int | None:
 
 
 def _natural_loops(instructions: tuple[Instruction, ...]) -> list[list[int]]:
-    """The instruction indices of every natural loop (Aho, Lam, Sethi and Ullman, *Compilers*, section 9.6)."""
+    """Returns the instruction indices of every natural loop (Aho, Lam, Sethi and Ullman, *Compilers*, section 9.6)."""
     blocks = _basic_blocks(instructions)
     block_at = {instructions[block[0]].label: number for number, block in enumerate(blocks)}
     successors: list[set[int]] = []
@@ -99,7 +96,7 @@ def _natural_loops(instructions: tuple[Instruction, ...]) -> list[list[int]]:
 
 
 def _basic_blocks(instructions: tuple[Instruction, ...]) -> list[range]:
-    """Runs of instructions entered only at the first and left only after the last."""
+    """Returns runs of instructions that are entered only at the first and left only after the last."""
     starts = {0} | {
         index
         for index in range(1, len(instructions))
@@ -110,7 +107,7 @@ def _basic_blocks(instructions: tuple[Instruction, ...]) -> list[range]:
 
 
 def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
-    """For each block those that every way from the entry to it passes, itself included."""
+    """Returns for each block the blocks on every path from the entry to it, itself included."""
     everything = set(range(len(predecessors)))
     dominators = [{0}] + [set(everything) for _ in predecessors[1:]]
     changed = True
@@ -126,7 +123,7 @@ def _dominators(predecessors: list[set[int]]) -> list[set[int]]:
 
 
 def _reaching(latch: int, header: int, predecessors: list[set[int]]) -> set[int]:
-    """The blocks from which ``latch`` is reached without passing ``header``."""
+    """Returns the blocks from which ``latch`` is reached without passing ``header``."""
     found = {header}
     waiting = [latch]
     while waiting:
@@ -138,7 +135,7 @@ def _reaching(latch: int, header: int, predecessors: list[set[int]]) -> set[int]
 
 
 def read_nvidia(cubin: bytes) -> MachineCode:
-    """The facts of a cubin, through ``cuobjdump`` and ``nvdisasm`` of Triton's own package.
+    """Disassembles a cubin with ``cuobjdump`` and ``nvdisasm`` from Triton's package.
 
     Raises:
         subprocess.CalledProcessError: the tool rejects the cubin.
@@ -170,12 +167,12 @@ def _parse_sass(listing: str) -> tuple[Instruction, ...]:
     renamed: dict[str, str] = {}
     for line in listing.splitlines():
         if found := _SASS_LABEL.match(line):
-            # Several labels may stand before one instruction: all become the first.
+            # Several labels before one instruction become the first of them.
             label = label or found[1]
             renamed[found[1]] = label
         elif found := _SASS_LINE.match(line):
             predicate, opcode, operands = found.groups()
-            # BRA.U takes its predicate as an operand; a jump or an exit without one is taken always.
+            # BRA.U has its predicate as an operand; a jump or an exit without a predicate is always taken.
             conditional = predicate is not None or re.search(r"\bU?P\d", operands) is not None
             target = _SASS_TARGET.search(operands) if opcode == "BRA" else None
             falls_through = conditional or opcode not in ("BRA", "EXIT", "RET")
@@ -185,7 +182,7 @@ def _parse_sass(listing: str) -> tuple[Instruction, ...]:
 
 
 def read_amd(assembly: str) -> MachineCode:
-    """The facts of AMD assembly text with its metadata block.
+    """Parses AMD assembly text with its metadata block.
 
     Raises:
         ValueError: the metadata lacks a count.
@@ -219,7 +216,7 @@ def _parse_amd(assembly: str) -> tuple[Instruction, ...]:
 
 
 def _with_targets(instructions: list[Instruction], renamed: dict[str, str]) -> tuple[Instruction, ...]:
-    """The instructions with every jump pointing at a label that is kept; one out of the code loses its target."""
+    """Renames the targets of jumps to the labels that were kept; a jump out of the code loses its target."""
     return tuple(
         Instruction(each.opcode, each.label, renamed.get(each.target) if each.target else None, each.falls_through)
         for each in instructions

@@ -1,7 +1,7 @@
-"""Compilers in processes of their own: orders go in, answers come out one by one, and a death costs one order.
+"""Child processes for compilation: each takes a list of orders and returns the answers one by one.
 
 A failed assertion inside the compiler ends its process, and a process that *interprets* Triton (``TRITON_INTERPRET=1``)
-cannot compile; so the parent never compiles.  Nor does it wait for ever: a child that takes too long is ended.
+cannot compile, so the parent never compiles.  A child that dies or takes too long fails only its current order.
 """
 
 import base64
@@ -24,39 +24,37 @@ from typing import Any
 
 import tritontower
 
-__all__ = ["SECONDS", "Death", "answer_orders", "answers"]
-
 _MARK = "answer: "
-"""Tells a child's answers from whatever else a compiler prints."""
+"""Distinguishes a child's answers from the output of the compiler."""
 _READY = "ready for orders"
-"""What a child says first: one that never does will not do better the next time."""
+"""First line of a child; a child that ends before it fails all its orders."""
 
 SECONDS = 180.0
-"""How long a child may be at one order: a compile takes seconds on an idle core."""
+"""Time limit of one order; a compile takes seconds on an idle core."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """How the child ended that was at an order."""
+    """End of a child process before it answered its order."""
 
     reason: str
     aborted: bool = False
-    """Whether the compiler gave up by itself, as it does where one of its assertions fails; it will the next time."""
+    """Whether the compiler aborted (a failed assertion), which will happen again."""
 
 
 def answers(
     orders: Sequence[Any], code: str, *, workers: int = 1, deadline: float = math.inf, seconds: float = SECONDS
 ) -> Iterator[tuple[int, dict[str, Any] | Death]]:
-    """Hands ``orders`` to ``workers`` child processes and yields each order's index and its answer, as they come.
+    """Distributes ``orders`` to ``workers`` child processes and yields the index and the answer of each, as they come.
 
-    Closing the iterator ends the children; so does the deadline, and the orders that have no answer then get none.
+    Closing the iterator ends the children.  So does the deadline; orders without an answer are then not yielded.
 
     Args:
         orders: anything that can be pickled.
-        code: what a child runs; it ends in :func:`answer_orders`.
+        code: Python code of a child; it ends in :func:`answer_orders`.
         workers: children at the same time.
         deadline: of ``time.monotonic()``.
-        seconds: how long a child may take for one order before it is ended.
+        seconds: time limit of one order.
     """
     found: queue.SimpleQueue[tuple[int, dict[str, Any] | Death] | BaseException | None] = queue.SimpleQueue()
     stop = Event()
@@ -67,7 +65,7 @@ def answers(
             with closing(_share([orders[index] for index in share], code, stop, seconds)) as results:
                 for index, answer in zip(share, results, strict=False):
                     found.put((index, answer))
-        except BaseException as error:  # it has to surface where the answers are waited for
+        except BaseException as error:  # raised again in the thread that iterates
             found.put(error)
         finally:
             found.put(None)
@@ -95,14 +93,14 @@ def answers(
 
 
 def answer_orders(answer: Callable[[Any], dict[str, Any]]) -> None:
-    """The child: reads its orders and writes ``answer`` of each as a line of JSON, as soon as it has it."""
+    """Runs a child: reads its orders and writes each answer as a line of JSON."""
     print(_READY, flush=True)
     for order in pickle.loads(base64.b64decode(sys.stdin.read())):
         print(_MARK + json.dumps(answer(order)), flush=True)
 
 
 def _share(orders: list[Any], code: str, stop: Event, seconds: float) -> Generator[dict[str, Any] | Death]:
-    """The answers to one worker's orders; where a child dies, a new one goes on behind the order that it was at."""
+    """Yields the answers to one worker's orders; if a child dies, a new one continues with the next order."""
     done = 0
     while done < len(orders) and not stop.is_set():
         for answer in _child(orders[done:], code, stop, seconds):
@@ -111,16 +109,16 @@ def _share(orders: list[Any], code: str, stop: Event, seconds: float) -> Generat
 
 
 def _child(orders: list[Any], code: str, stop: Event, seconds: float) -> Iterator[dict[str, Any] | Death]:
-    """The answers that one child lives to give, and, if it died before the last, how."""
+    """Yields the answers of one child and, if it died before the last one, its :class:`Death`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(tritontower.__file__).resolve().parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
-    # Files, not pipes: a compiler may say more on its way out than a pipe holds while nobody reads it.
-    with tempfile.TemporaryFile() as letter, tempfile.TemporaryFile() as complaints:
-        letter.write(base64.b64encode(pickle.dumps(orders)))
-        letter.seek(0)
+    # Files, not pipes: a compiler may print more than a pipe holds while it is not read.
+    with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stderr:
+        stdin.write(base64.b64encode(pickle.dumps(orders)))
+        stdin.seek(0)
         child = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=letter, stdout=subprocess.PIPE, stderr=complaints, env=environment
+            [sys.executable, "-c", code], stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, env=environment
         )
         watch = _Watch(child, stop, seconds)
         watch.start()
@@ -140,9 +138,9 @@ def _child(orders: list[Any], code: str, stop: Event, seconds: float) -> Iterato
             if child.stdout:
                 child.stdout.close()
         if missing:
-            complaints.seek(0)
-            last_words = complaints.read().decode(errors="replace").strip().splitlines()[-1:] or ["without a word"]
-            cause = f"the compiler's process ended with {status}: {last_words[0][:200]}"
+            stderr.seek(0)
+            last_line = stderr.read().decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+            cause = f"the compiler's process ended with {status}: {last_line[0][:200]}"
             if watch.late:
                 cause = f"the compiler took longer than {seconds:g} seconds"
             # A shell, or a child of the child's, passes an abort on as 128 and the signal's number.
@@ -151,7 +149,7 @@ def _child(orders: list[Any], code: str, stop: Event, seconds: float) -> Iterato
 
 
 class _Watch(Thread):
-    """Ends a child when that is told, or when it says nothing for too long."""
+    """Kills a child on request, or after too long without output."""
 
     def __init__(self, child: "subprocess.Popen[bytes]", stop: Event, seconds: float) -> None:
         super().__init__(daemon=True)
@@ -160,7 +158,6 @@ class _Watch(Thread):
         self.late = False
 
     def run(self) -> None:
-        """Looks five times a second."""
         while self.child.poll() is None:
             self.late = time.monotonic() - self.since > self.seconds
             if self.late or self.stop.wait(0.2):
