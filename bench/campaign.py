@@ -25,6 +25,7 @@ import torch
 
 from tritontower.benchmarks.documents import machine_slug
 from tritontower.benchmarks.measuring import provenance
+from tritontower.models.common.family import read_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = {"cpu": 20.0, "gpu": 9.0}
@@ -40,7 +41,7 @@ class Step:
     Attributes:
         name: also the name of its result.
         summary: the question that it answers.
-        command: arguments of ``python -m``; ``{result}`` and ``{threads}`` are filled in.
+        command: arguments of ``python -m``; ``{result}``, ``{threads}`` and ``{config}`` (Qwen2-VL's) are filled in.
     """
 
     name: str
@@ -48,8 +49,11 @@ class Step:
     command: str
 
     def arguments(self, result: Path, threads: int) -> list[str]:
-        """The command as a list of words."""
-        return shlex.split(self.command.format(result=result, threads=threads))
+        """The command as a list of words; writes the configuration that it names."""
+        config = result.with_name("qwen2_vl.config")
+        if "{config}" in self.command:
+            config.write_text(json.dumps(read_summary("qwen2_vl").example), encoding="utf-8")
+        return shlex.split(self.command.format(result=result, threads=threads, config=config))
 
 
 GPU_STEPS = (
@@ -79,7 +83,7 @@ GPU_STEPS = (
         "images to patches",
         "bench.preprocessing --family Qwen2-VL --family 'Gemma 3' --family Pixtral --output {result}",
     ),
-    Step("tune", "the tuner within its budget", "tritontower tune --family Qwen2-VL --budget 7 --json"),
+    Step("tune", "the tuner within its budget", "tritontower tune --config {config} --budget 7 --json"),
     Step("stress", "10,000 launches of each attention form", "bench.stress --output {result}"),
     Step(
         "families", "every family at full depth", f"{TOWERS} --family all --batch 448 --batch mixed --output {{result}}"
