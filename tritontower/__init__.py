@@ -19,7 +19,7 @@ _HOMES = {
     "CaptureLimits": "engine.graph_cache",
     "EmbeddingCache": "cache",
     "ImageEmbedding": "embedding",
-    "ItemError": "scheduler.scheduler",
+    "ItemError": "scheduler.outputs",
     "Limits": "errors",
     "PackedBatch": "batch.packed_batch",
     "TokenSpace": "prompt.token_ids",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from .prompt.merge import merge_embeddings
     from .prompt.mrope import mrope_positions
     from .prompt.token_ids import TokenSpace
-    from .scheduler.scheduler import ItemError
+    from .scheduler.outputs import ItemError
     from .tower import VisionTower, has_vision
 
 

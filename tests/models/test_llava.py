@@ -22,6 +22,7 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Activation, Normalization, TowerConfig
 from tritontower.errors import ConfigError, ProcessorError, UnsupportedArchitectureError
 from tritontower.graph.builder import build
+from tritontower.models.common.assembly import TowerCheckpoint
 from tritontower.models.common.family import FamilySummary, read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import compare_nodes, relative_error
@@ -252,12 +253,10 @@ def with_activations(tower: VisionTower, blocks: Activation, projector: Activati
     assert config.projector is not None
     config = replace(config, activation=blocks, projector=replace(config.projector, activation=projector))
     changed = VisionTower(
-        replace(tower.family, config=config),
-        tower.folder,
+        TowerCheckpoint(replace(tower.family, config=config), tower.folder),
+        tower.preprocessor,
         device=tower.device,
         dtype=tower.dtype,
-        preprocessor=tower.preprocessor,
-        fetch=lambda *arguments, **options: None,
     )
     return changed.load()
 

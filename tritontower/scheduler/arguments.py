@@ -1,108 +1,90 @@
-"""What callers may pass to a tower in more than one form, in the one that it works with."""
+"""Checks and normalizes the arguments of a tower's methods."""
 
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from pathlib import Path
-from typing import TypeGuard, cast
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
 
-from tritontower.batch.packed_batch import expected_workload
-from tritontower.config import TowerConfig
+from tritontower.embedding import check_alias
 from tritontower.errors import UsageError, shorten
-from tritontower.graph.ir import Workload
 from tritontower.preprocessing.images.image import ImageInput
-
-__all__ = [
-    "check_instance",
-    "frames_of",
-    "images_of",
-    "is_one_image",
-    "is_whole_number",
-    "pack_of",
-    "tiles_of",
-    "workload_of",
-]
 
 
 def check_instance(name: str, value: object, kinds: tuple[type, ...], allowed: str) -> None:
-    """Raises :class:`~tritontower.errors.UsageError` unless the argument ``name`` is one of ``kinds``."""
+    """Raises :class:`~tritontower.errors.UsageError` unless the argument ``name`` is an instance of ``kinds``."""
     if not isinstance(value, kinds):
-        raise UsageError(f"{name} is {shorten(value)}; allowed: {allowed}")
-
-
-def is_whole_number(value: object) -> TypeGuard[int]:
-    """Whether this is a whole number and not a truth value, which Python counts among them."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+        raise UsageError(f"{name} must be {allowed}, got {shorten(value)}")
 
 
 def is_one_image(images: object) -> bool:
-    """Whether this is an image and not several; what is neither counts as one, for its error message."""
-    alone = (Image.Image, np.ndarray, torch.Tensor, bytes, bytearray, memoryview, Path, str)
-    return isinstance(images, alone) or not isinstance(images, Iterable)
+    """Returns whether ``images`` is a single image; an object that is neither counts as one, for its error message."""
+    single = (Image.Image, np.ndarray, torch.Tensor, bytes, bytearray, memoryview, Path, str)
+    return isinstance(images, single) or not isinstance(images, Iterable)
 
 
-def images_of(images: Iterable[ImageInput] | ImageInput) -> list[ImageInput]:
-    """One image or several, in a list."""
+def list_images(images: Iterable[ImageInput] | ImageInput) -> list[ImageInput]:
+    """Returns one image or several as a list."""
     return [cast("ImageInput", images)] if is_one_image(images) else list(cast("Iterable[ImageInput]", images))
 
 
-def frames_of(frames: Iterable[ImageInput]) -> list[ImageInput]:
-    """The frames of a video, in a list.
+def list_frames(frames: Iterable[ImageInput]) -> list[ImageInput]:
+    """Returns the frames of a video as a list.
 
     Raises:
-        UsageError: a single image, whose rows would pass for gray frames.
+        UsageError: a single image, whose rows would be mistaken for gray frames.
     """
     if is_one_image(frames) and getattr(frames, "ndim", 0) != 4:
-        raise UsageError(f"frames is one {type(frames).__name__}; pass a list of the video's frames, in order")
+        raise UsageError(f"frames must be a list of the video's frames, in order, got one {type(frames).__name__}")
     return list(frames)
 
 
-def tiles_of(tiles: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Pixels that are preprocessed already, tile by tile.
+def list_tiles(batch: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns preprocessed pixels as a list of tiles.
 
     Raises:
         UsageError: neither a tensor of several tiles nor a list of tensors.
     """
-    alone = isinstance(tiles, torch.Tensor) and tiles.ndim == 0
-    if alone or isinstance(tiles, str) or not isinstance(tiles, Iterable):
+    is_scalar = isinstance(batch, torch.Tensor) and batch.ndim == 0
+    if is_scalar or isinstance(batch, str) or not isinstance(batch, Iterable):
         raise UsageError(
-            f"batch is {shorten(tiles)}; allowed: what preprocess() returned, pixels [B, C, H, W], or a list of [C, H, W]"
+            f"batch must be the result of preprocess(), pixels [B, C, H, W], or a list of [C, H, W], got {shorten(batch)}"
         )
-    return list(tiles)
+    return list(batch)
 
 
-def pack_of(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Width and height of each image of a pass, of which there may be one.
+def parse_sizes(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns the width and height of each image of a batch.
 
     Raises:
         UsageError: neither a size nor a list of sizes.
     """
-    alone = isinstance(sizes, tuple) and not any(isinstance(side, Iterable) for side in sizes)
-    several = [sizes] if alone else sizes
+    is_one = isinstance(sizes, tuple) and not any(isinstance(side, Iterable) for side in sizes)
+    several = [sizes] if is_one else sizes
     if not isinstance(several, Iterable) or not all(
         isinstance(size, Iterable) and len([*size]) == 2 for size in several
     ):
-        raise UsageError(f"{shorten(sizes)} is no pack; allowed: (width, height), or a list of these, in pixels")
+        raise UsageError(f"sizes must be (width, height) or a list of them, in pixels, got {shorten(sizes)}")
     return [cast("tuple[int, int]", tuple(cast("Sequence[int]", size))) for size in several]
 
 
-def workload_of(config: TowerConfig, patches: int | Sequence[int] | Workload) -> Workload:
-    """The workload of a pass over still images of so many patches each, of which there may be one.
+def parse_aliases(text_alias: str | Sequence[str | None] | None, images: int) -> Sequence[str | None]:
+    """Returns an alias or ``None`` for each image.
 
     Raises:
-        UsageError: a count of patches that no image of the tower has.
+        UsageError: not an alias or a list of one per image, or an empty alias.
     """
-    if isinstance(patches, Workload):
-        return patches
-    counts = list(patches) if isinstance(patches, Iterable) and not isinstance(patches, str) else [patches]
-    if not all(map(is_whole_number, counts)):
-        raise UsageError(f"patches is {shorten(patches)}; allowed: a whole number, or a list of them")
-    counts = [int(count) for count in counts]
-    unit = config.num_patches or config.rows_per_token
-    if any(count < 0 or count % unit for count in counts):
-        reason = "the patches of one token" if config.num_patches is None else "the patches of one tile"
-        raise UsageError(f"patches {counts} must be multiples of {unit}, {reason}")
-    return expected_workload(config, counts)
+    aliases = [text_alias] if isinstance(text_alias, str) else text_alias
+    if aliases is None:
+        return [None] * images
+    if not isinstance(aliases, Sequence):
+        raise UsageError(
+            f"text_alias must be a text for one image, a list with one for each, or None, got {shorten(aliases)}"
+        )
+    if len(aliases) != images:
+        raise UsageError(
+            f"text_alias must have one alias for each image, got {len(aliases)} aliases for {images} images"
+        )
+    return [check_alias(alias) for alias in aliases]

@@ -1,38 +1,53 @@
-"""A pass's rows, cut into the embeddings of its images, and the names that a call gives them."""
+"""Embeddings of a forward pass: split by image, checked, cached, and copied to the caller's device."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 
 from tritontower.batch.packed_batch import PackedBatch
+from tritontower.cache import EmbeddingCache
 from tritontower.config import TowerConfig
-from tritontower.embedding import ImageEmbedding, checked_alias
-from tritontower.errors import UsageError, shorten
+from tritontower.embedding import ImageEmbedding
+from tritontower.errors import NonFiniteOutputError, TowerError, is_out_of_memory
 
-__all__ = ["aliases_of", "embeddings_of"]
+from .cache_keys import CacheKeys
 
 
-def embeddings_of(
+@dataclass(frozen=True)
+class ItemError:
+    """Result of an image that could not be encoded, with ``on_error="return"``.
+
+    Attributes:
+        index: position of the image in the caller's list.
+        error: the error.
+    """
+
+    index: int
+    error: TowerError
+
+
+def split_embeddings(
     config: TowerConfig, outputs: Mapping[str, torch.Tensor], batch: PackedBatch, *, bidirectional: bool = False
 ) -> list[ImageEmbedding]:
-    """The rows of a pass, image by image.
+    """Splits the outputs of a forward pass by image.
 
     Args:
         config: the tower.
-        outputs: what it made of the batch, by name.
+        outputs: name → rows of the whole batch.
         batch: the batch.
-        bidirectional: whether a language model lets the rows of a tile attend to each other in both directions.
+        bidirectional: whether the language model attends within a tile's rows in both directions.
     """
 
-    def parts(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
-        # A tile would keep, and take along when it is pickled, the rows of the whole pack.
+    def split(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        # A view would keep, and pickle, the rows of the whole batch.
         return [part.clone() for part in rows.split(list(counts))] if len(batch) > 1 else [rows][: len(batch)]
 
-    tokens = {name: parts(rows, batch.images.token_counts) for name, rows in outputs.items() if name != "pooled"}
-    pooled = parts(outputs["pooled"], batch.images.tile_counts) if "pooled" in outputs else None
+    tokens = {name: split(rows, batch.images.token_counts) for name, rows in outputs.items() if name != "pooled"}
+    pooled = split(outputs["pooled"], batch.images.tile_counts) if "pooled" in outputs else None
     levels = [tokens[f"deepstack.{level}"] for level in range(len(config.deepstack))]
-    tiles = _tile_tokens(config, batch)
+    tiles = _count_tile_tokens(config, batch)
     return [
         ImageEmbedding(
             embeddings=rows,
@@ -49,8 +64,8 @@ def embeddings_of(
     ]
 
 
-def _tile_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...]]:
-    """Per image the tokens of its tiles; of one that is put together of tiles, all of its tokens."""
+def _count_tile_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...]]:
+    """Counts the tokens of each tile; an image assembled from tiles has one entry with all of its tokens."""
     if batch.tokens.assembly_index is not None:
         return [(tokens,) for tokens in batch.images.token_counts]
     extra = 1 if config.keep_class_token else 0
@@ -59,19 +74,72 @@ def _tile_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[int, ...
     return [tuple(counts[first:last]) for first, last in pairwise(ends)]
 
 
-def aliases_of(text_alias: str | Sequence[str | None] | None, images: int) -> Sequence[str | None]:
-    """An alias, or ``None``, for every image.
+@dataclass(frozen=True, kw_only=True)
+class OutputHandler:
+    """Checks, caches and copies the embeddings of one call.
 
-    Raises:
-        UsageError: no alias and no list of them, another number of aliases than images, or one that cannot be.
+    Attributes:
+        device: device of the tower.
+        output_device: device of the results.
+        check_output: whether to look for NaN and infinity.
+        cache: the tower's cache, if it has one.
+        keys: cache keys of the call; given together with ``cache``.
     """
-    aliases = [text_alias] if isinstance(text_alias, str) else text_alias
-    if aliases is None:
-        return [None] * images
-    if not isinstance(aliases, Sequence):
-        raise UsageError(
-            f"text_alias is {shorten(aliases)}; allowed: a text for one image, a list with one for each, or None"
+
+    device: torch.device
+    output_device: torch.device
+    check_output: bool = False
+    cache: EmbeddingCache | None = None
+    keys: CacheKeys | None = None
+
+    def look_up(self, digest: str) -> ImageEmbedding | NonFiniteOutputError | None:
+        """Returns the cached embedding of an image; checks it, since the call that cached it may not have."""
+        if self.cache is None or self.keys is None:
+            return None
+        try:
+            found = self.cache.get(self.keys.key(digest), device=self.output_device)
+            return None if found is None else self._find_error(found) or self._copy_out(found)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # Encode it again: a batch that does not fit can be halved, a copy cannot.
+            return None
+
+    def finish(self, embedding: ImageEmbedding) -> ImageEmbedding | NonFiniteOutputError:
+        """Checks and caches an embedding of a forward pass and moves it to the output device."""
+        if error := self._find_error(embedding):
+            return error
+        if self.cache is not None and self.keys is not None:
+            self.cache.put(self.keys.key(embedding.content_hash), embedding)
+        return self._copy_out(embedding)
+
+    def duplicate(self, embedding: ImageEmbedding) -> ImageEmbedding:
+        """Returns a copy in memory of its own."""
+        return self._copy_out(embedding) if self._is_pinned else embedding.to(self.output_device, copy=True)
+
+    def synchronize(self) -> None:
+        """Waits for the copies to page-locked memory."""
+        if self._is_pinned:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    @property
+    def _is_pinned(self) -> bool:
+        """From a GPU to the CPU, copies are asynchronous and go to page-locked memory."""
+        return self.device.type == "cuda" and self.output_device.type == "cpu"
+
+    def _copy_out(self, embedding: ImageEmbedding) -> ImageEmbedding:
+        if not self._is_pinned:
+            return embedding.to(self.output_device)
+
+        def pin(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+        return embedding.with_tensors({name: pin(tensor) for name, tensor in embedding.tensors.items()})
+
+    def _find_error(self, embedding: ImageEmbedding) -> NonFiniteOutputError | None:
+        if not self.check_output or all(bool(rows.isfinite().all()) for rows in embedding.tensors.values()):
+            return None
+        return NonFiniteOutputError(
+            f"the embedding of an image of {embedding.original_size[0]} × {embedding.original_size[1]} pixels holds "
+            f"NaN or infinity in {embedding.embeddings.dtype}; if that is float16, use bfloat16 or float32"
         )
-    if len(aliases) != images:
-        raise UsageError(f"text_alias has {len(aliases)} aliases for {images} images; allowed: one for each, or None")
-    return [checked_alias(alias) for alias in aliases]

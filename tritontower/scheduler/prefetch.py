@@ -1,4 +1,4 @@
-"""What runs beside the device: images decoded in threads, the next pass made while the tower has the one before."""
+"""Background prefetching: decodes images in a thread pool and prepares the next batch while the current one runs."""
 
 import os
 from collections import deque
@@ -7,12 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from contextvars import copy_context
 from functools import partial
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 
-from tritontower.errors import ImageTooLargeError, Limits
+from tritontower.errors import ImageError, ImageTooLargeError, Limits
 from tritontower.preprocessing.base import Each
 from tritontower.preprocessing.images.image import (
     CanonicalImage,
@@ -23,20 +22,18 @@ from tritontower.preprocessing.images.image import (
     is_large,
 )
 
-__all__ = ["ahead", "canonical_images", "progress_bar", "workers"]
-
 WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-"""Threads that decode and preprocess for one call.  More would wait for Python's lock, not for pixels."""
+"""Threads that decode and preprocess for one call.  More would only wait for Python's lock."""
 
-LONG_LIST = 64
-"""Images from which on a progress bar is shown on a terminal, unless the caller says otherwise."""
+PROGRESS_BAR_IMAGES = 64
+"""Number of images at which a progress bar is shown on a terminal by default."""
 
-Pass = TypeVar("Pass")
+Batch = TypeVar("Batch")
 
 
 @contextmanager
-def workers(tasks: int) -> Iterator[Each]:
-    """What works like ``map`` in threads, a bounded number of calls ahead; ``map`` itself for a single task."""
+def thread_map(tasks: int) -> Iterator[Each]:
+    """Yields a ``map`` that runs in threads, a bounded number of calls ahead; plain ``map`` for a single task."""
     if tasks < 2:
         yield map
         return
@@ -45,71 +42,121 @@ def workers(tasks: int) -> Iterator[Each]:
 
 
 def _buffered_map(pool: ThreadPoolExecutor, function: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Any]:
-    coming: deque[Future[Any]] = deque()
+    pending: deque[Future[Any]] = deque()
     try:
         for values in zip(*arguments, strict=False):
-            coming.append(pool.submit(function, *values))
-            if len(coming) > 2 * WORKERS:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
+            pending.append(pool.submit(function, *values))
+            if len(pending) > 2 * WORKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        for future in coming:
+        for future in pending:
             future.cancel()
 
 
-def ahead(
-    passes: Generator[Pass, None, None], stream: torch.cuda.Stream | None, *, alone: bool
-) -> Generator[Pass, None, None]:
-    """The same passes, each made in another thread while the caller has the one before; not if there is but one."""
-    if alone:
-        yield from passes
+def prefetch(
+    batches: Generator[Batch, None, None], stream: torch.cuda.Stream | None, *, enabled: bool
+) -> Generator[Batch, None, None]:
+    """Yields the same batches; prepares each in another thread while the caller runs the one before."""
+    if not enabled:
+        yield from batches
         return
     context = copy_context()
 
-    def advance() -> Pass | None:
+    def advance() -> Batch | None:
         with torch.cuda.stream(stream):
-            return context.run(next, passes, None)
+            return context.run(next, batches, None)
 
-    with closing(passes), ThreadPoolExecutor(1, thread_name_prefix="tritontower-next-pass") as thread:
+    with closing(batches), ThreadPoolExecutor(1, thread_name_prefix="tritontower-next-batch") as thread:
         coming = thread.submit(advance)
-        while (part := coming.result()) is not None:
+        while (batch := coming.result()) is not None:
             coming = thread.submit(advance)
-            yield part
+            yield batch
 
 
 @contextmanager
 def progress_bar(total: int, progress: bool | None) -> Iterator[Callable[[int], object]]:
-    """What a bar is moved on by; ``progress`` says whether it is shown, ``None``: for long lists, on a terminal."""
+    """Yields the function that advances the bar; ``progress=None`` shows it for long lists on a terminal."""
     from tqdm import tqdm
 
-    hidden = not progress if progress is not None else (None if total >= LONG_LIST else True)  # None: off a terminal
+    is_long = total >= PROGRESS_BAR_IMAGES
+    hidden = not progress if progress is not None else (None if is_long else True)  # None: hidden unless on a terminal
     with tqdm(total=total, unit="image", disable=hidden) as bar:
         yield bar.update
 
 
-def canonical_images(
-    images: Sequence[ImageInput], limits: Limits, each: Each = map, input_data_format: ChannelOrder | None = None
-) -> list[CanonicalImage]:
-    """Decodes images, by ``each`` where there is enough to do.
+# -- decoding ---------------------------------------------------------------------------------------------------------
 
-    Raises:
-        ImageTooLargeError: decoded, they would take more than ``limits.max_decoded_bytes``; found before they are.
-        ImageError: one of them cannot be used; the first, if there are several.
+
+def split_portions(images: Sequence[ImageInput], limits: Limits, max_images: int | None = None) -> Iterator[slice]:
+    """Splits a list of images so that each portion fits into ``limits.max_decoded_bytes``; decodes nothing."""
+    start = held = 0
+    for index, image in enumerate(images):
+        size = decoded_bytes(image, limits) if len(images) > 1 else 0
+        if index > start and (held + size > limits.max_decoded_bytes or index - start == max_images):
+            yield slice(start, index)
+            start, held = index, 0
+        held += size
+    if images:
+        yield slice(start, len(images))
+
+
+def decode(
+    images: Sequence[ImageInput],
+    limits: Limits,
+    each: Each = map,
+    input_data_format: ChannelOrder | None = None,
+    *,
+    first: int = 0,
+    take_digests: bool = False,
+) -> Iterator[CanonicalImage | ImageError]:
+    """Decodes images in order and yields an error in the place of an image that cannot be decoded.
+
+    Args:
+        images: the images; together they should fit into ``limits.max_decoded_bytes``.
+        limits: limits on their sizes.
+        each: a ``map`` that may run in threads; used if an image is large enough to be worth a thread.
+        input_data_format: order of an array's axes, if its shape allows several.
+        first: position of the first image in the caller's list, for messages.
+        take_digests: whether to compute the digests here, in the threads.
     """
-    sizes = (decoded_bytes(image, limits) for image in images) if len(images) > 1 else ()
-    for index, held in enumerate(accumulate(sizes)):
-        if index and held > limits.max_decoded_bytes:
-            raise ImageTooLargeError(
-                f"decoded, it and those before it would take {held} bytes, and all {len(images)} are needed at once; the "
-                f"limit is {limits.max_decoded_bytes} bytes; pass fewer or smaller ones, encode still images with "
-                "encode, which works them off in portions, or pass Limits(max_decoded_bytes=...)",
-                index=index,
-            )
 
-    def decode(index: int, image: ImageInput) -> CanonicalImage:
-        return canonical_rgb(image, index=index, limits=limits, input_data_format=input_data_format)
+    def decode_one(index: int, image: ImageInput) -> CanonicalImage | ImageError:
+        try:
+            decoded = canonical_rgb(image, index=index, limits=limits, input_data_format=input_data_format)
+        except ImageError as error:
+            return error
+        if take_digests:
+            _ = decoded.digest
+        return decoded
 
     if not any(map(is_large, images)):
         each = map
-    return list(each(decode, range(len(images)), images))
+    yield from each(decode_one, range(first, first + len(images)), images)
+
+
+def decode_all(
+    images: Sequence[ImageInput], limits: Limits, each: Each = map, input_data_format: ChannelOrder | None = None
+) -> list[CanonicalImage]:
+    """Decodes images that are needed at once.
+
+    Raises:
+        ImageTooLargeError: decoded, they would take more than ``limits.max_decoded_bytes``; raised before decoding.
+        ImageError: the first image that cannot be decoded.
+    """
+    portion = next(split_portions(images, limits), slice(0, 0))
+    if portion.stop < len(images):
+        held = sum(decoded_bytes(image, limits) for image in images[: portion.stop + 1])
+        raise ImageTooLargeError(
+            f"decoded, the images up to this one would take {held} bytes, and all {len(images)} are needed at once; the "
+            f"limit is {limits.max_decoded_bytes} bytes; pass fewer or smaller ones, encode still images with encode, "
+            "which processes them in portions, or pass Limits(max_decoded_bytes=...)",
+            index=portion.stop,
+        )
+    decoded = []
+    for image in decode(images, limits, each, input_data_format):
+        if isinstance(image, ImageError):
+            raise image
+        decoded.append(image)
+    return decoded

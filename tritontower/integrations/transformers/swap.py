@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from tritontower.checkpoint.checkpoint import Checkpoint, Progress
 from tritontower.checkpoint.hub import locate
 from tritontower.errors import Limits, TowerError, UsageError, list_names
+from tritontower.models.common.assembly import TowerCheckpoint
 from tritontower.models.common.family import Family
 from tritontower.tower import VisionTower
 
@@ -207,29 +208,35 @@ def _image_processor(processor: Any) -> Any:
     return getattr(processor, "image_processor", processor)
 
 
+class _ModuleCheckpoint(TowerCheckpoint):
+    """A loaded model in the role of a checkpoint."""
+
+    can_prepack = False
+
+    def __init__(self, family: Family, folder: Path, source: ModuleWeights) -> None:
+        super().__init__(family, folder)
+        self.source = source
+
+    def open(self) -> Checkpoint:
+        return cast("Checkpoint", self.source)
+
+
 class _TowerOfModule(VisionTower):
     """A tower whose checkpoint is a model that is loaded already."""
-
-    _shares_weights = True
 
     def __init__(
         self, model: Any, holder: Any, family: Family, dtype: torch.dtype | None, image_processor: Any
     ) -> None:
-        self._source = ModuleWeights(model, family.prefixes)
+        source = ModuleWeights(model, family.prefixes)
         self._canonical: dict[str, torch.Tensor] = {}
         folder = _folder_of(model)
         make = family.preprocessors["hf"]
         super().__init__(
-            family,
-            folder,
-            device=self._source.device,
-            dtype=dtype or self._source.dtype,
-            preprocessor=make(family.config, folder, Limits(), image_processor, {}),
-            fetch=_nothing_to_fetch,
+            _ModuleCheckpoint(family, folder, source),
+            make(family.config, folder, Limits(), image_processor, {}),
+            device=source.device,
+            dtype=dtype or source.dtype,
         )
-
-    def _checkpoint(self) -> Checkpoint:
-        return cast("Checkpoint", self._source)
 
     def read_weights(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         self._canonical = super().read_weights(progress)
@@ -237,12 +244,12 @@ class _TowerOfModule(VisionTower):
 
     def lend(self) -> dict[str, torch.nn.Parameter]:
         """Makes the model's parameters views of the tower's weights, as far as they can be; returns those."""
-        names = lend(self._source.parameters, self._canonical, self.graph, self.family.tensors)
-        return {name: self._source.parameters[name] for name in names}
+        parameters = cast("_ModuleCheckpoint", self.checkpoint).source.parameters
+        return {name: parameters[name] for name in lend(parameters, self._canonical, self.graph, self.family.tensors)}
 
     def let_go(self) -> None:
         """Forgets the model, whose own weights would otherwise live as long as the tower."""
-        self._source, self._canonical = ModuleWeights(torch.nn.Module(), {}), {}
+        self.checkpoint, self._canonical = TowerCheckpoint(self.family, self.folder), {}
 
 
 def _folder_of(model: Any) -> Path:
@@ -253,7 +260,3 @@ def _folder_of(model: Any) -> Path:
     except TowerError:
         # Never the current folder, which may hold another model's processor.
         return Path(name or f"<{type(model).__name__} in memory>")
-
-
-def _nothing_to_fetch(*arguments: Any, **named: Any) -> None:
-    """The weights are in memory."""

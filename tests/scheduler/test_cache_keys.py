@@ -1,0 +1,56 @@
+"""Cache keys: everything that an embedding depends on makes another key."""
+
+import json
+import os
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tritontower import VisionTower
+from tritontower.errors import Limits
+from tritontower.models.common.assembly import files_identity
+from tritontower.preprocessing import SmartResize
+from tritontower.scheduler.cache_keys import framed_digest, preprocessing_identity
+
+
+@given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
+def test_parts_of_a_key_do_not_run_into_each_other(first: list[bytes], second: list[bytes]) -> None:
+    assert (framed_digest(first) == framed_digest(second)) == (first == second)
+    assert len(framed_digest(first)) == 64
+    assert framed_digest(["ä"]) == framed_digest(["ä".encode()])
+
+
+def test_changed_weight_files_have_another_identity(qwen2_vl: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((qwen2_vl / "model.safetensors").read_bytes())
+    first = files_identity(tmp_path)
+    assert files_identity(tmp_path) == first
+    assert files_identity(qwen2_vl) != first
+    # The same size and the same header: a fine-tune of the same model.
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    os.utime(weights, ns=(1, 2))
+    second = files_identity(tmp_path)
+    assert second != first
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    assert files_identity(tmp_path) != second
+
+
+def test_changed_preprocessing_has_another_identity(qwen2_vl: Path, tmp_path: Path) -> None:
+    config = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True).config
+    plain = SmartResize(config, qwen2_vl, Limits())
+    same = SmartResize(config, qwen2_vl, Limits(max_image_pixels=5))
+    assert preprocessing_identity(plain) == preprocessing_identity(same)
+    others = [
+        SmartResize(config, qwen2_vl, Limits(), frame_budget="per_video"),
+        SmartResize(config, qwen2_vl, Limits(), options={"resample": 2}),
+        SmartResize(config, qwen2_vl, Limits(), options={"image_mean": [0.0, 0.0, 0.0]}),
+        SmartResize(config, qwen2_vl, Limits(), given=plain.processor),
+        SmartResize(config, qwen2_vl, Limits(), options={"resample": object()}),
+        SmartResize(config, tmp_path, Limits()),
+    ]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136}))
+    digests = [preprocessing_identity(other) for other in others]
+    assert len({*digests, preprocessing_identity(plain)}) == len(others) + 1

@@ -1,0 +1,111 @@
+"""Opens a checkpoint: locates its files, reads its configuration, and makes its preprocessor."""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+import torch
+
+from tritontower.checkpoint.checkpoint import Checkpoint
+from tritontower.checkpoint.hub import fetch_shards, locate
+from tritontower.errors import Limits, UsageError, shorten
+from tritontower.preprocessing import Preprocessor
+
+from .family import Family
+from .feature_layers import with_features
+from .registry import declared_dtype, open_config, read_family
+
+
+class TowerCheckpoint:
+    """A tower's folder and configuration; :meth:`open` gives access to its stored tensors.
+
+    Args:
+        family: the configuration as its family file reads it.
+        folder: the folder of the checkpoint.
+        dtype: the dtype that the configuration declares; ``None`` if it declares none.
+        fetch: downloads the weight files that are missing.
+
+    Attributes:
+        identity: digest that differs for any two sets of weights; final once the checkpoint has been opened.
+    """
+
+    can_prepack = True
+    """False if the tensors that are read stay in use elsewhere, in the canonical order."""
+
+    def __init__(
+        self,
+        family: Family,
+        folder: Path,
+        *,
+        dtype: torch.dtype | None = None,
+        fetch: Callable[..., None] = lambda *arguments, **options: None,
+    ) -> None:
+        self.family, self.folder, self.dtype, self._fetch = family, folder, dtype, fetch
+        self.identity = token_hex(32)
+
+    def open(self) -> Checkpoint:
+        """Fetches the weight files that are missing and opens all of them."""
+        family = self.family
+        self._fetch(self.folder, family.prefixes, layout=family.layout)
+        # Before reading: if a file changes during the read, its content must not be cached under the new state.
+        self.identity = files_identity(self.folder)
+        return Checkpoint.open(self.folder, prefixes=family.prefixes, layout=family.layout)
+
+    def settle(self, names: Collection[str]) -> bool:
+        """Completes the family by the stored names, if it needs them; returns whether it changed."""
+        if self.family.settle is None:
+            return False
+        self.family = self.family.settle(self.family, names)
+        return True
+
+
+def open_checkpoint(
+    model: str | Path,
+    *,
+    feature_layer: int | Sequence[int] | None = None,
+    feature_select: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> TowerCheckpoint:
+    """Locates a checkpoint and reads its configuration; the arguments are those of ``VisionTower.from_pretrained``."""
+    folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    reader = open_config(folder)
+    family = with_features(read_family(reader), feature_layer, feature_select)
+    fetch = partial(fetch_shards, token=token, local_files_only=local_files_only)
+    return TowerCheckpoint(family, folder, dtype=declared_dtype(reader), fetch=fetch)
+
+
+def make_preprocessor(
+    checkpoint: TowerCheckpoint,
+    preprocessing: str = "hf",
+    *,
+    processor: Any = None,
+    options: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+) -> Preprocessor:
+    """Makes the preprocessor named ``preprocessing``; the arguments are those of ``VisionTower.from_pretrained``."""
+    family = checkpoint.family
+    make = family.preprocessors.get(preprocessing)
+    if make is None:
+        known = " or ".join(map(repr, family.preprocessors))
+        raise UsageError(f"preprocessing must be {known} for this tower, got {shorten(preprocessing)}")
+    return make(family.config, checkpoint.folder, limits or Limits(), processor, options or {})
+
+
+def files_identity(folder: Path) -> str:
+    """Hashes path, size, inode and modification time of a folder's weight files; reads none of them.
+
+    Headers would not do: all fine-tunes of a model have the same ones.  Two copies of a checkpoint get two identities,
+    and so does a file that is replaced or written to.
+    """
+    entries = []
+    for path in sorted(folder.glob("*.safetensors")):
+        stat = path.stat()
+        entries.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev])
+    return hashlib.blake2b(json.dumps(entries).encode(), digest_size=32).hexdigest()

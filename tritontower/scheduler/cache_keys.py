@@ -1,0 +1,92 @@
+"""Cache keys of embeddings.
+
+A key covers everything that an embedding depends on: the image's canonical pixels, the weights, the configuration, the
+preprocessing, the bounds, the dtype and the backend.  Every part of a key is hashed with its length, and digests are
+never shortened, so two images, towers or settings never share a key.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from tritontower.config import TowerConfig
+from tritontower.preprocessing import Bounds, Preprocessor
+from tritontower.preprocessing.processor_config import VIDEO_FILES
+
+
+class CacheKeys:
+    """Maps the digest of an image's pixels to the cache key of its embedding, for one call.
+
+    Args:
+        tower: identity of the tower, from :func:`tower_identity`.
+        bounds: bounds of the call.
+    """
+
+    def __init__(self, tower: str, bounds: Bounds) -> None:
+        given = sorted((name, value) for name, value in bounds.items() if value is not None)
+        self._parts = tower, json.dumps(given, default=int)
+
+    def key(self, content_hash: str) -> str:
+        """Returns the key of the image with this digest."""
+        return framed_digest([*self._parts, content_hash])
+
+
+def framed_digest(parts: Iterable[str | bytes]) -> str:
+    """Hashes a sequence by BLAKE2b-256, each part after its length; returns hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=32, person=b"tritontower-key")
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def tower_identity(
+    weights: str, config: TowerConfig, preprocessor: Preprocessor, computes: tuple[torch.dtype, str, str]
+) -> str:
+    """Hashes everything that an embedding depends on beside the image and the bounds of the call.
+
+    Args:
+        weights: identity of the weights, different for any two checkpoints.
+        config: the tower, with its features.
+        preprocessor: the preprocessor of the tower.
+        computes: dtype, device type and kernel backend.
+    """
+    description = json.dumps(config.to_json(), sort_keys=True)
+    return framed_digest([weights, description, preprocessing_identity(preprocessor), *map(str, computes)])
+
+
+def preprocessing_identity(preprocessor: Preprocessor) -> str:
+    """Hashes the resizing rule, its settings and options, and the processor's files.
+
+    A setting that is not a plain value makes the digest random; such a preprocessor shares no embeddings.
+    """
+    own = ("config", "folder", "limits", "given")
+    settings = {
+        field.name: getattr(preprocessor, field.name) for field in fields(preprocessor) if field.name not in own
+    }
+    given = preprocessor.given
+    if given is not None:
+        settings["given"] = [type(given).__qualname__, given.to_dict() if hasattr(given, "to_dict") else given]
+    parts: list[str | bytes] = [type(preprocessor).__qualname__, _to_json(settings)]
+    for name in VIDEO_FILES:
+        path = preprocessor.folder / name
+        parts += [name, path.read_bytes() if path.is_file() else b""]
+    return framed_digest(parts)
+
+
+def _to_json(settings: dict[str, Any]) -> str:
+    def convert(value: object) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise TypeError
+
+    try:
+        return json.dumps(settings, sort_keys=True, default=convert)
+    except (TypeError, ValueError):
+        return secrets.token_hex(32)
