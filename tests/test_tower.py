@@ -374,7 +374,7 @@ def test_batches_of_another_form_are_rejected(tmp_path: Path) -> None:
     assert refused > len(towers) ** 2 / 2
     # The same patches in another order: nothing but the form tells these two apart.
     one, other = batches["qwen2_vl"], batches["qwen2_5_vl"]
-    assert (one.pixels.shape, one.rows_per_token) == (other.pixels.shape, other.rows_per_token)
+    assert (one.pixels.shape, one.tokens.rows_per_token) == (other.pixels.shape, other.tokens.rows_per_token)
 
 
 def test_ambiguous_axis_order_must_be_given(tower: VisionTower) -> None:

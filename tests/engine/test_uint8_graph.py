@@ -156,8 +156,8 @@ def test_a_cpu_gets_values_and_a_gpu_bytes(saved: Saved, monkeypatch: pytest.Mon
     assert tower.preprocess(images, raw=False).pixels.dtype == torch.float32
     assert tower.preprocess_video(images[2:3] * 2).pixels.dtype == torch.uint8
     seen = []
-    run = tower.run
-    tower.run = lambda batch: seen.append(batch.pixels.dtype) or run(batch)  # type: ignore[method-assign, func-returns-value]
+    run = tower.runner.run
+    tower.runner.run = lambda batch: seen.append(batch.pixels.dtype) or run(batch)  # type: ignore[method-assign, func-returns-value]
     for mine, theirs in zip(tower.encode(images, max_patches=1), expected, strict=True):
         assert relative_error(mine.embeddings, theirs.embeddings) <= 1e-5
     assert set(seen) == {torch.uint8}

@@ -202,14 +202,14 @@ class TestInPlaceOfTheVisionPart:
         parameters = dict(asked.model.named_parameters())
         facts = integration.accelerate_vision(asked.model)
         ran = 0
-        forward = facts.tower.executor_for
+        forward = facts.tower.run
 
         def counted(batch: Any) -> Any:
             nonlocal ran
             ran += 1
             return forward(batch)
 
-        facts.tower.executor_for = counted  # type: ignore[method-assign]
+        facts.tower.run = counted  # type: ignore[method-assign]
         try:
             assert integration.accelerated(asked.model) is facts
             assert_same(asked.ask(**asked.text_inputs, **asked.pixel_inputs), asked.answer)
