@@ -131,7 +131,7 @@ CPU_STEPS = (
 
 
 def is_complete(result: Path) -> bool:
-    """Whether a step has left a complete result."""
+    """Tells whether a step has left a complete result."""
     if not result.is_file():
         return False
     return result.suffix != ".json" or json.loads(result.read_text(encoding="utf-8")).get("complete", True)

@@ -24,9 +24,9 @@ FILES = [*sorted(FILES), ROOT / "README.md", ROOT / "CHANGELOG.md"]
 # Banned word → what the field says.
 BANNED = {
     r"pictures?": "image",
-    r"(?<![.`\"'/_])clips?(?![`\"'/_.(-])": "video (CLIP is a model)",
+    r"(?<![.`\"'/_])(?-i:[Cc]lips?)(?![`\"'/_.(-])": "video (CLIP is a model)",
     r"(a|the|each|one|every|this|that|same|another|per|of) packs?": "batch",
-    r"(?<!dot )(?<!outer )(?<!Cartesian )(?<!Kronecker )products?": "matmul or GEMM",
+    r"(?<!dot )(?<!outer )(?<!Cartesian )(?<!Kronecker )products?(?! brief)": "matmul or GEMM",
     r"stabili[sz]ers?": "softmax offset",
     r"faulty|repair(s|ed|ing)?": "overflowed, recompute",
     r"one[ -]shot": "single block",
