@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import save_qwen2_vl
+from support.towers import TowerCase
 
 from tritontower.kernels.runtime import dispatch
 
@@ -106,6 +107,19 @@ def distant_storage(device: torch.device, tmp_path: Path) -> Callable[[int], tor
         return torch.from_file(str(path), shared=True, size=elements, dtype=torch.float32)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
+    """Returns the small fp32 checkpoint of a case, made once per session; nobody may change it."""
+    folders: dict[str, Path] = {}
+
+    def save(case: TowerCase) -> Path:
+        if case.name not in folders:
+            folders[case.name] = case.save(tmp_path_factory.mktemp("towers") / case.name)
+        return folders[case.name]
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -7,19 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.checkpoints import noise
-from support.probing import (
-    assert_angles_are_fp32,
-    assert_frames_do_not_see_each_other,
-    row_of,
-    tokens_moved_by,
-    values_of,
-)
+from support.probing import find_row, list_affected_tokens, record_values
 from support.towers.qwen2_5_vl import TINY_VISION, save_qwen2_5_vl
 
 from tritontower import VisionTower
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import TowerConfig
-from tritontower.errors import ConfigError
 from tritontower.graph.builder import build
 from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
@@ -70,59 +63,6 @@ def test_old_new_and_sparse_generations_read_the_same() -> None:
     assert old.windows is not None
     assert (old.windows.side, old.windows.full_blocks) == (4, (7, 15, 23, 31))
     assert (old.norm.kind, old.norm.eps, old.norm.rounding) == ("rms_norm", 1e-6, "before_weight")
-
-
-def test_defaults_are_those_of_transformers() -> None:
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-
-    stated = Qwen2_5_VLVisionConfig(hidden_size=1280, out_hidden_size=2048).to_dict()
-    assert read(stated) == read({"hidden_size": 1280, "out_hidden_size": 2048})
-
-
-@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "qwen2_5_vl_vision", None])
-def test_vision_model_type_may_be_old_new_or_absent(model_type: str | None) -> None:
-    assert read({**TINY_VISION, "model_type": model_type}) == read(TINY_VISION)
-
-
-@pytest.mark.parametrize(
-    ("output", "hidden", "millions"),
-    [(2048, 3420, 668.7), (3584, 3420, 676.6), (5120, 3456, 688.8), (8192, 3456, 704.6)],
-    ids=["3B", "7B", "32B", "72B"],
-)
-def test_parameters_of_all_published_sizes(output: int, hidden: int, millions: float) -> None:
-    config = read({**OLD_VISION, "out_hidden_size": output, "intermediate_size": hidden})
-    assert round(build(config).parameters / 1e6, 1) == millions
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("hidden_size", None),
-        ("hidden_size", 3584.0),
-        ("out_hidden_size", None),
-        ("out_hidden_size", "2048"),
-        ("depth", 0),
-        ("num_heads", 7),
-        ("num_heads", 32),
-        ("intermediate_size", 0),
-        ("hidden_act", "gelu"),
-        ("patch_size", [14, 14]),
-        ("temporal_patch_size", 0),
-        ("spatial_merge_size", True),
-        ("window_size", 27),
-        ("window_size", "112"),
-        ("fullatt_block_indexes", 7),
-        ("fullatt_block_indexes", [7, -1]),
-        ("fullatt_block_indexes", [7, "15"]),
-        ("model_type", "qwen2_vl"),
-        ("rope_parameters", {"rope_type": "yarn"}),
-    ],
-)
-def test_impossible_values_name_key_value_and_what_is_allowed(key: str, value: object) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read({**TINY_VISION, key: value})
-    assert f"vision_config.{key}" in str(caught.value)
-    assert "must be" in str(caught.value)
 
 
 def test_indices_behind_the_last_block_are_left_out_as_transformers_does() -> None:
@@ -179,20 +119,13 @@ def test_window_blocks_see_no_further_than_their_window(
         for column in range(GRID[1])
         if (row // 2, column // 2) == window
     }
-    assert tokens_moved_by(tower, batch, row_of(batch, place)) == together
+    assert list_affected_tokens(tower.forward, batch, find_row(batch, place)) == together
 
 
 def test_one_full_block_sees_the_whole_image(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[2])
     batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
-    assert tokens_moved_by(tower, batch, row_of(batch, (9, 13))) == set(range(GRID[0] * GRID[1]))
-
-
-def test_frames_of_a_video_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
-    tower = towers(fullatt_block_indexes=[0, 1, 2])
-    batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(6)], min_pixels=784)
-    assert batch.images.grids[0][0] == 3
-    assert_frames_do_not_see_each_other(tower, batch)
+    assert list_affected_tokens(tower.forward, batch, find_row(batch, (9, 13))) == set(range(GRID[0] * GRID[1]))
 
 
 def test_windows_of_a_video_lie_within_a_frame(towers: Callable[..., VisionTower]) -> None:
@@ -212,14 +145,6 @@ def test_windows_of_a_video_lie_within_a_frame(towers: Callable[..., VisionTower
 # -- where the merger finds its patches -----------------------------------------------------------------------------------
 
 
-def test_a_token_is_made_of_its_own_four_patches(towers: Callable[..., VisionTower]) -> None:
-    tower = towers(window_size=28, fullatt_block_indexes=[])
-    batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
-    for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
-        token = place[0] // 2 * GRID[1] + place[1] // 2
-        assert tokens_moved_by(tower, batch, row_of(batch, place)) == {token}
-
-
 def test_merged_rows_are_put_back_into_the_images_order(towers: Callable[..., VisionTower]) -> None:
     tower = towers()
     batch = tower.preprocess([noise(GRID[1] * 28, GRID[0] * 28), noise(90, 300)])
@@ -237,23 +162,11 @@ def test_merged_rows_are_put_back_into_the_images_order(towers: Callable[..., Vi
 # -- precision ------------------------------------------------------------------------------------------------------------
 
 
-def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> None:
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
-
-    tower = towers(dtype=torch.bfloat16)
-    batch = tower.preprocess(noise(4200, 28))
-    assert batch.attention.side == 300
-    assert_angles_are_fp32(
-        tower, batch, Qwen2_5_VLVisionRotaryEmbedding(Qwen2_5_VLVisionConfig(hidden_size=64, num_heads=4))
-    )
-
-
 def test_norms_round_before_they_meet_their_weight(towers: Callable[..., VisionTower]) -> None:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
     tower = towers(dtype=torch.bfloat16)
-    rows, normed = values_of(tower, tower.preprocess(noise(200, 200)), "patch_rows", "blocks.0.norm1_rows")
+    rows, normed = record_values(tower, tower.preprocess(noise(200, 200)), "patch_rows", "blocks.0.norm1_rows")
     reference = Qwen2_5_VLRMSNorm(64, eps=1e-6)
     weight = load_file(tower.folder / "model.safetensors")["visual.blocks.0.norm1.weight"]
     reference.weight.data = weight

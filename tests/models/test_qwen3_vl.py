@@ -7,25 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
-from support.probing import (
-    assert_angles_are_fp32,
-    assert_frames_do_not_see_each_other,
-    row_of,
-    tokens_moved_by,
-    values_of,
-)
+from support.probing import record_values
 from support.qwen import by_transformers
-from support.towers.qwen3_vl import DEEPSTACK, TINY_VISION, save_qwen3
+from support.towers.qwen3_vl import save_qwen3
 
 from tritontower import VisionTower
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import TowerConfig
-from tritontower.errors import ConfigError
-from tritontower.graph.builder import build
 from tritontower.kernels.rowwise.positions import bilinear_taps, merge_block_positions
-from tritontower.models import qwen3_vl
 from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import Reference, relative_error
@@ -78,23 +68,6 @@ def test_published_and_sparse_generations_read_the_same() -> None:
     assert published.patch.bias
 
 
-@pytest.mark.parametrize("model_type", qwen3_vl.MODEL_TYPES)
-def test_defaults_are_those_of_transformers(model_type: str) -> None:
-    from transformers import AutoConfig
-
-    stated = AutoConfig.for_model(f"{model_type}_vision", out_hidden_size=2048).to_dict()
-    assert stated["model_type"] == f"{model_type}_vision"
-    assert read(stated, model_type) == read({"out_hidden_size": 2048}, model_type)
-
-
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3_vl_moe"])
-def test_models_with_experts_have_the_same_tower(model_type: str) -> None:
-    vision = {**TINY_VISION, **DEEPSTACK}
-    expected = read(vision)
-    for named in (model_type, f"{model_type}_vision", None):
-        assert read({**vision, "model_type": named}, model_type) == expected
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize("indices", [[], [8, 16, 24], [99], None])
 def test_qwen3_5_has_no_deepstack_whatever_its_file_says(model_type: str, indices: list[int] | None) -> None:
@@ -105,61 +78,6 @@ def test_qwen3_5_has_no_deepstack_whatever_its_file_says(model_type: str, indice
     assert config.deepstack_projector is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "output", "millions"),
-    [
-        (SMALL, 2048, 407.0),
-        (SMALL, 2560, 415.3),
-        ({}, 4096, 576.4),
-        ({}, 5120, 595.3),
-        ({}, 2048, 538.6),
-    ],
-    ids=["2B", "4B", "8B and 235B-A22B", "32B", "30B-A3B"],
-)
-def test_parameters_of_all_published_sizes(changes: dict[str, Any], output: int, millions: float) -> None:
-    config = read({**QWEN3_VL.example["vision_config"], **changes, "out_hidden_size": output})
-    assert round(build(config).parameters / 1e6, 1) == millions
-
-
-def test_parameters_of_qwen3_5_27b() -> None:
-    assert round(build(read_family(ConfigReader(QWEN3_5.example)).config).parameters / 1e6, 1) == 460.7
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("out_hidden_size", None),
-        ("out_hidden_size", 0),
-        ("hidden_size", "1152"),
-        ("depth", 2.5),
-        ("num_heads", 7),
-        ("num_heads", 32),
-        ("intermediate_size", -1),
-        ("hidden_act", "mish"),
-        ("patch_size", [16, 16]),
-        ("temporal_patch_size", 0),
-        ("spatial_merge_size", "2"),
-        ("num_position_embeddings", 0),
-        ("num_position_embeddings", 2303),
-        ("num_position_embeddings", True),
-        ("deepstack_visual_indexes", 1),
-        ("deepstack_visual_indexes", [0, "2"]),
-        ("deepstack_visual_indexes", [-1]),
-        ("deepstack_visual_indexes", [0, 3]),
-        ("deepstack_visual_indexes", [2, 0]),
-        ("deepstack_visual_indexes", [1, 1]),
-        ("deepstack_visual_indexes", None),
-        ("model_type", "qwen2_5_vl"),
-        ("rope_parameters", {"rope_type": "yarn"}),
-    ],
-)
-def test_impossible_values_name_key_value_and_what_is_allowed(key: str, value: object) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read({**TINY_VISION, **DEEPSTACK, key: value})
-    assert f"vision_config.{key}" in str(caught.value)
-    assert "must be" in str(caught.value)
-
-
 # -- positions ------------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +85,7 @@ def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., Visi
     tower = towers(num_position_embeddings=36)
     batch = tower.preprocess([noise(160, 224), noise(96, 96)])
     assert batch.images.tile_grids == ((1, 14, 10), (1, 6, 6))
-    bare, placed = values_of(tower, batch, "patch_rows", "placed_rows")
+    bare, placed = record_values(tower, batch, "patch_rows", "placed_rows")
     table = tower.read_weights()["position_table.weight"]
     square = table.T.view(1, -1, 6, 6)
     expected = []
@@ -189,21 +107,11 @@ def test_weights_of_the_table_are_not_rounded_to_bf16(towers: Callable[..., Visi
     assert torch.equal(batch.attention.position_weights, weights)
     assert (weights - weights.bfloat16().float()).abs().max() > 1e-4
     in_bf16 = load(tower.folder, dtype="bfloat16")
-    bare, placed = values_of(in_bf16, batch, "patch_rows", "placed_rows")
+    bare, placed = record_values(in_bf16, batch, "patch_rows", "placed_rows")
     index, table = batch.attention.position_index, in_bf16.read_weights()["position_table.weight"].float()
     assert index is not None
     learned = (table[index.long()] * weights[..., None]).sum(1)
     assert (placed == (bare.float() + learned).bfloat16()).float().mean() > 0.999
-
-
-def test_angles_are_fp32_in_a_bf16_tower(towers: Callable[..., VisionTower]) -> None:
-    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
-
-    tower = towers(dtype=torch.bfloat16)
-    batch = tower.preprocess(noise(32, 4800))
-    assert batch.attention.side == 300
-    assert_angles_are_fp32(tower, batch, Qwen3VLVisionRotaryEmbedding(Qwen3VLVisionConfig(hidden_size=64, num_heads=4)))
 
 
 # -- deepstack ------------------------------------------------------------------------------------------------------------
@@ -255,28 +163,6 @@ def test_qwen3_5_loads_with_deepstack_indices_in_its_file(tmp_path: Path) -> Non
 
 
 # -- images and videos ---------------------------------------------------------------------------------------------------
-
-
-def test_a_token_is_made_of_its_own_four_patches(tmp_path: Path) -> None:
-    folder = save_qwen3("qwen3_vl", tmp_path / "model")
-    tensors = load_file(folder / "model.safetensors")
-    for name, tensor in tensors.items():
-        if "visual" in name and "attn.proj" in name:
-            tensor.zero_()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    tower = load(folder)
-    batch = tower.preprocess(noise(7 * 32, 5 * 32))
-    assert batch.images.tile_grids == ((1, 10, 14),)
-    # Nobody hears of a patch but the token that it is a part of.
-    for place in ((0, 0), (1, 1), (2, 5), (9, 12), (6, 13)):
-        assert tokens_moved_by(tower, batch, row_of(batch, place)) == {place[0] // 2 * 7 + place[1] // 2}
-
-
-def test_frames_of_a_video_do_not_see_each_other(towers: Callable[..., VisionTower]) -> None:
-    tower = towers()
-    batch = tower.preprocess_video([noise(160, 96, seed) for seed in range(6)], min_pixels=2048)
-    assert batch.images.grids[0][0] == 3
-    assert_frames_do_not_see_each_other(tower, batch)
 
 
 def test_a_videos_frames_share_one_budget(towers: Callable[..., VisionTower]) -> None:

@@ -1,7 +1,7 @@
-"""Small random checkpoints, made by transformers itself, and images to show them."""
+"""A small random Qwen2-VL checkpoint, changed copies of checkpoints, and images of noise."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ TINY_TEXT: dict[str, Any] = {
 
 
 def save_qwen2_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **vision: Any) -> Path:
-    """A whole small Qwen2-VL (tower and language model) as ``save_pretrained`` writes it, with its image processor."""
+    """Saves a whole small Qwen2-VL, with its image processor."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     torch.manual_seed(seed)
     config = Qwen2VLConfig(vision_config={**TINY_VISION, **vision}, text_config=TINY_TEXT)
     model = Qwen2VLForConditionalGeneration(config)
-    # Freshly made norms are exactly one and zero and biases are zero: a swapped or dropped one would not show.
+    # Initial norms are exactly one and biases zero: a swapped or missing one would not be noticed.
     for name, parameter in model.named_parameters():
         if "visual" in name and parameter.ndim == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
@@ -49,22 +49,33 @@ def save_qwen2_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int
     return folder
 
 
+def change_tensors(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Copies a single-file checkpoint; ``change`` modifies its tensors."""
+    _copy_settings(source, target)
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
 def rename_tensors(source: Path, target: Path, old: str, new: str) -> Path:
-    """A copy of a single-file checkpoint in which the prefix ``old`` of tensor names is ``new``."""
+    """Copies a single-file checkpoint, with the prefix ``old`` of tensor names replaced by ``new``."""
     return rename_all(source, target, [(old, new)])
 
 
 def rename_all(source: Path, target: Path, prefixes: Sequence[tuple[str, str]]) -> Path:
-    """A copy of a single-file checkpoint in which names begin with ``new`` instead of ``old``; the first pair that fits."""
-    _copy_settings(source, target)
-    tensors = load_file(source / "model.safetensors")
-    renamed = {_renamed(name, prefixes): tensor for name, tensor in tensors.items()}
-    assert renamed.keys() != tensors.keys()
-    save_file(renamed, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+    """Copies a single-file checkpoint, with prefixes of tensor names replaced; the first match applies."""
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        renamed = {_rename(name, prefixes): tensor for name, tensor in tensors.items()}
+        assert renamed.keys() != tensors.keys()
+        tensors.clear()
+        tensors.update(renamed)
+
+    return change_tensors(source, target, rename)
 
 
-def _renamed(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
+def _rename(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
     for old, new in prefixes:
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -79,7 +90,7 @@ def _copy_settings(source: Path, target: Path) -> None:
 
 
 def shard(source: Path, target: Path, shards: int = 3) -> Path:
-    """A copy of a single-file checkpoint whose tensors are dealt out to several files, with an index."""
+    """Copies a single-file checkpoint into several files with an index."""
     _copy_settings(source, target)
     tensors = load_file(source / "model.safetensors")
     names = sorted(tensors)
@@ -95,7 +106,7 @@ def shard(source: Path, target: Path, shards: int = 3) -> Path:
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray:
-    """An image ``[height, width, 3]`` uint8: smooth colors with noise on them, different for every seed."""
+    """Returns an image ``[height, width, 3]`` uint8 of smooth colors and noise, different for every seed."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (7.0 + k) + seed) * np.cos(y / (11.0 - k)) for k in range(3)]

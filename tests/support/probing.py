@@ -1,4 +1,4 @@
-"""Looking into a tower: what a patch has an effect on, and which values a pass goes through."""
+"""Observation of a tower: the tokens that a patch affects, values of the graph, and changed configurations or weights."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -8,27 +8,30 @@ import torch
 
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
+from tritontower.config import RotaryEmbedding
+from tritontower.engine.executor import Executor
+from tritontower.graph.builder import build
+from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.graph.ir import Node
+from tritontower.parity.parity import Reference, relative_error
 
-__all__ = ["assert_angles_are_fp32", "assert_frames_do_not_see_each_other", "row_of", "tokens_moved_by", "values_of"]
 
-
-def row_of(batch: PackedBatch, place: tuple[int, int]) -> int:
-    """Where the patch at ``place`` (row, column) stands in the batch of one still image."""
+def find_row(batch: PackedBatch, place: tuple[int, int]) -> int:
+    """Returns the row of the patch at ``place`` (row, column) in the batch of one still image."""
     (row,) = (batch.attention.positions == torch.tensor(place, dtype=torch.int32)).all(1).nonzero().flatten().tolist()
     return int(row)
 
 
-def tokens_moved_by(tower: VisionTower, batch: PackedBatch, row: int) -> set[int]:
-    """The tokens in which any bit changes when the patch in ``row`` does."""
+def list_affected_tokens(run: Any, batch: PackedBatch, row: int) -> set[int]:
+    """Returns the tokens of ``run(batch)`` in which any bit changes with the patch in ``row``."""
     pixels = batch.pixels.clone()
     pixels[row] += 1.0
-    before, after = tower.forward(batch), tower.forward(replace(batch, pixels=pixels))
+    before, after = run(batch), run(replace(batch, pixels=pixels))
     return set((before != after).any(1).nonzero().flatten().tolist())
 
 
-def values_of(tower: VisionTower, batch: PackedBatch, *names: str) -> list[torch.Tensor]:
-    """Values of the graph, each as the node leaves it that writes it."""
+def record_values(tower: VisionTower, batch: PackedBatch, *names: str) -> list[torch.Tensor]:
+    """Returns values of the graph, each as the node that writes it leaves it."""
     found: dict[str, torch.Tensor] = {}
 
     def keep(node: Node, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -38,20 +41,20 @@ def values_of(tower: VisionTower, batch: PackedBatch, *names: str) -> list[torch
     return [found[name] for name in names]
 
 
-def assert_angles_are_fp32(tower: VisionTower, batch: PackedBatch, rotation: Any) -> None:
-    """The table of angles is that of ``rotation``, transformers' module, in fp32, where bf16 would be far off."""
-    expected = rotation(torch.zeros(0), batch.attention.positions)
-    for table, wanted in zip(values_of(tower, batch, "cosines", "sines"), expected, strict=True):
-        assert table.dtype == torch.float32
-        assert torch.equal(table.repeat(1, 2), wanted)
-    rounded = (batch.attention.positions[..., None].bfloat16() * rotation.inv_freq.bfloat16()).float().flatten(1)
-    assert (rounded.cos() - expected[0][:, : rounded.shape[1]]).abs().max() > 0.1
+def list_frequencies(rotary: RotaryEmbedding, head_dim: int) -> list[torch.Tensor]:
+    """Returns the fp64 frequencies of rows and of columns, by the definition of the layout."""
+    if rotary.layout == "halves":
+        frequencies = rotary.theta ** (-torch.arange(head_dim // 4).double() / (head_dim // 4))
+        return [frequencies, frequencies]
+    frequencies = rotary.theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+    return [frequencies[0::2], frequencies[1::2]]
 
 
-def assert_frames_do_not_see_each_other(tower: VisionTower, batch: PackedBatch) -> None:
-    """A patch of one temporal patch of a video moves the tokens of that one alone, and all of them."""
-    ((frames, height, width),) = batch.images.grids
-    tokens = height * width // batch.tokens.rows_per_token
-    for frame in range(frames):
-        moved = tokens_moved_by(tower, batch, frame * height * width + 1)
-        assert moved == set(range(frame * tokens, (frame + 1) * tokens))
+def errors_with(
+    tower: VisionTower, batch: PackedBatch, weights: Mapping[str, torch.Tensor] | None = None, **changes: object
+) -> dict[str, float]:
+    """Returns the error of each output against transformers, with changed weights or a changed configuration."""
+    graph = fold_still_images(fuse(build(replace(tower.config, **changes))))
+    ours = Executor(graph, {**tower.read_weights(), **(weights or {})}).run(batch)
+    theirs = Reference(tower, torch.float32).run(batch)
+    return {name: relative_error(rows, theirs[name]) for name, rows in ours.items()}

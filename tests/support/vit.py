@@ -33,7 +33,18 @@ ENCODERS: Mapping[str, Mapping[str, Any]] = {
     "erf": {"vision": {"hidden_act": "gelu"}},
     "large epsilon": {"vision": {"layer_norm_eps": 0.1}},
 }
-"""Changes of an encoder that nobody has published."""
+"""Unpublished configurations of an encoder."""
+ENCODER_WRONG: Mapping[str, Sequence[object]] = {
+    "hidden_size": [0, "768", True],
+    "num_hidden_layers": [-1, 2.5],
+    "num_attention_heads": [7, 0, 512],
+    "patch_size": [0, [14, 14]],
+    "image_size": [8, [224, 224]],
+    "num_channels": [0],
+    "layer_norm_eps": [-1e-5, "1e-5"],
+    "hidden_act": ["mish"],
+}
+"""Values that must be rejected, as in :attr:`support.towers.TowerCase.wrong`."""
 PREFIXES_IN_MODEL = (
     (("vision_tower.", "vision_tower.vision_model."), ("multi_modal_projector.", "multi_modal_projector.")),
     (("vision_tower.", "model.vision_tower.vision_model."), ("multi_modal_projector.", "model.multi_modal_projector.")),

@@ -1,7 +1,7 @@
-"""One file per family: how to make its small random checkpoints, and how transformers alone encodes images with them.
+"""Small random checkpoints of every model, one file per model, with their encoding by transformers alone.
 
-Every file here lists its :class:`TowerCase` s in ``CASES``; ``tests/models/test_every_model.py`` holds each of them to the same
-promises.  A new family's test entry is one new file.
+Every file here lists its :class:`TowerCase` s in ``CASES``; ``tests/models/test_every_model.py`` tests all of them.  A new
+model's test entry is one new file.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,29 +14,30 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["TowerCase", "all_cases"]
+__all__ = ["TowerCase", "all_cases", "in_section"]
 
 SaveCheckpoint = Callable[..., Path]
 """``save(folder, *, dtype, seed, depth, **changes)``: writes a whole small checkpoint with its processor; returns it."""
 EncodeByTransformers = Callable[[Path, Sequence[np.ndarray], torch.dtype], list[torch.Tensor]]
-"""``reference(folder, images, dtype)``: embeddings per image by transformers' processor and model, nothing of ours."""
+"""``reference(folder, images, dtype)``: embeddings per image by transformers' processor and model alone."""
 
 
 @dataclass(frozen=True)
 class TowerCase:
-    """A kind of checkpoint, small.
+    """A kind of small checkpoint.
 
     Attributes:
         name: for test ids.
         save: makes a checkpoint; ``depth`` is the number of vision blocks.
         reference: encodes with transformers alone.
-        others: name → changes that make a checkpoint of a configuration nobody has published.
-        prefixes: generations of tensor names: each a sequence of (what a name begins with, what instead), of which the
-            first that fits a name is applied.
-        sizes: width and height of images of very different shapes, the first of them the smallest.
-        video: whether it takes videos.
-        video_frames: how many frames the videos have that it is shown.
-        random_size: the largest side of the images that tokens are counted for.
+        others: name → changes that make an unpublished configuration.
+        prefixes: generations of tensor names: each a sequence of (prefix, replacement), of which the first match applies.
+        sizes: width and height of images of very different shapes, the smallest first.
+        video: it takes videos.
+        video_frames: numbers of frames of the videos in the tests.
+        random_size: largest side of the images for which tokens are counted.
+        wrong: dotted key of ``config.json`` → values that must be rejected; ``None`` removes the key.
+        repeats: the tower is that of another case; slow tests skip it.
     """
 
     name: str
@@ -48,9 +49,16 @@ class TowerCase:
     video: bool = False
     video_frames: Sequence[int] = (1, 2, 5)
     random_size: int = 400
+    wrong: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    repeats: bool = False
 
 
 def all_cases() -> list[TowerCase]:
-    """The cases of every file, in the order of their names."""
+    """Returns the cases of every file, in the order of their names."""
     modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
     return [case for module in modules for case in module.CASES]
+
+
+def in_section(wrong: Mapping[str, Sequence[object]], section: str = "vision_config") -> dict[str, Sequence[object]]:
+    """Puts ``section.`` before the keys of :attr:`TowerCase.wrong`."""
+    return {f"{section}.{key}": values for key, values in wrong.items()}

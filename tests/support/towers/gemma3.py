@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from support.vit import ENCODER_WRONG
 
-from . import TowerCase
+from . import TowerCase, in_section
 
 VISION: dict[str, Any] = {
     "model_type": "siglip_vision_model",
@@ -49,18 +50,10 @@ def save_gemma3(
     processor: Mapping[str, Any] | None = None,
     tokens: int = 16,
 ) -> Path:
-    """A whole small Gemma 3 or ShieldGemma 2 as ``save_pretrained`` writes it, with its image processor.
+    """Saves a whole small Gemma 3 or ShieldGemma 2, with its image processor.
 
-    Args:
-        folder: where.
-        dtype: of all weights.
-        seed: of their numbers.
-        depth: vision blocks.
-        kind: model type.
-        vision: changes of ``vision_config``.
-        text: changes of ``text_config``.
-        processor: changes of the image processor's settings.
-        tokens: per tile, ``mm_tokens_per_image``.
+    ``vision``, ``text`` and ``processor`` are changes of the two sections and of the processor's settings; ``tokens`` is
+    ``mm_tokens_per_image``.
     """
     from transformers import (
         Gemma3Config,
@@ -90,7 +83,7 @@ def save_gemma3(
 
 
 def perturb(model: torch.nn.Module) -> None:
-    """Moves what is freshly one or zero (norms, biases, Gemma's projection) so that swapping or dropping it shows."""
+    """Moves norms, biases and Gemma's projection away from one and zero, so that swapped or missing ones are noticed."""
     for name, parameter in model.named_parameters():
         if "vision_tower" not in name and "multi_modal_projector" not in name:
             continue
@@ -103,7 +96,7 @@ def perturb(model: torch.nn.Module) -> None:
 def by_transformers(
     folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype, *, model_class: str
 ) -> list[torch.Tensor]:
-    """The projected rows of each image, one tile after the other."""
+    """Returns the projected rows of each image, tile after tile."""
     import transformers
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -116,7 +109,7 @@ def by_transformers(
     holder = model.model.model if model_class.startswith("Shield") else model.model
     embeddings = []
     for image in images:
-        # The processor's own file leaves it open whether an image is converted, which these need not be.
+        # The processor's file does not state whether an image is converted.
         tiles = processor(images=[Image.fromarray(image)], do_convert_rgb=False, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             rows = holder.get_image_features(tiles.flatten(0, -4)).pooler_output
@@ -142,6 +135,15 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }
 
+SIGLIP_WRONG = {**in_section(ENCODER_WRONG), "vision_config": [None], "vision_config.model_type": ["clip_vision_model"]}
+WRONG: dict[str, Sequence[object]] = {
+    **SIGLIP_WRONG,
+    # The tile has 8 × 8 patches.
+    "mm_tokens_per_image": [0, 15, 9, 81],
+    "text_config.hidden_size": ["2560"],
+    "text_config": [{"model_type": "mamba"}],
+}
+
 # Published checkpoints have a level `vision_model.` that transformers 5 no longer saves; the second is what 4.52 saved.
 TOWER, PROJECTOR = "vision_tower.", "multi_modal_projector."
 PREFIXES = [
@@ -161,6 +163,7 @@ CASES = [
         reference=partial(by_transformers, model_class="Gemma3ForConditionalGeneration"),
         others=OTHERS,
         prefixes=PREFIXES,
+        wrong=WRONG,
     ),
     TowerCase(
         name="gemma3-pan-and-scan",
@@ -172,6 +175,7 @@ CASES = [
         },
         prefixes=PREFIXES[:1],
         sizes=((28, 28), (157, 243), (300, 64), (30, 500), (90, 90)),
+        repeats=True,
     ),
     TowerCase(
         name="shieldgemma2",
@@ -179,5 +183,6 @@ CASES = [
         reference=partial(by_transformers, model_class="ShieldGemma2ForImageClassification"),
         others={"wider": {"vision": {"hidden_size": 96}, "depth": 2}},
         prefixes=SHIELD_PREFIXES,
+        repeats=True,
     ),
 ]

@@ -1,14 +1,23 @@
 """LLaVA with a CLIP or a SigLIP encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from support.vit import ENCODERS, PREFIXES_IN_MODEL, TINY_TEXT, by_llava, perturb, tiny_vision, write_processor
+from support.vit import (
+    ENCODER_WRONG,
+    ENCODERS,
+    PREFIXES_IN_MODEL,
+    TINY_TEXT,
+    by_llava,
+    perturb,
+    tiny_vision,
+    write_processor,
+)
 
-from . import TowerCase
+from . import TowerCase, in_section
 
 
 def save_llava(
@@ -22,7 +31,7 @@ def save_llava(
     text: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
-    """A whole small LLaVA; a SigLIP encoder's image is no multiple of its patches."""
+    """Saves a whole small LLaVA; a SigLIP encoder's image is no multiple of its patches."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -35,6 +44,17 @@ def save_llava(
     write_processor(folder, kind, config.vision_config.image_size)
     return folder
 
+
+LLAVA_WRONG: dict[str, Sequence[object]] = {
+    **in_section(ENCODER_WRONG),
+    "vision_feature_layer": [27, -28, "-2", True, [], [1, 99], [1.5]],
+    "vision_feature_select_strategy": ["cls_patch"],
+    "projector_hidden_act": ["swish2"],
+    "multimodal_projector_bias": ["yes"],
+    "vision_config": [[1]],
+    "text_config.hidden_size": [0],
+    "text_config": [{"model_type": "rwkv"}],
+}
 
 OTHERS: dict[str, dict[str, Any]] = {
     "last layer": {"vision_feature_layer": -1},
@@ -61,12 +81,16 @@ CASES = [
             },
         },
         prefixes=PREFIXES_IN_MODEL,
+        wrong=LLAVA_WRONG,
     ),
     TowerCase(
         name="llava-siglip",
         save=partial(save_llava, kind="siglip"),
         reference=by_llava,
-        others=OTHERS,
-        prefixes=PREFIXES_IN_MODEL,
+        others={name: OTHERS[name] for name in ("last layer", "several layers")},
+        prefixes=PREFIXES_IN_MODEL[:1],
+        # 'default' would drop the first patch of an encoder without class token.
+        wrong={"vision_feature_select_strategy": ["default", None]},
+        repeats=True,
     ),
 ]

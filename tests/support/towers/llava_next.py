@@ -9,6 +9,7 @@ import torch
 from support.vit import ENCODERS, PREFIXES_IN_MODEL, TINY_TEXT, by_llava, perturb, tiny_vision, write_processor
 
 from . import TowerCase
+from .llava import LLAVA_WRONG
 
 CANVASES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 """Rows and columns of tiles."""
@@ -25,7 +26,7 @@ def save_llava_next(
     canvases: tuple[tuple[int, int], ...] = CANVASES,
     **changes: Any,
 ) -> Path:
-    """A whole small LLaVA-NeXT; a SigLIP encoder's image is no multiple of its patches."""
+    """Saves a whole small LLaVA-NeXT; a SigLIP encoder's image is no multiple of its patches."""
     from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -36,12 +37,16 @@ def save_llava_next(
     pinpoints = [[rows * side, columns * side] for rows, columns in canvases]
     config = LlavaNextConfig(vision_config=encoder, text_config=TINY_TEXT, image_grid_pinpoints=pinpoints, **changes)
     perturb(LlavaNextForConditionalGeneration(config)).to(dtype).save_pretrained(folder)
-    # The published ones of either kind scale by the shorter side, which of a tile is as good as squashing.
+    # Published files of either kind scale by the shorter side, which has no other effect on a square tile.
     write_processor(
         folder, "clip", side, image_processor_type="LlavaNextImageProcessor", image_grid_pinpoints=pinpoints
     )
     return folder
 
+
+WRONG_CANVASES: dict[str, list[object]] = {
+    "image_grid_pinpoints": [336, [[336]], [[336, 672], [336, 0]], [[336, "672"]], ["336x672"]]
+}
 
 OTHERS: dict[str, dict[str, Any]] = {
     "many canvases": {"canvases": tuple((rows, columns) for rows in range(1, 4) for columns in range(1, 4))},
@@ -62,11 +67,15 @@ CASES = [
             (*pairs, ("image_newline", pairs[1][1].replace("multi_modal_projector.", "image_newline")))
             for pairs in PREFIXES_IN_MODEL
         ],
+        # There is no place for class tokens among the tokens of tiles: 'full' needs a SigLIP encoder.
+        wrong={**LLAVA_WRONG, **WRONG_CANVASES, "vision_feature_select_strategy": ["full"]},
     ),
     TowerCase(
         name="llava_next-siglip",
         save=partial(save_llava_next, kind="siglip"),
         reference=by_llava,
-        others=OTHERS,
+        others={"several layers": OTHERS["several layers"]},
+        wrong={"vision_feature_select_strategy": ["default", None]},
+        repeats=True,
     ),
 ]

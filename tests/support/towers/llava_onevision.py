@@ -9,7 +9,9 @@ import torch
 from support.vit import TINY_TEXT, by_llava, perturb, tiny_vision, write_processor
 
 from . import TowerCase
+from .llava import LLAVA_WRONG
 from .llava_next import CASES as WITH_TILES
+from .llava_next import WRONG_CANVASES
 
 CANVASES = tuple((rows, columns) for rows in range(1, 5) for columns in range(1, 5))
 """Rows and columns of tiles."""
@@ -26,7 +28,7 @@ def save_llava_onevision(
     canvases: tuple[tuple[int, int], ...] = CANVASES,
     **changes: Any,
 ) -> Path:
-    """A whole small LLaVA-OneVision whose canvases are shrunk to four tiles' worth of tokens."""
+    """Saves a whole small LLaVA-OneVision whose canvases are shrunk to four tiles' worth of tokens."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     torch.manual_seed(seed)
@@ -61,10 +63,18 @@ CASES = [
             "with a pooling head": {"vision": {"vision_use_head": True}},
         },
         prefixes=WITH_TILES[0].prefixes,
+        wrong={
+            **LLAVA_WRONG,
+            **WRONG_CANVASES,
+            "vision_aspect_ratio": ["anyres", "square", "pad", "anyres_max_", "anyres_max_0", "anyres_max_9x", 9],
+            "vision_feature_select_strategy": ["default"],
+        },
     ),
     TowerCase(
         name="llava_onevision-clip",
         save=partial(save_llava_onevision, kind="clip", vision_feature_select_strategy="default"),
         reference=by_llava,
+        wrong={"vision_feature_select_strategy": ["full", None]},
+        repeats=True,
     ),
 ]

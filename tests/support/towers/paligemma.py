@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import TowerCase
-from .gemma3 import PREFIXES, TEXT, VISION, by_transformers, perturb
+from .gemma3 import PREFIXES, SIGLIP_WRONG, TEXT, VISION, by_transformers, perturb
 
 
 def save_paligemma(
@@ -21,7 +21,7 @@ def save_paligemma(
     text: Mapping[str, Any] | None = None,
     processor: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A whole small PaliGemma as ``save_pretrained`` writes it, with its image processor; arguments as for Gemma 3."""
+    """Saves a whole small PaliGemma, with its image processor; arguments as for Gemma 3."""
     from transformers import PaliGemmaConfig, PaliGemmaForConditionalGeneration
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -54,5 +54,6 @@ CASES = [
             "with-a-head": {"vision": {"vision_use_head": True}},
         },
         prefixes=PREFIXES,
+        wrong={**SIGLIP_WRONG, "projection_dim": [0, True]},
     )
 ]

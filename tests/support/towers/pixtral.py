@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import TowerCase
+from . import TowerCase, in_section
 
 TEXT: dict[str, Any] = {
     "model_type": "mistral",
@@ -46,14 +46,10 @@ LONGEST_EDGE = {"llava": 160, "mistral3": 168}
 def save(
     kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, depth: int = 3, **changes: Any
 ) -> Path:
-    """A whole small model (tower, projector and language model) as ``save_pretrained`` writes it, with its processor.
+    """Saves a whole small model, with its processor.
 
     Args:
         kind: ``"llava"`` or ``"mistral3"``.
-        folder: where it goes.
-        dtype: of the weights.
-        seed: of the random numbers.
-        depth: vision blocks.
         **changes: keys of ``text_config`` (with ``text_`` before them), of the top level, or of ``vision_config``.
     """
     from transformers import (
@@ -75,8 +71,8 @@ def save(
         model = LlavaForConditionalGeneration(LlavaConfig(**parts, **{**TOP[kind], **top}))
     else:
         model = Mistral3ForConditionalGeneration(Mistral3Config(**parts, **{**TOP[kind], **top}))
-    # As they are made, matrices this narrow add next to nothing to what they read, norms are exactly one and biases zero:
-    # a swapped or dropped one would not show.
+    # Initial matrices this narrow have almost no effect, initial norms are one and biases zero: a swapped or missing one
+    # would not be noticed.
     for name, parameter in model.named_parameters():
         if "vision_tower" in name or "multi_modal_projector" in name:
             if parameter.ndim == 1:
@@ -90,12 +86,12 @@ def save(
 
 
 def by_transformers(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The projected rows of each image."""
+    """Returns the projected rows of each image."""
     from transformers import AutoModel
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
-    # As PixtralProcessor calls it: sides have to come out as multiples of what one token covers.
+    # As PixtralProcessor calls it: sides must be multiples of the side of a token.
     side = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     inputs = processor(
@@ -112,7 +108,7 @@ def by_transformers(folder: Path, images: Sequence[np.ndarray], dtype: torch.dty
     return list(features.pooler_output)
 
 
-# None of these is published: the graph has to come from the configuration, not from the model's name.
+# Unpublished: the graph must follow from the configuration, not from the model's name.
 OTHERS: dict[str, dict[str, Any]] = {
     "one block": {"depth": 1},
     "heads of 72": {"hidden_size": 144, "num_attention_heads": 2},
@@ -120,9 +116,30 @@ OTHERS: dict[str, dict[str, Any]] = {
     "odd mlp": {"intermediate_size": 77},
     "small patches": {"patch_size": 8, "longest_edge": 96},
     "another base": {"rope_parameters": {"rope_type": "axial", "rope_theta": 500.0}},
-    "quick gelu behind": {"projector_hidden_act": "quick_gelu"},
-    "silu behind": {"projector_hidden_act": "silu", "text_hidden_size": 56},
+    "quick gelu projector": {"projector_hidden_act": "quick_gelu"},
+    "silu projector": {"projector_hidden_act": "silu", "text_hidden_size": 56},
     "an inner layer": {"vision_feature_layer": -2},
+}
+
+WRONG: dict[str, Sequence[object]] = {
+    **in_section(
+        {
+            "hidden_act": [None, "gelu"],
+            "hidden_size": [0, "1024"],
+            "num_attention_heads": [7],
+            "head_dim": [80],
+            "num_hidden_layers": [0],
+            "intermediate_size": [4096.5],
+            "patch_size": [[16, 16]],
+            "num_channels": [True],
+            "image_size": [-1],
+            "rope_parameters.rope_type": ["yarn"],
+            "rope_parameters.rope_theta": [0.5],
+        }
+    ),
+    "vision_feature_layer": [25, "last", []],
+    "projector_hidden_act": ["mish"],
+    "multimodal_projector_bias": ["yes"],
 }
 
 GENERATIONS = [
@@ -142,6 +159,8 @@ CASES = [
             "the first rows": {"vision_feature_layer": [0, -1]},
         },
         prefixes=GENERATIONS,
+        # 'default' would drop the first patch of a call.
+        wrong={**WRONG, "vision_feature_select_strategy": ["default", None]},
     ),
     TowerCase(
         name="mistral3",
@@ -156,5 +175,6 @@ CASES = [
             "one layer in a list": {"vision_feature_layer": [2]},
         },
         prefixes=GENERATIONS,
+        wrong={**WRONG, "vision_feature_layer": [[-1, -2]], "spatial_merge_size": [0], "text_config": [None]},
     ),
 ]

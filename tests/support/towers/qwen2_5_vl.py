@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from support.qwen import TINY_TEXT, by_transformers, save_model
 
-from . import TowerCase
+from . import TowerCase, in_section
 
 TINY_VISION: dict[str, Any] = {
     "depth": 3,
@@ -20,14 +20,14 @@ TINY_VISION: dict[str, Any] = {
 
 
 def save_qwen2_5_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **vision: Any) -> Path:
-    """A whole small Qwen2.5-VL (tower and language model) as ``save_pretrained`` writes it, with its image processor."""
+    """Saves a whole small Qwen2.5-VL, with its image processor."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     config = Qwen2_5_VLConfig(vision_config={**TINY_VISION, **vision}, text_config=TINY_TEXT)
     return save_model(folder, Qwen2_5_VLForConditionalGeneration, config, dtype=dtype, seed=seed)
 
 
-# None of these is published: the graph has to come from the configuration, not from the model's name.
+# Unpublished: the graph must follow from the configuration, not from the model's name.
 OTHERS = {
     "one block": {"depth": 1},
     "every block full": {"fullatt_block_indexes": [0, 1, 2]},
@@ -47,6 +47,24 @@ OTHERS = {
     "another base": {"rope_parameters": {"rope_type": "axial", "rope_theta": 100.0}},
 }
 
+WRONG = in_section(
+    {
+        "hidden_size": [None, 3584.0],
+        "depth": [0, -3, 2.5],
+        "num_heads": [0, 7, 32],
+        "patch_size": [0, [14, 14]],
+        "temporal_patch_size": [0],
+        "spatial_merge_size": ["2", True],
+        "model_type": ["siglip_vision_model"],
+        "rope_parameters": [{"rope_type": "yarn"}, {"rope_theta": 0.0}],
+        "out_hidden_size": [None, "2048"],
+        "intermediate_size": [0],
+        "hidden_act": ["gelu"],
+        "window_size": [27, "112"],
+        "fullatt_block_indexes": [7, [7, -1], [7, "15"]],
+    }
+)
+
 CASES = [
     TowerCase(
         name="qwen2_5_vl",
@@ -55,5 +73,6 @@ CASES = [
         others=OTHERS,
         prefixes=[[("visual.", "model.visual.")], [("visual.", "module.model.visual.")]],
         video=True,
+        wrong=WRONG,
     )
 ]

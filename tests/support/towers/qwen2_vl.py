@@ -3,9 +3,9 @@
 from support.checkpoints import save_qwen2_vl
 from support.qwen import by_transformers
 
-from . import TowerCase
+from . import TowerCase, in_section
 
-# None of these is published: the graph has to come from the configuration, not from the model's name.
+# Unpublished: the graph must follow from the configuration, not from the model's name.
 OTHERS = {
     "one block": {"depth": 1},
     "wide heads": {"embed_dim": 160, "num_heads": 2},
@@ -20,6 +20,20 @@ OTHERS = {
     "one channel more": {"hidden_size": 56},
 }
 
+WRONG = in_section(
+    {
+        "hidden_size": [None, "1536", 0, True],
+        "depth": [0, -3, 2.5],
+        "num_heads": [0, 7, 32],
+        "patch_size": [0, [14, 14]],
+        "temporal_patch_size": [0],
+        "spatial_merge_size": ["2", True],
+        "model_type": ["siglip_vision_model"],
+        "rope_parameters": [{"rope_type": "yarn"}, {"rope_theta": 0.0}],
+        "hidden_act": ["mish"],
+    }
+)
+
 CASES = [
     TowerCase(
         name="qwen2_vl",
@@ -28,5 +42,6 @@ CASES = [
         others=OTHERS,
         prefixes=[[("visual.", "model.visual.")], [("visual.", "module.model.visual.")]],
         video=True,
+        wrong=WRONG,
     )
 ]

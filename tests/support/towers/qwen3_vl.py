@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from support.qwen import TINY_TEXT, by_transformers, save_model
 
-from . import TowerCase
+from . import TowerCase, in_section
 
 TINY_VISION: dict[str, Any] = {
     "depth": 3,
@@ -34,13 +34,13 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5", {}, HYBRID),
     "qwen3_5_moe": ("Qwen3_5Moe", {}, {**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 16}),
 }
-"""Model type → what its classes' names begin with, and what its tower and its language model have beside the rest."""
+"""Model type → prefix of its classes' names, and its own settings of the tower and of the language model."""
 
 
 def save_qwen3(
     model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **vision: Any
 ) -> Path:
-    """A whole small model of ``model_type`` as ``save_pretrained`` writes it, with its image processor."""
+    """Saves a whole small model of ``model_type``, with its image processor."""
     import transformers
 
     name, tower, text = MODELS[model_type]
@@ -59,7 +59,7 @@ def save_of(model_type: str) -> Callable[..., Path]:
     return partial(save_qwen3, model_type)
 
 
-# None of these is published: the graph has to come from the configuration, not from the model's name.
+# Unpublished: the graph must follow from the configuration, not from the model's name.
 OTHERS: dict[str, dict[str, Any]] = {
     "one block": {"depth": 1},
     "heads of 72": {"hidden_size": 144, "num_heads": 2},
@@ -77,12 +77,30 @@ OTHERS: dict[str, dict[str, Any]] = {
 OTHER_DEEPSTACKS: dict[str, dict[str, Any]] = {
     "one block": {"depth": 1, "deepstack_visual_indexes": [0]},
     "no deepstack": {"deepstack_visual_indexes": []},
-    "deepstack behind the last block": {"deepstack_visual_indexes": [2]},
-    "deepstack behind every block": {"deepstack_visual_indexes": [0, 1, 2]},
+    "deepstack after the last block": {"deepstack_visual_indexes": [2]},
+    "deepstack after every block": {"deepstack_visual_indexes": [0, 1, 2]},
 }
 
 PREFIXES = [[("model.visual.", "visual.")], [("model.visual.", "module.model.visual.")]]
 SIZES = ((32, 32), (157, 243), (300, 64), (14, 700), (90, 90))
+
+WRONG_DEEPSTACK = {"vision_config.deepstack_visual_indexes": [1, [0, "2"], [-1], [0, 3], [2, 0], [1, 1], None]}
+WRONG = in_section(
+    {
+        "hidden_size": ["1152"],
+        "depth": [0, -3, 2.5],
+        "num_heads": [0, 7, 32],
+        "patch_size": [0, [14, 14]],
+        "temporal_patch_size": [0],
+        "spatial_merge_size": ["2", True],
+        "model_type": ["siglip_vision_model"],
+        "rope_parameters": [{"rope_type": "yarn"}, {"rope_theta": 0.0}],
+        "out_hidden_size": [None, 0],
+        "intermediate_size": [-1],
+        "hidden_act": ["mish"],
+        "num_position_embeddings": [0, 2303, True],
+    }
+)
 
 CASES = [
     TowerCase(
@@ -94,6 +112,8 @@ CASES = [
         sizes=SIZES,
         video=True,
         video_frames=(2, 3, 5),
+        wrong={**WRONG, **(WRONG_DEEPSTACK if model_type == "qwen3_vl" else {})},
+        repeats=model_type.endswith("_moe"),
     )
     for model_type, others in {
         "qwen3_vl": {**OTHERS, **OTHER_DEEPSTACKS},

@@ -1,10 +1,10 @@
-"""SigLIP's image encoder: alone, and as half of the contrastive model."""
+"""SigLIP's image encoder, alone and as half of the contrastive model."""
 
 from functools import partial
 
-from support.vit import ENCODERS, by_encoder, save_encoder
+from support.vit import ENCODER_WRONG, ENCODERS, by_encoder, save_encoder
 
-from . import TowerCase
+from . import TowerCase, in_section
 
 save_siglip = partial(save_encoder, "siglip", whole=True)
 save_siglip_vision = partial(save_encoder, "siglip")
@@ -15,6 +15,8 @@ CASES = [
         save=save_siglip,
         reference=by_encoder,
         prefixes=[[("vision_model.", "module.vision_model.")], [("vision_model.", "model.vision_model.")]],
+        wrong=in_section({**ENCODER_WRONG, "vision_use_head": ["no"], "model_type": ["siglip2_vision_model"]}),
+        repeats=True,
     ),
     TowerCase(
         name="siglip_vision_model",
@@ -22,5 +24,6 @@ CASES = [
         reference=by_encoder,
         others={**ENCODERS, "without pooling": {"vision": {"vision_use_head": False}}},
         prefixes=[[("", "vision_model.")], [("", "module.vision_model.")], [("", "model.")]],
+        wrong=ENCODER_WRONG,
     ),
 ]
