@@ -48,7 +48,9 @@ def test_parameters_are_as_many_as_transformers_counts(kind: str, size: dict[str
     from transformers import AutoConfig, AutoModel
 
     with torch.device("meta"):
-        expected = AutoModel.from_config(AutoConfig.for_model(f"{kind}_vision_model", **size)).num_parameters()
+        expected = AutoModel.from_config(
+            AutoConfig.for_model(**{**size, "model_type": f"{kind}_vision_model"})
+        ).num_parameters()
     config = read({**size, "model_type": f"{kind}_vision_model"})
     # The class embedding is added to the first row of the position table.
     assert build(config).parameters == expected - (config.width if kind == "clip" else 0)

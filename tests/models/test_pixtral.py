@@ -1,10 +1,9 @@
-"""Pixtral and Mistral 3 in transformers' format: their configurations, and the places where implementations go wrong."""
+"""Pixtral and Mistral 3 in transformers' format: old configurations, positions, merging, and image sizes."""
 
 import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +11,34 @@ import pytest
 import torch
 from PIL import Image
 from support.checkpoints import noise
+from support.probing import errors_with
+from support.towers import all_cases
 from support.towers.pixtral import save
 
 from tritontower import VisionTower
-from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Normalization, TowerConfig
-from tritontower.engine.executor import Executor
-from tritontower.engine.weight_loader import stored_shapes
 from tritontower.errors import AspectRatioError, ConfigError, UnsupportedArchitectureError
-from tritontower.graph.builder import build
-from tritontower.graph.fusion import fuse
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import Reference, compare, relative_error
 
 PIXTRAL, MISTRAL3 = (read_summary(name).example for name in ("pixtral", "mistral3"))
+KINDS = ["pixtral", "mistral3"]
 
-Saved = Callable[[str], Path]
+Load = Callable[..., VisionTower]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A small fp32 checkpoint of a kind, made once."""
-    folders: dict[str, Path] = {}
+@pytest.fixture
+def load(saved: Any) -> Load:
+    """Loads the small checkpoint of a case."""
 
-    def made(kind: str) -> Path:
-        if kind not in folders:
-            folders[kind] = save(kind, tmp_path_factory.mktemp("checkpoints") / kind)
-        return folders[kind]
+    def make(name: str, **options: Any) -> VisionTower:
+        (case,) = (case for case in all_cases() if case.name == name)
+        return VisionTower.from_pretrained(saved(case), device="cpu", **options)
 
-    return made
+    return make
 
 
 def read(values: Mapping[str, Any], **changes: Any) -> TowerConfig:
@@ -54,88 +49,30 @@ def with_vision(values: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return {**values, "vision_config": {**values["vision_config"], **changes}}
 
 
-def load(folder: Path, **options: Any) -> VisionTower:
-    return VisionTower.from_pretrained(folder, device="cpu", **options)
-
-
-def embeddings_of(tower: VisionTower, batch: PackedBatch, config: TowerConfig) -> torch.Tensor:
-    """What the tower's weights make of a batch in a tower of another description."""
-    return Executor(fuse(build(config)), tower.read_weights()).run(batch)["embeddings"]
-
-
-def error_of(tower: VisionTower, batch: PackedBatch, **changes: Any) -> float:
-    """How far a tower with a changed description is from transformers."""
-    exact = Reference(tower, torch.float32).forward(batch)
-    return relative_error(embeddings_of(tower, batch, replace(tower.config, **changes)), exact)
-
-
 # -- configurations ---------------------------------------------------------------------------------------------------
 
 
-def test_the_published_pixtral_in_old_and_new_spelling() -> None:
-    old = with_vision(PIXTRAL, is_composition=True, tie_word_embeddings=False)
+def test_old_and_new_spelling_read_the_same() -> None:
+    old = dict(PIXTRAL, is_composition=True, tie_word_embeddings=False)
     old["text_config"] = {**PIXTRAL["text_config"], "sliding_window": None, "vocab_size": 131072}
-    new = with_vision(
-        PIXTRAL,
-        rope_theta=None,
-        attention_dropout=0.0,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_attention_heads=16,
-        num_channels=3,
-        num_hidden_layers=24,
-        rope_parameters={"rope_theta": 10000.0, "rope_type": "axial"},
-    )
-    config = read(PIXTRAL)
-    assert read(old) == read(new) == config
-    assert (config.width, config.depth, config.heads, config.head_dim, config.mlp_hidden) == (1024, 24, 16, 64, 4096)
-    assert (config.patch.size, config.merge, config.hidden_size, config.features) == (16, 1, 5120, (24,))
-    assert config.norm == config.input_norm == Normalization("rms_norm", 1e-5, "before_weight")
-    assert config.rotary is not None
-    assert (config.rotary.layout, config.rotary.rotation, config.rotary.theta) == ("alternating", "activation", 1e4)
+    new = {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"}}
+    assert read(old) == read(with_vision(PIXTRAL, **new)) == read(PIXTRAL)
+    default = {**new, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    assert read(with_vision(MISTRAL3, **default)) == read(with_vision(MISTRAL3, model_type=None)) == read(MISTRAL3)
+    rotary = read(PIXTRAL).rotary
+    assert rotary is not None
+    assert (rotary.layout, rotary.rotation, rotary.theta) == ("alternating", "activation", 1e4)
 
 
-def test_the_published_mistral_small_in_old_and_new_spelling() -> None:
-    new = with_vision(MISTRAL3, rope_theta=None, rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
-    untyped = with_vision(MISTRAL3, model_type=None)
-    config = read(MISTRAL3)
-    assert read(new) == read(untyped) == config
-    assert (config.width, config.patch.size, config.merge, config.hidden_size) == (1024, 14, 2, 5120)
-    assert config.projector is not None
-    assert config.projector.merging_linear
-    assert not config.projector.bias
-
-
-WIDE = {
-    **with_vision(MISTRAL3, hidden_size=1664, intermediate_size=8192, num_hidden_layers=48, head_dim=104),
-    "text_config": {"hidden_size": 12288, "rms_norm_eps": 1e-5},
-}
-
-
-@pytest.mark.parametrize(
-    ("values", "tower", "projector"),
-    [(PIXTRAL, 403.5, 31.5), (MISTRAL3, 403.3, 35.7), (WIDE, 2495.7, 182.5)],
-    ids=["Pixtral-12B", "Mistral-Small-3.1", "1664 wide"],
-)
-def test_parameters_of_published_sizes(values: Mapping[str, Any], tower: float, projector: float) -> None:
-    config = read(values)
-    graph = build(config)
-    behind = sum(prod(shape) for name, shape in graph.sources.items() if name.startswith("projector."))
-    assert round((graph.parameters - behind) / 1e6, 1) == tower
-    assert round(behind / 1e6, 1) == projector
-
-
-def test_the_language_models_width_where_the_file_leaves_it_out() -> None:
+def test_missing_text_width_is_that_of_the_language_model() -> None:
     assert read(PIXTRAL, text_config={"model_type": "mistral"}).hidden_size == 4096
     assert read(PIXTRAL, text_config=None).hidden_size == 4096
     with pytest.raises(ConfigError, match=r"text_config\.hidden_size"):
         read(PIXTRAL, text_config={"model_type": "opt"})
-    with pytest.raises(ConfigError, match="text_config"):
-        read(MISTRAL3, text_config=None)
 
 
 @pytest.mark.parametrize(("kind", "eps"), [("mistral", 1e-6), ("ministral3", 1e-5), ("mistral4", 1e-6), (None, 1e-6)])
-def test_the_projectors_epsilon_is_the_language_models(kind: str | None, eps: float) -> None:
+def test_epsilon_of_the_projector_is_the_language_models(kind: str | None, eps: float) -> None:
     text = {"model_type": kind, "hidden_size": 64}
     for said, expected in ((None, eps), (3e-4, 3e-4)):
         projector = read(MISTRAL3, text_config={**text, "rms_norm_eps": said}).projector
@@ -145,166 +82,62 @@ def test_the_projectors_epsilon_is_the_language_models(kind: str | None, eps: fl
         read(MISTRAL3, text_config={"model_type": "qwen2", "hidden_size": 64})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("hidden_act", None),
-        ("hidden_act", "gelu"),
-        ("hidden_size", 0),
-        ("hidden_size", "1024"),
-        ("hidden_size", 1000),
-        ("num_attention_heads", 7),
-        ("head_dim", 80),
-        ("num_hidden_layers", 0),
-        ("intermediate_size", 4096.5),
-        ("patch_size", [16, 16]),
-        ("num_channels", True),
-        ("image_size", -1),
-        ("rope_theta", 0.5),
-        ("rope_parameters", {"rope_type": "yarn"}),
-    ],
-)
-@pytest.mark.parametrize("values", [PIXTRAL, MISTRAL3], ids=["pixtral", "mistral3"])
-def test_impossible_values_name_key_and_what_is_allowed(values: Mapping[str, Any], key: str, value: object) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read(with_vision(values, **{key: value}))
-    key = "num_attention_heads" if value == 1000 else key
-    assert f"vision_config.{key}" in str(caught.value)
-    assert "must be" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "key", "value"),
-    [
-        (PIXTRAL, "vision_feature_select_strategy", "default"),
-        (PIXTRAL, "vision_feature_select_strategy", None),
-        (PIXTRAL, "vision_feature_layer", 25),
-        (PIXTRAL, "vision_feature_layer", "last"),
-        (PIXTRAL, "vision_feature_layer", []),
-        (PIXTRAL, "vision_feature_layer", [-1, -26]),
-        (PIXTRAL, "projector_hidden_act", "mish"),
-        (PIXTRAL, "multimodal_projector_bias", "yes"),
-        (MISTRAL3, "vision_feature_layer", [-1, -2]),
-        (MISTRAL3, "spatial_merge_size", 0),
-    ],
-)
-def test_impossible_values_at_the_top_are_named(values: Mapping[str, Any], key: str, value: object) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read(values, **{key: value})
-    assert str(caught.value).startswith(f"config.json: {key}")
-    assert "must be" in str(caught.value)
-
-
-def test_the_tower_decides_what_a_llava_is() -> None:
+def test_tower_decides_which_llava_it_is() -> None:
     with pytest.raises(UnsupportedArchitectureError, match=r"tower 'dinov2'.*llava/pixtral"):
         read(with_vision(PIXTRAL, model_type="dinov2"))
     with pytest.raises(UnsupportedArchitectureError, match="tower 'siglip_vision_model'"):
         read(with_vision(MISTRAL3, model_type="siglip_vision_model"))
 
 
-# -- where implementations part ---------------------------------------------------------------------------------------
+# -- where implementations differ -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llava", "mistral3"])
-def test_images_do_not_attend_to_each_other(kind: str, saved: Saved) -> None:
-    tower = load(saved(kind))
+@pytest.mark.parametrize("name", KINDS)
+def test_images_do_not_attend_to_each_other(name: str, load: Load) -> None:
+    tower = load(name)
     first, second, other = noise(90, 120, 1), noise(150, 60, 2), noise(150, 60, 3)
-    with_second = tower.encode([first, second])
-    with_other = tower.encode([first, other])
+    with_second, with_other = tower.encode([first, second]), tower.encode([first, other])
     assert torch.equal(with_second[0].embeddings, with_other[0].embeddings)
     assert relative_error(with_second[1].embeddings, with_other[1].embeddings) > 0.1
-    # One segment over all patches, as an implementation without a mask would have it.
+    # One segment over all patches, as in an implementation without a mask.
     batch = tower.preprocess([first, second])
     segments = Segments.from_lengths([batch.attention.segments.total])
     joined = replace(batch, attention=replace(batch.attention, segments=segments))
     assert relative_error(tower.forward(joined), tower.forward(batch)) > 1e-2
-    assert compare(tower, batch).passed
 
 
-def test_angles_are_fp32_in_a_bf16_tower(tmp_path: Path) -> None:
-    folder = save("llava", tmp_path / "model", dtype=torch.bfloat16, longest_edge=2048)
-    tower = load(folder)
-    batch = tower.preprocess(noise(32, 2048, 1))
-    found: dict[str, torch.Tensor] = {}
-
-    def observe(_node: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-        found.update({name: tensors[name].clone() for name in ("cosines", "sines") if name in tensors})
-
-    tower.executor_for(batch).run(batch, observe)
-    rows = batch.attention.positions[:, 0].double()
-    assert rows.max() == 127
-    # 64 / 4 heads: eight angles, of which the vertical axis has the even ones.
-    frequencies = 10000.0 ** (-torch.arange(0, 16, 2).double() / 16)
-    angles = torch.outer(rows, frequencies[::2])
-    assert found["cosines"].dtype == torch.float32
-    assert (found["cosines"][:, :4] - angles.cos()).abs().max() < 2e-5
-    assert (found["sines"][:, :4] - angles.sin()).abs().max() < 2e-5
-    # transformers, when a loaded model is converted, rounds the frequencies themselves.
-    rotary = Reference(tower, torch.float32).model.to(torch.bfloat16).vision_tower.patch_positional_embedding
-    theirs, _ = rotary(torch.zeros(1), batch.attention.positions)
-    assert (theirs[:, :4].double() - angles.cos()).abs().max() > 5e-3
-
-
-def test_axes_take_the_frequencies_in_turn(saved: Saved) -> None:
-    tower = load(saved("llava"))
+def test_frequencies_alternate_between_the_axes(load: Load) -> None:
+    tower = load("pixtral")
     batch = tower.preprocess([noise(160, 160, 1)])
     rotary = tower.config.rotary
     assert rotary is not None
-    assert error_of(tower, batch) <= 1e-5
-    # The series that Qwen-VL towers take for both axes.
-    assert error_of(tower, batch, rotary=replace(rotary, layout="halves")) > 1e-3
-    # Rows and columns swapped: the two axes have different frequencies.
-    swapped = replace(
-        batch, attention=replace(batch.attention, positions=batch.attention.positions.flip(1).contiguous())
-    )
-    assert relative_error(tower.forward(swapped), tower.forward(batch)) > 1e-3
-
-
-def test_gelu_in_the_projector_and_silu_in_the_blocks(saved: Saved) -> None:
-    for kind in ("llava", "mistral3"):
-        tower = load(saved(kind))
-        projector = tower.config.projector
-        assert projector is not None
-        assert (tower.config.activation, tower.config.gated, projector.activation) == ("silu", True, "gelu")
-        batch = tower.preprocess([noise(80, 64, 1)])
-        assert error_of(tower, batch) <= 1e-5
-        for other in ("silu", "gelu_tanh", "quick_gelu"):
-            assert error_of(tower, batch, projector=replace(projector, activation=other)) > 1e-5, other
+    # The frequencies of Qwen-VL towers, the same for both axes.
+    assert errors_with(tower, batch, rotary=replace(rotary, layout="halves"))["embeddings"] > 1e-3
+    # Rows and columns swapped.
+    swapped = replace(batch.attention, positions=batch.attention.positions.flip(1).contiguous())
+    assert relative_error(tower.forward(replace(batch, attention=swapped)), tower.forward(batch)) > 1e-3
 
 
 def test_every_epsilon_is_its_own(tmp_path: Path) -> None:
     folder = save("mistral3", tmp_path / "model", text_rms_norm_eps=0.5)
-    tower = load(folder)
+    tower = VisionTower.from_pretrained(folder, device="cpu")
     config, batch = tower.config, tower.preprocess([noise(80, 64, 1)])
     assert config.projector is not None
     assert config.projector.norm is not None
     assert (config.norm.eps, config.projector.norm.eps) == (1e-5, 0.5)
-    assert error_of(tower, batch) <= 1e-5
-    assert error_of(tower, batch, norm=config.projector.norm) > 1e-2
-    assert error_of(tower, batch, projector=replace(config.projector, norm=config.norm)) > 1e-2
+    for changes, error in (
+        ({}, (0.0, 1e-5)),
+        ({"norm": config.projector.norm}, (1e-2, 10.0)),
+        ({"projector": replace(config.projector, norm=config.norm)}, (1e-2, 10.0)),
+    ):
+        assert error[0] <= errors_with(tower, batch, **changes)["embeddings"] <= error[1], changes
 
 
-def test_mistral3_merges_channel_by_channel(saved: Saved) -> None:
-    tower = load(saved("mistral3"))
-    name = "projector.patch_merger.merging_layer.weight"
-    weights = tower.read_weights()
-    with tower._checkpoint() as checkpoint:
-        checkpoint.expect(stored_shapes(tower.graph, tower.family.tensors), ignored=["*"])
-        as_stored = dict(checkpoint.iterate(torch.float32, "cpu", names=[name]))[name]
-    merging = weights["projector.merging.weight"]
-    for patch in range(4):
-        for channel in (0, 1, 63):
-            assert torch.equal(merging[:, patch * 64 + channel], as_stored[:, channel * 4 + patch])
-    batch = tower.preprocess([noise(80, 64, 1)])
-    exact = Reference(tower, torch.float32).forward(batch)
-    # Patch by patch, as the Qwen-VL towers store theirs.
-    naive = {**weights, "projector.merging.weight": as_stored}
-    assert relative_error(Executor(tower.graph, weights).run(batch)["embeddings"], exact) <= 1e-5
-    assert relative_error(Executor(tower.graph, naive).run(batch)["embeddings"], exact) > 0.1
+# -- image sizes ------------------------------------------------------------------------------------------------------
 
 
-def test_mistral3_resizes_to_whole_tokens(saved: Saved) -> None:
-    tower = load(saved("mistral3"))
+def test_mistral3_resizes_to_whole_tokens(load: Load) -> None:
+    tower = load("mistral3")
     processor = tower.preprocessor.processor
     generator = random.Random(0)
     sizes = [(1, 1), (27, 29), (41, 43), (169, 168), (335, 11)]
@@ -319,12 +152,12 @@ def test_mistral3_resizes_to_whole_tokens(saved: Saved) -> None:
         assert tuple(made[0])[::-1] == size
 
 
-def test_an_odd_row_of_patches_is_kept_where_the_image_processor_alone_loses_it(saved: Saved) -> None:
-    tower = load(saved("mistral3"))
+def test_odd_row_of_patches_is_kept(load: Load) -> None:
+    tower = load("mistral3")
     assert tower.count_tokens(70, 42) == 3 * 2
     (embedding,) = tower.encode(noise(70, 42, 1))
     assert embedding.embeddings.shape == (6, 48)
-    # The file says the side of a patch: five columns and three rows of them, of which the merger takes even numbers.
+    # With the file's patch size, the image processor alone makes three rows of five, of which the merger drops the odd ones.
     image = Image.fromarray(noise(70, 42, 1))
     inputs = tower.preprocessor.processor(images=[image], patch_size={"height": 14, "width": 14}, return_tensors="pt")
     model = Reference(tower, torch.float32).model
@@ -336,8 +169,8 @@ def test_an_odd_row_of_patches_is_kept_where_the_image_processor_alone_loses_it(
     assert [len(rows) for rows in lost.pooler_output] == [2]
 
 
-def test_an_image_of_one_token_on_which_transformers_fails(saved: Saved) -> None:
-    tower = load(saved("mistral3"))
+def test_image_of_one_token_works_unlike_in_transformers(load: Load) -> None:
+    tower = load("mistral3")
     batch = tower.preprocess(noise(28, 28, 1))
     assert batch.images.token_counts == (1,)
     assert compare(tower, batch).passed
@@ -348,13 +181,13 @@ def test_an_image_of_one_token_on_which_transformers_fails(saved: Saved) -> None
         )
 
 
-def test_leaving_the_first_patch_out_is_refused_because_transformers_fails_on_it(tmp_path: Path) -> None:
+def test_dropping_the_first_patch_is_rejected_as_it_fails(tmp_path: Path) -> None:
     folder = save("llava", tmp_path / "model", vision_feature_select_strategy="default")
     with pytest.raises(ConfigError, match=r"vision_feature_select_strategy must be one of 'full', got 'default'"):
-        load(folder)
+        VisionTower.from_pretrained(folder, device="cpu")
     changed = json.loads((folder / "config.json").read_text()) | {"vision_feature_select_strategy": "full"}
     (folder / "config.json").write_text(json.dumps(changed))
-    model = Reference(load(folder), torch.float32).model
+    model = Reference(VisionTower.from_pretrained(folder, device="cpu"), torch.float32).model
     arguments: dict[str, Any] = {"pixel_values": torch.zeros(1, 3, 32, 32), "image_sizes": [(32, 32)]}
     with torch.inference_mode():
         assert len(model.get_image_features(**arguments).pooler_output[0]) == 4
@@ -362,21 +195,21 @@ def test_leaving_the_first_patch_out_is_refused_because_transformers_fails_on_it
             model.get_image_features(**arguments, vision_feature_select_strategy="default")
 
 
-def test_an_image_too_flat_for_its_longest_edge_is_refused(saved: Saved) -> None:
-    tower = load(saved("llava"), delay_load=True)
+def test_image_too_flat_for_its_longest_edge_is_rejected(load: Load) -> None:
+    tower = load("pixtral", delay_load=True)
     assert tower.count_tokens(199, 2) == 10
     with pytest.raises(AspectRatioError, match="less than one pixel"):
         tower.count_tokens(199, 1)
 
 
-@pytest.mark.parametrize("kind", ["llava", "mistral3"])
-def test_mistrals_own_preprocessing_is_another_one(kind: str, saved: Saved) -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_mistrals_own_preprocessing_differs(name: str, load: Load) -> None:
     image = noise(301, 200, 1)
-    theirs, own = load(saved(kind)), load(saved(kind), preprocessing="mistral")
+    theirs, own = load(name), load(name, preprocessing="mistral")
     assert own.preprocessor.layout(301, 200).grid == theirs.preprocessor.layout(301, 200).grid
     (first,), (second,) = theirs.encode(image), own.encode(image)
     assert 0.01 < relative_error(second.embeddings, first.embeddings) < 1.0
-    # Small images are not resized, but for their odd sides.
-    side = 32 if kind == "llava" else 28
+    # Small images of whole tokens are not resized.
+    side = 32 if name == "pixtral" else 28
     small = [tower.preprocess(noise(side, side, 2)).pixels for tower in (theirs, own)]
     assert (small[0] - small[1]).abs().max() < 1e-5
