@@ -142,7 +142,7 @@ def _patch_projection(task: Task, make: _Tensors) -> Operation:
     if pixels.is_floating_point():
         # The kernel rounds pixels to the weight's dtype; the fp32 reference would not.
         pixels = pixels.to(weight.dtype).to(pixels.dtype)
-    tensors = {"x": pixels, "weight": weight, "bias": make(columns) if task.get("bias") else None}
+    tensors = {"patches": pixels, "weight": weight, "bias": make(columns) if task.get("bias") else None}
     if task.get("positions"):
         tensors["position_table"] = make(7, columns)
         tensors["position_index"] = torch.arange(rows, dtype=torch.int32, device=make.device) % 7
