@@ -366,7 +366,7 @@ def test_batches_of_another_form_are_rejected(tmp_path: Path) -> None:
             if towers[other].config.batch_form == tower.config.batch_form:
                 assert torch.equal(tower.forward(batch), tower.forward(replace(batch, form=tower.config.batch_form)))
                 continue
-            with pytest.raises(UsageError, match="is another tower's, with "):
+            with pytest.raises(UsageError, match="must be this tower's, got one with "):
                 tower.forward(batch)
             refused += 1
         video = tower.preprocess_video([IMAGES[0]] * 2) if tower.config.patch.temporal > 1 else batches[name]

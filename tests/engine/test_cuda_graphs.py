@@ -1,7 +1,7 @@
-"""Planned passes: what they are planned for, and that nothing of it shows in a result.
+"""Forward passes in static buffers: replays have the bits of exact-size passes, and memory stays within its limits.
 
-There is no GPU here.  Instead of CUDA graphs, recorders replay a pass over the same static buffers: one runs its steps
-again, the other the very launches of Triton's interpreter, with the arguments they were recorded with.
+Without a GPU, recorders take the place of CUDA graphs: one runs the steps again, the other repeats the very launches of
+Triton's interpreter with their recorded arguments.
 """
 
 import contextvars
@@ -20,25 +20,20 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import noise
-from support.recording import LaunchRecorder, StepRecorder
+from support.recording import LaunchRecorder, StepRecorder, bucketed
 from support.towers import TowerCase, all_cases
 
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.engine import graph_cache, static_buffers
-from tritontower.engine.buckets import STEPS, Division, Planner, planned, rounded
 from tritontower.engine.cuda_graphs import CudaCapture
 from tritontower.engine.executor import Executor
 from tritontower.engine.graph_cache import CaptureLimits
-from tritontower.engine.static_buffers import plan_static_buffers
-from tritontower.errors import TowerNotLoadedError, UsageError
-from tritontower.graph.ir import Workload
-from tritontower.kernels.runtime import dispatch
-from tritontower.kernels.runtime.segments import Segments
+from tritontower.engine.static_buffers import StaticBuffers, plan_static_buffers
+from tritontower.errors import UsageError
 
 CASES = all_cases()
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-SIZES = [(157, 243), (28, 28), (300, 64), (14, 700), (90, 90)]
 
 Towers = Callable[[TowerCase], VisionTower]
 
@@ -62,9 +57,19 @@ def tower(qwen2_vl: Path) -> VisionTower:
     return VisionTower.from_pretrained(qwen2_vl, device="cpu")
 
 
+@pytest.fixture(scope="module")
+def small(tower: VisionTower) -> PackedBatch:
+    return tower.preprocess(noise(90, 90, 1))
+
+
+@pytest.fixture(scope="module")
+def large(tower: VisionTower) -> PackedBatch:
+    return tower.preprocess(noise(400, 400, 2))
+
+
 @pytest.fixture(autouse=True)
 def _no_warnings() -> Iterator[None]:
-    """A capture that is refused says so in a warning: none may be, unless a test expects it."""
+    """A failed capture warns: only tests that expect it may."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield
@@ -73,17 +78,17 @@ def _no_warnings() -> Iterator[None]:
 def both(
     tower: VisionTower, recorder: StepRecorder | None = None, limits: CaptureLimits | None = None
 ) -> tuple[Executor, Executor]:
-    """The exact and the planned executor over the same weights."""
-    sources = tower.read_weights()
-    planned_one = Executor(tower.graph, sources, cuda_graphs=recorder or StepRecorder(), limits=limits)
-    return Executor(tower.graph, sources), planned_one
+    """Executors for exact sizes and for buckets, over the same weights."""
+    executor = tower.executor_for(tower.preprocess([]))
+    return executor, bucketed(executor, recorder or StepRecorder(), limits)
 
 
 def batches_of(case: TowerCase, tower: VisionTower) -> list[PackedBatch]:
-    """Packs of very different shapes, most of them more than once in sizes that share a bucket."""
+    """Batches of very different shapes, several times each."""
     images = [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes)]
-    packs = [images, images[::-1], images[:2], images[:1], images[1:], images[:2][::-1], images[:1] * 2]
-    return [tower.preprocess(pack) for pack in (*packs, *packs[::-1], *packs)]
+    lists = [images, images[::-1], images[:2], images[:1], images[1:], images[:2][::-1], images[:1] * 2]
+    batches = [tower.preprocess(each) for each in lists]
+    return [*batches, *batches[::-1], *batches]
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -92,253 +97,139 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert torch.equal(actual[name], rows), name
 
 
-def poison(executor: Executor) -> None:
-    """Nothing but NaN, and for integers −1, in everything that a pass holds."""
+def buffers_of(executor: Executor) -> list[StaticBuffers]:
     assert executor.graph_cache is not None
+    return [*executor.graph_cache.buffers.values()]
+
+
+def memory_of(executor: Executor) -> int:
+    """Bytes of the block for new buffers."""
+    assert executor.graph_cache is not None
+    return executor.graph_cache.memory.numel()
+
+
+def poison(executor: Executor) -> None:
+    """Fills all buffers with NaN, or −1 for integers."""
     with torch.inference_mode():
-        for entry in executor.graph_cache.buffers.values():
-            entry.memory.fill_(255)
+        for buffers in buffers_of(executor):
+            buffers.memory.fill_(255)
 
 
-# -- what a pass is planned for ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [4, 16])
-def test_rounding_wastes_less_than_its_promise(steps: int) -> None:
-    before = 0
-    for count in range(1, 70_000):
-        size = rounded(count, steps)
-        assert 0 <= size - count < max(1, count / steps)
-        assert size >= before
-        assert rounded(size, steps) == size
-        before = size
-    assert [rounded(count) for count in (0, 1, 31, 33, 577, 1000, 16384)] == [0, 1, 31, 34, 608, 1024, 16384]
-    assert len({rounded(count) for count in range(2**12, 2**13 + 1)}) == 17
+# -- results ----------------------------------------------------------------------------------------------------------
 
 
 @each_case
-def test_every_dimension_is_planned_for_at_least_what_there_is_and_comes_out_even(
-    case: TowerCase, towers: Towers
-) -> None:
-    tower = towers(case)
-    config, per_token = tower.config, tower.config.rows_per_token
-    generator = random.Random(0)
-    for images in (1, 2, 5, 17, 33):
-        sizes = [(generator.randint(28, 120), generator.randint(28, 120)) for _ in range(images)]
-        workload = tower.workload(sizes)
-        plan = planned(workload, rows_per_token=per_token, tile_rows=config.longest_segment)
-        for dimension in ("patches", "selected", "merged", "tokens", "tiles"):
-            live, size = workload.rows(dimension), plan.rows(dimension)
-            assert live <= size <= live + live / STEPS, dimension
-        assert plan.rows("selected") == plan.rows("merged") * per_token
-        if workload.tokens == workload.rows("merged"):
-            assert plan.tokens == plan.rows("merged")
-        if workload.rows("selected") == workload.patches:
-            assert plan.rows("selected") == plan.patches
-        if config.longest_segment is not None:
-            assert plan.patches == plan.tiles * config.longest_segment
-        again = planned(plan, rows_per_token=per_token, tile_rows=config.longest_segment)
-        assert again == plan
-
-
-def test_tiles_that_do_not_have_the_rows_that_they_are_said_to_have() -> None:
-    with pytest.raises(ValueError, match="3 tiles of 5 rows have 15 rows, not 14"):
-        planned(Workload(14, 14, 0, tiles=3), tile_rows=5)
-
-
-@pytest.mark.parametrize("bound", [None, 4000])
-def test_padding_is_in_short_segments_of_its_own(bound: int | None) -> None:
-    segments = Segments([4000, 96, 1])
-    division = Division.of(segments, rounded(4097), bound)
-    lengths = division.lengths(segments)
-    assert lengths == (4000, 96, 1, 64, 64, 64, 63)
-    assert sum(lengths) == division.total
-    assert len(lengths) <= division.count
-    assert division.longest == (bound or 4096)
-    assert Division.of(Segments([5, 3]), 10, None).lengths(Segments([5, 3])) == (5, 3, 2)
-
-
-def test_segments_have_room_for_all_the_padding_that_there_can_be() -> None:
-    for live in range(1, 20_000, 7):
-        total, segments = rounded(live), Segments([live])
-        division = Division.of(segments, total, None)
-        assert len(division.lengths(segments)) <= division.count
-
-
-def test_packs_of_about_one_size_are_one_bucket(tower: VisionTower) -> None:
-    planner = Planner(tower.graph, tower.device)
-    shapes = [(1400, 1400), (1372, 1400), (1400, 1386), (1092, 1820)]
-    buckets = [planner.bucket(tower.preprocess(np.zeros((h, w, 3), np.uint8))) for w, h in shapes]
-    assert len(set(buckets)) == 2, "patches in one sixteenth of each other, and a side beyond a power of two"
-    assert buckets[0] == buckets[1] == buckets[2]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs only where there is no GPU")
-def test_what_one_backend_launched_is_not_replayed_for_another(tower: VisionTower) -> None:
-    planner, batch = Planner(tower.graph, tower.device), tower.preprocess(noise(90, 90, 1))
-    with dispatch.use("interpreter"):
-        interpreted = planner.bucket(batch)
-    assert interpreted is not None
-    assert interpreted != planner.bucket(batch)
-    assert replace(interpreted, backend="reference") == planner.bucket(batch)
-
-
-def test_tiles_of_several_sizes_that_count_are_not_planned(towers: Towers) -> None:
-    case = next(case for case in CASES if case.name == "clip")
-    tower = towers(case)
-    batch = tower.preprocess([noise(64, 64, 1)] * 2)
-    planner = Planner(tower.graph, tower.device)
-    planner._bound = None
-    assert planner.bucket(batch) is not None
-    tiles = Segments([1, batch.attention.segments.total - 1])
-    assert planner.bucket(replace(batch, attention=replace(batch.attention, tiles=tiles))) is None
-
-
-# -- that it does not show --------------------------------------------------------------------------------------------
-
-
-@each_case
-def test_replayed_passes_are_bitwise_those_of_exact_size(case: TowerCase, towers: Towers, poisoned_empty: None) -> None:
+def test_replays_have_the_bits_of_exact_sizes(case: TowerCase, towers: Towers, poisoned_empty: None) -> None:
     tower, recorder = towers(case), StepRecorder()
-    exact, planned_one = both(tower, recorder)
+    exact, planned = both(tower, recorder)
     for batch in batches_of(case, tower):
         expected = exact.run(batch)
-        poison(planned_one)
-        assert_same(planned_one.run(batch), expected)
-    assert recorder.captures == planned_one.captured > 0
-    # One at the capture, and passes after it.
+        poison(planned)
+        assert_same(planned.run(batch), expected)
+    assert recorder.captures == planned.captured > 0
     assert recorder.replays > 2 * recorder.captures
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's test; test_capture_gpu.py has the GPU's own")
-@pytest.mark.parametrize("name", ["clip", "gemma3", "llava_next", "qwen2_5_vl", "qwen3_vl", "siglip"])
-def test_repeated_launches_are_bitwise_those_of_exact_size(
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter only; test_cuda_graphs_gpu.py tests the GPU")
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "qwen3_vl", "siglip"])
+def test_repeated_launches_have_the_bits_of_exact_sizes(
     name: str, tmp_path: Path, kernel_device: torch.device, poisoned_empty: None
 ) -> None:
     case = next(case for case in CASES if case.name == name)
-    depth = {} if name == "qwen3_vl" else {"depth": 1}  # whose deepstack needs more
+    depth = {} if name == "qwen3_vl" else {"depth": 1}  # its deepstack needs more
     tower = VisionTower.from_pretrained(case.save(tmp_path / "model", **depth), device=kernel_device)
     recorder = LaunchRecorder()
-    exact, planned_one = both(tower, recorder)
+    exact, planned = both(tower, recorder)
     first, second = (noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:2]))
-    planned_one.run(tower.preprocess([first, second]))
-    # Other numbers in another order, hence another division into segments; captured now, and replayed once.
+    planned.run(tower.preprocess([first, second]))
+    # Other pixels in another order, hence other segments: captured now, and replayed once.
     batch = tower.preprocess([second[::-1], first])
-    assert_same(planned_one.run(batch), exact.run(batch))
+    assert_same(planned.run(batch), exact.run(batch))
     assert (recorder.captures, recorder.replays) == (1, 1)
     batch = tower.preprocess([first[::-1], second])
-    poison(planned_one)
-    assert_same(planned_one.run(batch), exact.run(batch))
+    poison(planned)
+    assert_same(planned.run(batch), exact.run(batch))
     assert (recorder.captures, recorder.replays) == (1, 2)
 
 
 @each_case
 def test_padding_is_finite_in_every_value(case: TowerCase, towers: Towers, poisoned_empty: None) -> None:
     tower = towers(case)
-    _, planned_one = both(tower)
+    _, planned = both(tower)
     batch = batches_of(case, tower)[0]
-    planned_one.run(batch)
-    assert planned_one.graph_cache is not None
-    (entry,) = planned_one.graph_cache.buffers.values()
-    poison(planned_one)
-    with torch.inference_mode():
-        entry.fill(batch)
-        for node, step in planned_one._steps:
-            step(entry.tensors, entry.facts)
-            for name in node.outputs:
-                assert entry.tensors[name].isfinite().all(), name
-    assert entry.bucket.workload.patches >= batch.workload.patches
+    planned.run(batch)
+    poison(planned)
+    (buffers,) = buffers_of(planned)
+    assert buffers.bucket.workload.patches >= batch.workload.patches
+
+    def check(node: Any, _: Any) -> None:
+        for name in node.outputs:
+            assert buffers.tensors[name].isfinite().all(), name
+
+    planned.run(batch, check)
 
 
-def test_numbers_of_a_pack_that_are_not_finite_stay_its_own(tower: VisionTower) -> None:
-    exact, planned_one = both(tower)
+def test_values_of_a_batch_do_not_leak_into_the_next(tower: VisionTower) -> None:
+    exact, planned = both(tower)
     batch = tower.preprocess([noise(300, 300, 1), noise(210, 300, 2)])
     bad = replace(batch, pixels=torch.full_like(batch.pixels, float("nan")))
     for _ in range(3):
-        planned_one.run(bad)
-        assert_same(planned_one.run(batch), exact.run(batch))
+        planned.run(bad)
+        assert_same(planned.run(batch), exact.run(batch))
 
 
-def test_one_token_and_nothing_at_all(tower: VisionTower) -> None:
-    exact, planned_one = both(tower)
+def test_one_token_and_no_image_at_all(tower: VisionTower) -> None:
+    exact, planned = both(tower)
     smallest = tower.preprocess(noise(28, 28, 1), min_pixels=28 * 28)
-    assert sum(smallest.images.token_counts) == 1
+    assert smallest.workload.tokens == 1
     nothing = tower.preprocess([])
     for _ in range(4):
-        assert_same(planned_one.run(smallest), exact.run(smallest))
-        assert_same(planned_one.run(nothing), exact.run(nothing))
-    assert planned_one.captured == 1
-    assert not planned_one.warm_up(nothing)
+        assert_same(planned.run(smallest), exact.run(smallest))
+        assert_same(planned.run(nothing), exact.run(nothing))
+    assert planned.captured == 1
+    assert not planned.warm_up(nothing)
 
 
-def test_inputs_that_are_on_the_device_already(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact, planned_one = both(tower)
-    monkeypatch.setattr(static_buffers, "_are_on_host", lambda tensors: False)
+def test_inputs_that_are_already_on_the_device(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, planned = both(tower)
+    monkeypatch.setattr(static_buffers, "are_on_host", lambda tensors: False)
     for seed in range(4):
         batch = tower.preprocess([noise(300, 200, seed), noise(90, 90, seed)])
         expected = exact.run(batch)
-        if seed:
-            poison(planned_one)
-        assert_same(planned_one.run(batch), expected)
-
-
-def test_videos_are_planned_like_images(tower: VisionTower) -> None:
-    videos = tower.executor_for(tower.preprocess_video([noise(120, 90, 1)])).graph
-    sources = tower.read_weights()
-    exact = Executor(videos, sources)
-    recorder = StepRecorder()
-    planned_one = Executor(videos, sources, cuda_graphs=recorder)
-    for seed in range(4):
-        batch = tower.preprocess_video([noise(120, 90, seed + frame) for frame in range(5)])
-        assert_same(planned_one.run(batch), exact.run(batch))
-    assert (recorder.captures, recorder.replays) == (1, 3)
+        poison(planned)
+        assert_same(planned.run(batch), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_other_dtypes_are_planned_alike(dtype: torch.dtype, qwen2_vl: Path) -> None:
+def test_dtypes_of_pixels_have_buckets_of_their_own(dtype: torch.dtype, qwen2_vl: Path) -> None:
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", dtype=dtype)
-    exact, planned_one = both(tower)
+    exact, planned = both(tower)
     for pixels in (torch.float32, dtype):
         for seed in range(3):
             batch = tower.preprocess([noise(200, 170, seed), noise(60, 90, seed)])
             batch = replace(batch, pixels=batch.pixels.to(pixels))
-            assert_same(planned_one.run(batch), exact.run(batch))
-    assert planned_one.captured == 2, "a buffer for each dtype of pixels"
+            assert_same(planned.run(batch), exact.run(batch))
+    assert planned.captured == 2
 
 
-# -- what is captured, and what goes ----------------------------------------------------------------------------------
-
-
-def test_a_bucket_is_captured_when_it_comes_the_second_time(tower: VisionTower) -> None:
+def test_videos_are_replayed_like_images(tower: VisionTower) -> None:
     recorder = StepRecorder()
-    _, planned_one = both(tower, recorder)
-    batch = tower.preprocess(noise(90, 90, 1))
-    for use, (captures, replays) in enumerate([(0, 0), (1, 1), (1, 2), (1, 3)]):
-        planned_one.run(batch)
-        assert (recorder.captures, recorder.replays) == (captures, replays), use
+    batches = [tower.preprocess_video([noise(120, 90, seed + frame) for frame in range(5)]) for seed in range(4)]
+    exact = tower.executor_for(batches[0])
+    planned = bucketed(exact, recorder)
+    for batch in batches:
+        assert_same(planned.run(batch), exact.run(batch))
+    assert (recorder.captures, recorder.replays) == (1, 3)
 
 
-def test_warming_up_captures_at_once(tower: VisionTower) -> None:
+def test_observers_see_the_valid_rows_of_eager_steps(tower: VisionTower) -> None:
     recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder)
-    batch = tower.preprocess(noise(90, 90, 1))
-    assert planned_one.warm_up(batch)
-    assert planned_one.warm_up(batch)
-    assert (recorder.captures, planned_one.captured) == (1, 1)
-    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel() + 1000
-    assert_same(planned_one.run(batch), exact.run(batch))
-    assert not exact.warm_up(batch)
-    assert (exact.captured, exact.captured_bytes) == (0, 0)
-
-
-def test_an_observer_sees_the_rows_that_count_and_nothing_is_replayed(tower: VisionTower) -> None:
-    recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder)
     batch = tower.preprocess([noise(300, 300, 1), noise(210, 300, 2)])
-    planned_one.warm_up(batch)
+    exact, planned = both(tower, recorder)
+    planned.warm_up(batch)
     before = recorder.replays
     seen: list[dict[str, torch.Tensor]] = []
-    for executor in (exact, planned_one):
+    for executor in (exact, planned):
         found: dict[str, torch.Tensor] = {}
         executor.run(
             batch, lambda node, tensors, found=found: found.update((n, tensors[n].clone()) for n in node.outputs)
@@ -348,55 +239,83 @@ def test_an_observer_sees_the_rows_that_count_and_nothing_is_replayed(tower: Vis
     assert recorder.replays == before
 
 
-def test_a_capture_that_fails_is_remembered_and_warned_of_once(tower: VisionTower) -> None:
+def test_threads_share_graphs(tower: VisionTower) -> None:
+    exact, planned = both(tower, limits=CaptureLimits(max_graphs=3))
+    sizes = [(157, 243), (28, 28), (300, 64), (14, 700), (90, 90)]
+    batches = [tower.preprocess([noise(w, h, w + h)] * count) for w, h in sizes for count in (1, 2)]
+    expected = [exact.run(batch)["embeddings"] for batch in batches]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        order = list(range(len(batches))) * 3
+        random.Random(seed).shuffle(order)
+        for number in order:
+            if not torch.equal(planned.run(batches[number])["embeddings"], expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=contextvars.copy_context().run, args=(work, seed)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert 0 <= planned.captured <= 3
+        assert planned.captured_bytes >= 0
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert planned.captured == 3
+
+
+# -- capturing --------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_use_captures_and_later_ones_replay(tower: VisionTower, small: PackedBatch) -> None:
     recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder)
-    batch, other = tower.preprocess(noise(90, 90, 1)), tower.preprocess(noise(300, 300, 1))
+    _, planned = both(tower, recorder)
+    for use, (captures, replays) in enumerate([(0, 0), (1, 1), (1, 2), (1, 3)]):
+        planned.run(small)
+        assert (recorder.captures, recorder.replays) == (captures, replays), use
+
+
+def test_warming_up_captures_at_once(tower: VisionTower, small: PackedBatch) -> None:
+    recorder = StepRecorder()
+    exact, planned = both(tower, recorder)
+    assert planned.warm_up(small)
+    assert planned.warm_up(small)
+    assert (recorder.captures, planned.captured) == (1, 1)
+    assert planned.captured_bytes == memory_of(planned) + 1000
+    assert_same(planned.run(small), exact.run(small))
+    assert not exact.warm_up(small)
+    assert (exact.captured, exact.captured_bytes) == (0, 0)
+
+
+def test_a_failed_capture_leaves_its_bucket_eager(tower: VisionTower, small: PackedBatch, large: PackedBatch) -> None:
+    recorder = StepRecorder()
+    exact, planned = both(tower, recorder)
     recorder.error = RuntimeError("operation not permitted when stream is capturing")
-    planned_one.run(batch)
+    planned.run(small)
     with pytest.warns(
-        RuntimeWarning, match=r"up to \d+ patches run launch by launch: .*stream is capturing.*cuda_graphs"
+        RuntimeWarning, match=r"up to \d+ patches run without .*stream is capturing.*warm_up.*cuda_graphs"
     ):
-        result = planned_one.run(batch)
-    assert_same(result, exact.run(batch))
+        assert_same(planned.run(small), exact.run(small))
     recorder.error = None
     for _ in range(3):
-        assert_same(planned_one.run(batch), exact.run(batch))
-    assert (recorder.captures, planned_one.captured) == (0, 0)
-    assert not planned_one.warm_up(batch)
-    assert planned_one.warm_up(other), "another bucket is another matter"
+        assert_same(planned.run(small), exact.run(small))
+    assert (recorder.captures, planned.captured) == (0, 0)
+    assert planned.warm_up(large), "other buckets are not affected"
+    assert planned.warm_up(small), "warm_up() tries again"
 
 
-@pytest.mark.parametrize("hidden", [False, True], ids=["as it is", "behind the end of the capture"])
-def test_a_capture_without_memory_is_tried_again_later_and_by_warming_up(tower: VisionTower, hidden: bool) -> None:
+def test_an_interrupted_capture_leaves_the_executor_usable(tower: VisionTower, small: PackedBatch) -> None:
     recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder)
-    batch = tower.preprocess(noise(90, 90, 1))
-    expected = exact.run(batch)
-    failure: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    if hidden:
-        ended = RuntimeError("operation failed due to a previous error during capture")
-        ended.__context__ = failure
-        failure = ended
-    recorder.error = failure
-    planned_one.run(batch)
-    with pytest.warns(RuntimeWarning, match="tried again after 6 more of them"):
-        assert_same(planned_one.run(batch), expected)
-    recorder.error = None
-    # Not at once: a capture that fails costs a pass.
-    for use in range(6):
-        assert planned_one.captured == 0, use
-        assert_same(planned_one.run(batch), expected)
-    assert planned_one.captured == 1
-    other = tower.preprocess(noise(300, 300, 1))
-    recorder.error = failure
-    with pytest.warns(RuntimeWarning, match="tried again"):
-        assert not planned_one.warm_up(other)
-    recorder.error = None
-    assert planned_one.warm_up(other)
+    exact, planned = both(tower, recorder)
+    planned.run(small)
+    recorder.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        planned.run(small)
+    assert_same(planned.run(small), exact.run(small))
 
 
-def test_a_capture_that_cannot_be_ended_leaves_the_current_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_end_of_capture_restores_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stream:
         def __init__(self, device: Any = None) -> None: ...
         def wait_stream(self, other: Any) -> None: ...
@@ -416,7 +335,7 @@ def test_a_capture_that_cannot_be_ended_leaves_the_current_stream_as_it_was(monk
 
     @contextmanager
     def graph(graph: Any, *, stream: Any, **options: Any) -> Iterator[None]:
-        """As torch's: nothing is put back if the capture cannot be ended."""
+        """As in torch, nothing is restored if the capture cannot be ended."""
         current[0] = stream
         yield
         raise RuntimeError("operation failed due to a previous error during capture")
@@ -430,249 +349,175 @@ def test_a_capture_that_cannot_be_ended_leaves_the_current_stream_as_it_was(monk
         with pytest.raises(RuntimeError, match="previous error"):
             backend.capture(lambda: ran_on.append(current[0]))
         assert current[0] is caller
-    assert len({*ran_on}) == 1, "all on the stream that captures"
+    assert len({*ran_on}) == 1, "all on the capture stream"
     assert caller not in ran_on
 
 
-def test_an_interrupted_capture_leaves_the_tower_usable(tower: VisionTower) -> None:
-    recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder)
-    batch = tower.preprocess(noise(90, 90, 1))
-    planned_one.run(batch)
-    recorder.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        planned_one.run(batch)
-    assert_same(planned_one.run(batch), exact.run(batch))
-
-
 @pytest.mark.parametrize("fault", ["does nothing", "one bit"])
-def test_a_replay_that_differs_is_never_used(tower: VisionTower, fault: str) -> None:
+def test_a_replay_that_differs_is_never_used(tower: VisionTower, small: PackedBatch, fault: str) -> None:
     class Faulty(StepRecorder):
-        def capture(self, work: Callable[[], None]) -> Any:
-            replay = super().capture(work)
-
+        def record(self, launch: Callable[[], None]) -> Callable[[], None]:
             def faulty() -> None:
                 if fault == "one bit":
-                    replay()
-                    rows = entry.tensors["embeddings"].view(torch.int32)
-                    rows[0, 0] ^= 1
+                    launch()
+                    (buffers,) = buffers_of(planned)
+                    buffers.tensors["embeddings"].view(torch.int32)[0, 0] ^= 1
 
-            faulty.allocated = 0
-            (entry,) = planned_one.graph_cache.buffers.values()
             return faulty
 
-    exact, planned_one = both(tower, Faulty())
-    batch = tower.preprocess(noise(90, 90, 1))
-    planned_one.run(batch)
+    exact, planned = both(tower, Faulty())
+    planned.run(small)
     with pytest.warns(RuntimeWarning, match="first replay differs"):
-        planned_one.run(batch)
-    assert planned_one.captured == 0
-    assert_same(planned_one.run(batch), exact.run(batch))
+        planned.run(small)
+    assert planned.captured == 0
+    assert_same(planned.run(small), exact.run(small))
 
 
-def test_a_table_that_appears_only_while_launches_are_captured_fails_the_capture(tower: VisionTower) -> None:
+def test_a_table_created_during_a_capture_fails_it(tower: VisionTower, small: PackedBatch) -> None:
     class Late(StepRecorder):
-        def capture(self, work: Callable[[], None]) -> Any:
-            (entry,) = planned_one.graph_cache.buffers.values()
-            entry.facts.segments.tiles(48, torch.device("cpu"))
-            return super().capture(work)
+        def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+            (buffers,) = buffers_of(planned)
+            buffers.metadata.segments.tiles(48, torch.device("cpu"))
+            return launch
 
-    _, planned_one = both(tower, Late())
-    batch = tower.preprocess(noise(90, 90, 1))
-    planned_one.run(batch)
-    with pytest.warns(RuntimeWarning, match="tiles of 48 rows"):
-        planned_one.run(batch)
-    planned_one.run(batch)
+    _, planned = both(tower, Late())
+    planned.run(small)
+    with pytest.warns(RuntimeWarning, match="48"):
+        planned.run(small)
+    planned.run(small)
 
 
-def test_the_least_recently_used_graph_goes_first(tower: VisionTower) -> None:
+# -- limits and memory ------------------------------------------------------------------------------------------------
+
+
+def test_the_least_recently_used_graph_is_evicted(tower: VisionTower) -> None:
     recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder, CaptureLimits(max_graphs=2))
+    exact, planned = both(tower, recorder, CaptureLimits(max_graphs=2))
     batches = [tower.preprocess(noise(side, side, side)) for side in (56, 140, 280)]
     for batch in batches[:2]:
-        assert planned_one.warm_up(batch)
-    planned_one.run(batches[0])
-    assert planned_one.warm_up(batches[2])
-    passes = planned_one.graph_cache
-    assert [passes.bucket(batch) in passes._captured() for batch in batches] == [True, False, True]
-    for batch in batches:
-        assert_same(planned_one.run(batch), exact.run(batch))
-    assert planned_one.captured == 2
-    # What was evicted is captured again, but each time only after it has come more often.
+        assert planned.warm_up(batch)
+    planned.run(batches[0])
+    assert planned.warm_up(batches[2])
+    cache = planned.graph_cache
+    assert cache is not None
+    assert [cache.bucket(batch) in cache.captured for batch in batches] == [True, False, True]
+    # An evicted bucket is captured again, each time only after more uses.
     captures = recorder.captures
     for _ in range(40):
         for batch in batches:
-            assert_same(planned_one.run(batch), exact.run(batch))
+            assert_same(planned.run(batch), exact.run(batch))
     assert 1 <= recorder.captures - captures <= 12
-    assert planned_one.captured == 2
+    assert planned.captured == 2
 
 
-def test_a_graph_beyond_the_limit_of_bytes_is_given_up(tower: VisionTower) -> None:
-    exact, planned_one = both(tower, limits=CaptureLimits(max_bytes=10_000))
-    batch = tower.preprocess(noise(90, 90, 1))
-    with pytest.warns(RuntimeWarning, match="the limit is 10000"):
-        assert not planned_one.warm_up(batch)
-    assert planned_one.captured_bytes == 0
+def test_a_graph_beyond_the_byte_limit_evicts_no_other(
+    tower: VisionTower, small: PackedBatch, large: PackedBatch
+) -> None:
+    exact, free = both(tower)
+    free.warm_up(small)
+    _, planned = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
+    assert planned.warm_up(small)
+    with pytest.warns(RuntimeWarning, match=r"the limit is \d+ \(CaptureLimits.max_bytes\); release\(\)"):
+        assert not planned.warm_up(large)
     for _ in range(3):
-        assert_same(planned_one.run(batch), exact.run(batch))
+        assert_same(planned.run(large), exact.run(large))
+    assert planned.captured == 1
+    assert planned.warm_up(small)
 
 
-def test_a_graph_beyond_the_limit_of_bytes_drives_no_other_out(tower: VisionTower) -> None:
-    small, large = tower.preprocess(noise(90, 90, 1)), tower.preprocess(noise(400, 400, 2))
+def test_release_makes_room_for_a_graph(tower: VisionTower, small: PackedBatch, large: PackedBatch) -> None:
     _, free = both(tower)
     free.warm_up(small)
-    _, planned_one = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
-    assert planned_one.warm_up(small)
-    with pytest.warns(RuntimeWarning, match="the limit is"):
-        assert not planned_one.warm_up(large)
-    assert planned_one.captured == 1
-    assert planned_one.warm_up(small)
+    _, planned = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
+    planned.run(large)
+    with pytest.warns(RuntimeWarning, match=r"the limit is .*release\(\)"):
+        assert not planned.warm_up(small)
+    planned.release()
+    assert planned.warm_up(small)
 
 
-def test_memory_of_a_larger_pass_refuses_a_graph_only_as_long_as_it_is_there(tower: VisionTower) -> None:
-    small, large = tower.preprocess(noise(90, 90, 1)), tower.preprocess(noise(400, 400, 2))
-    _, free = both(tower)
-    free.warm_up(small)
-    _, planned_one = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
-    planned_one.run(large)
-    with pytest.warns(RuntimeWarning, match=r"the limit is .* other passes, release\(\) gives"):
-        assert not planned_one.warm_up(small)
-    planned_one.release()
-    assert planned_one.warm_up(small)
-
-
-def test_what_an_evicted_graph_allocated_is_counted_as_long_as_any_graph_is_there(tower: VisionTower) -> None:
-    """All graphs share one pool, which no graph but the last gives back."""
+def test_the_pool_counts_until_its_last_graph_is_gone(
+    tower: VisionTower, small: PackedBatch, large: PackedBatch
+) -> None:
+    """All graphs share one pool, which is freed only with the last of them."""
     recorder = StepRecorder()
-    _, planned_one = both(tower, recorder, limits=CaptureLimits(max_graphs=1))
-    first, second = tower.preprocess(noise(400, 400, 2)), tower.preprocess(noise(90, 90, 1))
-    planned_one.warm_up(first)
+    _, planned = both(tower, recorder, limits=CaptureLimits(max_graphs=1))
+    planned.warm_up(large)
     recorder.allocates = 0
-    planned_one.warm_up(second)
-    assert planned_one.captured == 1
-    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel() + 1000
-    planned_one.release()
-    gc.collect()  # a recorder's replay knows its pass, which a CUDA graph does not
-    assert planned_one.captured_bytes == 0
-    planned_one.warm_up(second)
-    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel()
+    planned.warm_up(small)
+    assert planned.captured == 1
+    assert planned.captured_bytes == memory_of(planned) + 1000
+    planned.release()
+    gc.collect()  # a recorder's replay refers to its buffers, which a CUDA graph does not
+    assert planned.captured_bytes == 0
+    planned.warm_up(small)
+    assert planned.captured_bytes == memory_of(planned)
 
 
-def test_what_other_graphs_allocated_may_leave_no_room(tower: VisionTower) -> None:
+def test_graphs_keep_their_memory_beside_a_larger_one(
+    tower: VisionTower, small: PackedBatch, large: PackedBatch
+) -> None:
     recorder = StepRecorder()
-    batch = tower.preprocess(noise(400, 400, 2))
-    _, free = both(tower)
-    free.warm_up(batch)
-    _, planned_one = both(tower, recorder, limits=CaptureLimits(max_bytes=free.captured_bytes))
-    assert planned_one.warm_up(batch)
-    with pytest.warns(RuntimeWarning, match="the limit is"):
-        assert not planned_one.warm_up(tower.preprocess(noise(90, 90, 1)))
-    assert planned_one.captured == 1
-    assert planned_one.captured_bytes == free.captured_bytes + 1000, "the pool keeps what was taken in vain"
-
-
-def test_graphs_keep_their_memory_when_a_larger_pass_comes(tower: VisionTower) -> None:
-    recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder)
-    small, large = tower.preprocess(noise(90, 90, 1)), tower.preprocess(noise(400, 400, 2))
-    planned_one.warm_up(small)
-    held = planned_one.captured_bytes
-    assert_same(planned_one.run(large), exact.run(large))
-    assert planned_one.captured_bytes == held
+    exact, planned = both(tower, recorder)
+    planned.warm_up(small)
+    held = planned.captured_bytes
+    assert_same(planned.run(large), exact.run(large))
+    assert planned.captured_bytes == held
     before = recorder.replays
-    assert_same(planned_one.run(small), exact.run(small))
+    assert_same(planned.run(small), exact.run(small))
     assert recorder.replays == before + 1
-    planned_one.warm_up(large)
-    assert planned_one.captured_bytes == held + planned_one.graph_cache.memory.numel() + 1000
+    planned.warm_up(large)
+    assert planned.captured_bytes == held + memory_of(planned) + 1000
 
 
-def test_buckets_share_memory_when_the_largest_comes_first(tower: VisionTower) -> None:
-    _, planned_one = both(tower)
+def test_smaller_buckets_share_the_memory_of_the_largest(tower: VisionTower) -> None:
+    _, planned = both(tower)
     for side in (400, 300, 200, 90):
-        planned_one.warm_up(tower.preprocess(noise(side, side, 1)))
-    assert planned_one.captured_bytes == planned_one.graph_cache.memory.numel() + 4 * 1000
+        planned.warm_up(tower.preprocess(noise(side, side, 1)))
+    assert planned.captured_bytes == memory_of(planned) + 4 * 1000
 
 
-def test_release_gives_everything_back(tower: VisionTower) -> None:
+def test_release_frees_everything_at_once(tower: VisionTower, small: PackedBatch) -> None:
     recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder)
-    batch = tower.preprocess(noise(90, 90, 1))
-    planned_one.warm_up(batch)
-    planned_one.release()
-    gc.collect()  # as above
-    assert (planned_one.captured, planned_one.captured_bytes, planned_one.graph_cache.memory.numel()) == (0, 0, 0)
-    assert_same(planned_one.run(batch), exact.run(batch))
-    assert recorder.captures == 2, "it has come before"
-
-
-def test_what_is_released_is_gone_at_once(tower: VisionTower) -> None:
-    """Device memory must not wait for Python's collector of rings."""
-    _, planned_one = both(tower)
-    planned_one.run(tower.preprocess(noise(90, 90, 1)))
-    (entry,) = map(weakref.ref, planned_one.graph_cache.buffers.values())
-    memory = weakref.ref(planned_one.graph_cache.memory)
+    exact, planned = both(tower, recorder)
+    planned.run(small)
+    buffers, memory = weakref.ref(buffers_of(planned)[0]), weakref.ref(planned.graph_cache.memory)  # type: ignore[union-attr]
     gc.collect()
     gc.disable()
     try:
-        planned_one.release()
-        assert (entry(), memory()) == (None, None)
+        planned.release()
+        assert (buffers(), memory()) == (None, None), "without Python's garbage collection"
     finally:
         gc.enable()
+    planned.warm_up(small)
+    planned.release()
+    gc.collect()  # as above
+    assert (planned.captured, planned.captured_bytes, memory_of(planned)) == (0, 0, 0)
+    assert_same(planned.run(small), exact.run(small))
+    assert recorder.captures == 2, "the bucket was used before"
 
 
-def test_few_passes_without_a_graph_are_kept(tower: VisionTower) -> None:
-    _, planned_one = both(tower)
+def test_few_uncaptured_buffers_and_histories_are_kept(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, planned = both(tower)
     for count in range(1, 20):
-        planned_one.run(tower.preprocess(np.zeros((28, 28 * count, 3), np.uint8), min_pixels=28 * 28))
-    assert len(planned_one.graph_cache.buffers) <= graph_cache.MOST_UNCAPTURED
-
-
-def test_what_is_remembered_of_buckets_is_bounded(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
+        planned.run(tower.preprocess(np.zeros((28, 28 * count, 3), np.uint8), min_pixels=28 * 28))
+    assert len(buffers_of(planned)) <= graph_cache.MOST_UNCAPTURED
     monkeypatch.setattr(graph_cache, "MOST_HISTORIES", 2)
-    exact, planned_one = both(tower)
-    batches = [tower.preprocess(noise(side, side, side)) for side in (56, 140, 280)]
-    for batch in (*batches, *batches, batches[0], *batches[::-1]):
-        assert_same(planned_one.run(batch), exact.run(batch))
-    assert len(planned_one.graph_cache._histories) == 2
-
-
-def test_threads_share_graphs(tower: VisionTower) -> None:
     recorder = StepRecorder()
-    exact, planned_one = both(tower, recorder, CaptureLimits(max_graphs=3))
-    batches = [tower.preprocess([noise(w, h, w + h)] * count) for w, h in SIZES for count in (1, 2)]
-    expected = [exact.run(batch) for batch in batches]
-    wrong: list[int] = []
-
-    def work(seed: int) -> None:
-        order = list(range(len(batches))) * 3
-        random.Random(seed).shuffle(order)
-        for number in order:
-            if not torch.equal(planned_one.run(batches[number])["embeddings"], expected[number]["embeddings"]):
-                wrong.append(number)
-
-    threads = [threading.Thread(target=contextvars.copy_context().run, args=(work, seed)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        # Somebody watches meanwhile.
-        assert 0 <= planned_one.captured <= 3
-        assert planned_one.captured_bytes >= 0
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert planned_one.captured == 3
+    _, planned = both(tower, recorder)
+    batches = [tower.preprocess(noise(side, side, side)) for side in (56, 140, 280)]
+    for batch in batches * 3:
+        planned.run(batch)
+    assert recorder.captures == 0, "each bucket was forgotten before its second use"
 
 
-def test_limits_that_make_no_sense() -> None:
+def test_limits_must_be_positive() -> None:
     for wrong in ({"max_graphs": 0}, {"max_bytes": -1}):
         with pytest.raises(UsageError, match="cuda_graphs=False"):
             CaptureLimits(**wrong)
 
 
-# -- the tower's own face ---------------------------------------------------------------------------------------------
-
-
-def test_on_a_cpu_nothing_is_planned_or_captured(qwen2_vl: Path) -> None:
+def test_a_cpu_has_no_buckets_and_no_graphs(qwen2_vl: Path) -> None:
     for choice in (True, False, CaptureLimits(max_graphs=1)):
         tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cuda_graphs=choice)
         batch = tower.preprocess(noise(90, 90, 1))
@@ -680,32 +525,19 @@ def test_on_a_cpu_nothing_is_planned_or_captured(qwen2_vl: Path) -> None:
         assert tower.warm_up([(90, 90), [(90, 90), (56, 28)]]) == 0
         assert tower.captured_bytes == 0
         assert tower.memory_plan(batch.workload).workload == batch.workload
-    for wrong in (("a", 5), (5,), 7, [(5, 6, 7)], [5, (6, 7)], "ab"):
-        with pytest.raises(UsageError):
-            tower.warm_up([wrong])
-
-
-def test_weights_have_to_be_there_to_warm_up(qwen2_vl: Path) -> None:
-    with pytest.raises(TowerNotLoadedError, match="load"):
-        VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True).warm_up([(90, 90)])
 
 
 @each_case
-def test_the_plan_of_a_planned_pass_is_its_memory(case: TowerCase, towers: Towers) -> None:
+def test_the_plan_of_static_buffers_is_their_memory(case: TowerCase, towers: Towers) -> None:
     tower = towers(case)
-    _, planned_one = both(tower)
-    batch = batches_of(case, tower)[0]
-    config = tower.config
+    _, planned = both(tower)
+    batch, config = batches_of(case, tower)[0], tower.config
     plan = plan_static_buffers(
-        tower.graph,
-        batch.workload,
-        4,
-        rows_per_token=config.rows_per_token,
-        tile_rows=config.longest_segment,
+        tower.graph, batch.workload, 4, rows_per_token=config.rows_per_token, tile_rows=config.longest_segment
     )
-    outputs = planned_one.run(batch)
-    (entry,) = planned_one.graph_cache.buffers.values()
-    assert replace(entry.bucket.workload, tiles=plan.workload.tiles) == plan.workload
-    taken = entry.memory.numel() + sum(-(-rows.nbytes // 256) * 256 for rows in outputs.values())
-    tables = 4 * (entry._layout.tables_end + 2 * 4 * 5)
+    outputs = planned.run(batch)
+    (buffers,) = buffers_of(planned)
+    assert replace(buffers.bucket.workload, tiles=plan.workload.tiles) == plan.workload
+    taken = buffers.memory.numel() + sum(-(-rows.nbytes // 256) * 256 for rows in outputs.values())
+    tables = 4 * (buffers.addresses.tables_end + 2 * 4 * 5)
     assert plan.peak_bytes - 256 * len(plan.offsets) <= taken <= plan.peak_bytes + tables + 256

@@ -1,4 +1,4 @@
-"""The runner of a tower: which batch each takes, what they share, and how much memory the weights take."""
+"""ModelRunner assigns batches to executors that share their weights, and counts the memory of the weights."""
 
 import gc
 import threading
@@ -21,133 +21,114 @@ from tritontower.engine.runner import ModelRunner, estimate_weights_bytes
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import KERNEL_PASSES, fold_still_images, fuse
-from tritontower.graph.ir import Graph
 from tritontower.kernels.gemm import cpu
 
 CASES = {case.name: case for case in all_cases()}
 GAP = 128 * 4
-"""Bytes that stand empty behind a tensor at most, in fp32."""
+"""Largest number of empty bytes after a tensor, in fp32."""
 
 Towers = Callable[[str], VisionTower]
 
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
-    """A small fp32 tower of a case, whose weights nobody has read."""
-    folders: dict[str, Path] = {}
+    """A small fp32 tower of a case, without weights."""
+    folder = tmp_path_factory.mktemp("runner")
 
     def tower(name: str) -> VisionTower:
-        if name not in folders:
-            folders[name] = CASES[name].save(tmp_path_factory.mktemp("runner") / name)
-        return VisionTower.from_pretrained(folders[name], device="cpu", delay_load=True)
+        path: Path = folder / name
+        saved = path if path.exists() else CASES[name].save(path)
+        return VisionTower.from_pretrained(saved, device="cpu", delay_load=True)
 
     return tower
 
 
-def graphs_of(tower: VisionTower) -> list[Graph]:
-    """For still images and for videos."""
+def make_runner(tower: VisionTower, *, normalized: bool = True) -> ModelRunner:
+    """A runner for still images and for videos."""
     videos = fuse(build(tower.config))
-    return [fold_still_images(videos), videos]
+    normalization = tower.preprocessor.rescaling if normalized else None
+    graphs = [fold_still_images(videos), videos]
+    return ModelRunner(tower.config, graphs, tower.read_weights(), normalization=lambda: normalization)
 
 
-def made(tower: VisionTower, *, rescaled: bool = True) -> ModelRunner:
-    rescaling = tower.preprocessor.rescaling if rescaled else None
-    return ModelRunner(tower.config, graphs_of(tower), tower.read_weights(), normalization=lambda: rescaling)
-
-
-def packs(tower: VisionTower) -> dict[str, PackedBatch]:
-    """One batch for each executor that there can be."""
+def make_batches(tower: VisionTower) -> list[PackedBatch]:
+    """A batch for each possible executor: stills in float and uint8 pixels, a video in float and uint8 pixels."""
     frames = [noise(60, 60, 1), noise(60, 60, 2)]
-    return {
-        f"{what} in {'bytes' if raw else 'values'}": batch(frames, raw=raw)
-        for what, batch in (("stills", tower.preprocess), ("clip", tower.preprocess_video))
-        for raw in (False, True)
-    }
+    return [pack(frames, raw=raw) for pack in (tower.preprocess, tower.preprocess_video) for raw in (False, True)]
 
 
-def test_every_kind_of_batch_has_an_executor_of_its_own(towers: Towers) -> None:
+def test_every_kind_of_batch_has_its_own_executor(towers: Towers) -> None:
     tower = towers("qwen2_vl")
-    runner = made(tower)
-    assert len([*runner]) == 2, "those for bytes only when there are any"
-    found = {name: runner.executor_for(batch) for name, batch in packs(tower).items()}
-    assert len(set(found.values())) == 4
-    assert set(runner) == set(found.values())
-    for name, batch in packs(tower).items():
-        assert runner.executor_for(batch) is found[name]
-        assert found[name].graph.values["pixels"].width == batch.pixels.shape[1]
-        assert (found[name].graph.values["pixels"].dtype == "uint8") == (batch.pixels.dtype == torch.uint8)
-
-
-def test_threads_that_bring_the_first_bytes_share_one_executor(towers: Towers) -> None:
-    tower = towers("qwen2_vl")
-    runner = made(tower)
-    raw = packs(tower)["stills in bytes"]
+    runner = make_runner(tower)
+    assert len([*runner]) == 2, "uint8 executors are created on first use"
+    batches = make_batches(tower)
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(runner.executor_for, [raw] * 8))
-    assert len(found) == 1
-    assert len([*runner]) == 3
-
-
-def test_weights_are_shared_but_for_the_patch_projection(towers: Towers) -> None:
-    tower = towers("qwen2_vl")
-    runner = made(tower)
-    still, still_bytes, video, video_bytes = (runner.executor_for(batch) for batch in packs(tower).values())
-    for other in (video, still_bytes, video_bytes):
-        shared = still.weights.keys() & other.weights.keys()
-        own = {name for name in other.weights.keys() ^ still.weights.keys() if "patch_projection" not in name}
-        assert own == set()
-        assert all(other.weights[name].data_ptr() == still.weights[name].data_ptr() for name in shared)
-    patch, width = tower.config.patch, tower.config.width
-    own_shapes = {tuple(w.shape) for name, w in still_bytes.weights.items() if name not in still.weights}
-    assert own_shapes == {(width, patch.still_inner), (width,)}
-
-
-def test_batches_of_other_towers_are_refused_with_what_this_one_takes(towers: Towers) -> None:
-    tower = towers("qwen2_vl")
-    stranger = towers("siglip").preprocess(noise(60, 60, 1))
-    with pytest.raises(UsageError, match=r"is another tower's, with temporal 1 instead of 2, .*; pack .* preprocess"):
-        made(tower).executor_for(stranger)
-    cut = packs(tower)["stills in values"]
-    with pytest.raises(
-        UsageError, match=r"587 pixel values a patch; the tower takes \[588, 1176\]; pack .* preprocess"
-    ):
-        made(tower).executor_for(replace(cut, pixels=cut.pixels[:, 1:]))
-    with pytest.raises(UsageError, match=r"uint8 pixels is another tower's.*preprocess\(\), without raw=True"):
-        made(tower, rescaled=False).executor_for(packs(tower)["stills in bytes"])
-
-
-def test_release_reaches_all_of_them(towers: Towers) -> None:
-    tower = towers("qwen2_vl")
-    runner = made(tower)
-    for batch in packs(tower).values():
-        runner.executor_for(batch).run(batch)
+        assert len({*pool.map(runner.executor_for, [batches[1]] * 8)}) == 1
+    found = [runner.executor_for(batch) for batch in batches]
+    assert len({*found}) == 4
+    assert {*runner} == {*found}
+    for executor, batch in zip(found, batches, strict=True):
+        assert runner.executor_for(batch) is executor
+        pixels = executor.graph.values["pixels"]
+        assert (pixels.width, pixels.dtype == "uint8") == (batch.pixels.shape[1], batch.pixels.dtype == torch.uint8)
+        assert torch.equal(runner.run(batch)["embeddings"], executor.run(batch)["embeddings"])
     assert all(executor.arena_bytes > 0 for executor in runner)
     runner.release()
     assert [executor.arena_bytes for executor in runner] == [0, 0, 0, 0]
     assert runner.captured_bytes == 0
 
 
-def test_release_leaves_torchs_caches_alone_while_a_pass_is_captured(
-    towers: Towers, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = made(towers("qwen2_vl"))
+def test_weights_are_shared_except_the_patch_projection(towers: Towers) -> None:
+    tower = towers("qwen2_vl")
+    runner = make_runner(tower)
+    still, still_uint8, video, video_uint8 = map(runner.executor_for, make_batches(tower))
+    for other in (video, still_uint8, video_uint8):
+        shared = still.weights.keys() & other.weights.keys()
+        assert all("patch_projection" in name for name in other.weights.keys() ^ still.weights.keys())
+        assert all(other.weights[name].data_ptr() == still.weights[name].data_ptr() for name in shared)
+    patch, width = tower.config.patch, tower.config.width
+    own_shapes = {tuple(w.shape) for name, w in still_uint8.weights.items() if name not in still.weights}
+    assert own_shapes == {(width, patch.still_inner), (width,)}
+
+
+def test_batches_of_other_towers_are_rejected(towers: Towers) -> None:
+    tower = towers("qwen2_vl")
+    runner = make_runner(tower)
+    stranger = towers("siglip").preprocess(noise(60, 60, 1))
+    with pytest.raises(
+        UsageError, match=r"must be this tower's, got one with temporal 1 instead of 2, .*preprocess\(\)"
+    ):
+        runner.run(stranger)
+    batch, raw, *_ = make_batches(tower)
+    with pytest.raises(UsageError, match=r"one of \[588, 1176\] pixel values per patch, got 587; .* preprocess\(\)"):
+        runner.run(replace(batch, pixels=batch.pixels[:, 1:]))
+    with pytest.raises(UsageError, match=r"float pixels, got uint8: .*preprocess\(\) without raw=True"):
+        make_runner(tower, normalized=False).run(raw)
+
+
+def test_a_tower_with_windows_rejects_a_batch_without(towers: Towers) -> None:
+    tower = towers("qwen2_5_vl").load()
+    batch = tower.preprocess(noise(60, 60, 1))
+    with pytest.raises(UsageError, match=r"must have windows .*preprocess\(\)"):
+        tower.forward(replace(batch, attention=replace(batch.attention, windows=None)))
+
+
+def test_release_waits_for_a_capture_to_end(towers: Towers, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = make_runner(towers("qwen2_vl"))
     for executor in runner:
-        executor.device = torch.device("cuda")  # as far as releasing goes
+        executor.device = torch.device("cuda")  # as far as release() is concerned
     emptied = threading.Event()
     monkeypatch.setattr(torch.cuda, "empty_cache", emptied.set)
     thread = threading.Thread(target=runner.release)
-    with cuda_graphs._capturing:
+    with cuda_graphs.capture_lock:
         thread.start()
-        assert not emptied.wait(0.1), "torch does not allow it during a capture, whoever captures"
+        assert not emptied.wait(0.1), "torch does not allow it during a capture"
     thread.join()
     assert emptied.is_set()
 
 
-# -- how much memory weights take -------------------------------------------------------------------------------------
-
-
 def kept_bytes(call: Callable[[], object]) -> int:
-    """Bytes that torch's CPU allocator has given out during ``call`` and not got back."""
+    """Bytes that ``call`` allocates on the CPU and keeps."""
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
@@ -157,8 +138,8 @@ def kept_bytes(call: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "clip", "mistral3", "gemma3"])
-def test_the_weights_bytes_of_a_loaded_tower_are_those_that_loading_allocates(name: str, towers: Towers) -> None:
-    # Twice: what the libraries keep of the first load is no weight.
+def test_weights_bytes_are_what_loading_allocates(name: str, towers: Towers) -> None:
+    # The second load: at the first, libraries allocate memory of their own.
     towers(name).load()
     tower = towers(name)
     assert kept_bytes(tower.load) == pytest.approx(tower.weights_bytes, abs=2 * GAP)
@@ -169,18 +150,18 @@ def test_the_weights_bytes_of_a_loaded_tower_are_those_that_loading_allocates(na
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
-def test_they_are_foreseen_but_for_gaps_where_nothing_is_packed(
+def test_weights_bytes_are_estimated_up_to_gaps(
     case: TowerCase, towers: Towers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "can_prepack", lambda dtype: False)
     tower = towers(case.name)
-    foreseen = tower.weights_bytes
+    estimate = tower.weights_bytes
     tower.load()
-    assert foreseen <= tower.weights_bytes < foreseen + GAP * len(tower.graph.held_shapes)
-    assert foreseen >= tower.graph.parameters * 4
+    assert estimate <= tower.weights_bytes < estimate + GAP * len(tower.graph.held_shapes)
+    assert estimate >= tower.graph.parameters * 4
 
 
-def test_padding_and_what_videos_have_beside_still_images_count() -> None:
+def test_the_estimate_counts_padding_and_video_weights() -> None:
     config = replace(
         CONFIG,
         width=144,
@@ -202,14 +183,7 @@ def test_padding_and_what_videos_have_beside_still_images_count() -> None:
     )
 
 
-def test_the_transforms_that_take_no_memory_are_tiles() -> None:
+def test_transforms_are_views_except_one() -> None:
     tensor = torch.zeros(4, 3, 2, 5, 5)
     copies = {name for name, transform in TRANSFORMS.items() if transform(tensor).data_ptr() != tensor.data_ptr()}
     assert copies == {"fold_temporal"}
-
-
-def test_a_batch_without_windows_never_runs_where_blocks_attend_within_them(towers: Towers) -> None:
-    tower = towers("qwen2_5_vl").load()
-    batch = tower.preprocess(noise(60, 60, 1))
-    with pytest.raises(UsageError, match="attends within windows, and the batch has none: it is another tower's"):
-        tower.forward(replace(batch, attention=replace(batch.attention, windows=None)))

@@ -1,6 +1,7 @@
-"""Stand-ins for CUDA graphs where there is no GPU: what records the launches of a pass, and replays them."""
+"""Stand-ins for CUDA graphs on a machine without a GPU: they record the launches of a forward pass and replay them."""
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 from weakref import WeakSet
 
@@ -8,17 +9,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
-__all__ = ["LaunchRecorder", "StepRecorder"]
+from tritontower.engine.executor import Executor
+from tritontower.engine.graph_cache import CaptureLimits, CudaGraphCache
 
 
 class StepRecorder:
-    """Runs the steps again: Python decides anew, over the same buffers.
+    """Replays by running the steps again over the same buffers; Python decides anew.
 
     Attributes:
-        captures: how often something was captured.
-        replays: how often something was replayed.
+        captures: number of captures.
+        replays: number of replays.
         error: raised by the next captures.
-        allocates: bytes that the next captures take from the pool, which lives as long as one of the replays.
+        allocates: bytes that a capture takes from the pool, which lives as long as one of the replays.
     """
 
     def __init__(self) -> None:
@@ -32,53 +34,51 @@ class StepRecorder:
     def held_bytes(self) -> int:
         return self._pool_bytes if self._alive else 0
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
         if self.error is not None:
             raise self.error
         self.captures += 1
-        return Steps(self, work)
-
-    def _made(self, steps: "Steps") -> None:
-        self._pool_bytes = self.held_bytes + steps.allocated
+        steps = Steps(self, self.record(launch))
+        self._pool_bytes = self.held_bytes + self.allocates
         self._alive.add(steps)
+        return steps
+
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
+        return launch
 
 
 class Steps:
-    def __init__(self, recorder: StepRecorder, work: Callable[[], None]) -> None:
-        self.recorder, self.work, self.allocated = recorder, work, recorder.allocates
-        recorder._made(self)
+    def __init__(self, recorder: StepRecorder, launch: Callable[[], None]) -> None:
+        self.recorder, self.launch = recorder, launch
 
     def __call__(self) -> None:
         self.recorder.replays += 1
-        self.work()
+        self.launch()
 
 
 class LaunchRecorder(StepRecorder):
-    """Repeats the very launches that were recorded, with the very arguments, as a CUDA graph does: no Python decides.
+    """Replays the recorded launches with the same arguments, as a CUDA graph does: Python decides nothing.
 
-    Kernels are those of Triton's interpreter.  Of torch's own operations those that write are repeated; what they allocated
-    while they were recorded is where the repeated ones write.
+    Kernels are those of Triton's interpreter.  Of torch's operations, those that write are repeated; a repeated operation
+    writes to the memory that the recorded one allocated.
     """
 
-    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        if self.error is not None:
-            raise self.error
-        self.captures += 1
+    def record(self, launch: Callable[[], None]) -> Callable[[], None]:
         tape: list[Callable[[], None]] = []
-        launch = interpreter.GridExecutor.__call__
+        call = interpreter.GridExecutor.__call__
 
         def recorded(grid: Any, *arguments: Any, **options: Any) -> None:
             with torch.utils._python_dispatch._disable_current_modes():
-                launch(grid, *arguments, **options)
-            tape.append(lambda: launch(grid, *arguments, **options))
+                call(grid, *arguments, **options)
+            tape.append(lambda: call(grid, *arguments, **options))
 
         interpreter.GridExecutor.__call__ = recorded
         try:
             with _Tape(tape):
-                work()
+                launch()
         finally:
-            interpreter.GridExecutor.__call__ = launch
-        return Steps(self, lambda: [repeat() for repeat in tape] and None)
+            interpreter.GridExecutor.__call__ = call
+        return lambda: [repeat() for repeat in tape] and None
 
 
 class _Tape(TorchDispatchMode):
@@ -96,3 +96,11 @@ class _Tape(TorchDispatchMode):
         elif not aliases and "empty" not in function._schema.name and isinstance(result, torch.Tensor):
             self.tape.append(lambda: result.copy_(function(*arguments, **options)))
         return result
+
+
+def bucketed(executor: Executor, recorder: StepRecorder, limits: CaptureLimits | None = None) -> Executor:
+    """A copy of an executor on a CPU that runs in static buffers, as on a GPU, and captures with ``recorder``."""
+    changed = copy(executor)
+    cache = CudaGraphCache(executor.graph, executor.dtype, executor.device, recorder, limits or CaptureLimits())
+    changed.graph_cache = cache
+    return changed

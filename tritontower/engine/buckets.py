@@ -1,80 +1,76 @@
-"""What a pass on a GPU is planned for: rows rounded up, so that packs of many sizes are passes of one size.
+"""Buckets of batch sizes: rows are rounded up, so that batches of many sizes share the launches of one CUDA graph.
 
-A CUDA graph replays launches of one size.  Packs come in any size, so their rows are rounded up to one of sixteen sizes
-between a power of two and the next: at most one row in sixteen (6.25 %) is padding.  Everything of a pass that decides a
-launch is in its :class:`Bucket`; passes of one bucket are the same launches over other numbers.
+A CUDA graph replays launches of fixed sizes.  Rows are rounded up to one of sixteen sizes between a power of two and the
+next, so at most one row in sixteen (6.25 %) is padding.  Everything that decides a launch is in the :class:`Bucket`:
+batches of one bucket run the same launches.
 
-Padding rows are rows of zeros in segments of their own, short ones, so that they cost next to nothing, every number in
-them is finite, and no row of an image ever meets them.
+Padding rows are zeros in short segments of their own.  They cost almost nothing, all their values are finite, and no row
+of an image ever reads them.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Workload
+from tritontower.kernels.runtime.checks import ceil_div, next_power_of_two
 from tritontower.kernels.runtime.dispatch import Backend, backend_on
 from tritontower.kernels.runtime.segments import Segments
 
-__all__ = ["Bucket", "Division", "Planner", "planned", "rounded"]
-
 STEPS = 16
-"""Sizes between a power of two and the next; padding is less than one part in so many."""
+"""Sizes between a power of two and the next; padding is less than one part in ``STEPS``."""
 COARSE_STEPS = 4
-"""The same for the number of segments, where one too many costs a few bytes, or a program that ends at once."""
+"""The same for the number of segments, where one more costs a few bytes, or a program that returns at once."""
 PADDING_SEGMENT = 64
-"""Rows of a segment of padding at most: attention within it grows with the square."""
+"""Largest number of rows of a padding segment: attention within it grows with the square."""
 SMALLEST_SIDE = 64
 """Rows and columns of patches that every table of positions covers."""
 
 
-def rounded(count: int, steps: int = STEPS) -> int:
-    """The smallest ``m · 2^k`` with ``steps ≤ m < 2 · steps`` that is not below ``count``; below that, ``count`` itself.
-
-    ``steps`` is a power of two.
-    """
+def round_up(count: int, steps: int = STEPS) -> int:
+    """Rounds up to ``m · 2^k`` with ``steps ≤ m < 2 · steps``; smaller counts stay.  ``steps`` is a power of two."""
     shift = max(0, count.bit_length() - steps.bit_length())
     return -(-count >> shift) << shift
 
 
-def planned(workload: Workload, *, rows_per_token: int = 1, tile_rows: int | None = None) -> Workload:
-    """The workload that a pass over ``workload`` is planned for: none of its rows are fewer, or more than a sixteenth more.
+def round_up_workload(workload: Workload, *, rows_per_token: int = 1, tile_rows: int | None = None) -> Workload:
+    """Rounds up a workload; no number of rows grows by more than a sixteenth.
 
-    Whatever the graph makes of so many rows comes out even: rows that merge are a multiple of ``rows_per_token``, and
-    where ``tile_rows`` is given, whole tiles are added.  Its scores are 0: they depend on more than a number of rows, and
-    no memory and no launch depends on them.
+    Merged rows stay a multiple of ``rows_per_token``, and if ``tile_rows`` is given, whole tiles are added.  The scores are
+    0, because no memory and no launch depends on them.
 
     Args:
-        workload: what there is to do.
+        workload: the sizes of a batch.
         rows_per_token: rows that become one token.
-        tile_rows: rows of every tile, class token included, of a tower whose tiles are all of one size.
+        tile_rows: rows of every tile, class token included, if all tiles have one size.
 
     Raises:
-        ValueError: ``tile_rows`` is not what the tiles of ``workload`` have.
+        ValueError: the tiles of ``workload`` do not have ``tile_rows`` rows.
     """
     if tile_rows is not None and workload.patches != workload.tiles * tile_rows:
         raise ValueError(
             f"{workload.tiles} tiles of {tile_rows} rows have {workload.tiles * tile_rows} rows, not {workload.patches}"
         )
-    tiles = rounded(workload.tiles)
+    tiles = round_up(workload.tiles)
     selected, merged = workload.rows("selected"), workload.rows("merged")
     if tile_rows is not None:
         patches = tiles * tile_rows
     else:
         unit = 1 if workload.patches % rows_per_token else rows_per_token
-        patches = unit * rounded(workload.patches // unit)
-    of_each_tile = selected // max(1, workload.tiles)
+        patches = unit * round_up(workload.patches // unit)
+    per_tile = selected // max(1, workload.tiles)
     if selected == workload.patches:
         all_selected = patches
-    elif tile_rows is not None and selected == of_each_tile * workload.tiles and of_each_tile % rows_per_token == 0:
-        all_selected = tiles * of_each_tile
+    elif tile_rows is not None and selected == per_tile * workload.tiles and per_tile % rows_per_token == 0:
+        all_selected = tiles * per_tile
     else:
-        all_selected = rows_per_token * rounded(selected // rows_per_token)
+        all_selected = rows_per_token * round_up(selected // rows_per_token)
     all_merged = all_selected // rows_per_token
     return Workload(
         patches=patches,
-        tokens=all_merged if workload.tokens == merged else rounded(workload.tokens),
+        tokens=all_merged if workload.tokens == merged else round_up(workload.tokens),
         scores=0,
         selected=all_selected,
         merged=all_merged,
@@ -83,88 +79,98 @@ def planned(workload: Workload, *, rows_per_token: int = 1, tile_rows: int | Non
 
 
 @dataclass(frozen=True)
-class Division:
-    """How a pass's rows may divide into segments, at most."""
+class SegmentCapacity:
+    """The largest division of rows into segments that the tables of a bucket hold.
+
+    ``padding`` is the number of rows of each padding segment except the last, which may be shorter.
+    """
 
     total: int
     count: int
     longest: int
     padding: int
-    """Rows of a segment of padding, but for the last, which may be shorter."""
 
     @classmethod
-    def of(cls, segments: Segments, total: int, bound: int | None) -> "Division":
-        """What ``segments`` and padding up to ``total`` rows are planned as; no segment ever has more rows than ``bound``."""
+    def for_segments(cls, segments: Segments, total: int, bound: int | None) -> "SegmentCapacity":
+        """Returns the capacity for ``segments`` and padding up to ``total`` rows.
+
+        ``bound`` is the largest number of rows of any segment of the tower, if there is one.
+        """
         longest = bound or max(1, segments.longest)
-        # No more rows than other segments have, and a power of two.
+        # A power of two, not larger than the other segments.
         padding = min(PADDING_SEGMENT, 1 << (longest.bit_length() - 1))
-        # As many as the most padding there can be, so that packs with more and less of it are one bucket.
-        most = -(-(total // STEPS) // padding)
+        # The largest possible amount of padding, so that the bucket does not depend on the actual amount.
+        most = ceil_div(total // STEPS, padding)
         return cls(
             total=total,
-            count=rounded(segments.count + most, COARSE_STEPS),
-            longest=bound or 1 << (longest - 1).bit_length(),
+            count=round_up(segments.count + most, COARSE_STEPS),
+            longest=bound or next_power_of_two(longest),
             padding=padding,
         )
 
-    def lengths(self, segments: Segments) -> tuple[int, ...]:
-        """The lengths of ``segments``, and behind them those of segments of padding."""
+    def pad_lengths(self, segments: Segments) -> tuple[int, ...]:
+        """Returns the lengths of ``segments``, followed by those of the padding segments."""
         whole, rest = divmod(self.total - segments.total, self.padding)
         return (*segments.lengths, *(self.padding,) * whole, *((rest,) if rest else ()))
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Everything of a pass that decides one of its launches."""
+    """Everything that decides the launches of a forward pass.
+
+    Attributes:
+        segments, windows, tiles: ``None`` if no node reads them.
+        side: rows and columns of patches that the table of positions covers.
+    """
 
     workload: Workload
-    """Rows of everything."""
-    segments: Division | None
-    windows: Division | None
-    tiles: Division | None
-    """``None``: no node asks for them."""
+    segments: SegmentCapacity | None
+    windows: SegmentCapacity | None
+    tiles: SegmentCapacity | None
     side: int
-    """Rows and columns of patches that the table of positions covers."""
     pixels: torch.dtype
     backend: Backend
 
+    @cached_property
+    def capacities(self) -> dict[str, SegmentCapacity]:
+        """The capacities by name, of those that are read."""
+        named = {"segments": self.segments, "windows": self.windows, "tiles": self.tiles}
+        return {name: capacity for name, capacity in named.items() if capacity is not None}
 
-class Planner:
-    """Which bucket the passes of a graph on a device belong to."""
+
+class BucketPlanner:
+    """Assigns batches to buckets, for one graph on one device."""
 
     def __init__(self, graph: Graph, device: torch.device) -> None:
         self._device = device
-        attention = [node for node in graph.nodes if node.kind == "attention"]
-        whole = [node for node in attention if not node.attributes["windows"]]
-        windowed = [node for node in attention if node.attributes["windows"]]
-        self._whole, self._windowed = bool(whole), bool(windowed)
-        self._bound = whole[0].attributes.get("length_bound") if whole else None
-        self._window_bound = windowed[0].attributes.get("length_bound") if windowed else None
+        attention = [node.attributes for node in graph.nodes if node.kind == "attention"]
+        bounds = {attributes["windows"]: attributes.get("length_bound") for attributes in attention}
+        self._has_whole, self._has_windows = False in bounds, True in bounds
+        self._bound, self._window_bound = bounds.get(False), bounds.get(True)
         self._pools = any(node.kind == "attention_pooling" for node in graph.nodes)
         self._has_tiles = self._pools or any(value.rows == "tiles" for value in graph.values.values())
         self._rotates = any(node.kind == "rotary_table" for node in graph.nodes)
 
     def bucket(self, batch: PackedBatch) -> Bucket | None:
-        """The bucket of a pass over ``batch``; ``None`` for one with tiles of several sizes that count: it cannot be padded."""
-        tile_rows = self._bound
+        """Returns the bucket of ``batch``, or ``None`` if its tiles have several sizes and cannot be padded."""
+        attention, tile_rows = batch.attention, self._bound
         if tile_rows is None and self._has_tiles:
-            sizes = set(batch.attention.tiles.lengths)
+            sizes = set(attention.tiles.lengths)
             if len(sizes) > 1:
                 return None
             tile_rows = sizes.pop()
-        workload = planned(batch.workload, rows_per_token=batch.tokens.rows_per_token, tile_rows=tile_rows)
+        workload = round_up_workload(batch.workload, rows_per_token=batch.tokens.rows_per_token, tile_rows=tile_rows)
         if not self._has_tiles:
             workload = replace(workload, tiles=0)
-        rows = workload.patches
+        rows, windows = workload.patches, attention.windows if self._has_windows else None
+        capacity = SegmentCapacity.for_segments
         return Bucket(
             workload=workload,
-            segments=Division.of(batch.attention.segments, rows, self._bound) if self._whole else None,
-            windows=Division.of(batch.attention.windows, rows, self._window_bound)
-            if self._windowed and batch.attention.windows is not None
-            else None,
-            # A tile of padding is a whole one: there is no pooling over no rows.
-            tiles=Division(rows, workload.tiles, tile_rows or 0, tile_rows or 0) if self._pools else None,
-            side=1 << (max(SMALLEST_SIDE, batch.attention.side) - 1).bit_length() if self._rotates else 0,
+            segments=capacity(attention.segments, rows, self._bound) if self._has_whole else None,
+            windows=None if windows is None else capacity(windows, rows, self._window_bound),
+            # A padding tile is a whole tile: pooling needs at least one row.
+            tiles=SegmentCapacity(rows, workload.tiles, tile_rows or 0, tile_rows or 0) if self._pools else None,
+            side=next_power_of_two(max(SMALLEST_SIDE, attention.side)) if self._rotates else 0,
             pixels=batch.pixels.dtype,
             backend=backend_on(self._device),
         )

@@ -1,159 +1,153 @@
-"""Runs a layer graph over a packed batch, out of one arena.
+"""Executor: runs one layer graph over packed batches, in memory that is planned in advance.
 
-Every node becomes one step of :mod:`tritontower.engine.ops`, bound to its weights beforehand; the values it reads and
-writes are views into the arena that :mod:`tritontower.graph.memory_plan` laid out.
+Each node becomes a step of :mod:`.ops`, bound to its weights in advance.  Values are views of one arena, laid out by
+:mod:`tritontower.graph.memory_plan`.
 
-On a CPU a pass has just the rows of its batch.  On a GPU it is *planned*: rounded up to a size that many batches share,
-so that every batch of that size is the same launches, which are captured and replayed (:mod:`tritontower.engine.cuda_graphs`).
+On a CPU a forward pass has exactly the rows of its batch.  On a GPU the rows are rounded up to a *bucket* that many batches
+share; the launches of a bucket are captured and replayed (:mod:`.graph_cache`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 
 import torch
 
 from tritontower.batch.packed_batch import PackedBatch
-from tritontower.graph.ir import Graph, Node, Value, Workload
+from tritontower.graph.ir import Graph, Node, Workload
 from tritontower.graph.memory_plan import MemoryPlan, plan_memory
 
-from .cuda_graphs import CaptureBackend, CudaCapture
-from .graph_cache import CaptureLimits, CudaGraphCache, Observer
+from .cuda_graphs import CudaCapture
+from .graph_cache import CaptureLimits, CudaGraphCache
 from .ops import BINDINGS, BatchMetadata, Step, Tensors, bind_weight
-from .static_buffers import DTYPES
+from .static_buffers import MemorySlot
 
-__all__ = ["Executor", "Observer"]
+Observer = Callable[[Node, Tensors], None]
+"""Called after every node with all values computed so far; the tensors are overwritten later."""
 
 
 class Executor:
-    """A graph with its weights, ready to run.
+    """A layer graph with its weights, ready to run.
 
     Args:
-        graph: what to run.
-        sources: name → tensor as :func:`tritontower.engine.weight_loader.read_weights` holds it, or canonical tensor, all of one dtype
-            and on one device.
-        cuda_graphs: on a GPU, whether passes are captured and replayed; or what captures them, and then passes are
-            planned ones on any device.
-        limits: how much captured passes may hold.
+        graph: the graph.
+        sources: name → tensor as returned by :func:`tritontower.engine.weight_loader.read_weights`, or canonical tensors, all
+            of one dtype and on one device.
+        cuda_graphs: captures CUDA graphs on a GPU, within limits.
 
     Attributes:
-        graph: what runs.
-        weights: its weights as nodes take them, by name.
-        dtype, device: of the weights, and so of every pass.
+        weights: name → weight as the nodes use it.
+        dtype, device: of the weights and of every forward pass.
+        graph_cache: static buffers and CUDA graphs; ``None`` on a CPU.
 
     Raises:
-        KeyError: a tensor that the graph is made from is missing.
+        KeyError: a tensor is missing.
     """
 
     def __init__(
-        self,
-        graph: Graph,
-        sources: Mapping[str, torch.Tensor],
-        *,
-        cuda_graphs: bool | CaptureBackend = True,
-        limits: CaptureLimits | None = None,
+        self, graph: Graph, sources: Mapping[str, torch.Tensor], *, cuda_graphs: bool | CaptureLimits = True
     ) -> None:
         self.graph = graph
         self.weights: Tensors = {name: bind_weight(weight, sources) for name, weight in graph.weights.items()}
         first = next(iter(self.weights.values()))
         self.dtype, self.device = first.dtype, first.device
+        self.graph_cache: CudaGraphCache | None = None
         self._steps: list[tuple[Node, Step]] = [(node, BINDINGS[node.kind](node, self.weights)) for node in graph.nodes]
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._plan: MemoryPlan | None = None
         self._views: Tensors = {}
         self._lock = Lock()
         self._finished: torch.cuda.Event | None = None
-        self.graph_cache: CudaGraphCache | None = None
-        if self.device.type == "cuda" or not isinstance(cuda_graphs, bool):
-            backend: CaptureBackend | None = None
-            if cuda_graphs is not False:
-                backend = CudaCapture(self.device) if isinstance(cuda_graphs, bool) else cuda_graphs
-            self.graph_cache = CudaGraphCache(
-                graph, self._steps, self.dtype, self.device, backend, limits or CaptureLimits()
-            )
         if self.device.type == "cuda":
-            # The first pass may come on another stream than the one on which the weights are still being made.
+            backend = None if cuda_graphs is False else CudaCapture(self.device)
+            limits = cuda_graphs if isinstance(cuda_graphs, CaptureLimits) else CaptureLimits()
+            self.graph_cache = CudaGraphCache(graph, self.dtype, self.device, backend, limits)
+            # The first forward pass may run on another stream than the one that writes the weights.
             with torch.cuda.device(self.device):
                 self._finished = torch.cuda.Event()
                 self._finished.record()
 
-    def plan(self, workload: Workload) -> MemoryPlan:
-        """The memory layout of a pass over ``workload``."""
-        plan = self._plan
-        if plan is None or plan.workload != workload:
-            return plan_memory(self.graph, workload, self.dtype.itemsize)
-        return plan
-
     @torch.inference_mode()
     def run(self, batch: PackedBatch, observer: Observer | None = None) -> Tensors:
-        """One pass.
+        """Runs one forward pass.
 
         Args:
-            batch: what to run on, on the CPU or on the executor's device.
-            observer: called after every node.  Nothing is replayed then.
+            batch: on the CPU or on the executor's device.
+            observer: called after every node; no CUDA graph is replayed then.
 
         Returns:
-            Name → tensor of the graph's outputs, freshly allocated: they belong to the caller.
+            Name → newly allocated tensor, of each output.
         """
-        graph, workload = self.graph, batch.workload
-        outputs = {name: self._allocate(graph.values[name], workload) for name in graph.outputs}
-        if workload.patches == 0:
+        outputs = self._allocate_outputs(batch.workload)
+        if batch.workload.patches == 0:
             return outputs
-        bucket = None if self.graph_cache is None else self.graph_cache.bucket(batch)
-        # The arena serves one pass at a time; Triton launches on the current GPU, wherever the tensors are.
+        cache = self.graph_cache
+        bucket = None if cache is None else cache.bucket(batch)
+        # One forward pass uses the buffers at a time; Triton launches on the current GPU, wherever the tensors are.
         with self._lock, self._on_device():
-            if self.graph_cache is not None and bucket is not None:
-                self.graph_cache.run(bucket, batch, outputs, observer)
-                return outputs
-            batch = batch.to(self.device)
-            tensors = {**self._arena_views(workload), **outputs}
-            sources = batch.tensors
-            tensors |= {name: sources[name] for name in graph.inputs}
-            facts = BatchMetadata(
-                batch.attention.segments, batch.attention.windows, batch.attention.tiles, batch.attention.side
-            )
-            for node, step in self._steps:
-                step(tensors, facts)
-                if observer is not None:
-                    observer(node, tensors)
+            if cache is None or bucket is None:
+                buffers = None
+                batch = batch.to(self.device)
+                sources, attention = batch.tensors, batch.attention
+                tensors = {**self._view_arena(batch.workload), **outputs}
+                tensors |= {name: sources[name] for name in self.graph.inputs}
+                metadata = BatchMetadata(attention.segments, attention.windows, attention.tiles, attention.side)
+                observed = tensors
+            else:
+                buffers = cache.fill(bucket, batch)
+                tensors, metadata = buffers.tensors, buffers.metadata
+                observed = tensors if observer is None else buffers.slice_valid_rows(batch.workload)
+            if buffers is not None and buffers.replay is not None and observer is None:
+                buffers.replay()
+            else:
+                for node, step in self._steps:
+                    step(tensors, metadata)
+                    if observer is not None:
+                        observer(node, observed)
+            if cache is not None and buffers is not None:
+                buffers.copy_outputs(outputs)
+                if observer is None:
+                    cache.capture_if_due(buffers, partial(self._launch, tensors, metadata), outputs)
         return outputs
 
-    @torch.inference_mode()
+    def _launch(self, tensors: Tensors, metadata: BatchMetadata) -> None:
+        for _, step in self._steps:
+            step(tensors, metadata)
+
     def warm_up(self, batch: PackedBatch) -> bool:
-        """One pass, after which passes of its size are replayed if that is possible; whether they are."""
+        """Runs one forward pass and captures its bucket; returns whether the bucket has a CUDA graph."""
         bucket = None if self.graph_cache is None or not batch.workload.patches else self.graph_cache.bucket(batch)
         if self.graph_cache is None or bucket is None:
             return False
-        outputs = {name: self._allocate(self.graph.values[name], batch.workload) for name in self.graph.outputs}
-        with self._lock, self._on_device():
-            return self.graph_cache.warm_up(bucket, batch, outputs)
+        with self._lock:
+            self.graph_cache.request_capture(bucket)
+        self.run(batch)
+        with self._lock:
+            return bucket in self.graph_cache.captured
 
     @property
     def captured(self) -> int:
-        """How many sizes of passes are captured."""
-        if self.graph_cache is None:
-            return 0
+        """Number of CUDA graphs."""
         with self._lock:
-            return self.graph_cache.captured
+            return 0 if self.graph_cache is None else len(self.graph_cache.captured)
 
     @property
     def captured_bytes(self) -> int:
-        """Bytes of device memory that captured passes hold."""
-        if self.graph_cache is None:
-            return 0
+        """Device memory of the CUDA graphs."""
         with self._lock:
-            return self.graph_cache.captured_bytes
+            return 0 if self.graph_cache is None else self.graph_cache.captured_bytes
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of the arena of forward passes of exact size."""
+        """Bytes of the arena for batches that are not rounded up."""
         return self._arena.numel()
 
     def release(self) -> None:
-        """Gives the arena and all captured passes back; the next pass allocates a new arena."""
+        """Frees the arena, the static buffers and the CUDA graphs; the next forward pass allocates them again."""
         with self._lock:
             if self._finished is not None:
-                # A graph must not go while it is replayed.
+                # A graph must not be freed while it runs.
                 self._finished.synchronize()
             self._arena = self._arena.new_empty(0)
             self._plan, self._views = None, {}
@@ -162,7 +156,7 @@ class Executor:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Makes the executor's GPU the current one, and this pass wait for the last, whichever stream that ran on."""
+        """Selects the executor's GPU and orders this forward pass after the last one, on whichever stream that ran."""
         if self.device.type != "cuda":
             yield
             return
@@ -173,34 +167,38 @@ class Executor:
             try:
                 yield
             finally:
-                # Whoever frees the arena, the allocator has to wait for this stream too.
+                # The allocator must not reuse this memory before the stream has finished, whoever frees it.
                 self._arena.record_stream(stream)
                 if self.graph_cache is not None:
                     self.graph_cache.memory.record_stream(stream)
                 self._finished = torch.cuda.Event()
-                self._finished.record()
+                self._finished.record(stream)
 
-    def _allocate(self, value: Value, workload: Workload) -> torch.Tensor:
-        dtype = DTYPES.get(value.dtype, self.dtype)
-        # An ordinary tensor, not one of inference mode, which its owner could neither change nor train behind.
+    def _allocate_outputs(self, workload: Workload) -> Tensors:
+        # Results are ordinary tensors: a caller may modify or differentiate them.
         with torch.inference_mode(False):
-            return torch.empty(workload.rows(value.rows), value.width, dtype=dtype, device=self.device)
+            values = [self.graph.values[name] for name in self.graph.outputs]
+            return {
+                value.name: torch.empty(
+                    workload.rows(value.rows), value.width, dtype=value.torch_dtype(self.dtype), device=self.device
+                )
+                for value in values
+            }
 
-    def _arena_views(self, workload: Workload) -> Tensors:
-        """Every value inside the pass as a view of the arena; kept for the next pass of the same size."""
-        plan = self.plan(workload)
-        if plan is self._plan:
+    def _view_arena(self, workload: Workload) -> Tensors:
+        """Returns every inner value as a view of the arena; cached for the next batch of this size."""
+        if self._plan is not None and self._plan.workload == workload:
             return self._views
+        plan = plan_memory(self.graph, workload, self.dtype.itemsize)
         if self._arena.numel() < plan.arena_bytes:
-            # Drop the old arena first: two of them at once would break the promised peak.
+            # Free the old arena first: both at once would exceed the memory plan.
             self._views, self._plan = {}, None
             self._arena = self._arena.new_empty(0)
             self._arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=self.device)
         views: Tensors = {}
         for name, offset in plan.offsets.items():
             value = self.graph.values[name]
-            rows, dtype = value.held_rows(workload), DTYPES.get(value.dtype, self.dtype)
-            flat = self._arena[offset : offset + rows * value.width * dtype.itemsize].view(dtype)
-            views[name] = flat.view(rows, value.width)
+            slot = MemorySlot(offset, value.held_rows(workload), value.width, value.torch_dtype(self.dtype))
+            views[name] = slot.view(self._arena)
         self._plan, self._views = plan, views
         return views

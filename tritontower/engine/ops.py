@@ -1,7 +1,6 @@
-"""What each node kind of a layer graph does: one operation of :mod:`tritontower.kernels`, bound to its weights.
+"""Binds each node of a layer graph to its weights and to an operation of :mod:`tritontower.kernels`.
 
-Which backend an operation takes (a compiled kernel, the interpreter, torch) is decided by the tensors' device, in
-:mod:`tritontower.kernels.runtime.dispatch`, and nowhere here.
+The tensors' device selects the backend (compiled kernel, interpreter, torch) in :mod:`tritontower.kernels.runtime.dispatch`.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,40 +26,37 @@ from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
-__all__ = ["BINDINGS", "TRANSFORMS", "BatchMetadata", "Step", "Tensors", "bind_weight"]
-
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class BatchMetadata:
-    """What a step has to know of the batch beside its tensors."""
+    """What a step needs of the batch beside its tensors.
+
+    ``valid_rows`` has an entry for each padded dimension; there are none if the tensors have exactly the batch's rows.
+    """
 
     segments: Segments
     windows: Segments | None
     tiles: Segments
     side: int
     valid_rows: Mapping[Rows, ValidRows] = field(default_factory=dict)
-    """How many rows along each dimension a pass is planned for; none: as many as its tensors have."""
 
-    def segments_within(self, *, windows: bool) -> Segments:
-        """The runs of rows that attend to each other, in a block that attends within windows or in another.
+    def get_windows(self) -> Segments:
+        """Returns the windows.
 
         Raises:
-            UsageError: the batch has no windows.
+            UsageError: the batch has none.
         """
-        if not windows:
-            return self.segments
         if self.windows is None:
             raise UsageError(
-                "a block attends within windows, and the batch has none: it is another tower's; pack the images with this "
-                "tower's own preprocess()"
+                "the batch must have windows for a tower with window attention; create it with this tower's preprocess()"
             )
         return self.windows
 
 
 Step = Callable[[Tensors, BatchMetadata], None]
-
+Weights = Mapping[str, torch.Tensor]
 
 TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "as_is": lambda source: source,
@@ -70,12 +66,12 @@ TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def bind_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A weight as its node takes it, out of the tensors that a graph is made from.
+    """Returns a weight as its node uses it.
 
     Args:
-        weight: which.
-        sources: the tensors as :func:`tritontower.engine.weight_loader.read_weights` holds them; or, where the weight is an arranged
-            one and only the canonical tensor is there, that, which is left as it is.
+        weight: the weight.
+        sources: tensors as returned by :func:`.weight_loader.read_weights`.  If a reordered tensor is missing, a reordered
+            copy of the canonical one is made.
     """
     held = sources.get(weight.held_name)
     if held is None and weight.weight_layout is not None:
@@ -83,21 +79,16 @@ def bind_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.Te
     return TRANSFORMS[weight.transform](sources[weight.source] if held is None else held)
 
 
-# -- one binding per node kind: a node and the weights → a step -------------------------------------------------------
-
-Weights = Mapping[str, torch.Tensor]
-
-
 def _bind_patch_projection(node: Node, weights: Weights) -> Step:
     pixels, *index = node.inputs
     (rows,) = node.outputs
-    weight, bias, table = _roles(node, weights, "weight", "bias", "position_table")
+    weight, bias, table = _get_weights(node, weights, "weight", "bias", "position_table")
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         places: dict[str, Any] = {}
         if index:
             places = {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
-        patch_projection(tensors[pixels], weight, bias, **places, **_valid_rows(node, facts), out=tensors[rows])
+        patch_projection(tensors[pixels], weight, bias, **places, **_valid_rows(node, metadata), out=tensors[rows])
 
     return step
 
@@ -105,9 +96,9 @@ def _bind_patch_projection(node: Node, weights: Weights) -> Step:
 def _bind_add_positions(node: Node, weights: Weights) -> Step:
     rows, index, *share = node.inputs
     (result,) = node.outputs
-    (table,) = _roles(node, weights, "position_table")
+    (table,) = _get_weights(node, weights, "position_table")
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         counted = tensors[share[0]] if share else None
         gather_rows(table, tensors[index], counted, residual=tensors[rows], out=tensors[result])
 
@@ -119,9 +110,9 @@ def _bind_rotary_table(node: Node, weights: Weights) -> Step:
     attributes = node.attributes
     frequencies = axial_frequencies(attributes["head_dim"], attributes["theta"], attributes["layout"])
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         table = {"out_cos": tensors[cosines], "out_sin": tensors[sines]}
-        rotary_table(tensors[positions], frequencies, side=facts.side, **table)
+        rotary_table(tensors[positions], frequencies, side=metadata.side, **table)
 
     return step
 
@@ -129,14 +120,14 @@ def _bind_rotary_table(node: Node, weights: Weights) -> Step:
 def _bind_norm(node: Node, weights: Weights) -> Step:
     rows, *residual = node.inputs
     normed, *summed = node.outputs
-    weight, bias = _roles(node, weights, "weight", "bias")
+    weight, bias = _get_weights(node, weights, "weight", "bias")
     how = _norm_attributes(node, "kind")
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         added: dict[str, Any] = {}
         if residual:
             added = {"residual": tensors[residual[0]], "residual_out": tensors[summed[0]]}
-        norm(tensors[rows], weight, bias, **how, **added, **_valid_rows(node, facts), out=tensors[normed])
+        norm(tensors[rows], weight, bias, **how, **added, **_valid_rows(node, metadata), out=tensors[normed])
 
     return step
 
@@ -144,12 +135,14 @@ def _bind_norm(node: Node, weights: Weights) -> Step:
 def _bind_linear(node: Node, weights: Weights) -> Step:
     rows, *residual = node.inputs
     (result,) = node.outputs
-    weight, bias = _roles(node, weights, "weight", "bias")
+    weight, bias = _get_weights(node, weights, "weight", "bias")
     kind, joined = node.attributes["activation"], node.attributes["joined"]
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         how: dict[str, Any] = {"activation": kind, "residual": tensors[residual[0]] if residual else None}
-        linear(_joined(tensors[rows], joined), weight, bias, **how, **_valid_rows(node, facts), out=tensors[result])
+        linear(
+            _join_rows(tensors[rows], joined), weight, bias, **how, **_valid_rows(node, metadata), out=tensors[result]
+        )
 
     return step
 
@@ -157,7 +150,7 @@ def _bind_linear(node: Node, weights: Weights) -> Step:
 def _bind_activation(node: Node, weights: Weights) -> Step:
     (rows,), (result,) = node.inputs, node.outputs
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         activation(tensors[rows], node.attributes["activation"], out=tensors[result])
 
     return step
@@ -166,7 +159,7 @@ def _bind_activation(node: Node, weights: Weights) -> Step:
 def _bind_add(node: Node, weights: Weights) -> Step:
     (first, second), (result,) = node.inputs, node.outputs
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         add(tensors[first], tensors[second], out=tensors[result])
 
     return step
@@ -176,7 +169,7 @@ def _bind_rope(node: Node, weights: Weights) -> Step:
     qkv, cosines, sines = node.inputs
     shape = (3, node.attributes["heads"], node.attributes["head_dim"])
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         q, k, _ = tensors[qkv].unflatten(1, shape).unbind(1)
         dtype = torch.float32 if node.attributes["rotation"] == "float32" else q.dtype
         rope_(q, k, tensors[cosines], tensors[sines], rotation_dtype=dtype)
@@ -187,13 +180,13 @@ def _bind_rope(node: Node, weights: Weights) -> Step:
 def _bind_qkv_projection(node: Node, weights: Weights) -> Step:
     rows, *tables = node.inputs
     (qkv,) = node.outputs
-    weight, bias = _roles(node, weights, "weight", "bias")
+    weight, bias = _get_weights(node, weights, "weight", "bias")
     heads = {name: node.attributes[name] for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         cosines, sines = (tensors[name] for name in tables) if tables else (None, None)
         qkv_projection(
-            tensors[rows], weight, bias, cosines, sines, **heads, **_valid_rows(node, facts), out=tensors[qkv]
+            tensors[rows], weight, bias, cosines, sines, **heads, **_valid_rows(node, metadata), out=tensors[qkv]
         )
 
     return step
@@ -204,7 +197,7 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
     heads, head_dim = node.attributes["heads"], node.attributes["head_dim"]
     padded = node.attributes.get("padded_head_dim")
     scaled = node.attributes.get("queries_scaled", False)
-    # The padding must not count: neither in the scale nor in what is written.
+    # Padding columns affect neither the scale nor the output.
     how: dict[str, Any] = {
         "scale": None if scaled else head_dim**-0.5,
         "queries_scaled": scaled,
@@ -212,9 +205,9 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
         "columns": None if padded is None else head_dim,
     }
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         q, k, v = tensors[qkv].unflatten(1, (3, heads, padded or head_dim)).unbind(1)
-        segments = facts.segments_within(windows=node.attributes["windows"])
+        segments = metadata.get_windows() if node.attributes["windows"] else metadata.segments
         flash_attention_varlen(q, k, v, segments, **how, out=tensors[mixed].unflatten(1, (heads, head_dim)))
 
     return step
@@ -223,19 +216,19 @@ def _bind_attention(node: Node, weights: Weights) -> Step:
 def _bind_mlp(node: Node, weights: Weights) -> Step:
     rows, *residual = node.inputs
     (result,), (hidden,) = node.outputs, node.scratch
-    first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+    first, first_bias, second, second_bias = _get_weights(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         x, out, between = tensors[rows], tensors[result], tensors[hidden]
         total, most = x.shape[0], between.shape[0]
         added = tensors[residual[0]] if residual else None
         for start in range(0, total, most):
             run = slice(start, min(start + most, total))
-            # A configuration for all rows: that of a run could sum in another order where the last one is short.
+            # The configuration of all rows: that of a short last run could sum in another order.
             how: dict[str, Any] = (
-                _valid_rows(node, facts)
+                _valid_rows(node, metadata)
                 if total <= most
-                else {"valid_rows": _valid_rows_of_run(node, facts, total, start)}
+                else {"valid_rows": _valid_rows_of_run(node, metadata, total, start)}
             )
             held = between[: run.stop - run.start]
             linear(x[run], first, first_bias, activation=node.attributes["activation"], out=held, **how)
@@ -248,7 +241,7 @@ def _bind_select(node: Node, weights: Weights) -> Step:
     features, index = node.inputs[: node.attributes["features"]], node.inputs[node.attributes["features"] :]
     (result,) = node.outputs
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         columns = tensors[result].tensor_split(len(features), dim=1)
         for feature, out in zip(features, columns, strict=True):
             if index:
@@ -262,7 +255,7 @@ def _bind_select(node: Node, weights: Weights) -> Step:
 def _bind_pool(node: Node, weights: Weights) -> Step:
     (rows,), (result,) = node.inputs, node.outputs
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         mean_rows(tensors[rows], node.attributes["count"], out=tensors[result])
 
     return step
@@ -271,21 +264,21 @@ def _bind_pool(node: Node, weights: Weights) -> Step:
 def _bind_projector(node: Node, weights: Weights) -> Step:
     rows, *index = node.inputs
     (tokens,), (hidden, *normed) = node.outputs, node.scratch
-    norm_weight, norm_bias = _roles(node, weights, "norm_weight", "norm_bias")
-    first, first_bias, second, second_bias = _roles(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+    norm_weight, norm_bias = _get_weights(node, weights, "norm_weight", "norm_bias")
+    first, first_bias, second, second_bias = _get_weights(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
     merge, over_token = node.attributes["merge"], node.attributes["over_token"]
     how: dict[str, Any] = {"merge": 1 if over_token else merge, "activation": node.attributes["activation"]}
     if norm_weight is not None:
         how |= _norm_attributes(node, "norm_kind")
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         where: dict[str, Any] = {"hidden": tensors[hidden], "out": tensors[tokens]}
         if normed:
             where["normed"] = tensors[normed[0]]
         if index:
             where["row_index"] = tensors[index[0]].squeeze(1)
-        x = _joined(tensors[rows], merge) if over_token else tensors[rows]
-        where |= _valid_rows(node, facts)
+        x = _join_rows(tensors[rows], merge) if over_token else tensors[rows]
+        where |= _valid_rows(node, metadata)
         projector_mlp(x, norm_weight, norm_bias, first, first_bias, second, second_bias, **how, **where)
 
     return step
@@ -294,9 +287,9 @@ def _bind_projector(node: Node, weights: Weights) -> Step:
 def _bind_assemble(node: Node, weights: Weights) -> Step:
     rows, index, share = node.inputs
     (tokens,) = node.outputs
-    (newline,) = _roles(node, weights, "newline")
+    (newline,) = _get_weights(node, weights, "newline")
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         counted = tensors[share] if tensors[share].shape[1] > 1 else None
         gather_rows(tensors[rows], tensors[index], counted, fill=newline, out=tensors[tokens])
 
@@ -305,40 +298,40 @@ def _bind_assemble(node: Node, weights: Weights) -> Step:
 
 def _bind_attention_pooling(node: Node, weights: Weights) -> Step:
     (keys_values,), (mixed,) = node.inputs, node.outputs
-    probe, weight, bias = _roles(node, weights, "probe", "weight", "bias")
+    probe, weight, bias = _get_weights(node, weights, "probe", "weight", "bias")
     heads = (node.attributes["heads"], node.attributes["head_dim"])
-    # The query is learned, hence the same in every pass.
+    # The query is learned, so it is the same in every forward pass.
     query = linear(probe, weight, bias).view(heads)
 
-    def step(tensors: Tensors, facts: BatchMetadata) -> None:
+    def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         parts = tensors[keys_values].unflatten(1, (2, *heads))
-        attention_pooling(query, parts, facts.tiles, out=tensors[mixed].unflatten(1, heads))
+        attention_pooling(query, parts, metadata.tiles, out=tensors[mixed].unflatten(1, heads))
 
     return step
 
 
-def _valid_rows(node: Node, facts: BatchMetadata) -> dict[str, Any]:
-    """How many rows the node is planned for, as a keyword; none where it is as many as there are."""
-    valid_rows = facts.valid_rows.get(node.rows)
+def _valid_rows(node: Node, metadata: BatchMetadata) -> dict[str, Any]:
+    """Returns the keyword argument for a padded dimension, else none."""
+    valid_rows = metadata.valid_rows.get(node.rows)
     return {} if valid_rows is None else {"valid_rows": valid_rows}
 
 
-def _valid_rows_of_run(node: Node, facts: BatchMetadata, total: int, start: int) -> ValidRows:
-    """The valid_rows of a run of rows from ``start`` on: planned like all of them.
+def _valid_rows_of_run(node: Node, metadata: BatchMetadata, total: int, start: int) -> ValidRows:
+    """Returns the valid rows of a run that begins at row ``start``, planned like all rows.
 
-    Only in the first run the rows that count begin where the run does; the others compute whatever is there.
+    The count applies only to the first run, where the valid rows begin; later runs compute all their rows.
     """
-    valid_rows = facts.valid_rows.get(node.rows) or ValidRows(total)
+    valid_rows = metadata.valid_rows.get(node.rows) or ValidRows(total)
     return valid_rows if start == 0 else ValidRows(valid_rows.planned)
 
 
-def _joined(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``count`` neighboring rows side by side."""
+def _join_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Puts ``count`` neighboring rows side by side."""
     return rows if count == 1 else rows.view(-1, count * rows.shape[1])
 
 
-def _roles(node: Node, weights: Weights, *roles: str) -> list[Any]:
-    """The node's weights in these roles; ``None`` for a role that it does not fill."""
+def _get_weights(node: Node, weights: Weights, *roles: str) -> list[Any]:
+    """Returns the node's weights by role; ``None`` for a role that it does not have."""
     return [weights[node.weights[role]] if role in node.weights else None for role in roles]
 
 

@@ -1,6 +1,6 @@
-"""The runner of one tower: for still images and for videos, for pixels and for bytes, over one set of weights.
+"""ModelRunner: runs the batches of one tower, for still images and videos, float and uint8 pixels, over one set of weights.
 
-Each has buffers and captured passes of its own, and a lock: passes of two of them may run at once.
+Each of these four has its own executor, with its own buffers, CUDA graphs and lock; two of them may run at once.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,25 +18,22 @@ from tritontower.graph.ir import Graph
 from .cuda_graphs import empty_cache
 from .executor import Executor, Observer
 from .graph_cache import CaptureLimits
-from .onednn_weights import held_bytes
+from .onednn_weights import count_bytes
 from .ops import Tensors
 from .tuned_tables import fill_registry
 from .uint8_graph import fold_pixel_weights, make_uint8_graph
 
-__all__ = ["ModelRunner", "estimate_weights_bytes"]
-
 
 class ModelRunner:
-    """What runs the batches of a tower.
+    """Runs the batches of a tower.
 
     Args:
-        config: what the tower is.
-        graphs: what runs; each takes pixels of another width.
-        sources: name → tensor as :func:`tritontower.engine.weight_loader.read_weights` holds it, of all graphs, all of one dtype and
-            on one device.
+        config: the tower.
+        graphs: its layer graphs; each takes another number of pixel values per patch.
+        sources: name → tensor as returned by :func:`.weight_loader.read_weights`, of all graphs.
         normalization: returns how uint8 pixels are normalized, or ``None`` if unknown (uint8 batches are then rejected).
             Called lazily: the image processor's files may be missing.
-        cuda_graphs: whether passes on a GPU are captured, or how much each executor's may hold then.
+        cuda_graphs: captures CUDA graphs on a GPU, within limits for each executor.
     """
 
     def __init__(
@@ -48,100 +45,90 @@ class ModelRunner:
         normalization: Callable[[], PixelNormalization | None],
         cuda_graphs: bool | CaptureLimits = True,
     ) -> None:
-        self._config, self._sources, self._normalization, self._cuda_graphs = (
-            config,
-            sources,
-            normalization,
-            cuda_graphs,
-        )
-        self._form = config.batch_form
+        self._config, self._sources, self._normalization = config, sources, normalization
+        self._cuda_graphs = cuda_graphs
         fill_registry(next(iter(sources.values())).device)
-        self._by_width = {_width(graph): self._executor(graph, sources) for graph in graphs}
-        self._of_bytes: dict[int, Executor] = {}
+        # By the number of pixel values per patch.
+        self._executors = {_pixel_width(graph): Executor(graph, sources, cuda_graphs=cuda_graphs) for graph in graphs}
+        self._uint8_executors: dict[int, Executor] = {}
         self._lock = Lock()
 
     def run(self, batch: PackedBatch, observer: Observer | None = None) -> Tensors:
-        """Runs ``batch``; see :meth:`.Executor.run`."""
+        """Runs ``batch``; see :meth:`.Executor.run` and :meth:`executor_for`."""
         return self.executor_for(batch).run(batch, observer)
 
     def executor_for(self, batch: PackedBatch) -> Executor:
-        """What runs ``batch``; for bytes it is made when the first come, since few towers are given both kinds of pixels.
+        """Returns the executor of ``batch``; those for uint8 pixels are created on first use.
 
         Raises:
-            UsageError: the batch is another tower's.
+            UsageError: the batch was created for another tower.
         """
-        if batch.form != self._form:
-            raise UsageError(
-                f"the batch is another tower's, with {self._form.differences(batch.form)}; pack the images with this "
-                "tower's own preprocess()"
-            )
+        form, remedy = self._config.batch_form, "create it with this tower's preprocess()"
+        if batch.form != form:
+            raise UsageError(f"the batch must be this tower's, got one with {form.differences(batch.form)}; {remedy}")
         width = batch.pixels.shape[1]
-        executor = self._by_width.get(width)
+        executor = self._executors.get(width)
         if executor is None:
-            raise UsageError(
-                f"the batch has {width} pixel values a patch; the tower takes {sorted(self._by_width)}; pack the images "
-                "with its own preprocess()"
-            )
-        return self._for_bytes(executor.graph) if batch.pixels.dtype == torch.uint8 else executor
+            expected = sorted(self._executors)
+            raise UsageError(f"the batch must have one of {expected} pixel values per patch, got {width}; {remedy}")
+        return self._uint8_executor(executor.graph) if batch.pixels.dtype == torch.uint8 else executor
 
     def __iter__(self) -> Iterator[Executor]:
-        """All that there are so far."""
+        """Iterates over the executors created so far."""
         with self._lock:
-            return iter([*self._by_width.values(), *self._of_bytes.values()])
+            return iter([*self._executors.values(), *self._uint8_executors.values()])
 
     @property
     def weights_bytes(self) -> int:
-        """Bytes of memory that the weights take, all runner' together, each counted once."""
+        """Memory of the weights of all executors; shared weights count once."""
         used = [weight for executor in self for weight in executor.weights.values()]
-        return held_bytes([*self._sources.values(), *used])
+        return count_bytes([*self._sources.values(), *used])
 
     @property
     def captured_bytes(self) -> int:
-        """Bytes of device memory that captured passes hold."""
+        """Device memory of the CUDA graphs."""
         return sum(executor.captured_bytes for executor in self)
 
     def release(self) -> None:
-        """Gives back what passes have left on the device beside the weights; the next pass takes it again."""
+        """Frees all device memory except the weights; the next forward pass allocates it again."""
         for executor in self:
             executor.release()
         if any(executor.device.type == "cuda" for executor in self):
             empty_cache()
 
-    def _for_bytes(self, graph: Graph) -> Executor:
-        """What runs ``graph`` on pixels that are bytes: over the same weights, but for the patch projection's."""
-        width, class_token = _width(graph), self._config.class_token
+    def _uint8_executor(self, graph: Graph) -> Executor:
+        width, class_token = _pixel_width(graph), self._config.class_token
         with self._lock:
-            if width not in self._of_bytes:
+            if width not in self._uint8_executors:
                 normalization = self._normalization()
                 if normalization is None:
                     raise UsageError(
-                        "a batch with uint8 pixels is another tower's: the arithmetic of this one's image processor is not "
-                        "known; pack the images with its own preprocess(), without raw=True"
+                        "the batch must have float pixels, got uint8: the normalization of this tower's image processor is "
+                        "unknown; call preprocess() without raw=True"
                     )
                 made = fold_pixel_weights(graph, self._sources, normalization, class_token=class_token)
-                folded = make_uint8_graph(graph, class_token=class_token)
-                self._of_bytes[width] = self._executor(folded, {**self._sources, **made})
-            return self._of_bytes[width]
-
-    def _executor(self, graph: Graph, sources: Mapping[str, torch.Tensor]) -> Executor:
-        limits = self._cuda_graphs if isinstance(self._cuda_graphs, CaptureLimits) else None
-        return Executor(graph, sources, cuda_graphs=self._cuda_graphs is not False, limits=limits)
+                self._uint8_executors[width] = Executor(
+                    make_uint8_graph(graph, class_token=class_token),
+                    {**self._sources, **made},
+                    cuda_graphs=self._cuda_graphs,
+                )
+            return self._uint8_executors[width]
 
 
 def estimate_weights_bytes(graphs: Iterable[Graph], itemsize: int) -> int:
-    """Bytes of the weights that runner of ``graphs`` are going to hold, of ``itemsize`` bytes a number.
+    """Estimates the memory of the weights of a :class:`ModelRunner`, with ``itemsize`` bytes per parameter.
 
-    Left out are gaps between tensors, what oneDNN's blocks take beyond the plain tensors, and the weights for bytes.
+    Gaps between tensors, padding of oneDNN's blocks and the weights for uint8 pixels are not counted.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for graph in graphs:
         shapes |= graph.held_shapes
-        # The other transforms are views of what is held.
+        # All other transforms are views.
         shapes |= {
             weight.name: weight.shape for weight in graph.weights.values() if weight.transform == "fold_temporal"
         }
     return itemsize * sum(prod(shape) for shape in shapes.values())
 
 
-def _width(graph: Graph) -> int:
+def _pixel_width(graph: Graph) -> int:
     return graph.values["pixels"].width

@@ -1,6 +1,6 @@
 """Buffers at fixed addresses that all batches of one bucket share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,25 +8,25 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Rows, Workload
 from tritontower.graph.memory_plan import ALIGNMENT, MemoryPlan, plan_memory
+from tritontower.kernels.runtime.checks import align_up
 from tritontower.kernels.runtime.segments import Segments, StaticSegments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
-from .buckets import Bucket, Division, planned
+from .buckets import Bucket, SegmentCapacity, round_up_workload
 from .cuda_graphs import Replay
 from .ops import BatchMetadata, Tensors
 
-__all__ = ["DTYPES", "StaticBuffers", "plan_static_buffers"]
-
-DTYPES = {"float32": torch.float32, "int32": torch.int32}
-
 _WORD = 4
-_APART = 16 // _WORD  # words: pointers to multiples of 16 bytes are what kernels are compiled for
+# Words between tables: kernels are compiled for pointers to multiples of 16 bytes.
+_TABLE_ALIGNMENT = 16 // _WORD
 _DIMENSIONS: tuple[Rows, ...] = ("patches", "selected", "merged", "tokens", "tiles")
+# The word that holds the number of valid rows of each dimension.
+_COUNTERS = {dimension: number * _TABLE_ALIGNMENT for number, dimension in enumerate(_DIMENSIONS)}
 
 
 @dataclass(frozen=True)
-class _Section:
-    """A matrix at a fixed place of a pass's memory."""
+class MemorySlot:
+    """A matrix at a fixed offset of a block of memory."""
 
     offset: int
     rows: int
@@ -34,189 +34,176 @@ class _Section:
     dtype: torch.dtype
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
         return self.rows * self.width * self.dtype.itemsize
 
-    @property
-    def end(self) -> int:
-        return -(-(self.offset + self.size) // ALIGNMENT) * ALIGNMENT
-
-    def of(self, memory: torch.Tensor) -> torch.Tensor:
-        return memory[self.offset : self.offset + self.size].view(self.dtype).view(self.rows, self.width)
+    def view(self, memory: torch.Tensor) -> torch.Tensor:
+        """Returns the matrix as a view of a uint8 tensor."""
+        return memory[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.rows, self.width)
 
 
-class _Layout:
-    """Where everything of a bucket's pass is in its memory: arena, outputs, pixels, and the words of all else.
+class AddressMap:
+    """Offsets of a bucket's values and tables in one block of memory.
 
-    The words are what one copy fills: numbers of live rows, tables of segments, and the inputs that are no pixels.
+    In order: the arena, the outputs, the pixels, and *words* that one copy fills: numbers of valid rows, tables of segments
+    and all other inputs.
+
+    Attributes:
+        slots: value → its place.
+        words_offset: where the words begin, bytes.
+        words: number of words.
+        tables_end: number of words before the inputs.
+        size: bytes of everything.
     """
 
     def __init__(self, graph: Graph, bucket: Bucket, dtype: torch.dtype) -> None:
         plan = plan_memory(graph, bucket.workload, dtype.itemsize)
-        self.values = {name: self._section(graph, bucket, name, dtype, offset) for name, offset in plan.offsets.items()}
+
+        def slot(name: str, offset: int) -> MemorySlot:
+            value = graph.values[name]
+            kind = bucket.pixels if name == "pixels" else value.torch_dtype(dtype)
+            return MemorySlot(offset, value.held_rows(bucket.workload), value.width, kind)
+
+        self.slots = {name: slot(name, offset) for name, offset in plan.offsets.items()}
         end = plan.arena_bytes
         for name in (*graph.outputs, "pixels"):
-            self.values[name] = section = self._section(graph, bucket, name, dtype, end)
-            end = section.end
-        self.words_offset, words = end, len(_DIMENSIONS) * _APART
-        self.tables = words
-        for division in (bucket.segments, bucket.windows, bucket.tiles):
-            words += 0 if division is None else _table_words(division)
+            self.slots[name] = slot(name, end)
+            end = align_up(end + self.slots[name].nbytes, ALIGNMENT)
+        self.words_offset, words = end, len(_COUNTERS) * _TABLE_ALIGNMENT
+        for capacity in bucket.capacities.values():
+            words += _count_table_words(capacity)
         self.tables_end = words
         for name in graph.inputs:
             if name != "pixels":
-                section = self._section(graph, bucket, name, dtype, self.words_offset + words * _WORD)
-                self.values[name] = section
-                words += _whole(section.size // _WORD)
+                self.slots[name] = slot(name, self.words_offset + words * _WORD)
+                words += align_up(self.slots[name].nbytes // _WORD, _TABLE_ALIGNMENT)
         self.words = words
-        self.size = -(-(self.words_offset + words * _WORD) // ALIGNMENT) * ALIGNMENT
-
-    @staticmethod
-    def _section(graph: Graph, bucket: Bucket, name: str, dtype: torch.dtype, offset: int) -> _Section:
-        value = graph.values[name]
-        kind = bucket.pixels if name == "pixels" else DTYPES.get(value.dtype, dtype)
-        return _Section(offset, value.held_rows(bucket.workload), value.width, kind)
+        self.size = align_up(self.words_offset + words * _WORD, ALIGNMENT)
 
 
-def _whole(words: int) -> int:
-    return -(-words // _APART) * _APART
+def _count_table_words(capacity: SegmentCapacity) -> int:
+    """Words of the cumulative lengths, and of tile tables for two tile heights of 64 rows or more."""
+    tiles = StaticSegments.max_tiles(capacity.total, capacity.count, capacity.longest, 64)
+    return align_up(capacity.count + 1, _TABLE_ALIGNMENT) + 2 * align_up(2 * tiles, _TABLE_ALIGNMENT)
 
 
-def _table_words(division: Division) -> int:
-    """Words for a division's tables: cumulative lengths, and tiles of two heights, of 64 rows or more."""
-    tiles = StaticSegments.max_tiles(division.total, division.count, division.longest, 64)
-    return _whole(division.count + 1) + 2 * _whole(2 * tiles)
+class _TableAllocator:
+    """Allocates tables of segments from a range of words, and separately when it is full.
 
-
-class _Tables:
-    """Where the tables of segments are: among a pass's words as far as they go, else each in memory of its own.
-
-    It does not know the pass: what knows each other outlives its last user until Python looks for such rings, and with a
-    pass its graph and its memory would.
+    It holds no reference to the buffers: a reference cycle would keep the graph and its memory alive until Python's
+    garbage collection.
     """
 
-    def __init__(self, words: torch.Tensor, start: int, end: int) -> None:
-        self._words, self._free, self._end = words, start, end
+    def __init__(self, words: torch.Tensor, end: int) -> None:
+        self._words, self._next, self._end = words, len(_COUNTERS) * _TABLE_ALIGNMENT, end
 
     def allocate(self, words: int) -> torch.Tensor:
-        """Memory for a table."""
-        start, end = self._free, self._free + _whole(words)
+        start, end = self._next, self._next + align_up(words, _TABLE_ALIGNMENT)
         if end > self._end:
             return torch.empty(words, dtype=torch.int32, device=self._words.device)
-        self._free = end
+        self._next = end
         return self._words[start : start + words]
 
 
 class StaticBuffers:
-    """The buffers of all packs of one bucket.
+    """The buffers of all batches of one bucket.
 
     Attributes:
-        bucket: what it is planned for.
-        memory: what everything lies in; it may be larger.
-        size: bytes of it that are used.
-        facts: what the steps have to know beside the tensors.
+        memory: the block that holds everything; it may be larger than needed.
         tensors: every value of the graph, padded.
-        replay: the captured pass; ``None`` before it is captured.
+        metadata: what the steps need beside the tensors.
+        replay: the captured CUDA graph; ``None`` before the capture.
     """
 
-    def __init__(self, graph: Graph, bucket: Bucket, layout: _Layout, memory: torch.Tensor) -> None:
-        self.bucket, self.memory, self.size = bucket, memory, layout.size
+    def __init__(self, graph: Graph, bucket: Bucket, addresses: AddressMap, memory: torch.Tensor) -> None:
+        self.bucket, self.addresses, self.memory = bucket, addresses, memory
         self.replay: Replay | None = None
-        self._graph, self._layout = graph, layout
-        self.tensors: Tensors = {name: section.of(memory) for name, section in layout.values.items()}
-        start = layout.words_offset
-        self._words = memory[start : start + layout.words * _WORD].view(torch.int32)
-        tables = _Tables(self._words, layout.tables, layout.tables_end)
-        self._divisions: dict[str, tuple[Division, StaticSegments]] = {}
-        for name in ("segments", "windows", "tiles"):
-            division: Division | None = getattr(bucket, name)
-            if division is not None:
-                held = StaticSegments(division.total, division.count, division.longest, tables.allocate)
-                self._divisions[name] = (division, held)
-        held_divisions = {name: held for name, (_, held) in self._divisions.items()}
-        self.facts = BatchMetadata(
-            segments=held_divisions.get("segments", Segments([])),
-            windows=held_divisions.get("windows"),
-            tiles=held_divisions.get("tiles", Segments([])),
+        self._graph = graph
+        self.tensors: Tensors = {name: slot.view(memory) for name, slot in addresses.slots.items()}
+        start = addresses.words_offset
+        self._words = memory[start : start + addresses.words * _WORD].view(torch.int32)
+        tables = _TableAllocator(self._words, addresses.tables_end)
+        self._segments = {
+            name: StaticSegments(capacity.total, capacity.count, capacity.longest, tables.allocate)
+            for name, capacity in bucket.capacities.items()
+        }
+        self.metadata = BatchMetadata(
+            segments=self._segments.get("segments", Segments([])),
+            windows=self._segments.get("windows"),
+            tiles=self._segments.get("tiles", Segments([])),
             side=bucket.side,
             valid_rows={
-                dimension: ValidRows(bucket.workload.rows(dimension), self._words[place : place + 1])
-                for dimension, place in _live_places()
+                dimension: ValidRows(bucket.workload.rows(dimension), self._words[word : word + 1])
+                for dimension, word in _COUNTERS.items()
             },
         )
 
     def seal(self, is_sealed: bool) -> None:
-        """Says whether tables of segments that there are not yet are refused: what a capture makes, nothing fills later."""
-        for _, held in self._divisions.values():
-            held.is_sealed = is_sealed
+        """Forbids or allows new tables of segments: a table created during a capture would never be filled."""
+        for segments in self._segments.values():
+            segments.is_sealed = is_sealed
 
     def fill(self, batch: PackedBatch) -> None:
-        """Brings a pack of this bucket into the buffers; nothing of the pack before stays.
+        """Copies a batch into the buffers without waiting for the device.
 
-        The copies come from page-locked memory that nobody else has: torch hands it out again only when they are done.
+        Each copy has its own page-locked source, which torch reuses only after the copy has finished.
         """
-        inputs = [name for name in self._graph.inputs if name != "pixels"]
-        sources = batch.tensors
-        on_host = _are_on_host([sources[name] for name in inputs])
-        words = self._layout.words if on_host else self._layout.tables_end
-        staged = self._staging(words, torch.int32, zeroed=True)
-        image = staged.numpy()
-        workload = batch.workload
-        for dimension, place in _live_places():
-            image[place] = workload.rows(dimension)
-        for name, (division, held) in self._divisions.items():
-            held.assign(division.lengths(getattr(batch.attention, name)))
-            for table, rows in held.list_tables():
-                # A table of its own has a copy of its own.
-                place = (table.data_ptr() - self._words.data_ptr()) // _WORD
-                if 0 <= place < self._layout.tables_end:
-                    image[place : place + rows.size] = rows.ravel()
+        sources = {name: batch.tensors[name] for name in self._graph.inputs}
+        pixels = sources.pop("pixels")
+        on_host = are_on_host(sources.values())
+        words = self.addresses.words if on_host else self.addresses.tables_end
+        staged = self._stage(words, torch.int32, zeroed=True)
+        staged_words = staged.numpy()
+        for dimension, word in _COUNTERS.items():
+            staged_words[word] = batch.workload.rows(dimension)
+        for name, segments in self._segments.items():
+            segments.assign(self.bucket.capacities[name].pad_lengths(getattr(batch.attention, name)))
+            for table, rows in segments.list_tables():
+                word = (table.data_ptr() - self._words.data_ptr()) // _WORD
+                if 0 <= word < self.addresses.tables_end:
+                    staged_words[word : word + rows.size] = rows.ravel()
                 else:
-                    own = self._staging(rows.size, torch.int32).view(rows.shape)
+                    # A table that was allocated separately has its own copy.
+                    own = self._stage(rows.size, torch.int32).view(rows.shape)
                     own.numpy()[:] = rows
                     table.copy_(own, non_blocking=True)
         if on_host:
-            for name in inputs:
-                source, section = sources[name], self._layout.values[name]
-                start = (section.offset - self._layout.words_offset) // _WORD
+            for name, source in sources.items():
+                start = (self.addresses.slots[name].offset - self.addresses.words_offset) // _WORD
                 staged[start : start + source.numel()].view(source.dtype).view(source.shape).copy_(source)
         self._words[:words].copy_(staged, non_blocking=True)
         if not on_host:
-            for name in inputs:
-                self._bring(self.tensors[name], sources[name])
-        self._bring(self.tensors["pixels"], batch.pixels)
+            for name, source in sources.items():
+                self._copy_padded(self.tensors[name], source)
+        self._copy_padded(self.tensors["pixels"], pixels)
 
-    def _bring(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """``source`` and zeros behind it, without waiting."""
+    def _copy_padded(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies ``source``, followed by zeros."""
         if target.device.type == "cuda" and source.device.type == "cpu" and not source.is_pinned():
-            source = self._staging(source.numel(), source.dtype).view(source.shape).copy_(source)
+            source = self._stage(source.numel(), source.dtype).view(source.shape).copy_(source)
         rows = len(source)
         target[:rows].copy_(source, non_blocking=True)
-        if rows < len(target):
-            target[rows:].zero_()
+        target[rows:].zero_()
 
-    def _staging(self, count: int, dtype: torch.dtype, *, zeroed: bool = False) -> torch.Tensor:
+    def _stage(self, count: int, dtype: torch.dtype, *, zeroed: bool = False) -> torch.Tensor:
         make = torch.zeros if zeroed else torch.empty
         return make(count, dtype=dtype, pin_memory=self.memory.device.type == "cuda")
 
-    def take(self, outputs: Tensors) -> None:
-        """Copies the rows of the outputs that are no padding."""
+    def copy_outputs(self, outputs: Tensors) -> None:
+        """Copies the valid rows of the outputs."""
         for name, rows in outputs.items():
             rows.copy_(self.tensors[name][: len(rows)])
 
-    def live(self, workload: Workload) -> Tensors:
-        """The rows of every value that are no padding."""
+    def slice_valid_rows(self, workload: Workload) -> Tensors:
+        """Returns the valid rows of every value."""
         values = self._graph.values
         return {name: tensor[: values[name].held_rows(workload)] for name, tensor in self.tensors.items()}
 
 
-def _are_on_host(tensors: Sequence[torch.Tensor]) -> bool:
+def are_on_host(tensors: Iterable[torch.Tensor]) -> bool:
+    """Returns whether all tensors are in host memory, where one copy brings them to the device together."""
     return all(tensor.device.type == "cpu" for tensor in tensors)
-
-
-def _live_places() -> Iterator[tuple[Rows, int]]:
-    """Every dimension, and which of a pass's words says how many of its rows are no padding."""
-    return ((dimension, number * _APART) for number, dimension in enumerate(_DIMENSIONS))
 
 
 def plan_static_buffers(
@@ -228,20 +215,20 @@ def plan_static_buffers(
     tile_rows: int | None = None,
     pixels: torch.dtype = torch.float32,
 ) -> MemoryPlan:
-    """The memory plan of a planned pass: that of the rounded workload, with outputs in the pass's memory and the caller's.
+    """Plans the memory of a forward pass in static buffers: of the rounded workload, with outputs in both places.
 
-    The tables of segments, less than a thousandth of it, are left out.
+    The tables of segments, less than a thousandth of it, are not counted.
 
     Args:
         graph, workload, itemsize: as in :func:`~tritontower.graph.memory_plan.plan_memory`.
-        rows_per_token, tile_rows: as in :func:`~tritontower.engine.buckets.planned`.
-        pixels: the dtype that pixels come in.
+        rows_per_token, tile_rows: as in :func:`~tritontower.engine.buckets.round_up_workload`.
+        pixels: dtype of the pixels.
     """
-    plan = plan_memory(graph, planned(workload, rows_per_token=rows_per_token, tile_rows=tile_rows), itemsize)
+    plan = plan_memory(graph, round_up_workload(workload, rows_per_token=rows_per_token, tile_rows=tile_rows), itemsize)
     outputs = plan_memory(graph, workload, itemsize).output_bytes
-    wider = torch.float32.itemsize - pixels.itemsize
+    excess = torch.float32.itemsize - pixels.itemsize
     return replace(
         plan,
-        input_bytes=plan.input_bytes - wider * plan.workload.patches * graph.values["pixels"].width,
+        input_bytes=plan.input_bytes - excess * plan.workload.patches * graph.values["pixels"].width,
         output_bytes=plan.output_bytes + outputs,
     )

@@ -1,8 +1,7 @@
-"""The graph for pixels that are bytes: rescaling and normalization are in the weights of the patch projection.
+"""Layer graph for uint8 pixels: the weights of the patch projection include the pixel normalization.
 
-A quarter of what fp32 pixels take is prepared and moved to the device, and normalized pixels are never rounded to 16 bits;
-the weights are, once more.  Only the patch projection has weights of its own; everything else is shared with the graph
-for normalized pixels.
+Preparing and copying uint8 pixels moves a quarter of the bytes of fp32, and normalized pixels are never rounded to 16 bits;
+instead, the weights are rounded once more.  Only the patch projection has weights of its own; all others are shared.
 """
 
 from collections.abc import Mapping
@@ -13,77 +12,77 @@ import torch
 from tritontower.batch.normalization import PixelNormalization
 from tritontower.graph.ir import Graph, Node, Weight
 
-__all__ = ["fold_pixel_weights", "make_uint8_graph"]
-
 
 def make_uint8_graph(graph: Graph, *, class_token: bool) -> Graph:
-    """``graph`` for bytes where it takes normalized pixels; :func:`fold_pixel_weights` makes the weights.
+    """Returns ``graph`` for uint8 pixels; :func:`fold_pixel_weights` computes its weights.
 
-    ``(s · byte − m) @ Wᵀ = (byte − 128) @ (s W)ᵀ + (128 s − m) @ Wᵀ``.  The last term, the same for every patch, goes into
-    the bias.  The row of a class token is no patch, and its pixels count zero: in a tower that has one, the term goes into
-    the rows of the position table that belong to patches, and the class token's row keeps its bits.
+    ``(s · byte − m) @ Wᵀ = (byte − 128) @ (s W)ᵀ + (128 s − m) @ Wᵀ``.  The last term is the same for every patch and is
+    added to the bias.  A class token is no patch, and its pixels count as zero: in a tower with one, the term is added to
+    the patches' rows of the position table, and the class token's row keeps its bits.
 
     Args:
-        graph: its patch projection has the positions in its epilogue, if there is a class token.
-        class_token: whether the first row of each tile, and of the position table, is the class token's.
+        graph: a graph for normalized pixels.
+        class_token: the first row of each tile and of the position table belongs to a class token.
 
     Raises:
-        ValueError: a class token, and a patch projection without positions.
+        ValueError: there is a class token, and the patch projection adds no positions.
     """
-    node = _projection(graph)
+    node = _find_projection(graph)
     constant = _constant_role(node, class_token)
     weight = graph.weights[node.weights["weight"]]
     shapes = {"weight": weight.shape, constant: weight.shape[:1]}
     if class_token:
         shapes[constant] = graph.weights[node.weights[constant]].shape
-    made = {role: Weight(_name(role), shape, _name(role), shape) for role, shape in shapes.items()}
+    made = {role: Weight(_weight_name(role), shape, _weight_name(role), shape) for role, shape in shapes.items()}
     folded = replace(node, weights={**node.weights, **{role: weight.name for role, weight in made.items()}})
     nodes = [folded if each is node else each for each in graph.nodes]
     return graph.with_nodes(nodes, [replace(graph.values[node.inputs[0]], dtype="uint8")], made.values())
 
 
 def fold_pixel_weights(
-    graph: Graph, sources: Mapping[str, torch.Tensor], rescaling: PixelNormalization, *, class_token: bool
+    graph: Graph, sources: Mapping[str, torch.Tensor], normalization: PixelNormalization, *, class_token: bool
 ) -> dict[str, torch.Tensor]:
-    """What :func:`make_uint8_graph` of ``graph`` needs beside the tensors of ``graph`` itself.
+    """Computes the weights that :func:`make_uint8_graph` adds to ``graph``, each rounded once.
 
     Args:
         graph: the graph for normalized pixels.
-        sources: name → tensor, as the graph's executor takes them.
-        rescaling: what becomes of a byte.
-        class_token: as there.
+        sources: name → tensor of that graph.
+        normalization: the normalization of uint8 pixels.
+        class_token: as in :func:`make_uint8_graph`.
 
     Returns:
-        Name → tensor, of the dtype and on the device of ``sources``, each rounded once.
+        Name → tensor, with the dtype and on the device of ``sources``.
 
     Raises:
-        ValueError: as there.
+        ValueError: as in :func:`make_uint8_graph`.
     """
-    node = _projection(graph)
+    node = _find_projection(graph)
     role = _constant_role(node, class_token)
     weight = graph.weights[node.weights["weight"]]
     held = sources[weight.held_name]
-    # A still image's frames are one: their weights are added before anything is rounded.
+    # The frames of a still image are equal: their weights are added before any rounding.
     whole = held.float().sum(2) if weight.transform == "fold_temporal" else held.float()
-    folded, constant = rescaling.folded(whole.flatten(1))
+    folded, constant = normalization.folded(whole.flatten(1))
     if role in node.weights:
         added = sources[graph.weights[node.weights[role]].held_name].float()
         constant = torch.cat((added[:1], added[1:] + constant)) if class_token else added + constant
-    return {_name("weight"): folded.to(held.dtype), _name(role): constant.to(held.dtype)}
+    return {_weight_name("weight"): folded.to(held.dtype), _weight_name(role): constant.to(held.dtype)}
 
 
-def _projection(graph: Graph) -> Node:
+def _find_projection(graph: Graph) -> Node:
     (node,) = (node for node in graph.nodes if node.kind == "patch_projection")
     return node
 
 
 def _constant_role(node: Node, class_token: bool) -> str:
-    """The weight into which goes what is added to every patch."""
+    """Returns the weight that the constant term is added to."""
     if class_token and "position_table" not in node.weights:
-        raise ValueError(f"node {node.name} adds no positions: nothing tells a class token's row from a patch's")
+        raise ValueError(
+            f"node {node.name} must add positions if there is a class token, got none: its row would be normalized"
+        )
     return "position_table" if class_token else "bias"
 
 
-def _name(role: str) -> str:
-    # What no canonical tensor is called.
+def _weight_name(role: str) -> str:
+    # No canonical tensor has this name.
     return f"patch_projection.{role}:bytes"

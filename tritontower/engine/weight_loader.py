@@ -1,11 +1,11 @@
-"""The weights of a layer graph, read out of a checkpoint and written into place one stored tensor at a time.
+"""Reads the weights of a layer graph from a checkpoint, one stored tensor at a time, into their final memory.
 
-What a graph wants in another order than the canonical one is arranged where it lies when everything is read, one tensor
-after the other: no weight exists twice, and beside them there is never more than one tensor.
+A weight with another row order than the canonical one is reordered in place after everything is read, one tensor after the
+other: no weight exists twice, and there is never more than one stored tensor beside them.
 
-All weights of a tower are allocated before the first is read, in one piece: allocated one by one, between the buffers that
-they are read through, each leaves a hole behind, which on a CPU cost a third of their size in memory that nothing could
-use.  On a CPU the large ones are pieces of their own, which :mod:`tritontower.engine.onednn_weights` can give back one by one.
+All weights of a tower are allocated in one piece before the first is read.  Allocated one by one, between the read buffers,
+they left holes that on a CPU wasted a third of their size.  On a CPU the large ones are separate allocations, which
+:mod:`.onednn_weights` can free one by one.
 """
 
 import math
@@ -17,16 +17,15 @@ import torch
 from tritontower.checkpoint.checkpoint import Progress
 from tritontower.checkpoint.weight_map import Shape, WeightMap
 from tritontower.graph.ir import Graph, Weight
-
-__all__ = ["WeightSource", "read_weights", "stored_shapes"]
+from tritontower.kernels.runtime.checks import align_up
 
 _ALIGNMENT = 128
-"""Elements; 256 bytes or more in every dtype, as much as any vector load asks for."""
-_ALONE_BYTES = 2**20
+"""Elements; at least 256 bytes in every dtype, enough for any vector load."""
+_SEPARATE_BYTES = 2**20
 
 
 class WeightSource(Protocol):
-    """Where stored tensors come from: an open :class:`~tritontower.checkpoint.checkpoint.Checkpoint`, or a loaded model."""
+    """Interface of an open :class:`~tritontower.checkpoint.checkpoint.Checkpoint` or of a loaded model."""
 
     def iterate(
         self,
@@ -41,7 +40,7 @@ class WeightSource(Protocol):
 
 
 def stored_shapes(graph: Graph, weight_maps: Mapping[str, WeightMap]) -> dict[str, Shape]:
-    """Name → shape of every stored tensor that the graph is made from; the order is that of the graph."""
+    """Returns name → shape of every stored tensor of the graph, in graph order."""
     shapes: dict[str, Shape] = {}
     for name, shape in graph.sources.items():
         shapes |= weight_maps[name].stored_shapes(shape)
@@ -57,22 +56,21 @@ def read_weights(
     *,
     progress: Progress | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The tensors that ``graph`` is made from, padded and arranged as it wants them, without gradients.
+    """Reads the tensors of ``graph``, padded and with reordered rows, without gradients.
 
     Args:
-        source: its names and shapes checked.
-        graph: says which tensors there are, and how they are padded and arranged.
-        weight_maps: what each is made of.
+        source: the stored tensors; names and shapes are already checked.
+        graph: lists the tensors with their padding and row order.
+        weight_maps: canonical name → its stored tensors.
         dtype: of the weights.
-        device: where they go.
+        device: of the weights.
         progress: called after every stored tensor.
 
     Returns:
-        :attr:`Weight.held_name <tritontower.graph.ir.Weight.held_name>` → tensor, all in one allocation, but for large ones
-        on a CPU.
+        :attr:`.Weight.held_name` → tensor, in one allocation except large tensors on a CPU.
 
     Raises:
-        CheckpointError: a tensor cannot be read; the subclasses say why.
+        CheckpointError: a tensor cannot be read.
     """
     shapes = graph.held_shapes
     weights: dict[str, torch.Tensor] = {}
@@ -80,16 +78,16 @@ def read_weights(
     end = 0
     for name, shape in shapes.items():
         size = math.prod(shape)
-        if device.type == "cpu" and size * dtype.itemsize >= _ALONE_BYTES:
+        if device.type == "cpu" and size * dtype.itemsize >= _SEPARATE_BYTES:
             weights[name] = torch.zeros(shape, dtype=dtype, device=device)
         else:
             starts[name] = end
-            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+            end += align_up(size, _ALIGNMENT)
     block = torch.zeros(end, dtype=dtype, device=device)
     weights |= {
         name: block[start : start + math.prod(shapes[name])].view(shapes[name]) for name, start in starts.items()
     }
-    # A canonical tensor is no larger than its arranged form, at whose beginning it waits until all of it is there.
+    # A canonical tensor is at most as large as its reordered form; it is collected at the beginning of that memory.
     written = {
         held.held_name: (held, weights[held.held_name].flatten()[: math.prod(held.canonical_shape)])
         for held in graph.weights.values()

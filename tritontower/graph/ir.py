@@ -32,6 +32,8 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
+import torch
+
 from .weight_layout import WeightLayout
 
 NodeKind = Literal[
@@ -99,6 +101,10 @@ class Value:
     width: int
     dtype: Dtype = "activation"
     most_rows: int | None = None
+
+    def torch_dtype(self, activation: torch.dtype) -> torch.dtype:
+        """Returns the dtype of the tensor; ``activation`` is that of the activations."""
+        return activation if self.dtype == "activation" else getattr(torch, self.dtype)
 
     def held_rows(self, workload: Workload) -> int:
         """Number of rows in memory."""

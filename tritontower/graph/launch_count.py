@@ -1,12 +1,10 @@
-"""How many launches a layer graph takes: counted from the graph, without running it.
+"""Counts the launches of a layer graph from the kernels' own choice of configurations, without running it.
 
-What is counted, per node: launches of Triton kernels, and calls into torch's own libraries (a product by cuBLAS, a gather or
-copy by torch), each of which counts as one however many kernels it is inside.  A product whose K is cut into parts takes
-two launches, one for the parts and one to add them up; whether it is depends on its configuration, which depends on the
-rows it is planned for and on the device: few rows need it, whose tiles leave most of a GPU idle.  So does attention, one of
-whose variants has a second launch to repair what overflowed.  An MLP takes its products once for every run of rows.
+Counted are launches of Triton kernels, and calls of torch libraries (a matmul by cuBLAS, a gather or copy by torch), each as
+one.  Two launches: a matmul that splits K, for the parts and their sum, if it has few rows; and the one attention variant that
+recomputes overflowed tiles in a second launch.  An MLP launches its matmuls once per chunk of rows.
 
-Not counted: what a batch costs before its pass, such as copies to the device.
+Copies of the batch to the device are not counted.
 """
 
 from collections.abc import Mapping
@@ -15,35 +13,26 @@ from typing import Any
 
 import torch
 
-from tritontower.kernels.attention.attention import FlashAttentionConfig
-from tritontower.kernels.attention.attention import choose_config as choose_attention
-from tritontower.kernels.attention.attention import default_config as default_attention
-from tritontower.kernels.gemm.linear import choose_config as choose_linear
+from tritontower.kernels.attention import attention
+from tritontower.kernels.gemm import linear, qkv_projection
 from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
-from tritontower.kernels.gemm.linear_config import default_config as default_linear
-from tritontower.kernels.gemm.qkv_projection import choose_config as choose_qkv
-from tritontower.kernels.gemm.qkv_projection import default_config as default_qkv
 from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
+from tritontower.kernels.runtime.checks import ceil_div
 from tritontower.kernels.runtime.config import nearest_architecture
 
 from .ir import Graph, Node, Workload
 
-__all__ = ["GraphLaunches", "Launches", "count_launches"]
-
-Where = torch.device | str
-"""A device, whose tuned configurations or defaults apply; or an architecture, whose defaults apply."""
-
 
 @dataclass(frozen=True)
 class Launches:
-    """Launches of Triton kernels, and calls into torch's libraries; both add."""
+    """Launches of Triton kernels and calls of torch libraries; both add."""
 
     kernels: int = 0
     library: int = 0
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """Sum of both."""
         return self.kernels + self.library
 
     def __add__(self, other: "Launches") -> "Launches":
@@ -55,41 +44,36 @@ class Launches:
 
 @dataclass(frozen=True)
 class GraphLaunches:
-    """The launches of one pass over a graph.
-
-    Attributes:
-        nodes: name of each node → its launches.
-        blocks: number of each transformer block → its launches.
-    """
+    """Launches of one forward pass, by node name and by block number."""
 
     nodes: Mapping[str, Launches]
     blocks: Mapping[int, Launches] = field(default_factory=dict)
 
     @property
     def total(self) -> Launches:
-        """Those of the whole pass."""
+        """Launches of the forward pass."""
         return sum(self.nodes.values(), Launches())
 
     @property
     def per_block(self) -> Launches:
-        """Those of the block that takes the most; none where there are no blocks."""
+        """Launches of the block that has the most."""
         return max(self.blocks.values(), key=lambda launches: launches.total, default=Launches())
 
 
 def count_launches(
-    graph: Graph, workload: Workload, *, dtype: torch.dtype = torch.bfloat16, device: Where | None = None
+    graph: Graph, workload: Workload, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None
 ) -> GraphLaunches:
-    """The launches of every node of ``graph``.
+    """Counts the launches of every node.
 
     Args:
         graph: plain or fused.
-        workload: how many rows there are, of which the configurations of the products follow.
+        workload: its rows decide the configurations.
         dtype: of the activations.
-        device: the device, or the name of an architecture such as ``"sm_90"``, whose configurations apply.  ``None``: no
-            matmul splits K or goes to a library, as with many rows and no measured table.
+        device: the device whose tuned or default configurations apply, or the name of an architecture such as ``"sm_90"``,
+            whose defaults apply.  ``None``: every matmul and every attention is one launch, as with many rows.
     """
-    count = _Counter(graph, workload, dtype, device)
-    nodes = {node.name: count.of(node) for node in graph.nodes}
+    counter = _Counter(graph, workload, dtype, device)
+    nodes = {node.name: counter.count(node) for node in graph.nodes}
     blocks: dict[int, Launches] = {}
     for node in graph.nodes:
         if node.block is not None:
@@ -102,111 +86,84 @@ class _Counter:
     graph: Graph
     workload: Workload
     dtype: torch.dtype
-    device: Where | None
+    device: torch.device | str | None
 
-    def of(self, node: Node) -> Launches:
-        """The launches of one node."""
-        rows = self.workload.rows(node.rows)
+    def count(self, node: Node) -> Launches:
+        rows, attributes = self.workload.rows(node.rows), node.attributes
+        is_residual = node.residual is not None
         if node.kind == "linear":
-            return self._product(node, "", rows, node.attributes["activation"], residual=len(node.inputs) > 1)
+            return self._count_linear(node, "", rows, attributes["activation"], residual=is_residual)
         if node.kind == "qkv_projection":
-            return self._projection(node, rows)
+            return self._count_qkv(node, rows)
         if node.kind == "attention":
-            return self._attention(node)
-        if node.kind == "mlp":
-            up = self._product(node, "_1", rows, node.attributes["activation"], residual=False)
-            down = self._product(node, "_2", rows, None, residual=len(node.inputs) > 1)
-            most = self.graph.values[node.scratch[0]].most_rows or max(rows, 1)
-            return (up + down) * -(-rows // most)
-        if node.kind == "projector":
-            first = self._product(node, "_1", rows, node.attributes["activation"], residual=False)
-            return self._front_of_projector(node) + first + self._product(node, "_2", rows, None, residual=False)
+            return self._count_attention(node)
+        if node.kind in ("mlp", "projector"):
+            first = self._count_linear(node, "_1", rows, attributes["activation"], residual=False)
+            both = first + self._count_linear(node, "_2", rows, None, residual=is_residual)
+            if node.kind == "mlp":
+                return both * ceil_div(rows, self.graph.values[node.scratch[0]].most_rows or max(rows, 1))
+            if "norm_weight" in node.weights:
+                return both + Launches(1)
+            # Without a norm, which gathers as it reads, torch gathers the selected rows.
+            return both + Launches(library=len(node.inputs) - 1)
         if node.kind == "select":
-            features = node.attributes["features"]
-            gathered = len(node.inputs) > features
-            return Launches(features) if gathered else Launches(library=features)
-        # Everything else is one kernel.
+            features = attributes["features"]
+            return Launches(features) if len(node.inputs) > features else Launches(library=features)
         return Launches(1)
 
-    def _front_of_projector(self, node: Node) -> Launches:
-        if "norm_weight" in node.weights:
-            return Launches(1)
-        # Without a norm that gathers as it reads, torch gathers the rows that are selected.
-        return Launches(library=1) if len(node.inputs) > 1 else Launches()
-
-    def _product(self, node: Node, role: str, rows: int, activation: str | None, *, residual: bool) -> Launches:
+    def _count_linear(self, node: Node, role: str, rows: int, activation: str | None, *, residual: bool) -> Launches:
         if self.device is None or rows == 0:
             return Launches(1)
-        (columns, inner), bias = self.graph.weights[node.weights[f"weight{role}"]].shape, f"bias{role}" in node.weights
-        if activation in ("silu_gated", "silu_gated_interleaved"):
-            columns //= 2
-        config = _linear_config(
-            self.device, rows, columns, inner, dtype=self.dtype, activation=activation, residual=residual
+        (columns, inner), has_bias = (
+            self.graph.weights[node.weights[f"weight{role}"]].shape,
+            f"bias{role}" in node.weights,
         )
+        columns //= 2 if activation in ("silu_gated", "silu_gated_interleaved") else 1
+        config = self._configure(linear, rows, columns, inner, activation=activation, residual=residual, tuned={})
         if config.vendor and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), activation):
-            return self._library_product(activation, bias=bias, residual=residual)
-        return Launches(1 if parts_of(inner, config) == 1 else 2)
+            return self._count_vendor(activation, bias=has_bias, residual=residual)
+        return _count_split(inner, config)
 
-    def _projection(self, node: Node, rows: int) -> Launches:
+    def _count_qkv(self, node: Node, rows: int) -> Launches:
         if self.device is None or rows == 0:
             return Launches(1)
         columns, inner = self.graph.weights[node.weights["weight"]].shape
-        head_dim = node.attributes["head_dim"]
-        config = _qkv_config(self.device, rows, columns, inner, head_dim=head_dim, dtype=self.dtype)
-        plain = len(node.inputs) == 1 and node.attributes["query_scale"] == 1
-        if config.vendor and plain and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), None):
-            return self._library_product(None, bias="bias" in node.weights, residual=False)
-        return Launches(1 if parts_of(inner, config) == 1 else 2)
+        tuned = {"head_dim": node.attributes["head_dim"]}
+        config = self._configure(qkv_projection, rows, columns, inner, tuned=tuned)
+        is_plain = len(node.inputs) == 1 and node.attributes["query_scale"] == 1
+        if config.vendor and is_plain and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), None):
+            return self._count_vendor(None, bias="bias" in node.weights, residual=False)
+        return _count_split(inner, config)
 
-    def _attention(self, node: Node) -> Launches:
-        """One kernel; and one that repairs, behind the one variant that cannot do so itself."""
+    def _count_attention(self, node: Node) -> Launches:
         if self.device is None or not self.workload.patches:
             return Launches(1)
-        windows, attributes = node.attributes["windows"], node.attributes
-        scores = self.workload.window_scores if windows else self.workload.scores
-        config = _attention_config(
-            self.device,
+        attributes = node.attributes
+        scores = self.workload.window_scores if attributes["windows"] else self.workload.scores
+        config = self._configure(
+            attention,
             attributes["head_dim"],
-            self.dtype,
-            padded=attributes.get("padded_head_dim") is not None,
             longest=round(scores / self.workload.patches),
             length_bound=attributes["length_bound"],
+            tuned={"padded": attributes.get("padded_head_dim") is not None},
         )
         return Launches(2 if config.variant == "specialized" and self.dtype == torch.bfloat16 else 1)
 
-    def _library_product(self, activation: str | None, *, bias: bool, residual: bool) -> Launches:
-        """The library's product, and a kernel for each part of the epilogue that it does not know."""
+    def _count_vendor(self, activation: str | None, *, bias: bool, residual: bool) -> Launches:
+        """Counts the vendor GEMM, and a kernel for each part of the epilogue that it does not support."""
         if residual and not bias and activation is None:
             return Launches(library=1)
         on_gpu = isinstance(self.device, str) or (self.device is not None and self.device.type == "cuda")
-        inside = activation is None or (bias and on_gpu and activation == "gelu_tanh")
-        return Launches(kernels=(not inside) + residual, library=1)
+        is_fused = activation is None or (bias and on_gpu and activation == "gelu_tanh")
+        return Launches(kernels=(not is_fused) + residual, library=1)
+
+    def _configure(self, module: Any, *shape: int, tuned: Mapping[str, Any], **options: Any) -> Any:
+        """Returns the configuration of a launch; ``tuned``: what only the search among tuned ones needs."""
+        if isinstance(self.device, str):
+            architecture = nearest_architecture(self.device)
+            return module.default_config(*shape, dtype=self.dtype, architecture=architecture, **options)
+        return module.choose_config(*shape, dtype=self.dtype, device=self.device, **options, **tuned)
 
 
-# -- configurations ---------------------------------------------------------------------------------------------------
-
-
-def _linear_config(
-    where: Where, rows: int, columns: int, inner: int, *, dtype: torch.dtype, activation: str | None, residual: bool
-) -> LinearConfig:
-    options: dict[str, Any] = {"dtype": dtype, "activation": activation, "residual": residual}
-    if isinstance(where, torch.device):
-        return choose_linear(rows, columns, inner, **options, device=where)
-    return default_linear(rows, columns, inner, **options, architecture=nearest_architecture(where))
-
-
-def _qkv_config(
-    where: Where, rows: int, columns: int, inner: int, *, head_dim: int, dtype: torch.dtype
-) -> LinearConfig:
-    if isinstance(where, torch.device):
-        return choose_qkv(rows, columns, inner, head_dim=head_dim, dtype=dtype, device=where)
-    return default_qkv(rows, columns, inner, dtype=dtype, architecture=nearest_architecture(where))
-
-
-def _attention_config(
-    where: Where, head_dim: int, dtype: torch.dtype, *, padded: bool, longest: int, length_bound: int | None
-) -> FlashAttentionConfig:
-    if isinstance(where, torch.device):
-        return choose_attention(head_dim, dtype, where, padded=padded, longest=longest, length_bound=length_bound)
-    architecture = nearest_architecture(where)
-    return default_attention(head_dim, dtype, architecture, longest=longest, length_bound=length_bound)
+def _count_split(inner: int, config: LinearConfig) -> Launches:
+    return Launches(1 if parts_of(inner, config) == 1 else 2)
