@@ -131,7 +131,9 @@ def test_replays_have_the_bits_of_exact_sizes(case: TowerCase, towers: Towers, p
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="interpreter only; test_cuda_graphs_gpu.py tests the GPU")
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "qwen3_vl", "siglip"])
+@pytest.mark.parametrize(
+    "name", ["llava_next", "qwen2_5_vl", "siglip", pytest.param("qwen3_vl", marks=pytest.mark.slow)]
+)
 def test_repeated_launches_have_the_bits_of_exact_sizes(
     name: str, tmp_path: Path, kernel_device: torch.device, poisoned_empty: None
 ) -> None:

@@ -1,4 +1,4 @@
-"""Launches are counted from the graph, and the executor launches exactly what was counted."""
+"""Counted launches are the launches of the executor; configurations decide about second launches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,24 +15,27 @@ from support.towers import TowerCase, all_cases
 from tritontower import VisionTower
 from tritontower.config import TowerConfig
 from tritontower.engine.executor import Executor
-from tritontower.engine.weight_loader import read_weights
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse
-from tritontower.graph.ir import Graph, Workload
+from tritontower.graph.ir import Workload
 from tritontower.graph.launch_count import Launches, count_launches
+from tritontower.kernels.attention import attention
 from tritontower.kernels.attention.attention import FlashAttentionConfig
 from tritontower.kernels.gemm import linear as linears
+from tritontower.kernels.gemm import qkv_projection
 from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
 from tritontower.kernels.runtime import registry
 from tritontower.kernels.runtime.config import ARCHITECTURES
 
 CASES = {case.name: case for case in all_cases()}
 MANY = Workload(16384, 4096, 16384**2, tiles=1)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+PLAIN_CONFIG = LinearConfig(64, 64, 64, 8, 4, 3)
 
 
 @contextmanager
-def counted_launches() -> Iterator[list[str]]:
-    """Collects the name of every Triton kernel that is launched inside the block."""
+def record_launches() -> Iterator[list[str]]:
+    """Collects the name of every launched Triton kernel."""
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 
@@ -57,30 +60,30 @@ def counted_launches() -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
     """A small checkpoint of a case, made once."""
-    folders: dict[str, Path] = {}
+    folder = tmp_path_factory.mktemp("towers")
 
     def save(case: TowerCase) -> Path:
-        if case.name not in folders:
-            folders[case.name] = case.save(tmp_path_factory.mktemp("towers") / case.name)
-        return folders[case.name]
+        path: Path = folder / case.name
+        return path if path.exists() else case.save(path)
 
     return save
 
 
-@pytest.mark.parametrize("passes", ["plain", "default", "kernels"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_pass_launches_exactly_what_is_counted(
+@pytest.mark.parametrize(
+    ("case", "passes"),
+    [*((name, "kernels") for name in CASES), *((name, "plain") for name in ("clip", "qwen2_vl", "siglip"))],
+)
+def test_the_executor_launches_what_is_counted(
     case: str, passes: str, saved: Callable[[TowerCase], Path], kernel_device: torch.device
 ) -> None:
     tower = VisionTower.from_pretrained(saved(CASES[case]), device=kernel_device, delay_load=True)
     width, height = CASES[case].sizes[0]
     batch = tower.preprocess([noise(width, height, 0)]).to(kernel_device)
     graph = fold_still_images(fuse(build(tower.config), PASSES[passes]))
-    with tower._checkpoint() as checkpoint:
-        weights = read_weights(checkpoint, graph, tower.family.tensors, torch.float32, kernel_device)
+    weights = {name: torch.zeros(shape, device=kernel_device) for name, shape in graph.held_shapes.items()}
     expected = count_launches(graph, batch.workload, dtype=torch.float32, device=kernel_device)
     seen: dict[str, int] = {}
-    with counted_launches() as names:
+    with record_launches() as names:
 
         def watch(node: Any, _: Any) -> None:
             seen[node.name] = len(names) - sum(seen.values())
@@ -92,39 +95,38 @@ def test_a_pass_launches_exactly_what_is_counted(
     assert expected.total.kernels == len(names) > 0
 
 
-def block_of(config: TowerConfig, passes: str, workload: Workload = MANY) -> Launches:
+def count_block(config: TowerConfig, passes: str, workload: Workload = MANY) -> Launches:
     return count_launches(graph_of(passes, config), workload).per_block
 
 
-def test_a_block_takes_at_most_seven_launches_where_no_product_is_cut() -> None:
-    assert block_of(CONFIG, "plain") == Launches(11)
-    assert block_of(CONFIG, "default") == Launches(8)
-    assert block_of(CONFIG, "kernels") == Launches(7)
-    for name, config in TOWERS.items():
-        assert block_of(config, "kernels").total <= 7, name
-        assert block_of(config, "kernels").total < block_of(config, "plain").total, name
-
-
-def still(patches: int) -> Workload:
-    """One image."""
+def one_image(patches: int) -> Workload:
     return Workload(patches, patches // 4, patches**2, tiles=1)
 
 
-def on(architecture: str, patches: int) -> tuple[int, int]:
-    """Launches of a block and of a pass of Qwen2-VL's tower in bf16."""
-    graph = fold_still_images(graph_of("kernels"))
-    counts = count_launches(graph, still(patches), device=architecture)
-    return counts.per_block.total, counts.total.total
+def test_a_block_is_seven_launches_without_split() -> None:
+    assert count_block(CONFIG, "plain") == Launches(11)
+    assert count_block(CONFIG, "default") == Launches(8)
+    for name, config in TOWERS.items():
+        assert count_block(config, "kernels").total <= 7, name
+        assert count_block(config, "kernels").total < count_block(config, "plain").total, name
+    counts = count_launches(fold_still_images(graph_of("kernels")), MANY)
+    # The patch projection and the rotary table; the projector's norm and two matmuls.
+    assert counts.total == Launches(32 * 7 + 2 + 3)
+    assert counts.blocks == dict.fromkeys(range(32), Launches(7))
 
 
-def test_few_rows_take_more_launches_on_every_architecture() -> None:
-    """By default each of a block's four products is cut up to 256 rows, and so are the projector's two by their own rows."""
-    for architecture in ARCHITECTURES:
-        found = [on(architecture, patches) for patches in (64, 256, 1024, 4096)]
-        assert found == [(11, 32 * 11 + 7), (11, 32 * 11 + 7), (7, 32 * 7 + 7), (7, 32 * 7 + 5)], architecture
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_few_rows_take_more_launches(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, a block's four matmuls split K up to 256 rows, and so do the projector's two by their own rows."""
+    graph, workloads = fold_still_images(graph_of("kernels")), [one_image(rows) for rows in (64, 256, 1024, 4096)]
+    counts = [count_launches(graph, workload, device=architecture) for workload in workloads]
+    found = [(each.per_block.total, each.total.total) for each in counts]
+    assert found == [(11, 32 * 11 + 7), (11, 32 * 11 + 7), (7, 32 * 7 + 7), (7, 32 * 7 + 5)]
+    monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: architecture)
+    assert [count_launches(graph, workload, device=GPU) for workload in workloads] == counts, "like a device of it"
 
 
-def test_tuned_configurations_are_counted() -> None:
+def test_tuned_configurations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table whose MLP down splits K at 1,024 rows adds one launch to each block."""
     values = {
         "block_rows": 64, "block_columns": 64, "block_inner": 64, "group_rows": 8, "num_warps": 4, "num_stages": 3
@@ -134,100 +136,70 @@ def test_tuned_configurations_are_counted() -> None:
         {"kernel": "gemm.linear", "dtype": "bfloat16", "constants": down, "sizes": {"rows": rows}, "config": config}
         for rows, config in ((1024, values | {"split": 4}), (4096, values))
     ]
-    device = torch.device("cuda", 0)
     graph = fold_still_images(graph_of("kernels"))
-    registry.fill(device, [registry.TunedTable(entries)])
+    monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: "sm_90")
+    registry.fill(GPU, [registry.TunedTable(entries)])
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: "sm_90")
-            found = [count_launches(graph, still(rows), device=device).per_block.total for rows in (1024, 4096)]
+        assert [count_launches(graph, one_image(rows), device=GPU).per_block.total for rows in (1024, 4096)] == [8, 7]
     finally:
         registry.clear()
-    assert found == [8, 7]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_architecture_counts_like_a_device_of_it(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = fold_still_images(graph_of("kernels"))
-    counted = [count_launches(graph, still(patches), device=architecture).nodes for patches in (64, 256, 1024, 4096)]
-    monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: architecture)
-    gpu = torch.device("cuda", 0)
-    assert [count_launches(graph, still(patches), device=gpu).nodes for patches in (64, 256, 1024, 4096)] == counted
-
-
-def test_a_pass_takes_its_blocks_and_little_else() -> None:
-    counts = count_launches(fold_still_images(graph_of("kernels")), MANY)
-    # Patch projection, rotary table; the projector's norm and two products.
-    assert counts.total == Launches(32 * 7 + 2 + 3)
-    assert set(counts.blocks) == set(range(32))
-    assert sum(counts.blocks.values(), Launches()) == Launches(32 * 7)
-
-
-def test_an_mlp_takes_its_products_once_a_run_of_rows() -> None:
+def test_an_mlp_launches_once_per_chunk_of_rows() -> None:
     longer = replace(MANY, patches=16385, scores=16385**2)
-    assert block_of(CONFIG, "kernels", longer) == Launches(9)
-    assert block_of(CONFIG, "default", longer) == Launches(10)
+    assert count_block(CONFIG, "kernels", longer) == Launches(9)
+    assert count_block(CONFIG, "default", longer) == Launches(10)
 
 
-def test_rows_that_torch_gathers_or_copies_are_library_calls() -> None:
+def test_gathers_and_copies_by_torch_are_library_calls() -> None:
     selecting = count_launches(graph_of("default", TOWERS["class token"]), MANY)
     assert selecting.nodes["projector"] == Launches(kernels=2, library=1)
     several = count_launches(graph_of("default", TOWERS["several layers"]), MANY)
     assert several.nodes["features"] == Launches(kernels=3)
-    means = count_launches(graph_of("plain", replace(CONFIG, depth=1, features=(0, 1))), MANY)
-    assert means.nodes["features"] == Launches(library=2)
+    copies = count_launches(graph_of("plain", replace(CONFIG, depth=1, features=(0, 1))), MANY)
+    assert copies.nodes["features"] == Launches(library=2)
 
 
 @pytest.mark.parametrize(("inner", "block", "split", "parts"), [(1280, 64, 4, 4), (640, 64, 8, 5), (64, 64, 8, 1)])
-def test_a_short_product_is_cut_into_fewer_parts(inner: int, block: int, split: int, parts: int) -> None:
+def test_a_short_matmul_has_fewer_parts(inner: int, block: int, split: int, parts: int) -> None:
     assert parts_of(inner, LinearConfig(64, 64, block, 8, 4, 3, split)) == parts
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Makes every product's configuration a given one, for the counter."""
-    config = LinearConfig(**({"block_rows": 64, "block_columns": 64, "block_inner": 64, "group_rows": 8} | changes), num_warps=4, num_stages=3)  # fmt: skip
-    monkeypatch.setattr("tritontower.graph.launch_count.choose_linear", lambda *_, **__: config)
+def choose(monkeypatch: pytest.MonkeyPatch, module: Any, config: Any) -> None:
+    """Makes ``config`` the configuration of every launch of ``module``."""
+    monkeypatch.setattr(module, "choose_config", lambda *_, **__: config)
 
 
-def test_products_cut_into_parts_take_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen(monkeypatch, split=4)
-    counts = count_launches(graph_of("plain"), MANY, device=torch.device("cpu"))
+def test_split_matmuls_take_a_second_launch(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, linears, replace(PLAIN_CONFIG, split=4))
+    counts = count_launches(graph_of("plain"), MANY, device=CPU)
     assert counts.nodes["blocks.0.mlp_up"] == Launches(2)
     assert counts.nodes["projector"] == Launches(1 + 2 + 2)
-    assert count_launches(graph_of("plain"), MANY).nodes["blocks.0.mlp_up"] == Launches(1)
+    choose(monkeypatch, linears, LinearConfig(16, 16, 16, 8, 4, 3, split=3))
+    x, weight = (torch.randn(5, 48, device=kernel_device) for _ in range(2))
+    with record_launches() as names:
+        linears.linear(x, weight)
+    assert len(names) == 2
 
 
-def test_attention_that_repairs_takes_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = FlashAttentionConfig(128, 128, 4, 2, "specialized")
-    monkeypatch.setattr("tritontower.graph.launch_count.choose_attention", lambda *_, **__: config)
-    chosen(monkeypatch)
-    graph, cpu = graph_of("kernels"), torch.device("cpu")
-    monkeypatch.setattr("tritontower.graph.launch_count.choose_qkv", lambda *_, **__: LinearConfig(64, 64, 64, 8, 4, 3))
-    assert count_launches(graph, MANY, device=cpu).per_block == Launches(8)
-    assert count_launches(graph, MANY, device=cpu, dtype=torch.float16).per_block == Launches(7)
+def test_recomputing_attention_takes_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, attention, FlashAttentionConfig(128, 128, 4, 2, "specialized"))
+    choose(monkeypatch, linears, PLAIN_CONFIG)
+    choose(monkeypatch, qkv_projection, PLAIN_CONFIG)
+    graph = graph_of("kernels")
+    assert count_launches(graph, MANY, device=CPU).per_block == Launches(8)
+    assert count_launches(graph, MANY, device=CPU, dtype=torch.float16).per_block == Launches(7)
     assert count_launches(graph, MANY).per_block == Launches(7)
 
 
-def test_a_librarys_product_counts_as_one_and_its_missing_epilogues_as_kernels(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    chosen(monkeypatch, vendor=True)
+def test_vendor_gemms_leave_epilogues_to_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, linears, replace(PLAIN_CONFIG, vendor=True))
 
-    def nodes(config: TowerConfig) -> dict[str, Launches]:
-        graph: Graph = fuse(build(config))
-        return dict(count_launches(graph, MANY, device=torch.device("cpu")).nodes)
+    def count(config: TowerConfig) -> dict[str, Launches]:
+        return dict(count_launches(fuse(build(config)), MANY, device=CPU).nodes)
 
-    with_bias, without = nodes(CONFIG), nodes(replace(CONFIG, mlp_bias=False, attention_bias=False))
+    with_bias, without = count(CONFIG), count(replace(CONFIG, mlp_bias=False, attention_bias=False))
     assert with_bias["blocks.0.mlp_up"] == Launches(kernels=1, library=1)
     assert with_bias["blocks.0.mlp_down"] == Launches(kernels=1, library=1)
     assert without["blocks.0.mlp_down"] == without["blocks.0.attention_output"] == Launches(library=1)
-    assert nodes(TOWERS["gated"])["blocks.0.mlp_gate_up"] == Launches(1)
-
-
-def test_split_products_are_launched_as_counted(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = LinearConfig(16, 16, 16, 8, 4, 3, split=3)
-    monkeypatch.setattr(linears, "choose_config", lambda *_, **__: config)
-    x, weight = (torch.randn(5, 48, device=kernel_device) for _ in range(2))
-    with counted_launches() as names:
-        linears.linear(x, weight)
-    assert len(names) == (1 if parts_of(48, config) == 1 else 2) == 2
+    assert count(TOWERS["gated"])["blocks.0.mlp_gate_up"] == Launches(1)

@@ -1,10 +1,11 @@
-"""The memory plan against what a pass really takes, on towers of published widths."""
+"""The memory plan: values never overlap, and it is a tight upper bound of the allocated memory."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from support.configs import CLIP, CONFIG, DEEP, GEMMA, TOWERS
+from support.configs import CLIP, CONFIG, DEEP, GEMMA, PASSES, TOWERS, graph_of
 
 from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
@@ -12,9 +13,9 @@ from tritontower.benchmarks.memory import allocated_peak, forward_peak
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig, Windows
 from tritontower.engine.executor import Executor
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import fold_still_images, fuse, select_passes
-from tritontower.graph.ir import Graph
-from tritontower.graph.memory_plan import SMALL_WORKSPACE_BYTES, plan_memory
+from tritontower.graph.fusion import CHUNK_ROWS, fold_still_images, fuse, select_passes
+from tritontower.graph.ir import Graph, Workload
+from tritontower.graph.memory_plan import SMALL_WORKSPACE_BYTES, find_memory_owners, plan_memory
 
 CPU = torch.device("cpu")
 RMS_NORM = Normalization("rms_norm", 1e-6, "before_weight")
@@ -98,10 +99,61 @@ def cpu_graph(config: TowerConfig) -> Graph:
     return fold_still_images(fuse(build(config), select_passes(CPU)))
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("passes", PASSES)
+def test_values_that_live_together_never_share_memory(passes: str, tower: str) -> None:
+    graph = graph_of(passes, TOWERS[tower])
+    workload = Workload(1000, 250, 1000**2, selected=1000, merged=250, tiles=2)
+    plan = plan_memory(graph, workload, 2)
+    uses: dict[str, list[int]] = {}
+    for step, node in enumerate(graph.nodes):
+        for name in (*node.inputs, *node.outputs, *node.scratch):
+            uses.setdefault(name, []).append(step)
+    owners = find_memory_owners(graph)
+    sizes = {name: graph.values[name].size(workload, 2) for name in plan.offsets}
+    assert set(plan.offsets) == set(graph.values) - {*graph.inputs, *graph.outputs}
+    for (first, a), (second, b) in itertools.combinations(plan.offsets.items(), 2):
+        begin, end = max(min(uses[first]), min(uses[second])), min(max(uses[first]), max(uses[second]))
+        if begin > end:
+            continue
+        if owners[first] == owners[second]:
+            # One overwrites the other, which the same node reads for the last time.
+            assert (a, begin) == (b, end)
+            node = graph.nodes[begin]
+            assert {first, second} in ({node.inputs[0], *node.outputs}, {node.residual, *node.outputs})
+        else:
+            assert a + sizes[first] <= b or b + sizes[second] <= a, (first, second)
+    assert max(offset + sizes[name] for name, offset in plan.offsets.items()) <= plan.arena_bytes
+    assert all(offset % 256 == 0 for offset in plan.offsets.values())
+
+
+def test_the_arena_is_near_the_minimum() -> None:
+    # During an MLP, its input and residual (1 width each), its hidden rows (4 widths) and the rotary table are alive; its
+    # result overwrites the residual.
+    width, table = 2 * 1280, 2 * 40 * 4
+    plan = plan_memory(graph_of("default"), Workload(4096, 1024, 4096**2), 2)
+    assert plan.arena_bytes == 4096 * (6 * width + table)
+    # Beyond CHUNK_ROWS the MLP needs no more; during attention, q, k, v, the output and the residual are alive.
+    rows = 8 * CHUNK_ROWS
+    plan = plan_memory(graph_of("default"), Workload(rows, rows // 4, rows**2), 2)
+    assert plan.arena_bytes == rows * (5 * width + table)
+
+
+def test_a_sum_overwrites_a_residual_that_is_not_read_later() -> None:
+    owners = find_memory_owners(fuse(build(DEEP)))
+    shared = {name for name in owners if owners[name] == owners["placed_rows"]}
+    assert {"blocks.0.attended", "blocks.2.block_rows"} < shared
+    owners = find_memory_owners(fuse(build(replace(CLIP, features=(0, 2, 3)))))
+    # A feature is read again, far behind its block.
+    assert owners["blocks.0.attended"] != owners["input_norm_rows"]
+    assert owners["blocks.1.attended"] == owners["blocks.1.block_rows"] == owners["blocks.0.attended"]
+    assert owners["blocks.2.attended"] != owners["blocks.1.block_rows"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.usefixtures("restore_threads")
-def test_the_plan_is_hardly_more_than_what_a_pass_takes(family: str, dtype: torch.dtype) -> None:
+def test_the_plan_is_within_two_percent_of_the_peak(family: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     config, grids = FAMILIES[family]
     batch, graph = batch_of(config, grids), cpu_graph(config)
@@ -109,45 +161,46 @@ def test_the_plan_is_hardly_more_than_what_a_pass_takes(family: str, dtype: torc
     plan = plan_memory(graph, batch.workload, dtype.itemsize, cpu_dtype=dtype)
     taken = forward_peak(executor_of(graph, dtype), batch)
     assert taken <= plan.peak_bytes <= 1.02 * taken + SMALL_WORKSPACE_BYTES, (taken, plan)
-    # What torch takes for itself is no small part of it: without it the plan would be wrong.
+    # The workspace is a large part of it.
     assert plan.workspace_bytes > 0.1 * plan.peak_bytes
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "config", [*(config for config, _ in FAMILIES.values()), CONFIG, CLIP], ids=[*FAMILIES, "small", "clip"]
+    ("family", "dtype"),
+    [
+        ("qwen2_vl", torch.bfloat16),
+        ("qwen2_5_vl", torch.float32),
+        ("qwen3_vl", torch.bfloat16),
+        ("pixtral", torch.float32),
+        ("llava", torch.bfloat16),
+        ("gemma3", torch.float32),
+        ("clip", torch.float32),
+    ],
+    ids=str,
 )
 @pytest.mark.usefixtures("restore_threads")
-def test_no_pass_however_small_takes_more_than_its_plan(config: TowerConfig, dtype: torch.dtype) -> None:
+def test_small_batches_take_no_more_than_the_plan(family: str, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
+    config = CLIP if family == "clip" else FAMILIES[family][0]
     graph = cpu_graph(config)
     executor = executor_of(graph, dtype)
     side = config.position_table.side if config.num_patches and config.position_table else None
-    for grid in [(4, 4), (8, 8), (16, 16)] if side is None else [(side, side)]:
+    for grid in [(4, 4), (16, 16)] if side is None else [(side, side)]:
         batch = batch_of(config, [grid])
         plan = plan_memory(graph, batch.workload, dtype.itemsize, cpu_dtype=dtype)
         assert forward_peak(executor, batch) <= plan.peak_bytes, (grid, plan)
 
 
-@pytest.mark.usefixtures("restore_threads")
-def test_many_tiles_take_no_more_than_their_plan() -> None:
-    torch.set_num_threads(1)
-    config, _ = FAMILIES["llava"]
-    batch, graph = batch_of(config, [(24, 24)] * 7), cpu_graph(config)
-    plan = plan_memory(graph, batch.workload, 2, cpu_dtype=torch.bfloat16)
-    assert forward_peak(executor_of(graph, torch.bfloat16), batch) <= plan.peak_bytes
-
-
-def test_temporaries_count_on_a_cpu_only_and_move_nothing() -> None:
+def test_workspace_counts_only_on_a_cpu() -> None:
     config, grids = FAMILIES["qwen2_vl"]
     graph, workload = cpu_graph(config), batch_of(config, grids).workload
-    plan, with_temporaries = (plan_memory(graph, workload, 4, cpu_dtype=dtype) for dtype in (None, torch.float32))
+    plan, on_cpu = (plan_memory(graph, workload, 4, cpu_dtype=dtype) for dtype in (None, torch.float32))
     assert plan.workspace_bytes == 0
-    assert replace(with_temporaries, workspace_bytes=0) == plan
-    assert with_temporaries.peak_bytes == plan.peak_bytes + with_temporaries.workspace_bytes
+    assert replace(on_cpu, workspace_bytes=0) == plan
+    assert on_cpu.peak_bytes == plan.peak_bytes + on_cpu.workspace_bytes
 
 
-def test_the_peak_of_a_call_is_what_lives_at_one_time() -> None:
+def test_the_peak_of_a_call_is_measured() -> None:
     def call() -> None:
         first = torch.zeros(2**20)
         second = torch.zeros(2**20)

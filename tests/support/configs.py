@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
-
 from tritontower.config import (
     Normalization,
     PatchEmbedding,
@@ -23,7 +21,7 @@ from tritontower.graph.fusion import (
     fuse_activations,
     fuse_residual_into_norm,
 )
-from tritontower.graph.ir import Graph, Workload
+from tritontower.graph.ir import Graph, Node, Workload
 
 LAYER_NORM = Normalization("layer_norm", 1e-6)
 CONFIG = TowerConfig(
@@ -98,7 +96,6 @@ TOWERS = {
     "merging linear": replace(CONFIG, depth=2, features=(2,), projector=replace(CONFIG.projector, merging_linear=True)),
     "gated": replace(CONFIG, depth=2, features=(2,), mlp_hidden=3420, activation="silu", gated=True),
 }
-each_tower = pytest.mark.parametrize("tower", TOWERS)
 PASSES = {
     "plain": (),
     "default": (*DEFAULT_PASSES, chunk_mlp),
@@ -109,6 +106,11 @@ PASSES = {
 
 def graph_of(passes: str, config: TowerConfig = CONFIG) -> Graph:
     return fuse(build(config), PASSES[passes])
+
+
+def find_node(graph: Graph, name: str) -> Node:
+    (node,) = (node for node in graph.nodes if node.name == name)
+    return node
 
 
 FIXED = TowerConfig(
