@@ -44,7 +44,7 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def _display_width(text: str) -> int:
-    """How many terminal columns ``text`` takes: East Asian wide characters take two, combining marks none."""
+    """Returns the number of terminal columns: East Asian wide characters take two, combining marks none."""
     return sum(
         0 if unicodedata.combining(character) else 1 + (unicodedata.east_asian_width(character) in "WF")
         for character in text

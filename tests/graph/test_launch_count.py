@@ -117,7 +117,7 @@ def test_a_block_is_seven_launches_without_split() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_few_rows_take_more_launches(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default, a block's four matmuls split K up to 256 rows, and so do the projector's two by their own rows."""
+    """By default, a block's four matmuls and the projector's two split K up to 256 of their rows."""
     graph, workloads = fold_still_images(graph_of("kernels")), [one_image(rows) for rows in (64, 256, 1024, 4096)]
     counts = [count_launches(graph, workload, device=architecture) for workload in workloads]
     found = [(each.per_block.total, each.total.total) for each in counts]

@@ -144,7 +144,7 @@ def test_a_sum_overwrites_a_residual_that_is_not_read_later() -> None:
     shared = {name for name in owners if owners[name] == owners["placed_rows"]}
     assert {"blocks.0.attended", "blocks.2.block_rows"} < shared
     owners = find_memory_owners(fuse(build(replace(CLIP, features=(0, 2, 3)))))
-    # A feature is read again, far behind its block.
+    # A feature is read again, long after its block.
     assert owners["blocks.0.attended"] != owners["input_norm_rows"]
     assert owners["blocks.1.attended"] == owners["blocks.1.block_rows"] == owners["blocks.0.attended"]
     assert owners["blocks.2.attended"] != owners["blocks.1.block_rows"]

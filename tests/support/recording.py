@@ -99,7 +99,7 @@ class _Tape(TorchDispatchMode):
 
 
 def bucketed(executor: Executor, recorder: StepRecorder, limits: CaptureLimits | None = None) -> Executor:
-    """A copy of an executor on a CPU that runs in static buffers, as on a GPU, and captures with ``recorder``."""
+    """A copy of a CPU executor that uses static buffers, as on a GPU, and captures with ``recorder``."""
     changed = copy(executor)
     cache = CudaGraphCache(executor.graph, executor.dtype, executor.device, recorder, limits or CaptureLimits())
     changed.graph_cache = cache

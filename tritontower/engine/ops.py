@@ -31,7 +31,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class BatchMetadata:
-    """What a step needs of the batch beside its tensors.
+    """Metadata of the batch that a step needs beside the tensors.
 
     ``valid_rows`` has an entry for each padded dimension; there are none if the tensors have exactly the batch's rows.
     """
