@@ -85,10 +85,10 @@ def _bind_patch_projection(node: Node, weights: Weights) -> Step:
     weight, bias, table = _get_weights(node, weights, "weight", "bias", "position_table")
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
-        places: dict[str, Any] = {}
+        how: dict[str, Any] = {"valid_rows": metadata.valid_rows.get(node.rows), "out": tensors[rows]}
         if index:
-            places = {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
-        patch_projection(tensors[pixels], weight, bias, **places, **_valid_rows(node, metadata), out=tensors[rows])
+            how |= {"position_table": table, "position_index": tensors[index[0]].squeeze(1)}
+        patch_projection(tensors[pixels], weight, bias, **how)
 
     return step
 
@@ -99,20 +99,19 @@ def _bind_add_positions(node: Node, weights: Weights) -> Step:
     (table,) = _get_weights(node, weights, "position_table")
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
-        counted = tensors[share[0]] if share else None
-        gather_rows(table, tensors[index], counted, residual=tensors[rows], out=tensors[result])
+        shares = tensors[share[0]] if share else None
+        gather_rows(table, tensors[index], shares, residual=tensors[rows], out=tensors[result])
 
     return step
 
 
 def _bind_rotary_table(node: Node, weights: Weights) -> Step:
     (positions,), (cosines, sines) = node.inputs, node.outputs
-    attributes = node.attributes
-    frequencies = axial_frequencies(attributes["head_dim"], attributes["theta"], attributes["layout"])
+    frequencies = axial_frequencies(*(node.attributes[name] for name in ("head_dim", "theta", "layout")))
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
-        table = {"out_cos": tensors[cosines], "out_sin": tensors[sines]}
-        rotary_table(tensors[positions], frequencies, side=metadata.side, **table)
+        where = {"out_cos": tensors[cosines], "out_sin": tensors[sines]}
+        rotary_table(tensors[positions], frequencies, side=metadata.side, **where)
 
     return step
 
@@ -124,10 +123,10 @@ def _bind_norm(node: Node, weights: Weights) -> Step:
     how = _norm_attributes(node, "kind")
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
-        added: dict[str, Any] = {}
+        added: dict[str, Any] = {"valid_rows": metadata.valid_rows.get(node.rows)}
         if residual:
-            added = {"residual": tensors[residual[0]], "residual_out": tensors[summed[0]]}
-        norm(tensors[rows], weight, bias, **how, **added, **_valid_rows(node, metadata), out=tensors[normed])
+            added |= {"residual": tensors[residual[0]], "residual_out": tensors[summed[0]]}
+        norm(tensors[rows], weight, bias, **how, **added, out=tensors[normed])
 
     return step
 
@@ -139,10 +138,9 @@ def _bind_linear(node: Node, weights: Weights) -> Step:
     kind, joined = node.attributes["activation"], node.attributes["joined"]
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
-        how: dict[str, Any] = {"activation": kind, "residual": tensors[residual[0]] if residual else None}
-        linear(
-            _join_rows(tensors[rows], joined), weight, bias, **how, **_valid_rows(node, metadata), out=tensors[result]
-        )
+        x, added = _join_rows(tensors[rows], joined), tensors[residual[0]] if residual else None
+        valid_rows = metadata.valid_rows.get(node.rows)
+        linear(x, weight, bias, activation=kind, residual=added, valid_rows=valid_rows, out=tensors[result])
 
     return step
 
@@ -181,13 +179,11 @@ def _bind_qkv_projection(node: Node, weights: Weights) -> Step:
     rows, *tables = node.inputs
     (qkv,) = node.outputs
     weight, bias = _get_weights(node, weights, "weight", "bias")
-    heads = {name: node.attributes[name] for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         cosines, sines = (tensors[name] for name in tables) if tables else (None, None)
-        qkv_projection(
-            tensors[rows], weight, bias, cosines, sines, **heads, **_valid_rows(node, metadata), out=tensors[qkv]
-        )
+        where: dict[str, Any] = {"valid_rows": metadata.valid_rows.get(node.rows), "out": tensors[qkv]}
+        qkv_projection(tensors[rows], weight, bias, cosines, sines, **node.attributes, **where)
 
     return step
 
@@ -217,6 +213,7 @@ def _bind_mlp(node: Node, weights: Weights) -> Step:
     rows, *residual = node.inputs
     (result,), (hidden,) = node.outputs, node.scratch
     first, first_bias, second, second_bias = _get_weights(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+    kind = node.attributes["activation"]
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         x, out, between = tensors[rows], tensors[result], tensors[hidden]
@@ -224,15 +221,15 @@ def _bind_mlp(node: Node, weights: Weights) -> Step:
         added = tensors[residual[0]] if residual else None
         for start in range(0, total, most):
             run = slice(start, min(start + most, total))
-            # The configuration of all rows: that of a short last run could sum in another order.
-            how: dict[str, Any] = (
-                _valid_rows(node, metadata)
-                if total <= most
-                else {"valid_rows": _valid_rows_of_run(node, metadata, total, start)}
-            )
-            held = between[: run.stop - run.start]
-            linear(x[run], first, first_bias, activation=node.attributes["activation"], out=held, **how)
-            linear(held, second, second_bias, residual=None if added is None else added[run], out=out[run], **how)
+            valid_rows = metadata.valid_rows.get(node.rows)
+            if total > most:
+                # The configuration of all rows: that of a short last run could sum in another order.  The count of valid
+                # rows is for the first run, where they begin; later runs compute all their rows.
+                planned = valid_rows or ValidRows(total)
+                valid_rows = planned if start == 0 else ValidRows(planned.planned)
+            held, run_added = between[: run.stop - run.start], None if added is None else added[run]
+            linear(x[run], first, first_bias, activation=kind, valid_rows=valid_rows, out=held)
+            linear(held, second, second_bias, residual=run_added, valid_rows=valid_rows, out=out[run])
 
     return step
 
@@ -264,22 +261,23 @@ def _bind_pool(node: Node, weights: Weights) -> Step:
 def _bind_projector(node: Node, weights: Weights) -> Step:
     rows, *index = node.inputs
     (tokens,), (hidden, *normed) = node.outputs, node.scratch
-    norm_weight, norm_bias = _get_weights(node, weights, "norm_weight", "norm_bias")
-    first, first_bias, second, second_bias = _get_weights(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+    roles = ("norm_weight", "norm_bias", "weight_1", "bias_1", "weight_2", "bias_2")
+    bound = _get_weights(node, weights, *roles)
     merge, over_token = node.attributes["merge"], node.attributes["over_token"]
     how: dict[str, Any] = {"merge": 1 if over_token else merge, "activation": node.attributes["activation"]}
-    if norm_weight is not None:
+    if "norm_weight" in node.weights:
         how |= _norm_attributes(node, "norm_kind")
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
-        where: dict[str, Any] = {"hidden": tensors[hidden], "out": tensors[tokens]}
-        if normed:
-            where["normed"] = tensors[normed[0]]
-        if index:
-            where["row_index"] = tensors[index[0]].squeeze(1)
+        where: dict[str, Any] = {
+            "hidden": tensors[hidden],
+            "out": tensors[tokens],
+            "normed": tensors[normed[0]] if normed else None,
+            "row_index": tensors[index[0]].squeeze(1) if index else None,
+            "valid_rows": metadata.valid_rows.get(node.rows),
+        }
         x = _join_rows(tensors[rows], merge) if over_token else tensors[rows]
-        where |= _valid_rows(node, metadata)
-        projector_mlp(x, norm_weight, norm_bias, first, first_bias, second, second_bias, **how, **where)
+        projector_mlp(x, *bound, **(how | where))
 
     return step
 
@@ -308,21 +306,6 @@ def _bind_attention_pooling(node: Node, weights: Weights) -> Step:
         attention_pooling(query, parts, metadata.tiles, out=tensors[mixed].unflatten(1, heads))
 
     return step
-
-
-def _valid_rows(node: Node, metadata: BatchMetadata) -> dict[str, Any]:
-    """Returns the keyword argument for a padded dimension, else none."""
-    valid_rows = metadata.valid_rows.get(node.rows)
-    return {} if valid_rows is None else {"valid_rows": valid_rows}
-
-
-def _valid_rows_of_run(node: Node, metadata: BatchMetadata, total: int, start: int) -> ValidRows:
-    """Returns the valid rows of a run that begins at row ``start``, planned like all rows.
-
-    The count applies only to the first run, where the valid rows begin; later runs compute all their rows.
-    """
-    valid_rows = metadata.valid_rows.get(node.rows) or ValidRows(total)
-    return valid_rows if start == 0 else ValidRows(valid_rows.planned)
 
 
 def _join_rows(rows: torch.Tensor, count: int) -> torch.Tensor:

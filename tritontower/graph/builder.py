@@ -54,32 +54,23 @@ class _Builder:
         kind: NodeKind,
         inputs: Sequence[str],
         output: str,
-        width: int,
+        width: int | None = None,
         *,
-        rows: Rows = "patches",
+        rows: Rows | None = None,
         weights: Mapping[str, str] | None = None,
         **attributes: Any,
     ) -> str:
-        """Adds a node with one output ``[rows, width]`` and returns the output's name."""
-        output, name = self.value(self.scoped(output), width, rows), self.scoped(name)
+        """Adds a node with one output, by default of the first input's shape, and returns the output's name."""
+        first = self.values[inputs[0]]
+        rows = rows or first.rows
+        output, name = self.value(self.scoped(output), width or first.width, rows), self.scoped(name)
         node = Node(name, kind, tuple(inputs), (output,), weights or {}, attributes, block=self.block, rows=rows)
         self.nodes.append(node)
         return output
 
     def norm(self, name: str, rows: str, norm: Normalization, output: str = "") -> str:
-        value = self.values[rows]
-        weights = self.norm_weights(name, norm, value.width)
-        attributes = _norm_attributes(norm)
-        return self.node(
-            output or name,
-            "norm",
-            [rows],
-            output or f"{name}_rows",
-            value.width,
-            rows=value.rows,
-            weights=weights,
-            **attributes,
-        )
+        weights, attributes = self.norm_weights(name, norm, self.values[rows].width), _norm_attributes(norm)
+        return self.node(output or name, "norm", [rows], output or f"{name}_rows", weights=weights, **attributes)
 
     def norm_weights(self, name: str, norm: Normalization, width: int, role: str = "") -> dict[str, str]:
         weights = {f"{role}weight": self.weight(f"{name}.weight", width)}
@@ -126,8 +117,7 @@ class _Builder:
         )
 
     def activation(self, name: str, rows: str, output: str) -> str:
-        value, kind = self.values[rows], self.config.activation
-        return self.node(name, "activation", [rows], output, value.width, rows=value.rows, activation=kind)
+        return self.node(name, "activation", [rows], output, activation=self.config.activation)
 
 
 def _norm_attributes(norm: Normalization) -> dict[str, Any]:
@@ -224,13 +214,11 @@ def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole
     qkv = builder.linear("qkv", normed, 3 * width, bias=config.qkv_bias)
     if config.rotary is not None and table is not None:
         rotation = config.rotary.rotation
-        qkv = builder.node("rope", "rope", [qkv, *table], "rotated", 3 * width, **heads, rotation=rotation)
-    bound = config.longest_segment if whole else config.longest_window
-    mixed = builder.node(
-        "attention", "attention", [qkv], "mixed", width, **heads, windows=not whole, length_bound=bound
-    )
+        qkv = builder.node("rope", "rope", [qkv, *table], "rotated", **heads, rotation=rotation)
+    heads |= {"windows": not whole, "length_bound": config.longest_segment if whole else config.longest_window}
+    mixed = builder.node("attention", "attention", [qkv], "mixed", width, **heads)
     projected = builder.linear("attention_output", mixed, width, bias=config.attention_bias)
-    rows = builder.node("attention_residual", "add", [projected, rows], "attended", width)
+    rows = builder.node("attention_residual", "add", [projected, rows], "attended")
 
     normed = builder.norm("norm2", rows, config.norm)
     if config.gated:
@@ -247,7 +235,7 @@ def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole
         hidden = builder.linear("mlp_up", normed, config.mlp_hidden, bias=config.mlp_bias)
         hidden = builder.activation("mlp_activation", hidden, "mlp_hidden")
     projected = builder.linear("mlp_down", hidden, width, bias=config.mlp_bias, unpadded=(width, config.mlp_hidden))
-    return builder.node("mlp_residual", "add", [projected, rows], "block_rows", width)
+    return builder.node("mlp_residual", "add", [projected, rows], "block_rows")
 
 
 def _select(builder: _Builder, features: Sequence[str], name: str, output: str = "", rows: Rows = "selected") -> str:
@@ -274,7 +262,7 @@ def _project(builder: _Builder, name: str, output: str, rows: str, projector: Pr
     norm, per_token = projector.norm, projector.rows_per_token
     width = builder.values[rows].width
     if projector.join == "mean" and per_token > 1:
-        rows = builder.node(f"{name}.pool", "pool", [rows], f"{name}.pooled", width, rows="merged", count=per_token)
+        rows = builder.node(f"{name}.pool", "pool", [rows], f"{name}.pooled", rows="merged", count=per_token)
         per_token = 1
     if norm is not None and (projector.hidden is None or projector.merging_linear):
         rows = builder.norm(f"{name}.norm", rows, norm)
@@ -283,16 +271,8 @@ def _project(builder: _Builder, name: str, output: str, rows: str, projector: Pr
         rows = builder.linear(f"{name}.merging", rows, width, bias=False, joined=per_token)
         per_token = 1
     if projector.hidden is None:
-        return builder.linear(
-            name,
-            rows,
-            projector.output,
-            bias=projector.bias,
-            joined=per_token,
-            weights=f"{name}.linear",
-            output=output,
-            output_rows="merged",
-        )
+        names: dict[str, Any] = {"weights": f"{name}.linear", "output": output, "output_rows": "merged"}
+        return builder.linear(name, rows, projector.output, bias=projector.bias, joined=per_token, **names)
     return _projector_node(builder, name, output, rows, projector, norm, per_token)
 
 
@@ -332,10 +312,7 @@ def _assemble(builder: _Builder, rows: str) -> str:
     index = builder.input("assembly_index", config.assembly_taps, "tokens")
     share = builder.input("assembly_weights", config.assembly_taps, "tokens", "float32")
     weights = {"newline": builder.weight("newline", config.hidden_size)}
-    inputs = [rows, index, share]
-    return builder.node(
-        "assemble", "assemble", inputs, "embeddings", config.hidden_size, rows="tokens", weights=weights
-    )
+    return builder.node("assemble", "assemble", [rows, index, share], "embeddings", rows="tokens", weights=weights)
 
 
 def _class_token_pooling(builder: _Builder, rows: str, norm: Normalization) -> str:
@@ -355,20 +332,13 @@ def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str
         "weight": builder.weight("pooling.query.weight", width, width),
         "bias": builder.weight("pooling.query.bias", width),
     }
+    options: dict[str, Any] = {"weights": weights, "heads": config.heads, "head_dim": config.head_dim}
     mixed = builder.node(
-        "pooling.attention",
-        "attention_pooling",
-        [keys_values],
-        "pooling.mixed",
-        width,
-        rows="tiles",
-        weights=weights,
-        heads=config.heads,
-        head_dim=config.head_dim,
+        "pooling.attention", "attention_pooling", [keys_values], "pooling.mixed", width, rows="tiles", **options
     )
     attended = builder.linear("pooling.attention_output", mixed, width, bias=True)
     hidden = builder.norm("pooling.norm", attended, norm)
     hidden = builder.linear("pooling.mlp_up", hidden, config.mlp_hidden, bias=True)
     hidden = builder.activation("pooling.mlp_activation", hidden, "pooling.mlp_hidden")
     projected = builder.linear("pooling.mlp_down", hidden, width, bias=True)
-    return builder.node("pooling.residual", "add", [projected, attended], "pooled", width, rows="tiles")
+    return builder.node("pooling.residual", "add", [projected, attended], "pooled")
