@@ -2,79 +2,41 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from support.configs import CLIP, CONFIG, DEEP, GEMMA, PASSES, TOWERS, graph_of
+from support.configs import CLIP, DEEP, PASSES, TOWERS, graph_of
 
 from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.benchmarks.memory import allocated_peak, forward_peak
-from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig, Windows
+from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.config import PositionTable, TowerConfig, Windows
 from tritontower.engine.executor import Executor
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import CHUNK_ROWS, fold_still_images, fuse, select_passes
 from tritontower.graph.ir import Graph, Workload
 from tritontower.graph.memory_plan import SMALL_WORKSPACE_BYTES, find_memory_owners, plan_memory
+from tritontower.models.common.family import read_summary
+from tritontower.models.common.registry import read_family
 
 CPU = torch.device("cpu")
-RMS_NORM = Normalization("rms_norm", 1e-6, "before_weight")
+
+
+def read_config(name: str, blocks: int = 1, **changes: Any) -> TowerConfig:
+    """A published configuration with fewer blocks."""
+    config = read_family(ConfigReader(read_summary(name).example)).config
+    return replace(config, depth=blocks, features=(blocks,), **changes)
+
+
 FAMILIES: dict[str, tuple[TowerConfig, list[tuple[int, int]]]] = {
-    "qwen2_vl": (replace(CONFIG, depth=1, features=(1,)), [(32, 40)]),
-    "qwen2_5_vl": (
-        replace(TOWERS["gated"], norm=RMS_NORM, depth=2, windows=Windows(4, (1,))),
-        [(24, 24), (32, 16)],
-    ),
-    "qwen3_vl": (
-        replace(DEEP, width=1024, mlp_hidden=4096, activation="gelu_tanh", depth=1, features=(1,), deepstack=(0,)),
-        [(40, 32)],
-    ),
-    "pixtral": (
-        replace(
-            CONFIG,
-            patch=PatchEmbedding(3, 16, 1, bias=False),
-            norm=RMS_NORM,
-            width=1024,
-            depth=1,
-            features=(1,),
-            qkv_bias=False,
-            attention_bias=False,
-            mlp_hidden=4096,
-            mlp_bias=False,
-            activation="silu",
-            gated=True,
-            segments="image",
-            projector=Projector(None, 1, 5120, 5120, "gelu", bias=True),
-        ),
-        [(48, 24)],
-    ),
-    "llava": (
-        replace(
-            CLIP,
-            width=1024,
-            depth=1,
-            heads=16,
-            mlp_hidden=4096,
-            features=(1,),
-            position_table=PositionTable(24, "exact"),
-            projector=Projector(None, 1, 4096, 4096, "gelu", bias=True),
-        ),
-        [(24, 24), (24, 24)],
-    ),
-    "gemma3": (
-        replace(
-            GEMMA,
-            width=1152,
-            depth=1,
-            heads=16,
-            mlp_hidden=4304,
-            activation="gelu_tanh",
-            features=(1,),
-            position_table=PositionTable(32, "exact"),
-            projector=replace(GEMMA.projector, merge=4, output=2560),
-        ),
-        [(32, 32)],
-    ),
+    "qwen2_vl": (read_config("qwen2_vl"), [(32, 40)]),
+    "qwen2_5_vl": (read_config("qwen2_5_vl", 2, windows=Windows(4, (1,))), [(24, 24), (32, 16)]),
+    "qwen3_vl": (read_config("qwen3_vl", deepstack=(0,)), [(40, 32)]),
+    "pixtral": (read_config("pixtral"), [(48, 24)]),
+    "llava": (read_config("llava"), [(24, 24), (24, 24)]),
+    "gemma3": (read_config("gemma3", position_table=PositionTable(32, "exact")), [(32, 32)]),
 }
 
 
@@ -91,8 +53,8 @@ def batch_of(config: TowerConfig, grids: list[tuple[int, int]]) -> PackedBatch:
     side = config.patch.size
     layouts = [ImageLayout.of_one_tile((1, height, width), side) for height, width in grids]
     pixels = torch.randn(sum(layout.patches for layout in layouts), config.patch.still_inner)
-    facts = {"original_sizes": [(1, 1)] * len(grids), "content_hashes": [""] * len(grids)}
-    return PackedBatch.pack(config, pixels, layouts, **facts)
+    metadata = {"original_sizes": [(1, 1)] * len(grids), "content_hashes": [""] * len(grids)}
+    return PackedBatch.pack(config, pixels, layouts, **metadata)
 
 
 def cpu_graph(config: TowerConfig) -> Graph:
