@@ -65,13 +65,20 @@ def test_replays_have_the_bits_of_eager_launches(
     assert launched.captured_bytes == 0 < replayed.captured_bytes
 
 
-def test_queued_forward_passes_do_not_mix(tower: VisionTower) -> None:
+@pytest.mark.parametrize("how", ["queued", "pinned", "two streams"])
+def test_queued_forward_passes_do_not_mix(tower: VisionTower, how: str) -> None:
     batches = similar_batches(tower, 16)
     expected = [tower.forward(batch).clone() for batch in batches]
     torch.cuda.synchronize()
-    # Nothing synchronizes in between: staging memory must not be reused before its copy has finished.
-    actual = [tower.forward(batch) for _ in range(8) for batch in batches]
-    for number, rows in enumerate(actual):
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()] if how == "two streams" else [torch.cuda.current_stream()]
+    found: list[torch.Tensor] = []
+    for number in range(8 * len(batches)):
+        batch = batches[number % len(batches)]
+        # Nothing synchronizes in between: staging and pinned memory must not be reused before its copy has finished.
+        with torch.cuda.stream(streams[number % len(streams)]):
+            found.append(tower.forward(batch.pinned() if how == "pinned" else batch))
+    torch.cuda.synchronize()
+    for number, rows in enumerate(found):
         assert torch.equal(rows, expected[number % len(batches)]), number
 
 
@@ -145,20 +152,6 @@ def test_release_frees_graphs_and_buffers(tower: VisionTower) -> None:
         assert torch.equal(tower.forward(batch).cpu(), rows)
 
 
-def test_two_streams_share_a_tower(tower: VisionTower) -> None:
-    batches = similar_batches(tower, 8)
-    expected = [tower.forward(batch).clone() for batch in batches for _ in range(2)][::2]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    found: list[torch.Tensor] = []
-    for number in range(64):
-        with torch.cuda.stream(streams[number % 2]):
-            found.append(tower.forward(batches[number % len(batches)]))
-    torch.cuda.synchronize()
-    for number, rows in enumerate(found):
-        assert torch.equal(rows, expected[number % len(batches)]), number
-
-
 def test_forward_waits_for_weights_of_another_stream(tower: VisionTower) -> None:
     batch = tower.preprocess(noise(280, 280, 1), raw=False)
     expected, weights = tower.run(batch), tower.read_weights()
@@ -211,18 +204,6 @@ def test_a_tower_without_graphs_captures_nothing(qwen2_vl: Path, kernel_device: 
     for _ in range(3):
         assert torch.equal(tower.forward(batch), first)
     assert (tower.warm_up([(280, 280)]), tower.captured_bytes) == (0, 0)
-
-
-def test_pinned_pixels_are_copied_without_staging(tower: VisionTower) -> None:
-    batches = similar_batches(tower, 8)
-    expected = [tower.forward(batch).clone() for batch in batches]
-    pinned = [batch.pinned() for batch in batches]
-    assert all(batch.pixels.is_pinned() for batch in pinned)
-    for _ in range(3):
-        # The batch is freed as soon as the pass is queued: its memory may be reused only after the copy.
-        found = [tower.forward(batch.pinned()) for batch in batches] + [tower.forward(batch) for batch in pinned]
-    for number, rows in enumerate(found):
-        assert torch.equal(rows, expected[number % len(batches)]), number
 
 
 def test_encode_is_the_same_with_and_without_graphs(qwen2_vl: Path, kernel_device: torch.device) -> None:
