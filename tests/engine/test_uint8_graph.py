@@ -137,7 +137,7 @@ def test_a_cpu_gets_float_pixels_and_a_gpu_uint8(saved: Saved, monkeypatch: pyte
     expected = plain.encode(images)
 
     tower = load(saved(case))
-    monkeypatch.setattr("tritontower.tower.backend_on", lambda _: "triton")
+    monkeypatch.setattr("tritontower.models.common.tower_model.backend_on", lambda _: "triton")
     assert tower.preprocess(images).pixels.dtype == torch.uint8
     assert tower.preprocess(images, raw=False).pixels.dtype == torch.float32
     assert tower.preprocess_video(images[2:3] * 2).pixels.dtype == torch.uint8
@@ -156,7 +156,7 @@ class Own(Qwen2VLImageProcessorPil):
 def test_an_unknown_processor_keeps_float_pixels_on_a_gpu(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["qwen2_vl"]
     tower = load(saved(case), processor=Own(min_pixels=3136, max_pixels=20000))
-    monkeypatch.setattr("tritontower.tower.backend_on", lambda _: "triton")
+    monkeypatch.setattr("tritontower.models.common.tower_model.backend_on", lambda _: "triton")
     assert tower.preprocess(images_of(case)).pixels.dtype == torch.float32
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
         tower.preprocess(images_of(case), raw=True)
