@@ -1,57 +1,43 @@
-"""The features an engine may ask for (layers, class token), and the interface of engines that bring their own pixels."""
+"""Choice of feature layers and of the class token, and the interface for engines with their own pixels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from support.checkpoints import noise
-from support.towers.clip import save_clip, save_clip_vision
-from support.towers.llava import save_llava
-from support.towers.llava_next import save_llava_next
-from support.towers.siglip import save_siglip, save_siglip_vision
+from support.checkpoints import change_tensors, noise
+from support.towers import all_cases
 
 from tritontower import VisionTower
 from tritontower.checkpoint import checkpoint, files
 from tritontower.errors import CheckpointNotFoundError, TowerNotLoadedError, UsageError
 from tritontower.parity.parity import compare, relative_error
 
-SAVES: dict[str, Callable[..., Path]] = {
-    "clip": save_clip,
-    "clip_vision_model": save_clip_vision,
-    "siglip": save_siglip,
-    "siglip_vision_model": save_siglip_vision,
-    "llava": save_llava,
-    "llava_next": save_llava_next,
-}
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAYERS: list[int | list[int]] = [-1, -2, 0, 1, 3, -4, [-2], [0, -1], [2, 1, -4]]
 ENCODERS = ["clip", "clip_vision_model", "siglip", "siglip_vision_model"]
+NAMES = [*ENCODERS, "llava", "llava_next"]
 each_encoder = pytest.mark.parametrize("name", ENCODERS)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture
+def folders(saved: Any) -> dict[str, Path]:
     """A small checkpoint of three blocks of each kind."""
-    root = tmp_path_factory.mktemp("features")
-    return {name: save(root / name, depth=3) for name, save in SAVES.items()}
+    return {case.name: saved(case) for case in all_cases() if case.name in NAMES}
 
 
 def load(folder: Path, **options: Any) -> VisionTower:
     return VisionTower.from_pretrained(folder, device="cpu", **options)
 
 
-def pixels_for(tower: VisionTower, count: int = 2) -> torch.Tensor:
-    """Preprocessed images of the size that the checkpoint's configuration names, a multiple of a patch or not."""
-    side = {"clip": 56, "llava": 56, "llava_next": 56, "siglip": 60}[tower.config.family]
+def make_pixels(tower: VisionTower, count: int = 2) -> torch.Tensor:
+    """Returns preprocessed images of the checkpoint's size, which is a multiple of a patch or not."""
+    side = 60 if tower.config.family == "siglip" else 56
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def hidden_states(folder: Path, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
-    """What transformers' encoder has between its blocks, the input of the first one at the front."""
+    """Returns the hidden states of transformers' encoder, the input of the first block first."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
@@ -61,52 +47,43 @@ def hidden_states(folder: Path, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
     return found
 
 
-def selected(states: Sequence[torch.Tensor], layer: int | list[int], select: str, *, class_token: bool) -> torch.Tensor:
-    """As LLaVA's own code selects features."""
-    several = layer if isinstance(layer, list) else [layer]
-    drop = 1 if class_token and select == "patch" else 0
-    return torch.cat([states[index][:, drop:] for index in several], dim=-1)
-
-
 # -- other features ---------------------------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("select", ["patch", "cls_patch"])
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("name", ["clip", "clip_vision_model"])
-def test_layers_of_clip_are_the_hidden_states_of_transformers(
-    name: str, layer: int | list[int], select: str, folders: dict[str, Path]
-) -> None:
-    tower = load(folders[name], feature_layer=layer, feature_select=select)
-    pixels = pixels_for(tower)
-    expected = selected(hidden_states(folders[name], pixels), layer, select, class_token=True)
-    actual = tower(pixels)
-    assert actual.shape == expected.shape == (2, 16 + (select == "cls_patch"), tower.hidden_size)
-    assert relative_error(actual, expected) <= 1e-5
-
-
-@pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("name", ["siglip", "siglip_vision_model"])
-def test_layers_of_siglip_are_the_hidden_states_of_transformers(
-    name: str, layer: int | list[int], folders: dict[str, Path]
-) -> None:
-    tower = load(folders[name], feature_layer=layer, feature_select="patch")
-    pixels = pixels_for(tower)
-    expected = selected(hidden_states(folders[name], pixels), layer, "patch", class_token=False)
-    actual = tower(pixels)
-    assert actual.shape == expected.shape == (2, 16, tower.hidden_size)
-    assert relative_error(actual, expected) <= 1e-5
+# With either choice of the class token, from either end, several side by side.
+CHOICES: list[tuple[int | list[int], str]] = [
+    (-1, "patch"),
+    (-2, "cls_patch"),
+    (0, "cls_patch"),
+    (1, "patch"),
+    (3, "patch"),
+    (-4, "patch"),
+    ([-2], "patch"),
+    ([2, 1, -4], "cls_patch"),
+]
 
 
 @each_encoder
-def test_without_a_choice_there_are_the_last_hidden_state_and_the_pooled_row(
-    name: str, folders: dict[str, Path]
-) -> None:
+def test_layers_are_the_hidden_states_of_transformers(name: str, folders: dict[str, Path]) -> None:
+    states = None
+    for layer, select in CHOICES:
+        is_clip = name.startswith("clip")
+        tower = load(folders[name], feature_layer=layer, feature_select=select if is_clip else "patch")
+        pixels = make_pixels(tower)
+        states = states or hidden_states(folders[name], pixels)
+        first = 1 if is_clip and select == "patch" else 0
+        several = layer if isinstance(layer, list) else [layer]
+        expected = torch.cat([states[index][:, first:] for index in several], dim=-1)
+        assert tower(pixels).shape == expected.shape == (2, 16 + (is_clip and not first), tower.hidden_size)
+        assert relative_error(tower(pixels), expected) <= 1e-5, (layer, select)
+
+
+@each_encoder
+def test_default_features_are_last_hidden_state_and_pooled_row(name: str, folders: dict[str, Path]) -> None:
     from transformers import AutoModel
 
     tower = load(folders[name])
     model = AutoModel.from_pretrained(folders[name], attn_implementation="sdpa").eval()
-    pixels = pixels_for(tower)
+    pixels = make_pixels(tower)
     with torch.inference_mode():
         expected = getattr(model, "vision_model", model)(pixels)
     assert relative_error(tower(pixels), expected.last_hidden_state) <= 1e-5
@@ -116,36 +93,29 @@ def test_without_a_choice_there_are_the_last_hidden_state_and_the_pooled_row(
     for embedding, pooled in zip(tower.encode(images), tower.run(batch)["pooled"], strict=True):
         assert embedding.pooled is not None
         assert torch.equal(embedding.pooled.flatten(), pooled)
-
-
-@each_encoder
-def test_another_layer_has_no_pooled_row(name: str, folders: dict[str, Path]) -> None:
-    assert load(folders[name]).encode(noise(50, 50))[0].pooled is not None
     assert load(folders[name], feature_layer=-1).encode(noise(50, 50))[0].pooled is None
 
 
 @pytest.mark.parametrize(("name", "layer"), [("llava", -1), ("llava", 0), ("llava_next", -1), ("llava_next", 1)])
-def test_layers_of_a_language_model_s_tower_go_through_its_projector(
-    name: str, layer: int, folders: dict[str, Path]
-) -> None:
+def test_other_layers_go_through_the_projector(name: str, layer: int, folders: dict[str, Path]) -> None:
     tower = load(folders[name], feature_layer=layer)
     assert tower.config.features == (layer % 4,)
-    images = [noise(70, 40, 1), noise(30, 190, 2)]
-    assert compare(tower, tower.preprocess(images)).passed
-    usual = load(folders[name]).forward(tower.preprocess(images))
-    assert relative_error(tower.forward(tower.preprocess(images)), usual) > 0.01
+    batch = tower.preprocess([noise(70, 40, 1), noise(30, 190, 2)])
+    assert compare(tower, batch).passed
+    assert relative_error(tower.forward(batch), load(folders[name]).forward(batch)) > 0.01
 
 
 def test_class_token_of_llava_can_be_kept(folders: dict[str, Path]) -> None:
     kept, usual = load(folders["llava"], feature_select="cls_patch"), load(folders["llava"])
-    batch = kept.preprocess([noise(70, 40, 1), noise(40, 70, 2)])
+    images = [noise(70, 40, 1), noise(40, 70, 2)]
+    batch = kept.preprocess(images)
     assert kept.count_tokens(70, 40) == usual.count_tokens(70, 40) + 1 == 17
     assert compare(kept, batch).passed
-    with_it, without = kept.forward(batch), usual.forward(usual.preprocess([noise(70, 40, 1), noise(40, 70, 2)]))
-    assert torch.equal(with_it.view(2, 17, -1)[:, 1:], without.view(2, 16, -1))
+    rows = usual.forward(usual.preprocess(images)).view(2, 16, -1)
+    assert torch.equal(kept.forward(batch).view(2, 17, -1)[:, 1:], rows)
 
 
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
+REJECTED: list[tuple[str, dict[str, Any], str]] = [
     ("clip", {"feature_layer": 4}, "range from -4 to 3 for 3 blocks, got 4"),
     ("clip", {"feature_layer": -5}, "got -5"),
     ("clip", {"feature_layer": [1, 9]}, "got 9"),
@@ -160,8 +130,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "message"), REFUSED, ids=[f"{n} {o}" for n, o, _ in REFUSED])
-def test_features_that_do_not_exist_are_refused(
+@pytest.mark.parametrize(("name", "options", "message"), REJECTED, ids=[f"{n} {o}" for n, o, _ in REJECTED])
+def test_impossible_features_are_rejected(
     name: str, options: dict[str, Any], message: str, folders: dict[str, Path]
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -172,32 +142,33 @@ def test_features_that_do_not_exist_are_refused(
 
 
 class RecordingHandle:
-    """A safetensors handle that remembers which tensors were read through it."""
+    """A safetensors handle that records the names of the tensors read through it."""
 
     def __init__(self, handle: Any, read: list[str]) -> None:
-        self._handle, self._read = handle, read
+        self.handle, self.read = handle, read
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._handle, name)
+        return getattr(self.handle, name)
 
     def get_tensor(self, name: str) -> torch.Tensor:
-        self._read.append(name)
-        tensor: torch.Tensor = self._handle.get_tensor(name)
+        self.read.append(name)
+        tensor: torch.Tensor = self.handle.get_tensor(name)
         return tensor
 
 
 @pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Stored names of the tensors that are read in this test."""
+def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Path], list[str]]:
+    """Weight files opened, and stored names of tensors read, in this test."""
+    paths: list[Path] = []
     names: list[str] = []
     original = files.open_safetensors
-    monkeypatch.setattr(checkpoint, "open_safetensors", lambda path: RecordingHandle(original(path), names))
-    return names
 
+    def record(path: Path) -> RecordingHandle:
+        paths.append(path)
+        return RecordingHandle(original(path), names)
 
-def stored_names(folder: Path) -> set[str]:
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        return set(file.keys())
+    monkeypatch.setattr(checkpoint, "open_safetensors", record)
+    return paths, names
 
 
 UNNEEDED: list[tuple[str, int | None, tuple[str, ...]]] = [
@@ -210,145 +181,105 @@ UNNEEDED: list[tuple[str, int | None, tuple[str, ...]]] = [
     ("clip_vision_model", -2, ("encoder.layers.2.", "post_layernorm.")),
     ("siglip", None, ("text_model.", "logit_")),
     ("siglip_vision_model", None, ()),
-    ("siglip_vision_model", -1, ("post_layernorm.", "head.")),
     ("siglip_vision_model", 1, ("encoder.layers.1.", "encoder.layers.2.", "post_layernorm.", "head.")),
 ]
 
 
 @pytest.mark.parametrize(("name", "layer", "unneeded"), UNNEEDED)
-def test_only_the_needed_tensors_are_read_and_only_the_needed_blocks_built(
-    name: str, layer: int | None, unneeded: tuple[str, ...], folders: dict[str, Path], read: list[str]
+def test_only_needed_tensors_are_read_and_built(
+    name: str,
+    layer: int | None,
+    unneeded: tuple[str, ...],
+    folders: dict[str, Path],
+    opened: tuple[list[Path], list[str]],
 ) -> None:
     tower = load(folders[name], feature_layer=layer)
-    stored = {found for found in stored_names(folders[name]) if not found.startswith(("language_model.", "lm_head."))}
-    assert sorted(read) == sorted(found for found in stored if not found.startswith(unneeded))
+    with safe_open(folders[name] / "model.safetensors", "pt") as file:
+        stored = {found for found in file.keys() if not found.startswith(("language_model.", "lm_head."))}  # noqa: SIM118
+    assert sorted(opened[1]) == sorted(found for found in stored if not found.startswith(unneeded))
     assert {node.block for node in tower.graph.nodes} - {None} == set(range(tower.config.blocks_needed))
     assert all(any(found.startswith(prefix) for found in stored) for prefix in unneeded)
 
 
-def test_blocks_behind_the_last_needed_one_may_be_damaged_or_missing(tmp_path: Path, folders: dict[str, Path]) -> None:
-    tensors = load_file(folders["llava"] / "model.safetensors")
-    batch = load(folders["llava"], delay_load=True).preprocess(noise(60, 60))
-    expected = load(folders["llava"]).forward(batch)
-    last = [name for name in tensors if ".layers.2." in name]
-    assert last
-    for kind in ("missing", "damaged"):
-        folder = tmp_path / kind
-        folder.mkdir()
-        for file in folders["llava"].glob("*.json"):
-            (folder / file.name).write_bytes(file.read_bytes())
-        kept = {name: tensor for name, tensor in tensors.items() if name not in last}
+@pytest.mark.parametrize("kind", ["missing", "damaged"])
+def test_unneeded_blocks_may_be_missing_or_damaged(kind: str, tmp_path: Path, folders: dict[str, Path]) -> None:
+    tower = load(folders["llava"])
+    batch = tower.preprocess(noise(60, 60))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        last = [name for name in tensors if ".layers.2." in name]
+        assert last
+        for name in last:
+            tensors.pop(name)
         if kind == "damaged":
-            kept |= {name: torch.full((3,), 7, dtype=torch.int8) for name in last}
-        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-        assert torch.equal(load(folder).forward(batch), expected), kind
+            tensors |= {name: torch.full((3,), 7, dtype=torch.int8) for name in last}
+
+    changed = load(change_tensors(folders["llava"], tmp_path / kind, change))
+    assert torch.equal(changed.forward(batch), tower.forward(batch))
 
 
-# -- the interface of engines that bring their own pixels -------------------------------------------------------------
+# -- the interface for engines with their own pixels ------------------------------------------------------------------
 
 
-@pytest.fixture
-def without_weights(tmp_path: Path, folders: dict[str, Path]) -> Callable[[str], Path]:
-    """Copies of the checkpoints without their weight files."""
-
-    def copy(name: str) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        for file in folders[name].glob("*.json"):
-            (folder / file.name).write_bytes(file.read_bytes())
-        return folder
-
-    return copy
-
-
-FACTS = [
-    ("clip", 64, 16, 64),
-    ("clip_vision_model", 64, 16, 64),
-    ("siglip", 64, 16, 64),
-    ("siglip_vision_model", 64, 16, 64),
-    ("llava", 48, 16, 64),
-]
-
-
-@pytest.mark.parametrize(("name", "hidden_size", "num_patches", "width"), FACTS)
-def test_everything_about_a_tower_is_known_before_a_weight_file_is_opened(
-    name: str,
-    hidden_size: int,
-    num_patches: int,
-    width: int,
-    without_weights: Callable[[str], Path],
-    folders: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["clip", "siglip_vision_model", "llava"])
+def test_properties_are_known_before_a_weight_file_is_opened(
+    name: str, tmp_path: Path, folders: dict[str, Path], opened: tuple[list[Path], list[str]]
 ) -> None:
-    opened: list[Path] = []
-    original = files.open_safetensors
-
-    def watch(path: Path) -> Any:
-        opened.append(path)
-        return original(path)
-
-    monkeypatch.setattr(checkpoint, "open_safetensors", watch)
-    bare = without_weights(name)
+    bare = tmp_path / name
+    bare.mkdir()
+    for file in folders[name].glob("*.json"):
+        (bare / file.name).write_bytes(file.read_bytes())
+    hidden_size = 48 if name == "llava" else 64
     for folder in (folders[name], bare):
         tower = load(folder, delay_load=True)
+        tokens = 16 + tower.config.keep_class_token
         assert not tower.is_loaded
-        assert tower.config.width == width
-        assert (tower.hidden_size, tower.num_patches) == (hidden_size, num_patches)
+        assert tower.config.width == 64
+        assert (tower.hidden_size, tower.num_patches) == (hidden_size, 16)
         assert (tower.dtype, tower.device) == (torch.float32, torch.device("cpu"))
         dummy = tower.dummy_feature
         assert (dummy.shape, dummy.dtype, dummy.device) == ((1, hidden_size), torch.float32, torch.device("cpu"))
         assert not dummy.any()
-        assert tower.count_tokens(300, 200) == num_patches + tower.config.keep_class_token
+        assert tower.count_tokens(300, 200) == tokens
         with pytest.raises(TowerNotLoadedError, match=r"load\(\)"):
-            tower(pixels_for(tower))
-        assert opened == []
+            tower(make_pixels(tower))
+        assert opened[0] == []
     with pytest.raises(CheckpointNotFoundError):
         load(bare, delay_load=True).load()
     tower = load(folders[name], delay_load=True).load()
-    assert opened == [folders[name] / "model.safetensors"]
-    assert tower(pixels_for(tower)).shape == (2, num_patches + tower.config.keep_class_token, hidden_size)
+    assert opened[0] == [folders[name] / "model.safetensors"]
+    assert tower(make_pixels(tower)).shape == (2, tokens, hidden_size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["clip", "siglip", "llava"])
-def test_forward_takes_a_batch_or_a_list_and_answers_in_its_dtype(
-    name: str, dtype: torch.dtype, folders: dict[str, Path]
-) -> None:
+def test_rows_have_the_dtype_of_the_pixels(name: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:
     tower = load(folders[name])
-    pixels = pixels_for(tower, 3).to(dtype)
-    rows = tower(pixels)
+    exact_pixels = make_pixels(tower, 3)
+    pixels = exact_pixels.to(dtype)
+    rows, listed = tower(pixels), tower(list(pixels))
     assert rows.dtype == dtype
     assert rows.shape[0] == 3
-    listed = tower(list(pixels))
     assert isinstance(listed, list)
     assert [part.dtype for part in listed] == [dtype] * 3
     assert all(torch.equal(part, row) for part, row in zip(listed, rows, strict=True))
-    # The tower computes in its own dtype, so what comes out is its fp32 result, rounded once.
+    # The tower computes in its own dtype; its result is rounded once.
     assert torch.equal(rows, tower(pixels.float()).to(dtype))
-    assert relative_error(rows, tower(pixels.float())) <= torch.finfo(dtype).eps
+    # A tower of this dtype returns fp32 rows for fp32 pixels.
+    half = load(folders[name], dtype=dtype)
+    assert half.dummy_feature.dtype == half.dtype == dtype
+    assert half(exact_pixels).dtype == torch.float32
+    assert relative_error(half(exact_pixels), tower(exact_pixels)) <= 16 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["clip", "siglip", "llava"])
-def test_a_16_bit_tower_answers_fp32_pixels_in_fp32(name: str, dtype: torch.dtype, folders: dict[str, Path]) -> None:
-    tower = load(folders[name], dtype=dtype)
-    pixels = pixels_for(tower)
-    rows = tower(pixels)
-    assert rows.dtype == torch.float32
-    assert tower.dummy_feature.dtype == tower.dtype == dtype
-    exact = load(folders[name])(pixels)
-    assert 0 < relative_error(rows, exact) <= 16 * torch.finfo(dtype).eps
-
-
-def test_pixels_through_llava_are_those_of_its_own_selection(folders: dict[str, Path]) -> None:
+def test_rows_of_llava_are_those_of_its_own_selection(folders: dict[str, Path]) -> None:
     from transformers import LlavaForConditionalGeneration
 
     tower = load(folders["llava"])
     model = LlavaForConditionalGeneration.from_pretrained(folders["llava"], attn_implementation="sdpa").eval()
-    pixels = pixels_for(tower)
-    states = hidden_states(folders["llava"], pixels)
+    pixels = make_pixels(tower)
     with torch.inference_mode():
-        expected = model.model.multi_modal_projector(states[-2][:, 1:])
+        expected = model.model.multi_modal_projector(hidden_states(folders["llava"], pixels)[-2][:, 1:])
     assert relative_error(tower(pixels), expected) <= 1e-5
 
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: its config.json, and what of it other implementations have got wrong: windows, angles, norms, merger."""
+"""Qwen2.5-VL: windows, the padded MLP, the order of merged rows, and the rounding of norms."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,31 +18,6 @@ from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
 from tritontower.parity.parity import Reference, relative_error
 
-PUBLISHED = read_summary("qwen2_5_vl")
-
-# The tower's part of the files published with 3B and 7B, and, with a wider MLP, with 32B and 72B.
-OLD_VISION = PUBLISHED.example["vision_config"]
-NEW_VISION = {
-    "depth": 32,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "hidden_act": "silu",
-    "hidden_size": 1280,
-    "in_channels": 3,
-    "in_chans": 3,
-    "initializer_range": 0.02,
-    "intermediate_size": 3420,
-    "model_type": "qwen2_5_vl_vision",
-    "num_heads": 16,
-    "out_hidden_size": 3584,
-    "patch_size": 14,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
-    "spatial_merge_size": 2,
-    "spatial_patch_size": 14,
-    "temporal_patch_size": 2,
-    "tokens_per_second": 2,
-    "window_size": 112,
-}
-
 
 def read(vision: dict, **others: object) -> TowerConfig:
     return read_family(ConfigReader({"model_type": "qwen2_5_vl", "vision_config": vision, **others})).config
@@ -52,30 +27,14 @@ def load(folder: Path, **options: object) -> VisionTower:
     return VisionTower.from_pretrained(folder, device="cpu", **options)
 
 
-# -- config.json ----------------------------------------------------------------------------------------------------------
-
-
-def test_old_new_and_sparse_generations_read_the_same() -> None:
-    old = read_family(ConfigReader(PUBLISHED.example)).config
-    assert old == read(NEW_VISION, text_config={"hidden_size": 3584, "model_type": "qwen2_5_vl_text"})
-    assert old == read({"hidden_size": 1280, "out_hidden_size": 3584, "in_chans": 3, "tokens_per_second": 2})
-    assert (old.width, old.depth, old.heads, old.head_dim, old.mlp_hidden) == (1280, 32, 16, 80, 3420)
-    assert old.windows is not None
-    assert (old.windows.side, old.windows.full_blocks) == (4, (7, 15, 23, 31))
-    assert (old.norm.kind, old.norm.eps, old.norm.rounding) == ("rms_norm", 1e-6, "before_weight")
-
-
-def test_indices_behind_the_last_block_are_left_out_as_transformers_does() -> None:
+def test_full_blocks_out_of_range_are_ignored() -> None:
     windows = read({**TINY_VISION, "fullatt_block_indexes": [31, 2, 0, 2]}).windows
     assert windows is not None
     assert windows.full_blocks == (0, 2)
 
 
-# -- widths that no GEMM likes --------------------------------------------------------------------------------------------
-
-
-def test_the_inner_width_is_padded_with_zeros(tmp_path: Path) -> None:
-    published = build(read(OLD_VISION)).held_shapes
+def test_mlp_width_is_padded_with_zeros(tmp_path: Path) -> None:
+    published = build(read_family(read_summary("qwen2_5_vl").reader).config).held_shapes
     assert published["blocks.31.mlp_down.weight"] == (1280, 3456)
     assert published["blocks.31.mlp_gate_up.weight"] == (2 * 3456, 1280)
     folder = save_qwen2_5_vl(tmp_path / "model")
@@ -89,15 +48,13 @@ def test_the_inner_width_is_padded_with_zeros(tmp_path: Path) -> None:
     assert not weights["blocks.2.mlp_down.weight"][:, 84:].any()
 
 
-# -- who sees whom --------------------------------------------------------------------------------------------------------
-
 GRID = (5, 7)
-"""Rows and columns of tokens of the image below, which windows of 2 × 2 tokens do not divide."""
+"""Rows and columns of tokens of an image that windows of 2 × 2 tokens do not divide."""
 
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VisionTower]:
-    """Makes and loads a small tower with these changes."""
+    """Saves and loads a small tower with these changes."""
 
     def make(**changes: object) -> VisionTower:
         return load(save_qwen2_5_vl(tmp_path_factory.mktemp("model") / "model", **changes))
@@ -106,9 +63,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VisionTowe
 
 
 @pytest.mark.parametrize("place", [(0, 0), (3, 5), (4, 9), (9, 2), (9, 13)], ids=str)
-def test_window_blocks_see_no_further_than_their_window(
-    place: tuple[int, int], towers: Callable[..., VisionTower]
-) -> None:
+def test_attention_stays_within_the_window(place: tuple[int, int], towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[])
     batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
     assert batch.images.tile_grids == ((1, 2 * GRID[0], 2 * GRID[1]),)
@@ -122,13 +77,13 @@ def test_window_blocks_see_no_further_than_their_window(
     assert list_affected_tokens(tower.forward, batch, find_row(batch, place)) == together
 
 
-def test_one_full_block_sees_the_whole_image(towers: Callable[..., VisionTower]) -> None:
+def test_one_full_block_attends_to_the_whole_image(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[2])
     batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
     assert list_affected_tokens(tower.forward, batch, find_row(batch, (9, 13))) == set(range(GRID[0] * GRID[1]))
 
 
-def test_windows_of_a_video_lie_within_a_frame(towers: Callable[..., VisionTower]) -> None:
+def test_windows_of_a_video_stay_within_a_frame(towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[])
     batch = tower.preprocess_video([noise(140, 84, seed) for seed in range(4)], min_pixels=784)
     assert batch.attention.windows is not None
@@ -142,10 +97,7 @@ def test_windows_of_a_video_lie_within_a_frame(towers: Callable[..., VisionTower
     assert list(batch.attention.segments.lengths) == [height * width] * 2
 
 
-# -- where the merger finds its patches -----------------------------------------------------------------------------------
-
-
-def test_merged_rows_are_put_back_into_the_images_order(towers: Callable[..., VisionTower]) -> None:
+def test_merged_rows_are_in_the_order_of_the_image(towers: Callable[..., VisionTower]) -> None:
     tower = towers()
     batch = tower.preprocess([noise(GRID[1] * 28, GRID[0] * 28), noise(90, 300)])
     merged: list[torch.Tensor] = []
@@ -159,10 +111,7 @@ def test_merged_rows_are_put_back_into_the_images_order(towers: Callable[..., Vi
     assert relative_error(tower.forward(batch), merged[0]) > 0.1
 
 
-# -- precision ------------------------------------------------------------------------------------------------------------
-
-
-def test_norms_round_before_they_meet_their_weight(towers: Callable[..., VisionTower]) -> None:
+def test_norms_round_before_they_multiply_by_the_weight(towers: Callable[..., VisionTower]) -> None:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
     tower = towers(dtype=torch.bfloat16)

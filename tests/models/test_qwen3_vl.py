@@ -1,4 +1,4 @@
-"""Qwen3-VL and Qwen3.5: their config.json, and what of them other implementations have got wrong: positions, deepstack."""
+"""Qwen3-VL and Qwen3.5: the position table, deepstack, and the budget of a video."""
 
 import json
 from collections.abc import Callable
@@ -22,14 +22,6 @@ from tritontower.parity.parity import Reference, relative_error
 
 QWEN3_VL, QWEN3_5 = map(read_summary, ("qwen3_vl", "qwen3_5"))
 
-SMALL: dict[str, Any] = {
-    "deepstack_visual_indexes": [5, 11, 17],
-    "depth": 24,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-}
-"""What 2B and 4B have otherwise than the larger towers."""
-
 
 def read(vision: dict[str, Any], model_type: str = "qwen3_vl") -> TowerConfig:
     return read_family(ConfigReader({"model_type": model_type, "vision_config": vision})).config
@@ -41,7 +33,7 @@ def load(folder: Path, **options: object) -> VisionTower:
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VisionTower]:
-    """Makes and loads a small tower with these changes."""
+    """Saves and loads a small tower with these changes."""
 
     def make(model_type: str = "qwen3_vl", **changes: Any) -> VisionTower:
         return load(save_qwen3(model_type, tmp_path_factory.mktemp("model") / "model", **changes))
@@ -49,28 +41,9 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VisionTowe
     return make
 
 
-# -- config.json ----------------------------------------------------------------------------------------------------------
-
-
-def test_published_and_sparse_generations_read_the_same() -> None:
-    published = read_family(ConfigReader(QWEN3_VL.example)).config
-    assert published == read({"out_hidden_size": 4096})
-    resaved = {
-        **QWEN3_VL.example["vision_config"],
-        "model_type": "qwen3_vl_vision",
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "axial"},
-    }
-    assert published == read(resaved)
-    assert (published.width, published.depth, published.heads, published.head_dim) == (1152, 27, 16, 72)
-    assert published.deepstack == (8, 16, 24)
-    assert published.position_table is not None
-    assert published.position_table.side == 48
-    assert published.patch.bias
-
-
 @pytest.mark.parametrize("model_type", ["qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize("indices", [[], [8, 16, 24], [99], None])
-def test_qwen3_5_has_no_deepstack_whatever_its_file_says(model_type: str, indices: list[int] | None) -> None:
+def test_deepstack_of_a_qwen3_5_file_is_ignored(model_type: str, indices: list[int] | None) -> None:
     vision = {**QWEN3_5.example["vision_config"], "deepstack_visual_indexes": indices}
     config = read(vision, model_type)
     assert config == read_family(ConfigReader(QWEN3_5.example)).config
@@ -78,10 +51,7 @@ def test_qwen3_5_has_no_deepstack_whatever_its_file_says(model_type: str, indice
     assert config.deepstack_projector is None
 
 
-# -- positions ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., VisionTower]) -> None:
+def test_position_table_is_interpolated_with_aligned_corners(towers: Callable[..., VisionTower]) -> None:
     tower = towers(num_position_embeddings=36)
     batch = tower.preprocess([noise(160, 224), noise(96, 96)])
     assert batch.images.tile_grids == ((1, 14, 10), (1, 6, 6))
@@ -94,12 +64,12 @@ def test_the_table_is_stretched_from_corner_to_corner(towers: Callable[..., Visi
         row, column = merge_block_positions([grid], 2).long().unbind(1)
         expected.append(stretched[:, row, column].T)
     assert relative_error(placed - bare, torch.cat(expected)) <= 1e-5
-    # The second image has the table's own grid: every patch gets one row of it.
+    # The grid of the second image is the table's: every patch has one row of it.
     row, column = merge_block_positions([(1, 6, 6)], 2).long().unbind(1)
     assert torch.equal(placed[140:], bare[140:] + table[row * 6 + column])
 
 
-def test_weights_of_the_table_are_not_rounded_to_bf16(towers: Callable[..., VisionTower]) -> None:
+def test_interpolation_weights_stay_fp32(towers: Callable[..., VisionTower]) -> None:
     tower = towers(num_position_embeddings=2304)
     batch = tower.preprocess(noise(352, 416))
     _, weights = bilinear_taps(merge_block_positions(batch.images.tile_grids, 2), batch.images.tile_grids, 48)
@@ -114,9 +84,6 @@ def test_weights_of_the_table_are_not_rounded_to_bf16(towers: Callable[..., Visi
     assert (placed == (bare.float() + learned).bfloat16()).float().mean() > 0.999
 
 
-# -- deepstack ------------------------------------------------------------------------------------------------------------
-
-
 def test_deepstack_mergers_normalize_whole_tokens(towers: Callable[..., VisionTower]) -> None:
     tower = towers(deepstack_visual_indexes=[0, 2])
     shapes = tower.graph.sources
@@ -127,11 +94,11 @@ def test_deepstack_mergers_normalize_whole_tokens(towers: Callable[..., VisionTo
     assert list(ours) == list(theirs) == ["embeddings", "deepstack.0", "deepstack.1"]
     for name, rows in ours.items():
         assert relative_error(rows, theirs[name]) <= 1e-5
-    # Behind the last block, where both read the same rows, they still differ in their weights and in what they normalize.
+    # After the last block both read the same rows, but they have other weights and normalize something else.
     assert relative_error(ours["deepstack.1"], ours["embeddings"]) > 0.5
 
 
-def test_deepstack_rows_come_in_the_order_of_their_blocks(towers: Callable[..., VisionTower]) -> None:
+def test_deepstack_rows_are_in_the_order_of_their_blocks(towers: Callable[..., VisionTower]) -> None:
     tower = towers(depth=4, deepstack_visual_indexes=[0, 1, 3])
     batch = tower.preprocess(noise(157, 243))
     seen: list[torch.Tensor] = []
@@ -162,10 +129,7 @@ def test_qwen3_5_loads_with_deepstack_indices_in_its_file(tmp_path: Path) -> Non
         assert relative_error(embedding.embeddings, rows) <= 1e-5
 
 
-# -- images and videos ---------------------------------------------------------------------------------------------------
-
-
-def test_a_videos_frames_share_one_budget(towers: Callable[..., VisionTower]) -> None:
+def test_frames_of_a_video_share_one_budget(towers: Callable[..., VisionTower]) -> None:
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     tower = towers()
