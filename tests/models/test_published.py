@@ -1,16 +1,14 @@
-"""Towers of published size: ``tritontower inspect`` on a folder without weights says what is known of them.
-
-The numbers in ``tests/support/published.py`` come from elsewhere.  Nothing here reads a weight or decodes an image.
-"""
+"""Towers of published size: ``tritontower inspect`` without weights agrees with ``tests/support/published.py``."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.published import PUBLISHED, PublishedTower, write_published
+from support.published import PUBLISHED, PublishedTower
 
 from tritontower import cli
+from tritontower.models.common.family import write_config
 
 each_tower = pytest.mark.parametrize("tower", PUBLISHED, ids=lambda tower: tower.name)
 EACH_IMAGE = [(tower, image) for tower in PUBLISHED for image in tower.images]
@@ -21,10 +19,10 @@ each_image = pytest.mark.parametrize(
 
 @pytest.fixture
 def inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command on a folder with the configuration and the processor file, and nothing else."""
+    """Runs the command on a folder with the configuration and the processor file only."""
 
     def run(tower: PublishedTower, side: int = 448) -> dict[str, Any]:
-        folder = write_published(tmp_path / tower.name, tower)
+        folder = write_config(tmp_path / tower.name, tower.summary, tower.config)
         assert cli.main(["inspect", str(folder), "--json", "--size", f"{side}x{side}"]) == 0
         assert not list(folder.glob("*.safetensors"))
         report: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -33,34 +31,34 @@ def inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def nodes_of(report: dict[str, Any], *, projector: bool) -> list[dict[str, Any]]:
+def list_nodes(report: dict[str, Any], *, projector: bool) -> list[dict[str, Any]]:
     return [node for node in report["graph"]["nodes"] if node["name"].startswith("projector") == projector]
 
 
-def rounded_as(text: str, millions: float) -> str:
-    """``millions`` with as many decimals as ``text`` has."""
+def round_as(text: str, millions: float) -> str:
+    """Formats ``millions`` with as many decimals as ``text`` has."""
     return f"{millions:.{len(text.partition('.')[2])}f}"
 
 
 @each_tower
-def test_parameters_are_the_published_ones(tower: PublishedTower, inspect: Any) -> None:
+def test_parameters_match_the_published_numbers(tower: PublishedTower, inspect: Any) -> None:
     report = inspect(tower)
     graph, depth = report["graph"], report["config"]["depth"]
     blocks = {node["block"] for node in graph["nodes"]} - {None}
-    # A block behind the last that is needed is published, and not part of the graph.
+    # A block after the last needed one is published, but not part of the graph.
     unbuilt = depth - len(blocks)
     published = graph["parameters"] + unbuilt * sum(n["parameters"] for n in graph["nodes"] if n["block"] == 0)
-    projector = sum(node["parameters"] for node in nodes_of(report, projector=True))
+    projector = sum(node["parameters"] for node in list_nodes(report, projector=True))
     assert unbuilt == (1 if report["config"]["family"] == "llava" and report["config"]["class_token"] else 0)
     if not tower.projector_millions:
-        assert rounded_as(tower.tower_millions, published / 1e6) == tower.tower_millions
+        assert round_as(tower.tower_millions, published / 1e6) == tower.tower_millions
         return
-    assert rounded_as(tower.projector_millions, projector / 1e6) == tower.projector_millions
-    assert rounded_as(tower.tower_millions, (published - projector) / 1e6) == tower.tower_millions
+    assert round_as(tower.projector_millions, projector / 1e6) == tower.projector_millions
+    assert round_as(tower.tower_millions, (published - projector) / 1e6) == tower.tower_millions
 
 
 @each_image
-def test_patches_and_tokens_are_the_known_ones(tower: PublishedTower, image: Any, inspect: Any) -> None:
+def test_patches_and_tokens_match_the_published_numbers(tower: PublishedTower, image: Any, inspect: Any) -> None:
     report = inspect(tower, image.side)
     workload = report["graph"]["workload"]
     class_rows = image.tiles if report["config"]["class_token"] else 0
@@ -69,22 +67,18 @@ def test_patches_and_tokens_are_the_known_ones(tower: PublishedTower, image: Any
 
 
 @each_image
-def test_operations_are_the_known_ones(tower: PublishedTower, image: Any, inspect: Any) -> None:
-    """Within one per cent.
-
-    What is left is rounding of the known numbers, the second frame of a still image, which is folded into the first (up
-    to −0.1 %), and the padding of a gated MLP (+0.6 %).
-    """
+def test_flops_match_the_published_numbers(tower: PublishedTower, image: Any, inspect: Any) -> None:
+    """Within 1 %: rounding of the published numbers, and the second frame of a still image, which is folded (−0.1 %)."""
     report = inspect(tower, image.side)
     flops = report["graph"]["flops"]
     assert flops == report["images"][0]["flops"]
     if image.tiles > 1:
-        flops = sum(node["flops"] for node in nodes_of(report, projector=False)) / image.tiles
+        flops = sum(node["flops"] for node in list_nodes(report, projector=False)) / image.tiles
     assert flops / 1e12 == pytest.approx(float(image.tera), rel=0.01)
 
 
-def test_the_padding_of_a_gated_mlp_is_neither_work_nor_a_parameter(inspect: Any) -> None:
-    """3420 columns are computed as 3456; what is counted is the work that the tower needs."""
+def test_padding_of_a_gated_mlp_is_not_counted(inspect: Any) -> None:
+    """3420 columns are computed as 3456."""
     (tower,) = [tower for tower in PUBLISHED if tower.name == "Qwen2.5-VL-7B-Instruct"]
     report = inspect(tower)
     assert report["config"]["mlp_hidden"] == 3420
@@ -93,16 +87,16 @@ def test_the_padding_of_a_gated_mlp_is_neither_work_nor_a_parameter(inspect: Any
     assert report["graph"]["parameters"] < 677e6
 
 
-def test_only_the_blocks_that_are_needed_are_counted_as_work(inspect: Any) -> None:
-    """LLaVA takes the rows behind block 23 of 24: 290.9 of the 303.5 million published parameters are built."""
+def test_only_needed_blocks_are_counted(inspect: Any) -> None:
+    """LLaVA takes the rows after block 23 of 24: 290.9 of 303.5 million published parameters."""
     (tower,) = [tower for tower in PUBLISHED if tower.name == "llava-1.5-7b-hf"]
     report = inspect(tower)
-    built = report["graph"]["parameters"] - sum(node["parameters"] for node in nodes_of(report, projector=True))
-    assert rounded_as("290.9", built / 1e6) == "290.9"
+    built = report["graph"]["parameters"] - sum(node["parameters"] for node in list_nodes(report, projector=True))
+    assert round_as("290.9", built / 1e6) == "290.9"
     assert {node["block"] for node in report["graph"]["nodes"]} - {None} == set(range(23))
 
 
-def test_the_native_and_the_converted_checkpoint_are_one_tower(inspect: Any) -> None:
+def test_native_and_converted_checkpoint_are_one_tower(inspect: Any) -> None:
     converted, native = (inspect(tower) for tower in PUBLISHED if tower.name.lower().startswith("pixtral-12b"))
     for report in (native, converted):
         del report["config"]["family"]

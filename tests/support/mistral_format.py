@@ -1,7 +1,7 @@
-"""Mistral's own format: checkpoints in transformers' format rewritten into it, and what its definition makes of them.
+"""Mistral's own format: conversion of checkpoints into it, and the definition of the tower.
 
-Neither uses anything of the package: the conversion copies row by row, the definition is written down with complex numbers
-and ``unfold``, as Mistral's own implementation has it.
+Neither uses the package: the conversion copies row by row; the definition uses complex numbers and ``unfold``, like Mistral's
+own implementation.
 """
 
 import json
@@ -32,7 +32,7 @@ PARTS = {
 
 
 def to_mistral_format(source: Path, target: Path, *, files: str = "one", **vision: Any) -> Path:
-    """A checkpoint in transformers' format (Pixtral or Mistral 3) in Mistral's own.
+    """Converts a checkpoint in transformers' format (Pixtral or Mistral 3).
 
     Args:
         source: a folder with one ``model.safetensors``.
@@ -58,7 +58,7 @@ def to_mistral_format(source: Path, target: Path, *, files: str = "one", **visio
 
 
 def interleaved(matrix: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows in the order in which a rotary pair stands side by side, from halves of a head."""
+    """Reorders rows from halves of a head to adjacent rotary pairs."""
     rows = matrix.clone()
     head_dim = len(matrix) // heads
     for head in range(heads):
