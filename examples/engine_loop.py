@@ -1,8 +1,8 @@
-"""An engine's own loop: ids of a prompt with an image, rows for them, positions, a prefill in chunks, greedy tokens.
+"""Generates text in a loop as an engine does: prompt ids, image rows, positions, chunked prefill and greedy decoding.
 
     python examples/engine_loop.py photo.jpg "What is in the image?"
 
-The language model is borrowed from transformers; it takes rows and positions, as any engine's does.
+The language model is that of transformers, called with embeddings and positions only.
 """
 
 import argparse
@@ -22,12 +22,12 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="Qwen2-VL or Qwen2.5-VL")
-    parser.add_argument("--chunk", type=int, default=256, help="tokens of the prompt that run at once")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens per prefill step")
     arguments = parser.parse_args()
     tower = VisionTower.from_pretrained(arguments.model)
     rule = tower.mrope
     if rule is None or tower.config.deepstack:
-        parser.error("this loop is for Qwen2-VL and Qwen2.5-VL: M-RoPE, no deepstack")
+        parser.error("--model must be a Qwen2-VL or Qwen2.5-VL (M-RoPE, no deepstack)")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=tower.dtype).to(tower.device)
     language, table = model.model.language_model, model.get_input_embeddings()

@@ -1,9 +1,9 @@
-"""Embeddings made in one process, for vLLM in another.
+"""Encodes images in one process and passes the embeddings to vLLM in another.
 
     python examples/export_for_vllm.py encode photo.jpg --file photo.safetensors
     python examples/export_for_vllm.py ask "<|vision_start|><|image_pad|><|vision_end|>Title:" --file photo.safetensors
 
-The second needs vLLM, which then loads no encoder of its own; without vLLM it shows the request.
+The second command needs vLLM, which then loads no encoder; without vLLM it prints the request.
 """
 
 import argparse
@@ -18,25 +18,25 @@ from tritontower.integrations.vllm import to_vllm
 
 
 def main() -> None:
-    """Writes the file, or reads it and asks."""
+    """Writes the embeddings, or reads them and asks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("encode", "ask"))
-    parser.add_argument("given", nargs="+", help="images to encode, or the prompt to ask with")
+    parser.add_argument("command", choices=("encode", "ask"))
+    parser.add_argument("inputs", nargs="+", help="images to encode, or the prompt to ask")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="a local folder or a hub id")
-    parser.add_argument("--file", type=Path, required=True, help="where the embeddings are kept")
+    parser.add_argument("--file", type=Path, required=True, help="safetensors file of the embeddings")
     arguments = parser.parse_args()
 
-    if arguments.what == "encode":
+    if arguments.command == "encode":
         tower = VisionTower.from_pretrained(arguments.model)
-        embeddings = tower.encode([Path(name) for name in arguments.given], output_device="cpu")
+        embeddings = tower.encode([Path(name) for name in arguments.inputs], output_device="cpu")
         save_embeddings(arguments.file, embeddings)
         print(f"{len(embeddings)} embeddings, {sum(each.num_tokens for each in embeddings)} tokens: {arguments.file}")
         return
 
-    # Only the configuration is read: it says which form vLLM takes, and what the embeddings are checked against.
+    # Only the configuration is read, to choose vLLM's form and to check the embeddings.
     tower = VisionTower.from_pretrained(arguments.model, delay_load=True)
     data = to_vllm(tower, load_embeddings(arguments.file))
-    request = {"prompt": arguments.given[0], "multi_modal_data": data}
+    request = {"prompt": arguments.inputs[0], "multi_modal_data": data}
     if find_spec("vllm"):
         from vllm import LLM
 

@@ -1,4 +1,4 @@
-"""A model whose language part is quantized to 4 bits, and whose vision part is a tower in full precision.
+"""Loads a model with its language model in 4 bits and a tower in full precision as its vision encoder.
 
     python examples/four_bit_vlm.py photo.jpg "What is in the image?" --model Qwen/Qwen2.5-VL-7B-Instruct
 
@@ -19,14 +19,14 @@ def main() -> None:
     parser.add_argument("image", type=Path)
     parser.add_argument("question")
     parser.add_argument("--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="a local folder or a hub id")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate at most")
+    parser.add_argument("--tokens", type=int, default=32, help="maximum number of generated tokens")
     arguments = parser.parse_args()
 
     model, processor = load_vlm(arguments.model, load_in_4bit=True)
     swapped = accelerated(model)
-    assert swapped is not None  # load_vlm puts a tower into every model
+    assert swapped is not None  # every model of load_vlm has a tower
     quantized = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
-    print(f"{quantized} linears of the language model in 4 bits, the vision part in {swapped.tower.dtype}")
+    print(f"{quantized} linears of the language model in 4 bits, the tower in {swapped.tower.dtype}")
 
     content = [{"type": "image"}, {"type": "text", "text": arguments.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -1,8 +1,8 @@
-"""Images in, embeddings out, and nothing of the checkpoint loaded but its vision tower.
+"""Encodes images, loading only the vision tower of a checkpoint.
 
     python examples/minimal_encode.py photo.jpg page.png --output embeddings.safetensors
 
-The file is safetensors; ``load_embeddings`` reads it, and so does any other program.
+The output is a safetensors file, which ``load_embeddings`` reads.
 """
 
 import argparse
@@ -13,9 +13,9 @@ from tritontower.embedding import load_embeddings, save_embeddings
 
 
 def main() -> None:
-    """Encodes the images, keeps the embeddings in a file, and reads them back."""
+    """Encodes the images, saves the embeddings, and reads them back."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, help="of any sizes")
+    parser.add_argument("images", nargs="+", type=Path, help="image files of any sizes")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="a local folder or a hub id")
     parser.add_argument("--output", type=Path, help="a safetensors file to write")
     arguments = parser.parse_args()

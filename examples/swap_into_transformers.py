@@ -1,8 +1,8 @@
-"""A loaded model of transformers with a tower in the place of its vision part, and with its own again.
+"""Swaps a tower into a loaded model of transformers, and restores the model.
 
     python examples/swap_into_transformers.py photo.jpg "USER: <image> What is this? ASSISTANT:"
 
-The answers are the same; the tower is made of the model's own weights.
+Both answers are the same; the tower is made from the model's own weights.
 """
 
 import argparse
@@ -16,12 +16,12 @@ from tritontower.integrations.transformers import accelerate_vision, restore
 
 
 def main() -> None:
-    """Generates an answer both ways."""
+    """Generates an answer with and without the tower."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("image", type=Path)
-    parser.add_argument("prompt", help="with the model's marker for an image in it")
+    parser.add_argument("prompt", help="prompt with the model's image marker")
     parser.add_argument("--model", default="llava-hf/llava-1.5-7b-hf", help="a local folder or a hub id")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens to generate at most")
+    parser.add_argument("--tokens", type=int, default=32, help="maximum number of generated tokens")
     arguments = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Every file of ``examples/`` runs, on a small random checkpoint, and prints what is true."""
+"""Every example runs on a small random checkpoint and prints correct results."""
 
 import os
 import re
@@ -29,7 +29,7 @@ Run = Callable[..., str]
 
 
 def save_tokenizer(folder: Path, special: list[str], chat_template: str | None = None) -> dict[str, int]:
-    """A tokenizer that knows a few words; returns the ids of its special tokens."""
+    """Saves a tokenizer of a few words; returns the ids of its special tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -60,7 +60,7 @@ CHAT_TEMPLATE = (
 
 
 def save_qwen(folder: Path, prefix: str, vision: dict[str, Any]) -> Path:
-    """A small Qwen-VL with a tokenizer, of widths that bitsandbytes can quantize on a CPU."""
+    """Saves a small Qwen-VL with a tokenizer, of widths that bitsandbytes can quantize on a CPU."""
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -105,7 +105,7 @@ def qwen2_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small LLaVA with its processor."""
+    """Saves a small LLaVA with its processor."""
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -161,7 +161,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run_example
 
 
-def test_all_of_them_are_short_tested_and_listed() -> None:
+def test_examples_are_short_tested_and_listed() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
     tests = Path(__file__).read_text(encoding="utf-8")
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
@@ -181,8 +181,8 @@ def test_minimal_encode(run: Run, qwen: Path, images: list[Path], tmp_path: Path
         assert torch.equal(found.embeddings, embedding.embeddings)
 
 
-def answer_of_transformers(folder: Path, image: Path, text: str, tokens: int) -> str:
-    """What transformers alone generates from the same prompt."""
+def generate_by_transformers(folder: Path, image: Path, text: str, tokens: int) -> str:
+    """Generates an answer to the same prompt with transformers alone."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -209,7 +209,7 @@ def test_engine_loop(run: Run, images: list[Path], request: pytest.FixtureReques
     folder = request.getfixturevalue(model)
     output = run("engine_loop.py", images[0], "what is in", "--model", folder, "--chunk", chunk)
     text = "user : <|vision_start|><|image_pad|><|vision_end|>what is in ASSISTANT :"
-    expected = answer_of_transformers(folder, images[0], text, 32)
+    expected = generate_by_transformers(folder, images[0], text, 32)
     assert len(set(expected.split())) > 2
     assert output.strip() == expected
 
@@ -227,8 +227,8 @@ def test_four_bit_vlm(run: Run, qwen: Path, images: list[Path]) -> None:
     pytest.importorskip("bitsandbytes")
     output = run("four_bit_vlm.py", images[0], "what is in", "--model", qwen, "--tokens", 8)
     first, answer = output.strip().splitlines()
-    # q, k, v, o and the three of the MLP, in both layers.
-    assert first == "14 linears of the language model in 4 bits, the vision part in torch.float32"
+    # Four linears of attention and three of the MLP, in two layers.
+    assert first == "14 linears of the language model in 4 bits, the tower in torch.float32"
     assert answer.split()
 
 

@@ -1,7 +1,7 @@
-"""Hand-over to vLLM, SGLang and ExLlama: the forms are those of the recorded releases, the values are the tower's.
+"""Handoff to vLLM, SGLang and ExLlama: the forms are those of the recorded releases, the values are the tower's.
 
-``tests/data/hosts.json`` records what was read in which release.  Where an engine is installed, its own code is shown the
-data as well; without it those tests are skipped.
+``tests/data/hosts.json`` records the forms and the release in which they were read. If an engine is installed, its own
+code reads the data as well; otherwise those tests are skipped.
 """
 
 import importlib
@@ -27,6 +27,8 @@ from support.towers import TowerCase, all_cases
 from tritontower import VisionTower
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import HostRefusalError, UsageError
+from tritontower.integrations import sglang, vllm
+from tritontower.integrations.checks import find_form
 from tritontower.integrations.exllama import ExLlamaEmbedding, ExLlamaV2Vision, ExLlamaV3Vision, to_exllama
 from tritontower.integrations.sglang import SGLANG_READ, to_sglang
 from tritontower.integrations.vllm import VLLM_READ, to_vllm
@@ -46,7 +48,7 @@ Load = Callable[[TowerCase], VisionTower]
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """A small fp32 tower of a case, made once."""
+    """Loads a small fp32 tower of a case, once."""
     towers: dict[str, VisionTower] = {}
 
     def get(case: TowerCase) -> VisionTower:
@@ -62,12 +64,12 @@ def two(case: TowerCase) -> list[np.ndarray]:
     return [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[1:3])]
 
 
-def side_by_side(embedding: ImageEmbedding) -> torch.Tensor:
-    return torch.cat((embedding.embeddings, *embedding.deepstack), dim=1)
+def side_by_side(*embeddings: ImageEmbedding) -> torch.Tensor:
+    return torch.cat([torch.cat((embedding.embeddings, *embedding.deepstack), dim=1) for embedding in embeddings])
 
 
-def short(model_type: str) -> str:
-    """The entry of a record: the whole name, or what is before the tower's."""
+def record_key(model_type: str) -> str:
+    """Returns the key of a record: the whole name, or the part before the tower's type."""
     known = {*VLLM["matrices"], *VLLM["dictionaries"], *VLLM["refused"]}
     return model_type if model_type in known else model_type.partition("/")[0]
 
@@ -76,53 +78,44 @@ def short(model_type: str) -> str:
 
 
 @each_case
-def test_vllm_gets_the_recorded_form_or_a_refusal(case: TowerCase, load: Load) -> None:
+def test_vllm_form_is_the_recorded_one(case: TowerCase, load: Load) -> None:
     tower = load(case)
-    kind = short(tower.family.model_type)
+    key = record_key(tower.family.model_type)
     embeddings = tower.encode(two(case))
-    if kind in VLLM["refused"]:
+    if key in VLLM["refused"]:
         with pytest.raises(HostRefusalError, match=re.escape(f"vLLM {VLLM['version']}")) as refusal:
             to_vllm(tower, embeddings)
         assert refusal.value.reason in str(refusal.value)
         assert refusal.value.instead in str(refusal.value)
-    elif kind in VLLM["dictionaries"]:
-        assert_dictionary(tower, to_vllm(tower, embeddings), VLLM["dictionaries"][kind], embeddings)
+    elif key in VLLM["dictionaries"]:
+        data = to_vllm(tower, embeddings)
+        assert list(data) == ["image"]
+        assert list(data["image"]) == VLLM["dictionaries"][key]["image"]
+        rows, grids = data["image"]["image_embeds"], data["image"]["image_grid_thw"]
+        assert torch.equal(rows, side_by_side(*embeddings))
+        assert grids.dtype == torch.int64
+        assert grids.tolist() == [list(embedding.grid_thw) for embedding in embeddings]
+        assert (grids.prod(-1) // tower.config.merge**2).tolist() == [embedding.num_tokens for embedding in embeddings]
     else:
-        assert_matrices(tower, VLLM["matrices"][kind]["one_count"], embeddings)
+        check_matrices(tower, VLLM["matrices"][key]["one_count"], embeddings)
 
 
-def assert_dictionary(
-    tower: VisionTower, data: dict[str, Any], record: dict[str, list[str]], embeddings: list[ImageEmbedding]
-) -> None:
-    assert list(data) == ["image"]
-    image = data["image"]
-    assert list(image) == record["image"]
-    rows, grids = image["image_embeds"], image["image_grid_thw"]
-    assert torch.equal(rows, torch.cat([side_by_side(embedding) for embedding in embeddings]))
-    assert rows.shape[1] == tower.hidden_size * (1 + len(tower.config.deepstack))
-    assert torch.equal(rows[:, : tower.hidden_size], torch.cat([e.embeddings for e in embeddings]))
-    assert grids.dtype == torch.int64
-    assert grids.tolist() == [list(embedding.grid_thw) for embedding in embeddings]
-    assert (grids.prod(-1) // tower.config.merge**2).tolist() == [embedding.num_tokens for embedding in embeddings]
-
-
-def assert_matrices(tower: VisionTower, one_count: bool, embeddings: list[ImageEmbedding]) -> None:
+def check_matrices(tower: VisionTower, one_count: bool, embeddings: list[ImageEmbedding]) -> None:
     for given in ([embeddings[0]], [embeddings[1], embeddings[1]]):
         data = to_vllm(tower, given)
         assert list(data) == ["image"]
-        assert [matrix.ndim for matrix in data["image"]] == [2] * len(given)
         assert all(torch.equal(found, e.embeddings) for found, e in zip(data["image"], given, strict=True))
     counts = {embedding.num_tokens for embedding in embeddings}
-    assert one_count == (len(counts) > 1), "the case has to show whether counts may differ"
+    assert one_count == (len(counts) > 1), "the case must show if counts may differ"
     if one_count:
-        with pytest.raises(HostRefusalError, match=f"these have {min(counts)}, {max(counts)}"):
+        with pytest.raises(HostRefusalError, match=f"got {min(counts)}, {max(counts)}"):
             to_vllm(tower, embeddings)
     else:
         assert len(to_vllm(tower, embeddings)["image"]) == 2
 
 
 @each_qwen
-def test_vllm_gets_videos_beside_images(case: TowerCase, load: Load) -> None:
+def test_videos_are_separate_from_images(case: TowerCase, load: Load) -> None:
     tower = load(case)
     record = VLLM["dictionaries"][tower.family.model_type]
     video = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=2.0)
@@ -137,53 +130,54 @@ def test_vllm_gets_videos_beside_images(case: TowerCase, load: Load) -> None:
         assert data["video"]["timestamps"] == [[0.25, 1.25, 2.0]]
     if "second_per_grid_ts" in record["video"]:
         assert data["video"]["second_per_grid_ts"].tolist() == [1.0]
+    item = to_sglang(tower, video)
+    assert (item["format"], item["modality"]) == ("processor_output", "video")
+    assert torch.equal(item["precomputed_embeddings"], side_by_side(video))
+    assert item["video_grid_thw"].tolist() == [list(video.grid_thw)]
+    timed = tower.family.model_type == "qwen2_5_vl"
+    assert item.get("second_per_grid_ts", torch.tensor([])).tolist() == [1.0] * timed
+    with pytest.raises(UsageError, match=r"image_data=\[…\], video_data=\[…\]"):
+        to_sglang(tower, [image, video])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_video_without_times_is_refused_where_positions_depend_on_them(name: str, load: Load) -> None:
+@pytest.mark.parametrize(
+    ("name", "hosts"), [("qwen2_5_vl", (to_vllm, to_sglang)), ("qwen3_vl", (to_vllm,)), ("qwen2_vl", ())]
+)
+def test_videos_need_times_if_positions_depend_on_them(name: str, hosts: Any, load: Load) -> None:
     tower = load(BY_NAME[name])
     video = tower.encode_video([noise(120, 80, seed) for seed in range(4)])
-    with pytest.raises(UsageError, match="pass fps="):
-        to_vllm(tower, video)
+    for host in (to_vllm, to_sglang):
+        if host in hosts:
+            with pytest.raises(UsageError, match="pass fps="):
+                host(tower, video)
+        else:
+            host(tower, video)
 
 
-@pytest.mark.parametrize("model_type", model_types())
-def test_every_model_type_was_looked_up(model_type: str) -> None:
-    from tritontower.integrations import sglang, vllm
-
-    # A family that nobody looked up would be refused for a reason that helps nobody.
-    vllm_takes = short(model_type) in {*VLLM["matrices"], *VLLM["dictionaries"]}
-    assert vllm_takes != (short(model_type) in VLLM["refused"])
-    for ask, taken in ((vllm._form, vllm_takes), (sglang._host, model_type in SGLANG["taken"])):
-        reason = reason_of(ask, model_type)
-        assert (reason is None) == taken
-        assert reason is None or "nobody" not in reason
-
-
-def reason_of(ask: Callable[[str], object], model_type: str) -> str | None:
-    """Why an engine refuses; ``None`` where it does not."""
-    try:
-        ask(model_type)
-    except HostRefusalError as refusal:
-        return refusal.reason
-    return None
+@pytest.mark.parametrize("model_type", [*model_types(), "next_years_model"])
+@pytest.mark.parametrize(("host", "read", "record"), [(vllm, VLLM_READ, VLLM), (sglang, SGLANG_READ, SGLANG)])
+def test_every_model_type_has_been_checked(host: ModuleType, read: str, record: Any, model_type: str) -> None:
+    assert read.endswith(f" {record['version']}")
+    known = model_type != "next_years_model"
+    if host is vllm:
+        taken = record_key(model_type) in {*VLLM["matrices"], *VLLM["dictionaries"]}
+        assert taken != (record_key(model_type) in VLLM["refused"] or not known)
+    else:
+        taken = model_type in SGLANG["taken"]
+    if taken:
+        find_form(read, model_type, host.TAKEN, host.REFUSED, otherwise="")
+        return
+    with pytest.raises(HostRefusalError) as refusal:
+        find_form(read, model_type, host.TAKEN, host.REFUSED, otherwise="nothing")
+    assert refusal.value.host == read
+    assert ("has not been checked" in refusal.value.reason) != known
 
 
-def test_a_model_type_that_nobody_looked_up_is_refused() -> None:
-    from tritontower.integrations import sglang, vllm
-
-    for ask, read, record in ((vllm._form, VLLM_READ, VLLM), (sglang._host, SGLANG_READ, SGLANG)):
-        with pytest.raises(HostRefusalError, match="nobody has looked") as refusal:
-            ask("next_years_model")
-        assert refusal.value.host == read
-        assert read.endswith(f" {record['version']}")
-
-
-def test_mistrals_own_format_is_refused_by_vllm_and_taken_by_sglang(load: Load, tmp_path: Path) -> None:
+def test_mistral_format_is_refused_by_vllm_only(load: Load, tmp_path: Path) -> None:
     folder = to_mistral_format(load(BY_NAME["pixtral"]).folder, tmp_path / "native")
     tower = VisionTower.from_pretrained(folder, device="cpu")
     embeddings = tower.encode(two(BY_NAME["pixtral"]))
-    with pytest.raises(HostRefusalError, match=r"no input but pixels.*merge_embeddings.*prompt_embeds"):
+    with pytest.raises(HostRefusalError, match=r"takes pixels only.*merge_embeddings.*prompt_embeds"):
         to_vllm(tower, embeddings)
     assert to_sglang(tower, embeddings)["format"] == "processor_output"
 
@@ -192,131 +186,105 @@ def test_mistrals_own_format_is_refused_by_vllm_and_taken_by_sglang(load: Load, 
 
 
 @each_case
-def test_sglang_gets_the_recorded_form_or_a_refusal(case: TowerCase, load: Load) -> None:
+def test_sglang_form_is_the_recorded_one(case: TowerCase, load: Load) -> None:
     tower = load(case)
-    model_type = tower.family.model_type
     embeddings = tower.encode(two(case))
-    record = SGLANG["taken"].get(model_type)
+    record = SGLANG["taken"].get(tower.family.model_type)
     if record is None:
         with pytest.raises(HostRefusalError, match=re.escape(SGLANG_READ)):
             to_sglang(tower, embeddings)
         return
-    item = to_sglang(tower, embeddings)
-    assert item["format"] == record["form"]
-    assert_sglang_rows(tower, item, embeddings)
-    assert ("image_grid_thw" in item) == record["grids"]
-    by_force = to_sglang(tower, embeddings, form="processor_output")
-    assert by_force["format"] == "processor_output"
-    assert by_force["modality"] == "image"
-    assert_sglang_rows(tower, by_force, embeddings)
+    for item, form in (
+        (to_sglang(tower, embeddings), record["form"]),
+        (to_sglang(tower, embeddings, form="processor_output"), "processor_output"),
+    ):
+        assert item["format"] == form
+        assert item.get("modality", "image") == "image"
+        assert torch.equal(item[SGLANG["rows_under"][form]], side_by_side(*embeddings))
+        assert ("image_grid_thw" in item) == record["grids"]
+        if record["grids"]:
+            assert item["image_grid_thw"].tolist() == [list(embedding.grid_thw) for embedding in embeddings]
     if record["form"] == "processor_output":
         with pytest.raises(HostRefusalError, match="for pixels"):
             to_sglang(tower, embeddings, form="precomputed_embedding")
-    with pytest.raises(UsageError, match="form is 'pixels'; allowed: 'precomputed_embedding', 'processor_output'"):
+    with pytest.raises(UsageError, match=r"form must be 'precomputed_embedding', 'processor_output' .*, got 'pixels'"):
         to_sglang(tower, embeddings, form="pixels")  # type: ignore[arg-type]
 
 
-def assert_sglang_rows(tower: VisionTower, item: dict[str, Any], embeddings: list[ImageEmbedding]) -> None:
-    rows = item[SGLANG["rows_under"][item["format"]]]
-    assert torch.equal(rows, torch.cat([side_by_side(embedding) for embedding in embeddings]))
-    assert rows.shape[1] == tower.hidden_size * (1 + len(tower.config.deepstack))
-    if "image_grid_thw" in item:
-        assert item["image_grid_thw"].tolist() == [list(embedding.grid_thw) for embedding in embeddings]
-
-
-def test_one_frame_is_a_video_where_it_was_encoded_as_one(load: Load) -> None:
-    """Nothing but its origin tells it from an image: one temporal patch, and no times."""
+def test_video_of_one_frame_is_not_an_image(load: Load) -> None:
     tower = load(BY_NAME["qwen2_vl"])
     frame = noise(60, 40, 9)
     video = tower.encode_video([frame])
     (image,) = tower.encode([frame])
     assert video.grid_thw == image.grid_thw
-    assert list(to_vllm(tower, video)) == ["video"]
-    assert list(to_vllm(tower, image)) == ["image"]
+    assert (list(to_vllm(tower, video)), list(to_vllm(tower, image))) == (["video"], ["image"])
     assert "video_grid_thw" in to_sglang(tower, video)
     assert "image_grid_thw" in to_sglang(tower, image)
 
 
-@each_qwen
-def test_sglang_gets_videos_in_an_item_of_their_own(case: TowerCase, load: Load) -> None:
-    tower = load(case)
-    video = tower.encode_video([noise(120, 80, seed) for seed in range(5)], fps=4.0)
-    item = to_sglang(tower, video)
-    assert (item["format"], item["modality"]) == ("processor_output", "video")
-    assert torch.equal(item["precomputed_embeddings"], side_by_side(video))
-    assert item["video_grid_thw"].tolist() == [list(video.grid_thw)]
-    timed = tower.family.model_type == "qwen2_5_vl"
-    assert ("second_per_grid_ts" in item) == timed
-    if timed:
-        assert item["second_per_grid_ts"].tolist() == [0.5]
-    (image,) = tower.encode([noise(60, 40, 9)])
-    with pytest.raises(UsageError, match=r"image_data=\[…\], video_data=\[…\]"):
-        to_sglang(tower, [image, video])
-
-
-# -- what no engine checks --------------------------------------------------------------------------------------------
+# -- checks that no engine makes --------------------------------------------------------------------------------------
 
 Change = Callable[[ImageEmbedding], Any]
 
 DAMAGES: dict[str, tuple[str, Change, str]] = {
-    "a row too few": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[1:], tile_tokens=()), "its grid"),
-    "a row too many": (
+    "a missing row": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[1:], tile_tokens=()), "with grid"),
+    "an extra row": (
         "qwen2_vl",
         lambda e: replace(e, embeddings=torch.cat((e.embeddings, e.embeddings[:1])), tile_tokens=()),
-        "its grid",
+        "with grid",
     ),
-    "another grid": ("qwen2_vl", lambda e: replace(e, grid_thw=(1, 2, 2)), "its grid"),
+    "another grid": ("qwen2_vl", lambda e: replace(e, grid_thw=(1, 2, 2)), "with grid"),
     "merged grid": (
         "qwen2_vl",
         lambda e: replace(e, grid_thw=(1, e.grid_thw[1] // 2, e.grid_thw[2] // 2)),
-        "its grid",
+        "with grid",
     ),
-    "half a view": ("llava", lambda e: replace(e, embeddings=e.embeddings[::2], tile_tokens=()), "its grid"),
-    "no tiles": ("llava_next", lambda e: replace(e, embeddings=e.embeddings[:4], tile_tokens=()), "its grid"),
-    "views of other rows": ("llava", lambda e: replace(e, tile_tokens=(1,)), "views"),
-    "narrower": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[:, 1:]), "another one"),
-    "without deepstack": ("qwen3_vl", lambda e: replace(e, deepstack=()), "deepstack"),
-    "a short level": ("qwen3_vl", lambda e: replace(e, deepstack=(e.deepstack[0], e.deepstack[1][1:])), "shape"),
+    "half a tile": ("llava", lambda e: replace(e, embeddings=e.embeddings[::2], tile_tokens=()), "a multiple of"),
+    "no tiles": ("llava_next", lambda e: replace(e, embeddings=e.embeddings[:4], tile_tokens=()), "more than"),
+    "tiles of other rows": ("llava", lambda e: replace(e, tile_tokens=(1,)), "its tiles have 1"),
+    "narrower": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings[:, 1:]), "come from this tower"),
+    "without deepstack": ("qwen3_vl", lambda e: replace(e, deepstack=()), "deepstack levels, got 0"),
+    "a short level": ("qwen3_vl", lambda e: replace(e, deepstack=(e.deepstack[0], e.deepstack[1][1:])), "the shape"),
     "a level of another dtype": (
         "qwen3_vl",
         lambda e: replace(e, deepstack=(e.deepstack[0], e.deepstack[1].half())),
-        "dtype",
+        "and dtype",
     ),
-    "a video that does not say so": ("qwen2_vl", lambda e: replace(e, grid_thw=(2, 2, 2)), "does not say"),
-    "times of another clip": ("qwen3_vl", lambda e: replace(e, timestamps=(0.0, 1.0)), "time stamps"),
-    "whole numbers": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings.long()), "floating"),
-    "rows alone": ("qwen2_vl", lambda e: e.embeddings, "a Tensor"),
+    "an unmarked video": ("qwen2_vl", lambda e: replace(e, grid_thw=(2, 2, 2)), "is_video is False"),
+    "times of another video": ("qwen3_vl", lambda e: replace(e, timestamps=(0.0, 1.0)), "timestamps or none, got 2"),
+    "integers": ("qwen2_vl", lambda e: replace(e, embeddings=e.embeddings.long()), "floating dtype"),
+    "a tensor": ("qwen2_vl", lambda e: e.embeddings, "ImageEmbedding, got Tensor"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_embeddings_that_cannot_be_the_towers_are_refused(damage: str, load: Load) -> None:
+def test_embeddings_of_another_tower_are_rejected(damage: str, load: Load) -> None:
     name, change, message = DAMAGES[damage]
     tower = load(BY_NAME[name])
     embeddings = tower.encode([noise(120, 90, 1)])
     to_vllm(tower, embeddings)
-    for hand_over in (to_vllm, to_exllama):
+    for convert in (to_vllm, to_exllama):
         with pytest.raises(UsageError, match=message):
-            hand_over(tower, [*embeddings, change(embeddings[0])])
+            convert(tower, [*embeddings, change(embeddings[0])])
 
 
-def test_nothing_and_several_dtypes_are_refused(load: Load) -> None:
+def test_empty_lists_and_mixed_dtypes_are_rejected(load: Load) -> None:
     tower = load(BY_NAME["qwen2_vl"])
     (embedding,) = tower.encode([noise(60, 40, 0)])
     half = replace(embedding, embeddings=embedding.embeddings.half())
-    for hand_over in (to_vllm, to_sglang):
-        with pytest.raises(UsageError, match="no embedding"):
-            hand_over(tower, [])
-        with pytest.raises(UsageError, match="several dtypes"):
-            hand_over(tower, [embedding, half])
-        assert hand_over(tower, embedding).keys() == hand_over(tower, [embedding]).keys()
+    for convert in (to_vllm, to_sglang):
+        with pytest.raises(UsageError, match="at least one entry"):
+            convert(tower, [])
+        with pytest.raises(UsageError, match=r"must have one dtype, got torch.float16, torch.float32"):
+            convert(tower, [embedding, half])
+        assert convert(tower, embedding).keys() == convert(tower, [embedding]).keys()
 
 
 # -- ExLlama ----------------------------------------------------------------------------------------------------------
 
 
 class WordTokenizer:
-    """A tokenizer as ExLlama's are used: single tokens by name, text by its characters."""
+    """A tokenizer with ExLlama's interface: single tokens by name, text by its characters."""
 
     def __init__(self, tokens: dict[str, int]) -> None:
         self.tokens = tokens
@@ -340,7 +308,7 @@ class WordTokenizer:
 
 
 @pytest.mark.parametrize("engine", ["exllamav2", "exllamav3"])
-def test_views_have_what_exllama_reads(engine: str, load: Load) -> None:
+def test_views_have_the_attributes_that_exllama_reads(engine: str, load: Load) -> None:
     record = HOSTS[engine]
     tower = load(BY_NAME["qwen3_vl"])
     view = to_exllama(tower, tower.encode([noise(90, 60, 2)])[0], space=TokenSpace())
@@ -371,12 +339,12 @@ def test_views_hold_the_embedding_and_its_ids(case: TowerCase, load: Load) -> No
         assert (view.deepstack_embeddings is None) == (not embedding.deepstack)
         assert view.get_size_in_bytes() == embedding.embeddings.nbytes * (1 + len(levels))
     assert views[0].last_index <= views[1].first_index or views[1].last_index <= views[0].first_index
-    # ExLlama gives the same image new ids each time, and its key-value cache never finds it again.
+    # ExLlama itself gives the same image new ids each time, so that its cache cannot find it.
     assert to_exllama(tower, embeddings[0], space=space).first_index == views[0].first_index
 
 
 def splice_as_exllama(ids: torch.Tensor, views: list[ExLlamaEmbedding], table: torch.Tensor) -> torch.Tensor:
-    """``ExLlamaV2Embedding.forward`` in a few lines: rows by id, everything below a billion from the table."""
+    """Copies ``ExLlamaV2Embedding.forward``: rows by id, ids below a billion from the table."""
     rows = torch.empty(*ids.shape, table.shape[1])
     text = ids < 1_000_000_000
     rows[text] = table[ids[text]]
@@ -387,7 +355,7 @@ def splice_as_exllama(ids: torch.Tensor, views: list[ExLlamaEmbedding], table: t
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "pixtral", "mistral3", "gemma3", "llava", "llava_next"])
-def test_what_exllama_makes_of_a_prompt_is_what_merging_makes(name: str, load: Load) -> None:
+def test_exllama_makes_the_same_rows_as_merging(name: str, load: Load) -> None:
     tower = load(BY_NAME[name])
     layout = tower.prompt_layout
     assert layout is not None
@@ -415,14 +383,14 @@ def test_what_exllama_makes_of_a_prompt_is_what_merging_makes(name: str, load: L
 
 
 def named_tokens(layout: Any) -> dict[str, int]:
-    """An id for every piece of a layout that is a name."""
+    """Assigns an id to every piece of a layout that is text."""
     pieces = (*layout.before, *layout.after, *layout.tile_before, *layout.tile_after, layout.row_break, layout.row_end)
     names = {piece for piece in pieces if isinstance(piece, str)}
     return {name: 60 + number for number, name in enumerate(sorted(names))}
 
 
 @pytest.mark.parametrize("name", ["pixtral", "mistral3"])
-def test_pixtrals_rows_end_as_in_transformers_not_as_in_exllama(name: str, load: Load) -> None:
+def test_pixtral_rows_end_as_in_transformers(name: str, load: Load) -> None:
     tower = load(BY_NAME[name])
     layout = tower.prompt_layout
     assert layout is not None
@@ -436,7 +404,7 @@ def test_pixtrals_rows_end_as_in_transformers_not_as_in_exllama(name: str, load:
     assert view.token_list[-1] == markers[-1]
 
 
-def test_what_ends_a_prompt_does_not_come_with_an_image(load: Load) -> None:
+def test_views_have_no_tokens_that_end_a_prompt(load: Load) -> None:
     tower = load(BY_NAME["paligemma"])
     layout = tower.prompt_layout
     assert layout is not None
@@ -448,7 +416,7 @@ def test_what_ends_a_prompt_does_not_come_with_an_image(load: Load) -> None:
     assert view.token_list == list(range(view.first_index, view.last_index))
 
 
-def test_a_tower_stands_in_for_exllamav2s_vision_model(load: Load) -> None:
+def test_exllamav2_vision_has_its_interface(load: Load) -> None:
     tower = load(BY_NAME["qwen2_vl"])
     vision = ExLlamaV2Vision(tower)
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=tower.hidden_size, vision_spatial_merge_size=2))
@@ -465,16 +433,16 @@ def test_a_tower_stands_in_for_exllamav2s_vision_model(load: Load) -> None:
     video = vision.get_video_embeddings(model, tokenizer, [noise(60, 40, seed) for seed in range(4)])
     assert video.thw_grid[0] == 2
     narrow = SimpleNamespace(config=SimpleNamespace(hidden_size=tower.hidden_size + 1))
-    with pytest.raises(UsageError, match="do not belong together"):
+    with pytest.raises(UsageError, match="model must have hidden_size"):
         vision.get_image_embeddings(narrow, tokenizer, image)
 
 
-def test_a_tower_stands_in_for_exllamav3s_vision_model(load: Load) -> None:
+def test_exllamav3_vision_has_its_interface(load: Load) -> None:
     tower = load(BY_NAME["qwen3_vl"])
     vision = ExLlamaV3Vision(tower)
     tokenizer = WordTokenizer({"<t>": 1})
     images = [noise(120, 80, 3), noise(64, 200, 4)]
-    # Of lists ExLlamaV3 encodes images of one size only.
+    # ExLlamaV3 itself takes lists of images of one size only.
     several = vision.get_image_embeddings(tokenizer, images)
     one = vision.get_image_embeddings(tokenizer=tokenizer, image=images[1], text_alias="{{image}}")
     assert [view.metadata["original_size"] for view in several] == [(120, 80), (64, 200)]
@@ -483,19 +451,19 @@ def test_a_tower_stands_in_for_exllamav3s_vision_model(load: Load) -> None:
     assert torch.equal(one.embeddings, several[1].embeddings)
     assert one.token_list_at(7) == one.token_list == one.token_string[0].tolist()
     assert vision.get_image_embeddings(tokenizer, []) == []
-    with pytest.raises(UsageError, match="list of images"):
+    with pytest.raises(UsageError, match="None for a list of images"):
         vision.get_image_embeddings(tokenizer, images, "{{image}}")  # type: ignore[call-overload]
 
 
-def test_ids_and_values_that_exllama_would_misread_are_refused(load: Load) -> None:
+def test_ids_and_values_that_exllama_misreads_are_rejected(load: Load) -> None:
     tower = load(BY_NAME["qwen2_vl"])
     (embedding,) = tower.encode([noise(60, 40, 0)])
     with pytest.raises(UsageError, match="pass space="):
         to_exllama(tower, embedding)
-    with pytest.raises(UsageError, match="below 1000000000"):
+    with pytest.raises(UsageError, match="at least 1000000000"):
         to_exllama(tower, embedding, space=TokenSpace(200_000))
     scattered = embedding.with_token_ids([2_000_000_000 - 2 * row for row in range(embedding.num_tokens)])
-    with pytest.raises(UsageError, match="follow upon each other"):
+    with pytest.raises(UsageError, match="must be consecutive"):
         to_exllama(tower, scattered)
     large = replace(embedding, embeddings=embedding.embeddings * 1e6)
     with pytest.raises(UsageError, match="dtype=None"):
@@ -514,7 +482,6 @@ def test_views_hold_and_release_their_ids(load: Load) -> None:
         view.release(vision.space)
     assert vision.space.ids_in_use == rows
     for view in again:
-        # It keeps no second copy of its rows.
         assert view.source.embeddings is view.embeddings
         view.release(vision.space)
     assert vision.space.ids_in_use == 0
@@ -522,7 +489,7 @@ def test_views_hold_and_release_their_ids(load: Load) -> None:
         again[0].release(vision.space)
 
 
-def test_no_ids_stay_assigned_where_no_view_is_made(load: Load) -> None:
+def test_failed_views_leave_no_ids_assigned(load: Load) -> None:
     tower = load(BY_NAME["qwen2_vl"])
     images = tower.encode([noise(60, 40, 0), noise(90, 60, 1)])
     large = replace(images[1], embeddings=images[1].embeddings * 1e6)
@@ -530,20 +497,20 @@ def test_no_ids_stay_assigned_where_no_view_is_made(load: Load) -> None:
     with pytest.raises(UsageError, match="dtype=None"):
         to_exllama(tower, [images[0], large], space=space)
     assert space.ids_in_use == 0
-    with pytest.raises(UsageError, match="tokenizer is 5"):
+    with pytest.raises(UsageError, match=r"tokenizer must be .*, got 5"):
         to_exllama(tower, images, tokenizer=5, space=space)
     assert space.ids_in_use == 0
     low = TokenSpace(200_000)
-    with pytest.raises(UsageError, match="below 1000000000"):
+    with pytest.raises(UsageError, match="at least 1000000000"):
         to_exllama(tower, images, space=low)
     assert low.ids_in_use == 0
 
 
-# -- the engines' own code, where it is installed ---------------------------------------------------------------------
+# -- the engines' own code, if installed ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
-def test_vllms_parser_takes_matrices_for_embeddings(name: str, load: Load) -> None:
+def test_vllm_parser_reads_matrices_as_embeddings(name: str, load: Load) -> None:
     parse = pytest.importorskip("vllm.multimodal.parse")
     tower = load(BY_NAME[name])
     embeddings = tower.encode([noise(120, 90, 1), noise(120, 90, 2)])
@@ -555,7 +522,7 @@ def test_vllms_parser_takes_matrices_for_embeddings(name: str, load: Load) -> No
 
 
 @each_qwen
-def test_vllms_fields_cut_the_rows_where_the_images_end(case: TowerCase, load: Load) -> None:
+def test_vllm_fields_split_rows_into_images(case: TowerCase, load: Load) -> None:
     parse = pytest.importorskip("vllm.multimodal.parse")
     inputs = importlib.import_module("vllm.multimodal.inputs")
     tower = load(case)
@@ -579,7 +546,7 @@ def test_vllms_fields_cut_the_rows_where_the_images_end(case: TowerCase, load: L
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "gemma3", "pixtral", "mistral3"])
-def test_sglangs_scheduler_serves_the_rows_in_any_pieces(name: str, load: Load) -> None:
+def test_sglang_scheduler_serves_rows_in_any_chunks(name: str, load: Load) -> None:
     processors = pytest.importorskip("sglang.srt.multimodal.processors.base_processor")
     utilities = pytest.importorskip("sglang.srt.managers.mm_utils")
     schedule = pytest.importorskip("sglang.srt.managers.mm_schedule")
@@ -602,7 +569,7 @@ def test_sglangs_scheduler_serves_the_rows_in_any_pieces(name: str, load: Load) 
         assert torch.equal(served, rows[(ids == 9).cumsum(0)[here] - 1])
 
 
-def test_sglang_knows_the_documented_form(load: Load) -> None:
+def test_sglang_detects_the_documented_form(load: Load) -> None:
     processors = pytest.importorskip("sglang.srt.multimodal.processors.base_processor")
     tower = load(BY_NAME["qwen2_5_vl"])
     item = to_sglang(tower, tower.encode([noise(60, 40, 0)]))
@@ -612,8 +579,8 @@ def test_sglang_knows_the_documented_form(load: Load) -> None:
         processors.BaseMultimodalProcessor.validate_mm_data(image_data=[item, item])
 
 
-def module_of(package: str, *path: str) -> ModuleType:
-    """One file of an installed package, without importing the package, which would build its kernels."""
+def import_file(package: str, *path: str) -> ModuleType:
+    """Imports one file of an installed package, without the package, which would build its kernels."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         pytest.skip(f"{package} is not installed")
@@ -625,8 +592,8 @@ def module_of(package: str, *path: str) -> ModuleType:
     return module
 
 
-def test_exllamav2s_class_has_nothing_that_a_view_lacks(load: Load) -> None:
-    theirs = module_of("exllamav2", "generator", "dynamic_embeddings.py")
+def test_views_have_all_members_of_exllamav2(load: Load) -> None:
+    theirs = import_file("exllamav2", "generator", "dynamic_embeddings.py")
     tower = load(BY_NAME["qwen2_vl"])
     view = to_exllama(tower, tower.encode([noise(90, 60, 2)])[0], space=TokenSpace())
     original = theirs.ExLlamaV2MMEmbedding(model=view.model, embeddings=view.embeddings, thw_grid=view.thw_grid)
@@ -637,8 +604,8 @@ def test_exllamav2s_class_has_nothing_that_a_view_lacks(load: Load) -> None:
     assert view.get_size_in_bytes() == original.get_size_in_bytes()
 
 
-def test_exllamav3_sends_and_receives_a_view(load: Load) -> None:
-    theirs = module_of("exllamav3", "tokenizer", "mm_embedding.py")
+def test_exllamav3_sends_and_receives_views(load: Load) -> None:
+    theirs = import_file("exllamav3", "tokenizer", "mm_embedding.py")
     tower = load(BY_NAME["qwen3_vl"])
     view = to_exllama(tower, tower.encode([noise(90, 60, 2)])[0], space=TokenSpace())
     channel = SimpleNamespace(send=lambda tensor, cache_id: tensor, recv=lambda tensor: tensor)
@@ -653,7 +620,7 @@ def test_exllamav3_sends_and_receives_a_view(load: Load) -> None:
     assert (original.full_length, original.mm_length) == (view.full_length, view.mm_length)
 
 
-def test_handing_over_imports_no_engine() -> None:
+def test_handoff_imports_no_engine() -> None:
     code = (
         "import sys, tritontower.integrations.vllm, tritontower.integrations.sglang, tritontower.integrations.exllama\n"
         "print([name for name in ('vllm', 'sglang', 'exllamav2', 'exllamav3', 'transformers') if name in sys.modules])"

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot, and transformers' processors of small checkpoints without what they ask to be installed."""
+"""Small tokenizers, hand-made embeddings, and transformers' processors without their torchvision dependency."""
 
 import json
 import sys
@@ -12,8 +12,9 @@ from unittest import mock
 
 import torch
 
-__all__ = ["KINDS", "make_tokenizer", "processor_of", "video_facts", "write_token_ids"]
+from tritontower.embedding import ImageEmbedding
 
+# Kind of prompt → token names in configurations → their text.
 NAMES: Mapping[str, Mapping[str, str]] = {
     "qwen": {
         "image": "<|image_pad|>",
@@ -26,8 +27,8 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "gemma3": {"image": "<image_soft_token>", "boi": "<start_of_image>", "eoi": "<end_of_image>"},
     "paligemma": {"image": "<image>"},
 }
-"""Kind of prompt → what configurations call its tokens → their text."""
 
+# Tower case → kind of prompt.
 KINDS = {
     "qwen2_vl": "qwen",
     "qwen2_5_vl": "qwen",
@@ -43,7 +44,6 @@ KINDS = {
     "shieldgemma2": "gemma3",
     "paligemma": "paligemma",
 }
-"""Name of a tower case → kind of prompt."""
 
 CORPUS = [
     "What is in the image?\n\nA cat,\n and a dog.\n\n\nUser: compare them  twice\n\n\n\n",
@@ -53,7 +53,7 @@ CORPUS = [
 
 @cache
 def _trained(style: str) -> str:
-    """A tokenizer of ``tokenizers``, as JSON: ``bytes`` like Qwen's and Mistral's, ``metaspace`` like Llama's, Gemma's."""
+    """Trains a tokenizer and returns its JSON: ``bytes`` as Qwen's and Mistral's, ``metaspace`` as Llama's, ``runs`` as Gemma's."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
@@ -64,7 +64,7 @@ def _trained(style: str) -> str:
     elif style == "metaspace":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     else:
-        # Gemma: nothing is cut, so that runs of line breaks become one token, whoever wrote them.
+        # Gemma does not split text, so that a run of line breaks becomes one token.
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
     trainer = trainers.BpeTrainer(
         vocab_size=400,
@@ -81,13 +81,13 @@ def _trained(style: str) -> str:
 
 
 def make_tokenizer(kind: str, style: str = "bytes") -> Any:
-    """A tokenizer of transformers with the special tokens of a kind of prompt."""
+    """Makes a tokenizer of transformers with the special tokens of a kind of prompt."""
     from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     names = NAMES[kind]
     tokenizer = Tokenizer.from_str(_trained(style))
-    # Some before the model's own, so that no id is what it happens to be in another kind.
+    # Unused tokens first, so that ids differ between kinds.
     texts = [*(f"<unused{number}>" for number in range(len(kind))), *names.values()]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in texts])
     roles = {f"{name}_token": text for name, text in names.items()} if kind == "gemma3" else {}
@@ -97,7 +97,7 @@ def make_tokenizer(kind: str, style: str = "bytes") -> Any:
 
 
 def write_token_ids(folder: Path, tokenizer: Any, kind: str) -> None:
-    """Makes the configuration of a checkpoint name the tokenizer's tokens."""
+    """Writes the tokenizer's ids into the configuration of a checkpoint."""
     for file, section in (("config.json", None), ("params.json", "vision_encoder")):
         path = folder / file
         if not path.is_file():
@@ -105,14 +105,14 @@ def write_token_ids(folder: Path, tokenizer: Any, kind: str) -> None:
         config = json.loads(path.read_text("utf-8"))
         target = config if section is None else config[section]
         for name, text in NAMES[kind].items():
-            spelling = f"{name}_token_index" if f"{name}_token_index" in target else f"{name}_token_id"
-            target[spelling] = tokenizer.convert_tokens_to_ids(text)
+            key = f"{name}_token_index" if f"{name}_token_index" in target else f"{name}_token_id"
+            target[key] = tokenizer.convert_tokens_to_ids(text)
         target["bos_token_id"] = tokenizer.bos_token_id
         path.write_text(json.dumps(config), "utf-8")
 
 
 class StubVideoProcessor:
-    """Stands in for a video processor, all of which need torchvision: says what was found in videos, reads none."""
+    """Replaces a video processor, which needs torchvision; returns prepared results for any videos."""
 
     merge_size = 2
     temporal_patch_size = 2
@@ -128,30 +128,26 @@ class StubVideoProcessor:
         }
 
 
-def video_facts(grid: tuple[int, int, int], frames: int, fps: float) -> dict[str, Any]:
-    """What a processor of transformers would have found in a video of which every frame is taken."""
+def describe_video(grid: tuple[int, int, int], frames: int, fps: float) -> dict[str, Any]:
+    """Returns the results of a video processor for a video of which every frame is sampled."""
     metadata = SimpleNamespace(fps=fps, sampled_fps=fps, frames_indices=list(range(frames)))
     return {"grid": list(grid), "metadata": metadata}
 
 
-def _unchecked(processor: type) -> Any:
-    """The class, which takes whatever stands in for a part of it."""
-    return type(processor.__name__, (processor,), {"check_argument_for_proper_class": lambda self, name, part: None})
-
-
-def _class_of(name: str, module: str) -> Any:
-    """A processor class of transformers, imported without torchvision."""
-    # The module beside it wants torchvision for one function that another module has as well.
+def _import_processor(name: str, module: str) -> Any:
+    """Imports a processor class without torchvision, and makes it accept replacements for its parts."""
+    # The image processor's module wants torchvision for one function, which another module has as well.
     package = "transformers.models.pixtral"
     twin = ModuleType(f"{package}.image_processing_pixtral")
     pil = import_module(f"{package}.image_processing_pil_pixtral")
     twin.get_resize_output_image_size = pil.get_resize_output_image_size  # type: ignore[attr-defined]
     with mock.patch.dict(sys.modules, {twin.__name__: twin}):
-        return _unchecked(getattr(import_module(f"transformers.models.{module}.processing_{module}"), name))
+        processor = getattr(import_module(f"transformers.models.{module}.processing_{module}"), name)
+    return type(name, (processor,), {"check_argument_for_proper_class": lambda self, name, part: None})
 
 
-def processor_of(case: str, folder: Path, tokenizer: Any, videos: Sequence[Mapping[str, Any]] = ()) -> Any:
-    """transformers' processor for a small checkpoint of a tower case."""
+def load_processor(case: str, folder: Path, tokenizer: Any, videos: Sequence[Mapping[str, Any]] = ()) -> Any:
+    """Loads transformers' processor for a small checkpoint of a tower case."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
@@ -164,24 +160,24 @@ def processor_of(case: str, folder: Path, tokenizer: Any, videos: Sequence[Mappi
             "qwen2_vl": ("Qwen2VLProcessor", "qwen2_vl"),
             "qwen2_5_vl": ("Qwen2_5_VLProcessor", "qwen2_5_vl"),
         }.get(case, ("Qwen3VLProcessor", "qwen3_vl"))
-        return _class_of(name, module)(images, tokenizer, StubVideoProcessor(videos))
+        return _import_processor(name, module)(images, tokenizer, StubVideoProcessor(videos))
     if KINDS[case] == "pixtral":
         merge = config.get("spatial_merge_size", 1)
-        return _class_of("PixtralProcessor", "pixtral")(
+        return _import_processor("PixtralProcessor", "pixtral")(
             images, tokenizer, patch_size=vision["patch_size"], spatial_merge_size=merge
         )
     if KINDS[case] == "gemma3":
-        processor = _class_of("Gemma3Processor", "gemma3")(
+        processor = _import_processor("Gemma3Processor", "gemma3")(
             images, tokenizer, image_seq_length=config["mm_tokens_per_image"]
         )
-        # The processor's own defaults would win over the file's.
+        # The processor's own defaults would override the file's.
         crops = {name: value for name, value in vars(images).items() if "pan_and_scan" in name and value is not None}
         return partial(processor, **crops)
     if KINDS[case] == "paligemma":
         images.image_seq_length = tiles
-        return _class_of("PaliGemmaProcessor", "paligemma")(images, tokenizer)
+        return _import_processor("PaliGemmaProcessor", "paligemma")(images, tokenizer)
     if case == "llava_onevision":
-        return _class_of("LlavaOnevisionProcessor", case)(
+        return _import_processor("LlavaOnevisionProcessor", case)(
             images,
             tokenizer,
             None,
@@ -190,10 +186,38 @@ def processor_of(case: str, folder: Path, tokenizer: Any, videos: Sequence[Mappi
             vision_aspect_ratio=config["vision_aspect_ratio"],
         )
     name = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}[case]
-    return _class_of(name, case)(
+    return _import_processor(name, case)(
         images,
         tokenizer,
         patch_size=vision["patch_size"],
         vision_feature_select_strategy=select,
         num_additional_image_tokens=1 if "clip" in vision["model_type"] else 0,
+    )
+
+
+WIDTH = 8
+
+
+def make_embedding(
+    tokens: int,
+    *,
+    grid: tuple[int, int, int] | None = None,
+    alias: str | None = None,
+    content: str = "",
+    seed: int = 0,
+    levels: int = 0,
+    **fields: Any,
+) -> ImageEmbedding:
+    """Makes an embedding of random rows, :data:`WIDTH` wide."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randn(tokens, WIDTH, generator=generator) for _ in range(levels + 1)]
+    return ImageEmbedding(
+        embeddings=rows[0],
+        grid_thw=grid or (1, 1, tokens),
+        original_size=(10, 10),
+        processed_size=(14, 14),
+        content_hash=content,
+        deepstack=tuple(rows[1:]),
+        text_alias=alias,
+        **fields,
     )

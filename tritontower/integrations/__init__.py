@@ -1,1 +1,1 @@
-"""Hand-over to other libraries, one module each; none of them is imported before it is used."""
+"""Handoff of embeddings to other libraries; each module is imported only when it is used."""

@@ -1,16 +1,16 @@
-"""Embeddings as ExLlamaV2 and ExLlamaV3 have them, and towers that stand in for their vision models.
+"""Embeddings for ExLlamaV2 and ExLlamaV3, and towers in place of their vision models.
 
-Read in exllamav2 0.3.2 (``ExLlamaV2MMEmbedding``) and exllamav3 1.6.5 (``MMEmbedding``).  Both look embeddings up by
-attributes, so that one object serves both::
+Checked against the source of exllamav2 0.3.2 (``ExLlamaV2MMEmbedding``) and exllamav3 1.6.5 (``MMEmbedding``). Both read
+embeddings by attributes, so that one class serves both::
 
     vision = ExLlamaV2Vision(tower)
     image = vision.get_image_embeddings(model, tokenizer, image)
     ids = tokenizer.encode(f"{image.text_alias} Describe this.", embeddings=[image])
 
-Three things are other than with ExLlama's own vision models, and better: the same image has the same ids, so that the
-key-value cache is found again; what a model has round an image are the tokens themselves instead of copies of their
-embeddings (ExLlamaV2), so that no language model is needed; and behind Pixtral's last row of patches there is
-``[IMG_END]`` alone, as transformers has it, not ``[IMG_BREAK][IMG_END]``.  Nothing of ExLlama is imported here.
+Three things differ from ExLlama's own vision models. The same image gets the same ids, so that the key-value cache is
+reused. The tokens around an image are the tokens themselves, not copies of their embeddings (ExLlamaV2), so that no
+language model is needed. Pixtral's last row of patches ends in ``[IMG_END]`` as in transformers, not in
+``[IMG_BREAK][IMG_END]``. This module does not import ExLlama.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,31 +26,31 @@ from tritontower.preprocessing.images.image import ImageInput
 from tritontower.prompt import DEFAULT_BASE, TokenSpace, encode_prompt
 from tritontower.tower import VisionTower
 
-from .checks import checked
+from .checks import check_embeddings
 
 __all__ = ["ExLlamaEmbedding", "ExLlamaV2Vision", "ExLlamaV3Vision", "to_exllama"]
 
+# ExLlama looks ids below it up in the embedding table.
 FIRST_IMAGE_ID = DEFAULT_BASE
-"""Where ExLlama takes the vocabulary to end; ids below are looked up in the embedding table."""
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class ExLlamaEmbedding:
-    """One image or video, under the names of ``ExLlamaV2MMEmbedding`` and of ``MMEmbedding``.
+    """One image or video, with the attributes of ``ExLlamaV2MMEmbedding`` and of ``MMEmbedding``.
 
     Attributes:
-        embeddings: ``[length, hidden_size]``; ExLlamaV2 gives the whole prompt their dtype.
-        text_alias: what stands for it in a prompt.
-        first_index: the first of its ids, which follow upon each other.
-        token_list: what the prompt has for it: its ids, and the model's own tokens round and among them.
-        thw_grid: temporal patches, rows and columns of patches; ``grid_thw`` in ExLlamaV3.
-        mrope_merge_size: side of the square of patches that one token stands for.
-        deepstack_embeddings: ``[length, hidden_size]`` each (ExLlamaV3); ``None`` where there are none.
-        model: ExLlamaV2's language model, of which it reads ``config.vision_spatial_merge_size``; or what has just that.
-        pre_tokens, post_tokens: rows of tokens round the image; 0, since they are no rows here.
-        align, align_phase, align_lead: places at which the image has to begin (ExLlamaV3); none.
-        metadata: sizes in pixels, and whatever an application notes there.
-        source: the embedding with its ids, its rows those that are here.
+        embeddings: ``[length, hidden_size]``; ExLlamaV2 converts the whole prompt to their dtype.
+        text_alias: text that stands for it in a prompt.
+        first_index: first of its consecutive ids.
+        token_list: its tokens in a prompt: its ids, and the model's own tokens around and between them.
+        thw_grid: temporal patches, rows and columns of patches.
+        mrope_merge_size: side of the square of patches that one token covers.
+        deepstack_embeddings: ``[length, hidden_size]`` each (ExLlamaV3), or ``None``.
+        model: ExLlamaV2's language model, whose ``config.vision_spatial_merge_size`` it reads, or a replacement.
+        source: the embedding with its ids; shares the rows.
+        pre_tokens, post_tokens: number of rows that are tokens around the image; always 0.
+        align, align_phase, align_lead: required position in a prompt (ExLlamaV3); none.
+        metadata: sizes in pixels; open to the application.
     """
 
     embeddings: torch.Tensor
@@ -71,62 +71,59 @@ class ExLlamaEmbedding:
 
     @property
     def length(self) -> int:
-        """Rows of ``embeddings``."""
+        """Number of rows."""
         return self.embeddings.shape[0]
 
     @property
     def mm_length(self) -> int:
-        """Rows of ``embeddings``, in ExLlamaV3."""
+        """ExLlamaV3's name of :attr:`length`."""
         return self.length
 
     @property
     def last_index(self) -> int:
-        """The id behind its last one."""
+        """First id after its own."""
         return self.first_index + self.length
 
     @property
     def full_length(self) -> int:
-        """Tokens that it takes in the prompt."""
+        """Number of its tokens in a prompt."""
         return len(self.token_list)
 
     @property
     def grid_thw(self) -> tuple[int, int, int]:
-        """``thw_grid``, in ExLlamaV3."""
+        """ExLlamaV3's name of :attr:`thw_grid`."""
         return self.thw_grid
 
     @property
     def token_string(self) -> torch.Tensor:
-        """``token_list`` as ``[1, full_length]`` int64."""
+        """:attr:`token_list` as ``[1, full_length]`` int64."""
         return torch.tensor([self.token_list], dtype=torch.long, device="cpu")
 
     def token_list_at(self, position: int) -> list[int]:
-        """``token_list``; wherever it stands, since it begins at any place."""
+        """Returns :attr:`token_list`, which is the same at every position."""
         return self.token_list
 
     def get_ids(self) -> list[int]:
-        """``token_list``, in ExLlamaV2."""
+        """Returns a copy of :attr:`token_list` (ExLlamaV2)."""
         return list(self.token_list)
 
     def get_ids_tensor(self) -> torch.Tensor:
-        """``token_string``, in ExLlamaV2."""
+        """Returns :attr:`token_string` (ExLlamaV2)."""
         return self.token_string
 
     def get_vision_token_range(self) -> tuple[int, int]:
-        """Its first id and the one behind its last."""
+        """Returns its first id, and the first id after its own."""
         return self.first_index, self.last_index
 
     def get_size_in_bytes(self) -> int:
-        """Bytes of all its rows."""
+        """Returns the bytes of all its rows."""
         return sum(rows.nbytes for rows in (self.embeddings, *(self.deepstack_embeddings or ())))
 
     def release(self, space: TokenSpace) -> None:
-        """Ends the view's use of its ids; call it once, when no cache holds keys and values of them any more.
-
-        Args:
-            space: where its ids come from, such as :attr:`ExLlamaV2Vision.space`.
+        """Releases its ids; call it once, when no cache holds their keys and values any more.
 
         Raises:
-            UsageError: the ids are not that space's, or were released before.
+            UsageError: ``space`` did not assign the ids, or they were released before.
         """
         space.release(self.source)
 
@@ -164,36 +161,34 @@ def to_exllama(
     model: Any = None,
     dtype: torch.dtype | None = torch.float16,
 ) -> ExLlamaEmbedding | list[ExLlamaEmbedding]:
-    """Embeddings as ExLlama's generators, tokenizers and models take them.
+    """Converts embeddings to the views that ExLlama's generators, tokenizers and models take.
 
     Args:
         tower: the tower that made them.
         embeddings: one, or several.
-        tokenizer: ExLlama's, transformers', or a function from text to ids: puts what the model has round an image
-            round the ids.  Without it there are the ids alone, and the caller's prompt has to have the rest.
-        space: where ids come from: every view holds one use of its ids, until :meth:`ExLlamaEmbedding.release`.  May be
-            left out if the embeddings have ids already, which then are the caller's to release.
-        model: ExLlamaV2's language model, to be checked against the rows' width.
-        dtype: of the rows; ExLlama computes in fp16.  ``None`` leaves them as they are.
+        tokenizer: of ExLlama or transformers, or a function from text to ids; adds the model's tokens around the ids.
+            Without it the view has the ids alone, and the prompt must contain the rest.
+        space: assigns the ids; each view counts as one use until :meth:`ExLlamaEmbedding.release`. Optional if the
+            embeddings have ids, which the caller then releases.
+        model: ExLlamaV2's language model; its width is checked.
+        dtype: of the rows; ExLlama computes in fp16. ``None`` keeps them.
 
     Returns:
-        One view for one embedding, a list for several.  Rows stay on their device.
+        One view for one embedding, a list for several. Rows stay on their device.
 
     Raises:
-        UsageError: the embeddings do not fit the tower or the model; they have no ids and there is no space; ids that
-            ExLlama would take for the vocabulary's; values that ``dtype`` does not hold.
-        PromptError: the tokenizer does not know the model's tokens.
+        UsageError: the embeddings do not fit the tower or the model; no ids and no space; ids in ExLlama's range of the
+            vocabulary; values beyond the range of ``dtype``.
+        PromptError: the tokenizer lacks the model's tokens.
     """
-    given = checked(tower, embeddings)
+    given = check_embeddings(tower, embeddings)
     width = getattr(getattr(model, "config", None), "hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
-        raise UsageError(
-            f"the model's rows have {width} values, but the tower's {tower.hidden_size}; they do not belong together"
-        )
+        raise UsageError(f"model must have hidden_size {tower.hidden_size}, as the tower, got {width}")
     views: list[ExLlamaEmbedding] = []
     try:
         for embedding in given:
-            views.append(_view(tower, embedding, tokenizer, space, model, dtype))
+            views.append(_make_view(tower, embedding, tokenizer, space, model, dtype))
     except BaseException:
         if space is not None:
             space.release(*(view.source for view in views))
@@ -201,33 +196,30 @@ def to_exllama(
     return views[0] if isinstance(embeddings, ImageEmbedding) else views
 
 
-class ExLlamaV2Vision:
-    """A tower in the place of an ``ExLlamaV2VisionTower``.
-
-    Attributes:
-        tower: what encodes.
-        space: where ids come from; shared by everything that shares a key-value cache.
-    """
-
+class _Vision:
     def __init__(self, tower: VisionTower, *, space: TokenSpace | None = None) -> None:
         self.tower = tower
         self.space = space or TokenSpace(FIRST_IMAGE_ID)
 
+
+class ExLlamaV2Vision(_Vision):
+    """A tower with the methods of ``ExLlamaV2VisionTower``.
+
+    Attributes:
+        tower: the tower.
+        space: assigns ids; use one space for everything that shares a key-value cache.
+    """
+
     def get_image_embeddings(
-        self,
-        model: Any,
-        tokenizer: Any,
-        image: ImageInput,
-        text_alias: str | None = None,
-        embeddings_cpu: bool = True,
+        self, model: Any, tokenizer: Any, image: ImageInput, text_alias: str | None = None, embeddings_cpu: bool = True
     ) -> ExLlamaEmbedding:
-        """One image; the arguments are ExLlamaV2's, and an image may be whatever the tower takes.
+        """Encodes one image of any type that the tower takes.
 
         Raises:
             ImageError, UsageError, PromptError: as :meth:`VisionTower.encode` and :func:`to_exllama`.
         """
         (embedding,) = self.tower.encode([image])
-        return self._seen(model, tokenizer, embedding, text_alias, embeddings_cpu)
+        return self._view(model, tokenizer, embedding, text_alias, embeddings_cpu)
 
     def get_video_embeddings(
         self,
@@ -237,38 +229,30 @@ class ExLlamaV2Vision:
         text_alias: str | None = None,
         embeddings_cpu: bool = True,
     ) -> ExLlamaEmbedding:
-        """One video of frames of one size; the arguments are ExLlamaV2's.
+        """Encodes one video, a sequence of frames of one size.
 
         Raises:
             ImageError, UsageError, PromptError: as :meth:`VisionTower.encode_video` and :func:`to_exllama`.
         """
-        embedding = self.tower.encode_video(video)
-        return self._seen(model, tokenizer, embedding, text_alias, embeddings_cpu)
+        return self._view(model, tokenizer, self.tower.encode_video(video), text_alias, embeddings_cpu)
 
-    def _seen(
-        self, model: Any, tokenizer: Any, embedding: ImageEmbedding, text_alias: str | None, embeddings_cpu: bool
+    def _view(
+        self, model: Any, tokenizer: Any, embedding: ImageEmbedding, alias: str | None, on_cpu: bool
     ) -> ExLlamaEmbedding:
-        if embeddings_cpu:
-            embedding = embedding.to("cpu")
-        view = to_exllama(
-            self.tower, embedding.with_alias(text_alias), tokenizer=tokenizer, space=self.space, model=model
-        )
-        # ExLlamaV2 has the height first.
+        embedding = (embedding.to("cpu") if on_cpu else embedding).with_alias(alias)
+        view = to_exllama(self.tower, embedding, tokenizer=tokenizer, space=self.space, model=model)
+        # ExLlamaV2 puts the height first.
         view.metadata["original_size"] = embedding.original_size[::-1]
         return view
 
 
-class ExLlamaV3Vision:
-    """A tower in the place of the vision model of an ExLlamaV3 architecture.
+class ExLlamaV3Vision(_Vision):
+    """A tower with the methods of the vision model of an ExLlamaV3 architecture.
 
     Attributes:
-        tower: what encodes.
-        space: where ids come from; shared by everything that shares a key-value cache.
+        tower: the tower.
+        space: assigns ids; use one space for everything that shares a key-value cache.
     """
-
-    def __init__(self, tower: VisionTower, *, space: TokenSpace | None = None) -> None:
-        self.tower = tower
-        self.space = space or TokenSpace(FIRST_IMAGE_ID)
 
     @overload
     def get_image_embeddings(
@@ -283,23 +267,23 @@ class ExLlamaV3Vision:
     def get_image_embeddings(
         self, tokenizer: Any, image: ImageInput | list[Any], text_alias: str | None = None
     ) -> ExLlamaEmbedding | list[ExLlamaEmbedding]:
-        """One image, or a list of them, of any sizes and encoded together; the arguments are ExLlamaV3's.
+        """Encodes one image, or a list of images of any sizes in one call.
 
         Raises:
             ImageError, UsageError, PromptError: as :meth:`VisionTower.encode` and :func:`to_exllama`; an alias for a list.
         """
         several = isinstance(image, list)
         if several and text_alias is not None:
-            raise UsageError(f"text_alias {shorten(text_alias)} cannot stand for a list of images; leave it out")
+            raise UsageError(f"text_alias must be None for a list of images, got {shorten(text_alias)}")
         images = cast("list[ImageInput]", image if several else [image])
-        embeddings = [found.to("cpu").with_alias(text_alias) for found in self.tower.encode(images)]
+        embeddings = [embedding.to("cpu").with_alias(text_alias) for embedding in self.tower.encode(images)]
         if not embeddings:
             return []
         views = to_exllama(self.tower, embeddings, tokenizer=tokenizer, space=self.space)
         return views if several else views[0]
 
 
-def _view(
+def _make_view(
     tower: VisionTower,
     embedding: ImageEmbedding,
     tokenizer: Any,
@@ -307,14 +291,18 @@ def _view(
     model: Any,
     dtype: torch.dtype | None,
 ) -> ExLlamaEmbedding:
-    # The pooled vector is nothing that ExLlama reads, and may stay behind.
+    if space is None and not embedding.token_ids:
+        raise UsageError("embedding has no token ids; pass space=TokenSpace(), one for all that share a cache")
+    # ExLlama does not read the pooled vector.
     rows = replace(embedding, pooled=None)
-    rounded = rows.with_tensors({name: _rounded(tensor, dtype) for name, tensor in rows.tensors.items()})
-    numbered = _with_ids(rounded, space)
+    numbered = rows.with_tensors({name: _convert(tensor, dtype) for name, tensor in rows.tensors.items()})
+    if space is not None:
+        numbered = space.assign(numbered)
     try:
-        first = _first_id(numbered)
-        numbered = numbered.with_alias(numbered.text_alias or f"<$EMB_{first}$>")
-        token_list = _token_list(tower, numbered, tokenizer)
+        first = _check_ids(numbered.token_ids)
+        alias = numbered.text_alias or f"<$EMB_{first}$>"
+        numbered = numbered.with_alias(alias)
+        token_list = _list_tokens(tower, numbered, tokenizer)
     except BaseException:
         if space is not None:
             space.release(numbered)
@@ -323,7 +311,7 @@ def _view(
     stand_in = SimpleNamespace(config=SimpleNamespace(vision_spatial_merge_size=merge, hidden_size=tower.hidden_size))
     return ExLlamaEmbedding(
         embeddings=numbered.embeddings,
-        text_alias=str(numbered.text_alias),
+        text_alias=alias,
         first_index=first,
         token_list=token_list,
         thw_grid=numbered.grid_thw,
@@ -339,53 +327,43 @@ def _view(
     )
 
 
-def _with_ids(embedding: ImageEmbedding, space: TokenSpace | None) -> ImageEmbedding:
-    if space is None and not embedding.token_ids:
-        raise UsageError("an embedding has no token ids yet; pass space=TokenSpace(), one for all that share a cache")
-    return embedding if space is None else space.assign(embedding)
-
-
-def _first_id(numbered: ImageEmbedding) -> int:
-    """The first of an embedding's ids, if ExLlama takes them all for what they are."""
-    ids = numbered.token_ids
-    if ids != tuple(range(ids[0], ids[0] + len(ids))):
-        raise UsageError("the token ids of an embedding do not follow upon each other; let TokenSpace.assign give them")
+def _check_ids(ids: Sequence[int]) -> int:
+    """Returns the first id, or raises if ExLlama would misread the ids."""
+    if tuple(ids) != tuple(range(ids[0], ids[0] + len(ids))):
+        raise UsageError("token ids of an embedding must be consecutive; let TokenSpace.assign give them")
     if ids[0] < FIRST_IMAGE_ID:
         raise UsageError(
-            f"token ids from {ids[0]} on: ExLlama takes ids below {FIRST_IMAGE_ID} for the vocabulary's; make the space "
-            f"with a base of at least that"
+            f"token ids must be at least {FIRST_IMAGE_ID}, or ExLlama reads them as the vocabulary's, got {ids[0]}; make the "
+            "space with a larger base"
         )
     return ids[0]
 
 
-def _token_list(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any) -> list[int]:
-    """The image's ids and the model's tokens round and among them, without what only the end of a prompt has."""
+def _list_tokens(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any) -> list[int]:
+    """Lists the image's ids and the model's tokens around them, without those that end a prompt."""
     layout = tower.prompt_layout
     if tokenizer is None or layout is None:
         return list(embedding.token_ids)
+    if not callable(tokenizer) and hasattr(tokenizer, "single_id"):  # a tokenizer of ExLlama
+        encode: Callable[..., torch.Tensor] = tokenizer.encode
+
+        def tokenizer(text: str) -> Any:
+            return encode(text, encode_special_tokens=True).flatten().tolist()
+
     alone = replace(layout, after_images=(), ending="")
-    prompt = encode_prompt(
-        _reader(tokenizer), str(embedding.text_alias), [embedding], layout=alone, add_special_tokens=False
-    )
+    alias = str(embedding.text_alias)
+    prompt = encode_prompt(tokenizer, alias, [embedding], layout=alone, add_special_tokens=False)
     return cast("list[int]", prompt.input_ids.tolist())
 
 
-def _reader(tokenizer: Any) -> Any:
-    """ExLlama's tokenizers as a function from text to ids; others as they are."""
-    if callable(tokenizer) or not hasattr(tokenizer, "single_id"):
-        return tokenizer
-    encode: Callable[..., torch.Tensor] = tokenizer.encode
-    return lambda text: encode(text, encode_special_tokens=True).flatten().tolist()
-
-
-def _rounded(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+def _convert(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     rows = rows.detach()
     if dtype is None or rows.dtype == dtype:
         return rows
-    rounded = rows.to(dtype)
-    if not torch.isfinite(rounded).all() and torch.isfinite(rows).all():
+    converted = rows.to(dtype)
+    if not torch.isfinite(converted).all() and torch.isfinite(rows).all():
         raise UsageError(
-            f"the rows have values up to {float(rows.abs().max()):.0f}, and {dtype} holds {torch.finfo(dtype).max:.0f}; "
-            "pass dtype=None, or torch.bfloat16 if the engine takes it"
+            f"rows must be at most {torch.finfo(dtype).max:.0f} for {dtype}, got {float(rows.abs().max()):.0f}; pass "
+            "dtype=None, or torch.bfloat16 if the engine takes it"
         )
-    return rounded
+    return converted

@@ -1,19 +1,19 @@
-"""Embeddings for SGLang's ``image_data`` and ``video_data``.
+"""Embeddings as entries of SGLang's ``image_data`` and ``video_data``.
 
-Read in SGLang 0.5.23, which has two forms for them.  ``{"format": "precomputed_embedding", "feature": rows}`` is the
-documented one; it leaves the rows with the *model*, and only some models look whether what they got is ready: the others
-run their encoder over it.  ``{"format": "processor_output", "precomputed_embeddings": rows}`` is served by the scheduler
-(``_get_precomputed_embedding``) before any model is asked.  Here each model gets the documented form if it takes it.
+Checked against the source of SGLang 0.5.23, which has two forms. ``{"format": "precomputed_embedding", "feature": rows}``
+is documented, but left to the *model*: only some models check for it, the others run their encoder on the rows.
+``{"format": "processor_output", "precomputed_embeddings": rows}`` is handled by the scheduler
+(``_get_precomputed_embedding``) before any model. Here each model gets the documented form if it supports it.
 
-The prompt must come as ``input_ids`` in which the placeholders are repeated already, since nothing is left that could::
+The prompt must be ``input_ids`` with repeated placeholders, because SGLang cannot repeat them for embeddings::
 
     prompt = encode_prompt(tokenizer, text, embeddings, tower=tower)
     engine.generate(input_ids=prompt.placeholder_ids.tolist(), image_data=[to_sglang(tower, embeddings)])
 
-Nothing of SGLang is imported here.
+This module does not import SGLang.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -23,29 +23,29 @@ from tritontower.embedding import ImageEmbedding
 from tritontower.errors import HostRefusalError, UsageError, shorten
 from tritontower.tower import VisionTower
 
-from .checks import NO_LANGUAGE_MODEL, Refusal, checked, grids, taken_form, whole_rows
+from .checks import NO_LANGUAGE_MODEL, Refusal, check_embeddings, find_form, join_rows, stack_grids
 
 __all__ = ["SGLANG_READ", "to_sglang"]
 
 SGLANG_READ = "SGLang 0.5.23"
-"""The release whose source the forms below were read in."""
+"""Release whose source determined the forms below."""
 
 Form = Literal["precomputed_embedding", "processor_output"]
 
 INPUT_EMBEDS = (
-    "put the image's rows among the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
+    "merge the image's rows into the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
     "input_embeds to an engine without radix cache"
 )
 
 
 @dataclass(frozen=True)
 class _Host:
-    """What SGLang's processor and model of one type take.
+    """Input that SGLang's processor and model of one type take.
 
     Attributes:
         images: the form for images.
-        with_grids: whether positions are made from the grids.
-        video_seconds: whether a video's frame rate decides its positions.
+        with_grids: positions are computed from the grids.
+        video_seconds: positions of a video depend on its frame rate.
     """
 
     images: Form = "processor_output"
@@ -53,6 +53,7 @@ class _Host:
     video_seconds: bool = False
 
 
+# Model type → input; a name with the tower's type after a slash is looked up before the name without it.
 TAKEN: Mapping[str, _Host] = {
     "qwen2_vl": _Host(with_grids=True),
     "qwen2_5_vl": _Host(images="precomputed_embedding", with_grids=True, video_seconds=True),
@@ -65,82 +66,69 @@ TAKEN: Mapping[str, _Host] = {
     "mistral3": _Host(),
     "params.json": _Host(),
 }
-"""Model type → what SGLang takes; a tower's name behind a slash is looked up first and then left out."""
 
-TAKEN_FOR_PIXELS = "its model takes what comes in that form for pixels"
-RUNS_ENCODER = "its processor passes rows on as pixels, and its model runs the encoder over them"
-FALLBACK = "it runs the model through transformers, and its processor for that opens images only"
+FALLBACK: Refusal = (
+    "it runs the model through transformers, and its processor for that accepts images only",
+    INPUT_EMBEDS,
+)
 REFUSED: Mapping[str, Refusal] = {
     **NO_LANGUAGE_MODEL,
-    "llava": (RUNS_ENCODER, INPUT_EMBEDS),
-    "llava_next": (FALLBACK, INPUT_EMBEDS),
-    "llava_onevision": (FALLBACK, INPUT_EMBEDS),
-    "paligemma": (FALLBACK, INPUT_EMBEDS),
+    "llava": ("its processor passes rows on as pixels, and its model runs the encoder on them", INPUT_EMBEDS),
+    "llava_next": FALLBACK,
+    "llava_onevision": FALLBACK,
+    "paligemma": FALLBACK,
     "shieldgemma2": ("it has no such model", "run the classifier with transformers"),
 }
-"""Model type → what SGLang does instead of taking embeddings, and what works."""
 
 
 def to_sglang(
     tower: VisionTower, embeddings: ImageEmbedding | Iterable[ImageEmbedding], *, form: Form | None = None
 ) -> dict[str, Any]:
-    """Embeddings of one request as the one item that ``image_data`` (``video_data``) may then hold.
+    """Converts embeddings of one request to the single item that ``image_data`` (``video_data``) may contain.
 
     Args:
-        tower: the tower that made them; its checkpoint is the model that SGLang runs.
+        tower: the tower that made them, of the checkpoint that SGLang runs.
         embeddings: all images of the request, or all its videos, in the order of their placeholders.
-        form: insist on one of SGLang's two forms; by default the documented one if the model takes it.
+        form: one of SGLang's two forms; by default the documented one if the model supports it.
 
     Returns:
-        ``format``; the rows, ``[tokens of all, hidden_size · (1 + deepstack levels)]``, base rows first, on the CPU, under
-        ``feature`` (``"precomputed_embedding"``) or ``precomputed_embeddings`` (``"processor_output"``, which has a
-        ``modality`` too); for Qwen's models ``image_grid_thw`` (``video_grid_thw``) ``[images, 3]`` int64, in patches,
-        and ``second_per_grid_ts`` where a video's positions depend on it.
+        ``format``; the rows, ``[tokens of all, hidden_size * (1 + deepstack levels)]``, base rows first, on the CPU, as
+        ``feature`` (``"precomputed_embedding"``) or ``precomputed_embeddings`` (``"processor_output"``, which also has a
+        ``modality``); for Qwen models ``image_grid_thw`` (``video_grid_thw``) ``[images, 3]`` int64 in patches, and
+        ``second_per_grid_ts`` if a video's positions depend on it.
 
     Raises:
         HostRefusalError: SGLang takes no embeddings of this model, or not in that form.
-        UsageError: the embeddings do not fit the tower; images and videos together; a video does not know its times; there
-            is no such form.
+        UsageError: the embeddings do not fit the tower; images and videos together; a video without times; an unknown form.
     """
     model_type = tower.family.model_type
     if form not in (None, *get_args(Form)):
-        raise UsageError(f"form is {shorten(form)}; allowed: {', '.join(map(repr, get_args(Form)))}, or None")
-    host = _host(model_type)
-    given = checked(tower, embeddings)
-    videos = given[0].is_video
-    if any(embedding.is_video != videos for embedding in given):
+        raise UsageError(f"form must be {', '.join(map(repr, get_args(Form)))} or None, got {shorten(form)}")
+    host = find_form(SGLANG_READ, model_type, TAKEN, REFUSED, otherwise=INPUT_EMBEDS)
+    given = check_embeddings(tower, embeddings)
+    kind = "video" if given[0].is_video else "image"
+    if any(embedding.is_video != given[0].is_video for embedding in given):
         raise UsageError(
-            "images and videos are items of two lists; call this once for each: image_data=[…], video_data=[…]"
+            "embeddings must be all images or all videos; call this once for each: image_data=[…], video_data=[…]"
         )
-    taken = "processor_output" if videos else host.images
-    wanted = form or taken
-    if wanted not in ("processor_output", taken):
-        raise HostRefusalError(SGLANG_READ, model_type, TAKEN_FOR_PIXELS, f"leave out form, or pass form={taken!r}")
-    rows = torch.cat([whole_rows(embedding) for embedding in given])
-    facts = _facts(host, given, videos) if host.with_grids else {}
+    supported = "processor_output" if kind == "video" else host.images
+    wanted = form or supported
+    if wanted not in ("processor_output", supported):
+        raise HostRefusalError(
+            SGLANG_READ,
+            model_type,
+            "its model takes input in that form for pixels",
+            f"pass form={supported!r}, or none",
+        )
+    rows = join_rows(given)
+    grids: dict[str, Any] = {f"{kind}_grid_thw": stack_grids(given)} if host.with_grids else {}
+    if kind == "video" and host.video_seconds:
+        seconds = [video.seconds_per_grid for video in given]
+        if None in seconds:
+            raise UsageError(
+                "videos must have times, or SGLang computes other positions; pass fps= or timestamps= to encode_video"
+            )
+        grids["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
     if wanted == "precomputed_embedding":
-        return {"format": wanted, "feature": rows, **facts}
-    kind = "video" if videos else "image"
-    return {"format": wanted, "modality": kind, "precomputed_embeddings": rows, **facts}
-
-
-def _host(model_type: str) -> _Host:
-    return taken_form(SGLANG_READ, model_type, TAKEN, REFUSED, otherwise=INPUT_EMBEDS)
-
-
-def _facts(host: _Host, given: Sequence[ImageEmbedding], videos: bool) -> dict[str, Any]:
-    """What the model makes positions from."""
-    if not videos:
-        return {"image_grid_thw": grids(given)}
-    if not host.video_seconds:
-        return {"video_grid_thw": grids(given)}
-    seconds = [video.seconds_per_grid for video in given]
-    if None in seconds:
-        raise UsageError(
-            "a video does not know its times, without which SGLang would give it positions of its own choice; pass fps= or "
-            "timestamps= to encode_video"
-        )
-    return {
-        "video_grid_thw": grids(given),
-        "second_per_grid_ts": torch.tensor(seconds, dtype=torch.float32, device="cpu"),
-    }
+        return {"format": wanted, "feature": rows, **grids}
+    return {"format": wanted, "modality": kind, "precomputed_embeddings": rows, **grids}

@@ -1,11 +1,11 @@
-"""Embeddings for vLLM's ``multi_modal_data``, in the form that each of its models takes.
+"""Embeddings as vLLM's ``multi_modal_data``, in the form that each of its models takes.
 
-Read in vLLM 0.33.0.  The engine has to be told to take embeddings, and then need not load an encoder of its own::
+Checked against the source of vLLM 0.33.0. The engine must be told to accept embeddings, and then loads no encoder::
 
     engine = LLM(model, enable_mm_embeds=True, limit_mm_per_prompt={"image": 0})
     engine.generate({"prompt": prompt, "multi_modal_data": to_vllm(tower, tower.encode(images))})
 
-The prompt has one placeholder per image, which vLLM repeats itself.  Nothing of vLLM is imported here.
+The prompt has one placeholder per image, which vLLM repeats. This module does not import vLLM.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,43 +18,42 @@ from tritontower.embedding import ImageEmbedding
 from tritontower.errors import HostRefusalError, UsageError
 from tritontower.tower import VisionTower
 
-from .checks import NO_LANGUAGE_MODEL, Refusal, checked, grids, taken_form, whole_rows
+from .checks import NO_LANGUAGE_MODEL, Refusal, check_embeddings, find_form, join_rows, stack_grids
 
 __all__ = ["VLLM_READ", "to_vllm"]
 
 VLLM_READ = "vLLM 0.33.0"
-"""The release whose source the forms below were read in."""
+"""Release whose source determined the forms below."""
 
 PROMPT_EMBEDS = (
-    "put the image's rows among the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
+    "merge the image's rows into the text's embeddings (tritontower.prompt.merge_embeddings) and pass the result as "
     '{"prompt_embeds": rows} to an engine with enable_prompt_embeds=True'
 )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Takes ``{"image": [rows, …]}``: a matrix per image, counted by the parser, not checked against anything."""
+    """Form ``{"image": [rows, …]}``: one matrix per image; ``any_count``: images may differ in their number of rows."""
 
     any_count: bool = True
-    """Whether images of one call may have different numbers of rows."""
 
 
 @dataclass(frozen=True)
 class _Grids:
-    """Takes ``{"image": {"image_embeds": rows, "image_grid_thw": grids}}``: all images' rows one after the other.
+    """Form ``{"image": {"image_embeds": rows, "image_grid_thw": grids}}`` with the joined rows of all images.
 
-    The parser cuts the rows at the places that the grids give; rows too few or too many pass unnoticed.
+    The parser splits the rows by the grids; missing or extra rows are not detected. ``times`` is the additional entry of
+    videos.
     """
 
     times: Literal["second_per_grid_ts", "timestamps"] | None = None
-    """What a video needs beside its rows and its grid."""
 
 
-TILES = _Rows(any_count=False)
+# Model type → form; a name with the tower's type after a slash is looked up before the name without it.
 TAKEN: Mapping[str, _Rows | _Grids] = {
     "llava": _Rows(),
-    "llava_next": TILES,
-    "llava_onevision": TILES,
+    "llava_next": _Rows(any_count=False),
+    "llava_onevision": _Rows(any_count=False),
     "qwen2_vl": _Grids(),
     "qwen2_5_vl": _Grids(times="second_per_grid_ts"),
     "qwen3_vl": _Grids(times="timestamps"),
@@ -62,92 +61,67 @@ TAKEN: Mapping[str, _Rows | _Grids] = {
     "qwen3_5": _Grids(times="timestamps"),
     "qwen3_5_moe": _Grids(times="timestamps"),
 }
-"""Model type → what vLLM takes; a tower's name behind a slash is looked up first and then left out."""
 
 REFUSED: Mapping[str, Refusal] = {
     **NO_LANGUAGE_MODEL,
     "gemma3": (
         "its `_parse_and_validate_image_input` asserts that there are none",
-        f"{PROMPT_EMBEDS}; an image's rows then no longer see each other in both directions, as Gemma 3 was trained",
+        f"{PROMPT_EMBEDS}; image rows then lose the bidirectional attention that Gemma 3 was trained with",
     ),
     "shieldgemma2": ("it has no such model", "run the classifier with transformers"),
-    "paligemma": (
-        "its processor declares no field for them, so that they are dropped before the model sees them",
-        PROMPT_EMBEDS,
-    ),
+    "paligemma": ("its processor declares no field for them and drops them before the model", PROMPT_EMBEDS),
     "llava/pixtral": ("its `_parse_and_validate_image_input` raises for a Pixtral tower", PROMPT_EMBEDS),
-    "mistral3": (
-        "its processor looks for images only and its model makes pixel inputs of whatever it gets",
-        PROMPT_EMBEDS,
-    ),
-    "params.json": ("its model for Mistral's own format has no input but pixels", PROMPT_EMBEDS),
+    "mistral3": ("its processor accepts images only and its model makes pixel inputs of any input", PROMPT_EMBEDS),
+    "params.json": ("its model for Mistral's own format takes pixels only", PROMPT_EMBEDS),
 }
-"""Model type → what vLLM does instead of taking embeddings, and what works."""
 
 
 def to_vllm(tower: VisionTower, embeddings: ImageEmbedding | Iterable[ImageEmbedding]) -> dict[str, Any]:
-    """Embeddings of one request as ``multi_modal_data``.
+    """Converts the embeddings of one request to ``multi_modal_data``.
 
     Args:
-        tower: the tower that made them; its checkpoint is the model that vLLM runs.
-        embeddings: of the request's images and videos, each kind in the order of its placeholders.
+        tower: the tower that made them, of the checkpoint that vLLM runs.
+        embeddings: the request's images and videos, each kind in the order of its placeholders.
 
     Returns:
-        ``image`` and ``video``, as far as there are any, on the CPU.  For Qwen's models each is a dictionary of
-        ``image_embeds`` (``video_embeds``) ``[tokens of all, hidden_size · (1 + deepstack levels)]``, base rows first;
-        ``image_grid_thw`` (``video_grid_thw``) ``[images, 3]`` int64, in patches; and the times that the model wants to
-        know of videos.  For LLaVA's it is a list of ``[tokens, hidden_size]``.
+        ``image`` and ``video``, if there are any, on the CPU. For Qwen models each is a dictionary of ``image_embeds``
+        (``video_embeds``) ``[tokens of all, hidden_size * (1 + deepstack levels)]``, base rows first, ``image_grid_thw``
+        (``video_grid_thw``) ``[images, 3]`` int64 in patches, and the times of videos that the model uses. For LLaVA
+        models it is a list of ``[tokens, hidden_size]``.
 
     Raises:
         HostRefusalError: vLLM takes no embeddings of this model, or not these together.
-        UsageError: the embeddings do not fit the tower (rows, width, deepstack levels), or a video does not know its times.
+        UsageError: the embeddings do not fit the tower (rows, width, deepstack levels), or a video has no times.
     """
-    form = _form(tower.family.model_type)
-    given = checked(tower, embeddings)
+    form = find_form(VLLM_READ, tower.family.model_type, TAKEN, REFUSED, otherwise=PROMPT_EMBEDS)
+    given = check_embeddings(tower, embeddings)
     if isinstance(form, _Rows):
-        return {"image": _matrices(tower, form, given)}
+        counts = {embedding.num_tokens for embedding in given}
+        if len(counts) > 1 and not form.any_count:
+            raise HostRefusalError(
+                VLLM_READ,
+                tower.family.model_type,
+                f"all images of one input must have the same number of rows, got {', '.join(map(str, sorted(counts)))}",
+                f"send images with different numbers of rows in requests that are not batched together, or {PROMPT_EMBEDS}",
+            )
+        return {"image": [join_rows([embedding]) for embedding in given]}
     images = [embedding for embedding in given if not embedding.is_video]
     videos = [embedding for embedding in given if embedding.is_video]
     data: dict[str, Any] = {}
     if images:
-        data["image"] = {"image_embeds": _joined(images), "image_grid_thw": grids(images)}
+        data["image"] = {"image_embeds": join_rows(images), "image_grid_thw": stack_grids(images)}
     if videos:
-        data["video"] = {"video_embeds": _joined(videos), "video_grid_thw": grids(videos), **_times(form, videos)}
+        times = {} if form.times is None else {form.times: _list_times(form.times, videos)}
+        data["video"] = {"video_embeds": join_rows(videos), "video_grid_thw": stack_grids(videos), **times}
     return data
 
 
-def _form(model_type: str) -> _Rows | _Grids:
-    return taken_form(VLLM_READ, model_type, TAKEN, REFUSED, otherwise=PROMPT_EMBEDS)
-
-
-def _matrices(tower: VisionTower, form: _Rows, embeddings: Sequence[ImageEmbedding]) -> list[torch.Tensor]:
-    counts = {embedding.num_tokens for embedding in embeddings}
-    if len(counts) > 1 and not form.any_count:
-        raise HostRefusalError(
-            VLLM_READ,
-            tower.family.model_type,
-            f"the model's input has one number of rows for all images, and these have {', '.join(map(str, sorted(counts)))}",
-            f"send images of different numbers of rows in requests that are not worked off together, or {PROMPT_EMBEDS}",
-        )
-    return [whole_rows(embedding) for embedding in embeddings]
-
-
-def _joined(embeddings: Sequence[ImageEmbedding]) -> torch.Tensor:
-    return torch.cat([whole_rows(embedding) for embedding in embeddings])
-
-
-def _times(form: _Grids, videos: Sequence[ImageEmbedding]) -> dict[str, Any]:
-    if form.times is None:
-        return {}
+def _list_times(name: str, videos: Sequence[ImageEmbedding]) -> torch.Tensor | list[list[float]]:
     timestamps = [list(video.timestamps) for video in videos]
     seconds = [video.seconds_per_grid for video in videos]
-    if None in seconds if form.times == "second_per_grid_ts" else not all(timestamps):
+    if None in seconds if name == "second_per_grid_ts" else not all(timestamps):
         raise UsageError(
-            "a video does not know its times, without which vLLM would refuse it or place it wrongly; pass fps= or "
-            "timestamps= to encode_video"
+            "videos must have times, or vLLM rejects them or computes wrong positions; pass fps= or timestamps= to "
+            "encode_video"
         )
-    return {
-        form.times: timestamps
-        if form.times == "timestamps"
-        else torch.tensor(seconds, dtype=torch.float32, device="cpu")
-    }
+    return timestamps if name == "timestamps" else torch.tensor(seconds, dtype=torch.float32, device="cpu")

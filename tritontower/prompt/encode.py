@@ -1,16 +1,16 @@
-"""From a text and the embeddings of its images to what a language model takes: token ids, and rows in their place.
+"""Encodes a text and the embeddings of its images into token ids.
 
-Every row of an image gets an id of its own (:class:`TokenSpace`), beyond the vocabulary: a key-value cache that is
-searched by ids then finds the prefix again that holds the same image, and no other, and any piece of a prompt can be
-embedded by itself (:func:`merge_embeddings`).  How a model's prompt has an image (markers round it, a token behind each
-row of patches, time stamps of a video) is data, :class:`PromptLayout`; the tokens are those of transformers' processors
-(``replace_image_token`` and ``replace_video_token`` of ``Qwen2VLProcessor``, ``Qwen3VLProcessor``, ``Gemma3Processor``,
-``PixtralProcessor``, ``PaliGemmaProcessor``, ``LlavaProcessor`` and their variants), token for token.
+Every row of an image gets its own id beyond the vocabulary (:class:`TokenSpace`). A key-value cache that is indexed by
+ids then reuses a prefix with the same image only, and any chunk of a prompt can be embedded on its own
+(:func:`merge_embeddings`). The tokens around and between rows come from the model's :class:`PromptLayout`. They equal
+those of transformers' processors, token for token (``replace_image_token`` and ``replace_video_token`` of
+``Qwen2VLProcessor``, ``Qwen3VLProcessor``, ``Gemma3Processor``, ``PixtralProcessor``, ``PaliGemmaProcessor``,
+``LlavaProcessor`` and their variants).
 """
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,42 +20,25 @@ from tritontower.embedding import ImageEmbedding
 from tritontower.errors import PromptError, UsageError, list_names, shorten
 
 from .layout import HasPromptLayout, PromptLayout, VideoLayout
-from .merge import add_deepstack, merge_embeddings
-from .token_ids import DEFAULT_BASE, TokenSpace, ordered_by_ids, sanitize_ids
-from .tokenizer import Part, Run, Vocabulary, tokens_of
+from .token_ids import DEFAULT_BASE, TokenSpace, order_by_ids
+from .tokenizer import Part, Run, Vocabulary, tokenize_parts
 
-__all__ = [
-    "DEFAULT_BASE",
-    "EncodedPrompt",
-    "PromptLayout",
-    "TokenSpace",
-    "VideoLayout",
-    "add_deepstack",
-    "encode_prompt",
-    "merge_embeddings",
-    "sanitize_ids",
-]
-
+# ExLlama's name for an image that was given no alias.
 UNKNOWN_ALIAS = re.compile(r"<\$EMB_[^$<>]*\$>")
-"""How ExLlama names an image that was given no name."""
-
-
-# -- text and images to ids -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class EncodedPrompt:
-    """A prompt in tokens.
+    """A tokenized prompt.
 
     Attributes:
-        input_ids: ``[T]`` int64 on the CPU; rows of images have the ids of their embedding.
-        placeholder_ids: ``[T]`` int64: the same as transformers' processor has it, one placeholder for all rows.
-        token_types: ``[T]`` int64: 0 text, 1 image, 2 video; transformers' ``mm_token_type_ids``.
-        embeddings: those that were given, in their order, all with token ids.  Where a space gave them, the prompt holds
-            one use of the ids of each, until :meth:`release`.
-        spans: for each embedding, the place of its first row and the place behind its last one; tokens between its rows
-            (ends of rows, time stamps) lie within.
-        bidirectional_spans: places whose tokens the language model lets see each other, start and end.
+        input_ids: ``[T]`` int64 on the CPU; image rows have the ids of their embedding.
+        placeholder_ids: ``[T]`` int64, the ids of transformers' processor: one placeholder token for all rows.
+        token_types: ``[T]`` int64: 0 text, 1 image, 2 video (transformers' ``mm_token_type_ids``).
+        embeddings: the given embeddings in their order, with token ids. If a space assigned the ids, the prompt counts as
+            one use of each embedding until :meth:`release`.
+        spans: start and end (exclusive) of each embedding; includes the tokens between its rows.
+        bidirectional_spans: start and end of tokens that attend to each other in both directions.
     """
 
     input_ids: torch.Tensor
@@ -69,13 +52,10 @@ class EncodedPrompt:
         return len(self.input_ids)
 
     def release(self, space: TokenSpace) -> None:
-        """Ends the prompt's use of its embeddings' ids; call it once, when no cache holds keys and values of them any more.
-
-        Args:
-            space: the one that it was encoded with.
+        """Releases the prompt's ids; call it once, when no cache holds their keys and values any more.
 
         Raises:
-            UsageError: the ids are not that space's, or were released before; then none is released.
+            UsageError: ``space`` did not assign the ids, or they were released before. Then nothing is released.
         """
         space.release(*self.embeddings)
 
@@ -90,88 +70,89 @@ def encode_prompt(
     space: TokenSpace | None = None,
     add_special_tokens: bool | None = None,
 ) -> EncodedPrompt:
-    """Tokenizes a text with images.
+    """Tokenizes a text with images and videos.
 
-    An image stands in the text by its ``text_alias``, anywhere and once; what the model wants round an image is put
-    there.  Images without an alias stand by the marker that transformers' processors know, as chat templates write it
-    (``<|image_pad|>``, ``<image>``, ``[IMG]``, ``<start_of_image>``), in their order, images and videos each among
-    themselves; what stands round the marker is then left as it is.  (So it is in transformers 5, and the time stamps of a
-    Qwen3-VL video then lie between two more tokens, which the model was not trained with: give videos an alias.)
+    An image is placed where its ``text_alias`` is in the text, which must occur exactly once; the layout's tokens are
+    added around it. Images without an alias are placed, in order, at the markers of transformers' processors, as chat
+    templates write them (``<|image_pad|>``, ``<image>``, ``[IMG]``, ``<start_of_image>``); videos likewise. The text
+    around a marker is left as it is. (In transformers 5 a Qwen3-VL video at a marker thus gets its timestamps between
+    two extra tokens, which the model was not trained with: give videos an alias.)
 
     Args:
-        tokenizer: of transformers or of ``tokenizers``, which reads the text as a whole, special tokens by their names;
-            or a function from text to token ids, which gets the pieces between the images and adds no tokens of its
-            own (then every image needs an alias).
+        tokenizer: of transformers or of ``tokenizers``, which reads the text as a whole; or a function from text to ids,
+            which gets the pieces between the images and adds no special tokens (then every image needs an alias).
         text: the prompt, after the chat template.
         embeddings: its images and videos.
-        layout: how the model's prompt has images.
-        tower: instead of ``layout``, the tower that made the embeddings.
-        space: gives ids to all embeddings, also to those that have some, such as a chat's from its last turn: one space
-            for all prompts that share a key-value cache.  Every prompt holds one use of each of its embeddings, which
-            :meth:`EncodedPrompt.release` ends.  Without a space the embeddings' own ids are taken, and nothing is counted.
-        add_special_tokens: whether the tokenizer adds its own tokens; by default as the model's processor does it.  A
-            chat template has written them already.
+        layout: the model's prompt layout.
+        tower: the tower that made the embeddings, instead of ``layout``.
+        space: assigns ids to all embeddings, also to those that have some. Use one space for all prompts that share a
+            key-value cache, and call :meth:`EncodedPrompt.release` for each. Without a space the embeddings' own ids are
+            used, and nothing is counted.
+        add_special_tokens: let the tokenizer add its own tokens; by default as the model's processor does. A chat template
+            has already written them.
 
     Raises:
-        PromptError: an alias that is not in the text, that is there twice, or that two embeddings have; a marker or an
-            alias without an embedding; an embedding that does not fit the layout; a tokenizer of another model.
-        UsageError: neither ``layout`` nor ``tower``, a tower without a language model, embeddings without ids and no
-            space, two images with the same ids (of two spaces).
+        PromptError: an alias is missing, repeated or shared; a marker or an alias has no embedding; an embedding does not
+            fit the layout; the tokenizer belongs to another model.
+        UsageError: neither or both of ``layout`` and ``tower``; a tower without a language model; embeddings without ids
+            and no space; two images with the same ids.
         TokenSpaceExhaustedError: the space has no ids left.
     """
-    vocabulary = Vocabulary.of(tokenizer)
-    layout = _with_numbers(_layout(layout, tower), vocabulary)
+    vocabulary = Vocabulary.wrap(tokenizer)
+    layout = _choose_layout(layout, tower)
+    if layout.row_break is not None and layout.row_end is not None:
+        row_break, row_end = vocabulary.require_id(layout.row_break), vocabulary.require_id(layout.row_end)
+        layout = replace(layout, row_break=row_break, row_end=row_end)
     images = tuple(embeddings)
-    parts = _parts(text, images, layout, vocabulary)
+    for index, image in enumerate(images):
+        _check_embedding(index, image, layout)
+    parts = _place_images(text, images, layout, vocabulary)
     special = layout.special_tokens if add_special_tokens is None else add_special_tokens
-    placeholders, places = tokens_of(parts, vocabulary, special)
-    _check_vocabulary(placeholders, images, space)
-    ids = _with_ids(images, space)
-    placeholder_ids = torch.tensor(placeholders, dtype=torch.int64, device="cpu")
-    rows = _places_of_rows(images, places)
+    tokens, starts = tokenize_parts(parts, vocabulary, special)
+    _check_vocabulary(tokens, images, space)
+    images = _assign_ids(images, space)
+    positions: list[list[int]] = [[] for _ in images]
+    for run, start in starts:
+        positions[run.image] += range(start, start + run.length)
+    placeholder_ids = torch.tensor(tokens, dtype=torch.int64, device="cpu")
     input_ids = placeholder_ids.clone()
-    for image, where in zip(ids, rows, strict=True):
-        input_ids[where] = torch.tensor(image.token_ids, device="cpu")
+    for image, rows in zip(images, positions, strict=True):
+        input_ids[rows] = torch.tensor(image.token_ids, device="cpu")
     return EncodedPrompt(
         input_ids=input_ids,
         placeholder_ids=placeholder_ids,
         token_types=_token_types(placeholder_ids, layout),
-        embeddings=ids,
-        spans=tuple((int(where[0]), int(where[-1]) + 1) for where in rows),
+        embeddings=images,
+        spans=tuple((rows[0], rows[-1] + 1) for rows in positions),
         bidirectional_spans=tuple(
-            (int(where[start]), int(where[end - 1]) + 1)
-            for image, where in zip(ids, rows, strict=True)
+            (rows[start], rows[end - 1] + 1)
+            for image, rows in zip(images, positions, strict=True)
             for start, end in image.bidirectional_spans
         ),
     )
 
 
-def _layout(layout: PromptLayout | None, tower: HasPromptLayout | None) -> PromptLayout:
+def _choose_layout(layout: PromptLayout | None, tower: HasPromptLayout | None) -> PromptLayout:
     if (layout is None) == (tower is None):
-        raise UsageError("pass either layout or tower: how a prompt has images is the language model's")
+        raise UsageError("exactly one of layout and tower must be given")
     found = layout if tower is None else tower.prompt_layout
     if found is None:
-        raise UsageError("the tower comes without a language model, so nothing says how a prompt has images")
+        raise UsageError(
+            "tower must belong to a model with a language model, got an encoder alone; pass layout instead"
+        )
     return found
 
 
-def _with_numbers(layout: PromptLayout, vocabulary: Vocabulary) -> PromptLayout:
-    """The layout with the tokens behind rows of tokens by their ids."""
-    if layout.row_break is None or layout.row_end is None:
-        return layout
-    return replace(layout, row_break=vocabulary.number(layout.row_break), row_end=vocabulary.number(layout.row_end))
-
-
-def _with_ids(images: Sequence[ImageEmbedding], space: TokenSpace | None) -> tuple[ImageEmbedding, ...]:
-    """The embeddings with ids, no two images with the same: one more use of the space's each, all or no one."""
+def _assign_ids(images: Sequence[ImageEmbedding], space: TokenSpace | None) -> tuple[ImageEmbedding, ...]:
+    """Assigns ids from the space, to all images or to none; without a space checks the images' own ids."""
     if space is None:
         missing = [index for index, image in enumerate(images) if not image.token_ids]
         if missing:
             raise UsageError(
-                f"embedding {missing[0]} has no token ids; pass space=TokenSpace(), one and the same for all prompts that "
-                "share a key-value cache"
+                f"embedding {missing[0]} has no token ids; pass space=TokenSpace(), the same one for all prompts that share "
+                "a key-value cache"
             )
-        ordered_by_ids(images)
+        order_by_ids(images)
         return tuple(images)
     assigned: list[ImageEmbedding] = []
     try:
@@ -188,181 +169,142 @@ def _check_vocabulary(tokens: Sequence[int], images: Sequence[ImageEmbedding], s
     base = min(own, default=DEFAULT_BASE) if space is None else space.base
     if tokens and max(tokens) >= base:
         raise PromptError(
-            f"the tokenizer made token {max(tokens)}, and the ids of images begin at {base}; make the space with a "
+            f"tokens of text must be below {base}, where the ids of images begin, got {max(tokens)}; make the space with a "
             "base beyond the vocabulary"
         )
 
 
-def _places_of_rows(images: Sequence[ImageEmbedding], places: Sequence[tuple[Run, int]]) -> list[torch.Tensor]:
-    """Per image, the places of its rows in the prompt, ``[rows]`` int64."""
-    found: list[list[torch.Tensor]] = [[] for _ in images]
-    for run, place in places:
-        found[run.image].append(torch.arange(place, place + run.length, device="cpu"))
-    return [torch.cat(each) for each in found]
-
-
 def _token_types(tokens: torch.Tensor, layout: PromptLayout) -> torch.Tensor:
-    of_images = [token for token in (layout.placeholder, layout.row_break, layout.row_end) if token is not None]
-    types = torch.isin(tokens, torch.tensor(of_images, device="cpu")).long()
+    image_tokens = [token for token in (layout.placeholder, layout.row_break, layout.row_end) if token is not None]
+    types = torch.isin(tokens, torch.tensor(image_tokens, device="cpu")).long()
     if layout.video is not None:
         types[tokens == layout.video.placeholder] = 2
     return types
 
 
-# -- text to parts ----------------------------------------------------------------------------------------------------
-
-
-def _is_video(index: int, embedding: ImageEmbedding, layout: PromptLayout) -> bool:
-    """Whether it is a video.
-
-    Raises:
-        PromptError: it has no place in a prompt.
-    """
-    if not embedding.num_tokens:
-        raise PromptError(f"embedding {index} has no rows, so nothing of it would stand in the prompt")
+def _check_embedding(index: int, embedding: ImageEmbedding, layout: PromptLayout) -> None:
+    count = embedding.num_tokens
+    if not count:
+        raise PromptError(f"embedding {index} has no rows, so a prompt has no place for it")
     rows, last = sum(embedding.tile_tokens), max((end for _, end in embedding.bidirectional_spans), default=0)
-    if rows != embedding.num_tokens or last > embedding.num_tokens:
+    if rows != count or last > count:
         raise PromptError(
-            f"embedding {index} has {embedding.num_tokens} rows, but its tiles have {rows} and its spans end at {last}; "
-            "where rows are changed, tile_tokens and bidirectional_spans have to be changed with them"
+            f"embedding {index} has {count} rows, but its tiles have {rows} and its bidirectional spans end at {last}; change "
+            "tile_tokens and bidirectional_spans together with the rows"
         )
     if embedding.is_video and layout.video is None:
-        raise PromptError(f"embedding {index} is of a video, which this model's prompt has no place for")
+        raise PromptError(f"embedding {index} is a video, but this model's prompts take images only")
     if not embedding.is_video and embedding.grid_thw[0] > 1:
         raise PromptError(
-            f"embedding {index} has {embedding.grid_thw[0]} temporal patches and does not say that it is a video; make it "
-            "with encode_video, or set is_clip"
+            f"embedding {index} has {embedding.grid_thw[0]} temporal patches but is_video is False; make it with "
+            "encode_video, or set is_video"
         )
-    return embedding.is_video
 
 
-def _parts(text: str, images: Sequence[ImageEmbedding], layout: PromptLayout, vocabulary: Vocabulary) -> list[Part]:
-    """The prompt: text, tokens, and rows of images, in order."""
-    videos = [_is_video(index, image, layout) for index, image in enumerate(images)]
-    markers = _markers(layout, vocabulary)
-    aliases = _aliases(images, markers)
-    named = set(aliases.values())
-    waiting: dict[bool, deque[int]] = {False: deque(), True: deque()}
-    for index, video in enumerate(videos):
-        if index not in named:
-            waiting[video].append(index)
+def _place_images(
+    text: str, images: Sequence[ImageEmbedding], layout: PromptLayout, vocabulary: Vocabulary
+) -> list[Part]:
+    """Splits the text at its aliases and markers, and puts the images' rows and tokens there."""
+    markers = _list_markers(layout, vocabulary)
+    waiting, aliases = _queue_images(images, markers)
+    # Of names that begin alike, the longest that matches counts.
+    names = sorted(waiting, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names))) if names else re.compile(r"(?!)")
     parts: list[Part] = []
-    end = last = 0
-    unused = dict(aliases)
-    for start, name in _occurrences(text, [*aliases, *markers]):
-        parts.append(_plain(text[end:start], layout, vocabulary))
-        end = start + len(name)
-        if name in aliases:
-            if name not in unused:
+    end = after_last_image = 0
+    for match in pattern.finditer(text):
+        name = match.group()
+        parts.append(_check_text(text[end : match.start()], layout, vocabulary))
+        end = match.end()
+        if not waiting[name]:
+            if name in aliases:
                 raise PromptError(
-                    f"alias {shorten(name)} stands in the text twice; give the second one an alias of its own"
+                    f"alias {shorten(name)} must occur in the text once, got twice; give the second image its own alias"
                 )
-            index = unused.pop(name)
-            parts += _with_wrapping(images[index], index, videos[index], layout)
-        else:
-            queue = waiting[markers[name]]
-            if not queue:
-                raise PromptError(
-                    f"{shorten(name)} stands in the text once too often: there is no embedding left for it"
-                )
-            index = queue.popleft()
-            parts += _rows_of(images[index], index, videos[index], layout)
-        last = len(parts)
-    parts.append(_plain(text[end:], layout, vocabulary) + layout.ending)
-    _check_all_used(unused, waiting, markers)
-    parts[last:last] = layout.after_images
+            raise PromptError(f"the text has more {shorten(name)} than there are embeddings for it")
+        index = waiting[name].popleft()
+        parts += _lay_out(images[index], index, layout, wrapped=name in aliases)
+        after_last_image = len(parts)
+    parts.append(_check_text(text[end:], layout, vocabulary) + layout.ending)
+    if unused := [name for name in aliases if waiting[name]]:
+        raise PromptError(f"the text must contain the alias of every image; missing: {list_names(unused)}")
+    for name in markers.values():
+        if waiting[name]:
+            raise PromptError(
+                f"embedding {waiting[name][0]} has no alias, and the text has no {shorten(name)} left for it"
+            )
+    parts[after_last_image:after_last_image] = layout.after_images
     return parts
 
 
-def _markers(layout: PromptLayout, vocabulary: Vocabulary) -> dict[str, bool]:
-    """The text of the tokens that stand for a whole image or video → whether it is a video."""
+def _list_markers(layout: PromptLayout, vocabulary: Vocabulary) -> dict[bool, str]:
+    """Maps ``is_video`` to the text of the token that stands for a whole image or video."""
     if not vocabulary.reads_names:
         return {}
-    markers = {vocabulary.name(layout.placeholder if layout.marker is None else layout.marker): False}
-    # A tokenizer made before the model saw videos may not have the token.
-    video = None if layout.video is None else vocabulary.name_of(layout.video.placeholder)
-    return markers if video is None else {**markers, video: True}
+    markers = {False: vocabulary.require_name(layout.placeholder if layout.marker is None else layout.marker)}
+    # A tokenizer made before the model took videos may lack the token.
+    video = None if layout.video is None else vocabulary.find_name(layout.video.placeholder)
+    return markers if video is None else {**markers, True: video}
 
 
-def _aliases(images: Sequence[ImageEmbedding], markers: Mapping[str, bool]) -> dict[str, int]:
-    """Alias → image; a marker is no alias."""
-    aliases: dict[str, int] = {}
+def _queue_images(
+    images: Sequence[ImageEmbedding], markers: dict[bool, str]
+) -> tuple[dict[str, deque[int]], list[str]]:
+    """Maps each alias and marker to the images it stands for; also lists the aliases, of which markers are none."""
+    waiting: dict[str, deque[int]] = {name: deque() for name in markers.values()}
+    aliases: list[str] = []
     for index, image in enumerate(images):
         alias = image.text_alias
-        if alias is None or alias in markers:
-            continue
-        if not alias:
-            raise PromptError(f"embedding {index} has an empty alias, which stands everywhere and nowhere in a text")
-        if alias in aliases:
-            raise PromptError(f"embeddings {aliases[alias]} and {index} have one alias, {shorten(alias)}")
-        aliases[alias] = index
-    return aliases
+        if alias is None or alias in markers.values():
+            if image.is_video not in markers:
+                raise PromptError(
+                    f"embedding {index} has no alias, and the tokenizer has no marker for it; give it an alias"
+                )
+            waiting[markers[image.is_video]].append(index)
+        elif not alias:
+            raise PromptError(f"embedding {index} has an empty alias; give it a text that occurs in the prompt")
+        elif alias in waiting:
+            raise PromptError(f"embeddings {waiting[alias][0]} and {index} have the same alias, {shorten(alias)}")
+        else:
+            waiting[alias] = deque([index])
+            aliases.append(alias)
+    return waiting, aliases
 
 
-def _occurrences(text: str, names: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Where each name stands; of names that begin alike the longest that is there."""
-    if not names:
-        return
-    longest_first = sorted(names, key=len, reverse=True)
-    for match in re.finditer("|".join(map(re.escape, longest_first)), text):
-        yield match.start(), match.group()
-
-
-def _plain(text: str, layout: PromptLayout, vocabulary: Vocabulary) -> str:
-    """Text between images, if it does not itself ask for one."""
-    unknown = UNKNOWN_ALIAS.search(text)
-    if unknown:
-        raise PromptError(f"alias {shorten(unknown.group())} stands in the text, and no embedding has it")
-    if vocabulary.reads_names and (name := vocabulary.name(layout.placeholder)) in text:
-        raise PromptError(
-            f"{shorten(name)} stands in the text: it is put there for the rows of an image, by nobody else"
-        )
+def _check_text(text: str, layout: PromptLayout, vocabulary: Vocabulary) -> str:
+    """Returns text between images, or raises if it still asks for one."""
+    if unknown := UNKNOWN_ALIAS.search(text):
+        raise PromptError(f"alias {shorten(unknown.group())} is in the text, but no embedding has it")
+    if vocabulary.reads_names and (name := vocabulary.require_name(layout.placeholder)) in text:
+        raise PromptError(f"the text must not contain {shorten(name)}, which is inserted for the rows of images")
     return text
 
 
-def _check_all_used(
-    aliases: Mapping[str, int], waiting: Mapping[bool, Sequence[int]], markers: Mapping[str, bool]
-) -> None:
-    if aliases:
-        raise PromptError(f"the text does not hold the alias of every image; missing: {list_names(list(aliases))}")
-    for video, left in waiting.items():
-        if left:
-            known = [shorten(name) for name, of_video in markers.items() if of_video == video]
-            raise PromptError(
-                f"embedding {left[0]} has no alias, and the text no {' or '.join(known) or 'marker'} left to stand for it"
-            )
-
-
-def _with_wrapping(image: ImageEmbedding, index: int, video: bool, layout: PromptLayout) -> list[Part]:
-    """An image as an alias stands for it: its rows, and what a chat template would have written round them."""
-    around = layout.video if video and layout.video is not None else layout
-    return [*around.before, *_rows_of(image, index, video, layout), *around.after]
-
-
-def _rows_of(image: ImageEmbedding, index: int, video: bool, layout: PromptLayout) -> list[Part]:
-    """An image's rows, and what the model wants among them."""
-    if video and layout.video is not None:
-        return _frames_of(image, index, layout.video)
+def _lay_out(image: ImageEmbedding, index: int, layout: PromptLayout, *, wrapped: bool) -> list[Part]:
+    """Lays out an image's rows; ``wrapped`` adds the tokens that a chat template writes around it."""
+    if image.is_video and layout.video is not None:
+        parts, around = _lay_out_frames(image, index, layout.video), layout.video
+        return [*around.before, *parts, *around.after] if wrapped else parts
     counts = (image.num_tokens,) if layout.between_tiles is None else image.tile_tokens
-    parts: list[Part] = []
+    parts = []
     start = 0
     for tile, count in enumerate(counts):
         if layout.between_tiles is not None and len(counts) > 1:
             parts.append(layout.between_tiles[min(tile, 2)])
-        parts += [*layout.tile_before, *_lines_of(image, index, start, count, layout), *layout.tile_after]
+        parts += [*layout.tile_before, *_lay_out_lines(image, index, start, count, layout), *layout.tile_after]
         start += count
-    return parts
+    return [*layout.before, *parts, *layout.after] if wrapped else parts
 
 
-def _lines_of(image: ImageEmbedding, index: int, start: int, count: int, layout: PromptLayout) -> list[Part]:
-    """The rows of one tile, line by line where the model tells lines apart."""
+def _lay_out_lines(image: ImageEmbedding, index: int, start: int, count: int, layout: PromptLayout) -> list[Part]:
+    """Lays out the rows of one tile, line by line if the model marks the ends of lines."""
     if layout.row_break is None or layout.row_end is None:
         return [Run(index, start, count, layout.placeholder)]
     lines, columns = (side // layout.merge for side in image.grid_thw[1:])
     if lines * columns != count:
         raise PromptError(
-            f"embedding {index} has {count} rows, which are not the {lines} × {columns} tokens of its grid "
-            f"{image.grid_thw}; it was made by another tower"
+            f"embedding {index} has {count} rows, but its grid {image.grid_thw} makes {lines} × {columns}; it must come from "
+            "this model's tower"
         )
     parts: list[Part] = []
     for line in range(lines):
@@ -371,16 +313,15 @@ def _lines_of(image: ImageEmbedding, index: int, start: int, count: int, layout:
     return parts
 
 
-def _frames_of(image: ImageEmbedding, index: int, layout: VideoLayout) -> list[Part]:
-    """A video's rows, temporal patch by temporal patch where the model wants to know when."""
+def _lay_out_frames(image: ImageEmbedding, index: int, layout: VideoLayout) -> list[Part]:
+    """Lays out a video's rows, with a timestamp before each temporal patch if the model reads them."""
     if layout.timestamp is None:
         return [Run(index, 0, image.num_tokens, layout.placeholder)]
-    frames = image.grid_thw[0]
-    seconds = image.timestamps
+    frames, seconds = image.grid_thw[0], image.timestamps
     if len(seconds) != frames or image.num_tokens % frames:
         raise PromptError(
             f"embedding {index} is a video of {frames} temporal patches and {image.num_tokens} rows with {len(seconds)} "
-            "time stamps; this model's prompt needs one for each patch: encode the video with fps or timestamps"
+            "timestamps, but this model needs one per patch; encode the video with fps or timestamps"
         )
     parts: list[Part] = []
     count = image.num_tokens // frames

@@ -1,27 +1,25 @@
-"""How a model's prompt has an image: markers round it, a token behind each row of patches, time stamps of a video.
+"""Prompt layouts: the tokens that a model's prompt puts around and between the rows of an image or a video.
 
-This is data, which a tower's family makes out of the checkpoint; :func:`tritontower.prompt.encode_prompt` goes by it.
+A layout is data. Each model file makes one from its checkpoint, and :func:`tritontower.prompt.encode_prompt` applies it.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["HasPromptLayout", "Piece", "PromptLayout", "VideoLayout"]
-
 Piece = str | int
-"""Text, which is tokenized together with what stands beside it, or one token by its id."""
+"""Text, tokenized together with the text next to it, or one token by its id."""
 
 
 @dataclass(frozen=True)
 class VideoLayout:
-    """How a prompt has a video.
+    """Layout of a video in a prompt.
 
     Attributes:
-        placeholder: the token that transformers repeats for the video's rows.
-        before, after: what a chat template writes round a video; it comes with an alias.
-        timestamp: text before each temporal patch, its ``{}`` the seconds at its middle, such as
-            ``"<{:.1f} seconds>"``; ``None`` where a video's rows follow upon each other.
-        frame_before, frame_after: what stands round the rows of each temporal patch, where there are time stamps.
+        placeholder: token that transformers repeats for the video's rows.
+        before, after: pieces that a chat template writes around a video; added where an alias stands for it.
+        timestamp: text before each temporal patch, with ``{}`` for the seconds at its middle, such as
+            ``"<{:.1f} seconds>"``; ``None`` if a video's rows are contiguous.
+        frame_before, frame_after: pieces around the rows of each temporal patch; used with ``timestamp`` only.
     """
 
     placeholder: int
@@ -34,23 +32,21 @@ class VideoLayout:
 
 @dataclass(frozen=True)
 class PromptLayout:
-    """How a prompt has images.
+    """Layout of images in a prompt.
 
     Attributes:
-        placeholder: the token that transformers repeats for an image's rows.
-        marker: the token that stands for a whole image in a prompt written for transformers; ``None``: the placeholder.
-        merge: side of the square of patches that one token stands for.
-        before, after: what a chat template writes round an image; it comes with an alias, while round a marker it is
-            there already.
-        tile_before, tile_after: what stands round the rows of each tile, whoever wrote the prompt.
-        between_tiles: where an image has several tiles, the text before the first, the second, and every other one;
-            ``None`` where tiles are not told apart.
-        row_break, row_end: the token behind each row of tokens but the last, and behind the last; text has to be the name
-            of one token.
-        after_images: what follows upon the last image of a prompt, and stands at its beginning where there is none.
+        placeholder: token that transformers repeats for an image's rows.
+        marker: token that stands for a whole image in a prompt written for transformers; ``None``: the placeholder.
+        merge: side of the square of patches that one token covers.
+        before, after: pieces that a chat template writes around an image; added where an alias stands for it.
+        tile_before, tile_after: pieces around the rows of each tile, with an alias and with a marker.
+        between_tiles: for images of several tiles, the text before the first, the second and each later tile; ``None`` if
+            tiles are not separated.
+        row_break, row_end: token after each row of tokens except the last, and after the last; text must name one token.
+        after_images: pieces after the last image of a prompt, or at the beginning of a prompt without images.
         ending: text at the end of a prompt.
-        special_tokens: whether the tokenizer adds its own tokens, such as the one for the beginning.
-        video: how it has videos; ``None`` where it has none.
+        special_tokens: the tokenizer adds its own tokens, such as the one for the beginning.
+        video: layout of videos; ``None`` if the model takes none.
     """
 
     placeholder: int
@@ -70,9 +66,8 @@ class PromptLayout:
 
 
 class HasPromptLayout(Protocol):
-    """A tower, as far as a prompt needs it."""
+    """The part of a tower that :func:`tritontower.prompt.encode_prompt` uses."""
 
     @property
     def prompt_layout(self) -> PromptLayout | None:
-        """How its language model's prompt has images; ``None`` for a tower that comes without a language model."""
-        ...
+        """Layout of the tower's language model; ``None`` for an encoder without one."""

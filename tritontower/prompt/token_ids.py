@@ -1,4 +1,4 @@
-"""Token ids of images: one for every row, beyond the vocabulary."""
+"""Token ids of image rows: one per row, beyond the vocabulary."""
 
 import secrets
 from bisect import bisect_left
@@ -14,13 +14,11 @@ import torch
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import TokenSpaceExhaustedError, UsageError, shorten
 
-__all__ = ["DEFAULT_BASE", "Ids", "TokenSpace", "ordered_by_ids", "sanitize_ids"]
-
+# Number of released images whose ids stay reserved for them; the limit keeps the space of a long-running server small.
 REMEMBERED = 2**16
-"""Released images whose ids are kept for them, in case they return: a server may run for years, its space may not grow."""
 
 DEFAULT_BASE = 1_000_000_000
-"""Where the ids of images begin: above every vocabulary, and low enough for a billion of them in 32 bits."""
+"""First id of images: above every vocabulary, with room for a billion ids in 32 bits."""
 
 Ids = torch.Tensor | Sequence[int]
 """Token ids: an integer tensor of any shape, or a sequence."""
@@ -34,29 +32,28 @@ class _Entry:
 
 
 class TokenSpace:
-    """Gives every row of every image a token id that nothing else has; for all prompts that share a key-value cache.
+    """Assigns a unique token id to every row of every image, for all prompts that share a key-value cache.
 
-    The same image of the same size, encoded by the same tower, has the same ids, so that a prefix that holds it is
-    found again.  A space belongs to one tower: it does not look at the rows.  It may be used from several threads.
+    The same image at the same size gets the same ids, so that a cached prefix with it is found again. A space belongs to
+    one tower, since it does not compare rows. It is thread-safe.
 
-    An image that returns after its ids were released gets them back, unless others have them by then: released ids are
-    handed out again when no others are left, those released longest ago first, and images are forgotten when 65,536
-    were released after them.
+    An image that returns after its release gets its former ids, unless they were reassigned: released ids are reused
+    only when no others are left, the oldest release first. An image is forgotten after 65,536 later releases.
 
     Attributes:
-        base: the first id; everything below it is left to the vocabulary.
-        limit: the first id behind the space.
+        base: first id; the ids below belong to the vocabulary.
+        limit: first id after the space.
     """
 
     def __init__(self, base: int = DEFAULT_BASE, *, int32: bool = True) -> None:
-        """A space from ``base`` up to what 32 bits hold, or 64 bits with ``int32=False``.
+        """Creates a space from ``base`` to the end of int32, or of int64 with ``int32=False``.
 
         Raises:
             UsageError: ``base`` is not positive, or leaves no room.
         """
         self.limit = 2**31 if int32 else 2**63
         if isinstance(base, bool) or not isinstance(base, int) or not 1 <= base < self.limit:
-            raise UsageError(f"base is {shorten(base)}; allowed: 1 to {self.limit - 1}, beyond the vocabulary")
+            raise UsageError(f"base must be 1 to {self.limit - 1}, beyond the vocabulary, got {shorten(base)}")
         self.base = base
         self._lock = Lock()
         self._entries: dict[object, _Entry] = {}
@@ -64,14 +61,14 @@ class TokenSpace:
         self._free = [(base, self.limit - base)]
 
     def assign(self, embedding: ImageEmbedding) -> ImageEmbedding:
-        """The embedding with its token ids; each call counts as a use until it is released.
+        """Returns the embedding with its token ids; each call counts as one use until it is released.
 
-        Ids that it had before, of whatever space, do not count.  An embedding without a content hash is known by nothing:
-        it gets a random one, under which what is returned, and only that, is the same image from then on.
+        Previous ids of the embedding are ignored. An embedding without a content hash gets a random one, so that only the
+        returned embedding and its copies count as the same image.
 
         Raises:
-            UsageError: it has no rows.
-            TokenSpaceExhaustedError: so many ids in a row are neither free nor released.
+            UsageError: the embedding has no rows.
+            TokenSpaceExhaustedError: no range of that many ids is free or released.
         """
         if not embedding.content_hash:
             embedding = replace(embedding, content_hash=secrets.token_hex(32))
@@ -86,11 +83,11 @@ class TokenSpace:
         return embedding.with_token_ids(tuple(range(entry.first, entry.first + entry.count)))
 
     def release(self, *embeddings: ImageEmbedding) -> None:
-        """Ends one use of the ids of each embedding; call it when no cache holds keys and values of them any more.
+        """Ends one use of each embedding's ids; call it when no cache holds their keys and values any more.
 
         Raises:
-            UsageError: one's ids are not this space's, or another image's by now, or were released as often as they were
-                assigned; then none is released.
+            UsageError: ids that are not this space's, were reassigned, or were released as often as they were assigned.
+                Then nothing is released.
         """
         uses = Counter(map(_identity, embeddings))
         with self._lock:
@@ -113,15 +110,15 @@ class TokenSpace:
 
     @property
     def ids_in_use(self) -> int:
-        """Ids that are assigned and not released."""
+        """Number of ids that are assigned and not released."""
         with self._lock:
             return sum(entry.count for entry in self._entries.values() if entry.uses)
 
     def _take(self, count: int) -> int:
-        """The first of ``count`` ids in a row; forgets released images where that is the only way."""
+        """Takes ``count`` consecutive ids and returns the first; forgets released images only if it must."""
         if count < 1:
-            raise UsageError("an embedding without rows has no token ids")
-        # From the end, where ids lie that nobody had yet; what was forgotten comes after them.
+            raise UsageError("embedding must have rows to get token ids, got none")
+        # From the end, where unused ids are; forgotten ranges come before them.
         places = range(len(self._free) - 1, -1, -1)
         while True:
             for place in places:
@@ -134,12 +131,12 @@ class TokenSpace:
             place = self._forget(next(iter(self._idle)))
             places = range(place, place + 1)
         raise TokenSpaceExhaustedError(
-            f"no {count} token ids in a row are free between {self.base} and {self.limit}; release those that no cache "
-            "holds any more, or make the space with int32=False"
+            f"no {count} consecutive token ids are free between {self.base} and {self.limit}; release those that no cache "
+            "uses any more, or make the space with int32=False"
         )
 
     def _forget(self, key: object) -> int:
-        """Makes a released image's ids free, as one range with the free ones beside them; says which range."""
+        """Frees a released image's ids, merges the range with free neighbors, and returns its index."""
         del self._idle[key]
         entry = self._entries.pop(key)
         first, end = entry.first, entry.first + entry.count
@@ -154,7 +151,7 @@ class TokenSpace:
 
 
 def _identity(embedding: ImageEmbedding) -> object:
-    """What two embeddings have alike if their rows, and what a language model makes of them, are the same."""
+    """Returns a key that is equal if the rows, and their treatment by a language model, are equal."""
     return (
         embedding.content_hash,
         embedding.grid_thw,
@@ -167,11 +164,11 @@ def _identity(embedding: ImageEmbedding) -> object:
     )
 
 
-def ordered_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
-    """The numbers of the embeddings in the order of their token ids, each image once; those without rows are left out.
+def order_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
+    """Returns indices of the embeddings ordered by token ids, each image once, without those that have no rows.
 
     Raises:
-        UsageError: an embedding whose rows have no ids, or none in a row; two images that share ids.
+        UsageError: rows without ids, ids that are not consecutive, or two images that share ids.
     """
     firsts: dict[int, int] = {}
     for index, embedding in enumerate(embeddings):
@@ -180,21 +177,18 @@ def ordered_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
             continue
         if len(ids) != rows or tuple(ids) != tuple(range(ids[0], ids[0] + rows)):
             raise UsageError(
-                f"embedding {index} has {len(ids)} token ids for {rows} rows; TokenSpace.assign gives each row one, in a row"
+                f"token ids of embedding {index} must be {rows} consecutive ids, one per row, got {len(ids)} ids; let "
+                "TokenSpace.assign give them"
             )
         other = embeddings[firsts.setdefault(ids[0], index)]
-        if other.num_tokens != rows or _told_apart(other, embedding):
+        hashed = bool(other.content_hash and embedding.content_hash)
+        if other.num_tokens != rows or (hashed and _identity(other) != _identity(embedding)):
             raise UsageError(f"embedding {index} has the token ids of another one; assign both in one space")
     ordered = [index for _, index in sorted(firsts.items())]
     for index, following in pairwise(ordered):
         if embeddings[index].token_ids[-1] >= (first := embeddings[following].token_ids[0]):
             raise UsageError(f"two embeddings have token id {first}; assign both in one space")
     return ordered
-
-
-def _told_apart(first: ImageEmbedding, second: ImageEmbedding) -> bool:
-    """Whether two embeddings say themselves that they are of different images."""
-    return bool(first.content_hash and second.content_hash) and _identity(first) != _identity(second)
 
 
 @overload
@@ -206,19 +200,19 @@ def sanitize_ids(input_ids: Sequence[int], vocabulary_size: int, replacement: in
 
 
 def sanitize_ids(input_ids: Ids, vocabulary_size: int, replacement: int) -> torch.Tensor | list[int]:
-    """The ids with ``replacement`` for all that the vocabulary does not have: for embedding tables, samplers, drafts.
+    """Replaces all ids outside the vocabulary: for embedding tables, samplers and draft models.
 
     Args:
         input_ids: a tensor of any shape, or a sequence.
-        vocabulary_size: ids from 0 to below it are left as they are.
-        replacement: one of them, such as the layout's placeholder, or padding.
+        vocabulary_size: ids from 0 to below it are kept.
+        replacement: an id in the vocabulary, such as the layout's placeholder, or padding.
 
     Raises:
         UsageError: ``replacement`` is not in the vocabulary.
     """
     if not 0 <= replacement < vocabulary_size:
         raise UsageError(
-            f"replacement is {replacement}; allowed: 0 to {vocabulary_size - 1}, a token of the vocabulary"
+            f"replacement must be a token of the vocabulary, 0 to {vocabulary_size - 1}, got {replacement}"
         )
     if isinstance(input_ids, torch.Tensor):
         return torch.where((input_ids >= 0) & (input_ids < vocabulary_size), input_ids, replacement)

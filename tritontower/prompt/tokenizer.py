@@ -1,4 +1,4 @@
-"""From the parts of a prompt to token ids: tokenizers of several kinds, and texts with tokens and images among them."""
+"""Tokenization of prompts: adapters for several tokenizer libraries, and text with tokens and image rows in it."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +10,9 @@ from tritontower.errors import PromptError, UsageError, shorten
 
 from .layout import Piece
 
-__all__ = ["Part", "Run", "Vocabulary", "tokens_of"]
-
 
 class Run(NamedTuple):
-    """Rows of one image that follow upon each other in the prompt: a part of it, beside text and tokens."""
+    """Consecutive rows of one image in a prompt."""
 
     image: int
     start: int
@@ -27,23 +25,23 @@ Part = str | int | Run
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is needed of a tokenizer.
+    """Adapter for one tokenizer.
 
     Attributes:
-        encode: text, and whether to add special tokens → ids.
-        name_of: id of a token → its text, ``None`` where there is none.
-        id_of: text of one token → its id, ``None`` where there is none.
-        reads_names: whether ``encode`` knows tokens by their text; if not, text is encoded in pieces between them.
+        encode: maps text, and a flag to add special tokens, to ids.
+        find_name: maps a token id to its text; ``None`` if there is no such token.
+        find_id: maps the text of one token to its id; ``None`` if there is no such token.
+        reads_names: ``encode`` recognizes tokens by their text; otherwise it gets the pieces of text between them.
     """
 
     encode: Callable[[str, bool], Sequence[int]]
-    name_of: Callable[[int], str | None]
-    id_of: Callable[[str], int | None]
+    find_name: Callable[[int], str | None]
+    find_id: Callable[[str], int | None]
     reads_names: bool
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Vocabulary":
-        """Of a tokenizer of transformers or of ``tokenizers``, or of a function from text to ids."""
+    def wrap(cls, tokenizer: Any) -> "Vocabulary":
+        """Wraps a tokenizer of transformers or of ``tokenizers``, or a function from text to ids."""
         if hasattr(tokenizer, "convert_ids_to_tokens"):
             return cls(
                 lambda text, special: tokenizer(text, add_special_tokens=special)["input_ids"],
@@ -60,66 +58,65 @@ class Vocabulary:
             )
         if not callable(tokenizer):
             raise UsageError(
-                f"tokenizer is {shorten(tokenizer)}; allowed: a tokenizer of transformers or of tokenizers, or a function "
-                "from text to token ids"
+                "tokenizer must be a tokenizer of transformers or of tokenizers, or a function from text to token ids, "
+                f"got {shorten(tokenizer)}"
             )
 
-        def only(text: str) -> int | None:
+        def find_id(text: str) -> int | None:
             ids = tokenizer(text)
             return ids[0] if len(ids) == 1 else None
 
-        return cls(lambda text, special: tokenizer(text), lambda token: None, only, False)
+        return cls(lambda text, special: tokenizer(text), lambda token: None, find_id, False)
 
-    def name(self, token: int) -> str:
-        """The text of a token.
-
-        Raises:
-            PromptError: there is no such token.
-        """
-        name = self.name_of(token)
+    def require_name(self, token: int) -> str:
+        """Returns the text of a token, or raises :class:`PromptError`."""
+        name = self.find_name(token)
         if name is None:
             raise PromptError(
-                f"the tokenizer has no token {token}; the tokenizer and the tower belong to different models"
+                f"the tokenizer has no token {token}; the tokenizer and the tower must belong to the same model"
             )
         return name
 
-    def number(self, piece: Piece) -> int:
-        """The id of one token, by its id or its text.
+    def require_id(self, piece: Piece) -> int:
+        """Returns the id of a token given by its id or its text, or raises :class:`PromptError`."""
+        token = piece if isinstance(piece, int) else self.find_id(piece)
+        # Some tokenizers return the token for unknown text.
+        if token is None or (isinstance(piece, str) and self.reads_names and self.find_name(token) != piece):
+            raise PromptError(
+                f"{shorten(piece)} is not one token of the tokenizer; the tokenizer and the tower must belong to the same "
+                "model"
+            )
+        return token
 
-        Raises:
-            PromptError: there is no such token.
-        """
-        number = piece if isinstance(piece, int) else self.id_of(piece)
-        # Some tokenizers answer with the token for unknown text.
-        if number is None or (isinstance(piece, str) and self.reads_names and self.name_of(number) != piece):
-            raise PromptError(f"{shorten(piece)} is not one token of the tokenizer, which belongs to another model")
-        return number
 
-
-def tokens_of(parts: Sequence[Part], vocabulary: Vocabulary, special: bool) -> tuple[list[int], list[tuple[Run, int]]]:
-    """The prompt as transformers has it, and where each run of rows begins in it."""
-    found = _read_whole(parts, vocabulary, special) if vocabulary.reads_names else _read_pieces(parts, vocabulary)
+def tokenize_parts(
+    parts: Sequence[Part], vocabulary: Vocabulary, special: bool
+) -> tuple[list[int], list[tuple[Run, int]]]:
+    """Returns the tokens as in transformers, one placeholder per row, and the position of each run's first row."""
+    read = (
+        _tokenize_whole(parts, vocabulary, special) if vocabulary.reads_names else _tokenize_pieces(parts, vocabulary)
+    )
     tokens: list[int] = []
-    places: list[tuple[Run, int]] = []
-    for each in found:
-        if isinstance(each, Run):
-            places.append((each, len(tokens)))
-            tokens += [each.placeholder] * each.length
+    starts: list[tuple[Run, int]] = []
+    for item in read:
+        if isinstance(item, Run):
+            starts.append((item, len(tokens)))
+            tokens += [item.placeholder] * item.length
         else:
-            tokens.append(each)
-    return tokens, places
+            tokens.append(item)
+    return tokens, starts
 
 
-def _read_whole(parts: Sequence[Part], vocabulary: Vocabulary, special: bool) -> Iterator[int | Run]:
-    """Tokenizes everything as one text, in which one placeholder stands for a run.
+def _tokenize_whole(parts: Sequence[Part], vocabulary: Vocabulary, special: bool) -> Iterator[int | Run]:
+    """Tokenizes all parts as one text, with one placeholder per run.
 
-    Tokenizers join text across the edges of what is put into it (``\\n`` before an image with the ``\\n\\n`` that Gemma
-    has there), and treat text behind a token unlike text at the beginning, so that pieces would not do.
+    Tokenizing pieces would give other tokens: tokenizers merge text across the edges of an insertion (``\\n`` before an
+    image with the ``\\n\\n`` that Gemma writes there), and treat text after a token unlike text at the beginning.
     """
     runs = deque(part for part in parts if isinstance(part, Run))
     placeholders = {run.placeholder for run in runs}
     text = "".join(
-        part if isinstance(part, str) else vocabulary.name(part.placeholder if isinstance(part, Run) else part)
+        part if isinstance(part, str) else vocabulary.require_name(part.placeholder if isinstance(part, Run) else part)
         for part in parts
     )
     wanted = len(runs)
@@ -129,16 +126,15 @@ def _read_whole(parts: Sequence[Part], vocabulary: Vocabulary, special: bool) ->
         elif runs and runs[0].placeholder == token:
             yield runs.popleft()
         else:
-            raise PromptError(f"the tokenizer made token {token}, which stands for rows of an image, out of turn")
+            raise PromptError(f"the tokenizer made an extra token {token}, which is reserved for the rows of an image")
     if runs:
         raise PromptError(
-            f"the tokenizer found {wanted - len(runs)} of {wanted} places for images in its text; it has to read "
-            f"{shorten(vocabulary.name(runs[0].placeholder))} as one special token"
+            f"the tokenizer found {wanted - len(runs)} of {wanted} image placeholders in its text; it must read "
+            f"{shorten(vocabulary.require_name(runs[0].placeholder))} as one special token"
         )
 
 
-def _read_pieces(parts: Sequence[Part], vocabulary: Vocabulary) -> Iterator[int | Run]:
-    """Tokenizes the text between tokens and images, each piece by itself."""
+def _tokenize_pieces(parts: Sequence[Part], vocabulary: Vocabulary) -> Iterator[int | Run]:
     for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
         if not is_text:
             yield from cast("Iterator[int | Run]", group)

@@ -1,11 +1,11 @@
-"""Towers inside transformers: in the place of a loaded model's vision part, or handing it finished embeddings.
+"""Towers in transformers: in place of a loaded model's vision modules, or as a source of embeddings for it.
 
-* :func:`accelerate_vision` puts a tower in the place of the vision part of a loaded model, :func:`restore` undoes it;
-* :func:`load_vlm` loads a model whose vision part is a tower from the start, its language model quantized or not;
-* :func:`encoder_outputs` and :func:`inputs_embeds` hand embeddings to a model that stays as it is;
-* :func:`register_attention` and :func:`vision_attention` lend it only the attention kernel.
+* :func:`accelerate_vision` replaces the vision modules of a loaded model by a tower; :func:`restore` undoes it.
+* :func:`load_vlm` loads a model with a tower in place of its vision modules, with a quantized language model or not.
+* :func:`encoder_outputs` and :func:`inputs_embeds` pass embeddings to an unchanged model.
+* :func:`register_attention` and :func:`vision_attention` give it only the attention kernel.
 
-transformers is imported when a function is called, not before.
+transformers is imported when a function is called.
 """
 
 from .attention import ATTENTION, VARLEN_ATTENTION, register_attention, vision_attention

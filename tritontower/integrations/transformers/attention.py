@@ -1,8 +1,8 @@
-"""The variable-length attention kernel as an attention implementation of transformers, for any of its vision encoders.
+"""The variable-length attention kernel as an attention implementation of transformers, for all its vision encoders.
 
-transformers calls an attention implementation once per layer if its name has ``flash`` in it, with the boundaries of the
-images (``cu_seq_lens_q``), and once per image and layer otherwise.  It refuses to load or to set one with such a name
-that is not its own, but asks nothing when it runs: the configuration's field is what counts.
+transformers calls an implementation with ``flash`` in its name once per layer, with the boundaries of the images
+(``cu_seq_lens_q``), and any other implementation once per image and layer. It refuses to load or set a name with
+``flash`` that is not its own, but reads only the configuration's field when a model runs.
 """
 
 import threading
@@ -18,19 +18,18 @@ from tritontower.errors import UsageError
 from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.runtime.segments import Segments
 
-__all__ = ["ATTENTION", "VARLEN_ATTENTION", "register_attention", "vision_attention"]
-
 ATTENTION = "tritontower"
-"""Name of the implementation that is called once per image and layer; ``set_attn_implementation`` takes it."""
+"""Implementation called once per image and layer; ``set_attn_implementation`` accepts it."""
 VARLEN_ATTENTION = "tritontower_flash"
-"""Name of the same that is called once per layer; :func:`vision_attention` sets it."""
+"""Implementation called once per layer; :func:`vision_attention` sets it."""
 
-_KEPT = 4
-_recent = threading.local()
+# Number of recent boundary tensors whose segments are cached, per thread.
+CACHED_SEGMENTS = 4
+_cache = threading.local()
 
 
 def register_attention() -> None:
-    """Makes :data:`ATTENTION` and :data:`VARLEN_ATTENTION` known to transformers; as often as you like."""
+    """Registers :data:`ATTENTION` and :data:`VARLEN_ATTENTION` with transformers; repeated calls have no effect."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, _attend)
@@ -39,27 +38,27 @@ def register_attention() -> None:
 
 @contextmanager
 def vision_attention(model: torch.nn.Module) -> Iterator[list[str]]:
-    """While it lasts, the vision encoders inside ``model`` attend through the variable-length kernel.
+    """Makes the vision encoders inside ``model`` use the variable-length kernel within the context.
 
-    An encoder is every module whose configuration is a ``vision_config``, or the whole model where it is nothing else.
+    An encoder is every module whose configuration is a ``vision_config``, or the whole model if it is only an encoder.
 
     Args:
-        model: of transformers; its encoders must not be running in another thread meanwhile.
+        model: of transformers; its encoders must not run in another thread meanwhile.
 
     Yields:
-        The ``model_type`` of every configuration that was changed.
+        The ``model_type`` of every changed configuration.
 
     Raises:
         UsageError: the model has no vision encoder.
     """
     register_attention()
-    configs = _vision_configs(model)
+    configs = _list_vision_configs(model)
     if not configs:
-        raise UsageError(f"{type(model).__name__} has no vision encoder: its configuration has no vision_config")
+        raise UsageError(f"model must have a vision encoder (a vision_config), got {type(model).__name__}")
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            # Not through the model, which would look for the package `flash_attn`.
+            # The model's own setter would look for the package `flash_attn`.
             config._attn_implementation = VARLEN_ATTENTION
         yield [config.model_type for config in configs]
     finally:
@@ -67,15 +66,15 @@ def vision_attention(model: torch.nn.Module) -> Iterator[list[str]]:
             config._attn_implementation = name
 
 
-def _vision_configs(model: Any) -> list[Any]:
-    whole = getattr(model.config, "vision_config", None)
-    if whole is None and not hasattr(model.config, "text_config") and hasattr(model.config, "patch_size"):
-        whole = model.config
-    if whole is None:
+def _list_vision_configs(model: Any) -> list[Any]:
+    vision = getattr(model.config, "vision_config", None)
+    if vision is None and not hasattr(model.config, "text_config") and hasattr(model.config, "patch_size"):
+        vision = model.config
+    if vision is None:
         return []
-    # The parts of a model may have copies of the configuration.
-    own = [getattr(module, "config", None) for module in model.modules()]
-    unique = {id(config): config for config in (whole, *own) if getattr(config, "model_type", None) == whole.model_type}
+    # Submodules may have copies of the configuration.
+    configs = [vision, *(getattr(module, "config", None) for module in model.modules())]
+    unique = {id(config): config for config in configs if getattr(config, "model_type", None) == vision.model_type}
     return list(unique.values())
 
 
@@ -93,44 +92,46 @@ def _attend(
     position_ids: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it.
+    """Computes attention with the signature of transformers.
 
     Args:
-        module: the layer that attends.
+        module: the calling layer.
         query, key, value: ``[batch, heads, rows, head_dim]`` each.
-        attention_mask: ``None``, or ``[1, 1, rows, rows]``, true or 0 where rows of one image meet.
-        scaling: what scores are multiplied by.
-        dropout: has to be 0.
-        is_causal: has to be false.
-        cu_seq_lens_q, cu_seq_lens_k: where each image begins, ``[images + 1]``, and in the end the rows; ``None``:
-            every row attends to all of its batch entry.
-        position_ids: ``[rows, 2]``, row and column in each image, where nothing else says where one begins.
+        attention_mask: ``None``, or ``[1, 1, rows, rows]``, true or 0 between rows of the same image.
+        scaling: factor of the scores.
+        dropout: must be 0.
+        is_causal: must be false.
+        cu_seq_lens_q, cu_seq_lens_k: start of each image, and the number of rows, ``[images + 1]``; ``None``: each batch
+            entry is one image.
+        position_ids: ``[rows, 2]``, row and column in each image; used if nothing else gives the boundaries.
         **unused: hints for other implementations.
 
     Returns:
         ``[batch, rows, heads, head_dim]``, and no attention weights.
-
-    Raises:
-        UsageError: what is asked for is no attention of an encoder.
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if causal or dropout or query.shape != key.shape:
         raise UsageError(
-            f"the attention implementation {ATTENTION!r} serves vision encoders: not causal, without dropout, with as "
+            f"attention implementation {ATTENTION!r} must be used for vision encoders: not causal, without dropout, with as "
             "many keys and heads as queries have; use another one for the language model"
         )
     if torch.is_grad_enabled() and query.requires_grad:
         raise UsageError(
-            f"the attention implementation {ATTENTION!r} computes no gradients; run the model under torch.no_grad()"
+            f"attention implementation {ATTENTION!r} computes no gradients; run the model under torch.no_grad()"
         )
     batch, heads, rows, head_dim = query.shape
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and not _same(cu_seq_lens_q, cu_seq_lens_k):
-        raise UsageError("cu_seq_lens_q and cu_seq_lens_k have to be the same")
-    segments = _segments(batch, rows, cu_seq_lens_q, attention_mask, position_ids)
+    if (
+        cu_seq_lens_q is not None
+        and cu_seq_lens_k is not None
+        and cu_seq_lens_q is not cu_seq_lens_k
+        and not torch.equal(cu_seq_lens_q, cu_seq_lens_k)
+    ):
+        raise UsageError("cu_seq_lens_q and cu_seq_lens_k must be equal")
+    segments = _find_segments(batch, rows, cu_seq_lens_q, attention_mask, position_ids)
     if segments.total != batch * rows:
         raise UsageError(
-            f"the images are said to have {segments.total} rows, but there are {batch} × {rows} queries; the attention "
-            f"implementation {ATTENTION!r} takes images one after the other in one batch entry"
+            f"images must have {batch} × {rows} rows in total, as the queries, got {segments.total}; pass the images one "
+            "after the other in one batch entry"
         )
     packed = [tensor.transpose(1, 2).reshape(batch * rows, heads, head_dim) for tensor in (query, key, value)]
     fill_registry(query.device)
@@ -138,63 +139,55 @@ def _attend(
     return attended.view(batch, rows, heads, head_dim), None
 
 
-def _segments(
+def _find_segments(
     batch: int,
     rows: int,
     boundaries: torch.Tensor | None,
     mask: torch.Tensor | None,
     positions: torch.Tensor | None,
 ) -> Segments:
-    """The images, by the first of the three that says something; else every batch entry is one."""
+    """Finds the images by the first given description; without any, each batch entry is one image."""
     if boundaries is not None:
-        return _once(boundaries, _between_boundaries)
+        return _cached(boundaries, _split_at_boundaries)
     if mask is not None:
-        return _once(mask, _of_mask)
+        return _cached(mask, _split_by_mask)
     if positions is not None and positions.shape == (rows, 2):
-        return _once(positions, _of_positions)
+        return _cached(positions, _split_at_origins)
     return Segments.from_lengths([rows] * batch)
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or torch.equal(one, other)
-
-
-def _once(facts: torch.Tensor, divide: Callable[[torch.Tensor], Segments]) -> Segments:
-    """The division that ``facts`` describe: every layer passes the same tensor, and only the first has to wait for it."""
-    if facts.is_inference():
-        # Nothing tells whether such a tensor was written to in between.
-        return divide(facts)
-    kept: list[tuple[weakref.ref[torch.Tensor], int, Segments]] = getattr(_recent, "kept", [])
-    for reference, version, segments in kept:
-        if reference() is facts and version == facts._version:
+def _cached(description: torch.Tensor, split: Callable[[torch.Tensor], Segments]) -> Segments:
+    """Caches the segments: every layer passes the same tensor, and only the first should synchronize with the device."""
+    if description.is_inference():
+        # Such a tensor has no version that shows writes.
+        return split(description)
+    cached: list[tuple[weakref.ref[torch.Tensor], int, Segments]] = getattr(_cache, "segments", [])
+    for reference, version, segments in cached:
+        if reference() is description and version == description._version:
             return segments
-    segments = divide(facts)
-    _recent.kept = [(weakref.ref(facts), facts._version, segments), *kept][:_KEPT]
+    segments = split(description)
+    _cache.segments = [(weakref.ref(description), description._version, segments), *cached][:CACHED_SEGMENTS]
     return segments
 
 
-def _between_boundaries(boundaries: torch.Tensor) -> Segments:
+def _split_at_boundaries(boundaries: torch.Tensor) -> Segments:
     return Segments.from_lengths(boundaries.diff().tolist())
 
 
-def _of_positions(positions: torch.Tensor) -> Segments:
-    """Every image has one place in row 0 and column 0, and begins there."""
+def _split_at_origins(positions: torch.Tensor) -> Segments:
+    """Every image begins at its only position in row 0 and column 0."""
     starts = (positions == 0).all(-1).nonzero().flatten()
-    return _between_boundaries(torch.cat([starts, starts.new_tensor([len(positions)])]))
+    return _split_at_boundaries(torch.cat([starts, starts.new_tensor([len(positions)])]))
 
 
-def _of_mask(mask: torch.Tensor) -> Segments:
-    """The images of a mask that lets the rows of each of several attend to each other.
-
-    Raises:
-        UsageError: it is another mask.
-    """
+def _split_by_mask(mask: torch.Tensor) -> Segments:
+    """Reads a block-diagonal mask, or raises :class:`UsageError` for another one."""
     meet = (mask if mask.dtype == torch.bool else mask == 0)[0, 0]
     image = (~meet.diagonal(1)).cumsum(0)
     image = torch.cat([image.new_zeros(1), image])
     if mask.shape[:2] != (1, 1) or not bool((meet == (image[:, None] == image)).all()):
         raise UsageError(
-            f"the attention implementation {ATTENTION!r} takes only masks that divide the rows of one batch entry into "
-            "images; use another one for models that pad"
+            f"attention_mask must divide the rows of one batch entry into images for {ATTENTION!r}; use another attention "
+            "implementation for models that pad"
         )
     return Segments.from_lengths(image.bincount().tolist())

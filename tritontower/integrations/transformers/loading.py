@@ -1,4 +1,4 @@
-"""Loading a vision-language model whose vision part is a tower, and was never anything else."""
+"""Loads a vision-language model with a tower in place of its vision modules, without loading those."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,10 +19,8 @@ from tritontower.errors import (
 from tritontower.tower import VisionTower
 
 from .processor import load_processor
-from .swap import put_in_place
-from .vision_module import ReleasedModule, vision_children, vision_holder
-
-__all__ = ["load_vlm"]
+from .swap import install_tower
+from .vision_module import ReleasedModule, find_holder, list_vision_modules
 
 
 def load_vlm(
@@ -38,29 +36,29 @@ def load_vlm(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads a vision-language model and its processor; images are encoded by a tower, which is not quantized.
+    """Loads a vision-language model and its processor, with an unquantized tower as the vision encoder.
 
-    transformers reads the language model only, and the tower its own tensors, so the vision weights exist once, in
-    ``dtype``, whatever becomes of the language model.  ``accelerated(model).tower`` is the tower.  What the model saves has
-    no vision weights, of which it warns.
+    transformers reads only the language model, and the tower its own tensors. The vision weights thus exist once, in
+    ``dtype``, also with a quantized language model. ``accelerated(model).tower`` is the tower. A saved copy of the model
+    has no vision weights, with a warning.
 
     Args:
         model: a local folder, or the id of a repository on the Hugging Face hub.
-        load_in_4bit: quantize the linears of the language model to NF4 with bitsandbytes, computing in ``dtype``.
-        quantization_config: quantize it as this says instead, as in transformers.
-        dtype: of the tower, and of the language model where it is not quantized; ``"auto"``: as the checkpoint says.
-        device: where the model runs; by default the current GPU, else the CPU.
+        load_in_4bit: quantize the linears of the language model to NF4 with bitsandbytes, with compute dtype ``dtype``.
+        quantization_config: quantize the language model by this configuration of transformers instead.
+        dtype: of the tower, and of a language model that is not quantized; ``"auto"``: as in the checkpoint.
+        device: of the model; by default the current GPU, or the CPU.
         attn_implementation: of the language model, as in transformers.
         revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
 
     Returns:
-        The model, of the class that transformers has for it, in evaluation mode; and its processor.  Without torchvision,
-        which some of those of transformers need, that is the same class without videos, or a :class:`ImageTextProcessor`.
+        The model, of transformers' class for it, in evaluation mode; and its processor. If the processor's class needs
+        torchvision and it is missing, the same class without videos, or an :class:`ImageTextProcessor`.
 
     Raises:
-        BackendUnavailableError: what quantizes is not installed, or does not support the device.
+        BackendUnavailableError: the quantization library is missing, or does not support the device.
         UsageError: both ``load_in_4bit`` and ``quantization_config``.
-        ConfigError: the configuration asks for code from elsewhere.
+        ConfigError: the configuration asks for foreign code.
         UnsupportedArchitectureError: transformers has no such model with a language model.
         CheckpointIncompleteError: tensors of the language model are missing.
         TowerError: the tower cannot be loaded, or there is no processor.
@@ -68,38 +66,37 @@ def load_vlm(
     from transformers import AutoConfig
 
     if load_in_4bit and quantization_config is not None:
-        raise UsageError("load_in_4bit and quantization_config contradict each other; pass one of them")
+        raise UsageError("load_in_4bit and quantization_config must not both be given; pass one of them")
     download = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     tower = VisionTower.from_pretrained(model, dtype=dtype, device=device, delay_load=True, **download)  # type: ignore[arg-type]
     if load_in_4bit:
-        quantization_config = _four_bits(tower.device, tower.dtype)
+        quantization_config = _make_nf4_config(tower.device, tower.dtype)
     source = str(model)
     if tower.family.reference is None:
         raise UnsupportedArchitectureError(
-            f"{source} is in a format that transformers does not read; load the same model's checkpoint in its format, or "
-            "use VisionTower by itself"
+            f"{source} must be in a format that transformers reads; load the same model's checkpoint in that format, or use "
+            "VisionTower by itself"
         )
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **download)
-    _refuse_foreign_attention(config)
-    model_class = _class_of(config, source)
+    _check_attention(config)
+    model_class = _find_class(config, source)
     options = {"quantization_config": quantization_config, "attn_implementation": attn_implementation}
-    # First what takes no time, and fails as often.
+    # First, since it is fast and may fail.
     processor = load_processor(source, config, **download)
     language = _load_language_model(
         model_class, source, config, tower, {**download, **{name: value for name, value in options.items() if value}}
     )
-    put_in_place(vision_holder(language, tower.family.prefixes), tower.load(), tower.family)
+    install_tower(find_holder(language, tower.family.prefixes), tower.load(), tower.family)
     return language, processor
 
 
-def _class_of(config: Any, source: str) -> type[Any]:
-    """The class that transformers has for a model of images and text."""
+def _find_class(config: Any, source: str) -> type[Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     found: type[Any] | None = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     if found is None:
         raise UnsupportedArchitectureError(
-            f"{source} holds no language model that answers in text ({config.model_type}); use VisionTower by itself"
+            f"{source} must contain a language model that generates text, got {config.model_type}; use VisionTower by itself"
         )
     return found
 
@@ -131,26 +128,25 @@ def _load_language_model(
 
 
 def _without_vision(model_class: type[Any], prefixes: Prefixes) -> type[Any]:
-    """The class with its vision part left out as soon as it is made, which is before any memory is taken for it."""
+    """Makes a subclass that drops the vision modules at construction, before they take memory."""
 
     class LanguageModelOnly(model_class):  # type: ignore[misc]
         def __init__(self, config: Any, *positional: Any, **named: Any) -> None:
             super().__init__(config, *positional, **named)
-            holder = vision_holder(self, prefixes)
-            left_out = vision_children(holder, prefixes)
-            for name in left_out:
+            holder = find_holder(self, prefixes)
+            dropped = list_vision_modules(holder, prefixes)
+            for name in dropped:
                 setattr(holder, name, ReleasedModule())
-            # Nobody is to be warned that they are in the files.
+            # Prevents a warning about their tensors in the files.
             ignored = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or []
-            self._keys_to_ignore_on_load_unexpected = {*ignored, *(rf"(^|\.){name}\." for name in left_out)}
+            self._keys_to_ignore_on_load_unexpected = {*ignored, *(rf"(^|\.){name}\." for name in dropped)}
 
     LanguageModelOnly.__name__ = LanguageModelOnly.__qualname__ = model_class.__name__
     LanguageModelOnly.__module__ = model_class.__module__
     return LanguageModelOnly
 
 
-def _four_bits(device: torch.device, dtype: torch.dtype) -> Any:
-    """Quantization to NF4; raises :class:`BackendUnavailableError` where there is none."""
+def _make_nf4_config(device: torch.device, dtype: torch.dtype) -> Any:
     for package in ("bitsandbytes", "accelerate"):
         if find_spec(package) is None:
             raise BackendUnavailableError(
@@ -158,7 +154,7 @@ def _four_bits(device: torch.device, dtype: torch.dtype) -> Any:
             )
     try:
         bitsandbytes = import_module("bitsandbytes")
-    except Exception as error:  # its native library may fail in any way
+    except Exception as error:  # its native library may raise anything
         raise BackendUnavailableError(f"bitsandbytes is installed, but cannot be imported: {error}") from error
     supported = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
     if device.type not in supported:
@@ -173,8 +169,8 @@ def _four_bits(device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-def _refuse_foreign_attention(config: Any) -> None:
-    """transformers would fetch and run a kernel that a configuration names by its repository."""
+def _check_attention(config: Any) -> None:
+    """Rejects repository names, from which transformers would download and run a kernel."""
     sections = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for section in sections:
         name = getattr(section, "_attn_implementation", None)

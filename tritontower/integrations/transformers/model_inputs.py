@@ -1,4 +1,4 @@
-"""Finished embeddings for a model of transformers that stays as it is."""
+"""Embeddings as inputs of an unchanged model of transformers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,20 +8,18 @@ import torch
 
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import UsageError
-from tritontower.integrations.checks import listed
+from tritontower.integrations.checks import list_embeddings
 
-from .vision_module import family_of, feature_output, is_stacked, takes_encoder_outputs, vision_holder
-
-__all__ = ["added_deepstack", "encoder_outputs", "inputs_embeds"]
+from .vision_module import find_vision_holder, is_stacked, make_feature_output, takes_encoder_outputs
 
 Embeddings = ImageEmbedding | Sequence[ImageEmbedding]
 
 
 def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = ()) -> dict[str, Any]:
-    """What a model takes as ``mm_encoder_outputs`` instead of pixels.
+    """Makes ``mm_encoder_outputs``, which a model takes instead of pixels.
 
-    Everything else is passed as the model's processor makes it: ``input_ids`` with one placeholder for each row, and for
-    the Qwen models ``image_grid_thw`` and ``mm_token_type_ids``, which their positions come from::
+    Pass everything else as the model's processor makes it: ``input_ids`` with one placeholder per row, and for Qwen
+    models ``image_grid_thw`` and ``mm_token_type_ids``, from which they compute positions::
 
         outputs = encoder_outputs(model, tower.encode(images))
         model.generate(**inputs_without_pixels, mm_encoder_outputs=outputs)
@@ -29,66 +27,65 @@ def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = 
     Args:
         model: of transformers 5.18 or later.
         embeddings: of the images, in the order of their placeholders.
-        videos: of the videos, in the order of theirs.
+        videos: of the videos, likewise.
 
     Returns:
-        ``{"image": …, "video": …}``, either of them only if there is something for it; with deepstack rows where the model
-        takes them.  A call of the model may change it, so each call needs one of its own.
+        ``{"image": …, "video": …}`` for the kinds that were given, with deepstack rows if the model takes them. A call of
+        the model may change it: make a new one for each call.
 
     Raises:
-        UsageError: transformers is too old; rows are not as wide as the language model, or have other deepstack levels.
-        UnsupportedArchitectureError, NoVisionTowerError, ConfigError: the model takes no images, or not of a known family.
+        UsageError: transformers is too old; rows differ from the language model in width or deepstack levels.
+        UnsupportedArchitectureError, NoVisionTowerError, ConfigError: the model takes no images, or is not supported.
     """
     if not takes_encoder_outputs(model):
         import transformers
 
         raise UsageError(
-            f"{type(model).__name__} of transformers {transformers.__version__} takes no mm_encoder_outputs, which came with "
-            "5.18; pass inputs_embeds instead, from tritontower.integrations.transformers.inputs_embeds"
+            f"model must take mm_encoder_outputs, which came with transformers 5.18, got {type(model).__name__} of "
+            f"{transformers.__version__}; pass inputs_embeds instead, from tritontower.integrations.transformers.inputs_embeds"
         )
-    holder = vision_holder(model, family_of(model).prefixes)
-    given = {"image": listed(embeddings), "video": listed(videos)}
-    return {name: _output(holder, several) for name, several in given.items() if several}
+    holder, _ = find_vision_holder(model)
+    return {
+        kind: _make_output(holder, given) for kind, given in _check_kinds(holder, embeddings, videos).items() if given
+    }
 
 
 def inputs_embeds(
     model: Any, input_ids: torch.Tensor, embeddings: Embeddings, *, videos: Embeddings = ()
 ) -> torch.Tensor:
-    """A prompt's token embeddings, with those of its images and videos in place of their placeholders.
+    """Makes a prompt's token embeddings, with the rows of its images and videos at their placeholders.
 
-    For any version of transformers::
+    Works with every version of transformers::
 
         rows = inputs_embeds(model, inputs["input_ids"], tower.encode(images))
-        with added_deepstack(model, inputs["input_ids"], embeddings):  # needed by Qwen3-VL, empty for others
+        with added_deepstack(model, inputs["input_ids"], embeddings):  # needed by Qwen3-VL, no effect on others
             model.generate(**inputs_without_pixels, inputs_embeds=rows)
 
-    ``input_ids`` and what else comes without pixels is passed along, because positions and masks are made of it.  The
-    ``generate`` of Gemma 3 and PaliGemma takes no ``inputs_embeds``, but the models themselves do when they are called.
+    Also pass ``input_ids`` and all other inputs except pixels, since positions and masks are computed from them.
+    ``generate`` of Gemma 3 and PaliGemma takes no ``inputs_embeds``; calling the models does.
 
     Args:
         model: of transformers.
-        input_ids: ``[batch, length]`` whole numbers, one placeholder for each row; ids beyond the vocabulary may only be
-            placeholders.
+        input_ids: ``[batch, length]`` integers, one placeholder per row; only placeholders may exceed the vocabulary.
         embeddings: of the images, in the order of their placeholders, prompt by prompt.
-        videos: of the videos.
+        videos: of the videos, likewise.
 
     Returns:
         ``[batch, length, width]`` in the dtype and on the device of the model's token embeddings.
 
     Raises:
-        UsageError: another number of placeholders than of rows; rows of another width.
+        UsageError: the numbers of placeholders and rows differ; rows of another width.
         UnsupportedArchitectureError, NoVisionTowerError, ConfigError: as in :func:`encoder_outputs`.
     """
-    holder = vision_holder(model, family_of(model).prefixes)
+    holder, _ = find_vision_holder(model)
+    given = _check_kinds(holder, embeddings, videos)
     table = model.get_input_embeddings()
     ids = input_ids.to(table.weight.device)
-    places = {token: ids == token for token in _placeholders(holder).values()}
-    anything = torch.stack(list(places.values())).any(0)
+    tokens = [token for kind in given if (token := _placeholder(holder, kind)) is not None]
     with torch.no_grad():
-        rows: torch.Tensor = table(ids.masked_fill(anything, 0))
-        for kind, several in (("image", listed(embeddings)), ("video", listed(videos))):
-            _check(holder, several)
-            _place(rows, _mask(holder, ids, kind, several), [one.embeddings for one in several])
+        rows: torch.Tensor = table(ids.masked_fill(torch.isin(ids, ids.new_tensor(tokens)), 0))
+        for kind, images in given.items():
+            _put_rows(rows, _find_placeholders(holder, ids, kind, images), [image.embeddings for image in images])
     return rows
 
 
@@ -96,104 +93,98 @@ def inputs_embeds(
 def added_deepstack(
     model: Any, input_ids: torch.Tensor, embeddings: Embeddings, *, videos: Embeddings = ()
 ) -> Iterator[None]:
-    """While it lasts, the language model adds the deepstack rows of the images behind its first layers.
+    """Makes the language model add the images' deepstack rows after its first layers, within the context.
 
-    A Qwen3-VL that is called with ``inputs_embeds`` does not know of them, and answers worse.  For models without deepstack
-    levels nothing happens.  Only the pass that begins a prompt is changed, and it has to be that of ``input_ids``.
+    Qwen3-VL needs it with ``inputs_embeds``, which contains no deepstack rows; without them it answers worse. It has no
+    effect on models without deepstack. It applies to the forward pass that begins a prompt, which must be ``input_ids``.
 
     Args:
-        model: of transformers; not called by another thread meanwhile.
+        model: of transformers; must not run in another thread meanwhile.
         input_ids: ``[batch, length]``, as for :func:`inputs_embeds`.
         embeddings: of the images, likewise.
         videos: of the videos.
 
     Raises:
-        UsageError: as :func:`inputs_embeds`; or a prompt that begins is longer or shorter than ``input_ids``.
+        UsageError: as :func:`inputs_embeds`; or a prompt of another shape than ``input_ids`` begins.
     """
-    holder = vision_holder(model, family_of(model).prefixes)
-    images, videos = listed(embeddings), listed(videos)
-    levels = _levels(holder)
+    holder, _ = find_vision_holder(model)
+    levels = _count_levels(holder)
     if not levels:
         yield
         return
-    for several in (images, videos):
-        _check(holder, several)
-    masks = {"image": _mask(holder, input_ids, "image", images), "video": _mask(holder, input_ids, "video", videos)}
+    given = _check_kinds(holder, embeddings, videos)
+    masks = {kind: _find_placeholders(holder, input_ids, kind, images) for kind, images in given.items()}
     where = masks["image"] | masks["video"]
+    width = holder.config.get_text_config().hidden_size
     added = []
     for level in range(levels):
-        width = holder.config.get_text_config().hidden_size
         rows = torch.zeros(*input_ids.shape, width, dtype=model.dtype, device=input_ids.device)
-        for kind, several in (("image", images), ("video", videos)):
-            _place(rows, masks[kind], [one.deepstack[level] for one in several])
+        for kind, images in given.items():
+            _put_rows(rows, masks[kind], [image.deepstack[level] for image in images])
         added.append(rows[where])
 
-    def pass_along(_module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    def add_arguments(_module: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
         cache = named.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             return positional, named
         found = tuple(named["inputs_embeds"].shape[:2])
         if found != tuple(where.shape):
             raise UsageError(
-                f"a prompt of shape {list(found)} begins while the deepstack rows of one of shape {list(where.shape)} are "
-                "added; call the model with that prompt only"
+                f"prompt must have shape {list(where.shape)} within added_deepstack, got {list(found)}; call the model with "
+                "that prompt only"
             )
         return positional, {**named, "visual_pos_masks": where, "deepstack_visual_embeds": added}
 
-    hook = holder.language_model.register_forward_pre_hook(pass_along, with_kwargs=True)
+    hook = holder.language_model.register_forward_pre_hook(add_arguments, with_kwargs=True)
     try:
         yield
     finally:
         hook.remove()
 
 
-def _levels(holder: Any) -> int:
+def _count_levels(holder: Any) -> int:
     return len(getattr(holder.config.vision_config, "deepstack_visual_indexes", None) or ())
 
 
-def _output(holder: Any, embeddings: Sequence[ImageEmbedding]) -> Any:
-    _check(holder, embeddings)
-    rows: Any = [one.embeddings for one in embeddings]
+def _make_output(holder: Any, embeddings: Sequence[ImageEmbedding]) -> Any:
+    rows: Any = [image.embeddings for image in embeddings]
     if is_stacked(holder):
-        tiles = [tile for one in embeddings for tile in one.embeddings.split(one.tile_tokens)]
-        rows = torch.stack(tiles)
-    return feature_output(
-        holder, rows, [[one.deepstack[level] for one in embeddings] for level in range(_levels(holder))]
-    )
+        rows = torch.stack([tile for image in embeddings for tile in image.embeddings.split(image.tile_tokens)])
+    levels = [[image.deepstack[level] for image in embeddings] for level in range(_count_levels(holder))]
+    return make_feature_output(holder, rows, levels)
 
 
-def _check(holder: Any, embeddings: Sequence[ImageEmbedding]) -> None:
-    width, levels = holder.config.get_text_config().hidden_size, _levels(holder)
-    for index, one in enumerate(embeddings):
-        if one.embeddings.shape[1] != width:
-            raise UsageError(
-                f"embedding {index} has rows of {one.embeddings.shape[1]} numbers, but the language model's have {width}: it "
-                "was made by another model's tower"
-            )
-        if len(one.deepstack) != levels:
-            raise UsageError(
-                f"embedding {index} has {len(one.deepstack)} deepstack levels, but the model adds {levels}: it was made by "
-                "another model's tower"
-            )
+def _check_kinds(holder: Any, embeddings: Embeddings, videos: Embeddings) -> dict[str, list[ImageEmbedding]]:
+    """Lists images and videos, or raises if they differ from the language model in width or deepstack levels."""
+    given = {"image": list_embeddings(embeddings), "video": list_embeddings(videos)}
+    expected = holder.config.get_text_config().hidden_size, _count_levels(holder)
+    for kind, images in given.items():
+        for index, image in enumerate(images):
+            found = image.embeddings.shape[1], len(image.deepstack)
+            if found != expected:
+                raise UsageError(
+                    f"{kind} embedding {index} must have rows of width {expected[0]} and {expected[1]} deepstack levels, as "
+                    f"the language model, got {found[0]} and {found[1]}; it must come from this model's tower"
+                )
+    return given
 
 
-def _placeholders(holder: Any) -> dict[str, int]:
-    """``"image"`` and, where the model takes videos, ``"video"`` → the token that stands for a row."""
-    names = {kind: getattr(holder.config, f"{kind}_token_id", None) for kind in ("image", "video")}
-    return {kind: token for kind, token in names.items() if token is not None}
+def _placeholder(holder: Any, kind: str) -> int | None:
+    token: int | None = getattr(holder.config, f"{kind}_token_id", None)
+    return token
 
 
-def _mask(holder: Any, input_ids: torch.Tensor, kind: str, embeddings: Sequence[ImageEmbedding]) -> torch.Tensor:
-    token = _placeholders(holder).get(kind)
+def _find_placeholders(
+    holder: Any, input_ids: torch.Tensor, kind: str, embeddings: Sequence[ImageEmbedding]
+) -> torch.Tensor:
+    token = _placeholder(holder, kind)
     mask = torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
-    found, rows = int(mask.sum()), sum(one.num_tokens for one in embeddings)
+    found, rows = int(mask.sum()), sum(image.num_tokens for image in embeddings)
     if found != rows:
-        raise UsageError(
-            f"the prompt has {found} placeholders for {kind} rows (token {token}), but the embeddings have {rows} rows"
-        )
+        raise UsageError(f"input_ids must have {rows} placeholders for {kind} rows (token {token}), got {found}")
     return mask
 
 
-def _place(rows: torch.Tensor, mask: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+def _put_rows(rows: torch.Tensor, mask: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     if parts:
         rows[mask] = torch.cat([part.to(rows.device, rows.dtype) for part in parts])

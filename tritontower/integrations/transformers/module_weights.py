@@ -1,8 +1,8 @@
-"""The vision weights of a model that transformers has loaded: read like a checkpoint, and lent back to the model.
+"""The vision weights of a loaded model of transformers: read like a checkpoint, and shared with the model.
 
-A tower holds its weights in one allocation, in an order of its own; most of them are still there as transformers has them,
-as views: q, k and v are thirds of one matrix.  A model's parameters can therefore *be* the tower's weights, so that a
-vision part that is there twice takes the memory of one.
+A tower stores its weights in one allocation, in its own order. Most of them are still views with transformers' names and
+shapes: q, k and v are thirds of one matrix. A model's parameters can thus *be* the tower's weights, so that both use the
+memory of one.
 """
 
 import fnmatch
@@ -23,61 +23,53 @@ from tritontower.errors import (
 )
 from tritontower.graph.ir import Graph
 
-__all__ = ["ModuleWeights", "lend"]
-
 
 class ModuleWeights:
-    """The parameters of a module that belong to a vision tower, with the methods of an open checkpoint.
-
-    Args:
-        module: holds them, under any of the names that a checkpoint may have for them.
-        prefixes: beginnings of names that belong to the tower → what they become.
+    """A module's parameters that belong to a vision tower, with the methods of an open checkpoint.
 
     Attributes:
-        parameters: name without its root → parameter.
+        parameters: parameters by their name without its prefix.
     """
 
     def __init__(self, module: torch.nn.Module, prefixes: Prefixes) -> None:
-        stripped = ((strip_prefix(name, prefixes), name, parameter) for name, parameter in module.named_parameters())
-        found = [(name, full, parameter) for name, full, parameter in stripped if name is not None]
-        self.parameters: dict[str, torch.nn.Parameter] = {name: parameter for name, _, parameter in found}
-        self._full_names = {name: full for name, full, _ in found}
+        self.parameters: dict[str, torch.nn.Parameter] = {}
+        self._full_names: dict[str, str] = {}
+        for full, parameter in module.named_parameters():
+            name = strip_prefix(full, prefixes)
+            if name is not None:
+                self.parameters[name], self._full_names[name] = parameter, full
 
     def __enter__(self) -> "ModuleWeights":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Nothing is to be closed."""
+        """Closes nothing; exists for the interface of a checkpoint."""
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Name without its root → parameter."""
+        """Tensors by their name without its prefix."""
         return self.parameters
 
     @property
     def dtype(self) -> torch.dtype:
-        """The floating type that most bytes have.
-
-        Raises:
-            UnsupportedDtypeError: there is none: all are quantized.
-        """
+        """Floating dtype of most bytes; raises :class:`UnsupportedDtypeError` if all weights are quantized."""
         sizes: dict[torch.dtype, int] = {}
         for parameter in self.parameters.values():
             if parameter.is_floating_point():
                 sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.nbytes
         if not sizes:
-            raise UnsupportedDtypeError("no vision weight of the model is of a floating type")
+            raise UnsupportedDtypeError("the model's vision weights must have a floating dtype, but all are quantized")
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     @property
     def device(self) -> torch.device:
-        """Where the first of them is."""
+        """Device of the first parameter."""
         return next(iter(self.parameters.values())).device
 
     def expect(
         self, specs: Mapping[str, Shape], ignored: Sequence[str] = (), *, unneeded: Collection[str] = ()
     ) -> None:
-        """Checks that the parameters are exactly ``specs``; see :meth:`tritontower.checkpoint.checkpoint.Checkpoint.expect`."""
+        """Checks that the parameters match ``specs``; see :meth:`tritontower.checkpoint.checkpoint.Checkpoint.expect`."""
         missing = [name for name in specs if name not in self.parameters]
         if missing:
             raise CheckpointIncompleteError(
@@ -86,11 +78,11 @@ class ModuleWeights:
         for name, shape in specs.items():
             full, parameter = self._full_names[name], self.parameters[name]
             if parameter.is_meta:
-                raise CheckpointIncompleteError(f"parameter {full} has no memory yet (it is on torch's meta device)")
+                raise CheckpointIncompleteError(f"parameter {full} must have memory, but is on torch's meta device")
             if not parameter.is_floating_point():
                 raise UnsupportedDtypeError(
-                    f"parameter {full} is of {parameter.dtype}: the model was quantized when it was loaded, its vision "
-                    "part with it; load it with tritontower.integrations.transformers.load_vlm instead, or pass a tower"
+                    f"parameter {full} must have a floating dtype, got {parameter.dtype}: the model was quantized together "
+                    "with its vision modules; load it with tritontower.integrations.transformers.load_vlm, or pass a tower"
                 )
             if parameter.shape != torch.Size(shape):
                 raise ShapeMismatchError(full, shape, tuple(parameter.shape), source="the model")
@@ -101,7 +93,7 @@ class ModuleWeights:
         ]
         if unused:
             raise UnexpectedTensorError(
-                f"the model has {len(unused)} vision parameters that the tower would not use: {list_names(unused)}",
+                f"the model has {len(unused)} vision parameters that the tower does not use: {list_names(unused)}",
                 unused,
             )
 
@@ -114,7 +106,7 @@ class ModuleWeights:
         check_finite: bool = True,
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (name, numbers) one by one; see :meth:`tritontower.checkpoint.checkpoint.Checkpoint.iterate`."""
+        """Yields names and tensors one by one; see :meth:`tritontower.checkpoint.checkpoint.Checkpoint.iterate`."""
         wanted = list(self.parameters if names is None else names)
         total, done = sum(self.parameters[name].nbytes for name in wanted), 0
         for name in wanted:
@@ -128,35 +120,35 @@ class ModuleWeights:
                 progress(done, total)
 
 
-def lend(
+def share_weights(
     parameters: Mapping[str, torch.nn.Parameter],
     weights: Mapping[str, torch.Tensor],
     graph: Graph,
     weight_maps: Mapping[str, WeightMap],
 ) -> list[str]:
-    """Makes parameters views of a tower's weights, whose numbers they have; their own memory is then free.
+    """Makes parameters views of a tower's weights, which have the same values, and thus frees their own memory.
 
     Args:
-        parameters: name without its root → parameter, of the dtype and on the device of the weights.
-        weights: the tower's tensors, by name.
-        graph: says how they are shaped before padding.
-        weight_maps: what each is made of.
+        parameters: parameters by their name without its prefix, with the dtype and device of the weights.
+        weights: the tower's tensors.
+        graph: gives the tensors' shapes without padding.
+        weight_maps: maps stored tensors to the tower's.
 
     Returns:
-        The names of those that are views now.  What is held in another order or summed cannot be one.
+        Names of the parameters that are views now. Tensors in another order, or summed, cannot be views.
     """
-    lent: list[str] = []
-    users: dict[str, int] = {}
-    for name, shape in graph.sources.items():
-        for stored in weight_maps[name].stored_shapes(shape):
-            users[stored] = users.get(stored, 0) + 1
-    for name, shape in graph.sources.items():
-        if name not in weights:  # the tower holds it in another order
+    shared: list[str] = []
+    stored_shapes = {name: weight_maps[name].stored_shapes(shape) for name, shape in graph.sources.items()}
+    uses: dict[str, int] = {}
+    for stored in (stored for shapes in stored_shapes.values() for stored in shapes):
+        uses[stored] = uses.get(stored, 0) + 1
+    for name, shapes in stored_shapes.items():
+        if name not in weights:  # the tower stores it in another order
             continue
-        for stored, stored_shape in weight_maps[name].stored_shapes(shape).items():
-            view = weight_maps[name].view(weights[name], stored, stored_shape) if users[stored] == 1 else None
+        for stored, shape in shapes.items():
+            view = weight_maps[name].view(weights[name], stored, shape) if uses[stored] == 1 else None
             parameter = parameters[stored]
             if view is not None and (view.dtype, view.device) == (parameter.dtype, parameter.device):
                 parameter.data = view
-                lent.append(stored)
-    return lent
+                shared.append(stored)
+    return shared

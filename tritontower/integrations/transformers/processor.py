@@ -1,106 +1,100 @@
-"""The processor of a vision-language checkpoint, also where transformers needs torchvision for its own."""
+"""Loads the processor of a vision-language checkpoint, also without torchvision."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from tritontower.errors import ProcessorError, UsageError, shorten
 
-__all__ = ["ImageTextProcessor", "load_processor"]
-
 
 def load_processor(source: str, config: Any, **download: Any) -> Any:
-    """What turns images and text into a model's inputs.
+    """Loads the processor that makes a model's inputs from images and text.
 
-    The first of these that can be made on this machine: the processor that ``AutoProcessor`` finds; the same class without
-    its video processor, which needs torchvision; for models with a Pixtral tower, :class:`ImageTextProcessor`.
+    Tries the processor that ``AutoProcessor`` finds; then, for models with a Pixtral tower, :class:`ImageTextProcessor`;
+    then the same class without its video processor, which needs torchvision.
 
     Args:
         source: folder or hub id.
-        config: the checkpoint's configuration, as transformers reads it.
+        config: the checkpoint's configuration in transformers.
         **download: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, as in transformers.
 
     Raises:
-        ProcessorError: the checkpoint has no tokenizer or no image processor that can be loaded.
+        ProcessorError: the checkpoint's tokenizer or image processor cannot be loaded.
     """
     from transformers import AutoProcessor
 
-    rows_of_tokens = config.vision_config.model_type == "pixtral"
+    has_row_ends = config.vision_config.model_type == "pixtral"
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **download)
-    except Exception as error:  # a missing package, or whatever the libraries below it raise about a file
+    except Exception as error:  # a missing package, or any error about a file
         failure = error
     else:
-        # Where the files name no class, the language model's is found, which knows nothing of rows.
-        if not rows_of_tokens or type(processor).__name__ == "PixtralProcessor":
-            _refuse_without_words(processor.tokenizer, source)
+        # Without a class name in the files, AutoProcessor finds the language model's, which has no row ends.
+        if not has_row_ends or type(processor).__name__ == "PixtralProcessor":
+            _check_tokenizer(processor.tokenizer, source)
             return processor
-    image_processor, tokenizer = _parts(source, **download)
-    if rows_of_tokens:
+    image_processor, tokenizer = _load_parts(source, **download)
+    if has_row_ends:
         return ImageTextProcessor(image_processor, tokenizer, config)
     kind = _without_video(config.model_type)
     if kind is None:
-        raise _unusable(source, failure) from failure
+        raise _make_error(source, failure) from failure
     return kind(image_processor, tokenizer, chat_template=getattr(tokenizer, "chat_template", None))
 
 
-def _parts(source: str, **download: Any) -> tuple[Any, Any]:
+def _load_parts(source: str, **download: Any) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
         images = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **download)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **download)
-    except Exception as error:  # whatever the libraries below it raise about a file
-        raise _unusable(source, error) from error
-    _refuse_without_words(tokenizer, source)
+    except Exception as error:  # any error about a file
+        raise _make_error(source, error) from error
+    _check_tokenizer(tokenizer, source)
     return images, tokenizer
 
 
-def _refuse_without_words(tokenizer: Any, source: str) -> None:
-    # Where the files are missing, transformers makes a tokenizer of nothing but its special tokens.
+def _check_tokenizer(tokenizer: Any, source: str) -> None:
+    # Without tokenizer files, transformers makes a tokenizer of special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ProcessorError(f"{source} holds no tokenizer: transformers finds no words in it, only special tokens")
+        raise ProcessorError(f"{source} must contain a tokenizer, but transformers finds only special tokens")
 
 
-def _unusable(source: str, error: Exception) -> ProcessorError:
+def _make_error(source: str, error: Exception) -> ProcessorError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return ProcessorError(
-        f"{source} holds no image processor and tokenizer that transformers can load: {shorten(reason[0], 200)}"
+        f"{source} must contain an image processor and a tokenizer that transformers can load: {shorten(reason[0], 200)}"
     )
 
 
 def _without_video(model_type: str) -> type[Any] | None:
-    """The processor class of a model type, taking no videos; ``None`` where it has no video processor to leave out."""
+    """Makes the processor class of a model type without its video processor; ``None`` if it has none."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
-    kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(model_type, ""))
-    if kind is None or set(kind.get_attributes()) != {"image_processor", "tokenizer", "video_processor"}:
+    original = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(model_type, ""))
+    if original is None or set(original.get_attributes()) != {"image_processor", "tokenizer", "video_processor"}:
         return None
-    return _two_part_class(kind)
 
-
-def _two_part_class(kind: type[Any]) -> type[Any]:
-    class WithoutVideo(kind):  # type: ignore[misc]
-        """The processor of transformers for images and text alone: videos need torchvision."""
-
+    class WithoutVideo(original):  # type: ignore[misc, valid-type]
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
             super().__init__(image_processor, tokenizer, None, chat_template=chat_template)
 
-    WithoutVideo.__name__ = WithoutVideo.__qualname__ = kind.__name__
+    WithoutVideo.__name__ = WithoutVideo.__qualname__ = original.__name__
     return WithoutVideo
 
 
 class ImageTextProcessor:
-    """Images and text to a model's inputs, for models whose images are rows of tokens with an end to each row.
+    """Makes inputs from images and text for models that mark the ends of rows of image tokens.
 
-    It is called like a processor of transformers, and does what ``PixtralProcessor`` does, which needs torchvision: every
-    ``[IMG]`` in the text is repeated for each token of its image, with ``[IMG_BREAK]`` behind each row of them and
-    ``[IMG_END]`` behind the last one.
+    Used like a processor of transformers; equals ``PixtralProcessor``, which needs torchvision. Each ``[IMG]`` in the
+    text is repeated for every token of its image, with ``[IMG_BREAK]`` after each row except the last, which ends in
+    ``[IMG_END]``.
 
     Args:
-        image_processor: of transformers, for images of any size; it returns ``image_sizes``.
+        image_processor: of transformers, for images of any size; returns ``image_sizes``.
         tokenizer: of transformers.
-        config: of the model; ``vision_config.patch_size`` and ``spatial_merge_size`` are read.
+        config: the model's, with ``vision_config.patch_size`` and optionally ``spatial_merge_size``.
     """
 
     image, row_end, image_end = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
@@ -117,24 +111,24 @@ class ImageTextProcessor:
         return_tensors: str | None = "pt",
         **options: Any,
     ) -> Any:
-        """The model's inputs, by name.
+        """Makes the model's inputs.
 
         Args:
-            images: an image, or several in the order of their places in the texts; ``None``: none.
+            images: one image, or several in the order of their markers in the texts, or ``None``.
             text: one text, or several.
-            return_tensors: kind of the tensors, as in transformers.
+            return_tensors: tensor type, as in transformers.
             **options: for the tokenizer: ``padding``, ``truncation`` …
 
         Returns:
             A ``BatchFeature`` with ``input_ids``, ``attention_mask``, and for images ``pixel_values`` and ``image_sizes``.
 
         Raises:
-            UsageError: no text, or another number of images than places for them.
+            UsageError: no text, or the numbers of images and markers differ.
         """
         from transformers import BatchFeature
 
         if text is None:
-            raise UsageError("text is missing; pass the prompt, with one [IMG] for each image")
+            raise UsageError("text must be given; pass the prompt, with one [IMG] for each image")
         texts = [text] if isinstance(text, str) else list(text)
         inputs: dict[str, Any] = {}
         blocks: list[str] = []
@@ -144,35 +138,29 @@ class ImageTextProcessor:
             blocks = [self._block(int(height), int(width)) for height, width in inputs["image_sizes"]]
         places = sum(prompt.count(self.image) for prompt in texts)
         if places != len(blocks):
-            raise UsageError(f"the text has {places} places for images ({self.image}), but there are {len(blocks)}")
+            raise UsageError(f"text must have one {self.image} for each of {len(blocks)} images, got {places}")
         rest = iter(blocks)
-        filled = ["".join(self._filled(prompt.split(self.image), rest)) for prompt in texts]
+        filled = [re.sub(re.escape(self.image), lambda _: next(rest), prompt) for prompt in texts]
         return BatchFeature({**self.tokenizer(filled, return_tensors=return_tensors, **options), **inputs})
 
     def _block(self, height: int, width: int) -> str:
         rows = [self.image * (width // self.token_side)] * (height // self.token_side)
         return self.row_end.join(rows) + self.image_end
 
-    @staticmethod
-    def _filled(parts: Sequence[str], blocks: Any) -> list[str]:
-        return [parts[0], *(piece for part in parts[1:] for piece in (next(blocks), part))]
-
     def apply_chat_template(self, conversation: Any, *, tokenize: bool = False, **options: Any) -> Any:
-        """The text of a conversation, by the tokenizer's template, for :meth:`__call__` with its images.
+        """Makes the text of a conversation by the tokenizer's template; pass it with the images to :meth:`__call__`.
 
         Raises:
-            UsageError: with ``tokenize``, as places for images are filled only when the images are there.
+            UsageError: ``tokenize`` is true; markers can be repeated only with the images.
         """
         if tokenize:
-            raise UsageError(
-                "tokenize=True is not supported here; pass the text and the images to the processor itself"
-            )
+            raise UsageError("tokenize must be False; pass the resulting text and the images to the processor itself")
         return self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
 
     def batch_decode(self, *arguments: Any, **options: Any) -> Any:
-        """The tokenizer's own method."""
+        """Calls the tokenizer's method."""
         return self.tokenizer.batch_decode(*arguments, **options)
 
     def decode(self, *arguments: Any, **options: Any) -> Any:
-        """The tokenizer's own method."""
+        """Calls the tokenizer's method."""
         return self.tokenizer.decode(*arguments, **options)
