@@ -17,125 +17,32 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 from support.checkpoints import noise
+from support.vlms import save_wide
 
 from tritontower import VisionTower
 from tritontower.embedding import load_embeddings
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-WORDS = ["what", "is", "in", "the", "image", "?", "a", "cat", "USER", "ASSISTANT", ":", *(f"w{n}" for n in range(80))]
-QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %} this{% endif %}"
+)
+# Large weights make varied answers.
+TEXT = {"initializer_range": 0.2, "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
 
 Run = Callable[..., str]
 
 
-def save_tokenizer(folder: Path, special: list[str], chat_template: str | None = None) -> dict[str, int]:
-    """Saves a tokenizer of a few words; returns the ids of its special tokens."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<unk>", "<eos>", "<pad>", *special]
-    tokenizer = Tokenizer(WordLevel({name: number for number, name in enumerate([*names, *WORDS])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens(names)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        eos_token="<eos>",
-        pad_token="<pad>",
-        additional_special_tokens=special,
-        chat_template=chat_template,
-    )
-    fast.save_pretrained(folder)
-    return {name: fast.convert_tokens_to_ids(name) for name in special}
-
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] }} : {% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %} ASSISTANT :{% endif %}"
-)
-
-
-def save_qwen(folder: Path, prefix: str, vision: dict[str, Any]) -> Path:
-    """Saves a small Qwen-VL with a tokenizer, of widths that bitsandbytes can quantize on a CPU."""
-    import transformers
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    ids = save_tokenizer(folder, QWEN_TOKENS, CHAT_TEMPLATE)
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{prefix}Config")(
-        vision_config={"depth": 1, "num_heads": 4, **vision},
-        text_config={
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 128,
-            "initializer_range": 0.2,
-            "bos_token_id": None,
-            "eos_token_id": 1,
-            "pad_token_id": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        },
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-    )
-    getattr(transformers, f"{prefix}ForConditionalGeneration")(config).save_pretrained(folder)
-    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=112 * 112).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vision = {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
-    return save_qwen(tmp_path_factory.mktemp("qwen2_vl"), "Qwen2VL", vision)
-
-
-@pytest.fixture(scope="module")
-def qwen2_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vision = {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64, "fullatt_block_indexes": [0]}
-    return save_qwen(tmp_path_factory.mktemp("qwen2_5_vl"), "Qwen2_5_VL", vision)
+    return save_wide("qwen2_5_vl", tmp_path_factory.mktemp("examples") / "qwen2_5_vl", CHAT_TEMPLATE, **TEXT)[0]
 
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saves a small LLaVA with its processor."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    folder = tmp_path_factory.mktemp("llava")
-    ids = save_tokenizer(folder, ["<image>"])
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=56, patch_size=14, projection_dim=64),
-        text_config=LlamaConfig(
-            **sizes, num_hidden_layers=2, vocab_size=128, initializer_range=0.2, bos_token_id=None, eos_token_id=1
-        ),
-        image_token_index=ids["<image>"],
-    )
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(folder),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    ).save_pretrained(folder)
-    return folder
+    return save_wide("llava", tmp_path_factory.mktemp("examples") / "llava", **TEXT)[0]
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +71,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def test_examples_are_short_tested_and_listed() -> None:
     files = sorted(EXAMPLES.glob("*.py"))
     tests = Path(__file__).read_text(encoding="utf-8")
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
+    page = (EXAMPLES.parent / "docs" / "engines.md").read_text(encoding="utf-8")
     assert len(files) == 6
     for file in files:
         assert len(file.read_text(encoding="utf-8").splitlines()) < 60, file.name
         assert f'"{file.name}"' in tests
-        assert f"(examples/{file.name})" in readme
+        assert f"`examples/{file.name}`" in page
 
 
 def test_minimal_encode(run: Run, qwen: Path, images: list[Path], tmp_path: Path) -> None:
@@ -204,19 +111,17 @@ def generate_by_transformers(folder: Path, image: Path, text: str, tokens: int) 
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-@pytest.mark.parametrize(("model", "chunk"), [("qwen", 7), ("qwen", 256), ("qwen2_5", 5)])
-def test_engine_loop(run: Run, images: list[Path], request: pytest.FixtureRequest, model: str, chunk: int) -> None:
-    folder = request.getfixturevalue(model)
-    output = run("engine_loop.py", images[0], "what is in", "--model", folder, "--chunk", chunk)
-    text = "user : <|vision_start|><|image_pad|><|vision_end|>what is in ASSISTANT :"
-    expected = generate_by_transformers(folder, images[0], text, 32)
+@pytest.mark.parametrize("chunk", [5, 256])
+def test_engine_loop(run: Run, images: list[Path], qwen: Path, chunk: int) -> None:
+    output = run("engine_loop.py", images[0], "what is", "--model", qwen, "--chunk", chunk)
+    text = "user <|vision_start|><|image_pad|><|vision_end|>what is this"
+    expected = generate_by_transformers(qwen, images[0], text, 32)
     assert len(set(expected.split())) > 2
     assert output.strip() == expected
 
 
 def test_swap_into_transformers(run: Run, llava: Path, images: list[Path]) -> None:
-    prompt = "USER : <image> what is in the image ? ASSISTANT :"
-    output = run("swap_into_transformers.py", images[0], prompt, "--model", llava, "--tokens", 8)
+    output = run("swap_into_transformers.py", images[0], "what is <image> this", "--model", llava, "--tokens", 8)
     swapped, own = re.findall(r"^with(?:out it| the tower): +(.*)$", output, re.MULTILINE)
     assert swapped == own
     assert len(set(own.split())) > 2
@@ -225,7 +130,7 @@ def test_swap_into_transformers(run: Run, llava: Path, images: list[Path]) -> No
 
 def test_four_bit_vlm(run: Run, qwen: Path, images: list[Path]) -> None:
     pytest.importorskip("bitsandbytes")
-    output = run("four_bit_vlm.py", images[0], "what is in", "--model", qwen, "--tokens", 8)
+    output = run("four_bit_vlm.py", images[0], "what is", "--model", qwen, "--tokens", 8)
     first, answer = output.strip().splitlines()
     # Four linears of attention and three of the MLP, in two layers.
     assert first == "14 linears of the language model in 4 bits, the tower in torch.float32"
@@ -240,7 +145,7 @@ def test_export_for_vllm(
     first = run("export_for_vllm.py", "encode", *images, "--model", qwen, "--file", file)
     tokens = sum(embedding.num_tokens for embedding in load_embeddings(file))
     assert first.startswith(f"2 embeddings, {tokens} tokens")
-    second = run("export_for_vllm.py", "ask", "what is <|image_pad|> ?", "--model", qwen, "--file", file)
+    second = run("export_for_vllm.py", "ask", "what is <|image_pad|>", "--model", qwen, "--file", file)
     assert second.splitlines() == [
         f"image_embeds: [{tokens}, 64] torch.float32",
         "image_grid_thw: [2, 3] torch.int64",

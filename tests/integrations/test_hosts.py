@@ -389,21 +389,6 @@ def named_tokens(layout: Any) -> dict[str, int]:
     return {name: 60 + number for number, name in enumerate(sorted(names))}
 
 
-@pytest.mark.parametrize("name", ["pixtral", "mistral3"])
-def test_pixtral_rows_end_as_in_transformers(name: str, load: Load) -> None:
-    tower = load(BY_NAME[name])
-    layout = tower.prompt_layout
-    assert layout is not None
-    tokenizer = WordTokenizer({"<t>": 1} | named_tokens(layout))
-    view = to_exllama(tower, tower.encode([noise(64, 96, 0)])[0], tokenizer=tokenizer, space=TokenSpace())
-    lines, columns = (side // tower.config.merge for side in view.grid_thw[1:])
-    markers = [token for token in view.token_list if token < 1_000_000_000]
-    assert len(view.token_list) == lines * (columns + 1)
-    assert len(markers) == lines
-    assert markers[-1] not in markers[:-1]
-    assert view.token_list[-1] == markers[-1]
-
-
 def test_views_have_no_tokens_that_end_a_prompt(load: Load) -> None:
     tower = load(BY_NAME["paligemma"])
     layout = tower.prompt_layout
@@ -455,22 +440,6 @@ def test_exllamav3_vision_has_its_interface(load: Load) -> None:
         vision.get_image_embeddings(tokenizer, images, "{{image}}")  # type: ignore[call-overload]
 
 
-def test_ids_and_values_that_exllama_misreads_are_rejected(load: Load) -> None:
-    tower = load(BY_NAME["qwen2_vl"])
-    (embedding,) = tower.encode([noise(60, 40, 0)])
-    with pytest.raises(UsageError, match="pass space="):
-        to_exllama(tower, embedding)
-    with pytest.raises(UsageError, match="at least 1000000000"):
-        to_exllama(tower, embedding, space=TokenSpace(200_000))
-    scattered = embedding.with_token_ids([2_000_000_000 - 2 * row for row in range(embedding.num_tokens)])
-    with pytest.raises(UsageError, match="must be consecutive"):
-        to_exllama(tower, scattered)
-    large = replace(embedding, embeddings=embedding.embeddings * 1e6)
-    with pytest.raises(UsageError, match="dtype=None"):
-        to_exllama(tower, large, space=TokenSpace())
-    assert torch.equal(to_exllama(tower, large, space=TokenSpace(), dtype=None).embeddings, large.embeddings)
-
-
 def test_views_hold_and_release_their_ids(load: Load) -> None:
     tower = load(BY_NAME["qwen2_vl"])
     vision = ExLlamaV3Vision(tower)
@@ -490,20 +459,22 @@ def test_views_hold_and_release_their_ids(load: Load) -> None:
 
 
 def test_failed_views_leave_no_ids_assigned(load: Load) -> None:
+    """The second image of a call fails, because ExLlama would misread its ids or values."""
     tower = load(BY_NAME["qwen2_vl"])
     images = tower.encode([noise(60, 40, 0), noise(90, 60, 1)])
     large = replace(images[1], embeddings=images[1].embeddings * 1e6)
-    space = TokenSpace()
-    with pytest.raises(UsageError, match="dtype=None"):
-        to_exllama(tower, [images[0], large], space=space)
-    assert space.ids_in_use == 0
-    with pytest.raises(UsageError, match=r"tokenizer must be .*, got 5"):
-        to_exllama(tower, images, tokenizer=5, space=space)
-    assert space.ids_in_use == 0
-    low = TokenSpace(200_000)
-    with pytest.raises(UsageError, match="at least 1000000000"):
-        to_exllama(tower, images, space=low)
-    assert low.ids_in_use == 0
+    scattered = images[1].with_token_ids([2_000_000_000 - 2 * row for row in range(images[1].num_tokens)])
+    for embeddings, space, options, message in (
+        ([images[0], large], TokenSpace(), {}, "pass dtype=None"),
+        (images, TokenSpace(), {"tokenizer": 5}, r"tokenizer must be .*, got 5"),
+        (images, TokenSpace(200_000), {}, "at least 1000000000"),
+        (images, None, {}, "pass space="),
+        ([scattered], None, {}, "must be consecutive"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            to_exllama(tower, embeddings, space=space, **options)
+        assert space is None or space.ids_in_use == 0
+    assert torch.equal(to_exllama(tower, large, space=TokenSpace(), dtype=None).embeddings, large.embeddings)
 
 
 # -- the engines' own code, if installed ------------------------------------------------------------------------------

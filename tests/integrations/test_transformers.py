@@ -22,9 +22,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
 from support.mistral_format import to_mistral_format
 from support.towers import TowerCase, all_cases, qwen2_5_vl, qwen3_vl
-from support.towers.gemma3 import save_gemma3
-from support.towers.llava import save_llava
-from tokenizers import Tokenizer, models, pre_tokenizers
+from support.vlms import VOCABULARY, WORDS, save_tokenizer, save_wide, update_json, word_tokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tritontower import VisionTower
@@ -640,81 +638,15 @@ def test_mismatched_embeddings_are_rejected(question: Ask) -> None:
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
-SPECIAL = (
-    *("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"),
-    *(
-        "<|vision_end|>",
-        "[IMG]",
-        "[IMG_BREAK]",
-        "[IMG_END]",
-        "<start_of_image>",
-        "<end_of_image>",
-        "<image_soft_token>",
-    ),
-)
-WORDS = (*SPECIAL, "what", "is", "this")
-VOCABULARY = (*WORDS, *(f"word{number}" for number in range(len(WORDS), 64)))
-GEMMA = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
-WIDE_TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64}
-
-
-def word_tokenizer() -> Tokenizer:
-    """Makes a tokenizer of words that has every family's tokens."""
-    words = models.WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="<unk>")
-    tokenizer = Tokenizer(words)
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens([word for word in VOCABULARY if word not in ("what", "is", "this")])
-    return tokenizer
-
-
-def save_tokenizer(folder: Path) -> None:
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    named = GEMMA if json.loads((folder / "config.json").read_text())["model_type"] == "gemma3" else {}
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=word_tokenizer(),
-        additional_special_tokens=list(SPECIAL[4:]),
-        extra_special_tokens=named,
-        **names,
-    ).save_pretrained(folder)
-
-
-def set_in(file: Path, **values: Any) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-def save_wide(name: str, folder: Path, patch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    """Saves a model that bitsandbytes can quantize on a CPU; returns its folder and the text that stands for an image."""
-    if name == "llava":
-        save_llava(folder, text=WIDE_TEXT)
-        image, token = "<image>", "<image>"
-        settings = {"patch_size": 14, "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
-    elif name == "gemma3":
-        save_gemma3(folder, text={**WIDE_TEXT, "head_dim": 16})
-        image, token = "<start_of_image>", "<image_soft_token>"
-        set_in(folder / "preprocessor_config.json", do_convert_rgb=False)
-        settings = {"image_seq_length": 16}
-    else:
-        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-        for key, value in {**WIDE_TEXT, "rope_parameters": rope}.items():
-            patch.setitem(qwen2_5_vl.TINY_TEXT, key, value)
-        qwen2_5_vl.save_qwen2_5_vl(folder, out_hidden_size=64, intermediate_size=128)
-        image, token = "<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>"
-        settings = {}
-    set_in(folder / "config.json", image_token_id=WORDS.index(token), image_token_index=WORDS.index(token))
-    if settings:
-        (folder / "processor_config.json").write_text(json.dumps(settings))
-    save_tokenizer(folder)
-    return folder, image
-
 
 @pytest.fixture(params=["llava", "gemma3", "qwen2_5_vl"])
-def wide(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    return save_wide(request.param, tmp_path / "model", monkeypatch)
+def wide(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    return save_wide(request.param, tmp_path / "model")
 
 
 @pytest.fixture
-def wide_qwen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
-    return save_wide("qwen2_5_vl", tmp_path / "model", monkeypatch)
+def wide_qwen(tmp_path: Path) -> tuple[Path, str]:
+    return save_wide("qwen2_5_vl", tmp_path / "model")
 
 
 def ask_wide(model: Any, processor: Any, image: str) -> tuple[dict[str, Any], Answer]:
@@ -870,7 +802,7 @@ def test_unusable_checkpoints_are_rejected(question: Ask, tmp_path: Path) -> Non
     with pytest.raises(CheckpointIncompleteError, match=r"mlp\.up_proj\.weight"):
         integration.load_vlm(tmp_path, device="cpu")
     # transformers would download a kernel from this repository.
-    set_in(tmp_path / "config.json", _attn_implementation="somebody/kernel")
+    update_json(tmp_path / "config.json", _attn_implementation="somebody/kernel")
     with pytest.raises(ConfigError, match="somebody/kernel"):
         integration.load_vlm(tmp_path, device="cpu")
 
@@ -880,7 +812,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
     folder = CASES[request.param].save(tmp_path / "model", text_vocab_size=64)
     save_tokenizer(folder)
     token = WORDS.index("[IMG]")
-    set_in(folder / "config.json", image_token_id=token, image_token_index=token)
+    update_json(folder / "config.json", image_token_id=token, image_token_index=token)
     return integration.load_vlm(folder, device="cpu")
 
 

@@ -79,6 +79,14 @@ def stack_grids(embeddings: Sequence[ImageEmbedding]) -> torch.Tensor:
     return torch.tensor([embedding.grid_thw for embedding in embeddings], dtype=torch.int64, device="cpu")
 
 
+def list_seconds(videos: Sequence[ImageEmbedding]) -> torch.Tensor:
+    """Lists the seconds per temporal patch of each video, ``[videos]`` fp32, or raises if a video has no times."""
+    seconds = [video.seconds_per_grid for video in videos]
+    if None in seconds:
+        raise UsageError("videos must have times, or the engine computes other positions; pass fps= to encode_video")
+    return torch.tensor(seconds, dtype=torch.float32, device="cpu")
+
+
 def _check_rows(config: TowerConfig, embedding: ImageEmbedding, index: int) -> None:
     rows, levels = embedding.embeddings, embedding.deepstack
     if rows.ndim != 2 or not rows.is_floating_point() or rows.shape[1] != config.hidden_size:

@@ -185,13 +185,22 @@ def to_exllama(
     width = getattr(getattr(model, "config", None), "hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
         raise UsageError(f"model must have hidden_size {tower.hidden_size}, as the tower, got {width}")
-    views: list[ExLlamaEmbedding] = []
+    if space is None and not all(embedding.token_ids for embedding in given):
+        raise UsageError("embeddings must have token ids; pass space=TokenSpace(), one for all that share a cache")
+    # ExLlama does not read the pooled vector.
+    given = [replace(embedding, pooled=None) for embedding in given]
+    given = [
+        embedding.with_tensors({name: _convert(tensor, dtype) for name, tensor in embedding.tensors.items()})
+        for embedding in given
+    ]
+    assigned: list[ImageEmbedding] = []
     try:
         for embedding in given:
-            views.append(_make_view(tower, embedding, tokenizer, space, model, dtype))
+            assigned.append(embedding if space is None else space.assign(embedding))
+        views = [_make_view(tower, embedding, tokenizer, model) for embedding in assigned]
     except BaseException:
         if space is not None:
-            space.release(*(view.source for view in views))
+            space.release(*assigned)
         raise
     return views[0] if isinstance(embeddings, ImageEmbedding) else views
 
@@ -283,37 +292,24 @@ class ExLlamaV3Vision(_Vision):
         return views if several else views[0]
 
 
-def _make_view(
-    tower: VisionTower,
-    embedding: ImageEmbedding,
-    tokenizer: Any,
-    space: TokenSpace | None,
-    model: Any,
-    dtype: torch.dtype | None,
-) -> ExLlamaEmbedding:
-    if space is None and not embedding.token_ids:
-        raise UsageError("embedding has no token ids; pass space=TokenSpace(), one for all that share a cache")
-    # ExLlama does not read the pooled vector.
-    rows = replace(embedding, pooled=None)
-    numbered = rows.with_tensors({name: _convert(tensor, dtype) for name, tensor in rows.tensors.items()})
-    if space is not None:
-        numbered = space.assign(numbered)
-    try:
-        first = _check_ids(numbered.token_ids)
-        alias = numbered.text_alias or f"<$EMB_{first}$>"
-        numbered = numbered.with_alias(alias)
-        token_list = _list_tokens(tower, numbered, tokenizer)
-    except BaseException:
-        if space is not None:
-            space.release(numbered)
-        raise
+def _make_view(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any, model: Any) -> ExLlamaEmbedding:
+    ids = embedding.token_ids
+    if tuple(ids) != tuple(range(ids[0], ids[0] + len(ids))):
+        raise UsageError("token ids of an embedding must be consecutive; let TokenSpace.assign give them")
+    if ids[0] < FIRST_IMAGE_ID:
+        raise UsageError(
+            f"token ids must be at least {FIRST_IMAGE_ID}, or ExLlama reads them as the vocabulary's, got {ids[0]}; make the "
+            "space with a larger base"
+        )
+    alias = embedding.text_alias or f"<$EMB_{ids[0]}$>"
+    numbered = embedding.with_alias(alias)
     merge = tower.config.merge
     stand_in = SimpleNamespace(config=SimpleNamespace(vision_spatial_merge_size=merge, hidden_size=tower.hidden_size))
     return ExLlamaEmbedding(
         embeddings=numbered.embeddings,
         text_alias=alias,
-        first_index=first,
-        token_list=token_list,
+        first_index=ids[0],
+        token_list=_list_tokens(tower, numbered, tokenizer),
         thw_grid=numbered.grid_thw,
         mrope_merge_size=merge,
         deepstack_embeddings=list(numbered.deepstack) or None,
@@ -325,18 +321,6 @@ def _make_view(
             "patches_size": numbered.grid_thw[1:],
         },
     )
-
-
-def _check_ids(ids: Sequence[int]) -> int:
-    """Returns the first id, or raises if ExLlama would misread the ids."""
-    if tuple(ids) != tuple(range(ids[0], ids[0] + len(ids))):
-        raise UsageError("token ids of an embedding must be consecutive; let TokenSpace.assign give them")
-    if ids[0] < FIRST_IMAGE_ID:
-        raise UsageError(
-            f"token ids must be at least {FIRST_IMAGE_ID}, or ExLlama reads them as the vocabulary's, got {ids[0]}; make the "
-            "space with a larger base"
-        )
-    return ids[0]
 
 
 def _list_tokens(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any) -> list[int]:

@@ -17,13 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
-
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import HostRefusalError, UsageError, shorten
 from tritontower.tower import VisionTower
 
-from .checks import NO_LANGUAGE_MODEL, Refusal, check_embeddings, find_form, join_rows, stack_grids
+from .checks import NO_LANGUAGE_MODEL, Refusal, check_embeddings, find_form, join_rows, list_seconds, stack_grids
 
 __all__ = ["SGLANG_READ", "to_sglang"]
 
@@ -123,12 +121,7 @@ def to_sglang(
     rows = join_rows(given)
     grids: dict[str, Any] = {f"{kind}_grid_thw": stack_grids(given)} if host.with_grids else {}
     if kind == "video" and host.video_seconds:
-        seconds = [video.seconds_per_grid for video in given]
-        if None in seconds:
-            raise UsageError(
-                "videos must have times, or SGLang computes other positions; pass fps= or timestamps= to encode_video"
-            )
-        grids["second_per_grid_ts"] = torch.tensor(seconds, dtype=torch.float32, device="cpu")
+        grids["second_per_grid_ts"] = list_seconds(given)
     if wanted == "precomputed_embedding":
         return {"format": wanted, "feature": rows, **grids}
     return {"format": wanted, "modality": kind, "precomputed_embeddings": rows, **grids}

@@ -8,17 +8,15 @@ Checked against the source of vLLM 0.33.0. The engine must be told to accept emb
 The prompt has one placeholder per image, which vLLM repeats. This module does not import vLLM.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import torch
 
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import HostRefusalError, UsageError
 from tritontower.tower import VisionTower
 
-from .checks import NO_LANGUAGE_MODEL, Refusal, check_embeddings, find_form, join_rows, stack_grids
+from .checks import NO_LANGUAGE_MODEL, Refusal, check_embeddings, find_form, join_rows, list_seconds, stack_grids
 
 __all__ = ["VLLM_READ", "to_vllm"]
 
@@ -111,17 +109,13 @@ def to_vllm(tower: VisionTower, embeddings: ImageEmbedding | Iterable[ImageEmbed
     if images:
         data["image"] = {"image_embeds": join_rows(images), "image_grid_thw": stack_grids(images)}
     if videos:
-        times = {} if form.times is None else {form.times: _list_times(form.times, videos)}
-        data["video"] = {"video_embeds": join_rows(videos), "video_grid_thw": stack_grids(videos), **times}
+        data["video"] = {"video_embeds": join_rows(videos), "video_grid_thw": stack_grids(videos)}
+        if form.times == "second_per_grid_ts":
+            data["video"]["second_per_grid_ts"] = list_seconds(videos)
+        elif form.times == "timestamps":
+            data["video"]["timestamps"] = [list(video.timestamps) for video in videos]
+            if not all(data["video"]["timestamps"]):
+                raise UsageError(
+                    "videos must have timestamps, or vLLM rejects them; pass fps= or timestamps= to encode_video"
+                )
     return data
-
-
-def _list_times(name: str, videos: Sequence[ImageEmbedding]) -> torch.Tensor | list[list[float]]:
-    timestamps = [list(video.timestamps) for video in videos]
-    seconds = [video.seconds_per_grid for video in videos]
-    if None in seconds if name == "second_per_grid_ts" else not all(timestamps):
-        raise UsageError(
-            "videos must have times, or vLLM rejects them or computes wrong positions; pass fps= or timestamps= to "
-            "encode_video"
-        )
-    return timestamps if name == "timestamps" else torch.tensor(seconds, dtype=torch.float32, device="cpu")

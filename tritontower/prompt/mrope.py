@@ -7,11 +7,10 @@ between models are data, :class:`MropeRule`. The positions equal those of ``get_
 temporal patches down to integers). For chunked prefill they can be computed chunk by chunk, with any chunk boundaries.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -180,22 +179,26 @@ def mrope_positions(
     if len(before) != batch:
         raise UsageError(f"states must have one entry for each of {batch} sequences, got {len(before)}")
     sources = {IMAGE: _image_blocks(rule, image_grids), VIDEO: _video_blocks(rule, video_grids, seconds_per_grid)}
-    sequences = [_Sequence(state, sources, row) for row, state in enumerate(before)]
+    after = list(before)
+    pieces: list[_Piece] = []
     for row, kind, tokens in _runs(types, kept):
-        sequences[row].add(kind, tokens)
+        after[row] = _advance(after[row], kind, tokens, sources, row, pieces)
     for kind, blocks in sources.items():
         if left := sum(1 for _ in blocks):
             name, argument = NAMES[kind]
             raise UsageError(f"{argument} has {left} more grids than token_types has beginnings of {name}")
     positions = torch.zeros(3, batch, length, dtype=torch.int64, device="cpu")
-    positions[:, kept] = _positions([piece for sequence in sequences for piece in sequence.pieces])
+    # Runs are in the order of the tokens that are kept, sequence by sequence.
+    positions[:, kept] = _positions(pieces)
     highest = positions.masked_fill(~kept, -1).amax((0, 2)) if length else positions.new_full((batch,), -1)
-    after = tuple(
-        sequence.finish(most, partial=partial) for sequence, most in zip(sequences, highest.tolist(), strict=True)
-    )
+    for row, (state, largest) in enumerate(zip(after, highest.tolist(), strict=True)):
+        if not partial and (state.block is not None or state.video):
+            unfinished = _describe(state) if state.block else f"a video of {len(state.video)} more parts"
+            raise UsageError(f"sequence {row} must not end within {unfinished}; pass partial=True for a chunk")
+        after[row] = replace(state, highest=max(largest, state.highest))
     deltas = torch.tensor([state.delta for state in after], dtype=torch.int64, device="cpu").view(batch, 1)
     device = token_types.device
-    return MropePositions(positions.to(device), deltas.to(device), after)
+    return MropePositions(positions.to(device), deltas.to(device), tuple(after))
 
 
 def _check_types(token_types: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,70 +295,44 @@ class _Piece(NamedTuple):
     offset: int
 
 
-class _Sequence:
-    """Numbers one sequence run by run, from the state after its previous chunk to the next state."""
+def _advance(
+    state: MropeState,
+    kind: int,
+    count: int,
+    sources: Mapping[int, Iterator[list[Block]]],
+    row: int,
+    pieces: list[_Piece],
+) -> MropeState:
+    """Appends the pieces of ``count`` tokens of one kind, and returns the state after them, without ``highest``."""
+    if state.block is not None and state.block[0] != kind:
+        raise UsageError(f"token {state.tokens} of sequence {row} interrupts {_describe(state)}")
+    if kind == TEXT:
+        pieces.append(_Piece(count, state.next_position, None, 0))
+        return replace(state, tokens=state.tokens + count, next_position=state.next_position + count)
+    while count:
+        if state.block is None:
+            remaining = state.video if kind == VIDEO else ()
+            blocks: Sequence[Block] | None = remaining or next(sources[kind], None)
+            if blocks is None:
+                name, argument = NAMES[kind]
+                raise UsageError(
+                    f"token {state.tokens} of sequence {row} belongs to {name}, but {argument} has no grid for it"
+                )
+            state = replace(state, block=(kind, blocks[0]), video=tuple(blocks[1:]) if kind == VIDEO else state.video)
+        block, start = cast("tuple[int, Block]", state.block)[1], state.done
+        taken = min(count, block.tokens - start)
+        pieces.append(_Piece(taken, state.next_position, block, start))
+        count -= taken
+        state = replace(state, tokens=state.tokens + taken, done=start + taken)
+        if state.done == block.tokens:
+            step = max(block.rows, block.columns)
+            state = replace(state, block=None, done=0, next_position=state.next_position + step)
+    return state
 
-    def __init__(self, state: MropeState, sources: dict[int, Iterator[list[Block]]], row: int) -> None:
-        self.pieces: list[_Piece] = []
-        self._before, self._sources, self._row = state, sources, row
-        self._tokens, self._next = state.tokens, state.next_position
-        self._open, self._done = state.block, state.done
-        self._video = deque(state.video)
 
-    def add(self, kind: int, tokens: int) -> None:
-        """Numbers a run of tokens of one kind."""
-        if self._open is not None and self._open[0] != kind:
-            raise UsageError(f"{self._location()} interrupts {self._progress(*self._open)}")
-        if kind == TEXT:
-            self._append(None, tokens)
-            self._next += tokens
-            return
-        while tokens:
-            if self._open is None:
-                self._open = kind, self._next_block(kind)
-            block = self._open[1]
-            taken = min(tokens, block.tokens - self._done)
-            self._append(block, taken)
-            self._done += taken
-            tokens -= taken
-            if self._done == block.tokens:
-                self._open, self._done = None, 0
-                self._next += max(block.rows, block.columns)
-
-    def finish(self, highest: int, *, partial: bool) -> MropeState:
-        """Returns the state after the chunk, given the largest position in it."""
-        if not partial and (self._open is not None or self._video):
-            unfinished = self._progress(*self._open) if self._open else f"a video of {len(self._video)} more parts"
-            raise UsageError(f"sequence {self._row} must not end within {unfinished}; pass partial=True for a chunk")
-        return MropeState(
-            tokens=self._tokens,
-            next_position=self._next,
-            highest=max(highest, self._before.highest),
-            block=self._open,
-            done=self._done,
-            video=tuple(self._video),
-        )
-
-    def _append(self, block: Block | None, tokens: int) -> None:
-        self.pieces.append(_Piece(tokens, self._next, block, self._done))
-        self._tokens += tokens
-
-    def _next_block(self, kind: int) -> Block:
-        if kind == VIDEO and self._video:
-            return self._video.popleft()
-        blocks = next(self._sources[kind], None)
-        if blocks is None:
-            name, argument = NAMES[kind]
-            raise UsageError(f"{self._location()} belongs to {name}, but {argument} has no grid for it")
-        first, *rest = blocks
-        self._video.extend(rest)
-        return first
-
-    def _location(self) -> str:
-        return f"token {self._tokens} of sequence {self._row}"
-
-    def _progress(self, kind: int, block: Block) -> str:
-        return f"{NAMES[kind][0]} after {self._done} of its {block.tokens} tokens"
+def _describe(state: MropeState) -> str:
+    kind, block = cast("tuple[int, Block]", state.block)
+    return f"{NAMES[kind][0]} after {state.done} of its {block.tokens} tokens"
 
 
 def _positions(pieces: Sequence[_Piece]) -> torch.Tensor:
