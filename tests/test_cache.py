@@ -19,7 +19,7 @@ from tritontower.cache import CacheStats, EmbeddingCache
 from tritontower.embedding import ImageEmbedding
 from tritontower.engine.executor import Executor
 from tritontower.errors import BackendUnavailableError, NonFiniteOutputError, TowerError, UsageError
-from tritontower.preprocessing.images.image import canonical_rgb
+from tritontower.preprocessing.images.decode import decode_image
 from tritontower.scheduler.outputs import ItemError
 
 
@@ -299,7 +299,7 @@ def test_images_of_equal_bytes_are_kept_apart(qwen2_vl: Path) -> None:
             assert torch.equal(found.embeddings, one.embeddings)
     # Fully opaque is the same image; everything else is one of its own.
     assert cache.stats.entries == len(images) - 1
-    assert len({canonical_rgb(image).digest for image in images}) == len(images) - 1
+    assert len({decode_image(image).digest for image in images}) == len(images) - 1
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

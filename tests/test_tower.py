@@ -292,7 +292,7 @@ INVALID_CALLS: dict[str, tuple[type[TowerError], str, Callable[[VisionTower], ob
         lambda tower: tower.encode(GRAY, min_pixels=2**27, max_pixels=2**28),
     ),
     "no frames": (ProcessorError, "at least one frame", lambda tower: tower.encode_video([])),
-    "sizes differ": (ProcessorError, "differ in size", lambda tower: tower.encode_video(IMAGES[:2])),
+    "sizes differ": (ProcessorError, "all frames one size", lambda tower: tower.encode_video(IMAGES[:2])),
     "bounds": (ProcessorError, "in order", lambda tower: tower.encode(GRAY, min_pixels=5000, max_pixels=4000)),
     "one token": (ProcessorError, "28 × 28", lambda tower: tower.encode(GRAY, min_pixels=1, max_pixels=700)),
     "bound type": (ProcessorError, "max_pixels", lambda tower: tower.encode(GRAY, max_pixels="5000")),

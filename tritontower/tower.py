@@ -363,7 +363,9 @@ class VisionTower(TowerModel):
         several = list_images(images)
         with thread_map(len(several)) as each:
             decoded = decode_all(several, self.preprocessor.limits, each, input_data_format)
-            return self.preprocessor.images(decoded, each=each, raw=self._raw if raw is None else raw, **bounds)
+            return self.preprocessor.preprocess_images(
+                decoded, each=each, raw=self._raw if raw is None else raw, **bounds
+            )
 
     def preprocess_video(
         self,
@@ -378,7 +380,9 @@ class VisionTower(TowerModel):
         video = list_frames(frames)
         with thread_map(len(video)) as each:
             decoded = decode_all(video, self.preprocessor.limits, each, input_data_format)
-            return self.preprocessor.video(decoded, each=each, raw=self._raw if raw is None else raw, **bounds)
+            return self.preprocessor.preprocess_video(
+                decoded, each=each, raw=self._raw if raw is None else raw, **bounds
+            )
 
     @overload
     def forward(self, batch: PackedBatch | torch.Tensor) -> torch.Tensor: ...

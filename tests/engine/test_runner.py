@@ -46,7 +46,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
 def make_runner(tower: VisionTower, *, normalized: bool = True) -> ModelRunner:
     """A runner for still images and for videos."""
     videos = fuse(build(tower.config))
-    normalization = tower.preprocessor.rescaling if normalized else None
+    normalization = tower.preprocessor.normalization if normalized else None
     graphs = [fold_still_images(videos), videos]
     return ModelRunner(tower.config, graphs, tower.read_weights(), normalization=lambda: normalization)
 

@@ -59,7 +59,7 @@ def test_uint8_pixels_give_transformers_embeddings(case: TowerCase, saved: Saved
     images = images_of(case)
     batch = tower.preprocess(images, raw=True)
     assert batch.pixels.dtype == torch.uint8
-    assert torch.equal(tower.preprocessor.normalized(batch).pixels, tower.preprocess(images).pixels)
+    assert torch.equal(tower.preprocessor.normalize(batch).pixels, tower.preprocess(images).pixels)
     assert compare(tower, batch).passed
 
 
@@ -116,7 +116,7 @@ def test_videos_of_uint8_pixels(name: str, saved: Saved) -> None:
     raw, usual = (tower.preprocess_video(video, raw=raw) for raw in (True, False))
     assert raw.pixels.dtype == torch.uint8
     assert raw.pixels.shape == usual.pixels.shape
-    assert torch.equal(tower.preprocessor.normalized(raw).pixels, usual.pixels)
+    assert torch.equal(tower.preprocessor.normalize(raw).pixels, usual.pixels)
     assert relative_error(tower.forward(raw), tower.forward(usual)) <= 1e-5
     assert compare(tower, raw).passed
 
@@ -196,7 +196,7 @@ def test_a_class_token_needs_positions_in_the_same_node(saved: Saved) -> None:
 @pytest.mark.parametrize("name", ["clip", "qwen2_vl", "siglip"])
 def test_folded_weights_are_rounded_once(name: str, saved: Saved) -> None:
     tower = load(saved(CASES[name], torch.bfloat16))
-    rescaling, class_token = tower.preprocessor.rescaling, tower.config.class_token
+    rescaling, class_token = tower.preprocessor.normalization, tower.config.class_token
     assert rescaling is not None
     sources = plain_sources(tower)
     exact_sources = {key: tensor.double() for key, tensor in sources.items()}
@@ -233,7 +233,7 @@ def plain_sources(tower: VisionTower) -> dict[str, torch.Tensor]:
 def test_the_uint8_graph_needs_no_replaced_weights(saved: Saved) -> None:
     tower = load(saved(CASES["siglip"]))
     weights = tower.read_weights()
-    made = fold_pixel_weights(tower.graph, weights, tower.preprocessor.rescaling, class_token=False)  # type: ignore[arg-type]
+    made = fold_pixel_weights(tower.graph, weights, tower.preprocessor.normalization, class_token=False)  # type: ignore[arg-type]
     graph = make_uint8_graph(tower.graph, class_token=False)
     unused = {tower.graph.weights[name].held_name for name in tower.graph.weights if name not in graph.weights}
     assert unused

@@ -119,7 +119,7 @@ def test_default_canvases_are_those_of_transformers(name: str) -> None:
     from transformers import AutoConfig
 
     values = {key: value for key, value in EXAMPLES[name].items() if key != "image_grid_pinpoints"}
-    made: Any = read_family(ConfigReader(values)).preprocessors["hf"]
+    made: Any = read_family(ConfigReader(values)).resize_rules["hf"]
     theirs = AutoConfig.for_model(name).image_grid_pinpoints
     assert [list(pair) for pair in made.keywords["pinpoints"]] == theirs
 

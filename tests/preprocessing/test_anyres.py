@@ -10,6 +10,7 @@ from support.checkpoints import noise
 from support.preprocessing import (
     LIMITS,
     canonical,
+    make_rule,
     patches_of,
     put_together,
     random_sizes,
@@ -23,9 +24,9 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from tritontower.batch.layout import Assembly
 from tritontower.errors import ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError, UsageError
-from tritontower.preprocessing import AnyResolution
+from tritontower.preprocessing import AnyResolution, Preprocessor
 from tritontower.preprocessing.processor_config import CLASS_DEFAULTS
-from tritontower.preprocessing.resize.anyres import best_canvas
+from tritontower.preprocessing.resize.anyres import select_canvas
 
 NEXT_CANVASES = CLASS_DEFAULTS["LlavaNextImageProcessor"]["image_grid_pinpoints"]
 ONEVISION_CANVASES = CLASS_DEFAULTS["LlavaOnevisionImageProcessor"]["image_grid_pinpoints"]
@@ -42,9 +43,9 @@ SMALL_ONEVISION = {**PUBLISHED_ONEVISION, "size": {"height": 31, "width": 31}}
 SMALL_ONEVISION["image_grid_pinpoints"] = [[31 * rows, 31 * columns] for rows in range(1, 5) for columns in range(1, 5)]
 
 
-def rule(folder: Path, content: dict[str, Any], side: int, **arguments: Any) -> AnyResolution:
+def rule(folder: Path, content: dict[str, Any], side: int, **arguments: Any) -> Preprocessor:
     config = arguments.pop("config", tower(patch=14, table_side=side))
-    return AnyResolution(config, write_settings(folder, content), LIMITS, **arguments)
+    return make_rule(AnyResolution, config, write_settings(folder, content), LIMITS, **arguments)
 
 
 def stub(side: int, canvases: Any) -> Any:
@@ -73,7 +74,7 @@ def test_canvases_are_those_of_transformers(canvases: Any) -> None:
     # Canvases of the same area tie for square images, and the first of them is meant; of those that keep every pixel,
     # the smallest, wherever it stands.
     for width, height in [(100, 100), (336, 336), (672, 672), (5000, 5000), *random_sizes(1500, largest=5000)]:
-        assert tuple(best_canvas(width, height, canvases)) == select_best_resolution((height, width), canvases)
+        assert tuple(select_canvas(width, height, canvases)) == select_best_resolution((height, width), canvases)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_batch_of_tiles_is_packed(tmp_path: Path) -> None:
     config = tower(patch=14, table_side=2, newline=True)
     preprocessor = rule(tmp_path, SMALL_NEXT, 2, config=config)
     images = [canonical(noise(100, 40)), canonical(noise(30, 90, 1))]
-    batch = preprocessor.images(images)
+    batch = preprocessor.preprocess_images(images)
     layouts = [preprocessor.layout(image.width, image.height) for image in images]
     assert batch.images.token_counts == tuple(layout.tokens(config) for layout in layouts)
     assert batch.images.tile_counts == tuple(len(layout.tiles) for layout in layouts)
@@ -205,10 +206,10 @@ def test_config_json_must_have_the_same_canvases(tmp_path: Path) -> None:
         ({"image_grid_pinpoints": [[28, 56], [30, 28]]}, ConfigError, r"multiple of a tile's 28 pixels"),
         ({"image_grid_pinpoints": [[28, 56, 84]]}, ConfigError, r"pairs of height and width"),
         ({"image_grid_pinpoints": [[28, True]]}, ConfigError, r"pairs of height and width"),
-        ({"crop_size": 56}, ProcessorError, r"sides of \[28, 56\] pixels in size and crop_size"),
+        ({"crop_size": 56}, ProcessorError, r"size and crop_size .* sides of \[28, 56\]"),
         ({"size": {"height": 28, "width": 56}}, ProcessorError, r"sides of \[28, 56\] pixels"),
         ({"size": {"longest_edge": 28}}, ConfigError, r"size must be .*got a dict of 1"),
-        ({"size": 42, "crop_size": 42}, ProcessorError, r"3 × 3 patches, but the tower needs 4 patches in a square"),
+        ({"size": 42, "crop_size": 42}, ProcessorError, r"must make 4 patches in a square, got 3 × 3"),
         ({"image_processor_type": "Other", "size": None}, ConfigError, r"size must be .*got None"),
     ],
 )
@@ -221,7 +222,7 @@ def test_settings_that_do_not_fit_are_refused(
 
 def test_a_canvas_beyond_the_limit_is_refused(tmp_path: Path) -> None:
     write_settings(tmp_path, SMALL_NEXT)
-    preprocessor = AnyResolution(tower(table_side=2), tmp_path, Limits(max_planned_pixels=28 * 56))
+    preprocessor = make_rule(AnyResolution, tower(table_side=2), tmp_path, Limits(max_planned_pixels=28 * 56))
     assert preprocessor.layout(50, 25).processed_size == (56, 28)
     with pytest.raises(ImageTooLargeError, match=r"resized to 56 × 56.*image_grid_pinpoints"):
         preprocessor.layout(56, 56)
@@ -230,5 +231,5 @@ def test_a_canvas_beyond_the_limit_is_refused(tmp_path: Path) -> None:
 def test_towers_and_limits_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no place for class tokens"):
         rule(tmp_path, SMALL_NEXT, 2, config=tower(table_side=2, class_token=True, keep_class_token=True))
-    with pytest.raises(UsageError, match="shrink_limit = 0"):
+    with pytest.raises(UsageError, match="shrink_limit must be at least 1"):
         rule(tmp_path, SMALL_NEXT, 2, shrink_limit=0)

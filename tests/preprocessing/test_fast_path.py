@@ -11,32 +11,34 @@ import torch
 from PIL import Image
 from PIL import __version__ as pillow_version
 from support.checkpoints import noise
-from support.preprocessing import LIMITS, canonical, patches_of, random_sizes, tower, write_settings
+from support.preprocessing import LIMITS, canonical, make_rule, patches_of, random_sizes, tower, write_settings
 from transformers.image_transforms import center_crop
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tritontower.batch.normalization import HUGE_PAGE, PIXEL_CENTER, PixelNormalization, fresh
+from tritontower.batch.normalization import PIXEL_CENTER, PixelNormalization
 from tritontower.errors import ImageTooLargeError, Limits, UsageError
-from tritontower.preprocessing import AnyResolution, FixedSize, LongestEdge, MistralResize, Preprocessor, SmartResize
-from tritontower.preprocessing import fast_path as fast_path_module
-from tritontower.preprocessing.fast_path import (
-    Bytes,
-    Spread,
-    alone,
-    cropped,
-    cut_bytes,
-    cut_values,
-    resized,
-    resizing_passes,
-    spread_over_threads,
+from tritontower.preprocessing import (
+    AnyResolution,
+    FixedSize,
+    LongestEdge,
+    MistralResize,
+    Preprocessor,
+    ResizeRule,
+    SmartResize,
+    pillow_resize,
 )
-from tritontower.preprocessing.images.image import CanonicalImage, canonical_rgb
+from tritontower.preprocessing.images.buffers import HUGE_PAGE, allocate_array
+from tritontower.preprocessing.images.decode import decode_image
+from tritontower.preprocessing.images.image import CanonicalImage
+from tritontower.preprocessing.patchify import cut_bytes, cut_values
+from tritontower.preprocessing.pillow_resize import Bytes, crop_center, order_axes, resize_image
+from tritontower.preprocessing.threads import Spread, run_serially, spread_over_threads
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SQUARE = tower(table_side=4)
-SETTINGS: dict[str, tuple[type[Preprocessor], Any, dict[str, Any], dict[str, Any]]] = {
+SETTINGS: dict[str, tuple[type[ResizeRule], Any, dict[str, Any], dict[str, Any]]] = {
     "area": (
         SmartResize,
         tower(merge=2, temporal=2),
@@ -116,15 +118,12 @@ each_rule = pytest.mark.parametrize("name", SETTINGS)
 def rule(folder: Path, name: str, options: dict[str, Any] | None = None, **changes: Any) -> Preprocessor:
     kind, config, content, arguments = SETTINGS[name]
     write_settings(folder, {**content, **changes})
-    return kind(config, folder, LIMITS, None, options or {}, **arguments)
+    return make_rule(kind, config, folder, LIMITS, None, options, **arguments)
 
 
 def by_processor(preprocessor: Preprocessor, image: CanonicalImage, **bounds: Any) -> torch.Tensor:
     """The rows of one image as transformers' processor makes them."""
-    layout = preprocessor.layout(image.width, image.height, **bounds)
-    rows = torch.full((layout.patches, preprocessor.config.patch.still_inner), float("nan"))
-    preprocessor._fill_by_processor(rows, image, layout, bounds)
-    return rows
+    return patches_of(preprocessor.without_fast_path(), [image], **bounds)[0]
 
 
 # -- the same pixels --------------------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ def test_crops_are_those_of_transformers(crop: tuple[int, int]) -> None:
     for width, height in [(37, 41), (5, 5), (4, 50), (50, 4), (6, 8), (1, 1)]:
         image = noise(width, height)
         expected = center_crop(image, crop, input_data_format="channels_last")
-        assert np.array_equal(cropped(image, *crop), expected)
+        assert np.array_equal(crop_center(image, *crop), expected)
 
 
 def test_a_lone_large_image_is_spread_over_threads(tmp_path: Path, restore_threads: None) -> None:
@@ -194,23 +193,23 @@ def test_a_lone_large_image_is_spread_over_threads(tmp_path: Path, restore_threa
             (expected,) = patches_of(preprocessor, [image])
             torch.set_num_threads(5)
             with spread_over_threads(width * height) as spread:
-                assert spread is not alone
+                assert spread is not run_serially
             assert torch.equal(patches_of(preprocessor, [image])[0], expected)
 
 
 def test_a_small_image_and_a_single_thread_start_no_thread(restore_threads: None) -> None:
     torch.set_num_threads(2)
     with spread_over_threads(400) as spread:
-        assert spread is alone
+        assert spread is run_serially
     torch.set_num_threads(1)
     with spread_over_threads(10**7) as spread:
-        assert spread is alone
+        assert spread is run_serially
 
 
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Images of these tests are resized in many pieces."""
-    monkeypatch.setattr(fast_path_module, "PIECE", 900)
+    monkeypatch.setattr(pillow_resize, "PIECE", 900)
 
 
 def by_pillow(image: Bytes, size: tuple[int, int], resample: int) -> Bytes:
@@ -223,8 +222,8 @@ def in_three(work: Callable[[slice], None], count: int) -> None:
 
 
 @pytest.mark.usefixtures("pieces")
-@pytest.mark.parametrize("resample", sorted(fast_path_module.FILTERS))
-@pytest.mark.parametrize("spread", [alone, in_three])
+@pytest.mark.parametrize("resample", sorted(pillow_resize.FILTERS))
+@pytest.mark.parametrize("spread", [run_serially, in_three])
 def test_resizing_piece_by_piece_is_pillows_bit_for_bit(resample: int, spread: Spread) -> None:
     generator = np.random.default_rng(resample)
     # Beside sizes of all kinds, those around the limit where Pillow 13 changes the order of its passes, and one-way ones.
@@ -233,21 +232,21 @@ def test_resizing_piece_by_piece_is_pillows_bit_for_bit(resample: int, spread: S
     sizes += [((old[0], old[1]), (new[0], new[1])) for old, new in generator.integers(1, 160, (120, 2, 2)).tolist()]
     for old, new in sizes:
         image = generator.integers(0, 256, (old[1], old[0], 3), np.uint8)
-        assert np.array_equal(resized(image, new, resample, spread), by_pillow(image, new, resample)), (old, new)
+        assert np.array_equal(resize_image(image, new, resample, spread), by_pillow(image, new, resample)), (old, new)
 
 
 def test_large_images_piece_by_piece() -> None:
     for old, new in [((1024, 1024), (1036, 1036)), ((900, 1500), (504, 700)), ((700, 1300), (672, 448))]:
         image = noise(*old)
-        assert np.array_equal(resized(image, new, 3), by_pillow(image, new, 3))
+        assert np.array_equal(resize_image(image, new, 3), by_pillow(image, new, 3))
 
 
 def test_the_order_of_pillows_passes_is_known() -> None:
     newer = int(pillow_version.split(".")[0]) >= 13
-    assert resizing_passes((300, 200), (150, 190), 3) == (1, 0)
-    assert resizing_passes((300, 200), (290, 150), 3) == ((0, 1) if newer else (1, 0))
-    assert resizing_passes((300, 200), (300, 150), 3) == (0,)
-    assert resizing_passes((300, 200), (200, 200), 3) == (1,)
+    assert order_axes((300, 200), (150, 190), 3) == (1, 0)
+    assert order_axes((300, 200), (290, 150), 3) == ((0, 1) if newer else (1, 0))
+    assert order_axes((300, 200), (300, 150), 3) == (0,)
+    assert order_axes((300, 200), (200, 200), 3) == (1,)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -255,27 +254,27 @@ def test_where_the_order_is_not_known_channels_are_resized_whole(monkeypatch: py
     def height_first(array: Bytes, size: tuple[int, int], resample: int) -> Bytes:
         return by_pillow(by_pillow(array, (array.shape[1], size[1]), resample), size, resample)
 
-    monkeypatch.setattr(fast_path_module, "_by_pillow", height_first)
-    fast_path_module._order_of_passes.cache_clear()
+    monkeypatch.setattr(pillow_resize, "resize_by_pillow", height_first)
+    pillow_resize.find_axis_order.cache_clear()
     try:
-        assert resizing_passes((100, 80), (50, 60), 3) is None
+        assert order_axes((100, 80), (50, 60), 3) is None
         for new in [(50, 60), (130, 140), (90, 20)]:
             image = noise(100, 80)
-            for spread in (alone, in_three):
-                assert np.array_equal(resized(image, new, 3, spread), height_first(image, new, 3))
+            for spread in (run_serially, in_three):
+                assert np.array_equal(resize_image(image, new, 3, spread), height_first(image, new, 3))
     finally:
-        fast_path_module._order_of_passes.cache_clear()
+        pillow_resize.find_axis_order.cache_clear()
 
 
 def test_large_arrays_begin_with_a_huge_page() -> None:
     for shape, dtype in [((HUGE_PAGE,), np.uint8), ((1024, 588), np.float32), ((5, 7, 100003), np.uint8)]:
-        array = fresh(shape, dtype)
+        array = allocate_array(shape, dtype)
         array[...] = 3
         assert array.shape == shape
         assert array.dtype == dtype
         assert array.flags.c_contiguous
         assert array.ctypes.data % HUGE_PAGE == 0
-    assert fresh((3, 5), np.float32).shape == (3, 5)
+    assert allocate_array((3, 5), np.float32).shape == (3, 5)
 
 
 # -- digests ----------------------------------------------------------------------------------------------------------
@@ -284,7 +283,7 @@ def test_large_arrays_begin_with_a_huge_page() -> None:
 def test_nobody_asks_for_digests_and_none_is_taken(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, "area")
     for images in ([canonical(noise(300, 200))], [canonical(noise(300, 200)), canonical(noise(90, 80))]):
-        batch = preprocessor.images(images)
+        batch = preprocessor.preprocess_images(images)
         assert not any("digest" in vars(image) for image in images)
         assert batch.images.content_hashes == tuple(image.digest for image in images)
 
@@ -295,7 +294,7 @@ def test_what_is_much_larger_than_its_patches_is_not_kept(tmp_path: Path, restor
         torch.set_num_threads(threads)
         for sizes in ([(900, 700)], [(900, 700), (60, 60), (300, 800)], [(80, 70), (56, 56)]):
             images = [canonical(noise(*size)) for size in sizes]
-            batch = preprocessor.images(images, raw=True)
+            batch = preprocessor.preprocess_images(images, raw=True)
             taken = [size for size, image in zip(sizes, images, strict=True) if "digest" in vars(image)]
             assert taken == [size for size in sizes if size[0] * size[1] > 2 * 56 * 56]
             assert batch.images.content_hashes == tuple(canonical(noise(*size)).digest for size in sizes)
@@ -304,7 +303,7 @@ def test_what_is_much_larger_than_its_patches_is_not_kept(tmp_path: Path, restor
 def test_an_image_may_change_once_it_is_preprocessed(tmp_path: Path) -> None:
     array = noise(90, 80)
     expected = canonical(array.copy()).digest
-    batch = rule(tmp_path, "area").images([canonical_rgb(array)])
+    batch = rule(tmp_path, "area").preprocess_images([decode_image(array)])
     array[:] = 0
     assert batch.images.content_hashes[0] == expected
 
@@ -330,7 +329,7 @@ def test_the_cut_leaves_out_what_is_no_whole_patch() -> None:
 
 def test_an_image_that_has_its_size_is_not_copied() -> None:
     image = noise(28, 56)
-    assert resized(image, (28, 56), 3) is image
+    assert resize_image(image, (28, 56), 3) is image
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "CMYK", "I;16"])
@@ -344,7 +343,7 @@ def test_images_of_every_mode_are_canonical_first(tmp_path: Path, mode: str) -> 
         image = image.convert(mode)
     for name in SETTINGS:
         preprocessor = rule(tmp_path / name, name)
-        decoded = canonical_rgb(image)
+        decoded = decode_image(image)
         assert torch.equal(patches_of(preprocessor, [decoded])[0], by_processor(preprocessor, decoded))
 
 
@@ -355,7 +354,7 @@ def test_images_do_not_depend_on_each_other_or_on_threads(tmp_path: Path, name: 
     expected = [patches_of(preprocessor, [image])[0] for image in images]
     fresh = rule(tmp_path, name)
     with ThreadPoolExecutor(6) as pool:
-        batches = list(pool.map(lambda _: fresh.images(images, each=pool_of_two_map), range(8)))
+        batches = list(pool.map(lambda _: fresh.preprocess_images(images, each=pool_of_two_map), range(8)))
     for batch in batches:
         for rows, alone_rows in zip(batch.pixels.split(list(map(len, expected))), expected, strict=True):
             assert torch.equal(rows, alone_rows)
@@ -379,8 +378,8 @@ class Darker(CLIPImageProcessorPil):
 CLIP = {"size": {"shortest_edge": 60}, "crop_size": {"height": 56, "width": 56}}
 
 
-def fixed(given: Any, folder: Path) -> FixedSize:
-    return FixedSize(SQUARE, folder, LIMITS, given)
+def fixed(given: Any, folder: Path) -> Preprocessor:
+    return make_rule(FixedSize, SQUARE, folder, LIMITS, given)
 
 
 def test_a_subclass_is_asked_itself(tmp_path: Path) -> None:
@@ -444,19 +443,19 @@ def test_padding_to_a_square_is_still_transformers(tmp_path: Path) -> None:
 
 
 def test_a_rule_without_a_processor_has_no_fast_path(tmp_path: Path) -> None:
-    preprocessor = MistralResize(tower(merge=2), tmp_path, LIMITS, longest_edge=280)
+    preprocessor = make_rule(MistralResize, tower(merge=2), tmp_path, LIMITS, longest_edge=280)
     assert preprocessor.fast_path is None
-    with pytest.raises(UsageError, match="leave `raw` out"):
-        preprocessor.images([canonical(noise(50, 60))], raw=True)
-    assert preprocessor.images([canonical(noise(50, 60))], raw=None).pixels.dtype == torch.float32
+    with pytest.raises(UsageError, match="raw must be False or None"):
+        preprocessor.preprocess_images([canonical(noise(50, 60))], raw=True)
+    assert preprocessor.preprocess_images([canonical(noise(50, 60))], raw=None).pixels.dtype == torch.float32
 
 
 def test_limits_that_allow_no_probe_are_no_error_of_their_own(tmp_path: Path) -> None:
     kind, config, content, _ = SETTINGS["squashed"]
-    preprocessor = kind(config, write_settings(tmp_path, content), Limits(max_planned_pixels=100))
+    preprocessor = make_rule(kind, config, write_settings(tmp_path, content), Limits(max_planned_pixels=100))
     assert preprocessor.fast_path is None
     with pytest.raises(ImageTooLargeError, match="limit is 100 pixels"):
-        preprocessor.images([canonical(noise(50, 60))])
+        preprocessor.preprocess_images([canonical(noise(50, 60))])
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -466,37 +465,37 @@ def test_limits_that_allow_no_probe_are_no_error_of_their_own(tmp_path: Path) ->
 def test_bytes_are_what_the_values_are_made_of(tmp_path: Path, name: str) -> None:
     preprocessor = rule(tmp_path, name)
     images = [canonical(noise(*size, seed)) for seed, size in enumerate([(80, 60), (33, 150), (1, 1)])]
-    usual, raw = (preprocessor.images(images, raw=raw) for raw in (False, True))
+    usual, raw = (preprocessor.preprocess_images(images, raw=raw) for raw in (False, True))
     assert usual.pixels.dtype == torch.float32
     assert raw.pixels.dtype == torch.uint8
-    assert torch.equal(preprocessor.normalized(raw).pixels, usual.pixels)
-    assert preprocessor.normalized(usual) is usual
-    assert torch.equal(preprocessor.images(images, raw=None).pixels, raw.pixels)
+    assert torch.equal(preprocessor.normalize(raw).pixels, usual.pixels)
+    assert preprocessor.normalize(usual) is usual
+    assert torch.equal(preprocessor.preprocess_images(images, raw=None).pixels, raw.pixels)
     assert raw.images.content_hashes == usual.images.content_hashes
     assert torch.equal(raw.attention.positions, usual.attention.positions)
 
 
 def test_a_class_token_is_a_row_that_counts_zero(tmp_path: Path) -> None:
     kind, _, content, _ = SETTINGS["cropped"]
-    preprocessor = kind(tower(table_side=4, class_token=True), write_settings(tmp_path, content), LIMITS)
+    preprocessor = make_rule(kind, tower(table_side=4, class_token=True), write_settings(tmp_path, content), LIMITS)
     images = [canonical(noise(80, 60)), canonical(noise(60, 90))]
-    usual, raw = (preprocessor.images(images, raw=raw) for raw in (False, True))
+    usual, raw = (preprocessor.preprocess_images(images, raw=raw) for raw in (False, True))
     rows = raw.tokens.class_rows.flatten().long()
     assert rows.tolist() == [0, 17]
     assert (raw.pixels[rows] == PIXEL_CENTER).all()
     assert (usual.pixels[rows] == 0).all()
-    assert torch.equal(preprocessor.normalized(raw).pixels, usual.pixels)
+    assert torch.equal(preprocessor.normalize(raw).pixels, usual.pixels)
 
 
 def test_bytes_of_an_unknown_processor_are_refused(tmp_path: Path) -> None:
     preprocessor = fixed(Darker(**CLIP), tmp_path)
     images = [canonical(noise(80, 70))]
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
-        preprocessor.images(images, raw=True)
-    assert preprocessor.images(images, raw=None).pixels.dtype == torch.float32
-    raw = fixed(CLIPImageProcessorPil(**CLIP), tmp_path).images(images, raw=True)
+        preprocessor.preprocess_images(images, raw=True)
+    assert preprocessor.preprocess_images(images, raw=None).pixels.dtype == torch.float32
+    raw = fixed(CLIPImageProcessorPil(**CLIP), tmp_path).preprocess_images(images, raw=True)
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
-        preprocessor.normalized(raw)
+        preprocessor.normalize(raw)
 
 
 class Own(Qwen2VLImageProcessorPil):
@@ -507,23 +506,25 @@ class Own(Qwen2VLImageProcessorPil):
 def test_videos_are_those_of_the_processor(tmp_path: Path, frames: int) -> None:
     bounds = {"min_pixels": 3136, "max_pixels": 20000}
     config = tower(merge=2, temporal=2)
-    usual, own = (SmartResize(config, tmp_path, LIMITS, kind(**bounds)) for kind in (Qwen2VLImageProcessorPil, Own))
+    usual, own = (
+        make_rule(SmartResize, config, tmp_path, LIMITS, kind(**bounds)) for kind in (Qwen2VLImageProcessorPil, Own)
+    )
     video = [canonical(noise(110, 75, seed)) for seed in range(frames)]
-    expected = own.video(video, **bounds)
+    expected = own.preprocess_video(video, **bounds)
     assert own.fast_path is None
     assert usual.fast_path is not None
-    assert torch.equal(usual.video(video, **bounds).pixels, expected.pixels)
+    assert torch.equal(usual.preprocess_video(video, **bounds).pixels, expected.pixels)
     with ThreadPoolExecutor(3) as pool:
-        raw = usual.video(video, raw=True, each=pool.map, **bounds)
+        raw = usual.preprocess_video(video, raw=True, each=pool.map, **bounds)
     assert raw.pixels.dtype == torch.uint8
-    assert torch.equal(usual.normalized(raw).pixels, expected.pixels)
+    assert torch.equal(usual.normalize(raw).pixels, expected.pixels)
     with pytest.raises(UsageError, match="cannot be packed as bytes"):
-        own.video(video, raw=True, **bounds)
+        own.preprocess_video(video, raw=True, **bounds)
 
 
 def test_edges_of_a_pixtral_without_a_file(tmp_path: Path) -> None:
     content = {"size": {"longest_edge": 280}, "patch_size": 14}
-    preprocessor = LongestEdge(tower(merge=2), tmp_path, LIMITS, without_file=content)
+    preprocessor = make_rule(LongestEdge, tower(merge=2), tmp_path, LIMITS, without_file=content)
     assert type(preprocessor.processor) is PixtralImageProcessorPil
     image = canonical(noise(300, 77))
     assert preprocessor.fast_path is not None

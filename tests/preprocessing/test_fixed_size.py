@@ -12,6 +12,7 @@ from support.preprocessing import (
     LIMITS,
     blank,
     canonical,
+    make_rule,
     patches_of,
     put_together,
     random_sizes,
@@ -23,8 +24,8 @@ from transformers.image_transforms import get_resize_output_image_size
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from tritontower.errors import ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError, UsageError
-from tritontower.preprocessing import FixedSize
-from tritontower.preprocessing.resize.fixed_size import PanAndScan, scaled_by_shorter_side
+from tritontower.preprocessing import FixedSize, Preprocessor
+from tritontower.preprocessing.resize.fixed_size import PanAndScan, scale_shorter_side
 
 SQUARE = tower(patch=14, table_side=4)
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -41,8 +42,8 @@ PUBLISHED_GEMMA = {
 }
 
 
-def rule(folder: Path, content: dict[str, Any], config: Any = SQUARE, **arguments: Any) -> FixedSize:
-    return FixedSize(config, write_settings(folder, content), LIMITS, **arguments)
+def rule(folder: Path, content: dict[str, Any], config: Any = SQUARE, **arguments: Any) -> Preprocessor:
+    return make_rule(FixedSize, config, write_settings(folder, content), LIMITS, **arguments)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_the_size_before_the_crop_is_that_of_transformers() -> None:
     for width, height in random_sizes(1000):
         image: Any = np.broadcast_to(np.uint8(0), (3, height, width))
         expected = get_resize_output_image_size(image, 336, default_to_square=False, input_data_format="channels_first")
-        assert scaled_by_shorter_side(width, height, 336) == expected[::-1]
+        assert scale_shorter_side(width, height, 336) == expected[::-1]
 
 
 def test_a_class_default_stands_for_what_the_file_leaves_out(tmp_path: Path) -> None:
@@ -119,16 +120,16 @@ def test_options_stand_for_the_file(tmp_path: Path) -> None:
 def test_an_image_stretched_before_the_crop_is_refused_at_once(tmp_path: Path) -> None:
     content = {**CLIP, "size": {"shortest_edge": 336}, "crop_size": 56}
     write_settings(tmp_path, content)
-    preprocessor = FixedSize(SQUARE, tmp_path, Limits(max_aspect_ratio=1e6))
+    preprocessor = make_rule(FixedSize, SQUARE, tmp_path, Limits(max_aspect_ratio=1e6))
     assert preprocessor.layout(1, 594).processed_size == (56, 56)
     start = time.perf_counter()
     with pytest.raises(ImageTooLargeError, match=r"1 × 10000 pixels would be resized to 336 × 3360000"):
         preprocessor.layout(1, 10000)
     with pytest.raises(ImageTooLargeError, match="image 0"):
-        preprocessor.images([blank(1, 10000)])
+        preprocessor.preprocess_images([blank(1, 10000)])
     assert time.perf_counter() - start < 0.05
     write_settings(tmp_path / "padded", {**content, "image_processor_type": "LlavaImageProcessor", "do_pad": True})
-    padded = FixedSize(SQUARE, tmp_path / "padded", Limits(max_aspect_ratio=1e6))
+    padded = make_rule(FixedSize, SQUARE, tmp_path / "padded", Limits(max_aspect_ratio=1e6))
     with pytest.raises(ImageTooLargeError, match=r"resized to 10000 × 10000"):
         padded.layout(1, 10000)
     assert padded.layout(8000, 10).processed_size == (56, 56)
@@ -140,9 +141,9 @@ def test_an_image_stretched_before_the_crop_is_refused_at_once(tmp_path: Path) -
         (
             {**CLIP, "size": 100, "crop_size": 100},
             ProcessorError,
-            r"100 × 100 pixels, 7 × 7 patches, but .* 16 patches",
+            r"must make 16 patches in a square, got 7 × 7 patches from 100 × 100 pixels",
         ),
-        ({**SIGLIP, "size": {"height": 28, "width": 112}}, ProcessorError, r"112 × 28 pixels, 2 × 8 patches"),
+        ({**SIGLIP, "size": {"height": 28, "width": 112}}, ProcessorError, r"got 2 × 8 patches from 112 × 28"),
         ({**CLIP, "do_center_crop": False}, ProcessorError, r"scales the shorter side to 56 pixels and crops nothing"),
         ({**SIGLIP, "size": {"longest_edge": 56}}, ConfigError, r"must be an object with height and width"),
         ({**SIGLIP, "size": "large"}, ConfigError, r"size must be .*got 'large'"),
@@ -162,7 +163,7 @@ def test_settings_that_do_not_fit_are_refused(
 def test_a_tower_that_takes_any_grid_still_wants_whole_tokens(tmp_path: Path) -> None:
     loose = tower(patch=14, merge=3)
     assert rule(tmp_path, {**SIGLIP, "size": [84, 126]}, loose).layout(9, 9).grid == (1, 6, 9)
-    with pytest.raises(ProcessorError, match=r"5 × 6 patches, but the tower needs multiples of 3"):
+    with pytest.raises(ProcessorError, match=r"must make multiples of 3, got 5 × 6"):
         rule(tmp_path, {**SIGLIP, "size": [70, 84]}, loose).layout(9, 9)
 
 
@@ -176,7 +177,7 @@ def test_crops_are_those_of_transformers(settings: tuple[int, int, float]) -> No
     for width, height in random_sizes(1000, largest=4000):
         image = np.broadcast_to(np.uint8(0), (3, height, width))
         expected = len(processor.pan_and_scan(image, *settings))
-        assert PanAndScan(*settings).crops(width, height) == expected
+        assert PanAndScan(*settings).count_crops(width, height) == expected
         counts.add(expected)
     assert len(counts) > 1
 
@@ -212,13 +213,13 @@ def test_pan_and_scan_is_done_only_where_it_is_known_and_asked_for(tmp_path: Pat
     assert len(rule(tmp_path, asked, pan_and_scan=True).layout(1000, 300).tiles) == 4
     assert len(rule(tmp_path, asked).layout(1000, 300).tiles) == 1
     assert len(rule(tmp_path, PUBLISHED_GEMMA, pan_and_scan=True).layout(1000, 300).tiles) == 1
-    with pytest.raises(UsageError, match="no option do_pan_and_scan"):
+    with pytest.raises(UsageError, match="got do_pan_and_scan"):
         rule(tmp_path, CLIP, options={"do_pan_and_scan": True})
 
 
 def test_crops_count_towards_the_limit(tmp_path: Path) -> None:
     write_settings(tmp_path, {**PUBLISHED_GEMMA, "do_pan_and_scan": True})
-    preprocessor = FixedSize(SQUARE, tmp_path, Limits(max_planned_pixels=3 * 56 * 56), pan_and_scan=True)
+    preprocessor = make_rule(FixedSize, SQUARE, tmp_path, Limits(max_planned_pixels=3 * 56 * 56), pan_and_scan=True)
     assert len(preprocessor.layout(600, 300).tiles) == 3
     with pytest.raises(ImageTooLargeError, match=r"would be resized to 4 times 56 × 56"):
         preprocessor.layout(1000, 300)
@@ -226,9 +227,9 @@ def test_crops_count_towards_the_limit(tmp_path: Path) -> None:
 
 def test_crops_that_would_be_empty_are_refused() -> None:
     with pytest.raises(ProcessorError, match=r"cut 10 pixels into 7 crops of 2, the last of them empty"):
-        PanAndScan(least_crop=1, most_crops=7).crops(10, 1)
+        PanAndScan(least_crop=1, most_crops=7).count_crops(10, 1)
     with pytest.raises(ProcessorError, match="empty"):
-        PanAndScan(least_crop=1, most_crops=7).crops(1, 10)
+        PanAndScan(least_crop=1, most_crops=7).count_crops(1, 10)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_a_tile_is_found_again_in_its_patches(merge: int) -> None:
 def test_a_tile_of_a_tower_with_a_class_token_is_found_again() -> None:
     tiles = list(torch.randn(2, 3, 6, 6))
     assert all(map(torch.equal, tile_images(pack_tiles(FIXED, tiles), FIXED), tiles))
-    assert pack_tiles(TILED, tiles).token_counts == (9, 9)
+    assert pack_tiles(TILED, tiles).images.token_counts == (9, 9)
 
 
 def test_what_is_left_of_a_side_is_left_out() -> None:
@@ -40,11 +40,14 @@ def test_no_tiles_is_an_empty_batch() -> None:
 @pytest.mark.parametrize(
     ("tile", "message"),
     [
-        (torch.zeros(3, 28, 28, dtype=torch.uint8), r"tile 0 has shape \[3, 28, 28\] and dtype torch.uint8.*encode"),
-        ("photo.jpg", r"tile 0 is 'photo.jpg'"),
-        (torch.zeros(4, 28, 28), r"\[4, 28, 28\].*\[3, height, width\]"),
+        (
+            torch.zeros(3, 28, 28, dtype=torch.uint8),
+            r"tile 0 must be \[3, .* got shape \[3, 28, 28\] and dtype torch.uint8.*encode",
+        ),
+        ("photo.jpg", r"tile 0 must be a tensor .* got 'photo.jpg'"),
+        (torch.zeros(4, 28, 28), r"\[3, height, width\].*\[4, 28, 28\]"),
         (torch.zeros(1, 3, 28, 28), r"\[1, 3, 28, 28\]"),
-        (torch.zeros(3, 28, 42), r"42 × 28 pixels; both sides have to be multiples of 28"),
+        (torch.zeros(3, 28, 42), r"must be multiples of 28, got 42 × 28"),
         (torch.zeros(3, 0, 28), r"28 × 0 pixels"),
     ],
 )
@@ -54,5 +57,5 @@ def test_what_does_not_fit_is_refused(tile: object, message: str) -> None:
 
 
 def test_another_size_than_the_towers_is_refused() -> None:
-    with pytest.raises(UsageError, match="8 × 6 pixels; this tower takes 3 × 3 patches of 2"):
+    with pytest.raises(UsageError, match="must have 3 × 3 patches of 2 pixels, got 8 × 6"):
         pack_tiles(FIXED, [torch.zeros(3, 6, 8)])

@@ -12,6 +12,7 @@ from support.preprocessing import (
     LIMITS,
     blank,
     canonical,
+    make_rule,
     patches_of,
     put_together,
     random_sizes,
@@ -24,9 +25,9 @@ from transformers.models.pixtral.image_processing_pil_pixtral import (
 )
 
 from tritontower.errors import AspectRatioError, ConfigError, Limits, ProcessorError, TowerError, UsageError
-from tritontower.preprocessing import LongestEdge, MistralResize
-from tritontower.preprocessing.resize.longest_edge import shrunk_to_fit
-from tritontower.preprocessing.resize.mistral import cubic_taps, rounded_to_fit
+from tritontower.preprocessing import LongestEdge, MistralResize, Preprocessor
+from tritontower.preprocessing.resize.longest_edge import shrink_to_fit
+from tritontower.preprocessing.resize.mistral import cubic_taps, round_to_fit
 
 PIXTRAL = tower(patch=16, merge=1)
 MISTRAL = tower(patch=14, merge=2)
@@ -36,8 +37,8 @@ def settings(**changes: Any) -> dict[str, Any]:
     return {"image_processor_type": "PixtralImageProcessor", "patch_size": 14, **changes}
 
 
-def rule(folder: Path, content: dict[str, Any], config: Any = MISTRAL, **arguments: Any) -> LongestEdge:
-    return LongestEdge(config, write_settings(folder, content), LIMITS, **arguments)
+def rule(folder: Path, content: dict[str, Any], config: Any = MISTRAL, **arguments: Any) -> Preprocessor:
+    return make_rule(LongestEdge, config, write_settings(folder, content), LIMITS, **arguments)
 
 
 @pytest.mark.parametrize(("edge", "factor"), [(1024, 16), (1540, 28), (1000, 28), (64, 16)])
@@ -47,9 +48,9 @@ def test_sizes_are_those_of_transformers(edge: int, factor: int) -> None:
         expected = reference_size(image, edge, factor, "channels_first")
         if 0 in expected:
             with pytest.raises(AspectRatioError, match="less than one pixel"):
-                shrunk_to_fit(width, height, (edge, edge), factor)
+                shrink_to_fit(width, height, (edge, edge), factor)
         else:
-            assert shrunk_to_fit(width, height, (edge, edge), factor) == expected[::-1]
+            assert shrink_to_fit(width, height, (edge, edge), factor) == expected[::-1]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_pixels_and_grids_are_those_of_transformers(
     tmp_path: Path, config: Any, content: dict[str, Any], largest: tuple[int, int]
 ) -> None:
     preprocessor = rule(tmp_path, content, config)
-    assert preprocessor.largest == largest
+    assert preprocessor.rule.largest == largest
     reference = reference_processor(tmp_path)
     sizes = [size for size in random_sizes(40, largest=500) if max(size) < 50 * min(size)]
     images = [canonical(noise(*size, seed)) for seed, size in enumerate(sizes)]
@@ -99,12 +100,12 @@ def test_settings_without_a_file_stand_for_one_that_is_missing(tmp_path: Path) -
     content = settings(size={"longest_edge": 154})
     image = canonical(noise(300, 200))
     filed = rule(tmp_path / "filed", content)
-    missing = LongestEdge(MISTRAL, tmp_path / "missing", LIMITS, without_file=content)
+    missing = make_rule(LongestEdge, MISTRAL, tmp_path / "missing", LIMITS, without_file=content)
     assert torch.equal(patches_of(missing, [image])[0], patches_of(filed, [image])[0])
     other = rule(tmp_path / "filed", content, without_file=settings(size={"longest_edge": 56}))
     assert other.layout(300, 200).processed_size == filed.layout(300, 200).processed_size
-    with pytest.raises(ProcessorError, match="holds no image processor"):
-        LongestEdge(MISTRAL, tmp_path / "missing", LIMITS).layout(300, 200)
+    with pytest.raises(ProcessorError, match="must hold the settings"):
+        make_rule(LongestEdge, MISTRAL, tmp_path / "missing", LIMITS).layout(300, 200)
 
 
 def test_images_of_a_batch_do_not_pad_each_other(tmp_path: Path) -> None:
@@ -113,18 +114,22 @@ def test_images_of_a_batch_do_not_pad_each_other(tmp_path: Path) -> None:
     together = patches_of(preprocessor, images)
     for image, rows in zip(images, together, strict=True):
         assert torch.equal(rows, patches_of(preprocessor, [image])[0])
-    batch = preprocessor.images(images)
+    batch = preprocessor.preprocess_images(images)
     assert batch.images.token_counts == tuple(len(rows) // 4 for rows in together)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"patch_size": 16}, ProcessorError, r"patch_size = \[16\], but the tower needs 14"),
-        ({"patch_size": {"height": 14, "width": 28}}, ProcessorError, r"patch_size = \[14, 28\]"),
+        ({"patch_size": 16}, ProcessorError, r"patch_size .* must be 14 for this tower, got \[16\]"),
+        ({"patch_size": {"height": 14, "width": 28}}, ProcessorError, r"got \[14, 28\]"),
         ({"size": {"shortest_edge": 100}}, ConfigError, r"size must be an object with longest_edge.*, got a dict of 1"),
         ({"size": {"longest_edge": "long"}}, ConfigError, r"size\.longest_edge must be .*got 'long'"),
-        ({"size": {"longest_edge": 20}}, ProcessorError, r"longest_edge = 20 is less than the side of one token, 28"),
+        (
+            {"size": {"longest_edge": 20}},
+            ProcessorError,
+            r"longest_edge must be at least 28, the side of one token, got 20",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
@@ -137,31 +142,31 @@ def test_settings_that_do_not_fit_are_refused(
 
 def test_a_crop_that_the_file_asks_for_is_noticed(tmp_path: Path) -> None:
     content = settings(size={"longest_edge": 154}, do_center_crop=True, crop_size=28)
-    with pytest.raises(ProcessorError, match=r"made grids \[\(1, 2, 2\)\] where \[\(1, 12, 12\)\] were planned"):
+    with pytest.raises(ProcessorError, match=r"must make grids \[\[1, 12, 12\]\], got \[\[1, 2, 2\]\]"):
         patches_of(rule(tmp_path, content), [blank(400, 400)])
 
 
 # -- Mistral's own ----------------------------------------------------------------------------------------------------
 
 
-def mistral(config: Any = MISTRAL, edge: int = 1540, limits: Limits = LIMITS) -> MistralResize:
-    return MistralResize(config, Path("nowhere"), limits, longest_edge=edge)
+def mistral(config: Any = MISTRAL, edge: int = 1540, limits: Limits = LIMITS) -> Preprocessor:
+    return make_rule(MistralResize, config, Path("nowhere"), limits, longest_edge=edge)
 
 
 def test_mistrals_sizes_are_rounded_to_the_nearest() -> None:
     differing = 0
     for width, height in random_sizes(3000, largest=6000):
-        found = rounded_to_fit(width, height, 1540, 28)
+        found = round_to_fit(width, height, 1540, 28)
         longer = max(width, height, 1540)
         exact = [Fraction(side * 1540, longer) for side in (width, height)]
         if all(side.denominator != 2 for side in exact):
             assert found == tuple(-(-max(round(side), 1) // 28) * 28 for side in exact)
-        differing += found != shrunk_to_fit(width, height, (1540, 1540), 28)
+        differing += found != shrink_to_fit(width, height, (1540, 1540), 28)
     assert 5 < differing < 300
-    assert rounded_to_fit(1, 100_000, 1540, 28) == (28, 1540)
+    assert round_to_fit(1, 100_000, 1540, 28) == (28, 1540)
     # Halves go to the even pixel: 910.5 to 910, 911.5 to 912.
-    assert rounded_to_fit(3080, 1821, 1540, 1) == (1540, 910)
-    assert rounded_to_fit(3080, 1823, 1540, 1) == (1540, 912)
+    assert round_to_fit(3080, 1821, 1540, 1) == (1540, 910)
+    assert round_to_fit(3080, 1823, 1540, 1) == (1540, 912)
 
 
 @pytest.mark.parametrize(("source", "target"), [(1, 28), (5, 28), (28, 28), (400, 140), (4000, 1540), (157, 112)])
@@ -196,12 +201,12 @@ def test_mistrals_pixels_are_a_cubic_convolution_without_a_wider_filter(size: tu
 
 def test_mistrals_images_need_no_file_and_take_no_processor() -> None:
     preprocessor = mistral(PIXTRAL, 1024)
-    batch = preprocessor.images([canonical(noise(300, 40))])
+    batch = preprocessor.preprocess_images([canonical(noise(300, 40))])
     assert batch.images.grids == ((1, 3, 19),)
     assert preprocessor.layout(3000, 400, longest_edge=320).processed_size == (320, 48)
-    with pytest.raises(ProcessorError, match="longest_edge = 8"):
+    with pytest.raises(ProcessorError, match="longest_edge must be at least 16"):
         preprocessor.layout(100, 100, longest_edge=8)
     with pytest.raises(UsageError, match="done without a processor"):
-        MistralResize(PIXTRAL, Path("nowhere"), LIMITS, object(), longest_edge=1024)
+        make_rule(MistralResize, PIXTRAL, Path("nowhere"), LIMITS, object(), longest_edge=1024)
     with pytest.raises(UsageError, match="has no image processor"):
         _ = preprocessor.processor

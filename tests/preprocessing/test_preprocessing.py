@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import noise
-from support.preprocessing import LIMITS, blank, canonical, patches_of, put_together, tower, write_settings
+from support.preprocessing import LIMITS, blank, canonical, make_rule, patches_of, put_together, tower, write_settings
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -64,11 +64,11 @@ def one_of_each(folder: Path, limits: Limits = LIMITS) -> list[Preprocessor]:
     """Every rule, over small settings."""
     square = tower(table_side=4)
     return [
-        SmartResize(tower(merge=2, temporal=2), write_settings(folder / "smart", SMART), limits),
-        LongestEdge(tower(merge=2), write_settings(folder / "edge", EDGE), limits),
-        MistralResize(tower(merge=2), folder, limits, longest_edge=280),
-        FixedSize(square, write_settings(folder / "fixed", CLIP), limits),
-        AnyResolution(square, write_settings(folder / "tiles", TILES), limits),
+        make_rule(SmartResize, tower(merge=2, temporal=2), write_settings(folder / "smart", SMART), limits),
+        make_rule(LongestEdge, tower(merge=2), write_settings(folder / "edge", EDGE), limits),
+        make_rule(MistralResize, tower(merge=2), folder, limits, longest_edge=280),
+        make_rule(FixedSize, square, write_settings(folder / "fixed", CLIP), limits),
+        make_rule(AnyResolution, square, write_settings(folder / "tiles", TILES), limits),
     ]
 
 
@@ -99,9 +99,9 @@ def test_the_cut_writes_where_it_is_told_and_refuses_what_does_not_fit() -> None
     out = torch.full((4, 12), -1.0)
     assert cut_into_patches(tiles, 2, 2, out) is out
     assert torch.equal(out, cut_into_patches(tiles, 2, 2).float())
-    with pytest.raises(ValueError, match=r"2 × 2 patches cannot be cut into blocks of 3 × 3"):
+    with pytest.raises(ValueError, match=r"must be multiples of merge 3, got 2 × 2"):
         cut_into_patches(tiles, 2, 3)
-    with pytest.raises(ValueError, match=r"shape \[3, 12\]; the image makes \[4, 12\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[4, 12\], got \[3, 12\]"):
         cut_into_patches(tiles, 2, 1, torch.empty(3, 12))
 
 
@@ -136,20 +136,20 @@ def test_the_nested_section_wins_and_an_empty_one_does_not_count(tmp_path: Path)
     write_settings(tmp_path, {"size": 1}, "preprocessor_config.json")
     nested = {"image_processor": {"size": 2}, "video_processor": {"size": 3}}
     write_settings(tmp_path, nested, "processor_config.json")
-    assert Settings.of_files(tmp_path, IMAGE_FILES, "image_processor").values == {"size": 2}
+    assert Settings.from_files(tmp_path, IMAGE_FILES, "image_processor").values == {"size": 2}
     write_settings(tmp_path, {"processor_class": "AProcessor"}, "processor_config.json")
-    assert Settings.of_files(tmp_path, IMAGE_FILES, "image_processor").values == {"size": 1}
+    assert Settings.from_files(tmp_path, IMAGE_FILES, "image_processor").values == {"size": 1}
     write_settings(tmp_path, {"image_processor": [1]}, "processor_config.json")
     with pytest.raises(ConfigError, match=r"processor_config\.json: image_processor must be .*got a list of 1"):
-        Settings.of_files(tmp_path, IMAGE_FILES, "image_processor")
+        Settings.from_files(tmp_path, IMAGE_FILES, "image_processor")
 
 
 @pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"])
 def test_every_variant_of_a_class_has_its_defaults(name: str) -> None:
-    settings = Settings.completed({"image_processor_type": name, "crop_size": None}, "file")
+    settings = Settings.with_defaults({"image_processor_type": name, "crop_size": None}, "file")
     assert settings.values["crop_size"] == {"height": 224, "width": 224}
     assert settings.kind == "CLIPImageProcessor"
-    assert Settings.completed({"feature_extractor_type": "CLIPFeatureExtractor"}, "file").kind == settings.kind
+    assert Settings.with_defaults({"feature_extractor_type": "CLIPFeatureExtractor"}, "file").kind == settings.kind
 
 
 @pytest.mark.parametrize(
@@ -164,14 +164,14 @@ def test_every_variant_of_a_class_has_its_defaults(name: str) -> None:
 )
 def test_spellings_of_a_size(value: Any, expected: Any) -> None:
     settings = Settings({"size": value}, "file")
-    assert settings.size("size", (("height", "width"), ("longest_edge",), ("side",))) == expected
+    assert settings.read_size("size", (("height", "width"), ("longest_edge",), ("side",))) == expected
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "224", [1, 2, 3], {"height": 4}, {"height": 4, "width": 0}, {}])
 def test_sizes_that_mean_nothing_are_refused(value: Any) -> None:
     settings = Settings({"size": value}, "preprocessor_config.json")
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: size"):
-        settings.size("size", (("height", "width"), ("side",)))
+        settings.read_size("size", (("height", "width"), ("side",)))
 
 
 # -- every rule -------------------------------------------------------------------------------------------------------
@@ -179,9 +179,9 @@ def test_sizes_that_mean_nothing_are_refused(value: Any) -> None:
 
 def test_no_file_says_what_is_missing_and_that_a_processor_may_be_given(tmp_path: Path) -> None:
     for preprocessor in one_of_each(tmp_path):
-        if isinstance(preprocessor, MistralResize):
+        if isinstance(preprocessor.rule, MistralResize):
             continue
-        for file in preprocessor.folder.iterdir():
+        for file in preprocessor.source.folder.iterdir():
             file.unlink()
         with pytest.raises(ProcessorError, match=r"preprocessor_config\.json.*`processor`"):
             preprocessor.layout(100, 100)
@@ -201,11 +201,11 @@ def test_a_given_processor_stands_for_the_file(tmp_path: Path) -> None:
     for usual, given in zip(one_of_each(tmp_path), processors, strict=True):
         if given is None:
             continue
-        explicit = type(usual)(usual.config, tmp_path / "nothing", LIMITS, given)
+        explicit = make_rule(type(usual.rule), usual.config, tmp_path / "nothing", LIMITS, given)
         for mine, theirs in zip(patches_of(explicit, images), patches_of(usual, images), strict=True):
             assert torch.equal(mine, theirs)
-        with pytest.raises(ProcessorError, match="a list is not an image processor"):
-            type(usual)(usual.config, tmp_path, LIMITS, []).layout(100, 100)
+        with pytest.raises(ProcessorError, match="must be an image processor of transformers, got list"):
+            make_rule(type(usual.rule), usual.config, tmp_path, LIMITS, []).layout(100, 100)
 
 
 def test_sizes_are_checked_before_anything_else(tmp_path: Path) -> None:
@@ -245,22 +245,22 @@ def test_images_of_one_pixel(tmp_path: Path) -> None:
 def test_errors_of_images_say_which(tmp_path: Path) -> None:
     preprocessor = one_of_each(tmp_path, Limits(max_planned_pixels=50_000))[0]
     with pytest.raises(ImageTooLargeError, match=r"image 1 \(black\): 1000 × 1000 pixels would be resized") as caught:
-        preprocessor.images([blank(100, 100), blank(1000, 1000)])
+        preprocessor.preprocess_images([blank(100, 100), blank(1000, 1000)])
     assert caught.value.index == 1
 
 
 def test_a_bound_that_a_rule_does_not_have_is_refused_with_the_reason(tmp_path: Path) -> None:
     smart, edge, mistral, fixed, tiles = one_of_each(tmp_path)
     for preprocessor, wrong, message in (
-        (smart, {"longest_edge": 500}, r"no bound longest_edge; it has min_pixels and max_pixels, because"),
-        (edge, {"max_pixels": 500}, r"no bound max_pixels; it has longest_edge, because"),
-        (mistral, {"min_pixels": 500}, r"no bound min_pixels; it has longest_edge"),
-        (fixed, {"max_pixels": 500}, r"it has none, because its images all have one size"),
-        (tiles, {"longest_edge": 5}, r"it has none, because an image becomes as large as the canvas"),
+        (smart, {"longest_edge": 500}, "bounds may be min_pixels and max_pixels, got longest_edge; the rule"),
+        (edge, {"max_pixels": 500}, "bounds may be longest_edge, got max_pixels; the rule"),
+        (mistral, {"min_pixels": 500}, "bounds may be longest_edge, got min_pixels"),
+        (fixed, {"max_pixels": 500}, "no bounds are allowed, got max_pixels; its images all have one size"),
+        (tiles, {"longest_edge": 5}, r"got longest_edge; an image becomes as large as the canvas"),
     ):
         for call in (
             lambda preprocessor=preprocessor, wrong=wrong: preprocessor.layout(100, 100, **wrong),
-            lambda preprocessor=preprocessor, wrong=wrong: preprocessor.images([], **wrong),
+            lambda preprocessor=preprocessor, wrong=wrong: preprocessor.preprocess_images([], **wrong),
         ):
             with pytest.raises(UsageError, match=message):
                 call()
@@ -278,18 +278,20 @@ def test_bounds_that_are_no_sizes_are_refused(tmp_path: Path, bound: Any) -> Non
 
 def test_an_unknown_option_names_the_known_ones(tmp_path: Path) -> None:
     for preprocessor in one_of_each(tmp_path):
-        arguments: dict[str, Any] = {"longest_edge": 280} if isinstance(preprocessor, MistralResize) else {}
-        known = "known are none" if arguments else "known are resample, "
-        with pytest.raises(UsageError, match=rf"no option do_magic; {known}"):
-            type(preprocessor)(preprocessor.config, tmp_path, LIMITS, None, {"do_magic": True}, **arguments)
+        arguments: dict[str, Any] = {"longest_edge": 280} if isinstance(preprocessor.rule, MistralResize) else {}
+        known = "none" if arguments else "resample, .*"
+        with pytest.raises(UsageError, match=rf"must be among {known}, got do_magic"):
+            make_rule(
+                type(preprocessor.rule), preprocessor.config, tmp_path, LIMITS, None, {"do_magic": True}, **arguments
+            )
 
 
 def test_pixel_options_reach_the_processor(tmp_path: Path) -> None:
     image = canonical(noise(157, 93))
     for usual in one_of_each(tmp_path):
-        if isinstance(usual, MistralResize):
+        if isinstance(usual.rule, MistralResize):
             continue
-        changed = type(usual)(usual.config, usual.folder, LIMITS, None, {"do_normalize": False})
+        changed = make_rule(type(usual.rule), usual.config, usual.source.folder, LIMITS, None, {"do_normalize": False})
         (plain,) = patches_of(changed, [image])
         (rows,) = patches_of(usual, [image])
         assert 0 <= plain.min() < plain.max() <= 1
@@ -300,7 +302,7 @@ def test_pixel_options_reach_the_processor(tmp_path: Path) -> None:
 
 def test_options_of_a_wrong_type_are_the_processors_refusal(tmp_path: Path) -> None:
     smart = one_of_each(tmp_path)[0]
-    wrong = SmartResize(smart.config, smart.folder, LIMITS, None, {"rescale_factor": "a lot"})
+    wrong = make_rule(SmartResize, smart.config, smart.source.folder, LIMITS, None, {"rescale_factor": "a lot"})
     with pytest.raises(ProcessorError, match=r"refused an image of 50 × 40 pixels: .*'rescale_factor'.*got str"):
         patches_of(wrong, [blank(50, 40)])
 
@@ -308,7 +310,7 @@ def test_options_of_a_wrong_type_are_the_processors_refusal(tmp_path: Path) -> N
 def test_only_the_rules_with_videos_take_them(tmp_path: Path) -> None:
     for preprocessor in one_of_each(tmp_path)[1:]:
         with pytest.raises(UsageError, match="this tower takes no video: the tested family"):
-            preprocessor.video([blank(50, 50)])
+            preprocessor.preprocess_video([blank(50, 50)])
 
 
 @pytest.mark.parametrize("open_question", [None, True, False])
@@ -316,21 +318,24 @@ def test_a_file_that_leaves_rgb_open_changes_nothing(tmp_path: Path, open_questi
     image = canonical(noise(157, 93))
     for usual in one_of_each(tmp_path):
         (expected,) = patches_of(usual, [image])
-        file = usual.folder / "preprocessor_config.json"
+        file = usual.source.folder / "preprocessor_config.json"
         if not file.exists():
             continue
         file.write_text(json.dumps({**json.loads(file.read_text()), "do_convert_rgb": open_question}))
-        (found,) = patches_of(type(usual)(usual.config, usual.folder, LIMITS), [image])
+        (found,) = patches_of(make_rule(type(usual.rule), usual.config, usual.source.folder, LIMITS), [image])
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"do_resize": False}, r"do_resize = False"), ({"image_processor_type": "Nonsense"}, r"cannot load")],
+    [
+        ({"do_resize": False}, r"do_resize .* must be True .* got False"),
+        ({"image_processor_type": "Nonsense"}, r"cannot load"),
+    ],
 )
 def test_a_processor_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     for preprocessor in one_of_each(tmp_path):
-        file = preprocessor.folder / "preprocessor_config.json"
+        file = preprocessor.source.folder / "preprocessor_config.json"
         if not file.exists():
             continue
         file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -359,15 +364,14 @@ LAYOUTS = """
 import sys, time
 from pathlib import Path
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
-from tritontower.errors import Limits
-from tritontower.preprocessing import AnyResolution
+from tritontower.preprocessing import AnyResolution, Preprocessor, ProcessorSource
 
 config = TowerConfig(
     family="tested", patch=PatchEmbedding(3, 14, 1, False), width=64, depth=1, heads=4,
     norm=Normalization("layer_norm", 1e-6), qkv_bias=True, attention_bias=True, mlp_hidden=64, mlp_bias=True,
     activation="gelu", features=(1,), position_table=PositionTable(4, "exact"),
 )
-preprocessor = AnyResolution(config, Path(sys.argv[1]), Limits(), shrink_limit=1)
+preprocessor = Preprocessor(ProcessorSource(config, Path(sys.argv[1])), lambda source: AnyResolution(source, shrink_limit=1))
 start = time.perf_counter()
 tokens = {preprocessor.layout(width, 300).tokens(config) for width in range(100, 1100)}
 assert time.perf_counter() - start < 1.0
@@ -413,12 +417,12 @@ def test_tiles_of_a_fixed_grid_may_leave_a_margin() -> None:
 @pytest.mark.parametrize(
     ("tile", "message"),
     [
-        (torch.ones(3, 56, 60), r"60 × 56 pixels; both sides have to be multiples of 28"),
+        (torch.ones(3, 56, 60), r"must be multiples of 28, got 60 × 56"),
         (torch.ones(3, 0, 28), r"28 × 0 pixels"),
-        (torch.ones(1, 56, 56), r"\[1, 56, 56\].*takes \[3, height, width\]"),
+        (torch.ones(1, 56, 56), r"\[3, height, width\].*\[1, 56, 56\]"),
         (torch.ones(1, 3, 56, 56), r"\[1, 3, 56, 56\]"),
         (torch.ones(3, 56, 56, dtype=torch.uint8), r"torch.uint8"),
-        ("a tile", r"'a tile'; it has to be a tensor"),
+        ("a tile", r"must be a tensor .* got 'a tile'"),
     ],
 )
 def test_tiles_that_do_not_fit_are_refused(tile: Any, message: str) -> None:
@@ -427,5 +431,5 @@ def test_tiles_that_do_not_fit_are_refused(tile: Any, message: str) -> None:
 
 
 def test_a_tile_of_another_grid_than_the_towers_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"this tower takes 4 × 4 patches of 14 pixels"):
+    with pytest.raises(UsageError, match=r"must have 4 × 4 patches of 14 pixels, got 70 × 56"):
         pack_tiles(tower(table_side=4), [torch.ones(3, 56, 70)])

@@ -16,6 +16,7 @@ from support.preprocessing import (
     LIMITS,
     blank,
     canonical,
+    make_rule,
     patches_of,
     random_sizes,
     reference_processor,
@@ -26,9 +27,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
 from tritontower.errors import AspectRatioError, ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError
-from tritontower.preprocessing import SmartResize
+from tritontower.preprocessing import Preprocessor, SmartResize
 from tritontower.preprocessing.images.image import CanonicalImage
-from tritontower.preprocessing.resize.smart_resize import CLIP_AREAS, STILL_AREA, smart_resize, smart_resize_video
+from tritontower.preprocessing.resize.smart_resize import STILL_AREA, VIDEO_AREAS, smart_resize, smart_resize_video
 
 IMAGES = [canonical(noise(157, 243, 0)), canonical(noise(60, 200, 1)), canonical(noise(5, 3, 2))]
 QWEN2 = tower(patch=14, merge=2, temporal=2)
@@ -39,12 +40,12 @@ def settings(**changes: Any) -> dict[str, Any]:
     return {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2, **changes}
 
 
-def rule(folder: Path, files: dict[str, Any], **arguments: Any) -> SmartResize:
+def rule(folder: Path, files: dict[str, Any], **arguments: Any) -> Preprocessor:
     """A preprocessor of a folder whose settings files are exactly ``files``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_settings(folder, content, name)
-    return SmartResize(arguments.pop("config", QWEN2), folder, LIMITS, **arguments)
+    return make_rule(SmartResize, arguments.pop("config", QWEN2), folder, LIMITS, **arguments)
 
 
 @pytest.mark.parametrize("area", [STILL_AREA, (3136, 12845056), (65536, 16777216), (100352, 100352)])
@@ -94,13 +95,13 @@ def test_bounds_of_the_call_count_for_layout_and_pixels(tmp_path: Path) -> None:
 
 def test_a_batch_of_images_is_packed(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
-    batch = preprocessor.images(IMAGES)
+    batch = preprocessor.preprocess_images(IMAGES)
     layouts = [preprocessor.layout(image.width, image.height) for image in IMAGES]
     assert batch.images.grids == tuple(layout.grid for layout in layouts)
     assert batch.images.original_sizes == ((157, 243), (60, 200), (5, 3))
     assert batch.images.content_hashes == tuple(image.digest for image in IMAGES)
     assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, IMAGES)))
-    assert len(preprocessor.images([])) == 0
+    assert len(preprocessor.preprocess_images([])) == 0
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_a_batch_of_images_is_packed(tmp_path: Path) -> None:
 )
 def test_every_spelling_of_the_allowed_area(tmp_path: Path, files: dict[str, Any], area: tuple[int, int]) -> None:
     preprocessor = rule(tmp_path, files)
-    assert preprocessor.image_area == area
+    assert preprocessor.rule.image_area == area
     images = [blank(400, 300), blank(20, 20)]
     large, small = patches_of(preprocessor, images)
     assert len(large) * 196 <= area[1]
@@ -143,7 +144,7 @@ def test_every_spelling_of_the_allowed_area(tmp_path: Path, files: dict[str, Any
 def test_options_stand_for_the_files_area(tmp_path: Path) -> None:
     content = settings(size={"shortest_edge": 5000, "longest_edge": 60000})
     preprocessor = rule(tmp_path, {"preprocessor_config.json": content}, options={"max_pixels": 30000})
-    assert preprocessor.image_area == (5000, 30000)
+    assert preprocessor.rule.image_area == (5000, 30000)
     (rows,) = patches_of(preprocessor, [blank(400, 300)])
     assert len(rows) * 196 <= 30000
 
@@ -151,8 +152,8 @@ def test_options_stand_for_the_files_area(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"patch_size": 16}, ProcessorError, r"patch_size = 16, but the tower needs 14"),
-        ({"merge_size": 4}, ProcessorError, r"merge_size = 4"),
+        ({"patch_size": 16}, ProcessorError, r"patch_size .* must be 14 for this tower, got 16"),
+        ({"merge_size": 4}, ProcessorError, r"merge_size .* must be 2 .* got 4"),
         ({"min_pixels": "many"}, ConfigError, r"min_pixels must be .*got 'many'"),
         ({"size": 224}, ConfigError, r"size must be an object.*, got 224"),
         ({"min_pixels": 9000, "max_pixels": 8000}, ConfigError, r"must be a least area"),
@@ -169,8 +170,11 @@ def test_a_processor_that_does_not_fit_is_refused(
 @pytest.mark.parametrize(
     ("bounds", "message"),
     [
-        ({"min_pixels": 9000, "max_pixels": 8000}, r"positive and in order; the checkpoint's own are 3136 and 1003520"),
-        ({"max_pixels": 783, "min_pixels": 1}, r"less than one token's 28 × 28 pixels; allowed: at least 784"),
+        (
+            {"min_pixels": 9000, "max_pixels": 8000},
+            r"positive and in order, got .* the checkpoint's own are 3136 and 1003520",
+        ),
+        ({"max_pixels": 783, "min_pixels": 1}, r"must be at least 784, one token of 28 × 28 pixels, got 783"),
         ({"min_pixels": 0}, r"min_pixels = 0"),
     ],
 )
@@ -183,15 +187,15 @@ def test_bounds_that_allow_nothing_are_refused(tmp_path: Path, bounds: dict[str,
 def test_a_tower_of_other_channels_is_refused(tmp_path: Path) -> None:
     gray = replace(QWEN2, patch=replace(QWEN2.patch, channels=1))
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()}, config=gray)
-    with pytest.raises(ProcessorError, match="images of 3 channels, but the tower takes 1"):
-        preprocessor.images([canonical(noise(56, 84))])
+    with pytest.raises(ProcessorError, match="must make images of 1 channels for this tower, got 3"):
+        preprocessor.preprocess_images([canonical(noise(56, 84))])
 
 
 def test_ratios_that_the_rule_does_not_know_are_refused_whatever_the_limits(tmp_path: Path) -> None:
     write_settings(tmp_path, settings())
-    preprocessor = SmartResize(QWEN2, tmp_path, Limits(max_aspect_ratio=1000))
+    preprocessor = make_rule(SmartResize, QWEN2, tmp_path, Limits(max_aspect_ratio=1000))
     assert preprocessor.layout(2000, 10).processed_size == reference_resize(10, 2000)[::-1]
-    with pytest.raises(AspectRatioError, match="aspect ratio above 200"):
+    with pytest.raises(AspectRatioError, match="aspect ratio must be at most 200"):
         preprocessor.layout(2001, 10)
 
 
@@ -209,7 +213,7 @@ def test_a_video_interleaves_its_frames_and_repeats_the_last(tmp_path: Path, cou
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     frames = [canonical(noise(120, 80, seed)) for seed in range(count)]
     bounds = {"min_pixels": 3136, "max_pixels": 12845056}
-    video = preprocessor.video(frames, **bounds)
+    video = preprocessor.preprocess_video(frames, **bounds)
     stills = [rows.unflatten(1, (3, -1)) for rows in patches_of(preprocessor, frames, **bounds)]
     found = frames_of(video.pixels, -(-count // 2))
     assert len(found) == count + count % 2
@@ -222,7 +226,10 @@ def test_a_video_interleaves_its_frames_and_repeats_the_last(tmp_path: Path, cou
 def test_a_videos_digest_is_of_all_its_frames_in_order(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     a, b, c = (canonical(noise(30, 30, seed)) for seed in range(3))
-    hashes = [preprocessor.video(frames).images.content_hashes[0] for frames in ([a, b], [a, c], [b, a], [a], [a, b])]
+    hashes = [
+        preprocessor.preprocess_video(frames).images.content_hashes[0]
+        for frames in ([a, b], [a, c], [b, a], [a], [a, b])
+    ]
     assert hashes[0] == hashes[4]
     assert len(set(hashes)) == 4
 
@@ -241,7 +248,7 @@ def test_videos_have_their_own_area(tmp_path: Path) -> None:
         ),
         ("old", {"preprocessor_config.json": settings(min_pixels=4000, max_pixels=9000)}, (4000, 9000)),
     ):
-        assert rule(tmp_path / name, files).frame_area == area, name
+        assert rule(tmp_path / name, files).rule.frame_area == area, name
 
 
 @pytest.mark.parametrize("budget", ["per_frame", "per_video"])
@@ -253,14 +260,14 @@ def test_a_videos_default_area_is_that_of_transformers(budget: str) -> None:
     # Read, not imported: the classes need torchvision.
     (written,) = re.findall(r"^    size = (\{.*\})$", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
     size = {key: math.prod(map(int, product.split("*"))) for key, product in re.findall(r'"(\w+)": ([\d* ]+)', written)}
-    assert (size["shortest_edge"], size["longest_edge"]) == CLIP_AREAS[budget]
+    assert (size["shortest_edge"], size["longest_edge"]) == VIDEO_AREAS[budget]
 
 
 def test_videos_of_a_given_processor_have_the_default_area(tmp_path: Path) -> None:
-    preprocessor = SmartResize(QWEN2, tmp_path, LIMITS, Qwen2VLImageProcessorPil())
-    assert preprocessor.frame_area == CLIP_AREAS["per_frame"]
-    with pytest.raises(ProcessorError, match="holds no image processor"):
-        _ = SmartResize(QWEN2, tmp_path, LIMITS).frame_area
+    preprocessor = make_rule(SmartResize, QWEN2, tmp_path, LIMITS, Qwen2VLImageProcessorPil())
+    assert preprocessor.rule.frame_area == VIDEO_AREAS["per_frame"]
+    with pytest.raises(ProcessorError, match="must hold the settings"):
+        _ = make_rule(SmartResize, QWEN2, tmp_path, LIMITS).rule.frame_area
 
 
 @pytest.mark.parametrize("area", [(4096, 25165824), (131072, 786432), (4096, 40000)])
@@ -291,7 +298,7 @@ def test_a_whole_videos_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
     assert many.patches * 256 * 2 <= 200_000
     assert few.processed_size > many.processed_size
     frames = [canonical(noise(200, 150, seed)) for seed in range(5)]
-    video = preprocessor.video(frames)
+    video = preprocessor.preprocess_video(frames)
     layout = preprocessor.video_layout(5, 200, 150)
     assert video.images.grids == layout.tiles
     assert layout.processed_size[0] % 32 == layout.processed_size[1] % 32 == 0
@@ -307,18 +314,18 @@ def test_a_whole_videos_bounds_must_leave_a_token_in_every_temporal_patch(tmp_pa
     files = {"preprocessor_config.json": settings(patch_size=16)}
     preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_video")
     assert preprocessor.video_layout(2, 100, 100, min_pixels=1, max_pixels=2048).grid == (1, 2, 2)
-    with pytest.raises(ProcessorError, match=r"32 × 32 pixels in each of 2 frames; allowed: at least 2048"):
+    with pytest.raises(ProcessorError, match=r"at least 2048, one token of 32 × 32 pixels in each of 2 frames"):
         preprocessor.video_layout(2, 100, 100, min_pixels=1, max_pixels=2047)
-    with pytest.raises(ProcessorError, match=r"a video of 1 frames; this model's videos need at least 2"):
-        preprocessor.video([blank(100, 100)])
+    with pytest.raises(ProcessorError, match=r"at least 2 frames, got 1"):
+        preprocessor.preprocess_video([blank(100, 100)])
 
 
 def test_videos_that_are_none_are_refused(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     with pytest.raises(ProcessorError, match="at least one frame"):
-        preprocessor.video([])
-    with pytest.raises(ProcessorError, match=r"differ in size: \[\(20, 20\), \(20, 30\)\]"):
-        preprocessor.video([blank(20, 20), blank(20, 30)])
+        preprocessor.preprocess_video([])
+    with pytest.raises(ProcessorError, match=r"all frames one size, got sizes \[\(20, 20\), \(20, 30\)\]"):
+        preprocessor.preprocess_video([blank(20, 20), blank(20, 30)])
     with pytest.raises(AspectRatioError):
         preprocessor.video_layout(4, 1, 300)
 
@@ -327,24 +334,28 @@ def test_videos_that_are_none_are_refused(tmp_path: Path) -> None:
 def test_a_video_has_a_limit_that_is_checked_before_anything_is_made(tmp_path: Path, budget: Any) -> None:
     files = {"preprocessor_config.json": settings(patch_size=16)}
     preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget=budget)
+
+    def limit_video(pixels: int) -> Preprocessor:
+        return make_rule(SmartResize, QWEN3, tmp_path, Limits(max_video_pixels=pixels), frame_budget=budget)
+
     for frames in (10**6, 10**18):
-        with pytest.raises((ImageTooLargeError, ProcessorError), match=rf"{frames} frames"):
+        with pytest.raises((ImageTooLargeError, ProcessorError), match=rf"{frames} frames|got {frames}"):
             preprocessor.video_layout(frames, 1000, 1000)
     # The last frame of an odd number is repeated, and takes as much.
     area = {"min_pixels": 1, "max_pixels": 64 * 64 * (1 if budget == "per_frame" else 8)}
-    limited = replace(preprocessor, limits=Limits(max_video_pixels=8 * 64 * 64))
+    limited = limit_video(8 * 64 * 64)
     assert limited.video_layout(7, 64, 64, **area).grid == (4, 4, 4)
     message = r"8 frames of 64 × 64 pixels would be resized to 64 × 64 each, 32768 pixels .* 32767; .*max_video_pixels="
     with pytest.raises(ImageTooLargeError, match=message):
-        replace(preprocessor, limits=Limits(max_video_pixels=8 * 64 * 64 - 1)).video_layout(8, 64, 64, **area)
+        limit_video(8 * 64 * 64 - 1).video_layout(8, 64, 64, **area)
     with pytest.raises(ImageTooLargeError, match="a video of 7 frames"):
-        replace(preprocessor, limits=Limits(max_video_pixels=8 * 64 * 64 - 1)).video([blank(64, 64)] * 7, **area)
+        limit_video(8 * 64 * 64 - 1).preprocess_video([blank(64, 64)] * 7, **area)
 
 
 def test_frames_keep_their_colors_in_a_video(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     red = CanonicalImage(np.full((56, 56, 3), (255, 0, 0), np.uint8), "red")
-    video = preprocessor.video([red, blank(56, 56)], min_pixels=3136)
+    video = preprocessor.preprocess_video([red, blank(56, 56)], min_pixels=3136)
     first, second = frames_of(video.pixels, 1)
     assert (first[:, 0] > first[:, 1].max()).all()
     assert torch.equal(second[:, 0], second[:1, 0].expand_as(second[:, 0]))

@@ -2,7 +2,9 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from tritontower import VisionTower
 from tritontower.errors import Limits
 from tritontower.models.common.assembly import files_identity
-from tritontower.preprocessing import SmartResize
+from tritontower.preprocessing import Preprocessor, ProcessorSource, SmartResize
 from tritontower.scheduler.cache_keys import framed_digest, preprocessing_identity
 
 
@@ -40,16 +42,20 @@ def test_changed_weight_files_have_another_identity(qwen2_vl: Path, tmp_path: Pa
 
 def test_changed_preprocessing_has_another_identity(qwen2_vl: Path, tmp_path: Path) -> None:
     config = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True).config
-    plain = SmartResize(config, qwen2_vl, Limits())
-    same = SmartResize(config, qwen2_vl, Limits(max_image_pixels=5))
+
+    def make(folder: Path = qwen2_vl, frame_budget: Any = "per_frame", **arguments: Any) -> Preprocessor:
+        rule = partial(SmartResize, frame_budget=frame_budget)
+        return Preprocessor(ProcessorSource(config, folder, **arguments), rule)
+
+    plain, same = make(), make(limits=Limits(max_image_pixels=5))
     assert preprocessing_identity(plain) == preprocessing_identity(same)
     others = [
-        SmartResize(config, qwen2_vl, Limits(), frame_budget="per_video"),
-        SmartResize(config, qwen2_vl, Limits(), options={"resample": 2}),
-        SmartResize(config, qwen2_vl, Limits(), options={"image_mean": [0.0, 0.0, 0.0]}),
-        SmartResize(config, qwen2_vl, Limits(), given=plain.processor),
-        SmartResize(config, qwen2_vl, Limits(), options={"resample": object()}),
-        SmartResize(config, tmp_path, Limits()),
+        make(frame_budget="per_video"),
+        make(options={"resample": 2}),
+        make(options={"image_mean": [0.0, 0.0, 0.0]}),
+        make(given=plain.processor),
+        make(options={"resample": object()}),
+        make(tmp_path),
     ]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136}))
     digests = [preprocessing_identity(other) for other in others]

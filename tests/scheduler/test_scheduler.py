@@ -44,7 +44,8 @@ from tritontower.errors import (
     UsageError,
 )
 from tritontower.kernels.runtime import dispatch
-from tritontower.preprocessing.images import image as images
+from tritontower.preprocessing import Preprocessor
+from tritontower.preprocessing.images import decode as images
 from tritontower.preprocessing.images.image import CanonicalImage
 from tritontower.scheduler import prefetch, scheduler
 from tritontower.scheduler.outputs import ItemError
@@ -227,7 +228,7 @@ class Held:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes = self.most = 0
         self.lock = threading.Lock()
-        decode = images.canonical_rgb
+        decode = images.decode_image
         held = self
 
         class Counted(images.CanonicalImage):
@@ -239,7 +240,7 @@ class Held:
             held.add(image.array.nbytes)
             return Counted(image.array, image.source)
 
-        monkeypatch.setattr(prefetch, "canonical_rgb", counted)
+        monkeypatch.setattr(prefetch, "decode_image", counted)
 
     def add(self, size: int) -> None:
         with self.lock:
@@ -302,7 +303,7 @@ def test_sizes_for_the_budget_come_from_headers_and_shapes(tmp_path: Path) -> No
     path.write_bytes(png(image))
     data, tensor = path.read_bytes(), torch.from_numpy(image)
     for kind in (image, tensor, tensor.permute(2, 0, 1), image[:, :, 0], path, data, Image.open(path)):
-        assert images.decoded_bytes(kind) == 300 * 64 * 3
+        assert images.count_decoded_bytes(kind) == 300 * 64 * 3
     unreadable: list[Any] = [
         "text",
         None,
@@ -314,14 +315,14 @@ def test_sizes_for_the_budget_come_from_headers_and_shapes(tmp_path: Path) -> No
         7,
         data[:20],
     ]
-    assert [images.decoded_bytes(odd) for odd in unreadable] == [0] * len(unreadable)
+    assert [images.count_decoded_bytes(odd) for odd in unreadable] == [0] * len(unreadable)
 
 
 def test_next_batch_is_prepared_while_the_device_works(
     tower: VisionTower, expected: list[ImageEmbedding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared, running = threading.Semaphore(0), []
-    pack = type(tower.preprocessor).images
+    pack = Preprocessor.preprocess_images
 
     def preparing(self: Any, *arguments: Any, **named: Any) -> PackedBatch:
         batch = pack(self, *arguments, **named)
@@ -334,7 +335,7 @@ def test_next_batch_is_prepared_while_the_device_works(
             assert prepared.acquire(timeout=30)
             assert prepared.acquire(timeout=30), "the second batch was not prepared while the first was running"
 
-    monkeypatch.setattr(type(tower.preprocessor), "images", preparing)
+    monkeypatch.setattr(Preprocessor, "preprocess_images", preparing)
     record_batches(monkeypatch, first_waits_for_two)
     assert_equal(tower.encode(IMAGES[:3], max_patches=1), expected[:3])
     assert len(running) == 3
@@ -395,14 +396,14 @@ def test_a_failing_image_keeps_its_place_and_harms_no_other(
 def test_a_failing_image_that_comes_twice_fails_in_both_places(
     tower: VisionTower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack = type(tower.preprocessor).images
+    pack = Preprocessor.preprocess_images
 
     def rejecting(self: Any, decoded: Sequence[CanonicalImage], **options: Any) -> PackedBatch:
         if any((image.width, image.height) == (90, 90) for image in decoded):
             raise ProcessorError("rejected")
         return pack(self, decoded, **options)
 
-    monkeypatch.setattr(type(tower.preprocessor), "images", rejecting)
+    monkeypatch.setattr(Preprocessor, "preprocess_images", rejecting)
     found = tower.encode([*IMAGES[:5], IMAGES[3]], on_error="return")
     failed = [(one.index, one.error.index, str(one.error)) for one in found if isinstance(one, ItemError)]
     assert failed == [(3, 3, "rejected"), (5, 5, "rejected")]

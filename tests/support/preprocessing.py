@@ -1,6 +1,7 @@
 """Towers, folders and images for the tests of preprocessing."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig
 from tritontower.errors import Limits
-from tritontower.preprocessing import Preprocessor
-from tritontower.preprocessing.images.image import CanonicalImage, canonical_rgb
+from tritontower.preprocessing import MakeRule, Preprocessor, ProcessorSource
+from tritontower.preprocessing.images.decode import decode_image
+from tritontower.preprocessing.images.image import CanonicalImage
 
 LIMITS = Limits()
 
@@ -57,7 +59,7 @@ def reference_processor(folder: Path) -> Any:
 
 def canonical(array: np.ndarray) -> CanonicalImage:
     """``array``, ``[height, width, 3]`` uint8, in canonical form."""
-    return canonical_rgb(array, input_data_format="channels_last")
+    return decode_image(array, input_data_format="channels_last")
 
 
 def blank(width: int, height: int) -> CanonicalImage:
@@ -74,14 +76,6 @@ def random_sizes(count: int, largest: int = 3000, seed: int = 0) -> list[tuple[i
     return kept
 
 
-def patches_of(preprocessor: Preprocessor, images: list[CanonicalImage], **bounds: Any) -> list[torch.Tensor]:
-    """The rows of patches of every image."""
-    layouts = [preprocessor.layout(image.width, image.height, **bounds) for image in images]
-    pixels = preprocessor._patches(images, layouts, bounds)
-    assert pixels.dtype == torch.float32
-    return list(pixels.split([layout.patches for layout in layouts]))
-
-
 def put_together(rows: torch.Tensor, grid: tuple[int, int, int], patch: int, merge: int) -> torch.Tensor:
     """``[channels, height, width]`` of one tile from its rows: one patch after the other, in plain Python."""
     _, height, width = grid
@@ -96,3 +90,25 @@ def put_together(rows: torch.Tensor, grid: tuple[int, int, int], patch: int, mer
                     number += 1
     assert number == len(rows)
     return image
+
+
+def make_rule(
+    rule: MakeRule,
+    config: TowerConfig,
+    folder: Path,
+    limits: Limits = LIMITS,
+    given: Any = None,
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> Preprocessor:
+    """A preprocessor of one resizing rule."""
+    source = ProcessorSource(config, folder, limits, given, options or {})
+    return Preprocessor(source, partial(rule, **arguments))
+
+
+def patches_of(preprocessor: Preprocessor, images: list[CanonicalImage], **bounds: Any) -> list[torch.Tensor]:
+    """The rows of patches of every image."""
+    counts = [preprocessor.layout(image.width, image.height, **bounds).patches for image in images]
+    pixels = preprocessor.preprocess_images(images, **bounds).pixels
+    assert pixels.dtype == torch.float32
+    return list(pixels.split(counts))

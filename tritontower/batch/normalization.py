@@ -5,10 +5,8 @@ in fp32: there are 256 values per channel, and :attr:`PixelNormalization.table` 
 instead (:mod:`tritontower.engine.uint8_graph`), the arithmetic is in the weights.
 """
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +14,12 @@ from numpy.typing import NDArray
 
 from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER, fold_normalization
 
-__all__ = ["PIXEL_CENTER", "PixelNormalization", "fresh"]
+__all__ = ["PIXEL_CENTER", "PixelNormalization"]
 
 BYTES = 256
 LARGEST_BYTE = np.float32(255)
-HUGE_PAGE = 2**21
-"""Bytes."""
 CHUNK_ROWS = 128
 """Patches that are worked on at a time: they stay in a core's cache between the three operations."""
-
-
-def fresh(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """An array with anything in it, in huge pages if it is large and the system has any.
-
-    With ordinary pages, the first write of 2.4 MB took four times as long, that of 50 MB six times.  numpy asks for huge
-    pages from 4 MiB on; what is not written of them takes address space and no memory.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size < HUGE_PAGE:
-        return np.empty(shape, dtype)
-    room = np.empty((-(-size // HUGE_PAGE) + 1) * HUGE_PAGE, np.uint8)
-    start = -room.ctypes.data % HUGE_PAGE
-    return room[start : start + size].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -103,6 +85,6 @@ class PixelNormalization:
             for channel, values in enumerate(self.table):
                 np.take(values, taken[:, channel], out=made[:, channel], mode="clip")
 
-    def folded(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A patch projection's weight ``[D, K]``, fp32, for ``byte − 128``, and what else there is to every row, ``[D]``."""
         return fold_normalization(weight, None, mean=self.means, std=self.deviations, rescale_factor=self.factor)

@@ -13,7 +13,6 @@ second is like one of many images in a row, and counts.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 
 from tritontower import VisionTower
-from tritontower.preprocessing.images.image import canonical_rgb
+from tritontower.preprocessing.images.decode import decode_image
 from tritontower.text_table import text_table
 
 from .documents import Document, Report, describe_machine, median_seconds
@@ -69,14 +68,11 @@ def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repea
         THEIRS: by_transformers,
         DIGESTS: lambda: tuple(tower.preprocess(images, raw=False).images.content_hashes),
     }
-    decoded = [canonical_rgb(image, index=index) for index, image in enumerate(images)]
-    calls[PIXELS] = lambda: preprocessor.images(decoded, raw=False)
-    if preprocessor.rescaling is not None:
+    decoded = [decode_image(image, index=index) for index, image in enumerate(images)]
+    calls[PIXELS] = lambda: preprocessor.preprocess_images(decoded, raw=False)
+    if preprocessor.normalization is not None:
         calls[BYTES] = lambda: tower.preprocess(images, raw=True)
-    # The same preprocessor, made to leave every pixel to transformers.
-    plain = copy(preprocessor)
-    plain.__dict__["fast_path"] = None
-    expected = plain.images(decoded).pixels
+    expected = preprocessor.without_fast_path().preprocess_images(decoded).pixels
     distance = float((tower.preprocess(images, raw=False).pixels - expected).abs().max())
     row = {"label": label, "sizes": [list(size) for size in sizes], "distance": distance, "limit": LIMIT}
     if not distance <= LIMIT:

@@ -99,9 +99,9 @@ def _images(paths: Sequence[Path]) -> tuple[list[str], list["Image.Image"]]:
         return list(photographs), list(photographs.values())
     from PIL import Image
 
-    from tritontower.preprocessing.images.image import canonical_rgb
+    from tritontower.preprocessing.images.decode import decode_image
 
-    images = [canonical_rgb(path, index=index) for index, path in enumerate(paths)]
+    images = [decode_image(path, index=index) for index, path in enumerate(paths)]
     return [path.name for path in paths], [Image.fromarray(image.array) for image in images]
 
 

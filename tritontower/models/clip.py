@@ -37,7 +37,7 @@ def read(reader: ConfigReader) -> Family:
         prefixes=PREFIXES_OF_ENCODER if is_alone else PREFIXES_IN_CONTRASTIVE_MODEL,
         tensors=encoder_tensors(config),
         ignored=IGNORED,
-        preprocessors={"hf": FixedSize},
+        resize_rules={"hf": FixedSize},
         reference=EncoderReference("" if is_alone else "vision_model"),
     )
 

@@ -56,7 +56,7 @@ def read(reader: ConfigReader) -> Family:
         prefixes=PREFIXES_IN_MODEL,
         tensors={**encoder_tensors(config), **PROJECTOR_TENSORS},
         ignored=IGNORED,
-        preprocessors={"hf": partial(FixedSize, pan_and_scan=True)},
+        resize_rules={"hf": partial(FixedSize, pan_and_scan=True)},
         reference=REFERENCES[reader.get(str, "model_type", choices=MODEL_TYPES)],
         prompt=_read_prompt(reader),
         bidirectional_tiles=True,

@@ -20,7 +20,7 @@ from tritontower.prompt.layout import PromptLayout
 
 from .common.config_fields import positive, whole_heads
 from .common.family import MISTRAL_FORMAT, Family
-from .common.pixtral_encoder import NORM, TowerSize, block_tensors, make_preprocessors, tower_config
+from .common.pixtral_encoder import NORM, TowerSize, block_tensors, make_resize_rules, tower_config
 from .common.prompts import token
 from .common.weights import map_parameters
 
@@ -52,7 +52,7 @@ def read(reader: ConfigReader) -> Family:
         config=config,
         prefixes=PREFIXES,
         tensors=_map_tensors(config),
-        preprocessors=make_preprocessors(size.longest_edge, without_file=processor),
+        resize_rules=make_resize_rules(size.longest_edge, without_file=processor),
         reference=None,
         layout="mistral",
         prompt=_read_prompt(vision, config),

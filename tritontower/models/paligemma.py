@@ -41,7 +41,7 @@ def read(reader: ConfigReader) -> Family:
         prefixes=PREFIXES_IN_MODEL,
         tensors={**encoder_tensors(config), **map_parameters({"projector.linear": "projector.linear"})},
         ignored=IGNORED,
-        preprocessors={"hf": FixedSize},
+        resize_rules={"hf": FixedSize},
         reference=GemmaReference({"embeddings": ("linear", "output")}),
         prompt=_read_prompt(reader),
     )

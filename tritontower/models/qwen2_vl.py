@@ -63,7 +63,7 @@ def read(reader: ConfigReader) -> Family:
             **merger_tensors("projector", "merger", QWEN2_MERGER),
         },
         ignored=IGNORED,
-        preprocessors={"hf": partial(SmartResize, frame_budget="per_frame")},
+        resize_rules={"hf": partial(SmartResize, frame_budget="per_frame")},
         reference=QwenReference(BLOCK_VALUES, OTHER_VALUES),
         prompt=qwen_prompt(reader),
         mrope=MropeRule(config.merge),

@@ -81,7 +81,7 @@ def read(reader: ConfigReader) -> Family:
         prefixes=PREFIXES,
         tensors=tensors,
         ignored=IGNORED,
-        preprocessors={"hf": partial(SmartResize, frame_budget="per_video")},
+        resize_rules={"hf": partial(SmartResize, frame_budget="per_video")},
         reference=QwenReference(BLOCK_VALUES, values),
         prompt=_read_prompt(reader),
         mrope=MropeRule(config.merge, split_videos=True),

@@ -142,7 +142,7 @@ class Reference:
 
     def inputs(self, batch: PackedBatch) -> Any:
         """The batch in the form that transformers takes: what it costs is not transformers' time."""
-        batch = self.tower.preprocessor.normalized(batch).to(self.tower.device)
+        batch = self.tower.preprocessor.normalize(batch).to(self.tower.device)
         return self.implementation.inputs(self.model, batch, self.tower.config)
 
     @torch.inference_mode()

@@ -1,17 +1,20 @@
-"""Images → :class:`~tritontower.batch.packed_batch.PackedBatch`: one file per resizing rule, named after the rule.
+"""Preprocessing: decoded images → :class:`~tritontower.batch.packed_batch.PackedBatch`.
 
-transformers' PIL image processors are the definition of the pixels.  A rule works out, from the checkpoint's settings
-files alone, what an image of a given size becomes (a :class:`~tritontower.batch.layout.ImageLayout`).  Where it knows what the
-processor does, it does the same without it (:mod:`.fast_path`); else it has the processor make the pixels, checks that they
-are what was planned, and cuts them into rows of patches.
+transformers' PIL image processors define the pixels.  A resizing rule (:mod:`.resize`) computes from the checkpoint's
+settings files alone the :class:`~tritontower.batch.layout.ImageLayout` of an image of a given size.  The pixels come from
+the fast path (:mod:`.fast_path`) where it reproduces the processor, else from the processor itself (:mod:`.hf_processor`).
 """
 
-from .base import Bounds, Preprocessor, cut_into_patches
+from .bounds import Bounds
 from .from_tensors import pack_tiles
+from .patchify import cut_into_patches
+from .preprocessor import MakeRule, Preprocessor
+from .processor_config import ProcessorSource
 from .resize.anyres import AnyResolution
 from .resize.fixed_size import FixedSize
 from .resize.longest_edge import LongestEdge
 from .resize.mistral import MistralResize
+from .resize.rule import ResizeRule
 from .resize.smart_resize import SmartResize
 
 __all__ = [
@@ -19,8 +22,11 @@ __all__ = [
     "Bounds",
     "FixedSize",
     "LongestEdge",
+    "MakeRule",
     "MistralResize",
     "Preprocessor",
+    "ProcessorSource",
+    "ResizeRule",
     "SmartResize",
     "cut_into_patches",
     "pack_tiles",

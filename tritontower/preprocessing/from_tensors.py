@@ -1,4 +1,4 @@
-"""Pixels that somebody else has preprocessed already → packed batch."""
+"""Packs pixels that are already preprocessed."""
 
 from collections.abc import Sequence
 
@@ -9,28 +9,25 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import UsageError, shorten
 
-from .base import cut_into_patches
-
-__all__ = ["pack_tiles"]
+from .patchify import cut_into_patches
 
 
 def pack_tiles(config: TowerConfig, tiles: Sequence[torch.Tensor]) -> PackedBatch:
-    """Packs tiles that are resized and normalized: each is a still image of its own, and its only tile.
+    """Packs resized and normalized tiles; each is a still image with this single tile.
 
     Args:
         config: the tower.
         tiles: ``[channels, height, width]`` each, of any floating dtype.  Where the tower has one grid for every tile,
-            what is left of a side that is no multiple of a patch is left out, as by a convolution without padding;
-            elsewhere both sides are multiples of a token's.
+            the remainder of a side that is not a multiple of a patch is left out.  Elsewhere both sides must be
+            multiples of a token's.
 
     Returns:
-        A batch with fp32 pixels on the first tile's device, and empty content hashes, since the pixels are not what
-        came.
+        A batch with fp32 pixels on the first tile's device, and empty content hashes, because the input image is unknown.
 
     Raises:
         UsageError: a tile that the tower cannot take.
     """
-    layouts = [_layout(config, tile, index) for index, tile in enumerate(tiles)]
+    layouts = [_plan_tile(config, tile, index) for index, tile in enumerate(tiles)]
     counts = [layout.patches for layout in layouts]
     device = tiles[0].device if tiles else torch.device("cpu")
     pixels = torch.empty(sum(counts), config.patch.still_inner, dtype=torch.float32, device=device)
@@ -40,14 +37,14 @@ def pack_tiles(config: TowerConfig, tiles: Sequence[torch.Tensor]) -> PackedBatc
     return PackedBatch.pack(config, pixels, layouts, original_sizes=sizes, content_hashes=[""] * len(layouts))
 
 
-def _layout(config: TowerConfig, tile: torch.Tensor, index: int) -> ImageLayout:
-    patch, merge, channels = config.patch.size, config.merge, config.patch.channels
+def _plan_tile(config: TowerConfig, tile: torch.Tensor, index: int) -> ImageLayout:
+    patch, factor, channels = config.patch.size, config.patch.size * config.merge, config.patch.channels
     if not isinstance(tile, torch.Tensor):
-        raise UsageError(f"tile {index} is {shorten(tile)}; it has to be a tensor [channels, height, width]")
+        raise UsageError(f"tile {index} must be a tensor [channels, height, width], got {shorten(tile)}")
     if tile.ndim != 3 or tile.shape[0] != channels or not tile.is_floating_point():
         raise UsageError(
-            f"tile {index} has shape {list(tile.shape)} and dtype {tile.dtype}; this tower takes [{channels}, height, "
-            "width] of a floating dtype, resized and normalized; for other images call encode"
+            f"tile {index} must be [{channels}, height, width] of a floating dtype, resized and normalized, got shape "
+            f"{list(tile.shape)} and dtype {tile.dtype}; for other images call encode"
         )
     height, width = tile.shape[1:]
     grid = (1, height // patch, width // patch)
@@ -55,10 +52,8 @@ def _layout(config: TowerConfig, tile: torch.Tensor, index: int) -> ImageLayout:
         side = round(config.num_patches**0.5)
         if grid != (1, side, side):
             raise UsageError(
-                f"tile {index} is {width} × {height} pixels; this tower takes {side} × {side} patches of {patch} pixels"
+                f"tile {index} must have {side} × {side} patches of {patch} pixels, got {width} × {height} pixels"
             )
-    elif min(height, width) < 1 or height % (patch * merge) or width % (patch * merge):
-        raise UsageError(
-            f"tile {index} is {width} × {height} pixels; both sides have to be multiples of {patch * merge}"
-        )
+    elif min(height, width) < 1 or height % factor or width % factor:
+        raise UsageError(f"both sides of tile {index} must be multiples of {factor}, got {width} × {height} pixels")
     return ImageLayout((grid,), (width, height), grid)

@@ -1,23 +1,25 @@
-"""The settings of a checkpoint's image processor, in whichever file and spelling they were published.
+"""Reads the settings of a checkpoint's image processor from any of the published files and forms.
 
-New checkpoints have one ``processor_config.json`` with a section per processor; old ones a flat
-``preprocessor_config.json``.  Where both say something, the section counts.  What neither says is the default of the
-processor's class in transformers.
+New checkpoints have one ``processor_config.json`` with a section per processor.  Old ones have a flat
+``preprocessor_config.json``.  The section takes precedence.  Missing settings are the defaults of the processor's class
+in transformers.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tritontower.checkpoint.config_reader import ConfigReader, read_json
-from tritontower.errors import ProcessorError
-
-__all__ = ["CLASS_DEFAULTS", "IMAGE_FILES", "VIDEO_FILES", "Settings"]
+from tritontower.config import TowerConfig
+from tritontower.errors import Limits, ProcessorError
 
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 VIDEO_FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
+
+PIXEL_OPTIONS = ("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+"""Settings that change pixels and no size; they are passed to the processor unchanged."""
 
 _CROP_224 = {"height": 224, "width": 224}
 _SHORT_224 = {"size": {"shortest_edge": 224}, "crop_size": _CROP_224, "do_center_crop": True}
@@ -36,17 +38,17 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "PixtralImageProcessor": {"size": {"longest_edge": 1024}, "patch_size": {"height": 16, "width": 16}},
     "Qwen2VLImageProcessor": {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}},
 }
-"""Class of transformers → what a file that leaves a setting out means; only settings that decide about sizes."""
+"""Class of transformers → its default settings; only those that decide about sizes."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a processor's file says, class defaults filled in.
+    """Settings of an image processor, including the defaults of its class.
 
     Attributes:
-        values: the settings; ``None`` nowhere at the top level.
-        source: the file's name, for messages.
-        kind: the class of transformers that they are for, without the suffixes of its variants; ``""`` if unsaid.
+        values: the settings, without ``None`` at the top level.
+        source: name of the file, for messages.
+        kind: class of transformers, without the suffixes of its variants; ``""`` if the file names none.
     """
 
     values: Mapping[str, Any]
@@ -54,11 +56,11 @@ class Settings:
     kind: str = ""
 
     @classmethod
-    def of_files(cls, folder: Path, files: Sequence[str], section: str) -> "Settings":
-        """The first of ``files`` that says anything; of ``processor_config.json`` only its own ``section`` counts.
+    def from_files(cls, folder: Path, files: Sequence[str], section: str) -> "Settings":
+        """Reads the first of ``files`` that has settings; in ``processor_config.json`` only ``section`` counts.
 
         Raises:
-            ProcessorError: none does.
+            ProcessorError: no file has settings.
             ConfigError: a file that is not a JSON object.
         """
         for name in files:
@@ -68,35 +70,37 @@ class Settings:
             if name == "processor_config.json":
                 values = values.get(section) or {}
             if values:
-                # The reader refuses a section that is not an object.
+                # The reader rejects a section that is not an object.
                 ConfigReader(values, name, path=section if name == "processor_config.json" else "")
-                return cls.completed(values, name)
+                return cls.with_defaults(values, name)
         raise ProcessorError(
-            f"{folder} holds no image processor: neither {' nor '.join(files)} says how images are resized; "
-            "copy the file from the published checkpoint, or pass an image processor of transformers as `processor`"
+            f"{folder} must hold the settings of an image processor in {' or '.join(files)}; copy the file from the "
+            "published checkpoint, or pass an image processor of transformers as `processor`"
         )
 
     @classmethod
-    def of_processor(cls, processor: Any) -> "Settings":
-        """The settings of an image processor of transformers.
+    def from_processor(cls, processor: Any) -> "Settings":
+        """Reads the settings of an image processor of transformers.
 
         Raises:
-            ProcessorError: it is none.
+            ProcessorError: an object of another kind.
         """
         if not callable(getattr(processor, "to_dict", None)):
-            raise ProcessorError(f"a {type(processor).__name__} is not an image processor of transformers")
-        return cls.completed(processor.to_dict(), type(processor).__name__)
+            raise ProcessorError(
+                f"processor must be an image processor of transformers, got {type(processor).__name__}"
+            )
+        return cls.with_defaults(processor.to_dict(), type(processor).__name__)
 
     @classmethod
-    def completed(cls, values: Mapping[str, Any], source: str) -> "Settings":
-        """``values`` over the defaults of the class that they name."""
+    def with_defaults(cls, values: Mapping[str, Any], source: str) -> "Settings":
+        """Completes ``values`` by the defaults of the class that they name."""
         name = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "")
         name = name.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-        said = {key: value for key, value in values.items() if value is not None}
-        return cls({**CLASS_DEFAULTS.get(name, {}), **said}, source, name)
+        given = {key: value for key, value in values.items() if value is not None}
+        return cls({**CLASS_DEFAULTS.get(name, {}), **given}, source, name)
 
-    def changed(self, options: Mapping[str, Any]) -> "Settings":
-        """The settings with ``options`` in place of what the file says."""
+    def override(self, options: Mapping[str, Any]) -> "Settings":
+        """Returns the settings with ``options`` in place of those in the file."""
         return replace(self, values={**self.values, **options}) if options else self
 
     @cached_property
@@ -104,16 +108,16 @@ class Settings:
         """Typed access to the values."""
         return ConfigReader(self.values, self.source)
 
-    def size(self, key: str, spellings: Sequence[Collection[str]]) -> Mapping[str, int] | None:
-        """The size under ``key``, pixels; ``None`` where there is none.
+    def read_size(self, key: str, forms: Sequence[Collection[str]]) -> Mapping[str, int] | None:
+        """Reads a size in pixels; ``None`` if it is missing.
 
         Args:
             key: such as ``"size"`` or ``"crop_size"``.
-            spellings: sets of names that an object may consist of.  A number is read as ``{"side": number}`` and a
-                pair as ``{"height": …, "width": …}``, where these are among the spellings.
+            forms: allowed sets of names in an object.  A number is read as ``{"side": number}`` and a pair as
+                ``{"height": …, "width": …}``.
 
         Raises:
-            ConfigError: another spelling, or something else than positive integers.
+            ConfigError: another form, or values that are not positive integers.
         """
         value = self.values.get(key)
         if value is None:
@@ -123,8 +127,34 @@ class Settings:
         elif not isinstance(value, Mapping):
             value = {"side": self.reader.get(int, key, minimum=1)}
         names = {name for name, number in value.items() if number is not None}
-        if not any(names == set(spelling) for spelling in spellings):
-            known = [" and ".join(spelling) for spelling in spellings if "side" not in spelling]
+        if not any(names == set(form) for form in forms):
+            known = [" and ".join(form) for form in forms if "side" not in form]
             raise self.reader.error(key, self.values[key], "an object with " + ", or with ".join(known))
         reader = ConfigReader({key: value}, self.source)
         return {name: reader.get(int, f"{key}.{name}", minimum=1) for name in sorted(names)}
+
+
+@dataclass(frozen=True)
+class ProcessorSource:
+    """The tower, and the origin of its image processor.
+
+    Attributes:
+        config: the tower.
+        folder: the checkpoint.
+        limits: size limits of an image.
+        given: an image processor of transformers to use instead of the checkpoint's.
+        options: settings that override those in the checkpoint's file.
+    """
+
+    config: TowerConfig
+    folder: Path
+    limits: Limits = field(default_factory=Limits)
+    given: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Settings of the given processor or of the checkpoint's file, overridden by the options."""
+        if self.given is not None:
+            return Settings.from_processor(self.given).override(self.options)
+        return Settings.from_files(self.folder, IMAGE_FILES, "image_processor").override(self.options)

@@ -66,16 +66,15 @@ def preprocessing_identity(preprocessor: Preprocessor) -> str:
 
     A setting that is not a plain value makes the digest random; such a preprocessor shares no embeddings.
     """
-    own = ("config", "folder", "limits", "given")
-    settings = {
-        field.name: getattr(preprocessor, field.name) for field in fields(preprocessor) if field.name not in own
-    }
-    given = preprocessor.given
+    rule, source = preprocessor.rule, preprocessor.source
+    settings = {field.name: getattr(rule, field.name) for field in fields(rule) if field.name != "source"}
+    settings["options"] = source.options
+    given = source.given
     if given is not None:
         settings["given"] = [type(given).__qualname__, given.to_dict() if hasattr(given, "to_dict") else given]
-    parts: list[str | bytes] = [type(preprocessor).__qualname__, _to_json(settings)]
+    parts: list[str | bytes] = [type(rule).__qualname__, _to_json(settings)]
     for name in VIDEO_FILES:
-        path = preprocessor.folder / name
+        path = source.folder / name
         parts += [name, path.read_bytes() if path.is_file() else b""]
     return framed_digest(parts)
 

@@ -12,15 +12,9 @@ from typing import Any, TypeVar
 import torch
 
 from tritontower.errors import ImageError, ImageTooLargeError, Limits
-from tritontower.preprocessing.base import Each
-from tritontower.preprocessing.images.image import (
-    CanonicalImage,
-    ChannelOrder,
-    ImageInput,
-    canonical_rgb,
-    decoded_bytes,
-    is_large,
-)
+from tritontower.preprocessing.images.decode import count_decoded_bytes, decode_image
+from tritontower.preprocessing.images.image import CanonicalImage, ChannelOrder, ImageInput, is_large
+from tritontower.preprocessing.preprocessor import Each
 
 WORKERS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 """Threads that decode and preprocess for one call.  More would only wait for Python's lock."""
@@ -93,7 +87,7 @@ def split_portions(images: Sequence[ImageInput], limits: Limits, max_images: int
     """Splits a list of images so that each portion fits into ``limits.max_decoded_bytes``; decodes nothing."""
     start = held = 0
     for index, image in enumerate(images):
-        size = decoded_bytes(image, limits) if len(images) > 1 else 0
+        size = count_decoded_bytes(image, limits) if len(images) > 1 else 0
         if index > start and (held + size > limits.max_decoded_bytes or index - start == max_images):
             yield slice(start, index)
             start, held = index, 0
@@ -124,7 +118,7 @@ def decode(
 
     def decode_one(index: int, image: ImageInput) -> CanonicalImage | ImageError:
         try:
-            decoded = canonical_rgb(image, index=index, limits=limits, input_data_format=input_data_format)
+            decoded = decode_image(image, index=index, limits=limits, input_data_format=input_data_format)
         except ImageError as error:
             return error
         if take_digests:
@@ -147,7 +141,7 @@ def decode_all(
     """
     portion = next(split_portions(images, limits), slice(0, 0))
     if portion.stop < len(images):
-        held = sum(decoded_bytes(image, limits) for image in images[: portion.stop + 1])
+        held = sum(count_decoded_bytes(image, limits) for image in images[: portion.stop + 1])
         raise ImageTooLargeError(
             f"decoded, the images up to this one would take {held} bytes, and all {len(images)} are needed at once; the "
             f"limit is {limits.max_decoded_bytes} bytes; pass fewer or smaller ones, encode still images with encode, "

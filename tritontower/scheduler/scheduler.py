@@ -31,8 +31,8 @@ from tritontower.errors import (
     is_out_of_memory,
 )
 from tritontower.preprocessing import Bounds, Preprocessor
-from tritontower.preprocessing.base import Each
 from tritontower.preprocessing.images.image import CanonicalImage, ChannelOrder, ImageInput
+from tritontower.preprocessing.preprocessor import Each
 
 from .outputs import ItemError, OutputHandler, split_embeddings
 from .prefetch import decode, prefetch, progress_bar, split_portions, thread_map
@@ -268,7 +268,7 @@ class Scheduler:
     def _pack(self, items: Sequence[_Item], each: Each) -> PackedBatch:
         """Packs images; decodes them again if a batch with them failed before."""
         images = [item.decoded or self._decode_again(item) for item in items]
-        batch = self.preprocessor.images(images, each=each, raw=self.raw, **self.bounds)
+        batch = self.preprocessor.preprocess_images(images, each=each, raw=self.raw, **self.bounds)
         # Here, while the device runs the batch before: the thread that starts a forward pass need not copy the pixels.
         return batch.pinned() if self.outputs.device.type == "cuda" else batch
 

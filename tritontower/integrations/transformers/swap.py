@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from tritontower.checkpoint.checkpoint import Checkpoint, Progress
 from tritontower.checkpoint.hub import locate
-from tritontower.errors import Limits, TowerError, UsageError, list_names
+from tritontower.errors import TowerError, UsageError, list_names
 from tritontower.models.common.assembly import TowerCheckpoint
 from tritontower.models.common.family import Family
+from tritontower.preprocessing import Preprocessor, ProcessorSource
 from tritontower.tower import VisionTower
 
 from .module_weights import ModuleWeights, share_weights
@@ -218,10 +219,9 @@ class _ModuleTower(VisionTower):
         source = ModuleWeights(model, family.prefixes)
         self._canonical: dict[str, torch.Tensor] = {}
         folder = _locate_checkpoint(model)
-        make = family.preprocessors["hf"]
         super().__init__(
             _ModuleCheckpoint(family, folder, source),
-            make(family.config, folder, Limits(), image_processor, {}),
+            Preprocessor(ProcessorSource(family.config, folder, given=image_processor), family.resize_rules["hf"]),
             device=source.device,
             dtype=dtype or source.dtype,
         )

@@ -20,7 +20,7 @@ from tritontower.checkpoint.files import Prefixes, strip_prefix
 from tritontower.errors import UnsupportedArchitectureError, UsageError, shorten
 from tritontower.models.common.family import Family
 from tritontower.models.common.registry import read_family
-from tritontower.preprocessing.resize.anyres import best_canvas
+from tritontower.preprocessing.resize.anyres import select_canvas
 from tritontower.tower import VisionTower
 
 # Arguments of the methods that override the checkpoint's configuration, which is fixed in a tower.
@@ -217,7 +217,7 @@ def _count_tiles(config: Any, sizes: Sequence[Sequence[int]], images_per_prompt:
     if images_per_prompt is not None:
         alone = [count == 1 for count in map(int, images_per_prompt) for _ in range(count)]
     for (height, width), cut in zip(sizes, alone, strict=True):
-        rows, columns = best_canvas(width, height, config.image_grid_pinpoints)
+        rows, columns = select_canvas(width, height, config.image_grid_pinpoints)
         yield 1 + (rows // side) * (columns // side) if cut else 1
 
 

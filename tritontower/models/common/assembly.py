@@ -13,7 +13,7 @@ import torch
 from tritontower.checkpoint.checkpoint import Checkpoint
 from tritontower.checkpoint.hub import fetch_shards, locate
 from tritontower.errors import Limits, UsageError, shorten
-from tritontower.preprocessing import Preprocessor
+from tritontower.preprocessing import Preprocessor, ProcessorSource
 
 from .family import Family
 from .feature_layers import with_features
@@ -91,11 +91,12 @@ def make_preprocessor(
 ) -> Preprocessor:
     """Makes the preprocessor named ``preprocessing``; the arguments are those of ``VisionTower.from_pretrained``."""
     family = checkpoint.family
-    make = family.preprocessors.get(preprocessing)
-    if make is None:
-        known = " or ".join(map(repr, family.preprocessors))
+    make_rule = family.resize_rules.get(preprocessing)
+    if make_rule is None:
+        known = " or ".join(map(repr, family.resize_rules))
         raise UsageError(f"preprocessing must be {known} for this tower, got {shorten(preprocessing)}")
-    return make(family.config, checkpoint.folder, limits or Limits(), processor, options or {})
+    source = ProcessorSource(family.config, checkpoint.folder, limits or Limits(), processor, options or {})
+    return Preprocessor(source, make_rule)
 
 
 def files_identity(folder: Path) -> str:

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from tritontower.checkpoint.dequantize import SUPPORTED_SCHEMES
-from tritontower.errors import Limits
+from tritontower.preprocessing import Preprocessor, ProcessorSource
 
 from .family import MISTRAL_FORMAT, FamilyFile, FamilySummary, read_summary, write_config
 from .registry import list_family_files, read_family
@@ -92,7 +92,7 @@ def _make_entry(summary: FamilySummary, model_types: tuple[str, ...]) -> Catalog
     family = read_family(summary.reader)
     with TemporaryDirectory() as name:
         folder = write_config(Path(name), summary)
-        preprocessor = family.preprocessors["hf"](family.config, folder, Limits(), None, {})
+        preprocessor = Preprocessor(ProcessorSource(family.config, folder), family.resize_rules["hf"])
         counted = {side: preprocessor.layout(side, side).tokens(family.config) for side in COUNTED_SIDES}
     return CatalogEntry(
         title=summary.title,

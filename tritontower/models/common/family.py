@@ -11,8 +11,7 @@ import tritontower.models
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import WeightMap
 from tritontower.config import TowerConfig
-from tritontower.errors import Limits
-from tritontower.preprocessing import Preprocessor
+from tritontower.preprocessing import MakeRule
 from tritontower.prompt.layout import PromptLayout
 from tritontower.prompt.mrope import MropeRule
 
@@ -20,9 +19,6 @@ from .hf_reference import ReferenceModel
 
 MISTRAL_FORMAT = "params.json"
 """Mistral's own configuration file; it also stands for the ``model_type``, which that file does not have."""
-
-MakePreprocessor = Callable[[TowerConfig, Path, Limits, Any, Mapping[str, Any]], Preprocessor]
-"""Tower, checkpoint folder, limits, an explicit image processor or ``None``, options → preprocessor."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Family:
         tensors: weight of the layer graph → how it is stored, under names stripped by ``prefixes``.  Weights that the graph
             does not need (blocks after the last one, pooling heads) are listed too; the checkpoint may lack them.
         ignored: :mod:`fnmatch` patterns of stripped names that the tower does not need.
-        preprocessors: ``"hf"`` for transformers' arithmetic, and other ways to prepare images by name.
+        resize_rules: resizing rules by the name of the preprocessing; ``"hf"`` is that of transformers.
         reference: transformers' implementation; ``None`` if transformers cannot read the checkpoint.
         layout: whose tensor names the files have.
         mrope: position rule of the language model for images and videos; ``None`` if they are numbered like text.
@@ -49,7 +45,7 @@ class Family:
     config: TowerConfig
     prefixes: Mapping[str, str]
     tensors: Mapping[str, WeightMap]
-    preprocessors: Mapping[str, MakePreprocessor]
+    resize_rules: Mapping[str, MakeRule]
     reference: ReferenceModel | None
     ignored: Sequence[str] = ()
     layout: Literal["hf", "mistral"] = "hf"

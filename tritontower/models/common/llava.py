@@ -95,7 +95,7 @@ def read_llava(reader: ConfigReader, family: str, defaults: ClassDefaults) -> Fa
         prefixes=PREFIXES_IN_MODEL,
         tensors={**encoder_tensors(config), **map_parameters(LINEARS)},
         ignored=IGNORED,
-        preprocessors={"hf": FixedSize},
+        resize_rules={"hf": FixedSize},
         reference=LlavaReference(),
         prompt=placeholder_prompt(reader, defaults.image_token),
     )
@@ -132,7 +132,7 @@ def read_tiled(
         config=config,
         prefixes={**PREFIXES_IN_MODEL, "image_newline": "image_newline"},
         tensors=tensors,
-        preprocessors={"hf": partial(AnyResolution, pinpoints=canvases, shrink_limit=shrink_limit)},
+        resize_rules={"hf": partial(AnyResolution, pinpoints=canvases, shrink_limit=shrink_limit)},
     )
 
 

@@ -16,10 +16,10 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import OneFrame, Stacked, WeightMap
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
-from tritontower.preprocessing import LongestEdge, MistralResize
+from tritontower.preprocessing import LongestEdge, MakeRule, MistralResize
 
 from .config_fields import positive, rotary_theta, whole_heads
-from .family import Family, MakePreprocessor
+from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel, module_values, stack_padded, tile_images
 from .prompts import pixtral_prompt
 from .weights import map_parameters, prefix_parts
@@ -179,15 +179,13 @@ def read_hf_family(
         prefixes=PREFIXES,
         tensors={**tensors, **(projector_tensors or {})},
         ignored=IGNORED,
-        preprocessors=make_preprocessors(size.longest_edge),
+        resize_rules=make_resize_rules(size.longest_edge),
         reference=reference,
         prompt=pixtral_prompt(reader, config, image_token),
     )
 
 
-def make_preprocessors(
-    longest_edge: int, *, without_file: Mapping[str, Any] | None = None
-) -> dict[str, MakePreprocessor]:
+def make_resize_rules(longest_edge: int, *, without_file: Mapping[str, Any] | None = None) -> dict[str, MakeRule]:
     """Returns transformers' way to prepare images and that of Mistral's own library.
 
     Args:

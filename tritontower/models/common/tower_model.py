@@ -136,7 +136,7 @@ class TowerModel:
                     self.config,
                     self._graphs,
                     weights,
-                    normalization=lambda: preprocessor.rescaling,
+                    normalization=lambda: preprocessor.normalization,
                     cuda_graphs=self._cuda_graphs,
                 )
         return self
@@ -235,7 +235,7 @@ class TowerModel:
             UsageError: a number of patches that no image of this tower has.
         """
         workload = parse_workload(self.config, patches)
-        is_raw = self.device.type == "cuda" and self._raw is None and self.preprocessor.rescaling is not None
+        is_raw = self.device.type == "cuda" and self._raw is None and self.preprocessor.normalization is not None
         pixels = torch.uint8 if is_raw else torch.float32
         return plan_forward(self.graph, self.config, workload, self.dtype, self.device, pixels=pixels)
 

@@ -1,1 +1,1 @@
-"""The resizing rules, one file per rule."""
+"""Resizing rules, one per file: the layout of an image of a given size."""

@@ -1,8 +1,8 @@
-"""Every image to one size: squashed, or scaled by its shorter side and cropped; with pan-and-scan, crops beside it.
+"""Resizes every image to one size: squashed, or scaled by its shorter side and cropped; optionally with pan-and-scan.
 
 The rules of ``CLIPImageProcessor``, ``SiglipImageProcessor`` and ``Gemma3ImageProcessor`` of transformers, which differ
-in their settings alone.  Scaling by the shorter side can make an enormous image out of a tiny one before the crop, so
-the size in between is what the limits are about.
+only in their settings.  Scaling by the shorter side can make an enormous image out of a tiny one before the crop, so the
+limits apply to the size in between.
 """
 
 import math
@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tritontower.batch.layout import Grid, ImageLayout
+from tritontower.batch.layout import ImageLayout
 from tritontower.errors import ProcessorError
-from tritontower.preprocessing.base import PIXEL_OPTIONS, Bounds, Preprocessor, Resize
-from tritontower.preprocessing.fast_path import cropped
+from tritontower.kernels.runtime.checks import ceil_div
+from tritontower.preprocessing.bounds import Bounds
+from tritontower.preprocessing.pillow_resize import crop_center
+from tritontower.preprocessing.processor_config import PIXEL_OPTIONS
 
-__all__ = ["FixedSize", "PanAndScan", "scaled_by_shorter_side"]
+from .rule import Resize, ResizeRule
 
 PAN_AND_SCAN_OPTIONS = (
     "do_pan_and_scan",
@@ -29,22 +31,22 @@ PAN_AND_SCAN_OPTIONS = (
 )
 
 
-def scaled_by_shorter_side(width: int, height: int, shorter: int) -> tuple[int, int]:
-    """Width and height, pixels, with the shorter side at ``shorter`` and the other rounded down."""
+def scale_shorter_side(width: int, height: int, shorter: int) -> tuple[int, int]:
+    """Computes width and height, pixels, with the shorter side at ``shorter`` and the other rounded down."""
     longer = int(shorter * max(width, height) / min(width, height))
     return (shorter, longer) if width <= height else (longer, shorter)
 
 
 @dataclass(frozen=True)
 class PanAndScan:
-    """When a long image is also seen in crops, and in how many.
+    """Counts the crops that accompany a long image.
 
-    The rule of ``Gemma3ImageProcessor.pan_and_scan``; the defaults are those of ``Gemma3Processor``, since published
-    files hold none.
+    The rule of ``Gemma3ImageProcessor.pan_and_scan``.  The defaults are those of ``Gemma3Processor``, because published
+    files have none.
 
     Attributes:
         least_crop: side below which nothing is cropped, pixels.
-        most_crops: how many crops there may be.
+        most_crops: greatest number of crops.
         least_ratio: longer side ÷ shorter side below which nothing is cropped.
     """
 
@@ -52,8 +54,8 @@ class PanAndScan:
     most_crops: int = 4
     least_ratio: float = 1.2
 
-    def crops(self, width: int, height: int) -> int:
-        """How many crops stand beside an image of ``width`` × ``height`` pixels.
+    def count_crops(self, width: int, height: int) -> int:
+        """Counts the crops of an image of ``width`` × ``height`` pixels.
 
         Raises:
             ProcessorError: settings with which a crop would be empty.
@@ -63,7 +65,7 @@ class PanAndScan:
             return 0
         count = min(math.floor(longer / shorter + 0.5), longer // self.least_crop)
         count = min(max(count, 2), self.most_crops)
-        each = math.ceil(longer / count)
+        each = ceil_div(longer, count)
         if min(each, shorter) < self.least_crop:
             return 0
         if each * (count - 1) >= longer:
@@ -76,7 +78,7 @@ class PanAndScan:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """What the settings say: how an image is resized, and what is cropped from it."""
+    """Sizes in the settings: of the resized image, and of the crop from it."""
 
     resize: Mapping[str, int]
     crop: Mapping[str, int] | None
@@ -87,13 +89,19 @@ class _Sizes:
         size = self.crop or self.resize
         return size["width"], size["height"]
 
+    def resize_to(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of an image before the crop, pixels."""
+        if "shortest_edge" in self.resize:
+            return scale_shorter_side(width, height, self.resize["shortest_edge"])
+        return self.resize["width"], self.resize["height"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class FixedSize(Preprocessor):
-    """Views of one size: the whole image, and crops of a long one where that is asked for.
+class FixedSize(ResizeRule):
+    """Makes tiles of one size: the whole image, and with pan-and-scan the crops of a long one.
 
     Attributes:
-        pan_and_scan: whether the model's processor knows pan-and-scan; whether it is done, its settings say.
+        pan_and_scan: the model's processor supports pan-and-scan; its settings enable it.
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "size", "crop_size", "do_center_crop")
@@ -106,77 +114,67 @@ class FixedSize(Preprocessor):
 
     pan_and_scan: bool = False
 
-    @property
-    def _known_options(self) -> Sequence[str]:
+    def list_options(self) -> Sequence[str]:
         return (*self.OPTIONS, *PAN_AND_SCAN_OPTIONS) if self.pan_and_scan else self.OPTIONS
 
     @cached_property
     def sizes(self) -> _Sizes:
-        """How an image is resized and cropped.
+        """Sizes of the resized image and of the crop.
 
         Raises:
-            ConfigError: a spelling of a size that is not known.
-            ProcessorError: images would differ in size, or their grid is not the tower's.
+            ConfigError: an unknown form of a size.
+            ProcessorError: images would differ in size, or the tower has another grid.
         """
         crops = self.settings.reader.get(bool, "do_center_crop", default=False)
-        crop = self.settings.size("crop_size", (("height", "width"), ("side",))) if crops else None
-        spellings = (("height", "width"), ("shortest_edge",), ("side",))
-        resize = self.settings.size("size", spellings)
+        crop = self.settings.read_size("crop_size", (("height", "width"), ("side",))) if crops else None
+        resize = self.settings.read_size("size", (("height", "width"), ("shortest_edge",), ("side",)))
         if resize is None or (crops and crop is None):
             key = "size" if resize is None else "crop_size"
             raise self.settings.reader.error(key, None, "an object with height and width")
         if crop is not None and "side" in crop:
-            crop = _square(crop["side"])
+            crop = _make_square(crop["side"])
         if "side" in resize:
-            resize = {"shortest_edge": resize["side"]} if crops else _square(resize["side"])
+            resize = {"shortest_edge": resize["side"]} if crops else _make_square(resize["side"])
         if crop is None and "shortest_edge" in resize:
             raise ProcessorError(
-                f"the image processor of {self.folder} scales the shorter side to {resize['shortest_edge']} pixels and "
-                "crops nothing, but the tower needs images of one size; set do_center_crop and crop_size"
+                f"the image processor of {self.source.folder} scales the shorter side to {resize['shortest_edge']} pixels "
+                "and crops nothing, but the tower needs images of one size; set do_center_crop and crop_size"
             )
         sizes = _Sizes(resize, crop)
-        self._check_grid(self._grid(sizes)[1:], sizes.final)
+        width, height = sizes.final
+        side = self.config.patch.size
+        self.check_grid((1, height // side, width // side), sizes.final)
         return sizes
 
     @cached_property
     def crops(self) -> PanAndScan | None:
-        """The rule by which a long image is also seen in crops; ``None``: it is not."""
-        reader, usual = self.settings.reader, PanAndScan()
+        """Settings of pan-and-scan; ``None``: it is off."""
+        reader, default = self.settings.reader, PanAndScan()
         if not (self.pan_and_scan and reader.get(bool, "do_pan_and_scan", default=False)):
             return None
         return PanAndScan(
-            reader.get(int, "pan_and_scan_min_crop_size", default=usual.least_crop, minimum=1),
-            reader.get(int, "pan_and_scan_max_num_crops", default=usual.most_crops, minimum=1),
-            reader.get(float, "pan_and_scan_min_ratio_to_activate", default=usual.least_ratio, minimum=0.0),
+            reader.get(int, "pan_and_scan_min_crop_size", default=default.least_crop, minimum=1),
+            reader.get(int, "pan_and_scan_max_num_crops", default=default.most_crops, minimum=1),
+            reader.get(float, "pan_and_scan_min_ratio_to_activate", default=default.least_ratio, minimum=0.0),
         )
 
-    def _grid(self, sizes: _Sizes) -> Grid:
-        width, height = sizes.final
+    def plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
+        final = self.sizes.final
+        tiles = 1 + (0 if self.crops is None else self.crops.count_crops(width, height))
+        self.check_planned((width, height), self._find_largest_step(width, height), tiles, "crop the image")
         side = self.config.patch.size
-        return 1, height // side, width // side
+        grid = (1, final[1] // side, final[0] // side)
+        return ImageLayout((grid,) * tiles, final, grid)
 
-    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
-        sizes = self.sizes
-        tiles = 1 + (0 if self.crops is None else self.crops.crops(width, height))
-        self._check_planned((width, height), self._before_crop(width, height), tiles, "crop the image")
-        grid = self._grid(sizes)
-        return ImageLayout((grid,) * tiles, sizes.final, grid)
-
-    def _before_crop(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of the largest image that the processor makes on its way, pixels."""
-        made = []
+    def _find_largest_step(self, width: int, height: int) -> tuple[int, int]:
+        """Returns width and height of the largest image that the processor makes before the crop, pixels."""
         pads = self.settings.kind == "LlavaImageProcessor" and self.settings.reader.get(bool, "do_pad", default=False)
-        if pads and width != height:
-            width = height = max(width, height)
-            made.append((width, height))
-        resize = self.sizes.resize
-        if "shortest_edge" in resize:
-            made.append(scaled_by_shorter_side(width, height, resize["shortest_edge"]))
-        else:
-            made.append((resize["width"], resize["height"]))
-        return max(made, key=math.prod)
+        if not pads or width == height:
+            return self.sizes.resize_to(width, height)
+        side = max(width, height)
+        return max((side, side), self.sizes.resize_to(side, side), key=math.prod)
 
-    def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
+    def list_arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         sizes = self.sizes
         arguments: dict[str, Any] = {"size": dict(sizes.resize)}
         if sizes.crop is not None:
@@ -189,32 +187,28 @@ class FixedSize(Preprocessor):
             arguments["pan_and_scan_min_ratio_to_activate"] = self.crops.least_ratio
         return arguments
 
-    def _resized_tiles(
+    def resize_tiles(
         self, array: NDArray[np.uint8], layout: ImageLayout, resize: Resize
     ) -> Iterator[NDArray[np.uint8]]:
         sizes = self.sizes
-        for tile in self._seen(array, len(layout.tiles) - 1):
-            height, width = tile.shape[:2]
-            if "shortest_edge" in sizes.resize:
-                size = scaled_by_shorter_side(width, height, sizes.resize["shortest_edge"])
-            else:
-                size = sizes.resize["width"], sizes.resize["height"]
-            made = resize(tile, size)
-            yield made if sizes.crop is None else cropped(made, sizes.crop["height"], sizes.crop["width"])
+        for tile in _list_crops(array, len(layout.tiles) - 1):
+            resized = resize(tile, sizes.resize_to(tile.shape[1], tile.shape[0]))
+            yield resized if sizes.crop is None else crop_center(resized, sizes.crop["height"], sizes.crop["width"])
 
-    def _seen(self, array: NDArray[np.uint8], crops: int) -> Iterator[NDArray[np.uint8]]:
-        """The whole image, and the crops of its longer side."""
-        yield array
-        longer = max(array.shape[:2])
-        for start in range(0, longer if crops else 0, -(-longer // max(crops, 1))):
-            stretch = slice(start, start - (-longer // crops))
-            yield array[:, stretch] if array.shape[1] == longer else array[stretch]
-
-    def _is_usual(self) -> bool:
-        processor = self.processor
-        crops = self.options.get("do_center_crop", getattr(processor, "do_center_crop", None))
+    def is_supported(self, processor: Any) -> bool:
+        crops = self.source.options.get("do_center_crop", getattr(processor, "do_center_crop", None))
         return not getattr(processor, "do_pad", None) and bool(crops) == (self.sizes.crop is not None)
 
 
-def _square(side: int) -> Mapping[str, int]:
+def _list_crops(array: NDArray[np.uint8], crops: int) -> Iterator[NDArray[np.uint8]]:
+    """Yields the whole image, and the crops of its longer side."""
+    yield array
+    longer = max(array.shape[:2])
+    step = ceil_div(longer, max(crops, 1))
+    for start in range(0, longer if crops else 0, step):
+        part = slice(start, start + step)
+        yield array[:, part] if array.shape[1] == longer else array[part]
+
+
+def _make_square(side: int) -> Mapping[str, int]:
     return {"height": side, "width": side}

@@ -1,26 +1,26 @@
-"""The pixels of Mistral's own library instead of those of transformers, for checkpoints in Mistral's own format.
+"""Makes the pixels of Mistral's own library, for checkpoints in Mistral's own format.
 
-``mistral_common`` rounds the shrunk sides to the nearest pixel where transformers rounds down, and resamples in fp32
-with the cubic convolution of OpenCV (``INTER_CUBIC``): four samples, whatever the scale, and no clipping.  Without the
-wider filter that Pillow takes for shrinking, the pixels differ by several levels of 255 on average.  Neither library is
-needed here, nor any file: the longest edge stands in ``params.json``, the rest is fixed.
+``mistral_common`` rounds the shrunk sides to the nearest pixel where transformers rounds down.  It resamples in fp32 with
+the cubic convolution of OpenCV (``INTER_CUBIC``): four samples, whatever the scale, and no clipping.  Without the wider
+filter that Pillow takes for shrinking, the pixels differ by several levels of 255 on average.  Neither library nor a
+settings file is needed: the longest edge is in ``params.json``, the rest is fixed.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tritontower.batch.layout import ImageLayout
 from tritontower.errors import UsageError
-from tritontower.preprocessing.base import Bounds, Preprocessor
-from tritontower.preprocessing.images.image import CanonicalImage
+from tritontower.kernels.runtime.checks import align_up
+from tritontower.preprocessing.bounds import Bounds, read_bound
 
-from .longest_edge import checked_edge
-
-__all__ = ["MistralResize", "cubic_taps", "rounded_to_fit"]
+from .longest_edge import check_edge
+from .rule import ResizeRule
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -28,27 +28,23 @@ SHARPNESS = -0.75
 """The free parameter of cubic convolution (Keys 1981), as OpenCV sets it."""
 
 
-def rounded_to_fit(width: int, height: int, longest_edge: int, factor: int) -> tuple[int, int]:
-    """Width and height, pixels, to which an image is resized: multiples of ``factor``.
+def round_to_fit(width: int, height: int, longest_edge: int, factor: int) -> tuple[int, int]:
+    """Computes the width and height of a resized image: multiples of ``factor``.
 
-    An image with a side above ``longest_edge`` is shrunk, both sides rounded to the nearest pixel (to the even one on
-    ties) and at least one; then both are rounded up to ``factor``.
+    An image with a side above ``longest_edge`` is shrunk, both sides rounded to the nearest pixel (ties to even) and at
+    least 1.  Then both are rounded up to ``factor``.
     """
     ratio = max(height / longest_edge, width / longest_edge)
     if ratio > 1:
         width, height = max(round(width / ratio), 1), max(round(height / ratio), 1)
-    return -(-width // factor) * factor, -(-height // factor) * factor
+    return align_up(width, factor), align_up(height, factor)
 
 
 def cubic_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which samples of a side make each sample of the resized side, and how much each counts.
-
-    Args:
-        source: samples that there are.
-        target: samples that there shall be.
+    """Computes the samples of a side of ``source`` pixels that make each of ``target`` pixels, and their weights.
 
     Returns:
-        ``[4, target]`` int64, beyond the ends the outermost sample, and ``[4, target]`` fp32.
+        ``[4, target]`` int64, clamped to the outermost sample, and ``[4, target]`` fp32.
     """
     # In fp32 a coordinate near 4000 would be off by more than a ten-thousandth of a pixel, and the weights with it.
     place = (torch.arange(target, dtype=torch.float64, device="cpu") + 0.5) * (source / target) - 0.5
@@ -62,8 +58,7 @@ def cubic_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
     return index, weights.float()
 
 
-def _resampled(image: torch.Tensor, target: int, axis: int) -> torch.Tensor:
-    """``image`` with ``axis`` resized to ``target`` samples, fp32."""
+def _resample(image: torch.Tensor, target: int, axis: int) -> torch.Tensor:
     index, weights = cubic_taps(image.shape[axis], target)
     shape = [1] * image.ndim
     shape[axis] = target
@@ -74,46 +69,42 @@ def _resampled(image: torch.Tensor, target: int, axis: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MistralResize(Preprocessor):
-    """One tile, resized and normalized as ``mistral_common`` does.
+class MistralResize(ResizeRule):
+    """Makes one tile, resized and normalized as in ``mistral_common``.
 
     Attributes:
         longest_edge: greatest side before it is rounded up to a token's, pixels.
     """
 
     BOUNDS: ClassVar[tuple[str, ...]] = ("longest_edge",)
-    WITHOUT_BOUNDS: ClassVar[str] = "it shrinks an image until its longer side fits, whatever its area"
+    WITHOUT_BOUNDS: ClassVar[str] = "the rule bounds the longer side of an image, not its area"
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    HAS_PROCESSOR: ClassVar[bool] = False
 
     longest_edge: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.given is not None:
+        if self.source.given is not None:
             raise UsageError(
                 "Mistral's own preprocessing is done without a processor; leave `processor` out, or choose the "
                 "preprocessing of transformers"
             )
 
-    @cached_property
-    def processor(self) -> Any:
-        """There is none; raises :class:`~tritontower.errors.UsageError`."""
-        raise UsageError("Mistral's own preprocessing has no image processor of transformers")
-
-    def _plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
-        edge = checked_edge(self._whole(bounds, "longest_edge", self.longest_edge), self.config)
-        size = rounded_to_fit(width, height, edge, self.factor)
-        self._check_planned((width, height), size, 1, "lower longest_edge")
+    def plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
+        edge = check_edge(read_bound(bounds, "longest_edge", self.longest_edge), self.factor)
+        size = round_to_fit(width, height, edge, self.factor)
+        self.check_planned((width, height), size, 1, "lower longest_edge")
         side = self.config.patch.size
         return ImageLayout.of_one_tile((1, size[1] // side, size[0] // side), side)
 
-    def _arguments(self, bounds: Bounds) -> Mapping[str, Any]:
+    def list_arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         return {}
 
-    def _tiles(self, decoded: CanonicalImage, bounds: Bounds) -> torch.Tensor:
-        width, height = self._plan(decoded.width, decoded.height, bounds).processed_size
-        image = torch.from_numpy(decoded.array.copy())  # torch has no tensors that are read-only
-        image = _resampled(_resampled(image, height, 0), width, 1)
-        # The same divisions in the same order as there: a product with the reciprocal rounds differently.
+    def make_tiles(self, array: NDArray[np.uint8], layout: ImageLayout) -> torch.Tensor:
+        width, height = layout.processed_size
+        image = torch.from_numpy(array.copy())  # torch has no read-only tensors
+        image = _resample(_resample(image, height, 0), width, 1)
+        # The divisions of mistral_common in the same order: multiplying by the reciprocal rounds differently.
         normalized = (image / 255.0 - image.new_tensor(MEAN)) / image.new_tensor(DEVIATION)
         return normalized.permute(2, 0, 1)[None]

@@ -1,0 +1,274 @@
+"""Decodes one input of any accepted kind into canonical RGB.
+
+These rules belong to this package and do not change with the libraries below it:
+
+* EXIF orientation is applied to encoded images (``bytes``, ``Path``), not to ``PIL`` images, because their owner may
+  have applied it already.  Malformed EXIF is ignored.
+* Only the first frame of an animation is decoded.
+* Transparency (alpha, palette alpha, a PNG's transparent color) is composited on white.
+* 16-bit and float values are scaled by their range (65535 and 1.0).  Values outside it are rejected, never clipped.
+* The order of an array's axes is never guessed.  Where both orders are possible, ``input_data_format`` is required.
+* Sizes are checked on the header before anything is decoded, whatever ``PIL.Image.MAX_IMAGE_PIXELS`` is.
+* Nothing is fetched: a ``str`` could be anybody's path or URL, and is rejected.
+"""
+
+import io
+import re
+import threading
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from tritontower.errors import (
+    ImageDecodeError,
+    ImageError,
+    ImageFormatError,
+    ImageTooLargeError,
+    ImageTypeError,
+    ImageValueError,
+    Limits,
+)
+
+from .arrays import composite_on_white, convert_array, convert_tensor, copy_rgb_pixels
+from .image import CanonicalImage, ChannelOrder, ImageContext, ImageInput, count_array_pixels
+
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# First bytes of common formats that are deliberately not opened; they only improve the message.
+_REFUSED_SIGNATURES = (
+    (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "EPS"),
+    (re.compile(rb"%PDF"), "PDF"),
+    (re.compile(rb"8BPS"), "PSD"),
+    (re.compile(rb"SIMPLE  ="), "FITS"),
+    (re.compile(rb"GRIB"), "GRIB"),
+    (re.compile(rb"\x89HDF"), "HDF5"),
+    (re.compile(rb"\xd7\xcd\xc6\x9a"), "WMF"),
+    (re.compile(rb"\x00\x00\x01\x00"), "ICO"),
+    (re.compile(rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"), "JPEG2000"),
+    (re.compile(rb"....ftyp(?:hei|hev|mif1)", re.DOTALL), "HEIF"),
+    (re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<svg"), "SVG"),
+)
+_PLAIN_SENTENCE = re.compile(r"[A-Za-z0-9 ,.;:()_/-]{1,120}")
+# Loading a lazily opened PIL image moves its file position, so two threads that load it at once silently get wrong
+# pixels.  The same image always takes the same lock; images that share a lock only wait for each other.
+_LOCKS = tuple(threading.Lock() for _ in range(64))
+
+
+def decode_image(
+    image: ImageInput,
+    *,
+    index: int | None = None,
+    limits: Limits | None = None,
+    input_data_format: ChannelOrder | None = None,
+) -> CanonicalImage:
+    """Decodes ``image`` into canonical form, by the rules in the module's docstring.
+
+    Args:
+        image: a ``PIL`` image; a numpy or torch array of uint8, bool, uint16 (0 … 65535) or float (0 … 1), shaped
+            ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with C = 1, 3 (RGB) or 4 (RGBA); an encoded file as ``bytes`` or
+            ``Path``.  It is not changed; a lazily opened ``PIL`` image is loaded.
+        index: position in the caller's list, for messages.
+        limits: size limits; the defaults of :class:`~tritontower.errors.Limits` if ``None``.
+        input_data_format: order of a three-dimensional array's axes.  Required where both are possible.
+
+    Raises:
+        ImageTypeError: not an image; above all a ``str``.
+        ImageDecodeError: bytes or a file that cannot be read as an image.
+        ImageFormatError: an encoded format outside ``limits.image_formats``.
+        ImageTooLargeError, AspectRatioError, EmptyImageError: the size, before anything is decoded.
+        ImageValueError: values, a shape or an order of axes that are invalid or ambiguous.
+    """
+    limits = limits or Limits()
+    if isinstance(image, Image.Image):
+        context = ImageContext(index, f"PIL image {image.mode}", limits)
+        pixels = _decode_pil(image, context)
+    elif isinstance(image, (np.ndarray, torch.Tensor)):
+        kind = "numpy array" if isinstance(image, np.ndarray) else "torch tensor"
+        dtype = str(image.dtype).removeprefix("torch.")
+        context = ImageContext(index, f"{kind} {dtype} {list(image.shape)}", limits)
+        array = image if isinstance(image, np.ndarray) else convert_tensor(image, context)
+        pixels = convert_array(array, context, input_data_format)
+    elif isinstance(image, (bytes, bytearray, memoryview)):
+        context = ImageContext(index, "encoded bytes", limits)
+        pixels = _decode_file(io.BytesIO(image), context)
+    elif isinstance(image, Path):
+        context = ImageContext(index, str(image), limits)
+        pixels = _decode_path(image, context)
+    else:
+        hint = (
+            "; a text may be anybody's path or URL: pass pathlib.Path(...) for a local file, or the bytes of the file"
+        )
+        raise ImageTypeError(
+            "an image must be a PIL image, a numpy or torch array, bytes or a pathlib.Path, "
+            f"got {type(image).__name__}" + (hint if isinstance(image, str) else ""),
+            index=index,
+        )
+    return CanonicalImage(pixels, context.source or "")
+
+
+def count_decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
+    """Estimates the bytes of ``image`` in canonical form from its header or shape; nothing is decoded.
+
+    Returns 0 for unreadable inputs, and does not check the limits.
+    """
+    if isinstance(image, Image.Image):
+        return 3 * image.width * image.height
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        return 3 * count_array_pixels(image)
+    if isinstance(image, Path) and not image.is_file():
+        return 0
+    context = ImageContext(None, None, limits or Limits())
+    try:
+        with (
+            image.open("rb") if isinstance(image, Path) else io.BytesIO(image) as file,
+            _open_image(file, context) as opened,
+        ):
+            return 3 * opened.width * opened.height
+    except (ImageError, OSError, TypeError):
+        return 0
+
+
+def _decode_path(path: Path, context: ImageContext) -> NDArray[np.uint8]:
+    if not path.is_file():
+        raise context.error(ImageDecodeError, "there is no such file, or it is not an ordinary file")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise context.error(ImageDecodeError, f"cannot be opened: {error.strerror}") from error
+    with file:
+        return _decode_file(file, context)
+
+
+def _decode_file(file: BinaryIO, context: ImageContext) -> NDArray[np.uint8]:
+    with _open_image(file, context) as image:
+        context.check_size(*image.size)
+        _load(image, context)
+        return _convert_pil(_apply_orientation(image), context)
+
+
+def _open_image(file: BinaryIO, context: ImageContext) -> Image.Image:
+    """Reads the header of an image in an allowed format."""
+    allowed = context.limits.image_formats
+    start = file.read(64)
+    file.seek(0)
+    if not start:
+        raise context.error(ImageDecodeError, "0 bytes: the file is empty")
+    try:
+        # Image.open raises KeyError for a format that this Pillow was built without.
+        if not all(name in Image.OPEN for name in allowed):
+            Image.init()
+        return Image.open(file, formats=[name for name in allowed if name in Image.OPEN])
+    except Image.DecompressionBombError as error:
+        raise context.error(
+            ImageTooLargeError,
+            f"more than twice the PIL.Image.MAX_IMAGE_PIXELS of this process ({Image.MAX_IMAGE_PIXELS} pixels); "
+            "scale it down",
+        ) from error
+    except UnidentifiedImageError as error:
+        name = next((name for signature, name in _REFUSED_SIGNATURES if signature.match(start)), None)
+        if name is not None and name not in allowed:
+            raise context.error(
+                ImageFormatError,
+                f"the format must be one of {', '.join(allowed)}, got {name}; convert it, "
+                "or pass Limits(image_formats=...) if you trust its origin",
+            ) from error
+        reason = f"not an image in an allowed format ({', '.join(allowed)}), or damaged at its start"
+        raise context.error(ImageDecodeError, reason) from error
+    except (
+        Exception
+    ) as error:  # Pillow's parsers raise SyntaxError, ValueError, RuntimeError, TypeError, struct.error …
+        raise context.error(ImageDecodeError, _describe_failure(error)) from error
+
+
+def _load(image: Image.Image, context: ImageContext) -> None:
+    try:
+        image.load()
+    except Exception as error:  # anything, down to MemoryError for a false header
+        raise context.error(ImageDecodeError, _describe_failure(error)) from error
+
+
+def _describe_failure(error: Exception) -> str:
+    """Quotes Pillow's message only if it is plain text: some of its messages contain addresses or raw bytes."""
+    text = str(error)
+    is_plain = _PLAIN_SENTENCE.fullmatch(text) and "0x" not in text
+    return f"cannot be decoded: {text}" if is_plain else f"cannot be decoded ({type(error).__name__})"
+
+
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+        transposition = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    except Exception:  # malformed EXIF raises anything, SyntaxError included, and does not affect the pixels
+        return image
+    return image if transposition is None else image.transpose(transposition)
+
+
+def _decode_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
+    context.check_size(*image.size)
+    with _LOCKS[(id(image) >> 4) % len(_LOCKS)]:
+        frame = image.tell()
+        try:
+            if frame:
+                _seek(image, 0, context)
+                context.check_size(*image.size)
+            _load(image, context)
+            return _convert_pil(image, context)
+        finally:
+            if frame:
+                _seek(image, frame, context)
+
+
+def _seek(image: Image.Image, frame: int, context: ImageContext) -> None:
+    try:
+        image.seek(frame)
+    except Exception as error:  # the same parsers as in _load
+        raise context.error(ImageDecodeError, f"frame {frame}: {_describe_failure(error)}") from error
+
+
+def _convert_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
+    """Returns the pixels of a loaded image in memory of their own."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return _convert_deep_gray(image, context)
+    try:
+        if image.has_transparency_data:
+            return composite_on_white(image.convert("RGBA"))
+        return copy_rgb_pixels(image if image.mode == "RGB" else image.convert("RGB"))
+    except Exception as error:
+        reason = f"mode {image.mode} cannot be converted to RGB; convert it first"
+        raise context.error(ImageValueError, reason) from error
+
+
+def _convert_deep_gray(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
+    """Returns the pixels of a gray image of more than 8 bits: 0 … 65535 in the integer modes, 0 … 1 in mode F."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return convert_array(values, context, None)
+    lowest, highest = int(values.min()), int(values.max())
+    if lowest < 0 or highest > 65535:
+        raise context.error(
+            ImageValueError,
+            f"mode {image.mode} must hold values from 0 to 65535, got {lowest} to {highest}; scale them first",
+        )
+    if image.mode == "I" and 0 < highest <= 255 and image.format not in ("PNG", "PPM"):
+        # Pillow reads 16-bit files into this mode, and `convert("I")` makes it from 8-bit ones.
+        raise context.error(
+            ImageValueError,
+            f"mode I has no value above {highest}, which may be 8-bit or very dark 16-bit pixels; "
+            'convert it to mode "L" or "I;16" first',
+        )
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values = np.where(values == transparent, 65535, values)
+    return convert_array(values.astype(np.uint16), context, None)
