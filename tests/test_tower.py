@@ -382,7 +382,7 @@ def test_ambiguous_axis_order_must_be_given(tower: VisionTower) -> None:
     assert rows.shape == (3, 50, 3), "three rows of 50 pixels, or three channels of 50 rows of three"
     columns = np.ascontiguousarray(rows.transpose(1, 2, 0))
     for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
-        with pytest.raises(ImageValueError, match="say which with input_data_format="):
+        with pytest.raises(ImageValueError, match="pass input_data_format="):
             call([rows])
     for encode in (tower.encode, lambda images, **how: [tower.encode_video(images, **how)]):
         (flat,) = encode([rows], input_data_format="channels_last")

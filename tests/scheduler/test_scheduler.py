@@ -209,7 +209,7 @@ def test_invalid_calls_are_rejected_before_decoding(tower: VisionTower, qwen2_vl
         with pytest.raises(UsageError, match=next(iter(arguments))):
             tower.encode([b"no image"], **arguments)
     for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
-        with pytest.raises(UsageError, match="no bound longest_edge"):
+        with pytest.raises(UsageError, match="got longest_edge"):
             call([b"no image"], longest_edge=100)
     with pytest.raises(UsageError, match="aliases"):
         tower.encode(IMAGES, on_error="return", text_alias=["<a>"])
