@@ -172,7 +172,7 @@ def test_options_work_without_files(saved: Saved) -> None:
     assert smaller.count_tokens(300, 300) == 9
     plain = load(native, delay_load=True, processor_options={"do_normalize": False}).preprocess(IMAGES)
     assert 0.0 <= plain.pixels.min() < plain.pixels.max() <= 1.0
-    with pytest.raises(UsageError, match="must be among .* got crop"):
+    with pytest.raises(UsageError, match=r"must be among .* got crop"):
         load(native, delay_load=True, processor_options={"crop": 3})
 
 
