@@ -62,7 +62,7 @@ def fold_pixel_weights(
     held = sources[weight.held_name]
     # The frames of a still image are equal: their weights are added before any rounding.
     whole = held.float().sum(2) if weight.transform == "fold_temporal" else held.float()
-    folded, constant = normalization.folded(whole.flatten(1))
+    folded, constant = normalization.fold(whole.flatten(1))
     if role in node.weights:
         added = sources[graph.weights[node.weights[role]].held_name].float()
         constant = torch.cat((added[:1], added[1:] + constant)) if class_token else added + constant
