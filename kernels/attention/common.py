@@ -335,7 +335,7 @@ def compute_score_factor(scale: float | None, *, is_optional: bool = False) -> f
     return scale * math.log2(math.e)
 
 
-def launch_with_pointers(
+def launch_kernel(
     kernel: Any, args: LaunchArguments, score_scale: float | None, block_rows: int, **others: Any
 ) -> None:
     """Launches one program per head and tile of ``block_rows`` rows; ``others`` are arguments of this kernel alone."""
@@ -366,18 +366,19 @@ def launch_with_pointers(
     )
 
 
-def make_pointer_spec(
+def make_attention_spec(
     kernel: Any, heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig, label: str, **constants: Any
 ) -> CompileSpec:
-    """Describes a launch with pointers over views of a fused projection."""
+    """Describes a launch over views of a fused projection."""
     name = TRITON_TYPES[dtype]
     types = {
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{name}"),
+        **dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{name}[{config.block_keys}, {heads.main}]>"),
+        **dict.fromkeys(("k_tail_desc", "v_tail_desc"), f"tensordesc<{name}[{config.block_keys}, {heads.tail}]>"),
         "overflowed_ptr": "*i8",
         "cu_seqlens_ptr": "*i32",
         "tiles_ptr": "*i32",
-        "tile_count": "i32",
-        "token_count": "i32",
+        **dict.fromkeys(("tile_count", "token_count", "query_columns"), "i32"),
         "score_scale": "fp32",
         **dict.fromkeys(STRIDES, "i32"),
     }
@@ -388,24 +389,23 @@ def make_pointer_spec(
         "ALIGNMENT": math.gcd(heads.width, 16),
         **constants,
     }
+    # Token strides of a fused projection are divisible by 16; head strides are if the heads' columns are.
+    columns = {
+        "stride_oh": heads.head_dim,
+        "stride_qh": heads.width,
+        "stride_kh": heads.width,
+        "stride_vh": heads.width,
+    }
+    aligned = {stride for stride in STRIDES if columns.get(stride, 16) % 16 == 0}
     return CompileSpec(
         name=f"{name} {heads.text}, {config.block_queries}x{config.block_keys} warps {config.num_warps} "
         f"stages {config.num_stages}{label}",
         kernel=kernel,
         signature={argument: types[argument] for argument in kernel.arg_names if argument in types},
         constants={argument: every[argument] for argument in kernel.arg_names if argument in every},
-        divisible_by_16=list_aligned_strides(heads, STRIDES),
+        divisible_by_16=tuple(argument for argument in kernel.arg_names if argument in aligned),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_core=dtype != torch.float32,
         elements=config.block_queries * config.block_keys,
-    )
-
-
-def list_aligned_strides(heads: Heads, strides: tuple[str, ...]) -> tuple[str, ...]:
-    """Lists the strides of a fused projection that are divisible by 16: all token strides, head strides by width."""
-    return tuple(
-        stride
-        for stride in strides
-        if stride.endswith("t") or (heads.head_dim if stride == "stride_oh" else heads.width) % 16 == 0
     )

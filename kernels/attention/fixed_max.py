@@ -38,13 +38,13 @@ from .common import (
     compute_score_factor,
     compute_scores,
     is_in_range,
-    launch_with_pointers,
+    launch_kernel,
     load_keys,
     load_queries,
     load_values,
     locate_tile,
+    make_attention_spec,
     make_key_value_ptrs,
-    make_pointer_spec,
     online_softmax,
     scale_to_log2,
     split_head_dim,
@@ -214,7 +214,7 @@ def launch(args: LaunchArguments) -> None:
     """Launches one program per head and query tile."""
     constants = _constants(args.heads, args.q.dtype, args.config)
     factor = compute_score_factor(args.scale, is_optional=constants["SPARE"])
-    launch_with_pointers(_attention_fixed_kernel, args, factor, args.config.block_queries, **constants)
+    launch_kernel(_attention_fixed_kernel, args, factor, args.config.block_queries, **constants)
 
 
 def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> CompileSpec:
@@ -224,4 +224,4 @@ def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig)
     if heads.has_scaled_queries and constants["SPARE"]:
         label += ", scaled queries"
         constants["score_scale"] = None
-    return make_pointer_spec(_attention_fixed_kernel, heads, dtype, config, label, **constants)
+    return make_attention_spec(_attention_fixed_kernel, heads, dtype, config, label, **constants)

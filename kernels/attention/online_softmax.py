@@ -15,11 +15,11 @@ from .common import (
     Heads,
     LaunchArguments,
     compute_score_factor,
-    launch_with_pointers,
+    launch_kernel,
     load_queries,
     locate_tile,
+    make_attention_spec,
     make_key_value_ptrs,
-    make_pointer_spec,
     online_softmax,
     store_rows,
 )
@@ -69,7 +69,7 @@ def _attention_online_kernel(
 
 def launch(args: LaunchArguments, *, overflowed: torch.Tensor | None = None) -> None:
     """Launches one program per head and query tile; computes only rows marked in ``overflowed`` (``[H, T]`` int8)."""
-    launch_with_pointers(
+    launch_kernel(
         _attention_online_kernel,
         args,
         compute_score_factor(args.scale),
@@ -85,4 +85,4 @@ def compile_spec(
     """Describes one launch over views of a fused projection."""
     label = ", recompute" if recompute else ""
     absent = {} if recompute else {"overflowed_ptr": None}
-    return make_pointer_spec(_attention_online_kernel, heads, dtype, config, label, RECOMPUTE=recompute, **absent)
+    return make_attention_spec(_attention_online_kernel, heads, dtype, config, label, RECOMPUTE=recompute, **absent)

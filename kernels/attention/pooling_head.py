@@ -3,15 +3,14 @@
     out[s] = Σ_j softmax_j(scale · query·k[j]) v[j]        j over the rows of segment s, per head
 
 It is the attention of transformers' ``SiglipMultiheadAttentionPoolingHead`` (``torch.nn.MultiheadAttention`` with a
-probe) between its projections: the probe is the same for every image, so its query is projected once and not per
-image.
+probe) between its projections: the probe is the same for every image, so its query is projected once.
 
 Shapes: query ``[H, head_dim]``, kv ``[T, 2, H, head_dim]`` (keys at 0, values at 1), T the rows of all segments, out
 ``[S, H, head_dim]``.  One program owns one head of one segment and walks its rows in blocks of ``block_keys``, keeping
 the running maximum, the running sum and the output in fp32 (online softmax: Milakov and Gimelshein, arXiv 1805.02867).
-A single query leaves nothing for tensor cores to do: the kernel is bound by memory, reads ``2·T·H·head_dim`` elements
-once, and does as many multiplications and additions.  Few programs run (12 to 16 heads for each image), yet next to
-the layers before it the head is cheap.
+A single query leaves no work for tensor cores: the kernel is memory bound, reads ``2·T·H·head_dim`` elements once, and
+does as many multiplications and additions.  Few programs run (12 to 16 heads per image), but the layers before it cost far
+more.
 """
 
 import math
@@ -21,72 +20,64 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
+from ..runtime.checks import check_float, check_rows, next_power_of_two
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.segments import Segments
 
-__all__ = [
-    "AttentionPoolingConfig",
-    "attention_pooling",
-    "attention_pooling_reference",
-    "compile_specs",
-    "default_config",
-    "launch_attention_pooling",
-]
-
 LARGEST_HEAD_DIM = 128
-"""A wider head is beyond what a program of the shipped configurations holds in registers."""
-
-_CHUNK = 2**20  # fp32 keys and values that the reference holds at a time
+"""A wider head exceeds the registers of a program in the default configurations."""
+CHUNK = 2**20
+"""fp32 keys and values per chunk of the reference."""
 
 
 def attention_pooling_reference(
     query: torch.Tensor, kv: torch.Tensor, segments: Segments, *, scale: float, out: torch.Tensor
 ) -> torch.Tensor:
-    """Two products and a softmax in fp32, segment by segment and a few heads at a time.
+    """Two matmuls and a softmax in fp32, segment by segment and a few heads at a time.
 
     A segment's bits depend on nothing else: every call sees one segment, in fresh memory whose alignment is always the
-    same, and how many heads it takes follows from that segment's length.
+    same, and its number of heads depends on that segment's length alone.
     """
     heads, head_dim = query.shape
-    asked = (query.float() * scale).unsqueeze(2)
+    scaled = (query.float() * scale).unsqueeze(2)
     start = 0
     for segment, length in enumerate(segments.lengths):
         rows = kv[start : start + length]
         start += length
-        step = max(1, _CHUNK // (2 * length * head_dim))
+        step = max(1, CHUNK // (2 * length * head_dim))
         for first in range(0, heads, step):
             some = slice(first, first + step)
-            # Copied, so that neither strides nor place decide how torch multiplies.
+            # Copied, so that neither strides nor addresses decide how torch multiplies.
             fused = rows[:, :, some].permute(1, 2, 0, 3)
             keys, values = torch.empty(fused.shape, dtype=torch.float32, device="cpu").copy_(fused)
-            weights = torch.softmax(torch.bmm(keys, asked[some]), dim=1)
+            weights = torch.softmax(torch.bmm(keys, scaled[some]), dim=1)
             out[segment, some] = torch.bmm(weights.transpose(1, 2), values).squeeze(1)
     return out
 
 
 @triton.jit
 def _attention_pooling_kernel(
-    QUERY, KV, OUT, CU_SEQLENS, heads, score_scale,
-    query_head_stride, kv_token_stride, kv_part_stride, kv_head_stride, out_segment_stride, out_head_stride,
+    q_ptr, kv_ptr, out_ptr, cu_seqlens_ptr, heads, score_scale,
+    stride_qh, stride_kvt, stride_kvp, stride_kvh, stride_os, stride_oh,
     HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    # Owns one head of one segment.
+    # One program owns one head of one segment.
     program = tl.program_id(0)
     segment = program // heads
     head = (program - segment * heads).to(tl.int64)
-    start = tl.load(CU_SEQLENS + segment)
-    length = tl.load(CU_SEQLENS + segment + 1) - start
+    start = tl.load(cu_seqlens_ptr + segment)
+    length = tl.load(cu_seqlens_ptr + segment + 1) - start
 
     column = tl.arange(0, COLUMNS)
     inside = column < HEAD_DIM
-    query = tl.load(QUERY + head * query_head_stride + column, mask=inside, other=0.0).to(tl.float32) * score_scale
+    query = tl.load(q_ptr + head * stride_qh + column, mask=inside, other=0.0).to(tl.float32) * score_scale
     keys = tl.arange(0, BLOCK_KEYS)
-    # Triton sees a stride's divisibility by 16 or nothing; head dim 72 needs to hear of the 8 to load 16 bytes at once.
-    pointers = KV + start.to(tl.int64) * kv_token_stride + tl.multiple_of(head * kv_head_stride, ALIGNMENT)
-    pointers += keys.to(tl.int64)[:, None] * kv_token_stride + column[None, :]
-    to_values = tl.multiple_of(tl.full([], 1, tl.int64) * kv_part_stride, ALIGNMENT)
-    step = tl.full([], BLOCK_KEYS, tl.int64) * kv_token_stride
+    # Triton only infers divisibility by 16.  The hint by 8 lets head_dim=72 use 16-byte loads.
+    ptrs = kv_ptr + start.to(tl.int64) * stride_kvt + tl.multiple_of(head * stride_kvh, ALIGNMENT)
+    ptrs += keys.to(tl.int64)[:, None] * stride_kvt + column[None, :]
+    to_values = tl.multiple_of(tl.full([], 1, tl.int64) * stride_kvp, ALIGNMENT)
+    step = tl.full([], BLOCK_KEYS, tl.int64) * stride_kvt
 
     maximum = tl.full([], -float("inf"), tl.float32)
     total = tl.zeros([], tl.float32)
@@ -94,8 +85,8 @@ def _attention_pooling_kernel(
     for first in tl.range(0, length, BLOCK_KEYS):
         present = first + keys < length
         mask = present[:, None] & inside[None, :]
-        key = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-        value = tl.load(pointers + to_values, mask=mask, other=0.0).to(tl.float32)
+        key = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(ptrs + to_values, mask=mask, other=0.0).to(tl.float32)
         scores = tl.where(present, tl.sum(key * query[None, :], axis=1), -float("inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=0))
         weights = tl.exp2(scores - higher)
@@ -103,27 +94,27 @@ def _attention_pooling_kernel(
         total = total * correction + tl.sum(weights, axis=0)
         accumulator = accumulator * correction + tl.sum(weights[:, None] * value, axis=0)
         maximum = higher
-        pointers += step
-    target = OUT + segment.to(tl.int64) * out_segment_stride + head * out_head_stride + column
-    tl.store(target, (accumulator / total).to(OUT.dtype.element_ty), mask=inside)
+        ptrs += step
+    target = out_ptr + segment.to(tl.int64) * stride_os + head * stride_oh + column
+    tl.store(target, (accumulator / total).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
 class AttentionPoolingConfig:
-    """Rows of a segment taken at a time (it decides the order of the sums, hence the bits), and warps."""
+    """Rows of a segment per loop iteration (they decide the order of the sums, hence the bits), and warps."""
 
     block_keys: int
     num_warps: int
 
 
 def _columns(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
+    return max(16, next_power_of_two(head_dim))
 
 
 def default_config(head_dim: int, architecture: str) -> AttentionPoolingConfig:
-    """8192 keys and 8192 values at a time, 32 of each a thread (16 on AMD, whose warps are twice as wide).
+    """8192 keys and 8192 values at a time, 32 of each per thread (16 on AMD, whose warps are twice as wide).
 
-    The lengths of the segments have no say: an image's bits must not depend on what else is in the pack.
+    The lengths of the segments have no effect: an image's bits must not depend on the rest of the batch.
     """
     if architecture == "interpreter":
         return AttentionPoolingConfig(block_keys=64, num_warps=4)
@@ -140,9 +131,8 @@ def launch_attention_pooling(
     scale: float,
     config: AttentionPoolingConfig,
 ) -> None:
-    """Launches one program for each head of each segment; the arguments are valid, and there is one at least."""
+    """Launches one program per head and segment, for valid, non-empty tensors."""
     heads, head_dim = query.shape
-    token_stride, part_stride, head_stride = kv.stride()[:3]
     _attention_pooling_kernel[(segments.count * heads,)](
         query,
         kv,
@@ -152,32 +142,15 @@ def launch_attention_pooling(
         # exp2 is one instruction where exp is several: the scores are in units of log 2 from the start.
         scale * math.log2(math.e),
         query.stride(0),
-        token_stride,
-        part_stride,
-        head_stride,
-        out.stride(0),
-        out.stride(1),
+        *kv.stride()[:3],
+        *out.stride()[:2],
         HEAD_DIM=head_dim,
         COLUMNS=_columns(head_dim),
         BLOCK_KEYS=config.block_keys,
-        ALIGNMENT=math.gcd(16, part_stride, head_stride),
+        ALIGNMENT=math.gcd(16, *kv.stride()[1:3]),
         num_warps=config.num_warps,
         num_stages=1,
     )
-
-
-def _check(name: str, tensor: torch.Tensor, query: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != query.dtype or tensor.device != query.device:
-        raise TypeError(
-            f"{name} is {tensor.dtype} on {tensor.device}; query is {query.dtype} on {query.device}, they have to agree"
-        )
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be {shape}")
-    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; the elements of a head have to be "
-            "adjacent (last stride 1)"
-        )
 
 
 def attention_pooling(
@@ -189,47 +162,44 @@ def attention_pooling(
     out: torch.Tensor | None = None,
     config: AttentionPoolingConfig | None = None,
 ) -> torch.Tensor:
-    """What one query takes from each segment, head by head: softmax attention in fp32, rounded once.
+    """Computes softmax attention of one query to each segment, head by head, in fp32 and rounded once.
 
     Args:
         query: ``[H, head_dim]`` float32, float16 or bfloat16, ``head_dim`` at most 128, last stride 1; the same for
             every segment.
         kv: keys and values ``[T, 2, H, head_dim]`` of ``query``'s dtype; any strides but the last, which is 1.
-        segments: the division of the T rows, one segment for each image; none may be empty.
-        scale: what the scores are multiplied by; ``head_dim ** -0.5`` by default; positive.
-        out: where to write, ``[S, H, head_dim]``, any strides but the last, which is 1; must not overlap ``kv``.
-        config: how to launch the kernel; the default is chosen for the head's width and the device.
+        segments: lengths of the S segments, one per image, T rows in total; none may be empty.
+        scale: positive factor of the scores; ``head_dim ** -0.5`` by default.
+        out: output ``[S, H, head_dim]``, any strides but the last, which is 1; a new tensor by default; must not overlap
+            ``kv``.
+        config: launch configuration.
 
     Returns:
-        ``[S, H, head_dim]``, S the number of segments: ``out``, or a new contiguous tensor.  A segment's part of it
-        depends on that segment alone, bit for bit, for one configuration.
+        ``out``.  A segment's part depends on that segment alone, bit for bit, for one configuration.
 
     Raises:
-        ValueError: shapes, strides or ``segments`` that do not fit, a segment without rows, a scale that is not
-            positive.
-        TypeError: dtypes or devices that differ, a dtype that is none of the three, or ``segments`` of another type.
+        ValueError: a shape, stride or scale does not fit, or a segment is empty.
+        TypeError: a dtype or device does not fit, or ``segments`` has another type.
     """
     if not isinstance(segments, Segments):
-        raise TypeError(f"segments must be Segments, got {type(segments).__name__}; see Segments.from_lengths")
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"query is {query.dtype}; attention_pooling takes float32, float16 and bfloat16")
+        raise TypeError(f"segments must be Segments, got {type(segments).__name__}; use Segments.from_lengths")
+    check_float("query", query)
     if query.dim() != 2 or not 1 <= query.shape[1] <= LARGEST_HEAD_DIM:
         raise ValueError(
-            f"query has shape {tuple(query.shape)}; it has to be [heads, head_dim] with "
-            f"1 <= head_dim <= {LARGEST_HEAD_DIM}"
+            f"query must be [heads, head_dim] with head_dim from 1 to {LARGEST_HEAD_DIM}, got {tuple(query.shape)}"
         )
     heads, head_dim = query.shape
-    _check("query", query, query, (heads, head_dim))
-    _check("kv", kv, query, (segments.total, 2, heads, head_dim))
+    check_rows("query", query, (heads, head_dim), query)
+    check_rows("kv", kv, (segments.total, 2, heads, head_dim), query)
     if 0 in segments.lengths:
         raise ValueError(
-            f"segment {segments.lengths.index(0)} of {segments} has no rows; an image needs at least one row"
+            f"segments must not be empty, got {segments} with segment {segments.lengths.index(0)} of 0 rows"
         )
     scale = head_dim**-0.5 if scale is None else scale
     if not torch.finfo(torch.float32).tiny <= scale < math.inf:
-        raise ValueError(f"scale is {scale}; it has to be a positive, finite float32 number")
+        raise ValueError(f"scale must be a positive, finite fp32 number, got {scale}")
     out = query.new_empty(segments.count, heads, head_dim) if out is None else out
-    _check("out", out, query, (segments.count, heads, head_dim))
+    check_rows("out", out, (segments.count, heads, head_dim), query)
     if not out.numel():
         return out
     if not runs_kernel(query):
@@ -240,7 +210,7 @@ def attention_pooling(
 
 
 def compile_specs(architecture: str) -> list[CompileSpec]:
-    """The shipped configurations: SigLIP's heads (64 wide in base, 72 in so400m), every dtype, and the widest."""
+    """Lists the default launches: SigLIP's heads (64 wide in base, 72 in so400m), every dtype, and the widest head."""
     variants = [(64, torch.bfloat16), (72, torch.bfloat16), (72, torch.float16), (72, torch.float32)]
     variants += [(LARGEST_HEAD_DIM, torch.bfloat16)]
     return [_compile_spec(head_dim, dtype, default_config(head_dim, architecture)) for head_dim, dtype in variants]
@@ -248,13 +218,13 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
 
 def _compile_spec(head_dim: int, dtype: torch.dtype, config: AttentionPoolingConfig) -> CompileSpec:
     element = TRITON_TYPES[dtype]
-    head_strides = ("query_head_stride", "kv_head_stride", "out_head_stride")
-    strides = ("kv_token_stride", "kv_part_stride", "out_segment_stride")
+    head_strides = ("stride_qh", "stride_kvh", "stride_oh")
+    strides = ("stride_kvt", "stride_kvp", "stride_os")
     return CompileSpec(
         name=f"attention_pooling {element} head {head_dim}, {config.block_keys} keys",
         kernel=_attention_pooling_kernel,
-        signature=dict.fromkeys(("QUERY", "KV", "OUT"), f"*{element}")
-        | {"CU_SEQLENS": "*i32", "heads": "i32", "score_scale": "fp32"}
+        signature=dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), f"*{element}")
+        | {"cu_seqlens_ptr": "*i32", "heads": "i32", "score_scale": "fp32"}
         | dict.fromkeys((*head_strides, *strides), "i32"),
         constants={
             "HEAD_DIM": head_dim,

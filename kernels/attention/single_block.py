@@ -16,12 +16,12 @@ from .common import (
     LaunchArguments,
     compute_score_factor,
     compute_scores,
-    launch_with_pointers,
+    launch_kernel,
     load_keys,
     load_queries,
     load_values,
     locate_tile,
-    make_pointer_spec,
+    make_attention_spec,
     store_rows,
 )
 
@@ -70,9 +70,9 @@ def _attention_single_block_kernel(
 def launch(args: LaunchArguments) -> None:
     """Launches one program per head and segment."""
     factor = compute_score_factor(args.scale)
-    launch_with_pointers(_attention_single_block_kernel, args, factor, args.config.block_keys)
+    launch_kernel(_attention_single_block_kernel, args, factor, args.config.block_keys)
 
 
 def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> CompileSpec:
     """Describes one launch over views of a fused projection."""
-    return make_pointer_spec(_attention_single_block_kernel, heads, dtype, config, ", single block")
+    return make_attention_spec(_attention_single_block_kernel, heads, dtype, config, ", single block")

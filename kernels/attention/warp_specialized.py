@@ -21,13 +21,11 @@ The interpreter ignores warp specialization and runs everything else.
 """
 
 import contextvars
-import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.config import CompileSpec
 from ..runtime.device_functions import dot
@@ -38,8 +36,9 @@ from .common import (
     LaunchArguments,
     compute_score_factor,
     is_in_range,
-    list_aligned_strides,
+    launch_kernel,
     locate_tile,
+    make_attention_spec,
     scale_to_log2,
     store_rows,
 )
@@ -47,8 +46,6 @@ from .fixed_max import MIN_SUM, has_spare_column, max_sum
 
 RECOMPUTE = FlashAttentionConfig(block_queries=128, block_keys=64, num_warps=8, num_stages=2)
 """Configuration of the second launch: one that suits every head dim, since it rarely computes."""
-
-_STRIDES = ("stride_qt", "stride_qh", "stride_kh", "stride_vh", "stride_ot", "stride_oh")
 
 
 @triton.jit
@@ -219,46 +216,37 @@ def launch(args: LaunchArguments) -> None:
 def _launch(args: LaunchArguments) -> None:
     triton.set_allocator(_allocate_scratch)
     q, config, heads = args.q, args.config, args.heads
-    tiles = args.segments.tiles(config.block_queries, q.device)
-    tokens, count, _ = q.shape
+    tokens, count, width = q.shape
     overflowed = None if q.dtype == torch.float16 else torch.empty(count, tokens, dtype=torch.int8, device=q.device)
-    constants = _constants(heads, q.dtype, config, args.alignment)
-    descriptors = [
-        _make_descriptor(tensor, config.block_keys, part) if part else None
-        for tensor in (args.k, args.v)
-        for part in (heads.main, heads.tail)
-    ]
-    _attention_specialized_kernel[(len(tiles) * count,)](
-        q,
-        *descriptors,
-        args.out,
-        overflowed,
-        args.segments.cu_seqlens_on(q.device),
-        tiles,
-        len(tiles),
-        tokens,
-        (count - 1) * q.stride(1) + q.shape[2],
+    constants = _constants(heads, q.dtype, config)
+    descriptors = {
+        f"{name}_desc": _make_descriptor(tensor, config.block_keys, columns) if columns else None
+        for name, tensor, columns in (
+            ("k", args.k, heads.main),
+            ("k_tail", args.k, heads.tail),
+            ("v", args.v, heads.main),
+            ("v_tail", args.v, heads.tail),
+        )
+    }
+    launch_kernel(
+        _attention_specialized_kernel,
+        args,
         compute_score_factor(args.scale, is_optional=constants["SPARE"]),
-        **{name: args.strides[name] for name in _STRIDES},
+        config.block_queries,
+        **descriptors,
+        overflowed_ptr=overflowed,
+        query_columns=(count - 1) * q.stride(1) + width,
         **constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
     )
     if overflowed is not None:
         online_softmax.launch(replace(args, config=RECOMPUTE), overflowed=overflowed)
 
 
-def _constants(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig, alignment: int) -> dict[str, Any]:
+def _constants(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> dict[str, Any]:
     return {
-        "HEAD_DIM": heads.head_dim,
-        "MAIN": heads.main,
-        "TAIL": heads.tail,
         "SPARE": heads.head_dim < heads.main + heads.tail,
         # Weights in fp16 leave too little room above the last block's maximum.
         "ONLINE": dtype == torch.float16,
-        "BLOCK_QUERIES": config.block_queries,
-        "BLOCK_KEYS": config.block_keys,
-        "ALIGNMENT": alignment,
         "MIN_SUM": MIN_SUM,
         "MAX_SUM": max_sum(dtype),
         "STAGES": config.num_stages,
@@ -267,38 +255,12 @@ def _constants(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig, a
 
 def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> CompileSpec:
     """Describes one launch over views of a fused projection."""
-    name = configs.TRITON_TYPES[dtype]
-    constants = _constants(heads, dtype, config, math.gcd(heads.width, 16))
-    signature = {
-        "q_ptr": f"*{name}",
-        "k_desc": f"tensordesc<{name}[{config.block_keys}, {heads.main}]>",
-        "k_tail_desc": f"tensordesc<{name}[{config.block_keys}, {heads.tail}]>",
-        "v_desc": f"tensordesc<{name}[{config.block_keys}, {heads.main}]>",
-        "v_tail_desc": f"tensordesc<{name}[{config.block_keys}, {heads.tail}]>",
-        "out_ptr": f"*{name}",
-        "overflowed_ptr": "*i8",
-        "cu_seqlens_ptr": "*i32",
-        "tiles_ptr": "*i32",
-        **dict.fromkeys(("tile_count", "token_count", "query_columns"), "i32"),
-        "score_scale": "fp32",
-        **dict.fromkeys(_STRIDES, "i32"),
-    }
+    constants = _constants(heads, dtype, config)
     absent: tuple[str, ...] = () if heads.tail else ("k_tail_desc", "v_tail_desc")
     absent += ("overflowed_ptr",) if constants["ONLINE"] else ()
-    softmax = "online" if constants["ONLINE"] else "spare column" if constants["SPARE"] else "fixed"
+    label = ", online" if constants["ONLINE"] else ", spare column" if constants["SPARE"] else ", fixed"
     if heads.has_scaled_queries and constants["SPARE"]:
         absent += ("score_scale",)
-        softmax += ", scaled queries"
+        label += ", scaled queries"
     constants |= dict.fromkeys(absent)
-    return CompileSpec(
-        name=f"{name} {heads.text}, {config.block_queries}x{config.block_keys} warps {config.num_warps} "
-        f"stages {config.num_stages}, {softmax}",
-        kernel=_attention_specialized_kernel,
-        signature=signature,
-        constants=constants,
-        divisible_by_16=list_aligned_strides(heads, _STRIDES),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        tensor_core=True,
-        elements=config.block_queries * config.block_keys,
-    )
+    return make_attention_spec(_attention_specialized_kernel, heads, dtype, config, label, **constants)

@@ -1,52 +1,34 @@
-"""Rows picked from a table by number: copied, weighed and summed, or added to other rows.
+"""Gathers rows of a table by number: copied, or weighted and summed, or added to other rows.
 
     out[n] = residual[n] + Σ_k weights[n, k] · source[index[n, k]]        index −1 stands for the row ``fill``
 
-All in fp32 and rounded once, at the store; the taps ``k`` are summed in their order, and the residual comes last.
-With one tap, no weights and no residual this copies rows, bit for bit.  It adds learned positions to patches (one tap,
-or the four of a bilinear interpolation), drops or reorders rows, puts tiles together with a newline row behind each
-line (``fill``), and shrinks a grid of features.
+Computed in fp32 and rounded once; the taps ``k`` are summed in order, and the residual is added last.  With one tap, no
+weights and no residual this copies rows, bit for bit.  It adds learned positions to patches (one tap, or the four of a
+bilinear interpolation), drops or reorders rows, joins tiles with a newline row after each line (``fill``), and shrinks a
+grid of features.
 
-Shapes: source ``[P, D]``, index and weights ``[N]`` or ``[N, K]``, residual and out ``[N, D]``; rows any distance
-apart, elements of a row adjacent.  One program owns a tile of ``rows × columns`` of out and reads the taps of its rows
-itself.  Bound by memory: reads ``K·N·D`` elements (``(K+1)·N·D`` with a residual) and writes ``N·D``; 2 FLOPs for each
-one read.
+Shapes: source ``[P, D]``, index and weights ``[N]`` or ``[N, K]``, residual and out ``[N, D]``; any row stride, last
+stride 1.  One program owns a tile of ``rows × columns`` of out and reads the taps of its rows itself.  Memory bound: reads
+``K·N·D`` elements (``(K+1)·N·D`` with a residual) and writes ``N·D``; 2 FLOPs per element read.
 """
-
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.config import TRITON_TYPES, CompileSpec
+from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor
+from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-
-__all__ = [
-    "MAX_TAPS",
-    "GatherConfig",
-    "compile_specs",
-    "default_config",
-    "gather_rows",
-    "gather_rows_reference",
-    "launch_gather",
-]
+from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile, make_spec, row_chunks
 
 MAX_TAPS = 16
-"""The most taps of one row (a bicubic interpolation has as many): the kernel is unrolled over them."""
-
-_CHUNK = 131072  # elements per thread that the reference sums at a time: they stay in the core's own cache
-
-
-def _runs(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, _CHUNK * torch.get_num_threads() // width)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+"""Largest number of taps per row (those of a bicubic interpolation): the kernel is unrolled over them."""
+CHUNK = 131072
+"""Elements per thread and chunk of the reference."""
 
 
 def _take(source: torch.Tensor, chosen: torch.Tensor, fill: torch.Tensor | None, out: torch.Tensor) -> None:
-    """``out[n] = source[chosen[n]]``, or ``fill`` where that is negative; a source without rows is all ``fill``."""
+    """Writes ``source[chosen[n]]``, or ``fill`` for negative numbers; ``source`` may then be empty."""
     if fill is None:
         torch.index_select(source, 0, chosen, out=out)
         return
@@ -63,107 +45,92 @@ def gather_rows_reference(
     residual: torch.Tensor | None,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """The sum of rows, written to ``out``: a plain copy at once, anything else a cache-sized run of rows at a time.
+    """Writes the sums to ``out``: plain copies at once, all else one cache-sized chunk of rows at a time.
 
-    No row's bits depend on the other rows: every product and every sum is a rounding of its own.
+    A row's bits do not depend on the other rows: every multiplication and every addition is rounded by itself.
     """
     rows, width = out.shape
     if weights is None and residual is None:
         _take(source, index.view(-1), fill, out)
         return out
     index = index.view(rows, -1)
-    for run in _runs(rows, width):
+    for chunk in row_chunks(rows, width, CHUNK):
         if weights is None:
-            total = source.new_empty(run.stop - run.start, width)
-            _take(source, index[run, 0], fill, total)
+            total = source.new_empty(chunk.stop - chunk.start, width)
+            _take(source, index[chunk, 0], fill, total)
         else:
-            total = _weighted_sum(source, index[run], weights.view(rows, -1)[run], fill)
+            total = _weighted_sum(source, index[chunk], weights.view(rows, -1)[chunk], fill)
         if residual is None:
-            out[run].copy_(total)
+            out[chunk].copy_(total)
         else:
-            torch.add(total, residual[run], out=out[run])
+            torch.add(total, residual[chunk], out=out[chunk])
     return out
 
 
 def _weighted_sum(
     source: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, fill: torch.Tensor | None
 ) -> torch.Tensor:
-    """``Σ_k weights[:, k] · source[index[:, k]]`` in fp32.
+    """Computes ``Σ_k weights[:, k] · source[index[:, k]]`` in fp32.
 
-    Not ``addcmul``: a compiler may fuse its product and sum for some elements of a row and not for the last few.
+    Not ``addcmul``: a compiler may fuse its multiplication and addition for all but the last few elements of a row.
     """
     shape = (len(index), source.shape[1])
     taken = source.new_empty(shape)
     total = source.new_empty(shape, dtype=torch.float32)
-    product = torch.empty_like(total)
+    weighted = torch.empty_like(total)
     for tap in range(index.shape[1]):
-        term = product if tap else total
+        term = weighted if tap else total
         _take(source, index[:, tap], fill, taken)
         term.copy_(taken).mul_(weights[:, tap, None])
         if tap:
-            total.add_(product)
+            total.add_(weighted)
     return total
 
 
 @triton.jit
-def _chosen_rows(SOURCE, FILL, chosen, source_stride, column, inside, width):
-    # The columns `column` of the rows `chosen`; of FILL where that is negative.
-    pointers = SOURCE + chosen.to(tl.int64)[:, None] * source_stride + column[None, :]
-    if FILL is None:
-        values = tl.load(pointers, mask=inside, other=0.0)
+def _load_chosen(source_ptr, fill_ptr, chosen, stride_sm, column, inside, width):
+    # Loads the columns `column` of the rows `chosen`, and of `fill` for negative numbers.
+    ptrs = source_ptr + chosen.to(tl.int64)[:, None] * stride_sm + column[None, :]
+    if fill_ptr is None:
+        values = tl.load(ptrs, mask=inside, other=0.0)
     else:
         present = (chosen >= 0)[:, None]
-        fill = tl.load(FILL + column, mask=column < width, other=0.0)
-        values = tl.where(present, tl.load(pointers, mask=inside & present, other=0.0), fill[None, :])
+        fill = tl.load(fill_ptr + column, mask=column < width, other=0.0)
+        values = tl.where(present, tl.load(ptrs, mask=inside & present, other=0.0), fill[None, :])
     return values
 
 
 @triton.jit
 def _gather_kernel(
-    SOURCE, INDEX, WEIGHTS, FILL, RESIDUAL, OUT, rows, width, source_stride, residual_stride, out_stride,
+    source_ptr, index_ptr, weights_ptr, fill_ptr, residual_ptr, out_ptr,
+    rows, width, stride_sm, stride_rm, stride_om,
     TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Owns a tile of ROWS × COLUMNS of OUT; neighboring programs write neighboring columns of the same rows.
-    column_tiles = tl.cdiv(width, COLUMNS)
-    program = tl.program_id(0)
-    row_tile = program // column_tiles
-    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (program - row_tile * column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    # One program owns a tile of ROWS × COLUMNS of the output.
+    row, column = locate_tile(width, ROWS, COLUMNS)
     valid = row < rows
     inside = valid[:, None] & (column < width)[None, :]
-    if WEIGHTS is None:
-        chosen = tl.load(INDEX + row, mask=valid, other=0)
-        total = _chosen_rows(SOURCE, FILL, chosen, source_stride, column, inside, width)
+    if weights_ptr is None:
+        chosen = tl.load(index_ptr + row, mask=valid, other=0)
+        total = _load_chosen(source_ptr, fill_ptr, chosen, stride_sm, column, inside, width)
     else:
         total = tl.zeros([ROWS, COLUMNS], tl.float32)
         for tap in tl.static_range(TAPS):
-            chosen = tl.load(INDEX + row * TAPS + tap, mask=valid, other=0)
-            weight = tl.load(WEIGHTS + row * TAPS + tap, mask=valid, other=0.0)
-            values = _chosen_rows(SOURCE, FILL, chosen, source_stride, column, inside, width)
+            chosen = tl.load(index_ptr + row * TAPS + tap, mask=valid, other=0)
+            weight = tl.load(weights_ptr + row * TAPS + tap, mask=valid, other=0.0)
+            values = _load_chosen(source_ptr, fill_ptr, chosen, stride_sm, column, inside, width)
             total += weight[:, None] * values.to(tl.float32)
-    if RESIDUAL is not None:
-        residual = tl.load(RESIDUAL + row[:, None] * residual_stride + column[None, :], mask=inside, other=0.0)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row[:, None] * stride_rm + column[None, :], mask=inside, other=0.0)
         total = total.to(tl.float32) + residual.to(tl.float32)
-    tl.store(OUT + row[:, None] * out_stride + column[None, :], total.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row[:, None] * stride_om + column[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
-class GatherConfig:
-    """The tile of one program, powers of two, and its warps; none of it changes a bit of the result."""
-
-    rows: int
-    columns: int
-    num_warps: int
-
-
-def default_config(architecture: str) -> GatherConfig:
-    """16 bytes per thread and load (16-bit elements), 256 bytes of each row: most widths are multiples of 128.
-
-    In the interpreter, where each program costs dearly, few and large ones.
-    """
+def default_config(architecture: str) -> TileConfig:
+    """16 bytes per thread and load (16-bit elements), 256 bytes of each row: most widths are multiples of 128."""
     if architecture == "interpreter":
-        return GatherConfig(rows=64, columns=2048, num_warps=4)
-    return GatherConfig(rows=16 if architecture.startswith("gfx") else 8, columns=128, num_warps=4)
+        return INTERPRETER_TILE
+    return TileConfig(rows=16 if architecture.startswith("gfx") else 8, columns=128, num_warps=4)
 
 
 @on_device_of_first
@@ -174,85 +141,27 @@ def launch_gather(
     fill: torch.Tensor | None,
     residual: torch.Tensor | None,
     out: torch.Tensor,
-    config: GatherConfig,
+    config: TileConfig,
 ) -> None:
-    """The sum of rows of validated, non-empty tensors, as :func:`gather_rows_reference`."""
+    """Launches one program per tile of ``out``, for valid, non-empty tensors."""
     rows, width = out.shape
-    grid = (triton.cdiv(rows, config.rows) * triton.cdiv(width, config.columns),)
-    _gather_kernel[grid](
-        source,
-        index,
-        weights,
-        fill,
-        residual,
-        out,
-        rows,
-        width,
-        source.stride(0),
-        0 if residual is None else residual.stride(0),
-        out.stride(0),
-        TAPS=index.numel() // rows,
-        ROWS=config.rows,
-        COLUMNS=config.columns,
-        num_warps=config.num_warps,
-    )
+    tensors = (source, index, weights, fill, residual, out)
+    strides = (0 if tensor is None else tensor.stride(0) for tensor in (source, residual, out))
+    options = {"TAPS": index.numel() // rows, **config.constants, "num_warps": config.num_warps}
+    _gather_kernel[config.grid(rows, width)](*tensors, rows, width, *strides, **options)
 
 
-def _validate_rows(name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise TypeError(
-            f"{name} is {tensor.dtype} on {tensor.device}; source is {like.dtype} on {like.device}, they have to agree"
-        )
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be {shape}")
-    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; the elements of a row have to be "
-            "adjacent (last stride 1): pass a contiguous tensor"
-        )
-
-
-def _validate_taps(index: torch.Tensor, weights: torch.Tensor | None, source: torch.Tensor) -> None:
-    if index.dtype != torch.int32 or index.device != source.device:
-        raise TypeError(f"index is {index.dtype} on {index.device}; it has to be int32 on {source.device}")
-    if index.dim() not in (1, 2) or not index.is_contiguous():
-        raise ValueError(
-            f"index has shape {tuple(index.shape)} and strides {index.stride()}; it has to be a contiguous [N] or "
-            "[N, K]"
-        )
+def _check_taps(index: torch.Tensor, weights: torch.Tensor | None, source: torch.Tensor) -> None:
+    check_tensor("index", index, tuple(index.shape), torch.int32, source.device, contiguous=True)
+    if index.dim() not in (1, 2):
+        raise ValueError(f"index must be [N] or [N, K], got shape {tuple(index.shape)}")
     taps = index.shape[1] if index.dim() == 2 else 1
     if not 1 <= taps <= MAX_TAPS:
-        raise ValueError(f"index has shape {tuple(index.shape)}, {taps} taps a row; there may be 1 to {MAX_TAPS}")
-    if weights is None:
-        if taps > 1:
-            raise ValueError(
-                f"index has shape {tuple(index.shape)}, {taps} taps a row, which need weights to be summed"
-            )
-        return
-    if weights.dtype != torch.float32 or weights.device != source.device:
-        raise TypeError(f"weights is {weights.dtype} on {weights.device}; it has to be float32 on {source.device}")
-    if weights.shape != index.shape or not weights.is_contiguous():
-        raise ValueError(
-            f"weights has shape {tuple(weights.shape)} and strides {weights.stride()}; every tap of index "
-            f"{tuple(index.shape)} has one, so it has to be contiguous and of that shape"
-        )
-
-
-def _validate_range(index: torch.Tensor, source: torch.Tensor, has_fill: bool) -> None:
-    """Raises for a row number that ``source`` does not have; on a device only where looking would not wait for it."""
-    rows = len(source)
-    if not rows and not has_fill:
-        raise ValueError(f"index asks for {len(index)} rows, but source is {tuple(source.shape)}: it has none")
-    if index.device.type != "cpu":
-        return
-    lowest, highest = (int(bound) for bound in index.aminmax())
-    if highest >= rows or lowest < -1:
-        wrong = highest if highest >= rows else lowest
-        raise ValueError(
-            f"index holds {wrong}, but source {tuple(source.shape)} has rows 0 to {rows - 1} (and -1 is fill)"
-        )
-    if lowest == -1 and not has_fill:
-        raise ValueError("index holds -1, which stands for fill, but there is none: pass fill, one row of [D]")
+        raise ValueError(f"index must have 1 to {MAX_TAPS} taps per row, got shape {tuple(index.shape)}")
+    if weights is not None:
+        check_tensor("weights", weights, tuple(index.shape), torch.float32, source.device, contiguous=True)
+    elif taps > 1:
+        raise ValueError(f"weights must be given for several taps per row, got an index of shape {tuple(index.shape)}")
 
 
 def gather_rows(
@@ -263,49 +172,45 @@ def gather_rows(
     fill: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
-    config: GatherConfig | None = None,
+    config: TileConfig | None = None,
 ) -> torch.Tensor:
-    """Sums the rows that ``index`` names, times ``weights``, and a residual; see the module's description.
+    """Sums the rows that ``index`` names, times ``weights``, and a residual.
 
     Args:
-        source: ``[P, D]`` float32, float16 or bfloat16, last stride 1.  Every row that is named has to be finite where
-            there are weights: a weight of 0 does not turn NaN into nothing.
+        source: ``[P, D]`` float32, float16 or bfloat16, last stride 1.  With weights, every row that is named must be
+            finite: a weight of 0 does not remove a NaN.
         index: ``[N]`` or ``[N, K]`` int32, contiguous, each −1 (``fill``) or in ``[0, P)``; K at most :data:`MAX_TAPS`.
-            The range is checked on the CPU only: on a GPU a number beyond it reads foreign memory, and −1 without
-            ``fill`` does.
-        weights: float32, shaped like ``index``, contiguous; may be left out where K is 1, and all of them then are 1.
-        fill: ``[D]``, the row that −1 stands for.
+            The range is checked on the CPU only: on a GPU a number out of range, or −1 without ``fill``, reads foreign
+            memory.
+        weights: float32, shaped like ``index``, contiguous; may be left out if K is 1.
+        fill: ``[D]``, the row for −1.
         residual: ``[N, D]``, added last; last stride 1.
-        out: ``[N, D]``, where to write, last stride 1 (rows any distance apart: some columns of a wider matrix, for
-            one); may be ``residual`` itself, and must not otherwise overlap the inputs.
-        config: how to launch the kernel; the default is chosen for the device.
-
-    Returns:
-        ``out``, or a new contiguous tensor ``[N, D]`` of ``source``'s dtype.
+        out: output ``[N, D]``, last stride 1 (for example some columns of a wider matrix); a new tensor by default.  It
+            may be ``residual`` itself, and must not otherwise overlap the inputs.
+        config: launch configuration.
 
     Raises:
-        ValueError: shapes that do not fit, rows with gaps, several taps without weights, out being source; on the CPU
-            row numbers out of range.
-        TypeError: dtypes or devices that do not fit.
+        ValueError: a shape, stride or (on the CPU) row number does not fit, weights are missing, or ``out`` is ``source``.
+        TypeError: a dtype or device does not fit.
     """
-    if source.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"source is {source.dtype}; gather_rows takes float32, float16 and bfloat16")
+    check_float("source", source)
     if source.dim() != 2:
-        raise ValueError(f"source has shape {tuple(source.shape)}; it has to be [P, D]")
-    _validate_rows("source", source, source, tuple(source.shape))
-    _validate_taps(index, weights, source)
+        raise ValueError(f"source must be [P, D], got shape {tuple(source.shape)}")
+    check_rows("source", source, tuple(source.shape), source)
+    _check_taps(index, weights, source)
     shape = (len(index), source.shape[1])
     if fill is not None:
-        _validate_rows("fill", fill, source, shape[1:])
+        check_rows("fill", fill, shape[1:], source)
     if residual is not None:
-        _validate_rows("residual", residual, source, shape)
+        check_rows("residual", residual, shape, source)
     out = source.new_empty(shape) if out is None else out
-    _validate_rows("out", out, source, shape)
+    check_rows("out", out, shape, source)
     if not out.numel():
         return out
-    if out.data_ptr() == source.data_ptr() != 0:  # 0 is the address of tensors without memory
-        raise ValueError("out is source: a row would be overwritten before it is read")
-    _validate_range(index, source, fill is not None)
+    check_not_overwritten("source", source, out)
+    if not len(source) and fill is None:
+        raise ValueError(f"source must have rows for the {len(index)} of index, got shape {tuple(source.shape)}")
+    check_index_range(index, 0 if fill is None else -1, len(source), "-1 needs a fill of [D]")
     if not runs_kernel(source):
         return gather_rows_reference(source, index, weights, fill, residual, out)
     config = config or default_config(configs.architecture(source.device))
@@ -314,44 +219,36 @@ def gather_rows(
 
 
 def compile_specs(architecture: str) -> list[CompileSpec]:
-    """The shipped configuration: copies, learned positions and bilinear taps, tiles with their newline, every dtype.
+    """Lists the default launches: copies, learned positions and bilinear taps, tiles with their newline, every dtype.
 
-    The width is no constant of the kernel: 1024, 1152, 1280, 4096 and 5120 columns, multiples of 16, share their code.
+    The width is a run-time argument: 1024, 1152, 1280, 4096 and 5120 columns, multiples of 16, share their code.
     """
     variants = [
         (1, "bf16", ""),
-        (1, "bf16", "FILL"),
-        (1, "bf16", "RESIDUAL"),
-        (4, "bf16", "WEIGHTS"),
-        (4, "bf16", "WEIGHTS RESIDUAL"),
-        (4, "bf16", "WEIGHTS FILL"),
-        (4, "fp16", "WEIGHTS RESIDUAL"),
-        (1, "fp32", "RESIDUAL"),
-        (4, "fp32", "WEIGHTS FILL RESIDUAL"),
-        (MAX_TAPS, "bf16", "WEIGHTS FILL RESIDUAL"),
+        (1, "bf16", "fill"),
+        (1, "bf16", "residual"),
+        (4, "bf16", "weights"),
+        (4, "bf16", "weights residual"),
+        (4, "bf16", "weights fill"),
+        (4, "fp16", "weights residual"),
+        (1, "fp32", "residual"),
+        (4, "fp32", "weights fill residual"),
+        (MAX_TAPS, "bf16", "weights fill residual"),
     ]
     return [_compile_spec(*variant, default_config(architecture)) for variant in variants]
 
 
-def _compile_spec(taps: int, element: str, present: str, config: GatherConfig) -> CompileSpec:
-    pointers = dict.fromkeys(("SOURCE", "OUT", *present.split()), f"*{element}")
-    fixed = {"INDEX": f"*{TRITON_TYPES[torch.int32]}"} | (
-        {"WEIGHTS": f"*{TRITON_TYPES[torch.float32]}"} if "WEIGHTS" in pointers else {}
-    )
-    sizes = ("width", "source_stride", "residual_stride", "out_stride")
-    return CompileSpec(
-        name=" ".join(("gather", element, f"taps {taps}", *present.lower().split(), f"{config.rows}x{config.columns}")),
-        kernel=_gather_kernel,
-        signature=pointers | fixed | dict.fromkeys(("rows", *sizes), "i32"),
-        constants={
-            **dict.fromkeys(name for name in ("WEIGHTS", "FILL", "RESIDUAL") if name not in pointers),
-            "TAPS": taps,
-            "ROWS": config.rows,
-            "COLUMNS": config.columns,
-        },
-        divisible_by_16=sizes,
-        num_warps=config.num_warps,
-        num_stages=1,
-        tensor_core=False,
-        elements=config.rows * config.columns,
+def _compile_spec(taps: int, element: str, present: str, config: TileConfig) -> CompileSpec:
+    pointers = {f"{name}_ptr": f"*{element}" for name in ("source", "out", *present.split())}
+    if "weights_ptr" in pointers:
+        pointers["weights_ptr"] = "*fp32"
+    absent = dict.fromkeys(name for name in ("weights_ptr", "fill_ptr", "residual_ptr") if name not in pointers)
+    return make_spec(
+        " ".join(("gather", element, f"taps {taps}", *present.split(), f"{config.rows}x{config.columns}")),
+        _gather_kernel,
+        {**pointers, "index_ptr": "*i32", "rows": "i32"},
+        {**absent, "TAPS": taps, **config.constants},
+        config.num_warps,
+        config.rows * config.columns,
+        aligned=("width", "stride_sm", "stride_rm", "stride_om"),
     )

@@ -112,5 +112,5 @@ def test_a_tensor_too_long_for_32_bits_is_walked_by_rows():
     rows = 2**31 // 1280
     tensor = torch.empty(rows, 1280, dtype=torch.bfloat16, device="meta")
     assert 2**31 - 1024 < tensor.numel() < 2**31
-    assert activations._rows_and_columns(tensor) == (rows, 1280)
-    assert activations._rows_and_columns(tensor[:1000]) == (1, 1280 * 1000)
+    assert activations.flatten_rows(tensor) == (rows, 1280)
+    assert activations.flatten_rows(tensor[:1000]) == (1, 1280 * 1000)

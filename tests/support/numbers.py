@@ -40,3 +40,10 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def tolerance(dtype: torch.dtype, elements: int) -> float:
     """The tighter of the two tables that ``elements`` values are enough for."""
     return (ROUNDED_ONCE if elements >= 1000 else TOLERANCE)[dtype]
+
+
+def normal(
+    *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
+) -> torch.Tensor:
+    """Standard normal values of ``seed``, the same on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)

@@ -6,7 +6,8 @@ import torch
 
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import PromptError, UsageError
-from tritontower.kernels.rowwise.splice import DTYPES, splice_rows
+from tritontower.kernels.rowwise.splice import splice_rows
+from tritontower.kernels.runtime.checks import FLOAT_DTYPES
 
 from .token_ids import DEFAULT_BASE, Ids, order_by_ids
 
@@ -108,7 +109,7 @@ def _splice(
 def _check_tensors(text: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None) -> None:
     if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
         raise UsageError(f"input_ids must be integers, got {ids.dtype}")
-    if text.dtype not in DTYPES:
+    if text.dtype not in FLOAT_DTYPES:
         raise UsageError(f"text must be float32, float16 or bfloat16, got {text.dtype}")
     if text.dim() < 2 or text.shape[:-1] != ids.shape:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Patch positions, frequencies and rotary tables: bit for bit what transformers computes."""
+"""Patch positions, frequencies and rotary tables: the same bits as in transformers."""
 
 import random
 
@@ -18,12 +18,10 @@ from transformers.vision_utils import (
 from tritontower.kernels.rowwise.positions import (
     axial_frequencies,
     bilinear_taps,
-    compile_specs,
     merge_block_positions,
     rotary_table,
     window_order,
 )
-from tritontower.kernels.runtime.config import ARCHITECTURES
 
 
 def random_grids(merge, seed, count=4, longest=20):
@@ -36,7 +34,7 @@ def random_grids(merge, seed, count=4, longest=20):
 
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_positions_are_those_of_transformers(merge, seed):
     grids = random_grids(merge, seed)
     positions = merge_block_positions(grids, merge)
@@ -49,17 +47,7 @@ def test_positions_of_a_small_grid():
     assert merge_block_positions([(2, 2, 4)], 2).tolist() == [list(row) for row in rows * 2]
 
 
-def test_positions_are_the_callers_to_change():
-    merge_block_positions([(1, 2, 2)], 1).fill_(-1)
-    assert merge_block_positions([(1, 2, 2)], 1).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-
-
-def test_no_grids():
-    assert merge_block_positions([], 2).shape == (0, 2)
-    assert merge_block_positions([(0, 2, 2)], 2).shape == (0, 2)
-
-
-def windows_of_transformers(grids, merge, side):
+def list_windows_of_transformers(grids, merge, side):
     """Order of the merge blocks and blocks per window; windows are given in pixels there, here of patches of 14."""
     pixels = side * merge * 14
     order, bounds = get_vision_window_index(torch.tensor(grids), merge, pixels, 14)
@@ -67,12 +55,12 @@ def windows_of_transformers(grids, merge, side):
 
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
-@pytest.mark.parametrize("side", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("side", [1, 2, 4, 7])
+@pytest.mark.parametrize("seed", range(2))
 def test_windows_are_those_of_transformers(merge, side, seed):
     grids = random_grids(merge, seed)
     order, lengths = window_order(grids, merge, side)
-    expected, expected_lengths = windows_of_transformers(grids, merge, side)
+    expected, expected_lengths = list_windows_of_transformers(grids, merge, side)
     assert torch.equal(order, expected)
     assert lengths == expected_lengths
 
@@ -93,7 +81,7 @@ def test_windows_are_those_of_transformers(merge, side, seed):
 )
 def test_windows_at_the_edges_are_smaller(grid, lengths):
     order, found = window_order([grid], 2, 4)
-    expected, expected_lengths = windows_of_transformers([grid], 2, 4)
+    expected, expected_lengths = list_windows_of_transformers([grid], 2, 4)
     assert found == lengths == expected_lengths
     assert torch.equal(order, expected)
 
@@ -114,14 +102,6 @@ def test_every_block_lies_in_the_square_of_its_window():
         assert torch.equal(squares, squares[:1].expand_as(squares))
 
 
-def test_orders_are_the_callers_to_change():
-    order, lengths = window_order([(1, 4, 4)], 1, 2)
-    order.fill_(-1)
-    lengths.clear()
-    assert window_order([(1, 4, 4)], 1, 2)[0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert window_order([(1, 4, 4)], 1, 2)[1] == [4, 4, 4, 4]
-
-
 @pytest.mark.parametrize("grids", [[], [(0, 4, 4)], [(1, 0, 4)], [(1, 4, 0)]], ids=str)
 def test_no_windows(grids):
     order, lengths = window_order(grids, 2, 2)
@@ -130,20 +110,7 @@ def test_no_windows(grids):
     assert lengths == []
 
 
-@pytest.mark.parametrize(
-    ("grid", "merge", "side", "message"),
-    [
-        ((1, 4, 4), 2, 0, "side is 0"),
-        ((1, 4, 4), 0, 2, "merge is 0"),
-        ((1, 4, 5), 2, 2, r"\(1, 4, 5\).*2 × 2"),
-    ],
-)
-def test_window_refusals(grid, merge, side, message):
-    with pytest.raises(ValueError, match=message):
-        window_order([grid], merge, side)
-
-
-def taps_of(grids, merge, side):
+def make_taps(grids, merge, side):
     return bilinear_taps(merge_block_positions(grids, merge), grids, side)
 
 
@@ -165,28 +132,28 @@ def stretched(grids, merge, side, table):
 
 @pytest.mark.parametrize("side", [1, 2, 4, 48])
 @pytest.mark.parametrize("merge", [1, 2])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_tables_are_stretched_from_corner_to_corner(side, merge, seed):
     grids = [*random_grids(merge, seed, longest=40), (1, merge, merge), (2, merge * 24, merge)]
     table = torch.randn(side * side, 8, generator=torch.Generator().manual_seed(seed))
-    index, weights = taps_of(grids, merge, side)
+    index, weights = make_taps(grids, merge, side)
     assert (index.dtype, weights.dtype) == (torch.int32, torch.float32)
     assert index.min() >= 0
     assert index.max() < side * side
     assert weights.min() >= 0.0
     assert relative_error(summed(index, weights, table), stretched(grids, merge, side, table)) <= 1e-7
     theirs = get_vision_interpolation_indices_and_weights(torch.tensor(grids), side, "bilinear", True, merge)
-    # They work the places out in fp32, where one near 47 is off by up to 2e-6.
+    # transformers computes the coordinates in fp32, where one near 47 is off by up to 2e-6.
     assert relative_error(summed(index, weights, table), summed(*theirs, table)) <= 2e-6
 
 
 def test_corners_and_whole_rows_are_the_tables_own():
-    index, weights = taps_of([(1, 48, 48)], 2, 48)
+    index, weights = make_taps([(1, 48, 48)], 2, 48)
     positions = merge_block_positions([(1, 48, 48)], 2)
     assert torch.equal(weights.max(dim=1).values, torch.ones(48 * 48))
     assert torch.equal(index.gather(1, weights.argmax(1, keepdim=True))[:, 0], positions[:, 0] * 48 + positions[:, 1])
     # 95 = 2 · 47 + 1: every other place of the larger grid is a row of the table, to the last bit.
-    index, weights = taps_of([(1, 95, 95)], 1, 48)
+    index, weights = make_taps([(1, 95, 95)], 1, 48)
     whole = (merge_block_positions([(1, 95, 95)], 1) % 2 == 0).all(1)
     assert torch.equal(weights[whole].max(dim=1).values, torch.ones(48 * 48))
     assert torch.equal(
@@ -197,7 +164,7 @@ def test_corners_and_whole_rows_are_the_tables_own():
 
 def test_half_pixel_centers_would_show():
     table = torch.arange(16.0)[:, None]
-    index, weights = taps_of([(1, 6, 6)], 1, 4)
+    index, weights = make_taps([(1, 6, 6)], 1, 4)
     found = summed(index, weights, table)
     assert torch.equal(found[[0, 5, 30, 35], 0], torch.tensor([0.0, 3.0, 12.0, 15.0], dtype=torch.float64))
     square = table.view(1, 1, 4, 4)
@@ -205,27 +172,12 @@ def test_half_pixel_centers_would_show():
     assert relative_error(found, centered.view(-1, 1)) > 1e-2
 
 
-def test_a_patchs_taps_do_not_depend_on_the_pack():
+def test_taps_do_not_depend_on_the_batch():
     grids = [(1, 6, 10), (2, 14, 4), (1, 2, 2)]
-    packed = taps_of(grids, 2, 48)
-    alone = [taps_of([grid], 2, 48) for grid in grids]
+    packed = make_taps(grids, 2, 48)
+    alone = [make_taps([grid], 2, 48) for grid in grids]
     assert torch.equal(packed[0], torch.cat([index for index, _ in alone]))
     assert torch.equal(packed[1], torch.cat([weights for _, weights in alone]))
-
-
-def test_no_taps():
-    index, weights = taps_of([], 2, 48)
-    assert index.shape == weights.shape == (0, 4)
-    assert (index.dtype, weights.dtype) == (torch.int32, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("rows", "side", "message"),
-    [(16, 0, "side is 0"), (15, 4, r"\(15, 2\); these grids need \(16, 2\)"), (17, 4, r"\(17, 2\)")],
-)
-def test_tap_refusals(rows, side, message):
-    with pytest.raises(ValueError, match=message):
-        bilinear_taps(torch.zeros(rows, 2, dtype=torch.int32), [(1, 4, 4)], side)
 
 
 def qwen(head_dim, theta):
@@ -250,7 +202,7 @@ def test_frequencies_are_those_of_transformers(head_dim, theta):
 
 @pytest.mark.parametrize(("layout", "module"), [("halves", qwen), ("alternating", pixtral)])
 @pytest.mark.parametrize("head_dim", [80, 72, 64])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.usefixtures("poisoned_empty")
 def test_tables_are_those_of_transformers(device, layout, module, head_dim, seed):
     positions = merge_block_positions(random_grids(2, seed, longest=40), 2)
@@ -265,7 +217,7 @@ def test_tables_are_accurate_for_large_coordinates(device):
     positions = torch.tensor([[0, 4095], [4095, 1], [2048, 2048]], dtype=torch.int32, device=device)
     frequencies = axial_frequencies(80, 10000.0, "halves")
     cos, sin = rotary_table(positions, frequencies, side=4096)
-    # The fp32 angle itself is the definition; what is judged is its cosine.
+    # The fp32 angle itself is the definition; this checks its cosine.
     angles = (positions.cpu()[..., None].float() * frequencies[0]).flatten(1).double()
     assert relative_error(cos, angles.cos()) <= 1e-7
     assert relative_error(sin, angles.sin()) <= 1e-7
@@ -286,74 +238,79 @@ def test_tables_are_written_where_asked(device):
     assert not both[:, 27:].any()
 
 
-def test_a_row_alone_equals_the_row_in_a_pack(device):
+def test_a_row_alone_equals_the_row_in_a_batch(device):
     positions = merge_block_positions([(1, 30, 22)], 2).to(device)
     frequencies = axial_frequencies(80, 10000.0, "alternating")
-    pack = rotary_table(positions, frequencies, side=30)
+    batch = rotary_table(positions, frequencies, side=30)
     for row in (0, 17, 659):
         alone = rotary_table(positions[row : row + 1], frequencies, side=int(positions[row].max()) + 1)
-        assert torch.equal(alone[0][0], pack[0][row])
-        assert torch.equal(alone[1][0], pack[1][row])
+        assert torch.equal(alone[0][0], batch[0][row])
+        assert torch.equal(alone[1][0], batch[1][row])
 
 
-def test_no_positions(device):
+def test_empty_inputs(device):
+    assert merge_block_positions([], 2).shape == merge_block_positions([(0, 2, 2)], 2).shape == (0, 2)
+    index, weights = make_taps([], 2, 48)
+    assert (index.dtype, weights.dtype) == (torch.int32, torch.float32)
+    assert index.shape == weights.shape == (0, 4)
     empty = torch.empty(0, 2, dtype=torch.int32, device=device)
     cos, sin = rotary_table(empty, axial_frequencies(8, 10000.0, "halves"), side=1)
     assert cos.shape == sin.shape == (0, 4)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((82, 10000.0, "halves"), "head_dim is 82"),
-        ((0, 10000.0, "halves"), "head_dim is 0"),
-        ((80, 10000.0, "quarters"), "quarters"),
-    ],
-)
-def test_frequency_refusals(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        axial_frequencies(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("grids", "merge", "message"),
-    [
-        ([(1, 4, 4)], 0, "merge is 0"),
-        ([(1, 4, 4), (1, 4, 5)], 2, r"\(1, 4, 5\).*2 × 2"),
-        ([(1, 3, 4)], 2, r"\(1, 3, 4\)"),
-        ([(-1, 4, 4)], 2, r"\(-1, 4, 4\)"),
-    ],
-)
-def test_grid_refusals(grids, merge, message):
-    with pytest.raises(ValueError, match=message):
-        merge_block_positions(grids, merge)
+def test_callers_may_change_results_without_spoiling_caches():
+    merge_block_positions([(1, 2, 2)], 1).fill_(-1)
+    assert merge_block_positions([(1, 2, 2)], 1).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    order, lengths = window_order([(1, 4, 4)], 1, 2)
+    order.fill_(-1)
+    lengths.clear()
+    assert window_order([(1, 4, 4)], 1, 2)[0].tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert window_order([(1, 4, 4)], 1, 2)[1] == [4, 4, 4, 4]
 
 
 POSITIONS = torch.tensor([[0, 3], [2, 1]], dtype=torch.int32)
 FREQUENCIES = (torch.ones(4), torch.ones(4))
+TABLE = {"positions": POSITIONS, "frequencies": FREQUENCIES, "side": 4}
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("function", "arguments", "error", "message"),
     [
-        ({"positions": POSITIONS.long()}, TypeError, "int64"),
-        ({"frequencies": (FREQUENCIES[0], FREQUENCIES[1].half())}, TypeError, "float16"),
-        ({"positions": POSITIONS[0]}, ValueError, r"\(2,\)"),
-        ({"positions": POSITIONS.t()}, ValueError, "last stride 1"),
-        ({"frequencies": (torch.ones(4), torch.ones(5))}, ValueError, r"\(5,\)"),
-        ({"side": 0}, ValueError, "side is 0"),
-        ({"side": 3}, ValueError, r"\[0, 3\]; with side 3"),
-        ({"positions": -POSITIONS}, ValueError, r"\[-3, 0\]"),
-        ({"out_cos": torch.zeros(2, 7)}, ValueError, r"out_cos has shape \(2, 7\)"),
-        ({"out_sin": torch.zeros(2, 8).half()}, TypeError, "out_sin is torch.float16"),
+        (axial_frequencies, {"head_dim": 82}, ValueError, "head_dim must be a positive multiple of 4, got 82"),
+        (axial_frequencies, {"head_dim": 0}, ValueError, "head_dim must be .* got 0"),
+        (axial_frequencies, {"layout": "quarters"}, ValueError, "layout must be one of .* got 'quarters'"),
+        (merge_block_positions, {"merge": 0}, ValueError, "merge must be at least 1, got 0"),
+        (merge_block_positions, {"grids": [(1, 4, 4), (1, 4, 5)]}, ValueError, r"multiples of merge=2, .* \(1, 4, 5\)"),
+        (merge_block_positions, {"grids": [(-1, 4, 4)]}, ValueError, r"got .*\(-1, 4, 4\)"),
+        (window_order, {"side": 0}, ValueError, "side must be at least 1, got 0"),
+        (window_order, {"merge": 0}, ValueError, "merge must be at least 1, got 0"),
+        (window_order, {"grids": [(1, 3, 4)]}, ValueError, r"multiples of merge=2, .* \(1, 3, 4\)"),
+        (bilinear_taps, {"side": 0}, ValueError, "side must be at least 1, got 0"),
+        (bilinear_taps, {"positions": POSITIONS}, ValueError, r"positions must have shape \(16, 2\), got \(2, 2\)"),
+        (rotary_table, {"positions": POSITIONS.long()}, TypeError, "positions must be torch.int32 on cpu"),
+        (rotary_table, {"positions": POSITIONS[0]}, ValueError, r"positions must be \[N, 2\], got shape \(2,\)"),
+        (rotary_table, {"positions": POSITIONS.t()}, ValueError, "positions must have last stride 1"),
+        (rotary_table, {"positions": -POSITIONS}, ValueError, "positions must be 0 to 3, got -3 to 0"),
+        (rotary_table, {"side": 3}, ValueError, "positions must be 0 to 2, got 0 to 3; side is 3"),
+        (rotary_table, {"side": 0}, ValueError, "side must be at least 1, got 0"),
+        (
+            rotary_table,
+            {"frequencies": (torch.ones(4), torch.ones(4).half())},
+            TypeError,
+            "frequencies must be float32",
+        ),
+        (rotary_table, {"frequencies": (torch.ones(4), torch.ones(5))}, ValueError, r"two \[hd/4\], got .*\(5,\)"),
+        (rotary_table, {"out_cos": torch.zeros(2, 7)}, ValueError, r"out_cos must have shape \(2, 8\), got \(2, 7\)"),
+        (rotary_table, {"out_sin": torch.zeros(2, 8).half()}, TypeError, "out_sin must be torch.float32"),
     ],
 )
-def test_table_refusals(changes, error, message):
+def test_refusals(function, arguments, error, message):
+    usual = {
+        axial_frequencies: {"head_dim": 80, "theta": 1e4, "layout": "halves"},
+        merge_block_positions: {"grids": [(1, 4, 4)], "merge": 2},
+        window_order: {"grids": [(1, 4, 4)], "merge": 2, "side": 2},
+        bilinear_taps: {"positions": torch.zeros(16, 2).int(), "grids": [(1, 4, 4)], "side": 4},
+        rotary_table: TABLE,
+    }[function]
     with pytest.raises(error, match=message):
-        rotary_table(**({"positions": POSITIONS, "frequencies": FREQUENCIES, "side": 4} | changes))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_head_width_is_compiled_ahead(architecture):
-    names = [spec.name for spec in compile_specs(architecture)]
-    assert len(set(names)) == len(names) == 3
+        function(**{**usual, **arguments})

@@ -1,0 +1,87 @@
+"""Shared parts of the rowwise kernels: tiles of rows × columns, and cache-sized chunks for the torch references."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..runtime._triton import tl, triton
+from ..runtime.checks import ceil_div
+from ..runtime.config import CompileSpec
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Rows and columns of one program's tile, powers of two, and its warps; none of it changes a bit of the result."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+    def grid(self, rows: int, width: int) -> tuple[int]:
+        """Programs that cover ``rows × width``."""
+        return (ceil_div(rows, self.rows) * ceil_div(width, self.columns),)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time arguments of the kernels."""
+        return {"ROWS": self.rows, "COLUMNS": self.columns}
+
+
+INTERPRETER_TILE = TileConfig(rows=64, columns=2048, num_warps=4)
+"""Few, large programs: each is expensive in the interpreter."""
+
+
+@triton.jit
+def locate_tile(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns the rows and columns of this program's tile; neighboring programs own neighboring columns."""
+    column_tiles = tl.cdiv(width, COLUMNS)
+    program = tl.program_id(0)
+    row_tile = program // column_tiles
+    row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (program - row_tile * column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    return row, column
+
+
+def row_chunks(rows: int, width: int, elements: int) -> Iterator[slice]:
+    """Cuts ``range(rows)`` into chunks of about ``elements`` elements per thread, which stay in the core's own cache."""
+    step = max(1, elements * torch.get_num_threads() // width)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def make_spec(
+    name: str,
+    kernel: Any,
+    arguments: Mapping[str, str],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    elements: int,
+    *,
+    aligned: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> CompileSpec:
+    """Describes one launch; ``arguments`` are typed, ``aligned`` ones are integers divisible by 16."""
+    return CompileSpec(
+        name=name,
+        kernel=kernel,
+        signature={**arguments, **dict.fromkeys(aligned, "i32")},
+        constants=dict(constants),
+        divisible_by_16=tuple(aligned),
+        num_warps=num_warps,
+        num_stages=1,
+        tensor_core=False,
+        elements=elements,
+        options=options or {},
+    )
+
+
+def check_index_range(index: torch.Tensor, lowest: int, rows: int, hint: str) -> None:
+    """Raises ``ValueError`` for row numbers out of range; on the CPU only, where the check waits for no device."""
+    if index.device.type != "cpu" or not index.numel():
+        return
+    smallest, largest = (int(bound) for bound in index.aminmax())
+    if smallest < lowest or largest >= rows:
+        wrong = smallest if smallest < lowest else largest
+        raise ValueError(f"index must hold {lowest} to {rows - 1}, got {wrong}; {hint}")
