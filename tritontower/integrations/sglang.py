@@ -38,17 +38,11 @@ INPUT_EMBEDS = (
 
 @dataclass(frozen=True)
 class _Host:
-    """Input that SGLang's processor and model of one type take.
-
-    Attributes:
-        images: the form for images.
-        with_grids: positions are computed from the grids.
-        video_seconds: positions of a video depend on its frame rate.
-    """
+    """Input that SGLang's processor and model of one type take: the form for images, and the entries for positions."""
 
     images: Form = "processor_output"
     with_grids: bool = False
-    video_seconds: bool = False
+    video_seconds: bool = False  # positions of a video depend on its frame rate
 
 
 # Model type → input; a name with the tower's type after a slash is looked up before the name without it.

@@ -92,22 +92,11 @@ def _attend(
     position_ids: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Computes attention with the signature of transformers.
+    """Computes attention with the signature of transformers; returns no attention weights.
 
-    Args:
-        module: the calling layer.
-        query, key, value: ``[batch, heads, rows, head_dim]`` each.
-        attention_mask: ``None``, or ``[1, 1, rows, rows]``, true or 0 between rows of the same image.
-        scaling: factor of the scores.
-        dropout: must be 0.
-        is_causal: must be false.
-        cu_seq_lens_q, cu_seq_lens_k: start of each image, and the number of rows, ``[images + 1]``; ``None``: each batch
-            entry is one image.
-        position_ids: ``[rows, 2]``, row and column in each image; used if nothing else gives the boundaries.
-        **unused: hints for other implementations.
-
-    Returns:
-        ``[batch, rows, heads, head_dim]``, and no attention weights.
+    Takes ``[batch, heads, rows, head_dim]``, returns ``[batch, rows, heads, head_dim]``. The images are described by
+    ``cu_seq_lens_q`` (``[images + 1]``, the start of each and the number of rows), by ``attention_mask`` (``[1, 1, rows,
+    rows]``, true or 0 between rows of the same image), or by ``position_ids`` (``[rows, 2]``, row and column in each).
     """
     causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if causal or dropout or query.shape != key.shape:

@@ -128,14 +128,8 @@ def share_weights(
 ) -> list[str]:
     """Makes parameters views of a tower's weights, which have the same values, and thus frees their own memory.
 
-    Args:
-        parameters: parameters by their name without its prefix, with the dtype and device of the weights.
-        weights: the tower's tensors.
-        graph: gives the tensors' shapes without padding.
-        weight_maps: maps stored tensors to the tower's.
-
-    Returns:
-        Names of the parameters that are views now. Tensors in another order, or summed, cannot be views.
+    Returns the names of the parameters that are views now. Tensors that the tower stores in another order, or summed,
+    cannot be views. ``parameters`` and the result have names without prefix; ``graph`` gives shapes without padding.
     """
     shared: list[str] = []
     stored_shapes = {name: weight_maps[name].stored_shapes(shape) for name, shape in graph.sources.items()}

@@ -13,11 +13,6 @@ def load_processor(source: str, config: Any, **download: Any) -> Any:
     Tries the processor that ``AutoProcessor`` finds; then, for models with a Pixtral tower, :class:`ImageTextProcessor`;
     then the same class without its video processor, which needs torchvision.
 
-    Args:
-        source: folder or hub id.
-        config: the checkpoint's configuration in transformers.
-        **download: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, as in transformers.
-
     Raises:
         ProcessorError: the checkpoint's tokenizer or image processor cannot be loaded.
     """

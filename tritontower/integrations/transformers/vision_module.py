@@ -76,22 +76,19 @@ def list_vision_modules(holder: torch.nn.Module, prefixes: Prefixes) -> list[str
 
 
 def is_stacked(holder: Any) -> bool:
-    """Returns if the model takes the rows of its tiles as one tensor."""
+    """Returns whether the model takes the rows of its tiles as one tensor."""
     return holder.config.model_type in STACKED
 
 
 def takes_encoder_outputs(model: Any) -> bool:
-    """Returns if this version of transformers passes ``mm_encoder_outputs`` to the model."""
+    """Returns whether this version of transformers passes ``mm_encoder_outputs`` to the model."""
     return "mm_encoder_outputs" in inspect.signature(model.forward).parameters
 
 
 def make_feature_output(holder: Any, rows: Any, deepstack: Sequence[Any] = ()) -> Any:
-    """Wraps rows in the class that ``holder`` returns and takes.
+    """Wraps rows, and those of each deepstack level, in the class that ``holder`` returns and takes.
 
-    Args:
-        holder: the module that computes image rows.
-        rows: ``[tokens, width]`` per image, or one tensor if the model is stacked.
-        deepstack: the same for each level.
+    ``rows`` is ``[tokens, width]`` per image, or one tensor if the model is stacked.
     """
     # Models with deepstack levels have this class, each in its own module.
     output = getattr(inspect.getmodule(type(holder)), "BaseModelOutputWithDeepstackFeatures", None)
