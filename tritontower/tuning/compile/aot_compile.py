@@ -152,7 +152,7 @@ def digest(order: Order) -> str:
     order = representative(order)
     task = order.task
     parts = [
-        tuned_tables.source_digest(task.kernel), _reading_digest(), triton.__version__, _assembler(order.architecture),
+        tuned_tables.source_digest(task.kernel), _reading_digest(), triton.__version__, assembler_version(order.architecture),
         order.architecture, task.kernel, task.dtype, task.constants, task.sizes, task.details, order.config,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
@@ -166,7 +166,7 @@ def _reading_digest() -> str:
 
 
 @lru_cache
-def _assembler(architecture: str) -> str | None:
+def assembler_version(architecture: str) -> str | None:
     """Returns the release of NVIDIA's assembler for an architecture; AMD's is a part of Triton."""
     return ptxas_version(int(architecture.removeprefix("sm_"))) if architecture.startswith("sm_") else None
 

@@ -1,0 +1,56 @@
+"""Child processes for compilation: a child that dies, hangs or never starts fails no more than it must."""
+
+import time
+
+import pytest
+
+from tritontower.tuning.compile.worker import Death, answers
+
+SERVE = "import os, time\nfrom tritontower.tuning.compile.worker import answer_orders\nanswer_orders(lambda order: {})"
+
+
+def serve(answer: str) -> str:
+    return SERVE.replace("{}", answer)
+
+
+def test_a_child_that_cannot_start_fails_all_orders_at_once():
+    start = time.monotonic()
+    found = dict(answers(list(range(50)), "raise SystemExit(3)", workers=2))
+    assert found == dict.fromkeys(range(50), Death("the compiler's process ended with 3: no message"))
+    assert time.monotonic() - start < 60
+
+
+def test_a_child_that_hangs_at_the_start_fails_all_orders():
+    found = dict(answers([1, 2], "import time; time.sleep(1000)", seconds=1))
+    assert found == dict.fromkeys(range(2), Death("the compiler took longer than 1 seconds"))
+
+
+def test_a_dead_child_fails_one_order():
+    found = dict(answers([1, 2, 3, 4], serve("os._exit(7) if order == 2 else {'twice': 2 * order}")))
+    assert found[1] == Death("the compiler's process ended with 7: no message")
+    assert [found[index] for index in (0, 2, 3)] == [{"twice": 2}, {"twice": 6}, {"twice": 8}]
+
+
+def test_aborts_are_told_from_other_deaths():
+    found = dict(answers([6, 134, 9], serve("os.kill(os.getpid(), order) if order < 99 else os._exit(order)")))
+    assert [found[index].aborted for index in range(3)] == [True, True, False]
+
+
+def test_a_hanging_order_fails_alone():
+    found = dict(answers([0, 1000, 0], serve("time.sleep(order) or {'slept': order}"), seconds=10))
+    assert found == {0: {"slept": 0}, 1: Death("the compiler took longer than 10 seconds"), 2: {"slept": 0}}
+
+
+@pytest.mark.parametrize("code", [serve("time.sleep(order) or {}"), "import time; time.sleep(1000)"])
+def test_the_deadline_ends_the_children(code):
+    start = time.monotonic()
+    assert list(answers([1000, 1000], code, workers=2, deadline=start + 2)) == []
+    assert time.monotonic() - start < 30
+
+
+def test_closing_the_iterator_ends_the_children():
+    found = answers([0, 1000], serve("time.sleep(order) or {}"))
+    assert next(found) == (0, {})
+    start = time.monotonic()
+    found.close()
+    assert time.monotonic() - start < 30
