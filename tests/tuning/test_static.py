@@ -112,9 +112,9 @@ def test_reports_without_a_loop_count_the_whole_program():
 
 def test_unknown_names_are_rejected():
     assert compile_specs([], "sm_80", workers=2) == []
-    with pytest.raises(ValueError, match="architecture must be one of sm_80, .*, got 'sm_70'"):
+    with pytest.raises(ValueError, match=r"architecture must be one of sm_80, .*, got 'sm_70'"):
         compile_specs([], "sm_70")
-    with pytest.raises(ValueError, match="kernel must be one of .*gemm.linear.*, got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"kernel must be one of .*gemm\.linear.*, got 'nonsense'"):
         list_specs("sm_80", ["nonsense"])
 
 

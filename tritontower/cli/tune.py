@@ -166,22 +166,19 @@ def _tasks(arguments: argparse.Namespace) -> "list[Task]":
     import torch
 
     from tritontower.checkpoint.config_reader import ConfigReader
-    from tritontower.checkpoint.hub import CONFIG_NAME, locate
+    from tritontower.checkpoint.hub import locate
     from tritontower.devices import parse_dtype
     from tritontower.errors import CheckpointNotFoundError
-    from tritontower.models.common.family import MISTRAL_FORMAT
-    from tritontower.models.common.registry import declared_dtype, read_family
+    from tritontower.models.common.registry import declared_dtype, open_config, read_family
     from tritontower.tuning.tasks import PATCHES, list_tasks
 
-    if arguments.config is not None:
-        paths = [arguments.config.expanduser()]
+    if arguments.config is None:
+        reader = open_config(locate(arguments.model, revision=arguments.revision))
     else:
-        folder = locate(arguments.model, revision=arguments.revision)
-        paths = [folder / name for name in (CONFIG_NAME, MISTRAL_FORMAT)]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise CheckpointNotFoundError(f"there is no configuration file {paths[0]}")
-    reader = ConfigReader.from_file(path)
+        path = arguments.config.expanduser()
+        if not path.is_file():
+            raise CheckpointNotFoundError(f"--config must be a configuration file, got {str(path)!r}")
+        reader = ConfigReader.from_file(path)
     dtype = parse_dtype(arguments.dtype) or declared_dtype(reader) or torch.bfloat16
     return list_tasks(read_family(reader).config, arguments.patches or PATCHES, dtype)
 

@@ -56,7 +56,7 @@ class Task:
 
     @property
     def is_gated(self) -> bool:
-        """Whether each output column takes two columns of the weight."""
+        """True if each output column takes two columns of the weight."""
         return "gated" in str(dict(self.constants).get("activation"))
 
     @property

@@ -144,7 +144,7 @@ class Gauge:
 
     @cached_property
     def captures(self) -> bool:
-        """Whether calls are timed inside CUDA graphs on this device."""
+        """True if calls are timed inside CUDA graphs on this device."""
         return can_capture(self.device)
 
     def error(self, task: Task, config: Mapping[str, Any]) -> tuple[float, str]:

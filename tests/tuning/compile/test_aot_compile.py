@@ -53,7 +53,9 @@ def test_real_compiles_are_judged_and_kept(tmp_path):
 
 def test_sizes_share_a_compile():
     few, many = (
-        Order(find_task(tasks_for(QWEN2, (patches,)), "mlp.up"), tuple(sorted({**FITS, "split": split}.items())), "sm_90")
+        Order(
+            find_task(tasks_for(QWEN2, (patches,)), "mlp.up"), tuple(sorted({**FITS, "split": split}.items())), "sm_90"
+        )
         for patches, split in ((1024, 2), (16384, 4))
     )
     assert digest(few) == digest(many)
@@ -129,7 +131,9 @@ def test_a_killed_run_resumes(tmp_path, monkeypatch):
     """The results that the killed process finished are there, and the next run compiles the rest."""
     cache = tmp_path / "cache"
     tests = Path(__file__).parents[2]
-    script = f"from pathlib import Path\nfrom support.tuning import compile_one_task\ncompile_one_task(Path({str(cache)!r}))"
+    script = (
+        f"from pathlib import Path\nfrom support.tuning import compile_one_task\ncompile_one_task(Path({str(cache)!r}))"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
     child = subprocess.Popen([sys.executable, "-c", script], env=environment)
     deadline = time.monotonic() + 300

@@ -19,6 +19,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -194,29 +195,6 @@ def _write(path: Path, result: CompileResult) -> None:
 # -- child process ----------------------------------------------------------------------------------------------------
 
 
-class StandInDriver:
-    """The methods of a Triton driver that its launch path calls before a kernel is compiled."""
-
-    def __init__(self) -> None:
-        self.target: Any = None
-
-    def set_architecture(self, architecture: str) -> None:
-        """Sets the target of the following compiles."""
-        self.target = gpu_target(architecture)
-
-    def get_current_target(self) -> Any:
-        """Returns the target."""
-        return self.target
-
-    def get_current_device(self) -> int:
-        """Returns 0."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """Returns the default stream."""
-        return 0
-
-
 def gpu_target(architecture: str) -> Any:
     """Returns Triton's target for one of ``ARCHITECTURES``."""
     from triton.backends.compiler import GPUTarget
@@ -234,8 +212,15 @@ def serve() -> None:
     from tritontower.kernels.runtime import config as configs
     from tritontower.kernels.runtime import dispatch
 
-    device = StandInDriver()
-    driver.set_active(device)
+    architecture = ""
+    # The methods of a driver that Triton's launch path calls before a kernel is compiled.
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: gpu_target(architecture),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
     launched: list[tuple[str, Any]] = []
     run = JITFunction.run
 
@@ -245,7 +230,6 @@ def serve() -> None:
         return compiled
 
     JITFunction.run = record
-    architecture = ""
     # setattr, because mypy rejects assignments to functions of a module.
     setattr(configs, "architecture", lambda device: architecture)  # noqa: B010
     setattr(dispatch, "backend_on", lambda device: "triton")  # noqa: B010
@@ -259,7 +243,6 @@ def serve() -> None:
     def answer(order: Order) -> dict[str, Any]:
         nonlocal architecture
         architecture = order.architecture
-        device.set_architecture(architecture)
         launched.clear()
         try:
             operations.prepare(order.task, torch.device("cpu"), filled=False).run(dict(order.config))

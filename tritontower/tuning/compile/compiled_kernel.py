@@ -16,7 +16,7 @@ TENSOR_CORE_PREFIX = {
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What the machine code of one kernel shows."""
+    """Properties of the machine code of one kernel."""
 
     kernel: str
     num_warps: int

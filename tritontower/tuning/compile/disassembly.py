@@ -34,7 +34,7 @@ class Instruction:
 
     @property
     def is_tensor_core(self) -> bool:
-        """Whether it is a matrix multiply-add."""
+        """True for a matrix multiply-add."""
         return _TENSOR_CORE.match(self.opcode) is not None
 
 
