@@ -240,7 +240,7 @@ def test_weights_are_shared_and_saved_unchanged(question: Ask, name: str, tmp_pa
         vision = vision_parameters(asked.model)
         assert state.shared_bytes + state.kept_bytes == sum(parameter.nbytes for parameter in vision.values())
         assert state.released_bytes == 0
-        blocks = {parameter.untyped_storage().data_ptr() for parameter in state.lent.values()}
+        blocks = {parameter.untyped_storage().data_ptr() for parameter in state.shared_parameters.values()}
         assert len(blocks) == 1
         apart = {key for key, weight in vision.items() if weight.untyped_storage().data_ptr() not in blocks}
         # The others are stored in another order, or not needed by the tower.

@@ -250,6 +250,8 @@ def test_prompt_without_images_is_text() -> None:
     assert prompt.input_ids.tolist() == prompt.placeholder_ids.tolist() == letters("abc")
     assert (prompt.spans, prompt.embeddings, prompt.token_types.tolist()) == ((), (), [0, 0, 0])
     assert encode("", []).input_ids.tolist() == []
+    started = encode("abc", [], layout=replace(LAYOUT, after_images=(9,), ending="\n"))
+    assert started.input_ids.tolist() == [9, *letters("abc\n")]
 
 
 @pytest.mark.parametrize(("is_video", "placeholder", "kind"), [(False, 5, 1), (True, 8, 2)])

@@ -146,6 +146,22 @@ def _import_processor(name: str, module: str) -> Any:
     return type(name, (processor,), {"check_argument_for_proper_class": lambda self, name, part: None})
 
 
+# Tower case → name and module of its processor class.
+PROCESSORS = {
+    "qwen2_vl": ("Qwen2VLProcessor", "qwen2_vl"),
+    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "qwen2_5_vl"),
+    "qwen3_vl": ("Qwen3VLProcessor", "qwen3_vl"),
+    "qwen3_5": ("Qwen3VLProcessor", "qwen3_vl"),
+    "mistral3": ("PixtralProcessor", "pixtral"),
+    "pixtral": ("PixtralProcessor", "pixtral"),
+    "llava": ("LlavaProcessor", "llava"),
+    "llava_next": ("LlavaNextProcessor", "llava_next"),
+    "llava_onevision": ("LlavaOnevisionProcessor", "llava_onevision"),
+    "gemma3": ("Gemma3Processor", "gemma3"),
+    "paligemma": ("PaliGemmaProcessor", "paligemma"),
+}
+
+
 def load_processor(case: str, folder: Path, tokenizer: Any, videos: Sequence[Mapping[str, Any]] = ()) -> Any:
     """Loads transformers' processor for a small checkpoint of a tower case."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -153,46 +169,30 @@ def load_processor(case: str, folder: Path, tokenizer: Any, videos: Sequence[Map
     images = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     vision = config["vision_config"]
-    select = config.get("vision_feature_select_strategy")
     tiles = (vision.get("image_size", 0) // vision["patch_size"]) ** 2
+    parts, options = [images, tokenizer], {}
     if KINDS[case] == "qwen":
-        name, module = {
-            "qwen2_vl": ("Qwen2VLProcessor", "qwen2_vl"),
-            "qwen2_5_vl": ("Qwen2_5_VLProcessor", "qwen2_5_vl"),
-        }.get(case, ("Qwen3VLProcessor", "qwen3_vl"))
-        return _import_processor(name, module)(images, tokenizer, StubVideoProcessor(videos))
-    if KINDS[case] == "pixtral":
-        merge = config.get("spatial_merge_size", 1)
-        return _import_processor("PixtralProcessor", "pixtral")(
-            images, tokenizer, patch_size=vision["patch_size"], spatial_merge_size=merge
-        )
-    if KINDS[case] == "gemma3":
-        processor = _import_processor("Gemma3Processor", "gemma3")(
-            images, tokenizer, image_seq_length=config["mm_tokens_per_image"]
-        )
-        # The processor's own defaults would override the file's.
-        crops = {name: value for name, value in vars(images).items() if "pan_and_scan" in name and value is not None}
-        return partial(processor, **crops)
-    if KINDS[case] == "paligemma":
+        parts.append(StubVideoProcessor(videos))
+    elif KINDS[case] == "pixtral":
+        options = {"patch_size": vision["patch_size"], "spatial_merge_size": config.get("spatial_merge_size", 1)}
+    elif KINDS[case] == "gemma3":
+        options = {"image_seq_length": config["mm_tokens_per_image"]}
+    elif KINDS[case] == "paligemma":
         images.image_seq_length = tiles
-        return _import_processor("PaliGemmaProcessor", "paligemma")(images, tokenizer)
-    if case == "llava_onevision":
-        return _import_processor("LlavaOnevisionProcessor", case)(
-            images,
-            tokenizer,
-            None,
-            num_image_tokens=tiles,
-            vision_feature_select_strategy=select,
-            vision_aspect_ratio=config["vision_aspect_ratio"],
-        )
-    name = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}[case]
-    return _import_processor(name, case)(
-        images,
-        tokenizer,
-        patch_size=vision["patch_size"],
-        vision_feature_select_strategy=select,
-        num_additional_image_tokens=1 if "clip" in vision["model_type"] else 0,
-    )
+    else:
+        options = {"vision_feature_select_strategy": config.get("vision_feature_select_strategy")}
+        if case == "llava_onevision":
+            options |= {"num_image_tokens": tiles, "vision_aspect_ratio": config["vision_aspect_ratio"]}
+        else:
+            class_tokens = 1 if "clip" in vision["model_type"] else 0
+            options |= {"patch_size": vision["patch_size"], "num_additional_image_tokens": class_tokens}
+    gemma = KINDS[case] == "gemma3"
+    processor = _import_processor(*PROCESSORS["gemma3" if gemma else case])(*parts, **options)
+    if not gemma:
+        return processor
+    # The processor's own defaults would override the file's.
+    crops = {name: value for name, value in vars(images).items() if "pan_and_scan" in name and value is not None}
+    return partial(processor, **crops)
 
 
 WIDTH = 8

@@ -33,7 +33,7 @@ class AcceleratedVision:
         shared_bytes: vision weights that the model and the tower share.
         kept_bytes: vision weights that only the model has, for :func:`restore`.
         released_bytes: vision weights that the model freed.
-        lent: the model's parameters that are views of the tower's weights, by name.
+        shared_parameters: the model's parameters that are views of the tower's weights, by name.
     """
 
     tower: VisionTower
@@ -41,7 +41,7 @@ class AcceleratedVision:
     shared_bytes: int = 0
     kept_bytes: int = 0
     released_bytes: int = 0
-    lent: Mapping[str, torch.nn.Parameter] = field(default_factory=dict, repr=False)
+    shared_parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict, repr=False)
 
 
 @torch.inference_mode(False)  # parameters that outlive the mode must not be inference tensors
@@ -85,16 +85,16 @@ def accelerate_vision(
     holder, family = find_vision_holder(model)
     if accelerated(model) is not None:
         raise UsageError("a tower already replaces the model's vision modules; call restore(model) first")
-    lent: dict[str, torch.nn.Parameter] = {}
+    shared_parameters: dict[str, torch.nn.Parameter] = {}
     if tower is None:
         made = _ModuleTower(model, family, dtype, getattr(processor, "image_processor", processor))
         made.load()
         tower = made
-        lent = {} if release else made.lend()
+        shared_parameters = {} if release else made.share_weights()
         made.forget_model()
     else:
         _check_tower(tower, family, dtype)
-    return install_tower(holder, tower, family, lent=lent, release=release)
+    return install_tower(holder, tower, family, shared_parameters=shared_parameters, release=release)
 
 
 def install_tower(
@@ -102,14 +102,14 @@ def install_tower(
     tower: VisionTower,
     family: Family,
     *,
-    lent: Mapping[str, torch.nn.Parameter] | None = None,
+    shared_parameters: Mapping[str, torch.nn.Parameter] | None = None,
     release: bool = False,
 ) -> AcceleratedVision:
     """Replaces the methods of ``holder``; see :func:`accelerate_vision`."""
     modules = {name: holder.get_submodule(name) for name in list_vision_modules(holder, family.prefixes)}
     sizes = {id(weight): weight.nbytes for module in modules.values() for weight in module.parameters()}
-    lent = lent or {}
-    shared = sum(sizes.get(id(parameter), 0) for parameter in lent.values())
+    shared_parameters = shared_parameters or {}
+    shared = sum(sizes.get(id(parameter), 0) for parameter in shared_parameters.values())
     remaining = sum(sizes.values()) - shared
     functions = make_replacements(holder, tower)
     if release:
@@ -123,7 +123,7 @@ def install_tower(
         shared_bytes=shared,
         kept_bytes=0 if release else remaining,
         released_bytes=remaining if release else 0,
-        lent=lent,
+        shared_parameters=shared_parameters,
     )
     holder.__dict__[_MARK] = state, holder.register_state_dict_post_hook(_prepare_state_dict)
     return state
@@ -153,7 +153,7 @@ def restore(model: torch.nn.Module) -> None:
         raise UsageError(
             f"the weights of {list_names(released)} were released (release=True, or load_vlm); load the model again"
         )
-    for parameter in state.lent.values():
+    for parameter in state.shared_parameters.values():
         parameter.data = parameter.data.contiguous().clone()
     for name in state.replaced:
         delattr(holder, name)
@@ -230,7 +230,7 @@ class _ModuleTower(VisionTower):
         self._canonical = super().read_weights(progress)
         return self._canonical
 
-    def lend(self) -> dict[str, torch.nn.Parameter]:
+    def share_weights(self) -> dict[str, torch.nn.Parameter]:
         """Makes the model's parameters views of the tower's weights if possible, and returns these parameters."""
         parameters = cast("_ModuleCheckpoint", self.checkpoint).source.parameters
         names = share_weights(parameters, self._canonical, self.graph, self.family.tensors)
