@@ -1,23 +1,22 @@
 """Linear layer with its epilogue: ``y = f(x Wᵀ + b) + r``.
 
 Shapes: ``x [M, K]``, ``W [N, K]`` (the layout of ``torch.nn.Linear``), ``b [N]``, ``r`` and ``y [M, N]``.  The activation f
-is one of :data:`.elementwise.ACTIVATIONS`, nothing, or gated: ``y = silu(x Wᵍᵃᵗᵉᵀ + bᵍᵃᵗᵉ) · (x Wᵘᵖᵀ + bᵘᵖ) + r`` with
-N/2 columns.  The rows of W are then ``[gate; up]`` one below the other (``silu_gated``), or alternate
-(``silu_gated_interleaved``: row 2i gate i, row 2i+1 up i; see :func:`interleave_gated`), which lets a program walk along
-one run of rows with one tile of sums, whose pairs of columns lie in the same thread.
+is one of :data:`.activations.ACTIVATIONS`, nothing, or gated: ``y = silu(x Wᵍᵃᵗᵉᵀ + bᵍᵃᵗᵉ) · (x Wᵘᵖᵀ + bᵘᵖ) + r`` with
+N/2 columns.  The rows of W are then ``[gate; up]`` (``silu_gated``, the CPU's format), or alternate
+(``silu_gated_interleaved``, the kernel's: row 2i is gate i, row 2i+1 is up i; see :func:`interleave_gated`).  A program
+then reads one run of rows into one tile of sums, whose pairs of columns are in the same thread.
 
 Sums, bias, activation and residual are fp32; there is one rounding, at the store.
 
-One program owns one ``block_rows × block_columns`` tile of y and walks along K.  Programs are numbered so that
+One program owns one ``block_rows × block_columns`` tile of y and loops along K.  Programs are numbered so that
 ``group_rows`` row tiles share the columns they pass over while those are still in the L2 cache.  2·M·N·K FLOPs; W is read
 once per group of row tiles, x once per column tile, mostly from L2.
 
-Few rows (a single small image) make too few tiles for a whole GPU.  Then K is cut into ``split`` parts: programs write
-fp32 partial sums to a workspace ``[split, M, N]``, and a second kernel adds them up in a fixed order and applies the
-epilogue.  No atomics, so the result does not depend on timing.
+Few rows (a single small image) give too few tiles for a whole GPU.  Then K is split into ``split`` parts: programs write
+fp32 partial sums to a workspace ``[split, M, N]``, and a second kernel adds them in a fixed order and applies the
+epilogue.  There are no atomics, so the result does not depend on timing.
 
-A table of measured configurations may also send a product to the library that torch brings along (``vendor``, see
-:mod:`.vendor_product`).
+A configuration can also select the vendor's library instead (:mod:`.vendor`).
 
 The bits of a row depend on the configuration (above all on ``split``), never on the other rows.
 """
@@ -28,6 +27,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
+from ..runtime.checks import check_float, check_matrix, check_rows
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
@@ -37,191 +37,160 @@ from .linear_config import (
     EPILOGUES,
     GATED,
     LinearConfig,
-    Operands,
+    count_parts,
     default_config,
     descriptor_tiles,
     epilogue_passes,
     part_length,
-    parts_of,
 )
-from .tiles import accumulate, column_parts, descriptors_fit, first_row_and_column, store_zeros
+from .tiles import accumulate, can_use_descriptors, column_parts, first_row_and_column, store_zeros
 from .torch_reference import linear_reference
 from .vendor import can_use_vendor_gemm, launch_vendor_gemm
 
-__all__ = [
-    "EPILOGUES",
-    "GATED",
-    "REDUCE_COLUMNS",
-    "REDUCE_ROWS",
-    "LinearConfig",
-    "Operands",
-    "add_parts",
-    "check_matrix",
-    "choose_config",
-    "compile_spec",
-    "compile_specs",
-    "default_config",
-    "describe",
-    "descriptor_tiles",
-    "interleave_gated",
-    "launch_linear",
-    "linear",
-    "operand_types",
-    "operands",
-    "partial_sums",
-    "split_specs",
-    "walk",
-]
+__all__ = ["EPILOGUES", "GATED", "LinearConfig", "default_config", "descriptor_tiles", "linear"]
+
+REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
+"""Tile of a program that adds partial sums."""
 
 
 def interleave_gated(tensor: torch.Tensor) -> torch.Tensor:
-    """``[gate; up]`` → gate 0, up 0, gate 1, up 1, …: weight ``[N, K]`` or bias ``[N]`` for ``silu_gated_interleaved``.
+    """Reorders a weight ``[N, K]`` or bias ``[N]``: ``[gate; up]`` → gate 0, up 0, gate 1, up 1, …
 
     Raises:
         ValueError: an odd number of rows.
     """
     if tensor.dim() < 1 or tensor.shape[0] % 2:
-        raise ValueError(f"tensor has shape {tuple(tensor.shape)}; [gate; up] has an even number of rows")
+        raise ValueError(f"tensor must be [gate; up] with an even number of rows, got shape {tuple(tensor.shape)}")
     gate, up = tensor.chunk(2)
     return torch.stack((gate, up), 1).flatten(0, 1)
 
 
+def prepare_gates(
+    weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
+) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
+    """Weight, bias and activation as the kernel reads them; copies the weight of ``silu_gated``.
+
+    Towers interleave their weights once, when they are loaded.
+    """
+    if activation != "silu_gated":
+        return weight, bias, activation
+    return interleave_gated(weight), None if bias is None else interleave_gated(bias), "silu_gated_interleaved"
+
+
 @triton.jit
 def _finish(
-    total, up, BIAS, RESIDUAL, OUT, first_row, first_column, rows, columns, residual_stride, out_stride,
+    total, bias_ptr, residual_ptr, out_ptr, first_row, first_column, rows, columns, stride_rm, stride_om,
     ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Bias, activation, residual and the one rounding, for a tile of fp32 sums.
     row = first_row + tl.arange(0, BLOCK_ROWS)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     if ACTIVATION == "silu_gated_interleaved":
-        if BIAS is not None:
+        if bias_ptr is not None:
             pair = 2 * first_column + tl.arange(0, 2 * BLOCK_COLUMNS)
-            total += tl.load(BIAS + pair, mask=pair < 2 * columns, other=0.0).to(tl.float32)[None, :]
-        total, up = tl.split(tl.reshape(total, [BLOCK_ROWS, BLOCK_COLUMNS, 2]))
-    elif BIAS is not None:
-        total += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        if ACTIVATION == "silu_gated":
-            up += tl.load(BIAS + columns + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "silu_gated" or ACTIVATION == "silu_gated_interleaved":
-        y = activate(total, "silu") * up
+            total += tl.load(bias_ptr + pair, mask=pair < 2 * columns, other=0.0).to(tl.float32)[None, :]
+        gate, up = tl.split(tl.reshape(total, [BLOCK_ROWS, BLOCK_COLUMNS, 2]))
+        y = activate(gate, "silu") * up
     else:
+        if bias_ptr is not None:
+            total += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
         y = activate(total, ACTIVATION)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     row_offset = row.to(tl.int64)[:, None]
-    if RESIDUAL is not None:
-        y += tl.load(RESIDUAL + row_offset * residual_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(OUT + row_offset * out_stride + column[None, :], y.to(OUT.dtype.element_ty), mask=inside)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + row_offset * stride_rm + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row_offset * stride_om + column[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _linear_kernel(
-    X, WEIGHT, BIAS, RESIDUAL, OUT, LIVE, rows, columns, inner, x_stride, weight_stride, residual_stride, out_stride,
-    ACTIVATION: tl.constexpr, EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr, PAIRED: tl.constexpr, PASSES: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, valid_count_ptr, rows, columns, inner,
+    stride_xm, stride_wn, stride_rm, stride_om,
+    ACTIVATION: tl.constexpr, IS_EVEN_K: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr, PAIRED: tl.constexpr,
+    PASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT.  `columns` counts OUT's columns, each of which takes PAIRED adjacent
-    # rows of WEIGHT (2 if interleaved).
+    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of out.  `columns` counts out's columns, each of which takes PAIRED adjacent
+    # rows of weight (2 if gated).
     first_row, first_column = first_row_and_column(
         tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS
     )
-    if LIVE is not None and first_row >= tl.load(LIVE):
-        store_zeros(OUT, first_row, first_column, rows, columns, out_stride, BLOCK_ROWS, BLOCK_COLUMNS)
+    if valid_count_ptr is not None and first_row >= tl.load(valid_count_ptr):
+        store_zeros(out_ptr, first_row, first_column, rows, columns, stride_om, BLOCK_ROWS, BLOCK_COLUMNS)
         return
-    total, up = accumulate(
-        X, WEIGHT, first_row, PAIRED * first_column, 0, inner, rows, PAIRED * columns, x_stride, weight_stride, columns,
-        ACTIVATION == "silu_gated", EVEN, DESCRIPTORS, BLOCK_ROWS, PAIRED * BLOCK_COLUMNS, BLOCK_INNER,
+    total = accumulate(
+        x_ptr, weight_ptr, first_row, PAIRED * first_column, 0, inner, rows, PAIRED * columns, stride_xm, stride_wn,
+        IS_EVEN_K, HAS_DESCRIPTORS, BLOCK_ROWS, PAIRED * BLOCK_COLUMNS, BLOCK_INNER,
     )  # fmt: skip
     totals = column_parts(total, BLOCK_ROWS, PAIRED * BLOCK_COLUMNS, PASSES)
-    ups = column_parts(up, BLOCK_ROWS, PAIRED * BLOCK_COLUMNS, PASSES)
     for index in tl.static_range(PASSES):
         _finish(
-            totals[index], ups[index], BIAS, RESIDUAL, OUT, first_row, first_column + index * (BLOCK_COLUMNS // PASSES),
-            rows, columns, residual_stride, out_stride, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS // PASSES,
+            totals[index], bias_ptr, residual_ptr, out_ptr, first_row,
+            first_column + index * (BLOCK_COLUMNS // PASSES), rows, columns, stride_rm, stride_om,
+            ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS // PASSES,
         )  # fmt: skip
 
 
 @triton.jit
 def _partial_kernel(
-    X, WEIGHT, PARTIAL, LIVE, rows, columns, inner, per_part, x_stride, weight_stride,
-    EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x_ptr, weight_ptr, partial_ptr, valid_count_ptr, rows, columns, inner, per_part, stride_xm, stride_wn,
+    IS_EVEN_K: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # Owns one tile of one part's sums: PARTIAL[part, rows, columns], over K from part × per_part, whole blocks.  Nobody
-    # reads the sums of a tile that holds no row that counts.
+    # Owns one tile of one part's sums: partial[part, rows, columns], over K from part × per_part, whole blocks.  A tile
+    # without valid rows is not written, and not read later.
     part = tl.program_id(1)
     first_row, first_column = first_row_and_column(
         tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS
     )
-    if LIVE is not None and first_row >= tl.load(LIVE):
+    if valid_count_ptr is not None and first_row >= tl.load(valid_count_ptr):
         return
     begin = part * per_part
     end = min(begin + per_part, inner)
-    total, _ = accumulate(
-        X, WEIGHT, first_row, first_column, begin, end, rows, columns, x_stride, weight_stride, 0,
-        False, EVEN, DESCRIPTORS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
+    total = accumulate(
+        x_ptr, weight_ptr, first_row, first_column, begin, end, rows, columns, stride_xm, stride_wn,
+        IS_EVEN_K, HAS_DESCRIPTORS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
     )  # fmt: skip
     row = first_row + tl.arange(0, BLOCK_ROWS)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     partial_row = part.to(tl.int64) * rows + row
-    tl.store(PARTIAL + partial_row[:, None] * columns + column[None, :], total, mask=inside)
+    tl.store(partial_ptr + partial_row[:, None] * columns + column[None, :], total, mask=inside)
 
 
 @triton.jit
 def add_parts(
-    PARTIAL, first_row, first_column, rows, columns, width, parts,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    partial_ptr, first_row, first_column, rows, columns, parts, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The sum of one tile of the first ``columns`` columns of partial sums ``[parts, rows, width]``, first part first."""
+    """The sum of one tile of partial sums ``[parts, rows, columns]``, first part first."""
     row = first_row + tl.arange(0, BLOCK_ROWS)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for part in tl.range(0, parts):
-        offset = (row.to(tl.int64) + part * rows)[:, None] * width + column[None, :]
-        total += tl.load(PARTIAL + offset, mask=inside, other=0.0)
+        offset = (row.to(tl.int64) + part * rows)[:, None] * columns + column[None, :]
+        total += tl.load(partial_ptr + offset, mask=inside, other=0.0)
     return total
 
 
 @triton.jit
 def _reduce_kernel(
-    PARTIAL, BIAS, RESIDUAL, OUT, LIVE, rows, columns, parts, residual_stride, out_stride,
+    partial_ptr, bias_ptr, residual_ptr, out_ptr, valid_count_ptr, rows, columns, parts, stride_rm, stride_om,
     ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT: adds its partial sums, first part first, and finishes it.
+    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of out: adds its partial sums, first part first, and finishes it.
     first_row = tl.program_id(0) * BLOCK_ROWS
     first_column = tl.program_id(1) * BLOCK_COLUMNS
-    if LIVE is not None and first_row >= tl.load(LIVE):
-        store_zeros(OUT, first_row, first_column, rows, columns, out_stride, BLOCK_ROWS, BLOCK_COLUMNS)
+    if valid_count_ptr is not None and first_row >= tl.load(valid_count_ptr):
+        store_zeros(out_ptr, first_row, first_column, rows, columns, stride_om, BLOCK_ROWS, BLOCK_COLUMNS)
         return
-    width = PAIRED * columns
-    if ACTIVATION == "silu_gated":
-        width = 2 * columns
     total = add_parts(
-        PARTIAL,
-        first_row,
-        PAIRED * first_column,
-        rows,
-        PAIRED * columns,
-        width,
-        parts,
-        BLOCK_ROWS,
-        PAIRED * BLOCK_COLUMNS,
+        partial_ptr, first_row, PAIRED * first_column, rows, PAIRED * columns, parts, BLOCK_ROWS, PAIRED * BLOCK_COLUMNS
     )
-    up = total
-    if ACTIVATION == "silu_gated":
-        up = add_parts(
-            PARTIAL + columns, first_row, first_column, rows, columns, width, parts, BLOCK_ROWS, BLOCK_COLUMNS
-        )
     _finish(
-        total, up, BIAS, RESIDUAL, OUT, first_row, first_column, rows, columns, residual_stride, out_stride,
+        total, bias_ptr, residual_ptr, out_ptr, first_row, first_column, rows, columns, stride_rm, stride_om,
         ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
-
-
-REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
-"""The tile of a program that adds up partial sums."""
 
 
 def choose_config(
@@ -234,7 +203,7 @@ def choose_config(
     residual: bool,
     device: torch.device,
 ) -> LinearConfig:
-    """The tuned configuration of such a product on ``device``, or the default one."""
+    """The tuned configuration of the matmul on ``device``, or the default one."""
     constants = {"columns": columns, "inner": inner, "activation": activation, "residual": residual}
     return lookup(LinearConfig, "gemm.linear", device, dtype, constants, {"rows": rows}) or default_config(
         rows,
@@ -247,10 +216,12 @@ def choose_config(
     )
 
 
-def operands(x: torch.Tensor, weight: torch.Tensor, config: LinearConfig, paired: int = 1) -> tuple[Any, Any, bool]:
-    """What a kernel is handed for x and W, and whether these are descriptors; ``paired``: weight rows for each column."""
-    known = configs.architecture(x.device) in ("sm_90", "sm_100", "interpreter")
-    if config.operands == "pointers" or not known or not descriptors_fit(x, weight):
+def make_operands(
+    x: torch.Tensor, weight: torch.Tensor, config: LinearConfig, paired: int = 1
+) -> tuple[Any, Any, bool]:
+    """The kernel's x and W, and whether they are descriptors; ``paired``: weight rows for each column."""
+    has_engine = configs.architecture(x.device) in ("sm_90", "sm_100", "interpreter")
+    if config.operands == "pointers" or not has_engine or not can_use_descriptors(x, weight):
         return x, weight, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -260,10 +231,10 @@ def operands(x: torch.Tensor, weight: torch.Tensor, config: LinearConfig, paired
     return block(x, config.block_rows), block(weight, paired * config.block_columns), True
 
 
-def walk(config: LinearConfig, *, even: bool) -> dict[str, Any]:
-    """The constants of a tile's walk along K, which is ``even`` if K is a multiple of ``block_inner``."""
+def loop_constants(config: LinearConfig, *, even: bool) -> dict[str, Any]:
+    """Constants of a tile's loop along K, which is ``even`` if K is a multiple of ``block_inner``."""
     return {
-        "EVEN": even,
+        "IS_EVEN_K": even,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_COLUMNS": config.block_columns,
         "BLOCK_INNER": config.block_inner,
@@ -271,23 +242,23 @@ def walk(config: LinearConfig, *, even: bool) -> dict[str, Any]:
     }
 
 
-def partial_sums(
-    x: torch.Tensor, weight: torch.Tensor, config: LinearConfig, live: torch.Tensor | None = None
+def compute_partial_sums(
+    x: torch.Tensor, weight: torch.Tensor, config: LinearConfig, valid_count: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """fp32 ``[parts, M, N]``, whose sum over the parts is ``x Wᵀ``; ``None`` where K is not split.
+    """fp32 ``[parts, M, N]``, whose sum over the parts is ``x Wᵀ``; ``None`` if K is not split.
 
-    Tiles of rows at or beyond ``live`` are not written.
+    Tiles without valid rows are not written.
     """
     (rows, inner), columns = x.shape, weight.shape[0]
-    parts = parts_of(inner, config)
+    parts = count_parts(inner, config)
     if parts == 1:
         return None
     partial = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
-    left, right, described = operands(x, weight, config)
+    left, right, described = make_operands(x, weight, config)
     tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns)
     _partial_kernel[(tiles, parts)](
-        left, right, partial, live, rows, columns, inner, part_length(inner, config), x.stride(0), weight.stride(0),
-        DESCRIPTORS=described, **walk(config, even=inner % config.block_inner == 0),
+        left, right, partial, valid_count, rows, columns, inner, part_length(inner, config), x.stride(0), weight.stride(0),
+        HAS_DESCRIPTORS=described, **loop_constants(config, even=inner % config.block_inner == 0),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partial
@@ -302,34 +273,34 @@ def launch_linear(
     out: torch.Tensor,
     activation: str | None,
     config: LinearConfig,
-    live: torch.Tensor | None = None,
+    valid_count: torch.Tensor | None = None,
 ) -> None:
-    """``out = f(x Wᵀ + b) + r`` for validated, non-empty tensors; zeros in tiles of rows at or beyond ``live``.
+    """``out = f(x Wᵀ + b) + r`` for validated, non-empty tensors; zeros in tiles without valid rows.
 
-    (A vendor's product computes those rows as well.)
+    (The vendor's library computes those rows too.)  ``activation`` is not ``silu_gated``: see :func:`prepare_gates`.
     """
     if config.vendor and can_use_vendor_gemm(x, activation):
         launch_vendor_gemm(x, weight, bias, residual, out, activation)
         return
     (rows, inner), columns = x.shape, out.shape[1]
-    residual_stride = 0 if residual is None else residual.stride(0)
+    stride_rm = 0 if residual is None else residual.stride(0)
     kind = activation or "none"
     paired = 2 if activation == "silu_gated_interleaved" else 1
-    partial = partial_sums(x, weight, config, live)
+    partial = compute_partial_sums(x, weight, config, valid_count)
     if partial is None:
-        left, right, described = operands(x, weight, config, paired)
+        left, right, described = make_operands(x, weight, config, paired)
         architecture = configs.architecture(x.device)
         passes = epilogue_passes(config, activation, architecture, residual=residual is not None)
         _linear_kernel[(triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)](
-            left, right, bias, residual, out, live, rows, columns, inner,
-            x.stride(0), weight.stride(0), residual_stride, out.stride(0),
-            ACTIVATION=kind, DESCRIPTORS=described, PAIRED=paired, PASSES=passes,
-            **walk(config, even=inner % config.block_inner == 0),
+            left, right, bias, residual, out, valid_count, rows, columns, inner,
+            x.stride(0), weight.stride(0), stride_rm, out.stride(0),
+            ACTIVATION=kind, HAS_DESCRIPTORS=described, PAIRED=paired, PASSES=passes,
+            **loop_constants(config, even=inner % config.block_inner == 0),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return
     _reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS))](
-        partial, bias, residual, out, live, rows, columns, partial.shape[0], residual_stride, out.stride(0),
+        partial, bias, residual, out, valid_count, rows, columns, partial.shape[0], stride_rm, out.stride(0),
         ACTIVATION=kind, PAIRED=paired, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLUMNS=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip
 
@@ -337,18 +308,18 @@ def launch_linear(
 def operand_types(
     element: str, pixels: str, config: LinearConfig, paired: int = 1
 ) -> tuple[dict[str, str], dict[str, bool]]:
-    """Types of X and WEIGHT, and the constant that tells descriptors from pointers."""
+    """Types of ``x_ptr`` and ``weight_ptr``, and the constant for descriptors or pointers."""
     if config.operands == "pointers":
-        return {"X": f"*{pixels}", "WEIGHT": f"*{element}"}, {"DESCRIPTORS": False}
+        return {"x_ptr": f"*{pixels}", "weight_ptr": f"*{element}"}, {"HAS_DESCRIPTORS": False}
     columns = paired * config.block_columns
     return {
-        "X": f"tensordesc<{pixels}[{config.block_rows}, {config.block_inner}]>",
-        "WEIGHT": f"tensordesc<{element}[{columns}, {config.block_inner}]>",
-    }, {"DESCRIPTORS": True}
+        "x_ptr": f"tensordesc<{pixels}[{config.block_rows}, {config.block_inner}]>",
+        "weight_ptr": f"tensordesc<{element}[{columns}, {config.block_inner}]>",
+    }, {"HAS_DESCRIPTORS": True}
 
 
 def describe(config: LinearConfig) -> str:
-    """A configuration in the name of a :class:`CompileSpec`: blocks, warps and stages where operands are descriptors."""
+    """The part of a :class:`CompileSpec`'s name for its configuration; with warps and stages for descriptors."""
     blocks = f"{config.block_rows}x{config.block_columns}x{config.block_inner}"
     if config.operands == "pointers":
         return blocks
@@ -363,28 +334,28 @@ def compile_spec(
     *,
     residual: bool = False,
     even: bool = True,
-    live: bool = False,
+    valid_count: bool = False,
 ) -> CompileSpec:
-    """How :func:`launch_linear` launches an unsplit product; ``even``: K is a multiple of ``block_inner``."""
+    """The launch of :func:`launch_linear` with K not split; ``even``: K is a multiple of ``block_inner``."""
     element, kind = TRITON_TYPES[dtype], activation or "none"
     paired = 2 if activation == "silu_gated_interleaved" else 1
     types, described = operand_types(element, element, config, paired)
-    pointers = types | dict.fromkeys(("BIAS", "OUT"), f"*{element}")
-    pointers |= {"RESIDUAL": f"*{element}"} if residual else {}
-    pointers |= {"LIVE": "*i32"} if live else {}
-    sizes = ("rows", "columns", "inner", "x_stride", "weight_stride", "residual_stride", "out_stride")
-    suffixes = (" residual" if residual else "") + ("" if even else " ragged") + (" live" if live else "")
+    pointers = types | dict.fromkeys(("bias_ptr", "out_ptr"), f"*{element}")
+    pointers |= {"residual_ptr": f"*{element}"} if residual else {}
+    pointers |= {"valid_count_ptr": "*i32"} if valid_count else {}
+    sizes = ("rows", "columns", "inner", "stride_xm", "stride_wn", "stride_rm", "stride_om")
+    suffixes = (" residual" if residual else "") + ("" if even else " ragged") + (" valid count" if valid_count else "")
     return CompileSpec(
         name=f"linear {element} {kind}{suffixes} {describe(config)}",
         kernel=_linear_kernel,
         signature=pointers | dict.fromkeys(sizes, "i32"),
         constants={
-            **{name: None for name in ("RESIDUAL", "LIVE") if name not in pointers},
+            **{name: None for name in ("residual_ptr", "valid_count_ptr") if name not in pointers},
             "ACTIVATION": kind,
             "PAIRED": paired,
             "PASSES": epilogue_passes(config, activation, architecture, residual=residual),
             **described,
-            **walk(config, even=even),
+            **loop_constants(config, even=even),
         },
         # A ragged K (588, 1176) is why rows are padded: the strides stay multiples of 16.
         divisible_by_16=tuple(size for size in sizes if size != "rows" and (even or size != "inner")),
@@ -396,29 +367,29 @@ def compile_spec(
 
 
 def split_specs(dtype: torch.dtype, config: LinearConfig) -> list[CompileSpec]:
-    """The two kernels of a product whose K is split: partial sums, then their sum with a costly epilogue."""
+    """The two kernels of a split K: partial sums, then their sum with a costly epilogue."""
     element = TRITON_TYPES[dtype]
-    sizes = ("rows", "columns", "inner", "per_part", "x_stride", "weight_stride")
+    sizes = ("rows", "columns", "inner", "per_part", "stride_xm", "stride_wn")
     types, described = operand_types(element, element, config)
     partial = CompileSpec(
         name=f"linear {element} partial {describe(config)}",
         kernel=_partial_kernel,
-        signature=types | {"PARTIAL": "*fp32"} | dict.fromkeys(sizes, "i32"),
-        constants={"LIVE": None, **described, **walk(config, even=True)},
+        signature=types | {"partial_ptr": "*fp32"} | dict.fromkeys(sizes, "i32"),
+        constants={"valid_count_ptr": None, **described, **loop_constants(config, even=True)},
         divisible_by_16=sizes[1:],
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_core=dtype != torch.float32,
         elements=config.block_rows * config.block_columns,
     )
-    reduce_sizes = ("rows", "columns", "parts", "residual_stride", "out_stride")
-    pointers = dict.fromkeys(("BIAS", "RESIDUAL", "OUT"), f"*{element}") | {"LIVE": "*i32"}
+    reduce_sizes = ("rows", "columns", "parts", "stride_rm", "stride_om")
+    pointers = dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr"), f"*{element}") | {"valid_count_ptr": "*i32"}
     reduce = CompileSpec(
-        name=f"linear {element} reduce gelu residual live {REDUCE_ROWS}x{REDUCE_COLUMNS}",
+        name=f"linear {element} reduce gelu residual valid count {REDUCE_ROWS}x{REDUCE_COLUMNS}",
         kernel=_reduce_kernel,
-        signature={"PARTIAL": "*fp32"} | pointers | dict.fromkeys(reduce_sizes, "i32"),
+        signature={"partial_ptr": "*fp32"} | pointers | dict.fromkeys(reduce_sizes, "i32"),
         constants={"ACTIVATION": "gelu", "PAIRED": 1, "BLOCK_ROWS": REDUCE_ROWS, "BLOCK_COLUMNS": REDUCE_COLUMNS},
-        divisible_by_16=("columns", "residual_stride", "out_stride"),
+        divisible_by_16=("columns", "stride_rm", "stride_om"),
         num_warps=4,
         num_stages=1,
         tensor_core=False,
@@ -440,11 +411,11 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
         return compile_spec(dtype, activation, chosen, architecture, **options)
 
     bf16, many = torch.bfloat16, 16384
-    specs = [spec(bf16, activation, many) for activation in (None, *EPILOGUES)]
+    specs = [spec(bf16, activation, many) for activation in (None, *EPILOGUES) if activation != "silu_gated"]
     specs += [spec(bf16, None, rows, residual=True) for rows in (64, many)]
     specs += [spec(bf16, "gelu", many, residual=True)]
-    specs += [spec(bf16, activation, 64) for activation in ("gelu", "silu_gated")]
-    specs += [spec(bf16, None, 1024, even=False), spec(bf16, "gelu", many, live=True)]
+    specs += [spec(bf16, activation, 64) for activation in ("gelu", "silu_gated_interleaved")]
+    specs += [spec(bf16, None, 1024, even=False), spec(bf16, "gelu", many, valid_count=True)]
     specs += [
         compile_spec(bf16, activation, tile, architecture, residual=residual)
         for activation, residual in (
@@ -456,27 +427,15 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
         for tile in (descriptor_tiles(activation) if architecture in ("sm_90", "sm_100") else ())
     ]
     for dtype in (torch.float16, torch.float32):
-        specs += [spec(dtype, activation, many) for activation in ("gelu", "silu_gated")]
+        specs += [spec(dtype, activation, many) for activation in ("gelu", "silu_gated_interleaved")]
         specs += [spec(dtype, None, many, residual=True)]
     return specs + split_specs(bf16, config(bf16, None, 64)) + split_specs(bf16, config(bf16, None, 256))[:1]
 
 
-def check_matrix(name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int | None, ...], text: str) -> None:
-    """Raises where ``tensor`` is not like x, not of this shape (``text`` says why it has to be), or has gaps in rows."""
-    if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise TypeError(
-            f"{name} is {tensor.dtype} on {tensor.device}, but x is {like.dtype} on {like.device}; they have to agree"
-        )
-    fits = tensor.dim() == len(shape) and all(
-        want in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not fits:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; {text}")
-    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; the elements of a row have to be "
-            "adjacent (last stride 1): pass a contiguous tensor"
-        )
+def check_activation(activation: str | None) -> None:
+    """Raises ``ValueError`` unless ``activation`` is one of :data:`EPILOGUES` or ``None``."""
+    if activation is not None and activation not in EPILOGUES:
+        raise ValueError(f"activation must be one of {', '.join(EPILOGUES)}, or None, got {activation!r}")
 
 
 def linear(
@@ -492,59 +451,51 @@ def linear(
 ) -> torch.Tensor:
     """``f(x Wᵀ + b) + r``: ``torch.nn.functional.linear``, an activation, and an addition, with one rounding.
 
-    (The CPU reference rounds once more before ``quick_gelu``, before the product of a gated one, and between an
-    activation and a residual, where transformers rounds too.)
+    (The CPU reference also rounds before ``quick_gelu``, before the multiplication of a gated activation, and between an
+    activation and a residual, as transformers does.)
 
     Args:
-        x: ``[M, K]`` float32, float16 or bfloat16; rows any distance apart, last stride 1.
-        weight: ``[N, K]`` of x's dtype; rows any distance apart (padded to 16 elements they load faster).
+        x: ``[M, K]`` float32, float16 or bfloat16; any row stride, last stride 1.
+        weight: ``[N, K]`` of x's dtype; any row stride (padded to 16 elements, rows load faster).
         bias: ``[N]``.
-        activation: one of :data:`EPILOGUES`; ``silu_gated`` takes ``weight`` as ``[gate; up]``, and
-            ``silu_gated_interleaved`` as :func:`interleave_gated` arranges it; both halve the columns.
-        residual: ``[M, N]`` (``[M, N/2]`` if gated), added after the activation; rows any distance apart.
-        out: where to write, shaped like the result; may be ``residual`` itself, and must not overlap ``x``.
-        config: how to launch the kernel; by default the tuned or a safe one for the shape and the device.
-        valid_rows: for how many rows the configuration is chosen, and how many count: kernels write zeros (the CPU
-            reference and a vendor's product the rows' values) where a whole tile of rows lies beyond them.
+        activation: one of :data:`EPILOGUES`; the gated ones halve the columns.  Where kernels run, ``silu_gated`` copies
+            the weight in every call.
+        residual: ``[M, N]`` (``[M, N/2]`` if gated), added after the activation; any row stride.
+        out: output, shaped like the result; may be ``residual`` itself, and must not overlap ``x``.
+        config: launch configuration; by default the tuned one for the shape and the device, or a safe one.
+        valid_rows: planned rows, for which the configuration is selected, and valid rows.  Kernels write zeros in tiles
+            without valid rows; the CPU reference and the vendor's library compute them.
 
     Returns:
         ``out``, or a new contiguous tensor.
 
     Raises:
-        ValueError: an unknown activation; shapes that do not fit; elements of a row that are not adjacent.
-        TypeError: dtypes or devices that differ, or a dtype that is none of the three.
+        ValueError: an unknown activation; wrong shapes; elements of a row that are not adjacent.
+        TypeError: dtypes or devices that differ, or an unsupported dtype.
     """
-    if activation is not None and activation not in EPILOGUES:
-        raise ValueError(f"unknown activation {activation!r}; known are {', '.join(EPILOGUES)}, and None")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"x is {x.dtype}; this operation takes float32, float16 and bfloat16")
-    check_matrix("x", x, x, (None, None), "it has to be [M, K]")
+    check_activation(activation)
+    check_float("x", x)
+    check_matrix("x", x)
     rows, inner = x.shape
-    if not inner:
-        raise ValueError(f"x has shape {(rows, inner)}; it has to be [M, K] with K at least 1")
-    check_matrix("weight", weight, x, (None, inner), f"x has {tuple(x.shape)} = [M, K], so it has to be [N, {inner}]")
+    check_rows("weight", weight, (*weight.shape[:1], inner), x)
     columns = weight.shape[0]
     if bias is not None:
-        check_matrix(
-            "bias", bias, x, (columns,), f"weight has {tuple(weight.shape)} = [N, K], so it has to be [{columns}]"
-        )
+        check_rows("bias", bias, (columns,), x)
     if activation in GATED:
         if columns % 2:
-            raise ValueError(
-                f"weight has shape {tuple(weight.shape)}; {activation} needs a gate and an up row for each column, an "
-                "even number of rows"
-            )
+            raise ValueError(f"weight must have an even number of rows for {activation}, got {columns}")
         columns //= 2
     for name, tensor in (("residual", residual), ("out", out)):
         if tensor is not None:
-            check_matrix(name, tensor, x, (rows, columns), f"the result is {(rows, columns)}")
-    live = get_valid_count(valid_rows, x.device)
+            check_rows(name, tensor, (rows, columns), x)
+    valid_count = get_valid_count(valid_rows, x.device)
     if out is None:
         out = x.new_empty(rows, columns)
     if not out.numel():
         return out
     if not runs_kernel(x):
         return linear_reference(x, weight, bias, activation, residual, out)
+    weight, bias, activation = prepare_gates(weight, bias, activation)
     if config is None:
         config = choose_config(
             planned_rows(valid_rows, rows),
@@ -555,5 +506,5 @@ def linear(
             residual=residual is not None,
             device=x.device,
         )
-    launch_linear(x, weight, bias, residual, out, activation, config, live)
+    launch_linear(x, weight, bias, residual, out, activation, config, valid_count)
     return out

@@ -1,4 +1,4 @@
-"""How a product is cut into programs: the configuration, and a safe default for every shape and architecture."""
+"""Launch configurations of the matmuls, with a safe default for every shape and architecture."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -6,47 +6,36 @@ from typing import Literal, get_args
 import torch
 
 from ..rowwise.activations import ACTIVATIONS
-
-__all__ = [
-    "EPILOGUES",
-    "GATED",
-    "LinearConfig",
-    "Operands",
-    "default_config",
-    "descriptor_tiles",
-    "epilogue_passes",
-    "part_length",
-    "parts_of",
-]
+from ..runtime.checks import ceil_div
 
 GATED = ("silu_gated", "silu_gated_interleaved")
-"""The activations that take two weight rows for each column."""
+"""Activations with two weight rows for each column: stacked as ``[gate; up]``, or alternating."""
 
 EPILOGUES = (*ACTIVATIONS, *GATED)
-"""What ``activation`` may be, besides ``None``."""
+"""Allowed values of ``activation``, besides ``None``."""
 
 Operands = Literal["pointers", "descriptors"]
 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """How a product is cut into programs.
+    """Launch configuration of a matmul.
 
-    Block sizes are powers of two, at least 16; ``block_columns`` counts columns of y, so a gated tile multiplies twice as
-    many weight rows.  ``split`` > 1 cuts K into that many parts (fewer, if K is short).
+    Block sizes are powers of two, at least 16.  ``block_columns`` counts columns of y, so a gated tile multiplies twice as
+    many weight rows.  ``split`` > 1 splits K into that many parts (fewer, if K is short).
 
-    ``operands`` says how blocks of x and W are read: ``"descriptors"`` by the copy engine, where there is one (sm_90 and
-    sm_100; in the interpreter always) and :func:`.tiles.descriptors_fit` both matrices, else by pointers as with
-    ``"pointers"``.  The bits are the same.
+    ``operands`` selects how blocks of x and W are read: ``"descriptors"`` by the copy engine, if there is one (sm_90 and
+    sm_100; in the interpreter always) and :func:`.tiles.can_use_descriptors` accepts both matrices, else by pointers.  The
+    bits are the same.
 
-    ``passes`` says in how many passes over its columns a tile's epilogue goes (1, 2 or 4; 0: :func:`epilogue_passes`
-    decides).  More of them take fewer registers, and wait for memory more often.
+    ``passes`` is the number of parts in which the epilogue processes a tile's columns (1, 2 or 4; 0:
+    :func:`epilogue_passes` decides).  More parts need fewer registers, and wait for memory more often.
 
-    ``vendor`` hands the product to torch's own library, where :func:`.vendor_product.can_use_vendor_gemm` it; the blocks count
-    where it does not.  Only a measurement may set it.
+    ``vendor`` selects torch's own library where :func:`.vendor.can_use_vendor_gemm`; elsewhere the blocks apply.  Only a
+    measurement may set it.
 
     Raises:
-        ValueError: a block that is no power of two of at least 16, another number that cannot be, unknown ``operands``.
+        ValueError: a block that is not a power of two of at least 16, another invalid number, unknown ``operands``.
     """
 
     block_rows: int
@@ -63,23 +52,23 @@ class LinearConfig:
     def __post_init__(self) -> None:
         blocks = (self.block_rows, self.block_columns, self.block_inner)
         if any(block < 16 or block & (block - 1) for block in blocks):
-            raise ValueError(f"blocks are {blocks}; each has to be a power of two of at least 16")
+            raise ValueError(f"blocks must be powers of two of at least 16, got {blocks}")
         if min(self.group_rows, self.num_warps, self.num_stages, self.split) < 1:
-            raise ValueError(f"{self}: group_rows, num_warps, num_stages and split have to be at least 1")
+            raise ValueError(f"group_rows, num_warps, num_stages and split must be at least 1, got {self}")
         if self.passes not in (0, 1, 2, 4):
-            raise ValueError(f"passes is {self.passes}; it has to be 0 (chosen for the epilogue), 1, 2 or 4")
+            raise ValueError(f"passes must be 0 (selected for the epilogue), 1, 2 or 4, got {self.passes}")
         if self.operands not in get_args(Operands):
-            raise ValueError(f"operands is {self.operands!r}; known are {', '.join(get_args(Operands))}")
+            raise ValueError(f"operands must be one of {', '.join(get_args(Operands))}, got {self.operands!r}")
 
 
 def epilogue_passes(
     config: LinearConfig, activation: str | None, architecture: str, *, residual: bool = False, rotation: bool = False
 ) -> int:
-    """In how many passes the epilogue of a tile goes over the tile's columns.
+    """Number of parts in which the epilogue processes a tile's columns.
 
-    Where columns are cut inside a thread (NVIDIA), heavy epilogues take as many as let two programs of 128 × 128 share a
-    multiprocessor, and one of 128 × 256 keep its sums in registers.  AMD's tiles are cut by way of shared memory; there
-    it is one.
+    On NVIDIA, where columns are split within a thread, heavy epilogues use as many parts as let two programs of 128 × 128
+    share a multiprocessor, and one of 128 × 256 keep its sums in registers.  On AMD a split goes through shared memory, so
+    it is one part.
     """
     if config.passes:
         return min(config.passes, config.block_columns // 16)
@@ -91,42 +80,41 @@ def epilogue_passes(
 
 
 def part_length(inner: int, config: LinearConfig) -> int:
-    """Elements of K, whole blocks but for the last part's, in each part into which a split K is cut."""
-    blocks = -(-inner // config.block_inner)
-    return -(-blocks // config.split) * config.block_inner
+    """Elements of K in each part of a split K: whole blocks, except in the last part."""
+    return ceil_div(ceil_div(inner, config.block_inner), config.split) * config.block_inner
 
 
-def parts_of(inner: int, config: LinearConfig) -> int:
-    """Into how many parts a K of ``inner`` is cut: as many as asked for, or fewer where it is short."""
-    return -(-inner // part_length(inner, config))
+def count_parts(inner: int, config: LinearConfig) -> int:
+    """Number of parts of a K of ``inner``: ``split``, or fewer if K is short."""
+    return ceil_div(inner, part_length(inner, config))
 
 
 def descriptor_tiles(activation: str | None) -> list[LinearConfig]:
-    """Tiles to try in 16-bit floats where there is a copy engine (sm_90, sm_100); none of them spills.
+    """Lists tiles to try in 16-bit floats on chips with a copy engine (sm_90, sm_100); none of them spills.
 
-    The widest reads the fewest bytes for each FLOP; of the next, with four warps, two programs share a multiprocessor, and
-    one multiplies while the other is in its epilogue; the third has twice the threads for an epilogue; the last is for few
+    The widest reads the fewest bytes per FLOP.  With the next, of four warps, two programs share a multiprocessor, and one
+    multiplies while the other is in its epilogue.  The third has twice the threads for an epilogue.  The last is for few
     rows.
     """
 
     def tile(rows: int, columns: int, warps: int, stages: int) -> LinearConfig:
-        # A gated column is two columns of the product.
+        # A gated column takes two weight rows.
         columns = columns // 2 if activation in GATED else columns
         return LinearConfig(rows, columns, 64, 8, warps, stages, operands="descriptors")
 
     return [tile(128, 256, 8, 3), tile(128, 128, 4, 3), tile(128, 128, 8, 3), tile(64, 128, 4, 4)]
 
 
-# Programs that fill a GPU: two for each multiprocessor or compute unit of the usual part.
+# Programs that fill a GPU: two for each multiprocessor or compute unit of the usual model.
 _PROGRAMS = {"sm_80": 216, "sm_89": 256, "sm_90": 264, "sm_100": 296, "gfx942": 608, "gfx950": 512}
 
 
 def _tile(dtype: torch.dtype, activation: str | None, architecture: str, *, few: bool, wide: bool) -> LinearConfig:
-    """Blocks, warps and stages: the largest tile whose epilogue does not spill (the erf of ``gelu`` needs the most)."""
+    # The largest tile whose epilogue does not spill (the erf of ``gelu`` needs the most registers).
     nvidia = architecture.startswith("sm_")
     gated = activation in GATED
     if dtype == torch.float32:
-        # True fp32 products run on the ordinary units, whose operands are registers: small tiles.
+        # True fp32 runs on the ordinary units, whose operands are registers: small tiles.
         columns, inner = (32, 16) if gated else (64, 32)
         return LinearConfig(64, columns, inner, group_rows=8, num_warps=4, num_stages=3 if nvidia else 2)
     if not nvidia:
@@ -141,15 +129,12 @@ def _tile(dtype: torch.dtype, activation: str | None, architecture: str, *, few:
 
 
 def _split(rows: int, width: int, inner: int, config: LinearConfig, programs: int) -> int:
-    """Into how many parts to cut K so that few rows still fill the GPU.
-
-    Depends on the row count only through "at most 64" and "at most 256", so that the bits of a row change as rarely as
-    possible with what it is packed with.
-    """
+    # Splits K so that few rows also fill the GPU.  Depends on the row count only by "at most 64" and "at most 256", so that
+    # the bits of a row depend as little as possible on the rest of its batch.
     if rows > 256:
         return 1
-    tiles = -(-(64 if rows <= 64 else 256) // config.block_rows) * -(-width // config.block_columns)
-    # Each part keeps at least 512 of K: a shorter one does not repay its share of the workspace traffic.
+    tiles = ceil_div(64 if rows <= 64 else 256, config.block_rows) * ceil_div(width, config.block_columns)
+    # Each part has at least 512 of K: a shorter one does not repay its share of the workspace traffic.
     return max(1, min(programs // tiles, inner // 512, 8))
 
 
@@ -165,13 +150,13 @@ def default_config(
 ) -> LinearConfig:
     """A safe configuration for y ``[rows, columns]`` and K = ``inner``: no spills, and within shared memory.
 
-    The bits of a row can differ between up to 64 rows, up to 256, and more: these take different ``split``.  Pass one
-    configuration for all of them where that matters.
+    The bits of a row can differ between up to 64 rows, up to 256, and more, which use different ``split``.  Pass one
+    configuration for all of them if that matters.
     """
     if architecture == "interpreter":
         return LinearConfig(128, 128, 128, group_rows=8, num_warps=4, num_stages=1)
     programs = _PROGRAMS[architecture]
-    # The 128 × 256 tile reads less per FLOP, but only large products fill a GPU with it.
+    # The 128 × 256 tile reads less per FLOP, but only large matrices fill a GPU with it.
     wide = activation not in GATED and rows * columns >= programs * 128 * 256
     config = _tile(dtype, activation, architecture, few=rows <= 64, wide=wide)
     width = 2 * columns if activation in GATED else columns

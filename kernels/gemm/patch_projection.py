@@ -1,15 +1,14 @@
 """Patch projection: ``y = cast(pixels) Wᵀ + b (+ position table row)``.
 
-The convolution with which a vision tower begins has stride = kernel size, so it is a product: ``pixels [N, K]`` (one
-flattened patch per row, channel-major: K = channels × frames × height × width), ``W [D, K]``, ``b [D]``, y ``[N, D]`` in
-W's dtype.
+The first convolution of a vision tower has stride = kernel size, so it is a matmul: ``pixels [N, K]`` (one flattened patch
+per row, channel-major: K = channels × frames × height × width), ``W [D, K]``, ``b [D]``, y ``[N, D]`` in W's dtype.
 
-* Float pixels (float32, float16, bfloat16) are cast to W's dtype first, as transformers does.
+* Float pixels (float32, float16, bfloat16) are cast to W's dtype first, as in transformers.
 * uint8 pixels are raw 0…255.  :func:`fold_normalization` moves rescaling, mean and standard deviation into W and b; the
-  kernel multiplies ``pixel − 128``, an integer that bf16 and fp16 hold exactly.  A quarter of the bytes of fp32 pixels
-  travel to the device, and normalized pixels are never rounded to 16 bits.
-* A learned position table ``[P, D]`` is added in fp32, before the one rounding, at the row that ``position_index`` names
-  (row r for patch r without it).  transformers rounds the projection first and the sum again; here it is rounded once.
+  kernel multiplies ``pixel − 128``, an integer that bf16 and fp16 represent exactly.  This moves a quarter of the bytes of
+  fp32 pixels to the device, and normalized pixels are never rounded to 16 bits.
+* A learned position table ``[P, D]`` is added in fp32, before the one rounding, at the row given by ``position_index``
+  (without it, row r for patch r).  transformers rounds the projection first and then the sum.
 
 One program owns one ``block_rows × block_columns`` tile of y, as in :mod:`.linear`.  2·N·D·K FLOPs; moves N·K pixels,
 D·K weights and N·D results (and as many position values).  K is rarely a multiple of a block (588, 1176): only the last
@@ -22,28 +21,17 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
+from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
-from .linear import LinearConfig, describe, operand_types, operands, walk
+from .linear import LinearConfig, describe, loop_constants, make_operands, operand_types
 from .tiles import accumulate, first_row_and_column, store_zeros
 from .torch_reference import linear_reference, linear_workspace_bytes
 
-__all__ = [
-    "choose_config",
-    "compile_specs",
-    "default_config",
-    "fold_normalization",
-    "fold_temporal",
-    "launch_patch_projection",
-    "patch_projection",
-    "patch_projection_reference",
-    "patch_projection_workspace_bytes",
-]
-
 PIXEL_CENTER = 128
-"""What uint8 pixels are counted from: −128…127 needs 8 significant bits, as many as bf16 has."""
+"""Zero point of uint8 pixels: −128…127 needs 8 significant bits, as many as bf16 has."""
 
 _CHUNK_ROWS = 2048  # patches that the reference casts at a time: they stay in cache until they are multiplied
 
@@ -56,7 +44,7 @@ def fold_normalization(
     std: Sequence[float],
     rescale_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights that take ``pixel − 128`` where ``weight`` takes ``(pixel × rescale_factor − mean) / std``.
+    """Folds ``(pixel × rescale_factor − mean) / std`` into a projection of ``pixel − 128``.
 
     With ``a = rescale_factor / std`` and ``c = (128 × rescale_factor − mean) / std`` per channel, ``W' = a W`` and
     ``b' = b + Σ c W``; computed in fp64, rounded once.
@@ -66,27 +54,25 @@ def fold_normalization(
         bias: ``[D]``, or ``None`` for zero.
         mean: one value per channel, of the rescaled pixels.
         std: likewise, positive.
-        rescale_factor: what raw pixels are multiplied with, commonly 1/255.
+        rescale_factor: factor of raw pixels, commonly 1/255.
 
     Returns:
         ``(W', b')`` in ``weight``'s dtype.
 
     Raises:
-        ValueError: means and standard deviations of different number, a K that is not a multiple of it, a standard
-            deviation that is not positive, a bias of the wrong shape.
+        ValueError: different numbers of means and standard deviations, a K that is not a multiple of that number, a
+            standard deviation that is not positive, a bias of the wrong shape.
     """
     channels = len(mean)
     if weight.dim() != 2 or not channels or len(std) != channels or weight.shape[1] % channels:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, mean {channels} and std {len(std)} values; it has to be [D, K] "
-            "with K a multiple of the number of channels, and each channel has one mean and one std"
+            "weight must be [D, K] with K a multiple of the number of channels, and mean and std must have one value per "
+            f"channel, got shape {tuple(weight.shape)}, {channels} and {len(std)} values"
         )
     if not all(deviation > 0 for deviation in std):
-        raise ValueError(f"std is {tuple(std)}; every standard deviation has to be positive")
+        raise ValueError(f"std must be positive for every channel, got {tuple(std)}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; weight has {tuple(weight.shape)} = [D, K], so it has to be [D]"
-        )
+        raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     means, deviations = torch.tensor([list(mean), list(std)], dtype=torch.float64, device=weight.device)
     center = (PIXEL_CENTER * rescale_factor - means) / deviations
     planes = weight.double().view(weight.shape[0], channels, -1)
@@ -98,7 +84,7 @@ def fold_normalization(
 
 
 def fold_temporal(weight: torch.Tensor) -> torch.Tensor:
-    """``[D, C, T, P, P] → [D, C·P·P]``: the projection of a still image, whose T frames are the same.
+    """Folds ``[D, C, T, P, P]`` to ``[D, C·P·P]``, the projection of a still image, whose T frames are the same.
 
     The sum over T is fp32, rounded once to ``weight``'s dtype.
 
@@ -106,7 +92,7 @@ def fold_temporal(weight: torch.Tensor) -> torch.Tensor:
         ValueError: a weight that is not five-dimensional.
     """
     if weight.dim() != 5:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; it has to be [D, channels, frames, height, width]")
+        raise ValueError(f"weight must be [D, channels, frames, height, width], got shape {tuple(weight.shape)}")
     return weight.sum(2, dtype=torch.float32).to(weight.dtype).flatten(1)
 
 
@@ -143,41 +129,41 @@ def patch_projection_reference(
 
 @triton.jit
 def _patch_projection_kernel(
-    PATCHES, WEIGHT, BIAS, POSITION_TABLE, POSITION_INDEX, OUT, LIVE, rows, columns, inner,
-    patches_stride, weight_stride, position_stride, out_stride,
-    EVEN: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, position_ptr, position_index_ptr, out_ptr, valid_count_ptr, rows, columns, inner,
+    stride_xm, stride_wn, stride_pm, stride_om,
+    IS_EVEN_K: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT.
+    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of out.
     first_row, first_column = first_row_and_column(
         tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS
     )
-    if LIVE is not None and first_row >= tl.load(LIVE):
-        store_zeros(OUT, first_row, first_column, rows, columns, out_stride, BLOCK_ROWS, BLOCK_COLUMNS)
+    if valid_count_ptr is not None and first_row >= tl.load(valid_count_ptr):
+        store_zeros(out_ptr, first_row, first_column, rows, columns, stride_om, BLOCK_ROWS, BLOCK_COLUMNS)
         return
-    total, _ = accumulate(
-        PATCHES, WEIGHT, first_row, first_column, 0, inner, rows, columns, patches_stride, weight_stride, 0,
-        False, EVEN, DESCRIPTORS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
+    total = accumulate(
+        x_ptr, weight_ptr, first_row, first_column, 0, inner, rows, columns, stride_xm, stride_wn,
+        IS_EVEN_K, HAS_DESCRIPTORS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
     )  # fmt: skip
     row = first_row + tl.arange(0, BLOCK_ROWS)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    if BIAS is not None:
-        total += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    if POSITION_TABLE is not None:
+    if position_ptr is not None:
         position = tl.minimum(row, rows - 1).to(tl.int64)
-        if POSITION_INDEX is not None:
-            position = tl.load(POSITION_INDEX + position).to(tl.int64)
-        positions = POSITION_TABLE + position[:, None] * position_stride + column[None, :]
+        if position_index_ptr is not None:
+            position = tl.load(position_index_ptr + position).to(tl.int64)
+        positions = position_ptr + position[:, None] * stride_pm + column[None, :]
         total += tl.load(positions, mask=inside, other=0.0).to(tl.float32)
-    pointers = OUT + row.to(tl.int64)[:, None] * out_stride + column[None, :]
-    tl.store(pointers, total.to(OUT.dtype.element_ty), mask=inside)
+    pointers = out_ptr + row.to(tl.int64)[:, None] * stride_om + column[None, :]
+    tl.store(pointers, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def default_config(*, dtype: torch.dtype, architecture: str) -> LinearConfig:
     """A safe configuration for weights of ``dtype``: no spills, and within shared memory.
 
-    One for every number of patches: an image's rows have the same bits in any pack.
+    The same for every number of patches, so that an image's rows have the same bits in any batch.
     """
     if architecture == "interpreter":
         return LinearConfig(128, 128, 128, group_rows=8, num_warps=4, num_stages=1)
@@ -191,7 +177,7 @@ def default_config(*, dtype: torch.dtype, architecture: str) -> LinearConfig:
 def choose_config(
     rows: int, columns: int, inner: int, *, pixels: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> LinearConfig:
-    """The tuned configuration of such a projection on ``device``, or the default one."""
+    """The tuned configuration of the projection on ``device``, or the default one."""
     constants = {"columns": columns, "inner": inner, "pixels": str(pixels).removeprefix("torch.")}
     found = lookup(LinearConfig, "gemm.patch_projection", device, dtype, constants, {"rows": rows})
     return found or default_config(dtype=dtype, architecture=configs.architecture(device))
@@ -206,19 +192,19 @@ def launch_patch_projection(
     position_index: torch.Tensor | None,
     out: torch.Tensor,
     config: LinearConfig,
-    live: torch.Tensor | None = None,
+    valid_count: torch.Tensor | None = None,
 ) -> None:
-    """``out = cast(pixels) Wᵀ + b (+ position)`` for validated, non-empty tensors; zeros in tiles beyond ``live``.
+    """``out = cast(pixels) Wᵀ + b (+ position)`` for validated, non-empty tensors; zeros in tiles without valid rows.
 
     ``config.split`` and ``config.vendor`` are not used.
     """
     (rows, inner), columns = patches.shape, weight.shape[0]
     grid = (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)
-    left, right, described = operands(patches, weight, config)
+    left, right, described = make_operands(patches, weight, config)
     _patch_projection_kernel[grid](
-        left, right, bias, position_table, position_index, out, live, rows, columns, inner,
+        left, right, bias, position_table, position_index, out, valid_count, rows, columns, inner,
         patches.stride(0), weight.stride(0), 0 if position_table is None else position_table.stride(0), out.stride(0),
-        DESCRIPTORS=described, **walk(config, even=inner % config.block_inner == 0),
+        HAS_DESCRIPTORS=described, **loop_constants(config, even=inner % config.block_inner == 0),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -227,25 +213,34 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
     """The shipped configurations: every kind of pixel, ragged K (588, 1176, padded rows), with and without positions."""
 
     def spec(
-        pixels: torch.dtype, dtype: torch.dtype, *, positions: bool, even: bool, live: bool = False
+        pixels: torch.dtype, dtype: torch.dtype, *, positions: bool, even: bool, valid_count: bool = False
     ) -> CompileSpec:
         config = default_config(dtype=dtype, architecture=architecture)
         pixel, element = TRITON_TYPES[pixels], TRITON_TYPES[dtype]
-        kind = ("positions " if positions else "") + ("" if even else "ragged ") + ("live " if live else "")
+        kind = (
+            ("positions " if positions else "") + ("" if even else "ragged ") + ("valid count " if valid_count else "")
+        )
         types, described = operand_types(element, pixel, config)
-        types["PATCHES"] = types.pop("X")
-        pointers = types | {"BIAS": f"*{element}", "OUT": f"*{element}"} | ({"LIVE": "*i32"} if live else {})
+        pointers = (
+            types
+            | {"bias_ptr": f"*{element}", "out_ptr": f"*{element}"}
+            | ({"valid_count_ptr": "*i32"} if valid_count else {})
+        )
         if positions:
-            pointers |= {"POSITION_TABLE": f"*{element}", "POSITION_INDEX": "*i32"}
-        strides = ("columns", "patches_stride", "weight_stride", "position_stride", "out_stride")
+            pointers |= {"position_ptr": f"*{element}", "position_index_ptr": "*i32"}
+        strides = ("columns", "stride_xm", "stride_wn", "stride_pm", "stride_om")
         return CompileSpec(
             name=f"patch_projection {pixel}->{element} {kind}{describe(config)}",
             kernel=_patch_projection_kernel,
             signature=pointers | dict.fromkeys(("rows", "inner", *strides), "i32"),
             constants={
-                **{name: None for name in ("POSITION_TABLE", "POSITION_INDEX", "LIVE") if name not in pointers},
+                **{
+                    name: None
+                    for name in ("position_ptr", "position_index_ptr", "valid_count_ptr")
+                    if name not in pointers
+                },
                 **described,
-                **walk(config, even=even),
+                **loop_constants(config, even=even),
             },
             divisible_by_16=(*strides, "inner") if even else strides,
             num_warps=config.num_warps,
@@ -258,30 +253,13 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
     return [
         spec(uint8, bf16, positions=False, even=False),
         spec(uint8, bf16, positions=True, even=True),
-        spec(uint8, bf16, positions=True, even=False, live=True),
+        spec(uint8, bf16, positions=True, even=False, valid_count=True),
         spec(fp32, bf16, positions=False, even=False),
         spec(fp32, bf16, positions=True, even=False),
         spec(bf16, bf16, positions=False, even=False),
         spec(uint8, fp16, positions=False, even=False),
         spec(fp32, fp32, positions=True, even=False),
     ]
-
-
-def _check(
-    name: str, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device, shape: tuple[int | None, ...]
-) -> None:
-    if tensor.dtype != dtype or tensor.device != device:
-        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}; it has to be {dtype} on {device}")
-    if tensor.dim() != len(shape) or any(
-        want not in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
-    ):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it has to be [{wanted}]")
-    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}; the elements of a row have to be "
-            "adjacent (last stride 1): pass a contiguous tensor"
-        )
 
 
 def patch_projection(
@@ -298,54 +276,48 @@ def patch_projection(
     """Projects flattened patches, and adds learned positions (transformers: ``Conv3d``/``Conv2d`` of stride = kernel).
 
     Args:
-        patches: ``[N, K]`` float32, float16, bfloat16 (normalized) or uint8 (raw); rows any distance apart.
-        weight: ``[D, K]`` float32, float16 or bfloat16; rows any distance apart.  For uint8 patches ``weight`` and
-            ``bias`` are those that :func:`fold_normalization` returns.
+        patches: ``[N, K]`` float32, float16, bfloat16 (normalized) or uint8 (raw); any row stride.
+        weight: ``[D, K]`` float32, float16 or bfloat16; any row stride.  For uint8 patches ``weight`` and ``bias`` come
+            from :func:`fold_normalization`.
         bias: ``[D]``.
-        position_table: ``[P, D]``, added in fp32 before the rounding; rows any distance apart.
-        position_index: ``[N]`` int32, each in ``[0, P)`` (not checked on a GPU); without it patch r takes row r, and P
-            has to be at least N.
-        out: where to write, ``[N, D]`` of ``weight``'s dtype; rows any distance apart.
-        config: how to launch the kernel; by default the tuned or a safe one for the dtypes and the device.
-        valid_rows: for how many patches the configuration is chosen, and how many count: the kernel writes zeros (the CPU
-            reference the rows' values) where a whole tile of rows lies beyond them.
+        position_table: ``[P, D]``, added in fp32 before the rounding; any row stride.
+        position_index: ``[N]`` int32, each in ``[0, P)`` (not checked on a GPU); without it patch r uses row r, and P must
+            be at least N.
+        out: output ``[N, D]`` of ``weight``'s dtype; any row stride.
+        config: launch configuration; by default the tuned one for the dtypes and the device, or a safe one.
+        valid_rows: planned patches, for which the configuration is selected, and valid ones.  The kernel writes zeros in
+            tiles without valid rows; the CPU reference computes them.
 
     Returns:
         ``out``, or a new contiguous tensor ``[N, D]``.
 
     Raises:
-        ValueError: shapes that do not fit; elements of a row that are not adjacent; positions without their table.
-        TypeError: dtypes or devices that do not fit.
+        ValueError: wrong shapes; elements of a row that are not adjacent; positions without their table.
+        TypeError: wrong dtypes or devices.
     """
-    floats = (torch.float32, torch.float16, torch.bfloat16)
-    if weight.dtype not in floats or patches.dtype not in (*floats, torch.uint8):
-        raise TypeError(
-            f"patches are {patches.dtype} and weight is {weight.dtype}; patches may be float32, float16, bfloat16 or uint8, "
-            "weight one of the floats"
-        )
-    device, dtype = patches.device, weight.dtype
-    _check("patches", patches, patches.dtype, device, (None, None))
-    rows, inner = patches.shape
-    if not inner:
-        raise ValueError(f"patches has shape {(rows, inner)}; a patch has to have at least one pixel")
-    _check("weight", weight, dtype, device, (None, inner))
+    check_float("weight", weight)
+    if patches.dtype != torch.uint8:
+        check_float("patches, unless uint8,", patches)
+    check_matrix("patches", patches)
+    (rows, inner), device = patches.shape, patches.device
+    check_tensor("weight", weight, (*weight.shape[:1], inner), weight.dtype, device)
     columns = weight.shape[0]
     if bias is not None:
-        _check("bias", bias, dtype, device, (columns,))
+        check_rows("bias", bias, (columns,), weight)
     if position_index is not None:
         if position_table is None:
-            raise ValueError("position_index names rows of position_table, which is missing")
-        _check("position_index", position_index, torch.int32, device, (rows,))
+            raise ValueError("position_table must be given with position_index, got None")
+        check_tensor("position_index", position_index, (rows,), torch.int32, device)
     if position_table is not None:
-        _check("position_table", position_table, dtype, device, (None, columns))
+        check_rows("position_table", position_table, (*position_table.shape[:1], columns), weight)
         if position_index is None and position_table.shape[0] < rows:
             raise ValueError(
-                f"position_table has {position_table.shape[0]} rows for {rows} patches; pass position_index to say which "
-                "row each patch takes"
+                f"position_table must have at least {rows} rows, one per patch, got {position_table.shape[0]}; "
+                "pass position_index to select rows"
             )
-    live = get_valid_count(valid_rows, device)
+    valid_count = get_valid_count(valid_rows, device)
     if out is not None:
-        _check("out", out, dtype, device, (rows, columns))
+        check_rows("out", out, (rows, columns), weight)
     else:
         out = weight.new_empty(rows, columns)
     if not out.numel():
@@ -353,9 +325,9 @@ def patch_projection(
     if not runs_kernel(patches):
         return patch_projection_reference(patches, weight, bias, position_table, position_index, out)
     config = config or choose_config(
-        planned_rows(valid_rows, rows), columns, inner, pixels=patches.dtype, dtype=dtype, device=device
+        planned_rows(valid_rows, rows), columns, inner, pixels=patches.dtype, dtype=weight.dtype, device=device
     )
-    launch_patch_projection(patches, weight, bias, position_table, position_index, out, config, live)
+    launch_patch_projection(patches, weight, bias, position_table, position_index, out, config, valid_count)
     return out
 
 

@@ -1,25 +1,25 @@
 """Projection to queries, keys and values, with the rotary position embedding in its epilogue: ``y = R(x Wᵀ + b)``.
 
 Shapes: ``x [M, K]``, ``W [3·H·hd, K]`` (q's rows, then k's, then v's, head after head), ``b [3·H·hd]``, y ``[M, 3·H·hd]``;
-cosines and sines ``[M, hd/2]`` fp32.  R rotates each head of q and k by its row's angles and leaves v alone.
+cosines and sines ``[M, hd/2]`` fp32.  R rotates each head of q and k by its row's angles and does not change v.
 
-The two values that a rotation mixes stand side by side: row 2i of a head of W is the published row i, and row 2i + 1 the
-published row i + hd/2 (:func:`reorder_heads`).  Both are then in the same thread, and the rotation costs no exchange and
-no pass over memory of its own, which :mod:`.rope` needs.  Attention does not notice: ``q·kᵀ`` is a sum over the columns
-of a head, q and k have the same order of columns, and v keeps its own.
+The two values that a rotation mixes are adjacent: row 2i of a head of W is the published row i, and row 2i + 1 the
+published row i + hd/2 (:func:`reorder_heads`).  Both are then in the same thread, so the rotation needs no exchange
+between threads and no separate pass over memory, as :mod:`.rope` does.  Attention gives the same result: ``q·kᵀ`` is a sum
+over the columns of a head, q and k have the same order of columns, and v keeps its own.
 
-Heads may be wider than they count (``padded_head_dim``: 80 for 72), so that attention finds whole blocks.  The padding's
-weight rows are zeros and it is not rotated; what it holds is what the bias says.
+Heads may be padded (``padded_head_dim``: 80 for 72), so that attention reads whole blocks.  The padding's weight rows are
+zeros and it is not rotated; its values come from the bias.
 
-q may be scaled on the way (``query_scale``).  What attention would multiply every score by, it multiplies q by, once, and
-before q is rounded, so that it costs no accuracy; :mod:`.attention_fixed` saves a fifth of its loop by it.
+q may be scaled (``query_scale``) by the factor that attention would multiply every score by.  This happens once, before q
+is rounded, so it costs no accuracy; it saves :mod:`.fixed_max` a fifth of its loop.
 
-Sums, bias, rotation and scaling are fp32; there is one rounding, at the store.  (The CPU reference rounds the product as
-well, as transformers does.)
+Sums, bias, rotation and scaling are fp32; there is one rounding, at the store.  (The CPU reference also rounds before the
+rotation, as transformers does.)
 
-One program owns one ``block_rows × block_columns`` tile of y, as in :mod:`.linear`, and reads the angles' cosines and
-sines of its rows.  2·M·N·K FLOPs with N = 3·H·hd, and 3 for each value of q and k; moves x, W and y once, and the tables
-mostly from the L2 cache.  Few rows split K as they do in :mod:`.linear`; the kernel that adds up the parts rotates.
+One program owns one ``block_rows × block_columns`` tile of y, as in :mod:`.linear`, and reads the cosines and sines of its
+rows.  2·M·N·K FLOPs with N = 3·H·hd, and 3 for each value of q and k; moves x, W and y once, and the tables mostly from
+the L2 cache.  Few rows split K as in :mod:`.linear`; the kernel that adds the parts rotates.
 """
 
 import math
@@ -29,6 +29,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
+from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor
 from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
@@ -38,28 +39,17 @@ from .linear import (
     REDUCE_ROWS,
     LinearConfig,
     add_parts,
-    check_matrix,
+    compute_partial_sums,
     describe,
     launch_linear,
+    loop_constants,
+    make_operands,
     operand_types,
-    operands,
-    partial_sums,
-    walk,
 )
 from .linear import default_config as linear_config
 from .linear_config import epilogue_passes
 from .tiles import accumulate, column_parts, first_row_and_column, store_zeros
 from .torch_reference import linear_reference
-
-__all__ = [
-    "choose_config",
-    "compile_specs",
-    "default_config",
-    "launch_qkv_projection",
-    "qkv_projection",
-    "qkv_projection_reference",
-    "reorder_heads",
-]
 
 
 def reorder_heads(
@@ -71,15 +61,15 @@ def reorder_heads(
     pairs: bool = False,
     ones: bool = False,
 ) -> torch.Tensor:
-    """The weight ``[3·H·hd, K]`` or bias ``[3·H·hd]`` of a fused projection, in the order that this file's kernels want.
+    """Reorders the weight ``[3·H·hd, K]`` or bias ``[3·H·hd]`` of a fused projection for this file's kernels.
 
     Args:
-        tensor: rows of q, k and v one below the other, head after head, each head in the published order.
+        tensor: rows of q, then k, then v, head after head, each head in the published order.
         heads: H.
         head_dim: hd.
-        padded_head_dim: rows that a head gets; those beyond ``head_dim`` are zeros.  ``None``: as many as it has.
+        padded_head_dim: rows of a head afterwards; those after ``head_dim`` are zeros.  ``None``: no padding.
         pairs: for q and k, row 2i ← row i and row 2i + 1 ← row i + hd/2 of each head.
-        ones: puts 1 into the first padding row of each head of k and v (of a bias: the columns then hold ones).
+        ones: sets the first padding row of each head of k and v to 1 (in a bias: these columns are then ones).
 
     Returns:
         A new contiguous tensor with ``3·H·padded_head_dim`` rows.
@@ -91,27 +81,27 @@ def reorder_heads(
     padded = head_dim if padded_head_dim is None else padded_head_dim
     if tensor.dim() not in (1, 2) or heads < 1 or head_dim < 1 or tensor.shape[0] != 3 * heads * head_dim:
         raise ValueError(
-            f"tensor has shape {tuple(tensor.shape)}; with {heads} heads of {head_dim} it has to be "
-            f"[{3 * heads * head_dim}, K] or [{3 * heads * head_dim}]"
+            f"tensor must have {3 * heads * head_dim} rows for {heads} heads of {head_dim}, "
+            f"got shape {tuple(tensor.shape)}"
         )
     if pairs and head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}; pairs need an even one")
+        raise ValueError(f"head_dim must be even for pairs, got {head_dim}")
     if padded < head_dim:
-        raise ValueError(f"padded_head_dim is {padded}; it has to be at least head_dim, {head_dim}")
+        raise ValueError(f"padded_head_dim must be at least head_dim, {head_dim}, got {padded}")
     if ones and (padded == head_dim or tensor.dim() != 1):
         raise ValueError(
-            f"ones go into the padding of a bias; tensor has shape {tuple(tensor.shape)}, head_dim is {head_dim} and "
+            f"tensor must be a bias with padding for ones, got shape {tuple(tensor.shape)} with head_dim {head_dim} and "
             f"padded_head_dim {padded}"
         )
     parts = tensor.reshape(3, heads, head_dim, *tensor.shape[1:])
     if pairs:
         halves = parts[:2].unflatten(2, (2, head_dim // 2))
         parts = torch.cat((halves.transpose(2, 3).flatten(2, 3), parts[2:]))
-    arranged = tensor.new_zeros(3, heads, padded, *tensor.shape[1:])
-    arranged[:, :, :head_dim] = parts
+    reordered = tensor.new_zeros(3, heads, padded, *tensor.shape[1:])
+    reordered[:, :, :head_dim] = parts
     if ones:
-        arranged[1:, :, head_dim] = 1
-    return arranged.flatten(0, 2)
+        reordered[1:, :, head_dim] = 1
+    return reordered.flatten(0, 2)
 
 
 def qkv_projection_reference(
@@ -134,102 +124,102 @@ def qkv_projection_reference(
         if query_scale != 1:
             out[:, : heads * padded] *= query_scale
         return out
-    turned = out[:, : 2 * heads * padded].unflatten(1, (2 * heads, padded))[..., :head_dim].unflatten(-1, (-1, 2))
-    # Products and sums are separate, each exactly rounded: a fused one would depend on where the row stands.
-    first, second = turned.to(torch.float32, copy=True).unbind(-1)
+    rotated = out[:, : 2 * heads * padded].unflatten(1, (2 * heads, padded))[..., :head_dim].unflatten(-1, (-1, 2))
+    # Multiplications and additions are separate, each exactly rounded: a fused one would depend on the row's place.
+    first, second = rotated.to(torch.float32, copy=True).unbind(-1)
     cosine, sine = cosines.unsqueeze(1), sines.unsqueeze(1)
     results = (first * cosine - second * sine, second * cosine + first * sine)
     for place, result in enumerate(results):
         if query_scale != 1:
             result[:, :heads] *= query_scale
-        turned[..., place] = result
+        rotated[..., place] = result
     return out
 
 
 @triton.jit
 def _finish(
-    total, BIAS, COSINES, SINES, OUT, first_row, first_column, rows, columns, pairs, query_scale,
-    cosines_stride, sines_stride, out_stride,
+    total, bias_ptr, cos_ptr, sin_ptr, out_ptr, first_row, first_column, rows, columns, pairs, query_scale,
+    stride_cm, stride_sm, stride_om,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Bias, rotation, scaling and the one rounding, for a tile of fp32 sums.  The first `pairs` pairs of columns are q's and
-    # k's, so the first `pairs` columns are q's.
+    # Bias, rotation, scaling and the one rounding, for a tile of fp32 sums.  The first `pairs` pairs of columns are q's
+    # and k's, so the first `pairs` columns are q's.
     row = first_row + tl.arange(0, BLOCK_ROWS)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     row_offset = row.to(tl.int64)[:, None]
-    if BIAS is not None:
-        total += tl.load(BIAS + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    if COSINES is not None:
-        # Tiles begin at even columns, so a pair never lies across two of them, nor do UNIT neighbors lie across two heads.
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    if cos_ptr is not None:
+        # Tiles begin at even columns, so a pair is never split between two, nor are UNIT neighbors between two heads.
         pair = first_column // 2 + tl.arange(0, BLOCK_COLUMNS // 2)
         place = tl.max_contiguous(tl.multiple_of(pair % (PADDED // 2), UNIT), UNIT)
-        turns = (pair < pairs) & (place < HEAD_DIM // 2)
-        inside = (row < rows)[:, None] & turns[None, :]
-        cosine = tl.load(COSINES + row_offset * (cosines_stride * UNIT) + place[None, :], mask=inside, other=1.0)
-        sine = tl.load(SINES + row_offset * (sines_stride * UNIT) + place[None, :], mask=inside, other=0.0)
+        is_rotated = (pair < pairs) & (place < HEAD_DIM // 2)
+        inside = (row < rows)[:, None] & is_rotated[None, :]
+        cosine = tl.load(cos_ptr + row_offset * (stride_cm * UNIT) + place[None, :], mask=inside, other=1.0)
+        sine = tl.load(sin_ptr + row_offset * (stride_sm * UNIT) + place[None, :], mask=inside, other=0.0)
         first, second = tl.split(tl.reshape(total, [BLOCK_ROWS, BLOCK_COLUMNS // 2, 2]))
-        turned = tl.join(first * cosine - second * sine, second * cosine + first * sine)
-        total = tl.reshape(turned, [BLOCK_ROWS, BLOCK_COLUMNS])
+        rotated = tl.join(first * cosine - second * sine, second * cosine + first * sine)
+        total = tl.reshape(rotated, [BLOCK_ROWS, BLOCK_COLUMNS])
     if query_scale is not None:
         total *= tl.where(column < pairs, query_scale, 1.0)[None, :]
     mask = (row < rows)[:, None] & (column < columns)[None, :]
-    tl.store(OUT + row_offset * out_stride + column[None, :], total.to(OUT.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row_offset * stride_om + column[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _qkv_projection_kernel(
-    X, WEIGHT, BIAS, COSINES, SINES, OUT, LIVE, rows, columns, pairs, inner, query_scale,
-    x_stride, weight_stride, cosines_stride, sines_stride, out_stride,
-    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, PASSES: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr, valid_count_ptr, rows, columns, pairs, inner, query_scale,
+    stride_xm, stride_wn, stride_cm, stride_sm, stride_om,
+    HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr, IS_EVEN_K: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, GROUP_ROWS: tl.constexpr,
 ):  # fmt: skip
-    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT.  Strides of the tables come in units of UNIT elements: what the
-    # compiler can so prove about addresses is how wide its loads get.
+    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of out.  Strides of the tables are in units of UNIT elements, so that the
+    # compiler can prove the alignment of wide loads.
     first_row, first_column = first_row_and_column(
         tl.program_id(0), rows, columns, BLOCK_ROWS, BLOCK_COLUMNS, GROUP_ROWS
     )
-    if LIVE is not None and first_row >= tl.load(LIVE):
-        store_zeros(OUT, first_row, first_column, rows, columns, out_stride, BLOCK_ROWS, BLOCK_COLUMNS)
+    if valid_count_ptr is not None and first_row >= tl.load(valid_count_ptr):
+        store_zeros(out_ptr, first_row, first_column, rows, columns, stride_om, BLOCK_ROWS, BLOCK_COLUMNS)
         return
-    total, _ = accumulate(
-        X, WEIGHT, first_row, first_column, 0, inner, rows, columns, x_stride, weight_stride, 0,
-        False, EVEN, DESCRIPTORS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
+    total = accumulate(
+        x_ptr, weight_ptr, first_row, first_column, 0, inner, rows, columns, stride_xm, stride_wn,
+        IS_EVEN_K, HAS_DESCRIPTORS, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER,
     )  # fmt: skip
     totals = column_parts(total, BLOCK_ROWS, BLOCK_COLUMNS, PASSES)
     for index in tl.static_range(PASSES):
         _finish(
-            totals[index], BIAS, COSINES, SINES, OUT, first_row, first_column + index * (BLOCK_COLUMNS // PASSES),
-            rows, columns, pairs, query_scale, cosines_stride, sines_stride, out_stride, HEAD_DIM, PADDED, UNIT,
+            totals[index], bias_ptr, cos_ptr, sin_ptr, out_ptr, first_row, first_column + index * (BLOCK_COLUMNS // PASSES),
+            rows, columns, pairs, query_scale, stride_cm, stride_sm, stride_om, HEAD_DIM, PADDED, UNIT,
             BLOCK_ROWS, BLOCK_COLUMNS // PASSES,
         )  # fmt: skip
 
 
 @triton.jit
 def _qkv_reduce_kernel(
-    PARTIAL, BIAS, COSINES, SINES, OUT, LIVE, rows, columns, pairs, parts, query_scale,
-    cosines_stride, sines_stride, out_stride,
+    partial_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr, valid_count_ptr, rows, columns, pairs, parts, query_scale,
+    stride_cm, stride_sm, stride_om,
     HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of OUT: adds its partial sums, first part first, and finishes it.
+    # Owns one BLOCK_ROWS × BLOCK_COLUMNS tile of out: adds its partial sums, first part first, and finishes it.
     first_row = tl.program_id(0) * BLOCK_ROWS
     first_column = tl.program_id(1) * BLOCK_COLUMNS
-    if LIVE is not None and first_row >= tl.load(LIVE):
-        store_zeros(OUT, first_row, first_column, rows, columns, out_stride, BLOCK_ROWS, BLOCK_COLUMNS)
+    if valid_count_ptr is not None and first_row >= tl.load(valid_count_ptr):
+        store_zeros(out_ptr, first_row, first_column, rows, columns, stride_om, BLOCK_ROWS, BLOCK_COLUMNS)
         return
-    total = add_parts(PARTIAL, first_row, first_column, rows, columns, columns, parts, BLOCK_ROWS, BLOCK_COLUMNS)
+    total = add_parts(partial_ptr, first_row, first_column, rows, columns, parts, BLOCK_ROWS, BLOCK_COLUMNS)
     _finish(
-        total, BIAS, COSINES, SINES, OUT, first_row, first_column, rows, columns, pairs, query_scale,
-        cosines_stride, sines_stride, out_stride, HEAD_DIM, PADDED, UNIT, BLOCK_ROWS, BLOCK_COLUMNS,
+        total, bias_ptr, cos_ptr, sin_ptr, out_ptr, first_row, first_column, rows, columns, pairs, query_scale,
+        stride_cm, stride_sm, stride_om, HEAD_DIM, PADDED, UNIT, BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip
 
 
 def default_config(rows: int, columns: int, inner: int, *, dtype: torch.dtype, architecture: str) -> LinearConfig:
-    """A safe configuration for y ``[rows, columns]`` and K = ``inner``: that of :mod:`.linear`, but no tile of 128 × 256.
+    """A safe configuration for y ``[rows, columns]`` and K = ``inner``: that of :mod:`.linear`, without 128 × 256 tiles.
 
-    The rotation's tables take more registers than a residual does.
+    The rotation's tables need more registers than a residual.
     """
     config = linear_config(rows, columns, inner, dtype=dtype, activation=None, residual=True, architecture=architecture)
     return replace(config, block_columns=min(config.block_columns, 128))
@@ -238,7 +228,7 @@ def default_config(rows: int, columns: int, inner: int, *, dtype: torch.dtype, a
 def choose_config(
     rows: int, columns: int, inner: int, *, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> LinearConfig:
-    """The tuned configuration of such a projection on ``device``, or the default one."""
+    """The tuned configuration of the projection on ``device``, or the default one."""
     constants = {"columns": columns, "inner": inner, "head_dim": head_dim}
     found = lookup(LinearConfig, "gemm.qkv_projection", device, dtype, constants, {"rows": rows})
     return found or default_config(rows, columns, inner, dtype=dtype, architecture=configs.architecture(device))
@@ -257,47 +247,46 @@ def launch_qkv_projection(
     head_dim: int,
     padded_head_dim: int,
     query_scale: float = 1.0,
-    live: torch.Tensor | None = None,
+    valid_count: torch.Tensor | None = None,
 ) -> None:
-    """``out = R(x Wᵀ + b)`` for validated, non-empty tensors; zeros in tiles of rows at or beyond ``live``.
+    """``out = R(x Wᵀ + b)`` for validated, non-empty tensors; zeros in tiles without valid rows.
 
-    ``config.vendor`` counts only where nothing is rotated or scaled.
+    ``config.vendor`` applies only without rotation and scaling.
     """
     rotated = cosines is not None and sines is not None
     if not rotated and query_scale == 1:
-        launch_linear(x, weight, bias, None, out, None, config, live)
+        launch_linear(x, weight, bias, None, out, None, config, valid_count)
         return
     (rows, inner), columns = x.shape, out.shape[1]
     pairs = columns // 3
-    apart = [0 if table is None else table.stride(0) for table in (cosines, sines)]
-    heads = _heads(head_dim, padded_head_dim, *apart)
-    strides = (*(stride // heads["UNIT"] for stride in apart), out.stride(0))
+    table_strides = [0 if table is None else table.stride(0) for table in (cosines, sines)]
+    heads = _head_constants(head_dim, padded_head_dim, *table_strides)
+    strides = (*(stride // heads["UNIT"] for stride in table_strides), out.stride(0))
     scale = None if query_scale == 1 else query_scale
-    partial = partial_sums(x, weight, config, live)
+    partial = compute_partial_sums(x, weight, config, valid_count)
     if partial is None:
-        left, right, described = operands(x, weight, config)
+        left, right, described = make_operands(x, weight, config)
         passes = epilogue_passes(config, None, configs.architecture(x.device), rotation=rotated)
         _qkv_projection_kernel[(triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)](
-            left, right, bias, cosines, sines, out, live, rows, columns, pairs, inner, scale,
+            left, right, bias, cosines, sines, out, valid_count, rows, columns, pairs, inner, scale,
             x.stride(0), weight.stride(0), *strides,
-            DESCRIPTORS=described, PASSES=passes, **heads, **walk(config, even=inner % config.block_inner == 0),
+            HAS_DESCRIPTORS=described, PASSES=passes, **heads, **loop_constants(config, even=inner % config.block_inner == 0),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return
     _qkv_reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS))](
-        partial, bias, cosines, sines, out, live, rows, columns, pairs, partial.shape[0], scale, *strides,
+        partial, bias, cosines, sines, out, valid_count, rows, columns, pairs, partial.shape[0], scale, *strides,
         **heads, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLUMNS=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip
 
 
-def _heads(head_dim: int, padded: int, *strides: int) -> dict[str, int]:
-    """The constants of the heads; UNIT: how many neighbors of a table are read at once, 16 bytes at most."""
+def _head_constants(head_dim: int, padded: int, *strides: int) -> dict[str, int]:
+    """Constants of the heads; UNIT: neighbors of a table that are read at once, at most 16 bytes."""
     return {"HEAD_DIM": head_dim, "PADDED": padded, "UNIT": math.gcd(4, head_dim // 2, padded // 2, *strides)}
 
 
 def compile_specs(architecture: str) -> list[CompileSpec]:
-    """The shipped configurations: heads of 64, 72 as 80 (q scaled, with and without rotation), and 80 in bf16; fp16 and fp32;
-    the sum of a split K.
+    """The shipped configurations: heads of 64, 72 padded to 80 (q scaled, rotated or not), and 80; the sum of a split K.
 
     (The partial sums of a split K are :mod:`.linear`'s.)
     """
@@ -311,7 +300,7 @@ def compile_specs(architecture: str) -> list[CompileSpec]:
         _compile_spec(bf16, 72, 80, config(bf16), architecture, scaled=True),
         _compile_spec(bf16, 72, 80, config(bf16), architecture, scaled=True, rotated=False),
         _compile_spec(bf16, 80, 80, config(bf16), architecture),
-        _compile_spec(bf16, 80, 80, config(bf16), architecture, live=True),
+        _compile_spec(bf16, 80, 80, config(bf16), architecture, valid_count=True),
         _compile_spec(fp16, 80, 80, config(fp16), architecture),
         _compile_spec(fp32, 80, 80, config(fp32), architecture),
         _reduce_spec(bf16, 72, 80),
@@ -329,29 +318,33 @@ def _compile_spec(
     config: LinearConfig,
     architecture: str,
     *,
-    live: bool = False,
+    valid_count: bool = False,
     scaled: bool = False,
     rotated: bool = True,
 ) -> CompileSpec:
     element = TRITON_TYPES[dtype]
     types, described = operand_types(element, element, config)
-    arguments = types | dict.fromkeys(("BIAS", "OUT"), f"*{element}") | dict.fromkeys(("COSINES", "SINES"), "*fp32")
-    arguments |= {"LIVE": "*i32", "query_scale": "fp32"}
-    optional = {"LIVE": live, "query_scale": scaled, "COSINES": rotated, "SINES": rotated}
+    arguments = (
+        types | dict.fromkeys(("bias_ptr", "out_ptr"), f"*{element}") | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
+    )
+    arguments |= {"valid_count_ptr": "*i32", "query_scale": "fp32"}
+    optional = {"valid_count_ptr": valid_count, "query_scale": scaled, "cos_ptr": rotated, "sin_ptr": rotated}
     absent = [name for name, present in optional.items() if not present]
-    strides = ("x_stride", "weight_stride", "out_stride")
-    said = [word for word, so in (("scaled", scaled), ("not rotated", not rotated), ("live", live)) if so]
+    strides = ("stride_xm", "stride_wn", "stride_om")
+    words = [
+        word for word, so in (("scaled", scaled), ("not rotated", not rotated), ("valid count", valid_count)) if so
+    ]
     return CompileSpec(
-        name=" ".join(["qkv_projection", _head(element, head_dim, padded), *said, describe(config)]),
+        name=" ".join(["qkv_projection", _head(element, head_dim, padded), *words, describe(config)]),
         kernel=_qkv_projection_kernel,
         signature={name: kind for name, kind in arguments.items() if name not in absent}
-        | dict.fromkeys(("rows", "columns", "pairs", "inner", "cosines_stride", "sines_stride", *strides), "i32"),
+        | dict.fromkeys(("rows", "columns", "pairs", "inner", "stride_cm", "stride_sm", *strides), "i32"),
         constants={
             **dict.fromkeys(absent),
-            **_heads(head_dim, padded),
+            **_head_constants(head_dim, padded),
             "PASSES": epilogue_passes(config, None, architecture, rotation=rotated),
             **described,
-            **walk(config, even=True),
+            **loop_constants(config, even=True),
         },
         # Rows of the tables have 9 or 10 units.
         divisible_by_16=("columns", "pairs", "inner", *strides),
@@ -364,18 +357,20 @@ def _compile_spec(
 
 def _reduce_spec(dtype: torch.dtype, head_dim: int, padded: int) -> CompileSpec:
     element = TRITON_TYPES[dtype]
-    pointers = dict.fromkeys(("BIAS", "OUT"), f"*{element}") | dict.fromkeys(("PARTIAL", "COSINES", "SINES"), "*fp32")
-    sizes = ("rows", "columns", "pairs", "parts", "cosines_stride", "sines_stride", "out_stride")
+    pointers = dict.fromkeys(("bias_ptr", "out_ptr"), f"*{element}") | dict.fromkeys(
+        ("partial_ptr", "cos_ptr", "sin_ptr"), "*fp32"
+    )
+    sizes = ("rows", "columns", "pairs", "parts", "stride_cm", "stride_sm", "stride_om")
     return CompileSpec(
-        name=f"qkv_projection reduce {_head(element, head_dim, padded)} scaled live {REDUCE_ROWS}x{REDUCE_COLUMNS}",
+        name=f"qkv_projection reduce {_head(element, head_dim, padded)} scaled valid count {REDUCE_ROWS}x{REDUCE_COLUMNS}",
         kernel=_qkv_reduce_kernel,
-        signature=pointers | {"LIVE": "*i32", "query_scale": "fp32"} | dict.fromkeys(sizes, "i32"),
+        signature=pointers | {"valid_count_ptr": "*i32", "query_scale": "fp32"} | dict.fromkeys(sizes, "i32"),
         constants={
-            **_heads(head_dim, padded),
+            **_head_constants(head_dim, padded),
             "BLOCK_ROWS": REDUCE_ROWS,
             "BLOCK_COLUMNS": REDUCE_COLUMNS,
         },
-        divisible_by_16=("columns", "pairs", "out_stride"),
+        divisible_by_16=("columns", "pairs", "stride_om"),
         num_warps=4,
         num_stages=1,
         tensor_core=False,
@@ -383,27 +378,16 @@ def _reduce_spec(dtype: torch.dtype, head_dim: int, padded: int) -> CompileSpec:
     )
 
 
-def _validate_heads(heads: int, head_dim: int, padded: int, tables: bool, query_scale: float) -> None:
+def _check_heads(heads: int, head_dim: int, padded: int, is_rotated: bool, query_scale: float) -> None:
     if heads < 1 or head_dim < 1 or padded < head_dim:
         raise ValueError(
-            f"heads is {heads}, head_dim {head_dim} and padded_head_dim {padded}; there has to be a head, with at least "
-            "one column, and the padding comes on top"
+            "heads and head_dim must be at least 1 and padded_head_dim at least head_dim, got "
+            f"{heads}, {head_dim} and {padded}"
         )
-    if tables and (head_dim % 2 or padded % 2):
-        raise ValueError(f"head_dim is {head_dim} and padded_head_dim {padded}; to be rotated they have to be even")
+    if is_rotated and (head_dim % 2 or padded % 2):
+        raise ValueError(f"head_dim and padded_head_dim must be even for a rotation, got {head_dim} and {padded}")
     if not torch.finfo(torch.float32).tiny <= query_scale < math.inf:
         raise ValueError(f"query_scale must be a positive, finite fp32 number, got {query_scale}")
-
-
-def _validate_table(name: str, table: torch.Tensor, x: torch.Tensor, head_dim: int) -> None:
-    if table.dtype != torch.float32 or table.device != x.device:
-        raise TypeError(f"{name} is {table.dtype} on {table.device}; it has to be torch.float32 on {x.device}")
-    expected = (x.shape[0], head_dim // 2)
-    if tuple(table.shape) != expected or (table.numel() and expected[1] > 1 and table.stride(1) != 1):
-        raise ValueError(
-            f"{name} has shape {tuple(table.shape)} and strides {table.stride()}; x has {tuple(x.shape)} and head_dim is "
-            f"{head_dim}, so it has to be {expected} with last stride 1"
-        )
 
 
 def qkv_projection(
@@ -424,51 +408,46 @@ def qkv_projection(
     """``x Wᵀ + b`` with q and k rotated (transformers: the ``qkv`` layer and ``apply_rotary_pos_emb_vision`` after it).
 
     Args:
-        x: ``[M, K]`` float32, float16 or bfloat16; rows any distance apart, last stride 1.
-        weight: ``[3·H·hd, K]`` of x's dtype (hd: ``padded_head_dim``), as :func:`reorder_heads` orders it with
-            ``pairs``; rows any distance apart.
+        x: ``[M, K]`` float32, float16 or bfloat16; any row stride, last stride 1.
+        weight: ``[3·H·hd, K]`` of x's dtype (hd: ``padded_head_dim``), as :func:`reorder_heads` orders it with ``pairs``;
+            any row stride.
         bias: ``[3·H·hd]``, in the same order.
         cosines: ``[M, head_dim/2]`` float32, cosine of each row's angles; ``None``, and ``sines`` too: no rotation.
         sines: ``[M, head_dim/2]`` float32, sine of each row's angles.
         heads: H, of each of q, k and v.
-        head_dim: columns of a head that count.
-        padded_head_dim: columns that a head has; ``None``: as many as count.
-        query_scale: what q is multiplied by, after the rotation; ``scale · log2 e`` for an attention that is told of it
-            (``queries_scaled``).
-        out: where to write, ``[M, 3·H·hd]``; rows any distance apart; must not overlap ``x``.
-        config: how to launch the kernel; by default the tuned or a safe one for the shape and the device.
-        valid_rows: for how many rows the configuration is chosen, and how many count: kernels write zeros (the CPU
-            reference the rows' values) where a whole tile of rows lies beyond them.
+        head_dim: columns of a head without padding.
+        padded_head_dim: columns of a head; ``None``: no padding.
+        query_scale: factor of q after the rotation; ``scale · log2 e`` for an attention with ``queries_scaled``.
+        out: output ``[M, 3·H·hd]``; any row stride; must not overlap ``x``.
+        config: launch configuration; by default the tuned one for the shape and the device, or a safe one.
+        valid_rows: planned rows, for which the configuration is selected, and valid rows.  Kernels write zeros in tiles
+            without valid rows; the CPU reference computes them.
 
     Returns:
         ``out``, or a new contiguous tensor.
 
     Raises:
-        ValueError: shapes that do not fit, one table without the other, odd heads to be rotated, a scale that is not a
-            positive number, elements of a row that are not adjacent.
-        TypeError: dtypes or devices that do not fit.
+        ValueError: wrong shapes, one table without the other, odd heads with a rotation, a scale that is not a positive
+            number, elements of a row that are not adjacent.
+        TypeError: wrong dtypes or devices.
     """
     padded = head_dim if padded_head_dim is None else padded_head_dim
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"x is {x.dtype}; this operation takes float32, float16 and bfloat16")
-    check_matrix("x", x, x, (None, None), "it has to be [M, K]")
+    check_float("x", x)
+    check_matrix("x", x)
     rows, inner = x.shape
-    if not inner:
-        raise ValueError(f"x has shape {(rows, inner)}; it has to be [M, K] with K at least 1")
     if (cosines is None) != (sines is None):
-        raise ValueError("one of cosines and sines is missing; a rotation takes both, and none takes neither")
-    _validate_heads(heads, head_dim, padded, cosines is not None, query_scale)
+        raise ValueError("cosines and sines must both be given, or neither; got only one of them")
+    _check_heads(heads, head_dim, padded, cosines is not None, query_scale)
     columns = 3 * heads * padded
-    text = f"x has {tuple(x.shape)} and there are 3 times {heads} heads of {padded} columns, so it has to be"
-    check_matrix("weight", weight, x, (columns, inner), f"{text} [{columns}, {inner}]")
+    check_rows("weight", weight, (columns, inner), x)
     if bias is not None:
-        check_matrix("bias", bias, x, (columns,), f"{text} [{columns}]")
+        check_rows("bias", bias, (columns,), x)
     for name, table in (("cosines", cosines), ("sines", sines)):
         if table is not None:
-            _validate_table(name, table, x, head_dim)
+            check_tensor(name, table, (rows, head_dim // 2), torch.float32, x.device)
     if out is not None:
-        check_matrix("out", out, x, (rows, columns), f"{text} [{rows}, {columns}]")
-    live = get_valid_count(valid_rows, x.device)
+        check_rows("out", out, (rows, columns), x)
+    valid_count = get_valid_count(valid_rows, x.device)
     if out is None:
         out = x.new_empty(rows, columns)
     if not out.numel():
@@ -482,5 +461,7 @@ def qkv_projection(
         config = choose_config(
             planned_rows(valid_rows, rows), columns, inner, head_dim=head_dim, dtype=x.dtype, device=x.device
         )
-    launch_qkv_projection(x, weight, bias, cosines, sines, out, config, **shape, query_scale=query_scale, live=live)
+    launch_qkv_projection(
+        x, weight, bias, cosines, sines, out, config, **shape, query_scale=query_scale, valid_count=valid_count
+    )
     return out

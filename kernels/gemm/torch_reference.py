@@ -7,7 +7,7 @@ from .cpu import PrepackedWeight, compute_dtype, matmul, min_matmul_rows, split_
 
 # Rows per matmul: this many bytes stay in the last-level cache until the epilogue reads them, and their memory is reused
 # for the next rows instead of coming from the system.
-_CHUNK_BYTES = 8 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 
 def _matmul_rows(
@@ -72,7 +72,7 @@ def linear_reference(
     fewest = min_matmul_rows(compute) if x.device.type == "cpu" else 1
     weights = _split_weight(weight, activation, compute)
     biases = tuple(None if part is None else part.to(compute).contiguous() for part in biases)
-    step = max(fewest, _CHUNK_BYTES // (weight.shape[0] * compute.itemsize))
+    step = max(fewest, CHUNK_BYTES // (weight.shape[0] * compute.itemsize))
     for chunk in split_rows(rows, step, fewest):
         part, added = x[chunk], None if residual is None else residual[chunk]
         count = part.shape[0]
@@ -97,7 +97,7 @@ def linear_workspace_bytes(rows: int, width: int, inner: int, activation: str | 
         dtype: of x.
     """
     compute = compute_dtype(dtype)
-    step = max(1, _CHUNK_BYTES // (width * compute.itemsize))
+    step = max(1, CHUNK_BYTES // (width * compute.itemsize))
     run, previous = min(rows, step), min(max(0, rows - step), step)
     columns = width // 2 if activation == "silu_gated" else width
     # The result of one run lives until that of the next exists; a gate lives beside the result it is multiplied into.

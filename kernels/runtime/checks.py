@@ -54,6 +54,13 @@ def check_tensor(
         )
 
 
+def check_matrix(name: str, tensor: torch.Tensor) -> None:
+    """Raises ``ValueError`` unless ``tensor`` is ``[M, K]`` with K at least 1 and last stride 1."""
+    if tensor.dim() != 2 or not tensor.shape[1]:
+        raise ValueError(f"{name} must be [M, K] with K at least 1, got shape {tuple(tensor.shape)}")
+    check_tensor(name, tensor, tensor.shape, tensor.dtype, tensor.device)
+
+
 def check_rows(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
     """Raises unless ``tensor`` has this shape, a last stride of 1, and the dtype and device of ``like``."""
     check_tensor(name, tensor, shape, like.dtype, like.device)

@@ -23,7 +23,7 @@ from tritontower.kernels.attention import attention
 from tritontower.kernels.attention.attention import FlashAttentionConfig
 from tritontower.kernels.gemm import linear as linears
 from tritontower.kernels.gemm import qkv_projection
-from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
+from tritontower.kernels.gemm.linear_config import LinearConfig, count_parts
 from tritontower.kernels.runtime import registry
 from tritontower.kernels.runtime.config import ARCHITECTURES
 
@@ -162,7 +162,7 @@ def test_gathers_and_copies_by_torch_are_library_calls() -> None:
 
 @pytest.mark.parametrize(("inner", "block", "split", "parts"), [(1280, 64, 4, 4), (640, 64, 8, 5), (64, 64, 8, 1)])
 def test_a_short_matmul_has_fewer_parts(inner: int, block: int, split: int, parts: int) -> None:
-    assert parts_of(inner, LinearConfig(64, 64, block, 8, 4, 3, split)) == parts
+    assert count_parts(inner, LinearConfig(64, 64, block, 8, 4, 3, split)) == parts
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, module: Any, config: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from tritontower.kernels.attention import attention
 from tritontower.kernels.gemm import linear, qkv_projection
-from tritontower.kernels.gemm.linear_config import LinearConfig, parts_of
+from tritontower.kernels.gemm.linear_config import LinearConfig, count_parts
 from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
 from tritontower.kernels.runtime.checks import ceil_div
 from tritontower.kernels.runtime.config import nearest_architecture
@@ -166,4 +166,4 @@ class _Counter:
 
 
 def _count_split(inner: int, config: LinearConfig) -> Launches:
-    return Launches(1 if parts_of(inner, config) == 1 else 2)
+    return Launches(1 if count_parts(inner, config) == 1 else 2)
