@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 
 from .batch.packed_batch import Grid
-from .checkpoint.files import explained, open_safetensors
+from .checkpoint.files import explain_read_errors, open_safetensors
 from .devices import parse_device
 from .errors import CheckpointCorruptError, EmbeddingFileError, UsageError, is_integer, shorten
 
@@ -217,7 +217,7 @@ def load_embeddings(path: str | Path, *, device: torch.device | str = "cpu") -> 
     try:
         handle = open_safetensors(path)
         entries = _read_entries(path, handle.metadata() or {}, set(handle.keys()))
-        with explained(path):
+        with explain_read_errors(path):
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle, no mapping)
     except CheckpointCorruptError as error:
         raise EmbeddingFileError(str(error)) from error

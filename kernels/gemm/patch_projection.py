@@ -33,7 +33,7 @@ from .torch_reference import linear_reference, linear_workspace_bytes
 PIXEL_CENTER = 128
 """Zero point of uint8 pixels: −128…127 needs 8 significant bits, as many as bf16 has."""
 
-_CHUNK_ROWS = 2048  # patches that the reference casts at a time: they stay in cache until they are multiplied
+CHUNK_ROWS = 2048  # patches that the reference casts at a time: they stay in cache until they are multiplied
 
 
 def fold_normalization(
@@ -114,8 +114,8 @@ def patch_projection_reference(
     """``cast(pixels) Wᵀ + b (+ position)``; on the CPU a row's bits do not depend on the other rows."""
     rows = patches.shape[0]
     out = weight.new_empty(rows, weight.shape[0]) if out is None else out
-    for start in range(0, rows, _CHUNK_ROWS):
-        chunk = slice(start, start + _CHUNK_ROWS)
+    for start in range(0, rows, CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
         positions = position_table
         if position_table is not None:
             positions = (
@@ -336,7 +336,7 @@ def patch_projection_workspace_bytes(rows: int, width: int, inner: int, dtype: t
 
     ``placed``: it also adds positions.
     """
-    rows = min(rows, _CHUNK_ROWS)
+    rows = min(rows, CHUNK_ROWS)
     pixels = 0 if dtype == torch.float32 else rows * inner * dtype.itemsize
     positions = rows * width * dtype.itemsize if placed else 0
     return pixels + positions + linear_workspace_bytes(rows, width, inner, None, dtype)

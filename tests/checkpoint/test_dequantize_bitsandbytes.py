@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes itself quantized, against the numbers that it makes of them: the same bits."""
+"""Weights quantized by bitsandbytes, compared bit for bit with its own dequantization."""
 
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,14 @@ def four_bit(name: str, packed: torch.Tensor, state: Any) -> dict[str, torch.Ten
     return {name: packed, **{f"{name}.{role}": part for role, part in state.as_dict(packed=True).items()}}
 
 
-def their_numbers(packed: torch.Tensor, state: Any) -> torch.Tensor:
-    """What bitsandbytes makes of a weight.
-
-    As one row: blocks run through the whole weight, and the CPU kernel of release 0.50 loses its place in rows whose
-    length is a multiple of 16 but not of the block (its own generic implementation, and its quantization, do not).
-    """
+def dequantize(packed: torch.Tensor, state: Any) -> torch.Tensor:
+    # As one row: blocks run through the whole weight, and the CPU kernel of release 0.50 is wrong for rows whose length is
+    # a multiple of 16 but not of the block (its generic implementation, and its quantization, are not).
     shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
     return functional.dequantize_4bit(packed, state).view(shape)
 
 
-def loaded(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[Checkpoint, torch.Tensor]:
+def load(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[Checkpoint, torch.Tensor]:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
     with Checkpoint.open(folder, prefixes=PREFIXES) as checkpoint:
         ((_, tensor),) = checkpoint.iterate(dtype)
@@ -43,17 +40,17 @@ def loaded(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("kind", "block", "nested"), [("nf4", 64, True), ("nf4", 128, False), ("fp4", 64, False), ("fp4", 128, True)]
+)
 def test_four_bit_weight_has_the_bits_of_bitsandbytes(
     tmp_path: Path, kind: str, nested: bool, block: int, shape: tuple[int, ...]
 ) -> None:
     packed, state = functional.quantize_4bit(
         weight(shape), blocksize=block, quant_type=kind, compress_statistics=nested
     )
-    checkpoint, ours = loaded(tmp_path, four_bit("visual.x.weight", packed, state), torch.float32)
-    assert torch.equal(ours, their_numbers(packed, state))
+    checkpoint, ours = load(tmp_path, four_bit("visual.x.weight", packed, state), torch.float32)
+    assert torch.equal(ours, dequantize(packed, state))
     header = checkpoint.tensors["x.weight"]
     assert (header.shape, header.scheme) == (shape, f"bitsandbytes {kind.upper()}")
 
@@ -61,17 +58,17 @@ def test_four_bit_weight_has_the_bits_of_bitsandbytes(
 @pytest.mark.parametrize("original", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(tmp_path: Path, original: torch.dtype) -> None:
     packed, state = functional.quantize_4bit(weight((96, 80), original), quant_type="nf4", compress_statistics=True)
-    checkpoint, ours = loaded(tmp_path, four_bit("visual.x.weight", packed, state), original)
+    checkpoint, ours = load(tmp_path, four_bit("visual.x.weight", packed, state), original)
     assert checkpoint.dtype == original
-    assert torch.equal(ours, their_numbers(packed, state))
+    assert torch.equal(ours, dequantize(packed, state))
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
 def test_bytes_may_be_stored_under_another_type(tmp_path: Path, storage: torch.dtype) -> None:
     packed, state = functional.quantize_4bit(weight((96, 80)), quant_type="nf4", quant_storage=storage)
     assert packed.dtype == storage
-    _, ours = loaded(tmp_path, four_bit("visual.x.weight", packed, state), torch.float32)
-    assert torch.equal(ours, their_numbers(packed, state))
+    _, ours = load(tmp_path, four_bit("visual.x.weight", packed, state), torch.float32)
+    assert torch.equal(ours, dequantize(packed, state))
 
 
 def test_int8_weight_has_the_bits_of_bitsandbytes(tmp_path: Path) -> None:
@@ -81,7 +78,7 @@ def test_int8_weight_has_the_bits_of_bitsandbytes(tmp_path: Path) -> None:
         "visual.x.SCB": maxima,
         "visual.x.weight_format": torch.tensor(0, dtype=torch.uint8),
     }
-    _, ours = loaded(tmp_path, tensors, torch.float32)
+    _, ours = load(tmp_path, tensors, torch.float32)
     theirs = functional.int8_vectorwise_dequant(codes, maxima)
     assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
 
@@ -94,7 +91,7 @@ def test_modules_as_they_save_themselves(tmp_path: Path, module: str) -> None:
     linear.load_state_dict({"weight": weight((96, 80)), "bias": torch.zeros(96)})
     linear = linear.to("cpu")  # which is what quantizes it
     state = {f"visual.x.{name}": part.contiguous() for name, part in linear.state_dict().items()}
-    assert len(state) > 2, "it was not quantized"
+    assert len(state) > 2, "not quantized"
     save_file(state, tmp_path / "model.safetensors")
     with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         checkpoint.expect({"x.weight": (96, 80), "x.bias": (96,)})

@@ -1,4 +1,4 @@
-"""Which files are asked of the hub, and what each way of not finding a model says.  No network: the hub is a folder."""
+"""Requests to the hub, and the error for every way a model cannot be found.  No network: the hub is a folder."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,13 @@ from tritontower.errors import (
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "org/name"
 PREFIXES = {"visual.": ""}
+EXPECTED = "model must be a local folder, or a hub id such as 'org/name', got"
+NOT_THERE = f"{EXPECTED} .*does not exist"
 NATIVE_PREFIXES = {"vision_encoder.": "tower."}
 
 
 class FakeHub:
-    """A repository that hands its files out into a cache of the hub's layout, and notes what was asked for."""
+    """A repository that copies its files into a cache with the hub's layout, and records requests."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
@@ -84,14 +86,16 @@ def weights(folder: Path, *names: str) -> bytes:
     return path.read_bytes()
 
 
-def test_local_folder_asks_the_hub_for_nothing(tmp_path: Path, hub: FakeHub) -> None:
+def test_local_folder_needs_no_hub(tmp_path: Path, hub: FakeHub) -> None:
     assert locate(tmp_path) == tmp_path
     assert locate(str(tmp_path)) == tmp_path
     fetch_shards(tmp_path, PREFIXES)
     assert hub.requests == []
 
 
-def test_local_folder_wins_over_a_hub_id(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folder_takes_precedence_over_a_hub_id(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / MODEL).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert locate(MODEL) == Path(MODEL)
@@ -104,7 +108,7 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert locate("~/model") == tmp_path / "model"
 
 
-def test_sharded_repository_gives_only_the_shards_with_vision_tensors(tmp_path: Path, hub: FakeHub) -> None:
+def test_only_shards_with_vision_tensors_are_fetched(tmp_path: Path, hub: FakeHub) -> None:
     hub.files |= {
         "preprocessor_config.json": b"{}",
         "tokenizer.json": b"{}",
@@ -149,7 +153,7 @@ def test_single_file_repository(tmp_path: Path, hub: FakeHub) -> None:
 
 @pytest.fixture
 def native(hub: FakeHub) -> FakeHub:
-    """A repository in Mistral's own layout, with nothing of transformers'."""
+    """A repository with only Mistral's own layout."""
     hub.files = {"params.json": b"{}", "tekken.json": b"{}", "README.md": b""}
     return hub
 
@@ -162,7 +166,7 @@ def test_repository_without_config_is_located_by_its_params(native: FakeHub) -> 
     assert "tekken.json" not in native.names
 
 
-def test_params_come_along_where_there_is_a_config(hub: FakeHub) -> None:
+def test_params_are_fetched_with_a_config(hub: FakeHub) -> None:
     hub.files["params.json"] = b"{}"
     assert (locate(MODEL) / "params.json").is_file()
 
@@ -176,7 +180,7 @@ def test_repository_with_neither_names_both(hub: FakeHub) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_native_index_gives_only_the_shards_with_vision_tensors(tmp_path: Path, native: FakeHub) -> None:
+def test_native_index_selects_shards_with_vision_tensors(tmp_path: Path, native: FakeHub) -> None:
     weight_map = {
         "vision_encoder.one": "consolidated-00002-of-00002.safetensors",
         "output": "consolidated-1.safetensors",
@@ -193,7 +197,7 @@ def test_native_index_gives_only_the_shards_with_vision_tensors(tmp_path: Path, 
     assert set(Checkpoint.open(folder, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == {"tower.one"}
 
 
-def test_native_single_file_beside_the_files_of_transformers(tmp_path: Path, hub: FakeHub) -> None:
+def test_native_single_file_with_files_of_transformers(tmp_path: Path, hub: FakeHub) -> None:
     hub.files |= {
         "consolidated.safetensors": weights(tmp_path, "vision_encoder.one"),
         "model.safetensors": weights(tmp_path, "visual.two"),
@@ -214,7 +218,7 @@ def numbered(tmp_path: Path) -> dict[str, bytes]:
     }
 
 
-def test_native_numbered_files_without_an_index_are_all_fetched(tmp_path: Path, native: FakeHub) -> None:
+def test_native_numbered_files_are_all_fetched(tmp_path: Path, native: FakeHub) -> None:
     native.files |= numbered(tmp_path)
     folder = locate(MODEL)
     native.requests.clear()
@@ -225,13 +229,11 @@ def test_native_numbered_files_without_an_index_are_all_fetched(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("how", ["local_files_only", "offline mode"])
-def test_native_numbered_files_are_found_in_the_cache_without_the_hub(
-    tmp_path: Path, native: FakeHub, how: str
-) -> None:
+def test_native_numbered_files_are_found_in_the_cache(tmp_path: Path, native: FakeHub, how: str) -> None:
     native.files |= numbered(tmp_path)
     folder = locate(MODEL)
     fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
-    native.listing_failure = errors.OfflineModeIsEnabled("story")
+    native.listing_failure = errors.OfflineModeIsEnabled("details")
     native.listings.clear()
     fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", local_files_only=how == "local_files_only")
     assert len(native.listings) == (how == "offline mode")
@@ -240,8 +242,8 @@ def test_native_numbered_files_are_found_in_the_cache_without_the_hub(
         fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", local_files_only=True)
 
 
-def test_list_of_files_that_cannot_be_fetched(native: FakeHub) -> None:
-    native.listing_failure = ConnectionError("story")
+def test_list_of_files_cannot_be_fetched(native: FakeHub) -> None:
+    native.listing_failure = ConnectionError("details")
     folder = locate(MODEL)
     with pytest.raises(CheckpointNotFoundError, match=r"the list of files cannot be fetched \(ConnectionError\)"):
         fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
@@ -249,17 +251,17 @@ def test_list_of_files_that_cannot_be_fetched(native: FakeHub) -> None:
 
 def test_native_repository_of_pickles_and_one_without_weights(native: FakeHub) -> None:
     folder = locate(MODEL)
-    with pytest.raises(CheckpointNotFoundError, match=r"holds neither consolidated\.safetensors nor consolidated\."):
+    with pytest.raises(CheckpointNotFoundError, match=r"has neither consolidated\.safetensors nor consolidated\."):
         fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
     native.files["consolidated.00.pth"] = b""
     with pytest.raises(UnsafeFormatError, match=r"consolidated\.00\.pth"):
         fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
     native.files["model.safetensors"] = b""
-    with pytest.raises(CheckpointNotFoundError, match="holds neither"):
+    with pytest.raises(CheckpointNotFoundError, match="has neither"):
         fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
 
 
-def test_everything_comes_from_the_commit_of_the_configuration(tmp_path: Path, hub: FakeHub) -> None:
+def test_all_files_come_from_the_commit_of_the_config(tmp_path: Path, hub: FakeHub) -> None:
     hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
     fetch_shards(locate(MODEL, revision="v1.0"), PREFIXES)
     assert hub.requests[0] == ("config.json", "v1.0")
@@ -278,18 +280,18 @@ def test_options_reach_every_request(tmp_path: Path, hub: FakeHub) -> None:
 def test_repository_of_pickles(hub: FakeHub) -> None:
     hub.files["pytorch_model.bin"] = b""
     folder = locate(MODEL)
-    with pytest.raises(UnsafeFormatError, match=r"org/name holds its weights only as pickles \(pytorch_model\.bin\)"):
+    with pytest.raises(UnsafeFormatError, match=r"org/name has its weights only as pickles \(pytorch_model\.bin\)"):
         fetch_shards(folder, PREFIXES)
     assert "pytorch_model.bin" not in hub.names
 
 
 def test_repository_without_weights(hub: FakeHub) -> None:
     folder = locate(MODEL)
-    with pytest.raises(CheckpointNotFoundError, match="org/name holds neither"):
+    with pytest.raises(CheckpointNotFoundError, match="org/name has neither"):
         fetch_shards(folder, PREFIXES)
 
 
-def test_unsafe_shard_name_is_never_asked_for(hub: FakeHub) -> None:
+def test_unsafe_shard_name_is_never_requested(hub: FakeHub) -> None:
     index = {"weight_map": {"visual.one": "good.safetensors", "visual.two": "../../evil.safetensors"}}
     hub.files |= {"model.safetensors.index.json": json.dumps(index).encode(), "good.safetensors": b""}
     folder = locate(MODEL)
@@ -302,20 +304,20 @@ def test_unsafe_shard_name_is_never_asked_for(hub: FakeHub) -> None:
 @pytest.mark.parametrize(
     ("model", "error", "text"),
     [
-        ("https://huggingface.co/org/name", UsageError, "is a URL; pass a local folder, or a hub id"),
-        ("file:///etc/passwd", UsageError, "is a URL"),
-        ("no-such-folder", CheckpointNotFoundError, "neither a local folder nor a hub id"),
-        ("./org/name", CheckpointNotFoundError, "neither a local folder nor a hub id"),
-        ("/no/such/folder", CheckpointNotFoundError, "neither a local folder nor a hub id"),
-        ("../up", CheckpointNotFoundError, "neither a local folder nor a hub id"),
-        ("a/b/c", CheckpointNotFoundError, "neither a local folder nor a hub id"),
-        ("", UsageError, "model is empty"),
+        ("https://huggingface.co/org/name", UsageError, EXPECTED),
+        ("file:///etc/passwd", UsageError, EXPECTED),
+        ("no-such-folder", CheckpointNotFoundError, NOT_THERE),
+        ("./org/name", CheckpointNotFoundError, NOT_THERE),
+        ("/no/such/folder", CheckpointNotFoundError, NOT_THERE),
+        ("../up", CheckpointNotFoundError, NOT_THERE),
+        ("a/b/c", CheckpointNotFoundError, NOT_THERE),
+        ("", UsageError, EXPECTED),
         ("~no-such-user-here/model", CheckpointNotFoundError, "cannot be looked up"),
         ("x" * 5000, CheckpointNotFoundError, "cannot be looked up"),
-        (Path("org/name"), CheckpointNotFoundError, "neither a local folder nor a hub id"),
+        (Path("org/name"), CheckpointNotFoundError, NOT_THERE),
     ],
 )
-def test_what_is_no_model_is_not_asked_of_the_hub(
+def test_invalid_model_names_are_not_requested(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str | Path, error: type[TowerError], text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -327,14 +329,14 @@ def test_what_is_no_model_is_not_asked_of_the_hub(
 def test_file_instead_of_its_folder(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
-    with pytest.raises(UsageError, match="is a file; pass the folder that it is in"):
+    with pytest.raises(UsageError, match=r"got the file .*; pass its folder"):
         locate(path)
 
 
 FAILURES = {
-    "offline": (errors.LocalEntryNotFoundError("https://long\nstory"), "not in the local cache"),
-    "offline mode": (errors.OfflineModeIsEnabled("story"), "HF_HUB_OFFLINE unset"),
-    "connection": (ConnectionError("story"), r"cannot be fetched \(ConnectionError\)"),
+    "offline": (errors.LocalEntryNotFoundError("https://long\ndetails"), "not in the local cache"),
+    "offline mode": (errors.OfflineModeIsEnabled("details"), "HF_HUB_OFFLINE unset"),
+    "connection": (ConnectionError("details"), r"cannot be fetched \(ConnectionError\)"),
     "disk full": (OSError(28, "No space left on device"), r"cannot be fetched \(OSError\)"),
 }
 
@@ -360,13 +362,13 @@ def test_hub_that_cannot_be_reached(hub: FakeHub, failure: Exception, text: str)
         (errors.RemoteEntryNotFoundError, "is not in the repository"),
     ],
 )
-def test_what_the_hub_refuses(hub: FakeHub, kind: type[Exception], text: str) -> None:
-    hub.failure = kind.__new__(kind)  # their constructors want the response, which only the network has
+def test_errors_of_the_hub(hub: FakeHub, kind: type[Exception], text: str) -> None:
+    hub.failure = kind.__new__(kind)  # their constructors need a response
     with pytest.raises(CheckpointNotFoundError, match=text):
         locate(MODEL)
 
 
-def test_failure_on_an_optional_file_is_not_taken_for_its_absence(hub: FakeHub) -> None:
+def test_failure_on_an_optional_file_is_an_error(hub: FakeHub) -> None:
     original = hub.hf_hub_download
 
     def fail_later(repo_id: str, filename: str, **options: Any) -> str:
@@ -379,14 +381,14 @@ def test_failure_on_an_optional_file_is_not_taken_for_its_absence(hub: FakeHub) 
         locate(MODEL)
 
 
-def test_real_hub_offline_says_so_in_one_line(tmp_path: Path) -> None:
+def test_real_hub_offline_is_explained_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="not in the local cache") as caught:
         locate(MODEL, cache_dir=tmp_path, local_files_only=True)
     assert str(caught.value).isprintable()
 
 
-def test_failure_of_the_transport_is_one_of_ours(hub: FakeHub) -> None:
-    class ReadTimeout(Exception):  # as the hub's HTTP library has it: neither an OSError nor the hub's own
+def test_errors_of_the_transport_are_typed(hub: FakeHub) -> None:
+    class ReadTimeout(Exception):  # of the hub's HTTP library: neither an OSError nor the hub's own
         pass
 
     hub.failure = ReadTimeout("0x7f00")

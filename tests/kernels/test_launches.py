@@ -1,7 +1,4 @@
-"""Every public operation through Triton's real launch path: arguments bound, kernels specialized on them and compiled.
-
-``test_ahead_of_time`` compiles what the kernel files *say* they launch; here it is what they launch.
-"""
+"""Every public operation through Triton's real launch path: arguments are bound, kernels specialized and compiled."""
 
 import json
 import os
@@ -39,8 +36,8 @@ LAUNCHERS = [
 ]
 
 
-def launches(architecture: str, cases: str) -> list[dict[str, Any]]:
-    """What ``support/launches.py`` found, in a process that does not interpret Triton."""
+def run_launches(architecture: str, cases: str) -> list[dict[str, Any]]:
+    """Runs ``support/launches.py`` in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [Path(__file__).parents[1], Path(tritontower.__file__).resolve().parent.parent]
     environment["PYTHONPATH"] = os.pathsep.join([*map(str, paths), environment.get("PYTHONPATH", "")])
@@ -61,16 +58,14 @@ def failures(found: list[dict[str, Any]]) -> dict[str, str]:
 
 @pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_every_boundary_launches(architecture):
-    """Sizes of 1, odd strides, absent operands, every dtype, rows gigabytes apart."""
-    found = launches(architecture, "boundaries")
+    found = run_launches(architecture, "boundaries")
     assert len(found) > 80
     assert not failures(found)
 
 
 @pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_production_shapes_launch_without_spills(architecture):
-    """The towers' shapes from 4 to 4096 patches: what is launched keeps the promise that the compiled table makes."""
-    found = launches(architecture, "production")
+    found = run_launches(architecture, "production")
     assert len(found) > 80
     assert not failures(found)
     if architecture == "sm_90":
@@ -78,9 +73,8 @@ def test_production_shapes_launch_without_spills(architecture):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.__name__)
-def test_launchers_make_the_device_of_their_tensors_current(launcher, monkeypatch):
-    """Triton launches on the current device, which need not be the tensors' own."""
-
+def test_launchers_select_the_device_of_their_tensors(launcher, monkeypatch):
+    # Triton launches on the current device, which may not be that of the tensors.
     class Reached(Exception):
         pass
 
@@ -94,21 +88,14 @@ def test_launchers_make_the_device_of_their_tensors_current(launcher, monkeypatc
     assert reached.value.args[0] is first
 
 
-def test_a_launcher_runs_inside_the_guard():
+def test_device_guard_calls_the_launcher():
     seen = []
     dispatch.on_device_of_first(lambda first, second: seen.append((first, second)))(torch.empty(1), second=2)
     assert seen[0][1] == 2
 
 
-@pytest.mark.parametrize("width", [1, 48, 80, 160, 192, 320, 384, 1152, 1280, 16384])
-def test_rows_of_a_norm_are_a_power_of_two(width):
-    rows = norm.default_config(width, "sm_90").rows
-    assert rows >= 1
-    assert rows & (rows - 1) == 0
-
-
-def test_a_tensor_too_long_for_32_bits_is_walked_by_rows():
-    """Counting the blocks of such a row rounds up past 2**31."""
+def test_tensors_near_2_to_the_31_elements_use_row_strides():
+    # The number of blocks of such a row, rounded up, exceeds 2**31.
     rows = 2**31 // 1280
     tensor = torch.empty(rows, 1280, dtype=torch.bfloat16, device="meta")
     assert 2**31 - 1024 < tensor.numel() < 2**31

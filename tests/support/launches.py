@@ -1,11 +1,11 @@
-"""Every launch of the kernel library through Triton's own launch path, on a machine without the device.
+"""Runs every launch of the kernel library through Triton's own launch path, without the device.
 
-    python -m support.launches sm_90
+    python -m support.launches sm_90 production
 
-A stand-in for the driver names the chip, tensors of the CPU (or of no device, where gigabytes are at stake) take the
-place of the device's, and ``JITFunction.run`` does all it does before the device is needed: it binds the arguments,
-specializes the kernel on them (integers equal to 1 or divisible by 16, alignment of pointers, ``None``) and compiles.
-Prints one line of JSON per launch.  Runs as a process of its own, without ``TRITON_INTERPRET``.
+A stand-in driver names the chip, and CPU tensors (or ``meta`` tensors, for gigabytes) replace the device's.
+``JITFunction.run`` binds the arguments, specializes the kernel on them (integers equal to 1 or divisible by 16, alignment
+of pointers, ``None``) and compiles.  Prints one line of JSON per launch.  Runs in its own process, without
+``TRITON_INTERPRET``.
 """
 
 import json
@@ -20,7 +20,7 @@ from triton.runtime.jit import JITFunction
 
 from tritontower.kernels.attention.attention import FlashAttentionConfig, flash_attention_varlen
 from tritontower.kernels.attention.pooling_head import attention_pooling
-from tritontower.kernels.gemm.linear import EPILOGUES, GATED, LinearConfig, linear
+from tritontower.kernels.gemm.linear import EPILOGUES, LinearConfig, linear
 from tritontower.kernels.gemm.patch_projection import patch_projection
 from tritontower.kernels.gemm.projector import projector_mlp
 from tritontower.kernels.gemm.qkv_projection import qkv_projection
@@ -39,7 +39,9 @@ from tritontower.tuning.compile.disassembly import read_amd, read_nvidia
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH, HEADS, HEAD_DIM, HIDDEN, MERGED = 1280, 16, 80, 5120, 5120
 LONG = 2**31 + 16
-"""A distance between rows that 32 bits do not hold."""
+"""A row stride that does not fit 32 bits."""
+
+GATED = "silu_gated_interleaved"
 
 SPLIT = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=2, split=2)
 
@@ -47,7 +49,7 @@ Case = tuple[str, Callable[[], Any]]
 
 
 class StandInDriver:
-    """What ``JITFunction.run`` asks a driver for until a kernel is compiled."""
+    """The driver methods that ``JITFunction.run`` calls until a kernel is compiled."""
 
     def __init__(self, architecture: str) -> None:
         amd = architecture.startswith("gfx")
@@ -65,30 +67,30 @@ class StandInDriver:
         return 0
 
 
-def rows_of(count: int, width: int, dtype: torch.dtype = BF16, gap: int = 0) -> torch.Tensor:
-    """``count`` rows, ``gap`` elements of nothing behind each; nobody writes them, so they take no memory."""
+def make_rows(count: int, width: int, dtype: torch.dtype = BF16, gap: int = 0) -> torch.Tensor:
+    """Makes ``count`` rows with ``gap`` unused elements after each; unwritten, they take no memory."""
     return torch.empty(count, width + gap, dtype=dtype)[:, :width]
 
 
-def far_apart(count: int, width: int, dtype: torch.dtype = BF16) -> torch.Tensor:
-    """Rows that lie ``LONG`` elements apart, on no device."""
+def make_far_rows(count: int, width: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    """Makes ``meta`` rows with a stride of ``LONG`` elements."""
     return torch.empty_strided((count, width), (LONG, 1), dtype=dtype, device="meta")
 
 
-def heads_of(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
-    """q, k and v as tiles of a fused projection."""
+def make_heads(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
+    """Makes q, k and v as views of a fused projection."""
     return torch.empty(patches, 3, heads, head_dim, dtype=dtype).unbind(1)
 
 
-def project(
+def project_tokens(
     tokens: int, columns: int, dtype: torch.dtype = BF16, merge: int = 4, gathered: bool = False, **options: Any
 ) -> Any:
     return projector_mlp(
-        rows_of(tokens * merge, MERGED // merge, dtype),
+        make_rows(tokens * merge, MERGED // merge, dtype),
         *(torch.empty(MERGED // merge, dtype=dtype) for _ in range(2)),
-        rows_of(HIDDEN, MERGED, dtype),
+        make_rows(HIDDEN, MERGED, dtype),
         torch.empty(HIDDEN, dtype=dtype),
-        rows_of(columns, HIDDEN, dtype),
+        make_rows(columns, HIDDEN, dtype),
         torch.empty(columns, dtype=dtype),
         merge=merge,
         row_index=torch.zeros(tokens * merge, dtype=torch.int32) if gathered else None,
@@ -96,7 +98,7 @@ def project(
     )
 
 
-def product(
+def matmul(
     patches: int,
     inner: int,
     columns: int,
@@ -105,12 +107,12 @@ def product(
     dtype: torch.dtype = BF16,
     **options: Any,
 ) -> Any:
-    """A layer whose residual is overwritten; rows are padded to 16 elements, as the towers pad them."""
-    width = columns // 2 if kind in GATED else columns
-    residual = rows_of(patches, width, dtype) if added else None
+    """Launches a layer that overwrites its residual; rows are padded to 16 elements, as in the towers."""
+    width = columns // 2 if kind == GATED else columns
+    residual = make_rows(patches, width, dtype) if added else None
     return linear(
-        rows_of(patches, inner, dtype, -inner % 16),
-        rows_of(columns, inner, dtype, -inner % 16),
+        make_rows(patches, inner, dtype, -inner % 16),
+        make_rows(columns, inner, dtype, -inner % 16),
         torch.empty(columns, dtype=dtype),
         activation=kind,
         residual=residual,
@@ -119,8 +121,8 @@ def product(
     )
 
 
-def live(planned: int) -> ValidRows:
-    """As many rows as a captured pass is planned for, of which the device knows how many count."""
+def plan(planned: int) -> ValidRows:
+    """Planned rows whose number of valid rows is on the device."""
     return ValidRows(planned, torch.zeros(1, dtype=torch.int32))
 
 
@@ -133,11 +135,11 @@ def project_heads(
     rotated: bool = True,
     **options: Any,
 ) -> Any:
-    """q, k and v with the rotation inside; the queries of padded heads are scaled, rotated or not."""
+    """Launches the projection to q, k and v; the queries of padded heads are scaled, rotated or not."""
     columns = 3 * heads * padded
     return qkv_projection(
-        rows_of(patches, WIDTH, dtype),
-        rows_of(columns, WIDTH, dtype),
+        make_rows(patches, WIDTH, dtype),
+        make_rows(columns, WIDTH, dtype),
         torch.empty(columns, dtype=dtype),
         *(torch.empty(patches, head_dim // 2) if rotated else None for _ in range(2)),
         heads=heads,
@@ -151,8 +153,8 @@ def project_heads(
 def project_patches(patches: int, inner: int, pixels: torch.dtype, dtype: torch.dtype = BF16, **options: Any) -> Any:
     gap = -inner % 16
     return patch_projection(
-        rows_of(patches, inner, pixels, gap),
-        rows_of(WIDTH, inner, dtype, gap),
+        make_rows(patches, inner, pixels, gap),
+        make_rows(WIDTH, inner, dtype, gap),
         torch.empty(WIDTH, dtype=dtype),
         **options,
     )
@@ -160,11 +162,11 @@ def project_patches(patches: int, inner: int, pixels: torch.dtype, dtype: torch.
 
 def normalize(patches: int, width: int, kind: Any = "layer_norm", dtype: torch.dtype = BF16, **options: Any) -> Any:
     bias = torch.empty(width, dtype=dtype) if kind == "layer_norm" else None
-    return norm(rows_of(patches, width, dtype), torch.empty(width, dtype=dtype), bias, kind=kind, eps=1e-6, **options)
+    return norm(make_rows(patches, width, dtype), torch.empty(width, dtype=dtype), bias, kind=kind, eps=1e-6, **options)
 
 
 def rotate(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16, within: torch.dtype = FP32) -> None:
-    q, k, _ = heads_of(patches, heads, head_dim, dtype)
+    q, k, _ = make_heads(patches, heads, head_dim, dtype)
     cos, sin = rotary_table(
         torch.zeros(patches, 2, dtype=torch.int32), axial_frequencies(head_dim, 10000.0, "halves"), side=4
     )
@@ -172,17 +174,17 @@ def rotate(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16, w
 
 
 def attend(lengths: list[int], heads: int = HEADS, head_dim: int = HEAD_DIM, dtype: torch.dtype = BF16) -> Any:
-    return flash_attention_varlen(*heads_of(sum(lengths), heads, head_dim, dtype), Segments.from_lengths(lengths))
+    return flash_attention_varlen(*make_heads(sum(lengths), heads, head_dim, dtype), Segments.from_lengths(lengths))
 
 
 def attend_as(lengths: list[int], head_dim: int, dtype: torch.dtype, **options: Any) -> Any:
-    """Attention with heads of ``head_dim`` columns in memory, of which ``columns`` may count."""
-    qkv = heads_of(sum(lengths), HEADS, head_dim, dtype)
+    """Launches attention with heads of ``head_dim`` columns in memory; the option ``columns`` excludes padding."""
+    qkv = make_heads(sum(lengths), HEADS, head_dim, dtype)
     return flash_attention_varlen(*qkv, Segments.from_lengths(lengths), **options)
 
 
 def attention_variants() -> Iterator[Case]:
-    """What the defaults or a measured table may choose, on one segment, ragged ones and windows."""
+    """Variants that defaults or a measured table may select, on one segment, ragged ones and windows."""
     fixed = FlashAttentionConfig(128, 64, 8, 2, "fixed")
     specialized = FlashAttentionConfig(128, 128, 4, 2, "specialized")
     for dtype in (BF16, FP16):
@@ -207,10 +209,10 @@ def attention_variants() -> Iterator[Case]:
 def gather(
     rows: int, width: int, taps: int = 1, dtype: torch.dtype = BF16, filled: bool = False, added: bool = False
 ) -> Any:
-    """Rows of a table, into the rows that they are added to where there are any."""
-    residual = rows_of(rows, width, dtype) if added else None
+    """Launches a gather that writes into its residual, if there is one."""
+    residual = make_rows(rows, width, dtype) if added else None
     return gather_rows(
-        rows_of(9, width, dtype),
+        make_rows(9, width, dtype),
         torch.zeros(rows, taps, dtype=torch.int32),
         torch.zeros(rows, taps) if taps > 1 else None,
         fill=torch.empty(width, dtype=dtype) if filled else None,
@@ -222,10 +224,10 @@ def gather(
 def splice(
     prompt: int, width: int, text: torch.dtype = BF16, rows: torch.dtype = BF16, add: bool = False, inside: bool = True
 ) -> Any:
-    """An image's rows put into a prompt's, or added to them."""
-    target = rows_of(prompt, width, text)
+    """Launches a splice of an image's rows into a prompt's, or adds them."""
+    target = make_rows(prompt, width, text)
     index = torch.zeros(prompt, dtype=torch.int32)
-    return splice_rows(target, rows_of(9, width, rows), index, add=add, out=target if inside else None)
+    return splice_rows(target, make_rows(9, width, rows), index, add=add, out=target if inside else None)
 
 
 def pool(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = BF16) -> Any:
@@ -234,27 +236,27 @@ def pool(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = BF1
 
 
 def production() -> Iterator[Case]:
-    """Qwen2-VL in bf16, from one small image to a full pack, and what other towers do between their layers."""
+    """Qwen2-VL in bf16, from one small image to a full batch, and the other operations of other towers."""
     for patches in (4, 256, 1024, 4096):
         here = f"{patches} patches"
-        residual = {"residual": rows_of(patches, WIDTH), "residual_out": rows_of(patches, WIDTH)}
+        residual = {"residual": make_rows(patches, WIDTH), "residual_out": make_rows(patches, WIDTH)}
         yield f"norm, {here}", lambda p=patches: normalize(p, WIDTH)
         yield f"norm residual, {here}", lambda p=patches, r=residual: normalize(p, WIDTH, **r)
         yield (
             f"norm residual, planned, {here}",
-            lambda p=patches, r=residual: normalize(p, WIDTH, **r, valid_rows=live(p)),
+            lambda p=patches, r=residual: normalize(p, WIDTH, **r, valid_rows=plan(p)),
         )
-        yield f"qkv, {here}", lambda p=patches: product(p, WIDTH, 3 * WIDTH)
+        yield f"qkv, {here}", lambda p=patches: matmul(p, WIDTH, 3 * WIDTH)
         for head_dim, padded in ((64, 64), (72, 80), (80, 80)):
             name = f"qkv rotated, heads of {head_dim}, {here}"
             yield name, lambda p=patches, h=head_dim, d=padded: project_heads(p, HEADS, h, d)
         yield f"qkv not rotated, {here}", lambda p=patches: project_heads(p, HEADS, 72, 80, rotated=False)
-        yield f"qkv rotated, planned, {here}", lambda p=patches: project_heads(p, HEADS, 80, 80, valid_rows=live(p))
-        yield f"mlp out, planned, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True, valid_rows=live(p))
-        yield f"interleaved gates, {here}", lambda p=patches: product(p, WIDTH, 2 * HIDDEN, GATED[1])
-        yield f"attention output, {here}", lambda p=patches: product(p, WIDTH, WIDTH, added=True)
-        yield f"mlp in, {here}", lambda p=patches: product(p, WIDTH, HIDDEN, "quick_gelu")
-        yield f"mlp out, {here}", lambda p=patches: product(p, HIDDEN, WIDTH, added=True)
+        yield f"qkv rotated, planned, {here}", lambda p=patches: project_heads(p, HEADS, 80, 80, valid_rows=plan(p))
+        yield f"mlp out, planned, {here}", lambda p=patches: matmul(p, HIDDEN, WIDTH, added=True, valid_rows=plan(p))
+        yield f"interleaved gates, {here}", lambda p=patches: matmul(p, WIDTH, 2 * HIDDEN, GATED)
+        yield f"attention output, {here}", lambda p=patches: matmul(p, WIDTH, WIDTH, added=True)
+        yield f"mlp in, {here}", lambda p=patches: matmul(p, WIDTH, HIDDEN, "quick_gelu")
+        yield f"mlp out, {here}", lambda p=patches: matmul(p, HIDDEN, WIDTH, added=True)
         yield f"rotation, {here}", lambda p=patches: rotate(p, HEADS, HEAD_DIM)
         yield f"attention, {here}", lambda p=patches: attend([p])
         yield (
@@ -273,33 +275,33 @@ def production() -> Iterator[Case]:
         yield f"interpolated positions, {here}", lambda p=patches: gather(p, 1152, 4, added=True)
         yield f"tiles and newlines, {here}", lambda p=patches: gather(p, 4096, filled=True)
         yield f"tiles shrunk, {here}", lambda p=patches: gather(p, 3584, 4, filled=True)
-        yield f"mean of squares, {here}", lambda p=patches: mean_rows(rows_of(16 * p, 1152), 16)
+        yield f"mean of squares, {here}", lambda p=patches: mean_rows(make_rows(16 * p, 1152), 16)
         for heads, head_dim in ((12, 64), (16, 72)):
             yield f"pooled heads of {head_dim}, {here}", lambda p=patches, n=heads, h=head_dim: pool([p], n, h)
         yield f"splice, {here}", lambda p=patches: splice(p, 3584)
         yield f"splice, elsewhere, {here}", lambda p=patches: splice(p, 1536, inside=False)
         yield f"deepstack, {here}", lambda p=patches: splice(p, 4096, add=True)
         for columns in (1536, 3584):
-            yield f"projector to {columns}, {here}", lambda p=patches, n=columns: project(p // 4, n)
+            yield f"projector to {columns}, {here}", lambda p=patches, n=columns: project_tokens(p // 4, n)
 
 
 def boundaries() -> Iterator[Case]:
-    """Sizes of 1, odd sizes and strides, absent operands, other dtypes, rows gigabytes apart."""
+    """Sizes of 1, odd sizes and strides, absent operands, other dtypes, row strides of gigabytes."""
     for dtype in (BF16, FP16, FP32):
         yield f"norm {dtype}", lambda d=dtype: normalize(1, 1152, dtype=d)
-        yield f"linear {dtype}", lambda d=dtype: product(300, 96, 48, "gelu", dtype=d)
-        yield f"linear split {dtype}", lambda d=dtype: product(1, 2048, 64, "silu_gated", added=True, dtype=d)
+        yield f"linear {dtype}", lambda d=dtype: matmul(300, 96, 48, "gelu", dtype=d)
+        yield f"linear split {dtype}", lambda d=dtype: matmul(1, 2048, 64, GATED, added=True, dtype=d)
         yield f"patch projection {dtype}", lambda d=dtype: project_patches(1, 588, torch.uint8, d)
         yield f"attention {dtype}", lambda d=dtype: attend([1, 0, 3], 1, 72, d)
         yield f"rotation {dtype}", lambda d=dtype: rotate(1, 1, 72, d, d)
-        yield f"add {dtype}", lambda d=dtype: add(rows_of(1, 1, d), rows_of(1, 1, d))
-        yield f"activation {dtype}", lambda d=dtype: activation(rows_of(3, 5, d, 3), "gelu")
-        yield f"projector {dtype}", lambda d=dtype: project(1, 1, d, gathered=True)
+        yield f"add {dtype}", lambda d=dtype: add(make_rows(1, 1, d), make_rows(1, 1, d))
+        yield f"activation {dtype}", lambda d=dtype: activation(make_rows(3, 5, d, 3), "gelu")
+        yield f"projector {dtype}", lambda d=dtype: project_tokens(1, 1, d, gathered=True)
         yield f"rows {dtype}", lambda d=dtype: gather(1, 48, dtype=d)
         yield f"rows weighed, filled and added {dtype}", lambda d=dtype: gather(3, 72, MAX_TAPS, d, True, True)
         yield f"splice {dtype}", lambda d=dtype: splice(3, 72, d)
         yield f"splice of other rows {dtype}", lambda d=dtype: splice(1, 33, BF16, d, add=True, inside=False)
-        yield f"means {dtype}", lambda d=dtype: mean_rows(rows_of(27, 72, d, 3), 9)
+        yield f"means {dtype}", lambda d=dtype: mean_rows(make_rows(27, 72, d, 3), 9)
         yield f"pooling {dtype}", lambda d=dtype: pool([1, 3], 16, 72, d)
         yield f"qkv rotated {dtype}", lambda d=dtype: project_heads(1, 1, 2, 2, d)
         for turned in (True, False):
@@ -308,82 +310,85 @@ def boundaries() -> Iterator[Case]:
                 lambda d=dtype, t=turned: project_heads(1, 1, 18, 20, d, t, config=SPLIT),
             )
     for inner in (1280, 1176):
-        for kind in (None, *GATED):
+        for kind in (None, GATED):
             described = LinearConfig(64, 64, 64, 8, 4, 3, operands="descriptors")
             name = f"descriptors, {kind}, K of {inner}"
-            yield name, lambda k=kind, n=inner, c=described: product(300, n, 512, k, added=True, config=c)
+            yield name, lambda k=kind, n=inner, c=described: matmul(300, n, 512, k, added=True, config=c)
         split = LinearConfig(64, 64, 64, 8, 4, 3, split=2, operands="descriptors")
         name = f"descriptors, split, planned, K of {inner}"
-        yield name, lambda n=inner, c=split: product(300, n, 512, config=c, valid_rows=live(300))
-    yield "qkv rotated, descriptors", lambda: project_heads(300, 16, 72, 80, config=described, valid_rows=live(300))
+        yield name, lambda n=inner, c=split: matmul(300, n, 512, config=c, valid_rows=plan(300))
+    yield "qkv rotated, descriptors", lambda: project_heads(300, 16, 72, 80, config=described, valid_rows=plan(300))
     yield "patch projection, descriptors", lambda: project_patches(5, 1184, torch.uint8, config=described)
-    yield "patch projection, planned", lambda: project_patches(5, 588, torch.uint8, valid_rows=live(5))
-    yield "projector, planned", lambda: project(300, 1536, valid_rows=live(300))
-    yield "qkv rotated, long rows", lambda: project_heads_far_apart()
+    yield "patch projection, planned", lambda: project_patches(5, 588, torch.uint8, valid_rows=plan(5))
+    yield "projector, planned", lambda: project_tokens(300, 1536, valid_rows=plan(300))
+    yield "qkv rotated, long rows", lambda: project_heads_make_far_rows()
     for kind in ACTIVATIONS:
-        yield f"activation {kind}", lambda k=kind: activation(rows_of(3, 1280), k)
+        yield f"activation {kind}", lambda k=kind: activation(make_rows(3, 1280), k)
     for kind in EPILOGUES:
-        yield f"linear {kind}", lambda k=kind: product(4096, 1280, 2560, k)
-    yield "linear of one element", lambda: linear(rows_of(1, 1), rows_of(1, 1))
-    yield "linear, odd rows", lambda: linear(rows_of(7, 33), rows_of(17, 33), residual=rows_of(7, 17, gap=2))
-    yield "linear, long rows", lambda: linear(far_apart(3, 64), far_apart(64, 64), out=far_apart(3, 64))
+        yield f"linear {kind}", lambda k=kind: matmul(4096, 1280, 2560, k)
+    yield "linear of one element", lambda: linear(make_rows(1, 1), make_rows(1, 1))
+    yield "linear, odd rows", lambda: linear(make_rows(7, 33), make_rows(17, 33), residual=make_rows(7, 17, gap=2))
+    yield "linear, long rows", lambda: linear(make_far_rows(3, 64), make_far_rows(64, 64), out=make_far_rows(3, 64))
     yield "patch projection of floats", lambda: project_patches(7, 588, FP32)
     yield (
         "patch projection with positions",
         lambda: project_patches(
-            5, 768, FP32, position_table=rows_of(9, WIDTH), position_index=torch.zeros(5, dtype=torch.int32)
+            5, 768, FP32, position_table=make_rows(9, WIDTH), position_index=torch.zeros(5, dtype=torch.int32)
         ),
     )
     yield (
         "patch projection, positions in order",
-        lambda: project_patches(5, 768, BF16, position_table=rows_of(5, WIDTH)),
+        lambda: project_patches(5, 768, BF16, position_table=make_rows(5, WIDTH)),
     )
     for width in (1, 48, 80, 160, 320, 1000, 1152, 16384):
         yield f"norm of {width}", lambda w=width: normalize(3, w, "rms_norm")
     yield "norm gathered", lambda: normalize(3, 1280, row_index=torch.zeros(5, dtype=torch.int32))
     yield (
         "norm rounded before the weight",
-        lambda: normalize(2, 1280, "rms_norm", rounding="before_weight", residual=rows_of(2, 1280)),
+        lambda: normalize(2, 1280, "rms_norm", rounding="before_weight", residual=make_rows(2, 1280)),
     )
-    yield "norm, long rows", lambda: norm(far_apart(2, 64), far_apart(1, 64)[0], kind="gemma_rms_norm", eps=1e-6)
-    yield "add, long rows", lambda: add(far_apart(2, 64), far_apart(2, 64))
+    yield (
+        "norm, long rows",
+        lambda: norm(make_far_rows(2, 64), make_far_rows(1, 64)[0], kind="gemma_rms_norm", eps=1e-6),
+    )
+    yield "add, long rows", lambda: add(make_far_rows(2, 64), make_far_rows(2, 64))
     yield "rows of one element", lambda: gather(1, 1)
     yield "weighed rows of one element", lambda: gather(1, 1, 2, filled=True, added=True)
-    yield "rows, odd and far apart", lambda: gather_far_apart()
+    yield "rows, odd and far apart", lambda: gather_make_far_rows()
     yield "splice of one element", lambda: splice(1, 1)
-    yield "splice, long rows", lambda: splice_far_apart()
-    yield "mean of one row of one element", lambda: mean_rows(rows_of(1, 1), 1)
-    yield "mean of many rows", lambda: mean_rows(rows_of(729, 48), 729)
-    yield "means, long rows", lambda: mean_rows(far_apart(8, 64), 4, out=far_apart(2, 64))
+    yield "splice, long rows", lambda: splice_make_far_rows()
+    yield "mean of one row of one element", lambda: mean_rows(make_rows(1, 1), 1)
+    yield "mean of many rows", lambda: mean_rows(make_rows(729, 48), 729)
+    yield "means, long rows", lambda: mean_rows(make_far_rows(8, 64), 4, out=make_far_rows(2, 64))
     yield "pooling of one element", lambda: pool([1], 1, 1)
     yield "pooling, unaligned tiles", lambda: pool_unaligned()
-    yield "pooling, long rows", lambda: pool_far_apart()
+    yield "pooling, long rows", lambda: pool_make_far_rows()
     for head_dim in (40, 64, 104, 128):
         yield f"pooling, heads of {head_dim}", lambda h=head_dim: pool([5, 200], 3, h)
         yield f"attention, heads of {head_dim}", lambda h=head_dim: attend([5, 200], 3, h)
         yield f"rotation, heads of {head_dim}", lambda h=head_dim: rotate(5, 3, h)
     yield "attention, unaligned tiles", lambda: attend_unaligned()
     yield from attention_variants()
-    yield "attention, long rows", lambda: attend_far_apart()
+    yield "attention, long rows", lambda: attend_make_far_rows()
 
 
-def gather_far_apart() -> Any:
+def gather_make_far_rows() -> Any:
     index = torch.empty(3, 4, dtype=torch.int32, device="meta")
     weights = torch.empty(3, 4, device="meta")
     fill = torch.empty(33, dtype=BF16, device="meta")
-    rows = far_apart(3, 33)
-    return gather_rows(far_apart(5, 33), index, weights, fill=fill, residual=rows, out=rows)
+    rows = make_far_rows(3, 33)
+    return gather_rows(make_far_rows(5, 33), index, weights, fill=fill, residual=rows, out=rows)
 
 
-def splice_far_apart() -> Any:
-    text = far_apart(3, 33)
-    return splice_rows(text, far_apart(5, 33), torch.empty(3, dtype=torch.int32, device="meta"), add=True, out=text)
+def splice_make_far_rows() -> Any:
+    text = make_far_rows(3, 33)
+    return splice_rows(text, make_far_rows(5, 33), torch.empty(3, dtype=torch.int32, device="meta"), add=True, out=text)
 
 
-def project_heads_far_apart() -> Any:
+def project_heads_make_far_rows() -> Any:
     bias = torch.empty(120, dtype=BF16, device="meta")
-    tables = (far_apart(3, 10, FP32) for _ in range(2))
-    return qkv_projection(far_apart(3, 64), far_apart(120, 64), bias, *tables, heads=2, head_dim=20)
+    tables = (make_far_rows(3, 10, FP32) for _ in range(2))
+    return qkv_projection(make_far_rows(3, 64), make_far_rows(120, 64), bias, *tables, heads=2, head_dim=20)
 
 
 def pool_unaligned() -> Any:
@@ -391,7 +396,7 @@ def pool_unaligned() -> Any:
     return attention_pooling(torch.empty(3, 83, dtype=BF16)[:, 3:], kv, Segments.from_lengths([4, 1]))
 
 
-def pool_far_apart() -> Any:
+def pool_make_far_rows() -> Any:
     kv = torch.empty_strided((3, 2, 2, 72), (LONG, LONG // 2, 72, 1), dtype=BF16, device="meta")
     return attention_pooling(torch.empty(2, 72, dtype=BF16, device="meta"), kv, Segments.from_lengths([3]))
 
@@ -401,20 +406,20 @@ def attend_unaligned() -> Any:
     return flash_attention_varlen(q, k, v, Segments.from_lengths([4, 1]))
 
 
-def attend_far_apart() -> Any:
+def attend_make_far_rows() -> Any:
     q = torch.empty_strided((3, 2, 80), (LONG, 80, 1), dtype=BF16, device="meta")
     return flash_attention_varlen(q, q, q, Segments.from_lengths([3]))
 
 
 def read(compiled: Any, architecture: str) -> dict[str, int]:
-    """Registers and spills of a compiled kernel."""
+    """Reads registers and spills of a compiled kernel."""
     amd = architecture.startswith("gfx")
     code = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
     return {"registers": code.registers, "spills": code.spills, "stack": code.stack}
 
 
 def main(architecture: str, wanted: str) -> None:
-    """Prints what every launch of every case compiled to."""
+    """Prints the compile result of every launch of every case."""
     driver.set_active(StandInDriver(architecture))
     config.architecture = lambda device: architecture
     launches: list[tuple[str, tuple[int, ...], Any]] = []

@@ -15,13 +15,14 @@ import torch
 from torch.nn import functional
 
 from tritontower.kernels.attention.attention import flash_attention_varlen
-from tritontower.kernels.gemm.linear import linear
+from tritontower.kernels.gemm.linear import linear, prepare_gates
 from tritontower.kernels.gemm.patch_projection import patch_projection
 from tritontower.kernels.gemm.projector import projector_mlp
 from tritontower.kernels.gemm.qkv_projection import qkv_projection, reorder_heads
 from tritontower.kernels.rowwise.gather import gather_rows
 from tritontower.kernels.rowwise.norm import norm
 from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.runtime.dispatch import runs_kernel
 from tritontower.kernels.runtime.segments import Segments
 
 from .shapes import KERNELS, Grid, sizes_of
@@ -257,6 +258,8 @@ def _linear(make: _Tensors, case: Case) -> Prepared:
     bias = make.normal(width)
     residual = make.normal(rows, columns) if case.sizes["residual"] else None
     out = make.empty(rows, columns)
+    # Towers interleave gated weights once, where kernels run.
+    held, held_bias, kind = prepare_gates(weight, bias, activation) if runs_kernel(x) else (weight, bias, activation)
 
     def expected(chosen: Tensor) -> Tensor:
         y = _activated(functional.linear(x[chosen].double(), weight.double(), bias.double()), activation)
@@ -267,7 +270,7 @@ def _linear(make: _Tensors, case: Case) -> Prepared:
         return y if residual is None else y + residual
 
     return Prepared(
-        call=lambda: linear(x, weight, bias, activation=activation, residual=residual, out=out, config=case.config),
+        call=lambda: linear(x, held, held_bias, activation=kind, residual=residual, out=out, config=case.config),
         result=lambda: out,
         expected=expected,
         baselines={"torch linear": by_torch},

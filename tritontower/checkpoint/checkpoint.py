@@ -1,10 +1,10 @@
 """Strict, streaming, header-first reading of the vision tensors of a safetensors checkpoint.
 
-The order of work is what makes it safe: names are checked before a file is opened, headers before a tensor is read, and
-shapes against the configuration before memory is taken.  Tensors of the language model are never read, and shards that
-hold nothing else are never opened.  Nothing is ever initialized in place of a missing tensor.
+Names are checked before a file is opened, headers before a tensor is read, and shapes against the configuration before
+memory is allocated.  Tensors of the language model are never read, and shards without vision tensors are never opened.  A
+missing tensor is an error, never initialized.
 
-Quantized weights appear as what they stand for: one tensor, with the weight's own shape (:mod:`tritontower.checkpoint.dequantize`).
+A quantized weight is one tensor with its original shape (:mod:`tritontower.checkpoint.dequantize`).
 """
 
 import fnmatch
@@ -30,27 +30,24 @@ from tritontower.errors import (
 )
 
 from .config_reader import ConfigReader
-from .dequantize import FLOAT_DTYPES, SUPPORTED_SCHEMES, Decoder, Group, StoredTensor, decoder_of, group_tensors
-from .files import INDEX_NAMES, Layout, Prefixes, WeightFiles, explained, open_safetensors, strip_prefix
-
-__all__ = ["Checkpoint", "Progress", "TensorHeader"]
+from .dequantize import FLOAT_DTYPES, SUPPORTED_SCHEMES, Decoder, Group, StoredTensor, group_tensors, make_decoder
+from .files import INDEX_NAMES, Layout, Prefixes, WeightFiles, explain_read_errors, open_safetensors, strip_prefix
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all) after every tensor."""
+"""Callback with (bytes done, total bytes) after every tensor."""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What the files' headers say about one tensor of the tower.
+    """Header of one vision tensor.
 
     Attributes:
-        name: as stored, with its root.
-        shape: sizes, outermost first; of a quantized tensor those of the weight that it stands for, or as stored if
-            it cannot be loaded.
-        dtype: of what is stored, in the format's own terms: ``"BF16"``, ``"F32"``, ``"U8"`` …
-        file: base name of the file that holds it.
-        scheme: how it is quantized, as in ``"bitsandbytes NF4"``; ``None`` if it is not, or not in any known way.
-        nbytes: stored size in bytes, that of scales and tables included; only of what can be loaded.
+        name: stored name, with its prefix.
+        shape: of a quantized tensor, the original weight's, or as stored if it cannot be loaded.
+        dtype: stored dtype in the format's terms: ``"BF16"``, ``"F32"``, ``"U8"`` …
+        file: base name of its file.
+        scheme: quantization, such as ``"bitsandbytes NF4"``; ``None`` if it is not quantized, or in no known way.
+        nbytes: stored size in bytes, with scales and tables; only of what can be loaded.
     """
 
     name: str
@@ -62,7 +59,7 @@ class TensorHeader:
 
 
 class _Headers(Mapping[str, TensorHeader]):
-    """Name → header, each made when it is asked for: the shape of some takes reading what the others are not asked."""
+    """Name → header, made on access, because the shape of a 4-bit weight must be read from its file."""
 
     def __init__(self, groups: Mapping[str, Group], shape: Callable[[Group], tuple[int, ...]]) -> None:
         self._groups = groups
@@ -84,12 +81,12 @@ class _Headers(Mapping[str, TensorHeader]):
 
 
 class Checkpoint:
-    """The vision tensors of one checkpoint: headers now, data when :meth:`iterate` is called.
+    """Vision tensors of one checkpoint: reads headers when opened, data in :meth:`iterate`.
 
     A context manager: leaving it closes the files, after which only the headers remain.
 
     Attributes:
-        folder: where the files are.
+        folder: the folder of the files.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -104,28 +101,28 @@ class Checkpoint:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._handles.clear()  # a safetensors handle closes its file when nobody holds it any more
+        self._handles.clear()  # a safetensors handle closes its file when it is garbage-collected
 
     @classmethod
     def open(
         cls, folder: Path, *, prefixes: Prefixes, layout: Layout = "hf", allow_symlinks: bool = False
     ) -> "Checkpoint":
-        """Reads the headers of the files in ``folder`` that hold vision tensors.
+        """Reads the headers of the files with vision tensors.
 
-        An index wins over a single file beside it.
+        An index takes precedence over a single file.
 
         Args:
             folder: a local folder.
-            prefixes: beginnings of the stored names that belong to the tower → what they become, as
-                :func:`~tritontower.checkpoint.files.strip_prefix` applies them.
-            layout: whose names the weight files have; a folder may hold both layouts.
-            allow_symlinks: also follow links that leave the folder other than into the Hugging Face cache.
+            prefixes: stored prefixes of vision tensors → replacements, see
+                :func:`~tritontower.checkpoint.files.strip_prefix`.
+            layout: naming of the weight files; a folder may have both layouts.
+            allow_symlinks: also follow links that leave the folder to other places than the Hugging Face cache.
 
         Raises:
-            CheckpointNotFoundError: no folder, or no safetensors file of this layout in it.
-            UnsafeFormatError: only pickles in it.
-            UnsafePathError: a shard's name or link points outside.
-            CheckpointIncompleteError: a shard, or a tensor that the index promises, is missing; no vision tensor at all.
+            CheckpointNotFoundError: there is no folder, or no safetensors file of this layout.
+            UnsafeFormatError: there are only pickles.
+            UnsafePathError: a shard's name or link leaves the folder.
+            CheckpointIncompleteError: a shard, or a tensor of the index, is missing, or there is no vision tensor.
             CheckpointAmbiguousError: a tensor is stored twice, in two shards or under two prefixes.
             CheckpointCorruptError: a file is not safetensors, or damaged; the index is not JSON.
         """
@@ -133,27 +130,27 @@ class Checkpoint:
             raise CheckpointNotFoundError(f"{folder} is not a folder")
         checkpoint = cls(folder)
         files = WeightFiles(folder, allow_symlinks)
-        for file, promised in files.with_prefix(prefixes, layout).items():
+        for file, listed in files.list_files(prefixes, layout).items():
             names = checkpoint._read_headers(files.path(file), prefixes)
-            absent = sorted(set(promised) - names)
+            absent = sorted(set(listed) - names)
             if absent:
                 raise CheckpointIncompleteError(
-                    f"{file} lacks {len(absent)} tensors that {INDEX_NAMES[layout]} places there: {list_names(absent)}",
+                    f"{file} lacks {len(absent)} tensors that {INDEX_NAMES[layout]} lists: {list_names(absent)}",
                     absent,
                 )
         if not checkpoint._stored:
             raise CheckpointIncompleteError(
-                f"{folder} holds no vision tensor: no name begins with {list_names([repr(root) for root in prefixes])}"
+                f"{folder} has no vision tensor: no name starts with {list_names(list(map(repr, prefixes)))}"
             )
         checkpoint._groups = group_tensors(checkpoint._stored)
         return checkpoint
 
     @property
     def tensors(self) -> Mapping[str, TensorHeader]:
-        """Name without its root → header, in the order in which the files store them.
+        """Name without its prefix → header, in stored order.
 
-        A quantized weight is one tensor; its scales and tables are not listed.  The shape of a bitsandbytes weight of 4
-        bits is read from beside it when its header is asked for, which raises what :meth:`expect` raises for it.
+        A quantized weight is one tensor; its scales and tables are not listed.  The shape of a 4-bit bitsandbytes weight is
+        read on access, which raises the errors of :meth:`expect`.
         """
         return _Headers(
             self._groups, lambda group: self._decoder(group).shape if group.is_supported else group.main.shape
@@ -161,13 +158,13 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that most bytes of the tower's plain tensors are stored in; ``float32`` for ``F64``.
+        """The dtype of most bytes of the plain tensors; ``float32`` for ``F64``.
 
-        Where all are quantized, the type that they had before if that is recorded, else ``bfloat16``.
+        If all are quantized, their recorded original dtype, else ``bfloat16``.
 
         Raises:
-            UnsupportedDtypeError: no tensor is of a type that can be loaded.
-            CheckpointCorruptError: the record cannot be understood.
+            UnsupportedDtypeError: no tensor has a dtype that can be loaded.
+            CheckpointCorruptError: the record is invalid.
         """
         stored: dict[str, int] = {}
         for group in self._groups.values():
@@ -182,7 +179,7 @@ class Checkpoint:
         return next((original for original in originals if original is not None), torch.bfloat16)
 
     def can_read(self, name: str) -> bool:
-        """Whether the tensor with this stripped name is plain, or quantized in a way that can be undone."""
+        """Tells if the tensor with this stripped name is plain, or of a supported quantization."""
         return self._groups[name].is_supported
 
     def expect(
@@ -190,20 +187,20 @@ class Checkpoint:
     ) -> None:
         """Checks that the vision tensors are exactly ``specs`` (stripped name → shape).
 
-        Nothing is read but the descriptions of 4-bit weights among them.
+        Reads only the descriptions of 4-bit weights.
 
         Args:
-            specs: what the tower needs.
-            ignored: ``fnmatch`` patterns of stripped names that may be there and are not used.
-            unneeded: stripped names that may be there and are not used, such as blocks behind the last one that is
-                needed; of any shape and type.
+            specs: the tensors that the tower needs.
+            ignored: ``fnmatch`` patterns of stripped names that may exist and are not used.
+            unneeded: stripped names that may exist and are not used, such as blocks after the last needed one; any shape
+                and dtype.
 
         Raises:
-            UnsupportedDtypeError: a tensor is quantized in a way that cannot be undone, or otherwise not a float.
+            UnsupportedDtypeError: a tensor has an unsupported quantization, or is not a float.
             CheckpointIncompleteError: tensors are missing.
-            CheckpointCorruptError: the parts of a quantized tensor contradict one another.
+            CheckpointCorruptError: the parts of a quantized tensor contradict each other.
             ShapeMismatchError: a tensor has another shape.
-            UnexpectedTensorError: vision tensors are left over, so the configuration describes another tower.
+            UnexpectedTensorError: other vision tensors exist, so the configuration does not describe this tower.
         """
         spared = frozenset(unneeded)
         present = {
@@ -227,8 +224,8 @@ class Checkpoint:
         unused = [group.main.name for name, group in present.items() if name not in specs]
         if unused:
             raise UnexpectedTensorError(
-                f"{self.folder} holds {len(unused)} vision tensors that the tower would not use: {list_names(unused)}; "
-                "config.json describes another tower than the weights",
+                f"{self.folder} has {len(unused)} vision tensors that the tower does not use: {list_names(unused)}; "
+                "config.json and the weights describe different towers",
                 unused,
             )
         self._expected = frozenset(specs)
@@ -242,38 +239,38 @@ class Checkpoint:
         check_finite: bool = True,
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields (stripped name, tensor in ``dtype`` on ``device``) one by one, file by file, in stored order.
+        """Yields (stripped name, tensor in ``dtype`` on ``device``), file by file, in stored order.
 
-        At no time is more than one tensor held beyond those that the caller keeps.
+        Holds at most one tensor at a time.
 
         Args:
-            dtype: a floating type; the conversion is torch's (round to nearest even).  Quantized tensors are computed
-                in fp32 and rounded once.
-            device: where the tensors go.
-            names: stripped names to read; if ``None``, what :meth:`expect` was told, or else all.
-            check_finite: refuse NaN and infinity, whether stored or made by the conversion.
+            dtype: a floating dtype; torch converts (round to nearest even).  Quantized tensors are computed in fp32 and
+                rounded once.
+            device: device of the tensors.
+            names: stripped names to read; ``None``: the tensors of :meth:`expect`, or all.
+            check_finite: reject NaN and infinity, stored or caused by the conversion.
             progress: called after every tensor.
 
         Raises:
-            CheckpointIncompleteError: a name that is not in :attr:`tensors`.
-            UnsupportedDtypeError: a tensor of a type that cannot be loaded, or quantized in a way that cannot be undone.
+            CheckpointIncompleteError: a name is not in :attr:`tensors`.
+            UnsupportedDtypeError: a tensor has a dtype or a quantization that cannot be loaded.
             NonFiniteWeightsError: NaN or infinity, or a value too large for ``dtype``.
-            CheckpointCorruptError: a file shrank since its header was read; the parts of a quantized tensor contradict
-                one another.
+            CheckpointCorruptError: a file shrank since its header was read, or the parts of a quantized tensor contradict
+                each other.
             UsageError: the checkpoint is closed.
         """
         wanted = set(names if names is not None else self._groups if self._expected is None else self._expected)
         unknown = sorted(wanted - set(self._groups))
         if unknown:
             raise CheckpointIncompleteError(f"{self.folder} lacks {list_names(unknown)}", unknown)
-        self._refuse_closed()
+        self._check_open()
         groups = {name: group for name, group in self._groups.items() if name in wanted}
         for group in groups.values():
             if not group.is_supported:
                 raise self._unsupported(group)
         total, done = sum(group.nbytes for group in groups.values()), 0
         for name, group in groups.items():
-            # Not a local variable: this frame sleeps while the caller works, and would keep the tensor alive.
+            # Not a local variable: this suspended frame would keep the tensor alive.
             yield name, self._read_tensor(group, dtype, torch.device(device), check_finite)
             done += group.nbytes
             if progress is not None:
@@ -282,18 +279,18 @@ class Checkpoint:
     def _decoder(self, group: Group) -> Decoder:
         decoder = self._decoders.get(group.main.name)
         if decoder is None:
-            decoder = self._decoders[group.main.name] = decoder_of(group, self._read_stored)
+            decoder = self._decoders[group.main.name] = make_decoder(group, self._read_stored)
         return decoder
 
     def _read_stored(self, stored: StoredTensor) -> torch.Tensor:
-        self._refuse_closed()
-        with explained(self.folder / stored.file):
+        self._check_open()
+        with explain_read_errors(self.folder / stored.file):
             tensor: torch.Tensor = self._handles[stored.file].get_tensor(stored.name)
         return tensor
 
-    def _refuse_closed(self) -> None:
+    def _check_open(self) -> None:
         if not self._handles:
-            raise UsageError("the checkpoint is closed; read inside `with Checkpoint.open(...)`")
+            raise UsageError("the checkpoint must be open; read inside `with Checkpoint.open(...)`")
 
     def _read_tensor(self, group: Group, dtype: torch.dtype, device: torch.device, check_finite: bool) -> torch.Tensor:
         stored = self._decoder(group).decode(self._read_stored)
@@ -302,20 +299,18 @@ class Checkpoint:
             return tensor
         name, file = group.main.name, group.main.file
         if tensor is stored or not _is_finite(stored):
-            raise NonFiniteWeightsError(
-                name, f"in {file} holds NaN or infinity; check_finite=False loads it all the same"
-            )
+            raise NonFiniteWeightsError(name, f"in {file} has NaN or infinity; pass check_finite=False to load it")
         raise NonFiniteWeightsError(
             name,
-            f"in {file} holds values up to {stored.abs().max().item():.6g}, but {dtype} ends at "
+            f"in {file} has values up to {stored.abs().max().item():.6g}, but the maximum of {dtype} is "
             f"{torch.finfo(dtype).max:.6g}; load it as torch.bfloat16 or torch.float32",
         )
 
     def _read_headers(self, path: Path, prefixes: Prefixes) -> set[str]:
-        """Opens one file and takes the headers of its vision tensors in; returns their names as stored."""
+        """Opens one file and adds the headers of its vision tensors; returns their stored names."""
         handle = open_safetensors(path)
         names: set[str] = set()
-        with explained(path):
+        with explain_read_errors(path):
             for name in handle.offset_keys():
                 stripped = strip_prefix(name, prefixes)
                 if stripped is None:
@@ -338,12 +333,12 @@ class Checkpoint:
         scheme = f", {group.scheme}" if group.scheme else ""
         return UnsupportedDtypeError(
             f"tensor {shorten(main.name)} in {main.file} is stored as {main.dtype}{scheme}{self._quantization()}; only "
-            f"{', '.join(FLOAT_DTYPES)} and, with their scales, {', '.join(SUPPORTED_SCHEMES)} can be loaded: use a "
+            f"{', '.join(FLOAT_DTYPES)} and, with their scales, {', '.join(SUPPORTED_SCHEMES)} can be loaded; use a "
             "checkpoint whose vision tower is not quantized, or in one of these ways"
         )
 
     def _quantization(self) -> str:
-        """``" (quantized with …)"`` as config.json names it, for a message; empty where it names nothing."""
+        # For a message: the method in config.json, if it has one.
         try:
             method = ConfigReader.from_file(self.folder / "config.json").get(
                 str, "quantization_config.quant_method", None
@@ -354,6 +349,6 @@ class Checkpoint:
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every element is finite.  A finite sum proves it in one cheap pass; only an overflowing one does not."""
-    # In the tensor's own type, which torch accumulates in fp32 all the same: asked for another, it makes a copy first.
+    # A finite sum proves it in one cheap pass, unless the sum overflows.  Summed in the tensor's own dtype, which torch
+    # accumulates in fp32 anyway: for another one, it would copy the tensor first.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

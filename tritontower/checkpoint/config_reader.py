@@ -1,21 +1,21 @@
 """Typed reading of a checkpoint's JSON files, above all ``config.json``.
 
-A configuration comes from somebody else.  Nothing in it is believed: a value has the wanted type and lies within the
-wanted bounds, or a :class:`~tritontower.errors.ConfigError` says which key holds what and what is allowed.  Keys that
-steer loaders into code (``auto_map``, ``_attn_implementation``) do not exist for this reader.
+Configurations are untrusted input.  Every value must have the requested type and bounds, or a
+:class:`~tritontower.errors.ConfigError` names the key, the value and what is allowed.  Keys that make loaders run code
+(``auto_map``, ``_attn_implementation``) are ignored.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, overload
+from typing import Any, Final, Generic, TypeVar
 
 from tritontower.errors import CheckpointNotFoundError, ConfigError
 
-__all__ = ["REQUIRED", "ConfigReader", "parse_json", "read_json"]
-
 T = TypeVar("T", int, float, str, bool)
+D = TypeVar("D")
 
 _TYPE_NAMES = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", dict: "an object"}
 _IGNORED_PREFIXES = ("auto_map", "attn_implementation", "_attn_implementation")
@@ -30,11 +30,11 @@ class _Required:
 
 
 REQUIRED: Final = _Required()
-"""The default of a key that has to be there."""
+"""Default of a required key."""
 
 
 def read_json(path: Path, limit_bytes: int = 64 * 2**20) -> dict[str, Any]:
-    """The JSON object in the file ``path``.
+    """Reads the JSON object in the file ``path``.
 
     Raises:
         CheckpointNotFoundError: there is no such file, or it cannot be read.
@@ -53,7 +53,7 @@ def read_json(path: Path, limit_bytes: int = 64 * 2**20) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, *, source: str) -> dict[str, Any]:
-    """The JSON object in ``data``: UTF-8 without a byte order mark, no duplicate keys, no NaN or infinity.
+    """Parses a JSON object: UTF-8 without a byte order mark, no duplicate keys, no NaN or infinity.
 
     Raises:
         ConfigError: anything else.
@@ -62,8 +62,8 @@ def parse_json(data: bytes, *, source: str) -> dict[str, Any]:
     def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            seen: set[str] = set()
-            duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            names = [name for name, _ in pairs]
+            duplicate = next(name for name in names if names.count(name) > 1)
             raise ConfigError(duplicate, "given twice", "every key once", source=source)
         return result
 
@@ -92,7 +92,7 @@ def parse_json(data: bytes, *, source: str) -> dict[str, Any]:
 
 
 class ConfigReader:
-    """Reads typed values out of a parsed JSON object by dotted path.
+    """Reads typed values from a parsed JSON object by dotted path.
 
     Example::
 
@@ -100,7 +100,7 @@ class ConfigReader:
         depth = reader.get(int, "vision_config.depth", minimum=1, maximum=1024)
         eps = reader.get(float, "vision_config.layer_norm_eps", 1e-6, minimum=0.0)
 
-    ``null`` counts as absent: configurations write it for "the default".
+    ``null`` counts as absent: in configurations it means "the default".
     """
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json", *, path: str = "") -> None:
@@ -112,15 +112,15 @@ class ConfigReader:
 
     @classmethod
     def from_file(cls, path: Path) -> "ConfigReader":
-        """The reader of the JSON file ``path``; raises what :func:`read_json` raises."""
+        """Opens the JSON file ``path``; raises the errors of :func:`read_json`."""
         return cls(read_json(path), source=path.name)
 
     def has(self, key: str) -> bool:
-        """Whether ``key`` is there and not ``null``."""
+        """Tells if ``key`` is present and not ``null``."""
         return self._find(key) is not _ABSENT
 
     def section(self, key: str, *, optional: bool = False) -> "ConfigReader":
-        """The object under ``key`` as a reader of its own; an empty one if it is ``optional`` and absent."""
+        """Returns a reader of the object under ``key``; an empty one if it is ``optional`` and absent."""
         value = self._find(key)
         if value is _ABSENT and optional:
             value = {}
@@ -128,55 +128,31 @@ class ConfigReader:
             raise self.error(key, None if value is _ABSENT else value, "an object")
         return ConfigReader(value, self.source, path=self._full(key))
 
-    @overload
     def get(
         self,
         kind: type[T],
         key: str,
-        default: T | _Required = REQUIRED,
+        default: D | _Required = REQUIRED,
         *,
         minimum: float | None = None,
         maximum: float | None = None,
         choices: Sequence[T] | None = None,
-    ) -> T: ...
+    ) -> T | D:
+        """Returns the value under ``key`` as ``kind``: ``int``, ``float``, ``str`` or ``bool``.
 
-    @overload
-    def get(
-        self,
-        kind: type[T],
-        key: str,
-        default: None,
-        *,
-        minimum: float | None = None,
-        maximum: float | None = None,
-        choices: Sequence[T] | None = None,
-    ) -> T | None: ...
-
-    def get(
-        self,
-        kind: type[T],
-        key: str,
-        default: T | _Required | None = REQUIRED,
-        *,
-        minimum: float | None = None,
-        maximum: float | None = None,
-        choices: Sequence[T] | None = None,
-    ) -> T | None:
-        """The value under ``key`` as ``kind``: ``int``, ``float``, ``str`` or ``bool``.
-
-        ``true`` is not an integer and ``14.0`` is not one either; an integer is a valid ``float``.  ``default`` is
-        returned as it is when the key is absent.
+        ``true`` and ``14.0`` are not integers; an integer is a valid ``float``.  ``default`` is returned unchecked if the
+        key is absent.
 
         Raises:
-            ConfigError: the key is absent and has no default, or its value has another type, lies outside
-                ``minimum`` … ``maximum`` (both included), or is none of ``choices``.
+            ConfigError: the key is absent and has no default, or its value has another type, is outside ``minimum`` …
+                ``maximum`` (both included), or is not one of ``choices``.
         """
-        value = self._find(key)
+        value, rule = self._find(key), _Rule(kind, minimum, maximum, choices)
         if value is _ABSENT:
             if isinstance(default, _Required):
-                raise self.error(key, None, _allowed(kind, minimum, maximum, choices))
+                raise self.error(key, None, rule.describe())
             return default
-        return self._checked(kind, key, value, minimum, maximum, choices)
+        return self._check(key, value, rule)
 
     def get_list(
         self,
@@ -189,19 +165,17 @@ class ConfigReader:
         maximum: float | None = None,
         choices: Sequence[T] | None = None,
     ) -> tuple[T, ...]:
-        """The list under ``key``, every element checked as in :meth:`get`, and ``length`` of them if that is given."""
-        value = self._find(key)
+        """Returns the list under ``key`` with ``length`` elements, each checked as in :meth:`get`."""
+        value, rule = self._find(key), _Rule(kind, minimum, maximum, choices)
+        size = "" if length is None else f" of {length}"
+        allowed = f"a list{size}, each element {rule.describe()}"
         if value is _ABSENT:
             if isinstance(default, _Required):
-                raise self.error(key, None, f"a list, each element {_allowed(kind, minimum, maximum, choices)}")
+                raise self.error(key, None, allowed)
             return tuple(default)
         if not isinstance(value, list) or (length is not None and len(value) != length):
-            size = "" if length is None else f" of {length}"
-            raise self.error(key, value, f"a list{size}, each element {_allowed(kind, minimum, maximum, choices)}")
-        return tuple(
-            self._checked(kind, f"{key}[{position}]", element, minimum, maximum, choices)
-            for position, element in enumerate(value)
-        )
+            raise self.error(key, value, allowed)
+        return tuple(self._check(f"{key}[{position}]", element, rule) for position, element in enumerate(value))
 
     def get_rows(
         self,
@@ -212,46 +186,29 @@ class ConfigReader:
         length: int,
         minimum: float | None = None,
     ) -> tuple[tuple[T, ...], ...]:
-        """The list of lists under ``key``, each of ``length`` elements, every element checked as in :meth:`get`."""
-        value = self._find(key)
+        """Returns the list of lists of ``length`` elements under ``key``, each element checked as in :meth:`get`."""
+        value, rule = self._find(key), _Rule(kind, minimum, None, None)
         if value is _ABSENT and not isinstance(default, _Required):
             return tuple(map(tuple, default))
-        each = f"{length}, each element {_allowed(kind, minimum, None, None)}"
+        each = f"{length}, each element {rule.describe()}"
         if not isinstance(value, list):
             raise self.error(key, None if value is _ABSENT else value, f"a list of lists of {each}")
+        rows: list[tuple[T, ...]] = []
         for position, row in enumerate(value):
+            name = f"{key}[{position}]"
             if not isinstance(row, list) or len(row) != length:
-                raise self.error(f"{key}[{position}]", row, f"a list of {each}")
-        return tuple(
-            tuple(
-                self._checked(kind, f"{key}[{position}][{place}]", element, minimum, None, None)
-                for place, element in enumerate(row)
-            )
-            for position, row in enumerate(value)
-        )
+                raise self.error(name, row, f"a list of {each}")
+            rows.append(tuple(self._check(f"{name}[{place}]", element, rule) for place, element in enumerate(row)))
+        return tuple(rows)
 
     def error(self, key: str, value: object, allowed: str) -> ConfigError:
-        """A :class:`ConfigError` about ``key``, for checks that concern several values at once."""
+        """Makes a :class:`ConfigError` about ``key``, for checks of several values together."""
         return ConfigError(self._full(key), value, allowed, source=self.source)
 
-    def _checked(
-        self,
-        kind: type[T],
-        key: str,
-        value: object,
-        minimum: float | None,
-        maximum: float | None,
-        choices: Sequence[T] | None,
-    ) -> T:
-        result = _as_kind(kind, value)
+    def _check(self, key: str, value: object, rule: "_Rule[T]") -> T:
+        result = rule.convert(value)
         if result is None:
-            raise self.error(key, value, _allowed(kind, minimum, maximum, choices))
-        if isinstance(result, (int, float)) and (
-            (minimum is not None and result < minimum) or (maximum is not None and result > maximum)
-        ):
-            raise self.error(key, value, _allowed(kind, minimum, maximum, choices))
-        if choices is not None and result not in choices:
-            raise self.error(key, value, _allowed(kind, minimum, maximum, choices))
+            raise self.error(key, value, rule.describe())
         return result
 
     def _full(self, key: str) -> str:
@@ -270,17 +227,31 @@ class ConfigReader:
         return value
 
 
-def _as_kind(kind: type[T], value: Any) -> T | None:
-    """``value`` as ``kind`` without any conversion but integer → float; ``None`` where it is something else."""
-    if type(value) is kind:
-        return value if not isinstance(value, float) or math.isfinite(value) else None
-    if kind is float and type(value) is int and value.bit_length() <= 53:
-        return kind(value)
-    return None
+@dataclass(frozen=True)
+class _Rule(Generic[T]):
+    """Type, bounds and choices of a value."""
 
+    kind: type[T]
+    minimum: float | None
+    maximum: float | None
+    choices: Sequence[T] | None
 
-def _allowed(kind: type[Any], minimum: float | None, maximum: float | None, choices: Sequence[Any] | None) -> str:
-    if choices is not None:
-        return "one of " + ", ".join(repr(choice) for choice in choices)
-    bounds = [f"≥ {minimum}" if minimum is not None else "", f"≤ {maximum}" if maximum is not None else ""]
-    return " ".join([_TYPE_NAMES[kind], " and ".join(bound for bound in bounds if bound)]).strip()
+    def convert(self, value: Any) -> T | None:
+        """Returns ``value`` as ``kind``, converting only integers to float; ``None`` if it is not allowed."""
+        if self.kind is float and type(value) is int and value.bit_length() <= 53:
+            value = float(value)
+        if type(value) is not self.kind or (isinstance(value, float) and not math.isfinite(value)):
+            return None
+        if isinstance(value, (int, float)) and (
+            (self.minimum is not None and value < self.minimum) or (self.maximum is not None and value > self.maximum)
+        ):
+            return None
+        return value if self.choices is None or value in self.choices else None
+
+    def describe(self) -> str:
+        """States what is allowed."""
+        if self.choices is not None:
+            return "one of " + ", ".join(map(repr, self.choices))
+        bounds = [f"≥ {self.minimum}" if self.minimum is not None else ""]
+        bounds += [f"≤ {self.maximum}" if self.maximum is not None else ""]
+        return " ".join([_TYPE_NAMES[self.kind], " and ".join(filter(None, bounds))]).strip()

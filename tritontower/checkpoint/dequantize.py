@@ -1,11 +1,11 @@
-"""Quantized weights → fp32: which stored tensors make one weight, what shape it has, and the arithmetic.
+"""Dequantizes weights to fp32: the stored tensors of each weight, its shape, and the arithmetic.
 
-Everything follows from the headers of the weight files: a tensor's type, and the *companions* stored beside it.  What
-``config.json`` says of quantization is not asked: lists of what was left out are written in several dialects, and some
-towers were quantized although their list says otherwise.
+The headers of the weight files decide: a tensor's dtype, and its *companions*, stored with it.  The quantization section
+of ``config.json`` is not used: lists of excluded modules have several formats, and some towers were quantized although
+they are on such a list.
 
 =====================  =====================================================  =========================================
-scheme                 stored beside ``x.weight``                             the weight is
+scheme                 stored with ``x.weight``                               the weight is
 =====================  =====================================================  =========================================
 bitsandbytes NF4, FP4  ``x.weight.absmax``, ``.quant_map``, ``.quant_state``  ``quant_map[code] · absmax[block]``
 \\                      and ``.nested_absmax``, ``.nested_quant_map``          ``absmax = map[code] · nested + offset``
@@ -17,7 +17,7 @@ block FP8              ``x.weight_scale_inv``: one number per 128 × 128       `
 Sources: bitsandbytes (``functional.py``: ``QuantState``, ``dequantize_4bit``, ``int8_vectorwise_dequant``; Dettmers et
 al., QLoRA, 2023), compressed-tensors (``float-quantized``, whose ``weight_scale`` may also be one per block), and the
 block scales of DeepSeek-V3, which transformers calls fine-grained FP8.  All arithmetic is fp32, in their order of
-operations, so that it gives the same bits.
+operations, so it gives the same bits.
 """
 
 import math
@@ -32,21 +32,19 @@ from tritontower.errors import CheckpointCorruptError, ConfigError, UnsupportedD
 
 from .config_reader import ConfigReader, parse_json
 
-__all__ = ["FLOAT_DTYPES", "SUPPORTED_SCHEMES", "Decoder", "Group", "StoredTensor", "decoder_of", "group_tensors"]
-
 FLOAT_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float32,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-"""Types that need no scale, and the one to load each in."""
+"""Stored dtypes without scales → the dtype to load."""
 
 NF4, FP4, INT8 = "bitsandbytes NF4", "bitsandbytes FP4", "bitsandbytes int8"
 FP8, BLOCK_FP8 = "FP8", "block FP8"
 
 SUPPORTED_SCHEMES = (NF4, FP4, INT8, FP8, BLOCK_FP8)
-"""What :func:`decoder_of` can turn into numbers."""
+"""Quantizations that :func:`make_decoder` supports."""
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1}
 _FOUR_BIT = {"quant_state.bitsandbytes__nf4": NF4, "quant_state.bitsandbytes__fp4": FP4}
@@ -70,10 +68,10 @@ _MODULE_ROLES = (
     "g_idx",
 )
 _ROLES_OF = {FP8: ("weight_scale",), BLOCK_FP8: ("weight_scale_inv",), INT8: ("SCB", "weight_format")}
-"""Companions of a module that a decoder reads; of a scheme without a decoder, all belong to the weight."""
+"""Companions that a decoder reads; for a scheme without a decoder, all companions belong to the weight."""
 _CACHE_SCALES = ("k_scale", "v_scale")
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", *_CACHE_SCALES)
-"""Scales for quantized arithmetic on activations, which a dequantized weight has no part in; never read."""
+"""Scales of quantized activations, which dequantized weights do not need; never read."""
 
 _SCALE_TYPES = tuple(FLOAT_DTYPES)
 _BLOCK = 128
@@ -85,13 +83,13 @@ _STORED_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a file's header has it.
+    """Header of one stored tensor.
 
     Attributes:
-        name: as stored, with its root.
-        shape: sizes, outermost first.
-        dtype: in the format's own terms: ``"BF16"``, ``"F32"``, ``"U8"`` …
-        file: base name of the file that holds it.
+        name: stored name, with its prefix.
+        shape: stored shape.
+        dtype: in the format's terms: ``"BF16"``, ``"F32"``, ``"U8"`` …
+        file: base name of its file.
     """
 
     name: str
@@ -101,12 +99,12 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes; only of types that some scheme reads."""
+        """Size in bytes; only for dtypes that some scheme reads."""
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 Read = Callable[[StoredTensor], torch.Tensor]
-"""Reads a stored tensor to the CPU as it is."""
+"""Reads a stored tensor to the CPU without conversion."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +112,9 @@ class Group:
     """One weight: a stored tensor, alone or with its companions.
 
     Attributes:
-        main: the tensor that has the weight's numbers.
-        scheme: how they are stored; ``None`` for plain numbers, and for a type that no known scheme explains.
-        companions: role (``"weight_scale"``, ``"absmax"`` …) → tensor that belongs to it.
+        main: the tensor with the weight's values.
+        scheme: its quantization; ``None`` for plain values, and for an unknown dtype.
+        companions: role (``"weight_scale"``, ``"absmax"`` …) → its tensor.
     """
 
     main: StoredTensor
@@ -125,14 +123,14 @@ class Group:
 
     @property
     def is_supported(self) -> bool:
-        """Whether there is a decoder for it.  Its companions may still turn out to be of no use."""
+        """Tells if there is a decoder for it; its companions may still be invalid."""
         if self.scheme is None:
             return self.main.dtype in FLOAT_DTYPES
         return self.scheme in SUPPORTED_SCHEMES
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes of all parts in a type that some scheme reads."""
+        """Stored bytes of all parts with a dtype that some scheme reads."""
         return sum(part.nbytes for part in (self.main, *self.companions.values()) if part.dtype in _ITEM_BYTES)
 
 
@@ -140,12 +138,9 @@ class Group:
 
 
 def group_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Group]:
-    """Name of a weight → what it is made of, in stored order; the companions have no entries of their own.
+    """Groups stored tensors (name without prefix → header) by weight, in stored order.
 
-    A weight that is stored under another name (``x.qweight``, ``x.weight_packed``) is called ``x.weight``.
-
-    Args:
-        stored: name without its root → header of every tensor of the tower.
+    A weight with another stored name (``x.qweight``, ``x.weight_packed``) is called ``x.weight``.
     """
     names: dict[str, str] = {}
     groups: dict[str, Group] = {}
@@ -177,7 +172,7 @@ def _weight_name(name: str, stored: Mapping[str, StoredTensor]) -> str:
 def _recognize(
     name: str, main: StoredTensor, stored: Mapping[str, StoredTensor]
 ) -> tuple[str | None, Mapping[str, str]]:
-    """The scheme of the tensor ``name``, if it is the main one of a quantized weight, and role → its companions."""
+    """Scheme of ``name`` if it is the main tensor of a quantized weight, and its companions by role."""
     own = {role: f"{name}.{role}" for role in _FOUR_BIT_ROLES if f"{name}.{role}" in stored}
     if own:
         states = [scheme for role, scheme in _FOUR_BIT.items() if role in own]
@@ -234,7 +229,7 @@ def _float8_scheme(beside: Mapping[str, str]) -> str | None:
 
 
 def _activation_scales(stored: Mapping[str, StoredTensor], quantized: Mapping[str, Group]) -> set[str]:
-    """The tensors that scale the activations of a module with a quantized weight, or of the attention around it."""
+    """Scales of the activations of modules with a quantized weight, or of the attention around them."""
     modules = {name.rpartition(".")[0] for name in quantized}
     above = {module.rpartition(".")[0] for module in modules}
     names = {f"{module}.{scale}" for module in modules for scale in _ACTIVATION_SCALES}
@@ -246,11 +241,11 @@ def _activation_scales(stored: Mapping[str, StoredTensor], quantized: Mapping[st
 
 
 class Decoder(ABC):
-    """Turns the stored parts of one weight into its numbers.
+    """Computes one weight from its stored parts.
 
     Attributes:
         shape: of the weight.
-        original: the type that it had before it was quantized, where that is recorded.
+        original: dtype before quantization, if it is recorded.
     """
 
     shape: tuple[int, ...]
@@ -258,17 +253,17 @@ class Decoder(ABC):
 
     @abstractmethod
     def decode(self, read: Read) -> torch.Tensor:
-        """The weight on the CPU: fp32, or as stored where it is plain."""
+        """Computes the weight on the CPU: fp32, or as stored if it is plain."""
 
 
-def decoder_of(group: Group, read: Read) -> Decoder:
-    """The decoder of ``group``, its parts checked against one another.
+def make_decoder(group: Group, read: Read) -> Decoder:
+    """Makes the decoder of ``group`` after checking that its parts agree.
 
-    Only the description of a bitsandbytes weight, some hundred bytes, is read here.
+    Reads only the description of a bitsandbytes weight, some hundred bytes.
 
     Raises:
-        UnsupportedDtypeError: a scheme, or a variant of one, that has no decoder.
-        CheckpointCorruptError: parts that contradict one another, or a description that cannot be understood.
+        UnsupportedDtypeError: there is no decoder for the scheme or this variant of it.
+        CheckpointCorruptError: the parts contradict each other, or the description is invalid.
     """
     if not group.is_supported:
         raise _unsupported(group.main, "a plain type, or one of " + ", ".join(SUPPORTED_SCHEMES))
@@ -291,7 +286,7 @@ class _Plain(Decoder):
 
 
 class _Scaled(Decoder):
-    """FP8 with one scale, or one for every row: ``scale`` has a size 1 wherever it is shared."""
+    """FP8 with one scale, or one per row; ``scale`` broadcasts."""
 
     def __init__(self, main: StoredTensor, scale: StoredTensor) -> None:
         self.shape = main.shape
@@ -302,7 +297,7 @@ class _Scaled(Decoder):
 
 
 class _BlockScaled(Decoder):
-    """FP8 with a scale for every 128 × 128 numbers; the last block of a row or column may be smaller."""
+    """FP8 with one scale per 128 × 128 block; the last block of a row or column may be smaller."""
 
     def __init__(self, main: StoredTensor, scale: StoredTensor) -> None:
         self.shape = main.shape
@@ -311,7 +306,7 @@ class _BlockScaled(Decoder):
     def decode(self, read: Read) -> torch.Tensor:
         weight = read(self._main).to(torch.float32)
         columns = read(self._scale).to(torch.float32).repeat_interleave(_BLOCK, dim=1)[:, : self.shape[1]]
-        # Band by band: scales spread over the whole weight would be as large as it is.
+        # Band by band: scales expanded for the whole weight would be as large as it is.
         for band, scale in zip(weight.split(_BLOCK), columns, strict=True):
             band.mul_(scale)
         return weight
@@ -336,7 +331,7 @@ def _float8_decoder(group: Group) -> Decoder:
 
 
 class _Int8(Decoder):
-    """bitsandbytes int8: rows scaled so that their largest number became 127."""
+    """bitsandbytes int8: rows scaled so that their maximum is 127."""
 
     def __init__(self, group: Group, read: Read) -> None:
         self.shape = group.main.shape
@@ -352,13 +347,13 @@ class _Int8(Decoder):
             raise _unsupported(order, "weight_format 0, which is row by row")
 
     def decode(self, read: Read) -> torch.Tensor:
-        # Two products with the reciprocal, as bitsandbytes has it: a division would differ in the last bit.
+        # Two multiplications, by the reciprocal as in bitsandbytes: a division would differ in the last bit.
         return read(self._main).to(torch.float32).mul_(read(self._row_maxima).unsqueeze(1)).mul_(1.0 / 127.0)
 
 
 @dataclass(frozen=True)
 class _Nested:
-    """How the block maxima of a 4-bit weight are themselves stored in 8 bits."""
+    """Block maxima of a 4-bit weight that are themselves quantized to 8 bits."""
 
     maxima: StoredTensor
     table: StoredTensor
@@ -367,7 +362,7 @@ class _Nested:
 
 
 class _FourBit(Decoder):
-    """bitsandbytes NF4 and FP4: codes of 4 bits, the high half of a byte first, and the largest number of every block."""
+    """bitsandbytes NF4 and FP4: 4-bit codes, the high half of a byte first, and the maximum of every block."""
 
     def __init__(self, group: Group, read: Read) -> None:
         parts = group.companions
@@ -389,7 +384,7 @@ class _FourBit(Decoder):
         self._table = _part(group, "quant_map", "F32", (16,))
 
     def _check_codes(self) -> None:
-        # Any type may hold the bytes: training with sharded parameters wants that of the other weights.
+        # Any dtype may store the bytes: training with sharded parameters needs that of the other weights.
         size = -(-self._count // 2)
         column = self._main.shape[1:] in ((), (1,))
         if not column or self._main.dtype not in _ITEM_BYTES or self._main.nbytes != size:
@@ -397,7 +392,7 @@ class _FourBit(Decoder):
 
     def decode(self, read: Read) -> torch.Tensor:
         table = read(self._table)
-        # Both numbers of a byte at once: row b holds those of its high and of its low half.
+        # Both values of a byte at once: row b has those of its high and its low half.
         pairs = torch.cartesian_prod(table, table)
         codes = read(self._main).reshape(-1).view(torch.uint8)
         numbers = pairs.index_select(0, codes.to(torch.int32)).view(-1)[: self._count]
@@ -412,7 +407,7 @@ class _FourBit(Decoder):
 
 
 def _state_reader(state: StoredTensor, read: Read) -> ConfigReader:
-    """The description that bitsandbytes stores beside a weight: JSON, as a tensor of its bytes."""
+    """Opens the description that bitsandbytes stores with a weight: JSON, as a tensor of bytes."""
     if state.dtype != "U8" or len(state.shape) != 1 or state.nbytes > _MAX_STATE_BYTES:
         raise _contradictory(state, f"U8, at most {_MAX_STATE_BYTES} bytes")
     source = f"{state.file}: {shorten(state.name)}"
@@ -434,7 +429,7 @@ def _nested(group: Group, reader: ConfigReader, blocks: int) -> _Nested:
 
 
 def _part(group: Group, role: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
-    """The companion ``role``, if it is what the others ask for."""
+    """Returns the companion ``role`` after checking its dtype and shape."""
     part = group.companions.get(role)
     if part is None:
         raise CheckpointCorruptError(
@@ -447,7 +442,7 @@ def _part(group: Group, role: str, dtype: str, shape: tuple[int, ...]) -> Stored
 
 
 def _times_blocks(numbers: torch.Tensor, scales: torch.Tensor, block: int) -> torch.Tensor:
-    """``numbers`` (one dimension, changed in place), each run of ``block`` of them times its scale."""
+    """Multiplies each block of the vector ``numbers`` in place by its scale."""
     whole = numbers.numel() // block * block
     numbers[:whole].view(-1, block).mul_(scales[: whole // block].unsqueeze(1))
     numbers[whole:].mul_(scales[whole // block :])
@@ -456,13 +451,13 @@ def _times_blocks(numbers: torch.Tensor, scales: torch.Tensor, block: int) -> to
 
 def _contradictory(part: StoredTensor, allowed: str) -> CheckpointCorruptError:
     return CheckpointCorruptError(
-        f"tensor {shorten(part.name)} in {part.file} is {part.dtype} of shape {list(part.shape)}; it would have to be "
-        f"{allowed}; download the files again"
+        f"tensor {shorten(part.name)} in {part.file} must be {allowed}, got {part.dtype} of shape {list(part.shape)}; "
+        "download the files again"
     )
 
 
 def _unsupported(part: StoredTensor, allowed: str) -> UnsupportedDtypeError:
     return UnsupportedDtypeError(
-        f"tensor {shorten(part.name)} in {part.file} is {part.dtype} of shape {list(part.shape)}; what can be loaded is "
-        f"{allowed}: use a checkpoint whose vision tower is not quantized"
+        f"tensor {shorten(part.name)} in {part.file} must be {allowed}, got {part.dtype} of shape {list(part.shape)}; "
+        "use a checkpoint whose vision tower is not quantized"
     )

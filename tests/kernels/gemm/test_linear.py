@@ -1,7 +1,7 @@
 """Linear layer and epilogues: both backends compared with fp64, split K, and row invariance."""
 
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tritontower.kernels.gemm import cpu, vendor
 from tritontower.kernels.gemm import linear as linear_module
 from tritontower.kernels.gemm import torch_reference as linear_reference_module
-from tritontower.kernels.gemm.linear import choose_config, compile_specs, interleave_gated, linear
-from tritontower.kernels.gemm.linear_config import EPILOGUES, GATED, LinearConfig, default_config, epilogue_passes
+from tritontower.kernels.gemm.linear import interleave_gated, linear
+from tritontower.kernels.gemm.linear_config import EPILOGUES, GATED, LinearConfig, epilogue_passes
 from tritontower.kernels.gemm.tiles import can_use_descriptors
-from tritontower.kernels.runtime import registry
 from tritontower.kernels.runtime.checks import align_up
-from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -53,12 +52,6 @@ def inputs(rows, columns, inner, dtype, activation=None, device="cpu", seed=0):
     bias = torch.randn(width, generator=generator)
     residual = torch.randn(rows, columns, generator=generator)
     return [tensor.to(device, dtype) for tensor in (x, weight, bias, residual)]
-
-
-@pytest.fixture(params=["kernel", "reference"])
-def any_device(request):
-    """The device of the kernels, then the CPU without interpreter."""
-    return request.getfixturevalue("kernel_device") if request.param == "kernel" else torch.device("cpu")
 
 
 # One row and few columns; a K that fills its blocks, and ragged rows and columns; 588 = 18 blocks and a rest.
@@ -172,9 +165,9 @@ def test_strided_reference_rows_do_not_depend_on_each_other(threads, dtype, inne
 
 
 @pytest.mark.parametrize("activation", [None, "gelu", "silu_gated"])
-def test_out_may_be_the_residual(any_device, monkeypatch, activation):
+def test_out_may_be_the_residual(device, monkeypatch, activation):
     monkeypatch.setattr(linear_reference_module, "CHUNK_BYTES", 8 * 20 * 2)
-    x, weight, bias, residual = inputs(37, 20, 77, torch.bfloat16, activation, any_device)
+    x, weight, bias, residual = inputs(37, 20, 77, torch.bfloat16, activation, device)
     how = {"activation": activation, "residual": residual, "config": SMALL}
     separate = linear(x, weight, bias, **how)
     assert linear(x, weight, bias, out=residual, **how) is residual
@@ -182,11 +175,11 @@ def test_out_may_be_the_residual(any_device, monkeypatch, activation):
 
 
 @pytest.mark.parametrize(("dtype", "split"), [(torch.float32, 2), (torch.bfloat16, 1)])
-def test_rows_may_be_strided(any_device, dtype, split):
-    x, weight, bias, residual = inputs(37, 20, 77, dtype, device=any_device)
+def test_rows_may_be_strided(device, dtype, split):
+    x, weight, bias, residual = inputs(37, 20, 77, dtype, device=device)
     x, weight = (torch.nn.functional.pad(tensor, (0, 3), value=float("nan"))[:, :77] for tensor in (x, weight))
     residual = torch.nn.functional.pad(residual, (0, 5), value=float("nan"))[:, :20]
-    storage = torch.full((37, 29), 7.0, dtype=dtype, device=any_device)
+    storage = torch.full((37, 29), 7.0, dtype=dtype, device=device)
     out = storage[:, 4:24]
     assert linear(x, weight, bias, residual=residual, out=out, config=replace(SMALL, split=split)) is out
     assert relative_error(out, expected(x, weight, bias, None, residual)) <= TOLERANCE[dtype]
@@ -255,38 +248,6 @@ def test_invalid_arguments_are_rejected(change, error, message):
         linear(x, weight, arguments.pop("bias"), **arguments)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_defaults_split_few_rows_only(architecture):
-    def split(rows):
-        config = default_config(rows, 3584, 5120, dtype=torch.bfloat16, activation=None, architecture=architecture)
-        return config.split
-
-    assert split(1) == split(64) > 1
-    assert split(65) == split(256) > 1
-    assert split(257) == 1
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_default_tiles_fit_shared_memory(architecture):
-    for spec in compile_specs(architecture):
-        constants = spec.constants
-        if "BLOCK_INNER" not in constants:
-            continue
-        size = {"*fp32": 4}.get(spec.signature["x_ptr"], 2)
-        columns = constants["BLOCK_COLUMNS"] * (2 if constants.get("ACTIVATION") in GATED else 1)
-        held = (constants["BLOCK_ROWS"] + columns) * constants["BLOCK_INNER"] * size * spec.num_stages
-        assert held <= SHARED_MEMORY_LIMIT[architecture], spec.name
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compile_specs_describe_every_argument(architecture):
-    specs = compile_specs(architecture)
-    assert len({spec.name for spec in specs}) == len(specs)
-    for spec in specs:
-        assert set(spec.kernel.arg_names) == set(spec.signature) | set(spec.constants), spec.name
-        assert set(spec.divisible_by_16) <= set(spec.signature), spec.name
-
-
 # -- valid rows ---------------------------------------------------------------------------------------------------------
 
 
@@ -325,20 +286,6 @@ def test_configuration_is_selected_for_the_planned_rows(kernel_device, monkeypat
         assert torch.equal(linear(x, weight, bias, residual=residual, valid_rows=ValidRows(planned)), want)
     linear(x, weight, activation="silu")
     assert chosen == [(7, 20, 64, None, True), (512, 20, 64, None, True), (7, 20, 64, "silu", False)]
-
-
-def test_tuned_configuration_applies(request):
-    request.addfinalizer(registry.clear)
-    device = torch.device("cpu")
-    options = {"dtype": torch.bfloat16, "activation": "gelu", "residual": True}
-    default = default_config(300, 64, 32, **options, architecture="interpreter")
-    config = LinearConfig(64, 64, 32, group_rows=4, num_warps=4, num_stages=2)
-    constants = {"columns": 64, "inner": 32, "activation": "gelu", "residual": True}
-    entry = {"kernel": "gemm.linear", "dtype": "bfloat16", "constants": constants, "sizes": {"rows": 300}}
-    registry.fill(device, [registry.TunedTable([entry | {"config": asdict(config)}])])
-    assert choose_config(300, 64, 32, **options, device=device) == config
-    registry.fill(device, [registry.TunedTable([entry | {"config": asdict(config) | {"block_rows": 48}}])])
-    assert choose_config(300, 64, 32, **options, device=device) == default
 
 
 # -- descriptors ------------------------------------------------------------------------------------------------------

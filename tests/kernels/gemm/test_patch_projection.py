@@ -1,6 +1,6 @@
-"""Patch projection: both backends against fp64 and torch's convolution, raw bytes, positions, the folds."""
+"""Patch projection: both backends compared with fp64 and torch's convolution, raw bytes, positions, the folds."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,16 +8,8 @@ from support.numbers import TOLERANCE, relative_error, tolerance
 
 from tritontower.kernels.gemm import patch_projection as patch_projection_module
 from tritontower.kernels.gemm.linear import LinearConfig
-from tritontower.kernels.gemm.patch_projection import (
-    choose_config,
-    compile_specs,
-    fold_normalization,
-    fold_temporal,
-    patch_projection,
-    patch_projection_reference,
-)
-from tritontower.kernels.runtime import registry
-from tritontower.kernels.runtime.config import ARCHITECTURES, SHARED_MEMORY_LIMIT
+from tritontower.kernels.gemm.patch_projection import fold_normalization, fold_temporal, patch_projection
+from tritontower.kernels.runtime.checks import align_up
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -49,13 +41,24 @@ def expected(patches, weight, bias=None, positions=None):
 
 
 # 588 and 1176 are the still and the video patch of 14 × 14; 77 leaves rows at odd addresses.
-@pytest.mark.parametrize(("rows", "inner"), [(1, 77), (37, 588), (5, 1176)])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("kind", [*FLOATS, torch.uint8])
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "rows", "inner"),
+    [
+        (torch.float32, torch.float32, 1, 77),
+        (torch.float32, torch.float16, 37, 588),
+        (torch.float32, torch.bfloat16, 5, 1176),
+        (torch.float16, torch.float16, 5, 1176),
+        (torch.float16, torch.float32, 37, 77),
+        (torch.bfloat16, torch.bfloat16, 1, 77),
+        (torch.bfloat16, torch.float32, 37, 588),
+        (torch.uint8, torch.float32, 37, 77),
+        (torch.uint8, torch.float16, 1, 588),
+        (torch.uint8, torch.bfloat16, 37, 588),
+        (torch.uint8, torch.bfloat16, 5, 1176),
+    ],
+)
 @pytest.mark.usefixtures("poisoned_empty")
-def test_matches_fp64(request, backend, kind, dtype, rows, inner):
-    device = request.getfixturevalue("kernel_device") if backend == "kernel" else torch.device("cpu")
+def test_matches_fp64(device, kind, dtype, rows, inner):
     weight, bias, table = weights(20, inner, dtype, device)
     patches = pixels(rows, inner, kind, device)
     index = torch.arange(rows, device=device, dtype=torch.int32) * 3 % 5
@@ -64,10 +67,8 @@ def test_matches_fp64(request, backend, kind, dtype, rows, inner):
     assert relative_error(y, expected(patches, weight, bias, table[index.long()])) <= tolerance(dtype, y.numel())
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("inner", [768, 1536])
-def test_default_configuration_without_bias_or_positions(request, backend, inner):
-    device = request.getfixturevalue("kernel_device") if backend == "kernel" else torch.device("cpu")
+def test_default_configuration_without_bias_or_positions(device, inner):
     weight, _, _ = weights(130, inner, torch.bfloat16, device)
     patches = pixels(3, inner, torch.float32, device)
     assert relative_error(patch_projection(patches, weight), expected(patches, weight)) <= TOLERANCE[torch.bfloat16]
@@ -84,9 +85,7 @@ def test_towers_shapes_on_a_gpu(kernel_device, kind, dtype, inner):
     assert relative_error(y, expected(patches, weight, bias)) <= tolerance(dtype, y.numel())
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
-def test_positions_without_index_go_row_by_row(request, backend):
-    device = request.getfixturevalue("kernel_device") if backend == "kernel" else torch.device("cpu")
+def test_positions_without_index_go_row_by_row(device):
     weight, bias, table = weights(20, 77, torch.float32, device)
     patches = pixels(4, 77, torch.float32, device)
     y = patch_projection(patches, weight, bias, position_table=table, config=SMALL)
@@ -102,11 +101,10 @@ def test_is_the_convolution_of_the_tower():
     assert relative_error(got, want.double()) <= TOLERANCE[torch.float32]
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_folded_bytes_equal_normalized_floats(request, backend, dtype, with_bias):
-    device = request.getfixturevalue("kernel_device") if backend == "kernel" else torch.device("cpu")
+@pytest.mark.parametrize(
+    ("dtype", "with_bias"), [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)]
+)
+def test_folded_bytes_equal_normalized_floats(device, dtype, with_bias):
     weight, bias, _ = weights(20, 588, torch.float32, device)
     bias = bias if with_bias else None
     raw = pixels(37, 588, torch.uint8, device)
@@ -115,7 +113,7 @@ def test_folded_bytes_equal_normalized_floats(request, backend, dtype, with_bias
     want = normalized @ weight.double().T + (0 if bias is None else bias.double())
     folded_weight, folded_bias = fold_normalization(weight, bias, mean=MEAN, std=STD, rescale_factor=RESCALE)
     got = patch_projection(raw, folded_weight.to(dtype), folded_bias.to(dtype), config=SMALL)
-    # The folded weights are rounded too, so two roundings; neither touches the pixels.
+    # The folded weights are also rounded, so two roundings; neither changes the pixels.
     assert relative_error(got, want) <= 1.5 * TOLERANCE[dtype]
 
 
@@ -141,11 +139,18 @@ def test_still_images_fold_their_two_equal_frames(dtype):
     assert relative_error(frame.flatten(1).double() @ folded.double().T, want) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("inner", [77, 588])
-def test_reference_row_alone_has_the_bits_it_has_in_a_pack(monkeypatch, kind, dtype, inner):
-    monkeypatch.setattr(patch_projection_module, "_CHUNK_ROWS", 512)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "inner"),
+    [
+        (torch.float32, torch.float32, 77),
+        (torch.float32, torch.bfloat16, 588),
+        (torch.uint8, torch.float32, 588),
+        (torch.uint8, torch.float16, 588),
+        (torch.uint8, torch.bfloat16, 77),
+    ],
+)
+def test_reference_rows_do_not_depend_on_each_other(monkeypatch, kind, dtype, inner):
+    monkeypatch.setattr(patch_projection_module, "CHUNK_ROWS", 512)
     weight, bias, table = weights(34, inner, dtype)
     patches = pixels(1025, inner, kind)
     index = torch.arange(1025, dtype=torch.int32) % 5
@@ -153,24 +158,22 @@ def test_reference_row_alone_has_the_bits_it_has_in_a_pack(monkeypatch, kind, dt
     def run(rows):
         return patch_projection(patches[rows], weight, bias, position_table=table, position_index=index[rows])
 
-    pack = run(slice(None))
+    batch = run(slice(None))
     for start, stop in ((0, 1), (17, 18), (1024, 1025), (5, 7), (40, 43), (3, 1020)):
-        assert torch.equal(run(slice(start, stop)), pack[start:stop])
+        assert torch.equal(run(slice(start, stop)), batch[start:stop])
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
-def test_kernel_row_alone_has_the_bits_it_has_in_a_pack(kernel_device, kind):
+def test_kernel_rows_do_not_depend_on_each_other(kernel_device, kind):
     weight, bias, _ = weights(20, 77, torch.bfloat16, kernel_device)
     patches = pixels(70, 77, kind, kernel_device)
-    pack = patch_projection(patches, weight, bias)
+    batch = patch_projection(patches, weight, bias)
     for start, stop in ((0, 1), (31, 33), (69, 70)):
-        assert torch.equal(patch_projection(patches[start:stop], weight, bias), pack[start:stop])
+        assert torch.equal(patch_projection(patches[start:stop], weight, bias), batch[start:stop])
 
 
-@pytest.mark.parametrize("backend", ["kernel", "reference"])
 @pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
-def test_rows_may_stand_apart(request, backend, kind):
-    device = request.getfixturevalue("kernel_device") if backend == "kernel" else torch.device("cpu")
+def test_rows_may_be_strided(device, kind):
     weight, bias, table = weights(20, 80, torch.float32, device)
     patches = pixels(37, 80, kind, device)[:, :77]
     weight, wide = weight[:, :77], torch.full((37, 24), 7.0, device=device)
@@ -184,25 +187,26 @@ def test_rows_may_stand_apart(request, backend, kind):
     assert (wide[:, 22:] == 7).all()
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.uint8])
-@pytest.mark.parametrize("live", [0, 33, 64, 70])
+@pytest.mark.parametrize(
+    ("kind", "count"), [(torch.uint8, 0), (torch.float32, 33), (torch.uint8, 64), (torch.float32, 70)]
+)
 @pytest.mark.usefixtures("poisoned_empty")
-def test_valid_rows(kernel_device, kind, live):
+def test_valid_rows_are_exact_and_padding_tiles_zero(kernel_device, kind, count):
     weight, bias, table = weights(20, 77, torch.bfloat16, kernel_device)
     patches = pixels(70, 77, kind, kernel_device)
     index = torch.arange(70, device=kernel_device, dtype=torch.int32) % 5
     how = {"position_table": table, "position_index": index, "config": SMALL}
     whole = patch_projection(patches, weight, bias, **how)
-    valid_rows = ValidRows(70, torch.tensor([live], dtype=torch.int32, device=kernel_device))
+    valid_rows = ValidRows(70, torch.tensor([count], dtype=torch.int32, device=kernel_device))
     y = patch_projection(patches, weight, bias, **how, valid_rows=valid_rows)
-    dead = min(70, -(-live // 32) * 32)
-    assert torch.equal(y[:dead], whole[:dead])
-    assert torch.equal(y[dead:], torch.zeros_like(y[dead:]))
+    zeros = min(70, align_up(count, 32))
+    assert torch.equal(y[:zeros], whole[:zeros])
+    assert torch.equal(y[zeros:], torch.zeros_like(y[zeros:]))
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(torch.uint8, torch.bfloat16), (torch.float32, torch.float16)])
 def test_descriptors_give_the_bits_of_pointers(kernel_device, kind, dtype):
-    """Zeros stand beyond the patches, and a zero byte counts as -128 there: what it is multiplied with is zero too."""
+    # The descriptor pads patches with zeros; a zero byte counts as -128 there, but its weight is also zero.
     weight, bias, _ = weights(20, 80, dtype, kernel_device)
     patches = pixels(37, 80, kind, kernel_device)
     first, second = (
@@ -212,7 +216,7 @@ def test_descriptors_give_the_bits_of_pointers(kernel_device, kind, dtype):
     assert torch.equal(first, second)
 
 
-def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch):
+def test_configuration_is_selected_for_the_planned_rows(kernel_device, monkeypatch):
     chosen = []
 
     def choose(*sizes, pixels, dtype, device):
@@ -228,49 +232,33 @@ def test_configuration_is_chosen_for_the_planned_rows(kernel_device, monkeypatch
     assert chosen == [(rows, 20, 77, torch.uint8, torch.float32) for rows in (512, 7)]
 
 
-def test_a_tuned_configuration_is_taken(request):
-    request.addfinalizer(registry.clear)
-    options = {"pixels": torch.uint8, "dtype": torch.bfloat16, "device": torch.device("cpu")}
-    constants = {"columns": 20, "inner": 77, "pixels": "uint8"}
-    entry = {"kernel": "gemm.patch_projection", "dtype": "bfloat16", "constants": constants, "sizes": {"rows": 7}}
-    registry.fill(options["device"], [registry.TunedTable([entry | {"config": asdict(SMALL)}])])
-    assert choose_config(7, 20, 77, **options) == SMALL
-    assert choose_config(7, 20, 78, **options).block_rows == 128
-
-
 def test_no_patches(kernel_device):
     weight, bias, _ = weights(20, 77, torch.float32, kernel_device)
     assert patch_projection(pixels(0, 77, torch.uint8, kernel_device), weight, bias).shape == (0, 20)
 
 
-def test_reference_allocates_its_result():
-    weight, bias, _ = weights(20, 77, torch.float32)
-    patches = pixels(3, 77, torch.uint8)
-    y = patch_projection_reference(patches, weight, bias)
-    assert relative_error(y, expected(patches, weight, bias)) <= TOLERANCE[torch.float32]
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"patches": torch.zeros(4, 8, dtype=torch.int32)}, TypeError, "patches are torch.int32"),
-        ({"patches": torch.zeros(32)}, ValueError, r"patches has shape \(32,\)"),
-        ({"patches": torch.zeros(8, 4).T}, ValueError, "patches.*strides.*contiguous"),
-        ({"patches": torch.zeros(4, 0), "weight": torch.zeros(6, 0)}, ValueError, r"patches.*\(4, 0\).*at least one"),
-        ({"weight": torch.zeros(6, 9)}, ValueError, r"weight has shape \(6, 9\).*\[any, 8\]"),
-        ({"bias": torch.zeros(5)}, ValueError, r"bias has shape \(5,\).*\[6\]"),
-        ({"bias": torch.zeros(6).half()}, TypeError, "bias is torch.float16.*float32"),
-        ({"position_table": torch.zeros(3, 6)}, ValueError, "3 rows for 4 patches.*position_index"),
-        ({"position_index": torch.zeros(4, dtype=torch.int32)}, ValueError, "position_table, which is missing"),
+        ({"patches": torch.zeros(4, 8, dtype=torch.int32)}, TypeError, "patches, unless uint8, must be float32"),
+        ({"weight": torch.zeros(6, 8, dtype=torch.int32)}, TypeError, "weight must be float32.*got torch.int32"),
+        ({"patches": torch.zeros(32)}, ValueError, r"patches must be \[M, K\].*got shape \(32,\)"),
+        ({"patches": torch.zeros(8, 4).T}, ValueError, "patches must have last stride 1.*contiguous"),
+        ({"patches": torch.zeros(4, 0), "weight": torch.zeros(6, 0)}, ValueError, "patches must be .*K at least 1"),
+        ({"weight": torch.zeros(6, 9)}, ValueError, r"weight must have shape \(6, 8\), got \(6, 9\)"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
+        ({"bias": torch.zeros(6).half()}, TypeError, "bias must be torch.float32.*got torch.float16"),
+        ({"position_table": torch.zeros(3, 6)}, ValueError, "at least 4 rows.*got 3; pass position_index"),
+        ({"position_index": torch.zeros(4, dtype=torch.int32)}, ValueError, "position_table must be given"),
         (
             {"position_table": torch.zeros(3, 6), "position_index": torch.zeros(4, dtype=torch.int64)},
             TypeError,
-            "position_index is torch.int64.*torch.int32",
+            "position_index must be torch.int32",
         ),
-        ({"out": torch.zeros(4, 5)}, ValueError, r"out has shape \(4, 5\).*\[4, 6\]"),
+        ({"out": torch.zeros(4, 5)}, ValueError, r"out must have shape \(4, 6\), got \(4, 5\)"),
     ],
 )
-def test_refuses_what_does_not_fit(change, error, message):
+def test_invalid_arguments_are_rejected(change, error, message):
     arguments = {"patches": torch.zeros(4, 8), "weight": torch.zeros(6, 8), "bias": torch.zeros(6)} | change
     tensors = [arguments.pop(name) for name in ("patches", "weight", "bias")]
     with pytest.raises(error, match=message):
@@ -280,27 +268,17 @@ def test_refuses_what_does_not_fit(change, error, message):
 @pytest.mark.parametrize(
     ("weight", "bias", "mean", "std", "message"),
     [
-        (torch.zeros(2, 10), None, MEAN, STD, r"\(2, 10\).*multiple of the number of channels"),
-        (torch.zeros(2, 9), None, MEAN, (1.0,), "mean 3 and std 1 values"),
+        (torch.zeros(2, 10), None, MEAN, STD, r"multiple of the number of channels.*\(2, 10\)"),
+        (torch.zeros(2, 9), None, MEAN, (1.0,), "3 and 1 values"),
         (torch.zeros(2, 9), None, MEAN, (1.0, 0.0, 1.0), "positive"),
-        (torch.zeros(2, 9), torch.zeros(3), MEAN, STD, r"bias has shape \(3,\)"),
+        (torch.zeros(2, 9), torch.zeros(3), MEAN, STD, r"bias must have shape \(2,\), got \(3,\)"),
     ],
 )
-def test_fold_normalization_refuses(weight, bias, mean, std, message):
+def test_invalid_normalization_is_rejected(weight, bias, mean, std, message):
     with pytest.raises(ValueError, match=message):
         fold_normalization(weight, bias, mean=mean, std=std, rescale_factor=RESCALE)
 
 
-def test_fold_temporal_refuses_flat_weights():
-    with pytest.raises(ValueError, match=r"\(2, 9\).*frames"):
+def test_flat_weights_have_no_frames_to_fold():
+    with pytest.raises(ValueError, match=r"frames.*\(2, 9\)"):
         fold_temporal(torch.zeros(2, 9))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compile_specs_describe_every_argument(architecture):
-    specs = compile_specs(architecture)
-    assert len({spec.name for spec in specs}) == len(specs)
-    for spec in specs:
-        assert set(spec.kernel.arg_names) == set(spec.signature) | set(spec.constants), spec.name
-        held = (spec.constants["BLOCK_ROWS"] + spec.constants["BLOCK_COLUMNS"]) * spec.constants["BLOCK_INNER"] * 4
-        assert held <= SHARED_MEMORY_LIMIT[architecture], spec.name
