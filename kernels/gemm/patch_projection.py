@@ -84,7 +84,7 @@ def fold_normalization(
 
 
 def fold_temporal(weight: torch.Tensor) -> torch.Tensor:
-    """Folds ``[D, C, T, P, P]`` to ``[D, C·P·P]``, the projection of a still image, whose T frames are the same.
+    """Folds ``[D, C, T, P, P]`` to ``[D, C·P·P]``, the projection of a still image with T equal frames.
 
     The sum over T is fp32, rounded once to ``weight``'s dtype.
 

@@ -1,4 +1,4 @@
-"""The arithmetic of a packed batch's division into segments."""
+"""Segments of packed rows: cumulative lengths, tiles, runs, and tables that change in place."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ def test_attributes():
     assert (segments.total, segments.count, segments.longest) == (154, 4, 150)
 
 
-def test_cumulative_lengths_are_int32_and_start_at_zero():
+def test_cu_seqlens_are_int32_and_start_at_zero():
     cu_seqlens = Segments([3, 0, 150, 1]).cu_seqlens
     assert cu_seqlens.dtype == torch.int32
     assert cu_seqlens.tolist() == [0, 3, 3, 153, 154]
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-def test_nothing_to_attend(lengths):
+def test_empty_segments(lengths):
     segments = Segments(lengths)
     assert (segments.total, segments.longest) == (0, 0)
     assert segments.cu_seqlens.tolist() == [0] * (len(lengths) + 1)
@@ -29,7 +29,7 @@ def test_nothing_to_attend(lengths):
     assert segments.groups() == ()
 
 
-def test_tiles_name_every_row_once():
+def test_tiles_cover_every_row_once():
     segments = Segments([1, 64, 77, 0, 150, 64])
     rows = [
         segments.cu_seqlens[segment].item() + row
@@ -39,7 +39,7 @@ def test_tiles_name_every_row_once():
     assert sorted(rows) == list(range(segments.total))
 
 
-def test_tiles_of_long_segments_come_first_and_equal_ones_keep_their_order():
+def test_tiles_of_long_segments_come_first():
     segments = Segments([64, 1, 200, 64])
     assert segments.tiles(100, CPU).tolist() == [[2, 0], [2, 1], [0, 0], [3, 0], [1, 0]]
     assert segments.tiles(100, CPU).dtype == torch.int32
@@ -58,7 +58,7 @@ def test_groups_are_runs_of_equal_neighbors():
     assert [run.stop for run in groups] == [128, 176, 368]
 
 
-def test_an_empty_segment_interrupts_no_run():
+def test_empty_segments_do_not_interrupt_runs():
     assert Segments([0, 7, 0, 7, 0]).groups() == (SegmentRun(7, 0, 2),)
 
 
@@ -74,24 +74,24 @@ def test_repr_stays_short():
     assert repr(Segments([1] * 1000)) == "Segments([1, 1, 1, 1, 1, 1, 1, 1, …; 1000 in all])"
 
 
-def test_negative_length():
+def test_negative_length_is_rejected():
     with pytest.raises(ValueError, match=r"must not be negative, got \[3, -1\]"):
         Segments([3, -1])
 
 
-def test_more_rows_than_int32_counts():
+def test_rows_must_fit_int32():
     assert Segments([2**31 - 1]).total == 2**31 - 1
     with pytest.raises(ValueError, match="at most 2147483647 rows"):
         Segments([2**30, 2**30])
 
 
-def test_tile_without_rows():
+def test_tiles_need_a_row():
     with pytest.raises(ValueError, match="block_rows must be at least 1, got 0"):
         Segments([3]).tiles(0, CPU)
 
 
-class TestPlanned:
-    """Segments whose division changes in place, in tables that stay where they are."""
+class TestStatic:
+    """Segments that change in place."""
 
     def make(self, total=100, count=8, longest=64):
         return StaticSegments(total, count, longest, lambda size: torch.full((size,), -7, dtype=torch.int32))
@@ -101,7 +101,7 @@ class TestPlanned:
             table.copy_(torch.from_numpy(rows))
 
     @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
-    def test_tables_hold_each_division_in_turn(self, block_rows):
+    def test_tables_keep_their_address(self, block_rows):
         segments = self.make()
         tables = segments.cu_seqlens_on(CPU), None
         for lengths in ([64, 30, 6], [1] * 4 + [64, 32], [20] * 5, [0, 50, 50]):
@@ -119,7 +119,7 @@ class TestPlanned:
             assert (tile * block_rows >= torch.tensor(segments.lengths)[segment.long()]).all()
             assert segments.groups() == Segments(lengths).groups()
 
-    def test_what_it_is_planned_for_does_not_change(self):
+    def test_limits_do_not_change(self):
         segments = self.make()
         segments.assign([50, 50])
         assert (segments.total, segments.count, segments.longest) == (100, 8, 64)
@@ -127,7 +127,7 @@ class TestPlanned:
         assert segments != self.make()
         assert segments == segments
 
-    def test_no_division_has_more_tiles_than_planned(self):
+    def test_planned_tiles_are_an_upper_bound(self):
         for total, count, longest, block_rows in [(100, 8, 64, 16), (100, 100, 1, 16), (100, 3, 100, 64), (7, 7, 7, 2)]:
             planned = StaticSegments.max_tiles(total, count, longest, block_rows)
             worst = [min(longest, total - (count - 1))] + [1] * (count - 1)
@@ -135,15 +135,15 @@ class TestPlanned:
                 assert len(Segments(lengths[:count]).tiles(block_rows, CPU)) <= planned
 
     @pytest.mark.parametrize("lengths", [[99], [101], [65, 35], [12] * 8 + [4]])
-    def test_a_division_that_was_not_planned_for(self, lengths):
+    def test_lengths_must_fit_the_plan(self, lengths):
         with pytest.raises(ValueError, match="must have 100 rows in at most 8 segments of at most 64"):
             self.make().assign(lengths)
 
-    def test_a_table_that_is_missing_when_none_may_be_made(self):
+    def test_sealed_segments_make_no_table(self):
         segments = self.make()
         segments.assign([50, 50])
         known = segments.tiles(16, CPU)
         segments.is_sealed = True
         assert segments.tiles(16, CPU) is known
-        with pytest.raises(RuntimeError, match="tiles of 32 rows"):
+        with pytest.raises(RuntimeError, match="tiles of 32 rows must be made before"):
             segments.tiles(32, CPU)
