@@ -11,10 +11,10 @@ of pointers, ``None``) and compiles.  Prints one line of JSON per launch.  Runs 
 import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -34,6 +34,7 @@ from tritontower.kernels.rowwise.splice import splice_rows
 from tritontower.kernels.runtime import config, dispatch
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
+from tritontower.tuning.compile.aot_compile import StandInDriver
 from tritontower.tuning.compile.disassembly import read_amd, read_nvidia
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -46,25 +47,6 @@ GATED = "silu_gated_interleaved"
 SPLIT = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=2, split=2)
 
 Case = tuple[str, Callable[[], Any]]
-
-
-class StandInDriver:
-    """The driver methods that ``JITFunction.run`` calls until a kernel is compiled."""
-
-    def __init__(self, architecture: str) -> None:
-        amd = architecture.startswith("gfx")
-        self.target = (
-            GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-        )
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def make_rows(count: int, width: int, dtype: torch.dtype = BF16, gap: int = 0) -> torch.Tensor:
@@ -188,22 +170,19 @@ def attention_variants() -> Iterator[Case]:
     fixed = FlashAttentionConfig(128, 64, 8, 2, "fixed")
     specialized = FlashAttentionConfig(128, 128, 4, 2, "specialized")
     for dtype in (BF16, FP16):
-        yield f"windows {dtype}", lambda d=dtype: attend_as([64, 1, 0, 33], 80, d, length_bound=64)
-        yield f"padded heads {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, columns=72)
+        yield f"windows {dtype}", partial(attend_as, [64, 1, 0, 33], 80, dtype, length_bound=64)
+        yield f"padded heads {dtype}", partial(attend_as, [1, 200], 80, dtype, columns=72)
         scaled = {"columns": 72, "queries_scaled": True}
-        yield f"padded heads, scaled queries {dtype}", lambda d=dtype, s=scaled: attend_as([1, 200], 80, d, **s)
-        yield f"padded windows {dtype}", lambda d=dtype, s=scaled: attend_as([1, 64], 80, d, **s, length_bound=64)
-        yield f"fixed {dtype}", lambda d=dtype: attend_as([1, 200], 80, d, config=fixed)
-        yield (
-            f"specialized, padded heads {dtype}",
-            lambda d=dtype, s=scaled: attend_as([200], 80, d, **s, config=specialized),
-        )
+        yield f"padded heads, scaled queries {dtype}", partial(attend_as, [1, 200], 80, dtype, **scaled)
+        yield f"padded windows {dtype}", partial(attend_as, [1, 64], 80, dtype, **scaled, length_bound=64)
+        yield f"fixed {dtype}", partial(attend_as, [1, 200], 80, dtype, config=fixed)
+        yield f"specialized, padded heads {dtype}", partial(attend_as, [200], 80, dtype, **scaled, config=specialized)
         for head_dim in (64, 80):
             yield (
                 f"specialized, heads of {head_dim} {dtype}",
-                lambda d=dtype, h=head_dim: attend_as([1, 200], h, d, config=specialized),
+                partial(attend_as, [1, 200], head_dim, dtype, config=specialized),
             )
-    yield "padded heads in fp32", lambda: attend_as([1, 20], 80, FP32, columns=72)
+    yield "padded heads in fp32", partial(attend_as, [1, 20], 80, FP32, columns=72)
 
 
 def gather(
@@ -240,136 +219,138 @@ def production() -> Iterator[Case]:
     for patches in (4, 256, 1024, 4096):
         here = f"{patches} patches"
         residual = {"residual": make_rows(patches, WIDTH), "residual_out": make_rows(patches, WIDTH)}
-        yield f"norm, {here}", lambda p=patches: normalize(p, WIDTH)
-        yield f"norm residual, {here}", lambda p=patches, r=residual: normalize(p, WIDTH, **r)
+        yield f"norm, {here}", partial(normalize, patches, WIDTH)
+        yield f"norm residual, {here}", partial(normalize, patches, WIDTH, **residual)
         yield (
             f"norm residual, planned, {here}",
-            lambda p=patches, r=residual: normalize(p, WIDTH, **r, valid_rows=plan(p)),
+            partial(normalize, patches, WIDTH, **residual, valid_rows=plan(patches)),
         )
-        yield f"qkv, {here}", lambda p=patches: matmul(p, WIDTH, 3 * WIDTH)
+        yield f"qkv, {here}", partial(matmul, patches, WIDTH, 3 * WIDTH)
         for head_dim, padded in ((64, 64), (72, 80), (80, 80)):
             name = f"qkv rotated, heads of {head_dim}, {here}"
-            yield name, lambda p=patches, h=head_dim, d=padded: project_heads(p, HEADS, h, d)
-        yield f"qkv not rotated, {here}", lambda p=patches: project_heads(p, HEADS, 72, 80, rotated=False)
-        yield f"qkv rotated, planned, {here}", lambda p=patches: project_heads(p, HEADS, 80, 80, valid_rows=plan(p))
-        yield f"mlp out, planned, {here}", lambda p=patches: matmul(p, HIDDEN, WIDTH, added=True, valid_rows=plan(p))
-        yield f"interleaved gates, {here}", lambda p=patches: matmul(p, WIDTH, 2 * HIDDEN, GATED)
-        yield f"attention output, {here}", lambda p=patches: matmul(p, WIDTH, WIDTH, added=True)
-        yield f"mlp in, {here}", lambda p=patches: matmul(p, WIDTH, HIDDEN, "quick_gelu")
-        yield f"mlp out, {here}", lambda p=patches: matmul(p, HIDDEN, WIDTH, added=True)
-        yield f"rotation, {here}", lambda p=patches: rotate(p, HEADS, HEAD_DIM)
-        yield f"attention, {here}", lambda p=patches: attend([p])
+            yield name, partial(project_heads, patches, HEADS, head_dim, padded)
+        yield f"qkv not rotated, {here}", partial(project_heads, patches, HEADS, 72, 80, rotated=False)
+        yield f"qkv rotated, planned, {here}", partial(project_heads, patches, HEADS, 80, 80, valid_rows=plan(patches))
+        yield f"mlp out, planned, {here}", partial(matmul, patches, HIDDEN, WIDTH, added=True, valid_rows=plan(patches))
+        yield f"interleaved gates, {here}", partial(matmul, patches, WIDTH, 2 * HIDDEN, GATED)
+        yield f"attention output, {here}", partial(matmul, patches, WIDTH, WIDTH, added=True)
+        yield f"mlp in, {here}", partial(matmul, patches, WIDTH, HIDDEN, "quick_gelu")
+        yield f"mlp out, {here}", partial(matmul, patches, HIDDEN, WIDTH, added=True)
+        yield f"rotation, {here}", partial(rotate, patches, HEADS, HEAD_DIM)
+        yield f"attention, {here}", partial(attend, [patches])
         yield (
             f"windows, {here}",
-            lambda p=patches: attend_as([min(p, 64)] * max(1, p // 64), HEAD_DIM, BF16, length_bound=64),
+            partial(attend_as, [min(patches, 64)] * max(1, patches // 64), HEAD_DIM, BF16, length_bound=64),
         )
-        yield (
-            f"padded heads, {here}",
-            lambda p=patches: attend_as([p], 80, BF16, columns=72, queries_scaled=True),
-        )
+        yield f"padded heads, {here}", partial(attend_as, [patches], 80, BF16, columns=72, queries_scaled=True)
         for inner in (588, 1176):
-            yield f"patches of {inner}, {here}", lambda p=patches, k=inner: project_patches(p, k, torch.uint8)
+            yield f"patches of {inner}, {here}", partial(project_patches, patches, inner, torch.uint8)
         for width in (1024, 1152, 1280, 4096, 5120):
-            yield f"rows of {width}, {here}", lambda p=patches, w=width: gather(p, w)
-        yield f"learned positions, {here}", lambda p=patches: gather(p, 1024, added=True)
-        yield f"interpolated positions, {here}", lambda p=patches: gather(p, 1152, 4, added=True)
-        yield f"tiles and newlines, {here}", lambda p=patches: gather(p, 4096, filled=True)
-        yield f"tiles shrunk, {here}", lambda p=patches: gather(p, 3584, 4, filled=True)
-        yield f"mean of squares, {here}", lambda p=patches: mean_rows(make_rows(16 * p, 1152), 16)
+            yield f"rows of {width}, {here}", partial(gather, patches, width)
+        yield f"learned positions, {here}", partial(gather, patches, 1024, added=True)
+        yield f"interpolated positions, {here}", partial(gather, patches, 1152, 4, added=True)
+        yield f"tiles and newlines, {here}", partial(gather, patches, 4096, filled=True)
+        yield f"tiles shrunk, {here}", partial(gather, patches, 3584, 4, filled=True)
+        yield f"mean of squares, {here}", partial(mean_rows, make_rows(16 * patches, 1152), 16)
         for heads, head_dim in ((12, 64), (16, 72)):
-            yield f"pooled heads of {head_dim}, {here}", lambda p=patches, n=heads, h=head_dim: pool([p], n, h)
-        yield f"splice, {here}", lambda p=patches: splice(p, 3584)
-        yield f"splice, elsewhere, {here}", lambda p=patches: splice(p, 1536, inside=False)
-        yield f"deepstack, {here}", lambda p=patches: splice(p, 4096, add=True)
+            yield f"pooled heads of {head_dim}, {here}", partial(pool, [patches], heads, head_dim)
+        yield f"splice, {here}", partial(splice, patches, 3584)
+        yield f"splice, elsewhere, {here}", partial(splice, patches, 1536, inside=False)
+        yield f"deepstack, {here}", partial(splice, patches, 4096, add=True)
         for columns in (1536, 3584):
-            yield f"projector to {columns}, {here}", lambda p=patches, n=columns: project_tokens(p // 4, n)
+            yield f"projector to {columns}, {here}", partial(project_tokens, patches // 4, columns)
 
 
 def boundaries() -> Iterator[Case]:
     """Sizes of 1, odd sizes and strides, absent operands, other dtypes, row strides of gigabytes."""
     for dtype in (BF16, FP16, FP32):
-        yield f"norm {dtype}", lambda d=dtype: normalize(1, 1152, dtype=d)
-        yield f"linear {dtype}", lambda d=dtype: matmul(300, 96, 48, "gelu", dtype=d)
-        yield f"linear split {dtype}", lambda d=dtype: matmul(1, 2048, 64, GATED, added=True, dtype=d)
-        yield f"patch projection {dtype}", lambda d=dtype: project_patches(1, 588, torch.uint8, d)
-        yield f"attention {dtype}", lambda d=dtype: attend([1, 0, 3], 1, 72, d)
-        yield f"rotation {dtype}", lambda d=dtype: rotate(1, 1, 72, d, d)
-        yield f"add {dtype}", lambda d=dtype: add(make_rows(1, 1, d), make_rows(1, 1, d))
-        yield f"activation {dtype}", lambda d=dtype: activation(make_rows(3, 5, d, 3), "gelu")
-        yield f"projector {dtype}", lambda d=dtype: project_tokens(1, 1, d, gathered=True)
-        yield f"rows {dtype}", lambda d=dtype: gather(1, 48, dtype=d)
-        yield f"rows weighed, filled and added {dtype}", lambda d=dtype: gather(3, 72, MAX_TAPS, d, True, True)
-        yield f"splice {dtype}", lambda d=dtype: splice(3, 72, d)
-        yield f"splice of other rows {dtype}", lambda d=dtype: splice(1, 33, BF16, d, add=True, inside=False)
-        yield f"means {dtype}", lambda d=dtype: mean_rows(make_rows(27, 72, d, 3), 9)
-        yield f"pooling {dtype}", lambda d=dtype: pool([1, 3], 16, 72, d)
-        yield f"qkv rotated {dtype}", lambda d=dtype: project_heads(1, 1, 2, 2, d)
+        yield f"norm {dtype}", partial(normalize, 1, 1152, dtype=dtype)
+        yield f"linear {dtype}", partial(matmul, 300, 96, 48, "gelu", dtype=dtype)
+        yield f"linear split {dtype}", partial(matmul, 1, 2048, 64, GATED, added=True, dtype=dtype)
+        yield f"patch projection {dtype}", partial(project_patches, 1, 588, torch.uint8, dtype)
+        yield f"attention {dtype}", partial(attend, [1, 0, 3], 1, 72, dtype)
+        yield f"rotation {dtype}", partial(rotate, 1, 1, 72, dtype, dtype)
+        yield f"add {dtype}", partial(add, make_rows(1, 1, dtype), make_rows(1, 1, dtype))
+        yield f"activation {dtype}", partial(activation, make_rows(3, 5, dtype, 3), "gelu")
+        yield f"projector {dtype}", partial(project_tokens, 1, 1, dtype, gathered=True)
+        yield f"rows {dtype}", partial(gather, 1, 48, dtype=dtype)
+        yield f"rows weighed, filled and added {dtype}", partial(gather, 3, 72, MAX_TAPS, dtype, True, True)
+        yield f"splice {dtype}", partial(splice, 3, 72, dtype)
+        yield f"splice of other rows {dtype}", partial(splice, 1, 33, BF16, dtype, add=True, inside=False)
+        yield f"means {dtype}", partial(mean_rows, make_rows(27, 72, dtype, 3), 9)
+        yield f"pooling {dtype}", partial(pool, [1, 3], 16, 72, dtype)
+        yield f"qkv rotated {dtype}", partial(project_heads, 1, 1, 2, 2, dtype)
         for turned in (True, False):
             yield (
                 f"qkv, rotated {turned}, split {dtype}",
-                lambda d=dtype, t=turned: project_heads(1, 1, 18, 20, d, t, config=SPLIT),
+                partial(project_heads, 1, 1, 18, 20, dtype, turned, config=SPLIT),
             )
     for inner in (1280, 1176):
         for kind in (None, GATED):
             described = LinearConfig(64, 64, 64, 8, 4, 3, operands="descriptors")
             name = f"descriptors, {kind}, K of {inner}"
-            yield name, lambda k=kind, n=inner, c=described: matmul(300, n, 512, k, added=True, config=c)
+            yield name, partial(matmul, 300, inner, 512, kind, added=True, config=described)
         split = LinearConfig(64, 64, 64, 8, 4, 3, split=2, operands="descriptors")
         name = f"descriptors, split, planned, K of {inner}"
-        yield name, lambda n=inner, c=split: matmul(300, n, 512, config=c, valid_rows=plan(300))
-    yield "qkv rotated, descriptors", lambda: project_heads(300, 16, 72, 80, config=described, valid_rows=plan(300))
-    yield "patch projection, descriptors", lambda: project_patches(5, 1184, torch.uint8, config=described)
-    yield "patch projection, planned", lambda: project_patches(5, 588, torch.uint8, valid_rows=plan(5))
-    yield "projector, planned", lambda: project_tokens(300, 1536, valid_rows=plan(300))
-    yield "qkv rotated, long rows", lambda: project_heads_make_far_rows()
+        yield name, partial(matmul, 300, inner, 512, config=split, valid_rows=plan(300))
+    yield "qkv rotated, descriptors", partial(project_heads, 300, 16, 72, 80, config=described, valid_rows=plan(300))
+    yield "patch projection, descriptors", partial(project_patches, 5, 1184, torch.uint8, config=described)
+    yield "patch projection, planned", partial(project_patches, 5, 588, torch.uint8, valid_rows=plan(5))
+    yield "projector, planned", partial(project_tokens, 300, 1536, valid_rows=plan(300))
+    yield "qkv rotated, long rows", project_heads_make_far_rows
     for kind in ACTIVATIONS:
-        yield f"activation {kind}", lambda k=kind: activation(make_rows(3, 1280), k)
+        yield f"activation {kind}", partial(activation, make_rows(3, 1280), kind)
     for kind in EPILOGUES:
-        yield f"linear {kind}", lambda k=kind: matmul(4096, 1280, 2560, k)
-    yield "linear of one element", lambda: linear(make_rows(1, 1), make_rows(1, 1))
-    yield "linear, odd rows", lambda: linear(make_rows(7, 33), make_rows(17, 33), residual=make_rows(7, 17, gap=2))
-    yield "linear, long rows", lambda: linear(make_far_rows(3, 64), make_far_rows(64, 64), out=make_far_rows(3, 64))
-    yield "patch projection of floats", lambda: project_patches(7, 588, FP32)
+        yield f"linear {kind}", partial(matmul, 4096, 1280, 2560, kind)
+    yield "linear of one element", partial(linear, make_rows(1, 1), make_rows(1, 1))
+    yield "linear, odd rows", partial(linear, make_rows(7, 33), make_rows(17, 33), residual=make_rows(7, 17, gap=2))
+    yield "linear, long rows", partial(linear, make_far_rows(3, 64), make_far_rows(64, 64), out=make_far_rows(3, 64))
+    yield "patch projection of floats", partial(project_patches, 7, 588, FP32)
     yield (
         "patch projection with positions",
-        lambda: project_patches(
-            5, 768, FP32, position_table=make_rows(9, WIDTH), position_index=torch.zeros(5, dtype=torch.int32)
+        partial(
+            project_patches,
+            5,
+            768,
+            FP32,
+            position_table=make_rows(9, WIDTH),
+            position_index=torch.zeros(5, dtype=torch.int32),
         ),
     )
     yield (
         "patch projection, positions in order",
-        lambda: project_patches(5, 768, BF16, position_table=make_rows(5, WIDTH)),
+        partial(project_patches, 5, 768, BF16, position_table=make_rows(5, WIDTH)),
     )
     for width in (1, 48, 80, 160, 320, 1000, 1152, 16384):
-        yield f"norm of {width}", lambda w=width: normalize(3, w, "rms_norm")
-    yield "norm gathered", lambda: normalize(3, 1280, row_index=torch.zeros(5, dtype=torch.int32))
+        yield f"norm of {width}", partial(normalize, 3, width, "rms_norm")
+    yield "norm gathered", partial(normalize, 3, 1280, row_index=torch.zeros(5, dtype=torch.int32))
     yield (
         "norm rounded before the weight",
-        lambda: normalize(2, 1280, "rms_norm", rounding="before_weight", residual=make_rows(2, 1280)),
+        partial(normalize, 2, 1280, "rms_norm", rounding="before_weight", residual=make_rows(2, 1280)),
     )
     yield (
         "norm, long rows",
-        lambda: norm(make_far_rows(2, 64), make_far_rows(1, 64)[0], kind="gemma_rms_norm", eps=1e-6),
+        partial(norm, make_far_rows(2, 64), make_far_rows(1, 64)[0], kind="gemma_rms_norm", eps=1e-06),
     )
-    yield "add, long rows", lambda: add(make_far_rows(2, 64), make_far_rows(2, 64))
-    yield "rows of one element", lambda: gather(1, 1)
-    yield "weighed rows of one element", lambda: gather(1, 1, 2, filled=True, added=True)
-    yield "rows, odd and far apart", lambda: gather_make_far_rows()
-    yield "splice of one element", lambda: splice(1, 1)
-    yield "splice, long rows", lambda: splice_make_far_rows()
-    yield "mean of one row of one element", lambda: mean_rows(make_rows(1, 1), 1)
-    yield "mean of many rows", lambda: mean_rows(make_rows(729, 48), 729)
-    yield "means, long rows", lambda: mean_rows(make_far_rows(8, 64), 4, out=make_far_rows(2, 64))
-    yield "pooling of one element", lambda: pool([1], 1, 1)
-    yield "pooling, unaligned tiles", lambda: pool_unaligned()
-    yield "pooling, long rows", lambda: pool_make_far_rows()
+    yield "add, long rows", partial(add, make_far_rows(2, 64), make_far_rows(2, 64))
+    yield "rows of one element", partial(gather, 1, 1)
+    yield "weighed rows of one element", partial(gather, 1, 1, 2, filled=True, added=True)
+    yield "rows, odd and far apart", gather_make_far_rows
+    yield "splice of one element", partial(splice, 1, 1)
+    yield "splice, long rows", splice_make_far_rows
+    yield "mean of one row of one element", partial(mean_rows, make_rows(1, 1), 1)
+    yield "mean of many rows", partial(mean_rows, make_rows(729, 48), 729)
+    yield "means, long rows", partial(mean_rows, make_far_rows(8, 64), 4, out=make_far_rows(2, 64))
+    yield "pooling of one element", partial(pool, [1], 1, 1)
+    yield "pooling, unaligned tiles", pool_unaligned
+    yield "pooling, long rows", pool_make_far_rows
     for head_dim in (40, 64, 104, 128):
-        yield f"pooling, heads of {head_dim}", lambda h=head_dim: pool([5, 200], 3, h)
-        yield f"attention, heads of {head_dim}", lambda h=head_dim: attend([5, 200], 3, h)
-        yield f"rotation, heads of {head_dim}", lambda h=head_dim: rotate(5, 3, h)
-    yield "attention, unaligned tiles", lambda: attend_unaligned()
+        yield f"pooling, heads of {head_dim}", partial(pool, [5, 200], 3, head_dim)
+        yield f"attention, heads of {head_dim}", partial(attend, [5, 200], 3, head_dim)
+        yield f"rotation, heads of {head_dim}", partial(rotate, 5, 3, head_dim)
+    yield "attention, unaligned tiles", attend_unaligned
     yield from attention_variants()
-    yield "attention, long rows", lambda: attend_make_far_rows()
+    yield "attention, long rows", attend_make_far_rows
 
 
 def gather_make_far_rows() -> Any:
@@ -420,7 +401,9 @@ def read(compiled: Any, architecture: str) -> dict[str, int]:
 
 def main(architecture: str, wanted: str) -> None:
     """Prints the compile result of every launch of every case."""
-    driver.set_active(StandInDriver(architecture))
+    stand_in = StandInDriver()
+    stand_in.set_architecture(architecture)
+    driver.set_active(stand_in)
     config.architecture = lambda device: architecture
     launches: list[tuple[str, tuple[int, ...], Any]] = []
     run = JITFunction.run
