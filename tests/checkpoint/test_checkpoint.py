@@ -239,7 +239,6 @@ def test_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
         import resource, torch
         from pathlib import Path
         from tritontower.checkpoint.checkpoint import Checkpoint
-from tritontower.checkpoint.files import Layout
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         with Checkpoint.open(Path({str(folder)!r}), prefixes={{"visual.": ""}}) as checkpoint:
             for number, (name, tensor) in enumerate(checkpoint.iterate(torch.float32)):
@@ -359,7 +358,6 @@ def test_file_that_shrinks_while_read_is_an_error(tmp_path: Path) -> None:
         import os, torch
         from pathlib import Path
         from tritontower.checkpoint.checkpoint import Checkpoint
-from tritontower.checkpoint.files import Layout
         from tritontower.errors import CheckpointCorruptError
         folder = Path({str(tmp_path)!r})
         with Checkpoint.open(folder, prefixes={{"visual.": ""}}) as checkpoint:
@@ -499,7 +497,11 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], type[TowerError], str]] = {
     "no folder": (lambda folder: folder.rmdir(), NOT_FOUND, "not a folder"),
     "no weights": (lambda folder: None, NOT_FOUND, "neither model.safetensors nor"),
     "other layout": (_numbered("consolidated"), NOT_FOUND, "consolidated.safetensors, which is another layout"),
-    "directory": (lambda folder: (folder / "model.safetensors").mkdir(), CheckpointCorruptError, "not a regular file"),
+    "directory": (
+        lambda folder: (folder / "model.safetensors").mkdir(),
+        CheckpointCorruptError,
+        "not an ordinary file",
+    ),
     "only pickles": (
         lambda folder: torch.save(vision_tensors(), folder / "pytorch_model.bin"),
         UnsafeFormatError,

@@ -247,7 +247,7 @@ def open_safetensors(path: Path) -> Any:
 def _check_header(path: Path) -> None:
     """Checks the first bytes, because safetensors only reports a header that is too large."""
     if not path.is_file():
-        raise CheckpointCorruptError(f"{path} is not a regular file")
+        raise CheckpointCorruptError(f"{path} is not an ordinary file")
     try:
         with path.open("rb") as file:
             start = file.read(64)

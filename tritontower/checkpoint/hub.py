@@ -112,7 +112,7 @@ def _fetch_unlisted(hub: "_Hub", folder: Path, layout: Layout) -> None:
     else:
         pickles = [name for name in _PICKLE_NAMES if hub.has(name)]
     reject_pickles(hub.repository, pickles)
-    raise CheckpointNotFoundError(f"{hub.repository} holds neither {SINGLE_NAMES[layout]} nor {INDEX_NAMES[layout]}")
+    raise CheckpointNotFoundError(f"{hub.repository} has neither {SINGLE_NAMES[layout]} nor {INDEX_NAMES[layout]}")
 
 
 def _commit(folder: Path) -> str | None:
