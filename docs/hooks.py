@@ -15,7 +15,7 @@ API = {
         "tritontower.embedding.ImageEmbedding",
         "tritontower.embedding.save_embeddings",
         "tritontower.embedding.load_embeddings",
-        "tritontower.scheduler.scheduler.ItemError",
+        "tritontower.scheduler.outputs.ItemError",
     ),
     "Batches": ("tritontower.batch.packed_batch.PackedBatch",),
     "Cache": ("tritontower.cache.EmbeddingCache",),

@@ -1,8 +1,8 @@
-"""Where kernels run in the tests, and what they must not get away with.
+"""Backends of the tests, and shared fixtures.
 
 Without a GPU every Triton kernel is interpreted: ``TRITON_INTERPRET`` has to be set before Triton is first imported, so
-it is set here, at import.  Tests then say which backend they mean: the ``kernel_device`` fixture for the Triton kernels
-(interpreted on a CPU, compiled on a GPU), nothing for the torch reference, which is the CPU product.
+it is set here, at import.  A test that uses the ``kernel_device`` fixture runs the Triton kernels (interpreted on a CPU,
+compiled on a GPU); every other test runs the torch reference.
 """
 
 import os
@@ -27,7 +27,7 @@ from tritontower.kernels.runtime import dispatch
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects (not skips) the GPU tests on a machine without a GPU: the count then shows what really ran."""
+    """Deselects (not skips) the GPU tests on a machine without a GPU, so that the counts show the tests that ran."""
     if HAS_GPU:
         return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -38,28 +38,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def _reference_in_shared_fixtures() -> Iterator[None]:
-    """A tower that several tests share is made as :func:`_reference_by_default` has it: its graph is made for a backend."""
+    """Builds shared towers for the reference backend, on which their graphs depend."""
     with dispatch.use("reference"):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _reference_by_default() -> Iterator[None]:
-    """CPU tensors take the torch reference unless a test asks for the kernels."""
+    """Runs the torch reference unless a test requests the kernels."""
     with dispatch.use("reference"):
         yield
 
 
 @pytest.fixture
 def kernel_device() -> Iterator[torch.device]:
-    """The device on which operations launch Triton kernels in this test."""
+    """Device on which operations launch Triton kernels."""
     with dispatch.use("triton" if HAS_GPU else "interpreter"):
         yield torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture(params=["kernel", "reference"])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each backend in turn, and where it runs."""
+    """Device of each backend in turn."""
     if request.param == "kernel":
         kernel_device: torch.device = request.getfixturevalue("kernel_device")
         return kernel_device
@@ -68,7 +68,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture
 def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes ``torch.empty`` and its variants hand out NaN (or the largest integer), so that an element never written shows."""
+    """Fills ``torch.empty`` and its variants with NaN (or the largest integer) to reveal elements that are never written."""
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
@@ -88,7 +88,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def restore_threads() -> Iterator[None]:
-    """Puts the number of torch's threads back."""
+    """Restores the number of torch's threads."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -96,7 +96,7 @@ def restore_threads() -> Iterator[None]:
 
 @pytest.fixture
 def distant_storage(device: torch.device, tmp_path: Path) -> Callable[[int], torch.Tensor]:
-    """Makes fp32 storage of many elements on the test's ``device``: on a CPU in a sparse file, whose untouched pages take none."""
+    """Allocates large fp32 storage; on a CPU in a sparse file, whose untouched pages take no memory."""
 
     def make(elements: int) -> torch.Tensor:
         if device.type == "cuda":

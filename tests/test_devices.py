@@ -1,21 +1,19 @@
-"""Where a tower runs: what a caller says, as the device that is meant, on machines with and without GPUs."""
+"""Parsing of devices, on machines with and without GPUs."""
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from tritontower import EmbeddingCache, load_embeddings, save_embeddings
+from tritontower import EmbeddingCache, load_embeddings
 from tritontower.devices import parse_device
-from tritontower.embedding import ImageEmbedding
 from tritontower.errors import BackendUnavailableError, UsageError
 
 
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.local]:
-    """A machine with four GPUs; ``current.index`` is each thread's current one, which is number 0 at first."""
+    """A machine with four GPUs; ``current.index`` is the thread's current one, at first number 0."""
     each = threading.local()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -24,7 +22,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.local]:
 
 
 @pytest.mark.parametrize("device", [None, "cuda", torch.device("cuda")])
-def test_a_gpu_has_the_number_of_the_threads_current_one(
+def test_a_gpu_gets_the_index_of_the_threads_current_one(
     device: str | torch.device | None, current: threading.local
 ) -> None:
     current.index = 1
@@ -34,32 +32,21 @@ def test_a_gpu_has_the_number_of_the_threads_current_one(
     thread = threading.Thread(target=lambda: others.append(parse_device(device)))
     thread.start()
     thread.join()
-    assert others == [torch.device("cuda", 0)], "a thread's current GPU is its own"
+    assert others == [torch.device("cuda", 0)], "each thread has its own current GPU"
 
 
 @pytest.mark.usefixtures("current")
-def test_a_number_that_is_given_stays() -> None:
+def test_a_given_index_is_kept() -> None:
     assert parse_device("cuda:3") == torch.device("cuda", 3)
     assert parse_device("cpu") == torch.device("cpu")
-    with pytest.raises(BackendUnavailableError, match="sees 4 GPUs here, counted from 0"):
+    with pytest.raises(BackendUnavailableError, match=r"one of 4 GPUs, counted from 0, got 'cuda:4'"):
         parse_device("cuda:4")
 
 
-def test_embeddings_are_loaded_where_there_is_something(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_devices_that_are_not_here_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    embedding = ImageEmbedding(
-        embeddings=torch.ones(1, 4),
-        grid_thw=(1, 2, 2),
-        original_size=(28, 28),
-        processed_size=(28, 28),
-        content_hash="",
-        tile_tokens=(1,),
-    )
-    path = tmp_path / "embeddings.safetensors"
-    save_embeddings(path, [embedding])
-    for load in (load_embeddings, ImageEmbedding.load):
+    for parse in (parse_device, lambda device: load_embeddings("nowhere", device=device)):
         with pytest.raises(BackendUnavailableError, match="sees no GPU here"):
-            load(path, device="cuda")
-        with pytest.raises(UsageError, match="'bogus' is not one of torch's"):
-            load(path, device="bogus")
-        load(path, device=torch.device("cpu"))
+            parse("cuda")
+        with pytest.raises(UsageError, match="got 'bogus'"):
+            parse("bogus")

@@ -1,44 +1,32 @@
-"""The house stays as it was planned: who may import whom, one module per file, and a package that is quick to import."""
+"""Import order, packages without cycles, public access from the tests, and a package that is quick to import."""
 
 import ast
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from support.layers import LEVEL
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tritontower"
 KERNELS = ROOT / "kernels"
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
 
-# A module imports only from rows above its own, or from its own package.  A package is one entry; peers do not see each other.
-LAYERS = (
-    ("errors",),
-    ("config", "kernels", "text_table"),
-    ("checkpoint", "graph", "devices"),
-    ("batch",),
-    ("preprocessing", "embedding", "engine"),
-    ("cache", "prompt"),
-    ("models", "scheduler"),
-    ("tower",),
-    ("integrations", "parity", "demo"),
-    ("benchmarks",),
-    ("tuning",),
-    ("cli",),
-    ("__main__",),
-)
-LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 # Beside the standard library; numpy only because Triton's interpreter computes in it.
 KERNEL_DEPENDENCIES = {"torch", "triton", "numpy"}
+MAX_LOOSE_MODULES = 10
+MAX_PRIVATE_READS = 20
 
 
-def _imports(path: Path, module: str) -> Iterator[str]:
-    """Absolute names of all that the file imports, wherever in the file; not what is for the type checker only."""
+def list_imports(path: Path, module: str) -> Iterator[str]:
+    """Yields the absolute names of all imports of a file, except those for the type checker only."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in _runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in list_runtime_nodes(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -47,32 +35,43 @@ def _imports(path: Path, module: str) -> Iterator[str]:
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 
 
-def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+def list_runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        yield node
-        yield from _runtime_nodes(node)
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            yield node
+            yield from list_runtime_nodes(node)
 
 
-def _package_files() -> list[Path]:
-    return sorted(path for path in PACKAGE.rglob("*.py") if "kernels" not in path.relative_to(PACKAGE).parts)
-
-
-def _module_name(path: Path) -> str:
+def module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _level_of(name: str) -> int | None:
-    """Row of a ``tritontower.x...`` name; ``None`` for the package itself, whose names are loaded when first used."""
+def top_package(name: str) -> str | None:
+    """Returns ``x`` for ``tritontower.x.y``; ``None`` for the package itself, whose names are imported on first use."""
     parts = name.split(".")
-    if parts[0] != "tritontower" or len(parts) < 2 or parts[1] not in LEVEL:
-        return None
-    return LEVEL[parts[1]]
+    return parts[1] if parts[0] == "tritontower" and len(parts) > 1 and parts[1] in LEVEL else None
 
 
-def _run(*arguments: str, **environment: str) -> str:
+def list_private_names(path: Path) -> Iterator[str]:
+    """Yields the private functions, classes, variables and attributes that a file defines."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        name = getattr(node, "name", None) or getattr(node, "attr", None) or getattr(node, "id", None)
+        defines = isinstance(node, (ast.FunctionDef, ast.ClassDef)) or isinstance(getattr(node, "ctx", None), ast.Store)
+        if defines and isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
+            yield name
+
+
+def find_cycle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Returns the modules that remain after removing, again and again, those that import none of the others."""
+    rest = dict(imports)
+    while free := [name for name, others in rest.items() if not (others & rest.keys()) - {name}]:
+        for name in free:
+            del rest[name]
+    return sorted(rest)
+
+
+def run_python(*arguments: str, **environment: str) -> str:
     process = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -102,70 +101,97 @@ class TestKernelFolder:
     @pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)
     def test_imports_only_torch_triton_and_siblings(self, path):
         siblings = "tritontower.kernels."
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        assert all(node.level < 3 for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
-        for name in _imports(path, f"{siblings}{path.parent.name}.{path.stem}"):
-            top = name.split(".")[0]
-            relative = name.startswith(siblings)
-            assert relative or top in KERNEL_DEPENDENCIES or top in sys.stdlib_module_names, name
-
-    def test_siblings_are_imported_relatively(self):
+        text = path.read_text(encoding="utf-8")
         # An absolute name would not survive being vendored under another one.
-        assert [path.name for path in KERNELS.rglob("*.py") if "import tritontower" in path.read_text("utf-8")] == []
-        assert [path.name for path in KERNELS.rglob("*.py") if "from tritontower" in path.read_text("utf-8")] == []
+        assert "import tritontower" not in text
+        assert "from tritontower" not in text
+        assert all(node.level < 3 for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom))
+        for name in list_imports(path, f"{siblings}{path.parent.name}.{path.stem}"):
+            top = name.split(".")[0]
+            assert name.startswith(siblings) or top in KERNEL_DEPENDENCIES or top in sys.stdlib_module_names, name
 
 
 class TestDirection:
-    def test_every_module_has_its_place(self):
-        modules = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in _package_files()} - {"__init__"}
+    def test_every_module_has_a_row(self):
+        modules = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in FILES} - {"__init__"}
         assert modules - LEVEL.keys() == set(), "add the module to a row of LAYERS"
+        assert len([*PACKAGE.glob("*.py")]) <= MAX_LOOSE_MODULES
 
-    @pytest.mark.parametrize("path", _package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+    @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
     def test_imports_point_downward(self, path):
-        module = _module_name(path)
-        own, level = module.split(".")[1:2], _level_of(module)
-        if level is None:  # the package itself imports nothing at once
-            level = 0
-        for name in _imports(path, module):
-            other = _level_of(name)
-            assert other is None or other < level or name.split(".")[1:2] == own, name
-
-    @pytest.mark.parametrize("path", _package_files(), ids=lambda path: str(path.relative_to(PACKAGE)))
-    def test_nobody_imports_the_tests_or_the_kernels_by_their_folder(self, path):
-        forbidden = {"kernels", "tests", "support", "bench", "conftest"}
-        assert {name.split(".")[0] for name in _imports(path, _module_name(path))} & forbidden == set()
+        module = module_name(path)
+        own = top_package(module)
+        for name in list_imports(path, module):
+            assert name.split(".")[0] not in {"kernels", "tests", "support", "bench", "conftest"}, name
+            other = top_package(name)
+            # Peers do not import each other, and the package itself imports nothing at once.
+            assert other is None or other == own or (own is not None and LEVEL[other] < LEVEL[own]), name
 
     def test_the_check_sees_upward_imports(self, tmp_path):
         path = tmp_path / "graph.py"
         path.write_text("def f():\n    from ..tower import VisionTower\n    from .. import cli\n    import torch.nn\n")
-        found = list(_imports(path, "tritontower.graph.ir"))
+        found = list(list_imports(path, "tritontower.graph.ir"))
         assert found == ["tritontower.tower.VisionTower", "tritontower.cli", "torch.nn"]
-        assert all(_level_of(name) > LEVEL["graph"] for name in found[:2])
+        assert all(LEVEL[top_package(name)] > LEVEL["graph"] for name in found[:2])
+
+    def test_no_import_cycles(self):
+        packages: dict[str, set[str]] = {}
+        modules: dict[str, set[str]] = {module_name(path): set() for path in FILES}
+        for path in FILES:
+            name = module_name(path)
+            own = top_package(name)
+            for target in list_imports(path, name):
+                if own is not None and (other := top_package(target)) is not None:
+                    packages.setdefault(own, set()).add(other)
+                if own == "tuning":
+                    modules[name] |= {known for known in (target, target.rpartition(".")[0]) if known in modules}
+        assert find_cycle(packages) == []
+        assert find_cycle(modules) == []
+        assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == ["a", "b", "c", "d"]
+
+
+class TestTests:
+    def test_no_test_module_imports_another(self):
+        modules = {path.stem for path in TESTS if path.name.startswith("test_")}
+        for path in TESTS:
+            for name in list_imports(path, path.stem):
+                assert not modules & set(name.split(".")), f"{path.name} imports {name}"
+
+    def test_private_attributes_are_read_in_few_places(self):
+        private = {name for path in (*FILES, *KERNELS.rglob("*.py")) for name in list_private_names(path)}
+        found = []
+        for path in TESTS:
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.Attribute) or node.attr not in private:
+                    continue
+                if not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", "torch", "sys"}):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)}")
+        assert len(found) <= MAX_PRIVATE_READS, "\n".join(found)
 
 
 class TestImporting:
     def test_the_package_is_cheap(self):
         code = "import sys, json; before = set(sys.modules); import tritontower; print(json.dumps(sorted(set(sys.modules) - before)))"
-        loaded = json.loads(_run("-c", code))
+        loaded = json.loads(run_python("-c", code))
         assert "tritontower" in loaded
         heavy = {"torch", "triton", "transformers", "numpy", "PIL", "safetensors", "huggingface_hub", "tqdm"}
         assert heavy & {name.split(".")[0] for name in loaded} == set()
         assert len(loaded) < 30, loaded
 
-    def test_its_public_names_load_on_demand_and_without_transformers(self):
+    def test_public_names_load_without_transformers(self):
         code = (
             "import sys, tritontower\n"
             "assert all(getattr(tritontower, name) is not None for name in tritontower.__all__)\n"
             "print(*(name for name in ('torch', 'transformers', 'matplotlib', 'skimage') if name in sys.modules))"
         )
-        assert _run("-c", code).split() == ["torch"]
+        assert run_python("-c", code).split() == ["torch"]
 
     def test_top_level_help_loads_nothing_heavy(self):
         code = (
             "import sys; from tritontower.cli import main; code = main(['--help'])\n"
             "assert code == 0; print([n for n in ('torch', 'triton', 'transformers', 'PIL', 'numpy') if n in sys.modules])"
         )
-        assert _run("-c", code).splitlines()[-1] == "[]"
+        assert run_python("-c", code).splitlines()[-1] == "[]"
 
     def test_a_kernel_file_is_one_module(self):
         # Two names for one file would mean two modules, hence two caches and two switches.
@@ -178,4 +204,4 @@ class TestImporting:
             "assert len(real) == len(set(real)) > 5, real\n"
             "print([n for n in sys.modules if n == 'kernels' or n.startswith('kernels.')])"
         )
-        assert _run("-c", code, TRITON_INTERPRET="1").strip() == "[]"
+        assert run_python("-c", code, TRITON_INTERPRET="1").strip() == "[]"

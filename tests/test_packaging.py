@@ -1,6 +1,6 @@
-"""What is shipped is what was tested: the wheel, an editable install, and the bare checkout.
+"""The wheel, an editable install, and the bare checkout all work.
 
-Everything happens in a copy of the checkout: building leaves files behind, and other tests run at the same time.
+Everything happens in a copy of the checkout, because building leaves files there and other tests run at the same time.
 """
 
 import configparser
@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input")
 OFFLINE = ("--no-deps", "--no-build-isolation", "--no-index")
 
-# Where a package and its kernels come from, as seen by a process that knows nothing of the checkout.
+# Prints the files of the package and of a kernel.
 WHERE = (
     "import tritontower, tritontower.kernels.rowwise.norm as norm; print(tritontower.__file__); print(norm.__file__)"
 )
@@ -47,7 +47,7 @@ def _run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """The files of the checkout that could be shipped, and those that must not be."""
+    """A copy of the checkout."""
     copy = tmp_path_factory.mktemp("checkout") / "source"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo-output")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
@@ -81,7 +81,8 @@ class TestMetadata:
     def test_every_package_is_listed(self):
         folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tritontower").glob("**/__init__.py")}
         listed = set(PROJECT["tool"]["setuptools"]["packages"])
-        assert listed == {".".join(folder.parts) for folder in folders} | {"tritontower.kernels"}
+        kernels = {f"tritontower.kernels.{path.parent.name}" for path in (ROOT / "kernels").glob("*/*.py")}
+        assert listed == {".".join(folder.parts) for folder in folders} | {"tritontower.kernels"} | kernels
 
 
 class TestWheel:
@@ -95,8 +96,9 @@ class TestWheel:
             for path in (ROOT / "tritontower").rglob("*.py")
             if "kernels" not in path.relative_to(ROOT / "tritontower").parts
         }
-        expected |= {f"tritontower/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-        expected |= {f"tritontower/kernels/tuned/{path.name}" for path in (ROOT / "kernels" / "tuned").glob("*.json")}
+        kernels = [path for suffix in ("*.py", "*.json") for path in (ROOT / "kernels").rglob(suffix)]
+        expected |= {f"tritontower/{path.relative_to(ROOT).as_posix()}" for path in kernels}
+        expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "tritontower" / "models").rglob("*.json")}
         assert expected <= shipped.keys()
         assert len(expected) > 20
 
@@ -116,7 +118,7 @@ class TestWheel:
         code = f"import sys; sys.path.insert(0, {str(target)!r}); {WHERE}"
         package, norm = _run(sys.executable, "-I", "-c", code, cwd=tmp_path).split()
         assert Path(package) == target / "tritontower" / "__init__.py"
-        assert Path(norm) == target / "tritontower" / "kernels" / "norm.py"
+        assert Path(norm) == target / "tritontower" / "kernels" / "rowwise" / "norm.py"
 
 
 class TestEditable:
@@ -134,7 +136,7 @@ class TestEditable:
         _run(python, *PIP[1:], "install", *OFFLINE, "--editable", checkout, cwd=tmp_path, PYTHONPATH=borrowed)
         package, norm = _run(python, "-c", WHERE, cwd=tmp_path, PYTHONPATH=borrowed).split()
         assert Path(package) == checkout / "tritontower" / "__init__.py"
-        assert Path(norm).resolve() == checkout / "kernels" / "norm.py"
+        assert Path(norm).resolve() == checkout / "kernels" / "rowwise" / "norm.py"
         command = environment / "bin" / "tritontower"
         assert tritontower.__version__ in _run(command, "--version", cwd=tmp_path, PYTHONPATH=borrowed)
 
@@ -145,4 +147,4 @@ class TestCheckout:
         assert output.startswith("usage: tritontower")
         package, norm = _run(sys.executable, "-c", WHERE, cwd=checkout).split()
         assert Path(package) == checkout / "tritontower" / "__init__.py"
-        assert Path(norm).resolve() == checkout / "kernels" / "norm.py"
+        assert Path(norm).resolve() == checkout / "kernels" / "rowwise" / "norm.py"

@@ -38,5 +38,5 @@ def test_no_rows() -> None:
 
 
 def test_ragged_rows_are_rejected() -> None:
-    with pytest.raises(UsageError, match="row 1 has 1 cells for 2 columns"):
+    with pytest.raises(UsageError, match="row 1 must have 2 cells, got 1"):
         text_table("", ("a", "b"), [(1, 2), (1,)])

@@ -1,4 +1,4 @@
-"""Torch's default dtype and device are the caller's affair: no tower's number depends on them.
+"""Independence of torch's default dtype and device.
 
 Engines load language models under ``torch.set_default_dtype(torch.bfloat16)`` and ``torch.device("meta")``.
 """
@@ -19,12 +19,12 @@ from tritontower.prompt import prompt_positions
 
 CASES = all_cases()
 PROBES = (cpu.has_onednn_matmul, cpu.can_prepack, cpu.has_onednn_exponential)
-"""What is found out once a process, by products of a few numbers."""
+"""Probes that run once per process."""
 
 
 @contextmanager
 def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
-    """Other defaults than torch's own, and nothing found out yet."""
+    """Sets other defaults than torch's own, with empty probe caches."""
     before = torch.get_default_dtype()
     for probe in PROBES:
         probe.cache_clear()
@@ -40,7 +40,7 @@ def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
-    """A small fp32 checkpoint of a case, made once."""
+    """Saves a small fp32 checkpoint per case."""
     folders: dict[str, Path] = {}
 
     def save(case: TowerCase) -> Path:
@@ -51,14 +51,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Pat
     return save
 
 
-def tensors_of(folder: Path, case: TowerCase) -> list[torch.Tensor]:
-    """All that a new tower makes of images and of a video, and what a prompt with them becomes."""
+def compute_tensors(folder: Path, case: TowerCase) -> list[torch.Tensor]:
+    """Computes the embeddings of images and of a video, and a prompt with them, by a new tower."""
     tower = VisionTower.from_pretrained(folder, device="cpu")
     embeddings = tower.encode([noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:3])])
     if case.video:
         embeddings.append(tower.encode_video([noise(60, 60, seed) for seed in range(7)], fps=0.9))
     tensors = [tensor for embedding in embeddings for tensor in embedding.tensors.values()]
-    # A layout with tokens behind rows looks them up in a vocabulary; a function has none.
+    # A layout with tokens after rows looks them up in a vocabulary, which a function does not have.
     if tower.prompt_layout is None or tower.prompt_layout.row_break is not None:
         return tensors
     aliased = [embedding.with_alias(f"<{index}>") for index, embedding in enumerate(embeddings)]
@@ -76,7 +76,7 @@ def tensors_of(folder: Path, case: TowerCase) -> list[torch.Tensor]:
     ids=["bfloat16", "float16", "float64", "meta"],
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_no_number_depends_on_torch_s_defaults(
+def test_no_number_depends_on_torch_defaults(
     case: TowerCase,
     dtype: torch.dtype,
     device: str,
@@ -84,9 +84,9 @@ def test_no_number_depends_on_torch_s_defaults(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(weight_loader, "_ALONE_BYTES", 2**12)  # small towers have no weight that is large enough
-    expected = tensors_of(saved(case), case)
+    expected = compute_tensors(saved(case), case)
     with defaults(dtype, device):
-        found = tensors_of(saved(case), case)
+        found = compute_tensors(saved(case), case)
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype

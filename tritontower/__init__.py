@@ -7,7 +7,7 @@ Images in, language-model-ready embeddings out::
     tower = VisionTower.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")
     embeddings = tower.encode([image, Path("photo.jpg")])
 
-Importing the package is cheap: each public name loads what it needs when it is first used.
+Importing the package is cheap: each public name is imported on first use.
 """
 
 from importlib import import_module
@@ -34,39 +34,25 @@ _HOMES = {
     "save_embeddings": "embedding",
 }
 
-__all__ = [
-    "CaptureLimits",
-    "EmbeddingCache",
-    "ImageEmbedding",
-    "ItemError",
-    "Limits",
-    "PackedBatch",
-    "TokenSpace",
-    "TowerConfig",
-    "TowerError",
-    "VisionTower",
-    "__version__",
-    "encode_prompt",
-    "has_vision",
-    "load_embeddings",
-    "merge_embeddings",
-    "mrope_positions",
-    "save_embeddings",
-]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604  (all keys are strings)
 
 if TYPE_CHECKING:
-    from .batch.packed_batch import PackedBatch
-    from .cache import EmbeddingCache
-    from .config import TowerConfig
-    from .embedding import ImageEmbedding, load_embeddings, save_embeddings
-    from .engine.graph_cache import CaptureLimits
-    from .errors import Limits, TowerError
-    from .prompt.encode import encode_prompt
-    from .prompt.merge import merge_embeddings
-    from .prompt.mrope import mrope_positions
-    from .prompt.token_ids import TokenSpace
-    from .scheduler.outputs import ItemError
-    from .tower import VisionTower, has_vision
+    from .batch.packed_batch import PackedBatch as PackedBatch
+    from .cache import EmbeddingCache as EmbeddingCache
+    from .config import TowerConfig as TowerConfig
+    from .embedding import ImageEmbedding as ImageEmbedding
+    from .embedding import load_embeddings as load_embeddings
+    from .embedding import save_embeddings as save_embeddings
+    from .engine.graph_cache import CaptureLimits as CaptureLimits
+    from .errors import Limits as Limits
+    from .errors import TowerError as TowerError
+    from .prompt.encode import encode_prompt as encode_prompt
+    from .prompt.merge import merge_embeddings as merge_embeddings
+    from .prompt.mrope import mrope_positions as mrope_positions
+    from .prompt.token_ids import TokenSpace as TokenSpace
+    from .scheduler.outputs import ItemError as ItemError
+    from .tower import VisionTower as VisionTower
+    from .tower import has_vision as has_vision
 
 
 def __getattr__(name: str) -> Any:

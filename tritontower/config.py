@@ -1,54 +1,42 @@
-"""What a vision tower *is*: a frozen description, independent of any model's name.
+"""TowerConfig: the frozen description of any vision tower.
 
-A file in :mod:`tritontower.models.common.registry` reads a checkpoint's ``config.json`` into a :class:`TowerConfig`;
-:func:`tritontower.graph.builder.build` turns that into a layer graph.  Nothing in between knows which model it came from.
+A family file (:mod:`tritontower.models.common.registry`) reads a checkpoint's ``config.json`` into a
+:class:`TowerConfig`; :func:`tritontower.graph.builder.build` turns that into a layer graph.  Nothing in between depends
+on the model's name.
 """
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
-
-__all__ = [
-    "Activation",
-    "BatchForm",
-    "Normalization",
-    "PatchEmbedding",
-    "Pooling",
-    "PositionTable",
-    "Projector",
-    "RotaryEmbedding",
-    "TowerConfig",
-    "Windows",
-]
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 """Dtypes in which towers run."""
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 
-PADDED_TO = 64
-"""What the inner width of a gated MLP is padded to a multiple of: rows of 3420 values (Qwen2.5-VL) start at addresses
-that no 16-byte load can take, and a GEMM's last block would be masked."""
+MLP_ALIGNMENT = 64
+"""The inner width of a gated MLP is padded to a multiple of this.  Rows of 3420 values (Qwen2.5-VL) start at addresses that
+no 16-byte load can take, and the last block of a GEMM would be masked."""
 
 
 @dataclass(frozen=True)
 class PatchEmbedding:
-    """How pixels become rows: a convolution whose stride is its kernel, hence a matrix product."""
+    """A convolution whose stride is its kernel, hence a matmul of flattened patches."""
 
     channels: int
     size: int
     """Side of a square patch, pixels."""
     temporal: int
-    """Frames that one patch spans; a still image is that many copies of itself."""
+    """Frames that one patch spans; a still image is repeated."""
     bias: bool
 
     @property
     def still_inner(self) -> int:
-        """Pixels of one patch of one frame, all channels."""
+        """Pixel values of one patch of one frame, all channels."""
         return self.channels * self.size * self.size
 
     @property
     def inner(self) -> int:
-        """Pixels of one patch over all the frames it spans: the inner dimension of the product."""
+        """Pixel values of one patch over all its frames: the inner dimension of the matmul."""
         return self.temporal * self.still_inner
 
 
@@ -59,11 +47,11 @@ class Normalization:
     kind: Literal["layer_norm", "rms_norm", "gemma_rms_norm"]
     eps: float
     rounding: Literal["once", "before_weight"] = "once"
-    """``before_weight``: the normalized value is rounded to the activation dtype before it meets the weight."""
+    """``before_weight``: round the normalized value to the activation dtype before the multiplication by the weight."""
 
     @property
     def bias(self) -> bool:
-        """Whether the norm has a bias beside its weight."""
+        """True for a norm with a bias beside its weight."""
         return self.kind == "layer_norm"
 
 
@@ -73,65 +61,65 @@ class RotaryEmbedding:
 
     theta: float
     layout: Literal["halves", "alternating"]
-    """``halves``: rows and columns use the same frequencies; ``alternating``: they share one series out in turn."""
+    """``halves``: rows and columns use the same frequencies; ``alternating``: they alternate in one series."""
     rotation: Literal["float32", "activation"] = "float32"
-    """The dtype in which the rotation is computed; the angles are fp32 always."""
+    """Dtype of the rotation; the angles are always fp32."""
 
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Learned positions: a row for every place of a square grid, added to the projected patches."""
+    """Learned positions: a row per cell of a square grid, added to the projected patches."""
 
     side: int
-    """Rows and columns of the grid; the table has ``side²`` rows (and one for the class token, where there is one)."""
+    """Rows and columns of the grid; the table has ``side²`` rows (and one for the class token, if there is one)."""
     sampling: Literal["exact", "bilinear"]
-    """``exact``: every tile has just this grid; ``bilinear``: any grid, stretched over the table corner to corner."""
+    """``exact``: every tile has exactly this grid; ``bilinear``: any grid, stretched over the table corner to corner."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Attention within square windows, in all blocks but a few."""
+    """Attention within square windows, in all blocks except a few."""
 
     side: int
-    """Tokens along one side of a window: ``merge`` times as many patches.  Windows at the edge are smaller."""
+    """Tokens along one side of a window, ``merge`` times as many patches.  Windows at the edge are smaller."""
     full_blocks: tuple[int, ...]
-    """Blocks, counted from 0, that attend over the whole segment all the same."""
+    """Blocks, counted from 0, that attend over the whole segment."""
 
 
 @dataclass(frozen=True)
 class Projector:
-    """Patches to language-model tokens: norm, join ``merge``² neighbors, one linear or two with an activation between.
+    """Patches to language-model tokens: norm, join ``merge``² neighbors, then one linear or two with an activation.
 
     Raises:
-        ValueError: a norm that would stand on the other side of the join than it is said to.
+        ValueError: the norm is on a side of the join where it cannot be.
     """
 
     norm: Normalization | None
     merge: int
-    """Side of the square of patches that one token stands for."""
+    """Side of the square of patches that becomes one token."""
     hidden: int | None
-    """Width between the two linears; ``None`` where there is only one."""
+    """Width between the two linears; ``None`` for a single linear."""
     output: int
     activation: Activation
-    """Of the two linears; without meaning where there is only one."""
+    """Between the two linears; unused for a single one."""
     bias: bool
     join: Literal["concatenate", "mean"] = "concatenate"
     norm_over: Literal["patch", "token"] = "patch"
-    """Whether the norm comes before the patches are joined or after."""
+    """Norm before (``patch``) or after (``token``) the patches are joined."""
     merging_linear: bool = False
-    """A linear without bias that takes the joined patches back to the tower's width, before the others."""
+    """A linear without bias that maps the joined patches back to the tower's width, before the others."""
 
     def __post_init__(self) -> None:
         if self.norm is None or self.merge == 1:
             return
         if self.join == "mean" and self.norm_over == "patch":
-            raise ValueError("patches are averaged before their norm; norm_over must be 'token'")
+            raise ValueError("norm_over must be 'token' if patches are averaged, got 'patch'")
         if self.join == "concatenate" and self.norm_over == "token" and (self.hidden is None or self.merging_linear):
-            raise ValueError("only a projector of two linears norms whole tokens; norm_over must be 'patch'")
+            raise ValueError("norm_over must be 'patch' unless the projector is two linears, got 'token'")
 
     @property
     def rows_per_token(self) -> int:
-        """Patches that one token stands for."""
+        """Patches that become one token."""
         return self.merge * self.merge
 
 
@@ -140,15 +128,15 @@ class Pooling:
     """One vector for a whole image, beside its tokens."""
 
     kind: Literal["class_token", "attention"]
-    """``class_token``: that token, through the output norm; ``attention``: a learned query attends to all rows behind the
-    output norm, then an MLP as wide as a block's."""
+    """``class_token``: that token after the output norm; ``attention``: a learned query attends to all rows after the
+    output norm, followed by an MLP as wide as a block's."""
     norm: Normalization | None = None
-    """In front of that MLP."""
+    """Before that MLP."""
 
 
 @dataclass(frozen=True)
 class BatchForm:
-    """Everything of a tower that decides how its batches are arranged; a batch serves all towers of its form."""
+    """Fields of a tower that determine the layout of its batches; towers of equal form share batches."""
 
     channels: int
     patch_size: int
@@ -156,7 +144,7 @@ class BatchForm:
     temporal: int
     """Frames that one patch spans."""
     merge: int
-    """Side of the square of patches that one token stands for."""
+    """Side of the square of patches that becomes one token."""
     segments: Literal["frame", "image"]
     window: int | None
     """Tokens along one side of a window; ``None``: no windows."""
@@ -169,7 +157,7 @@ class BatchForm:
     assembly_taps: int
 
     def differences(self, other: "BatchForm") -> str:
-        """In which fields ``other`` is another form, and what they are there and here, in words."""
+        """Describes the fields in which ``other`` differs."""
         return ", ".join(
             f"{field.name} {getattr(other, field.name)} instead of {getattr(self, field.name)}"
             for field in fields(self)
@@ -179,75 +167,75 @@ class BatchForm:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """A pre-norm transformer over image patches, with a projector behind it.
+    """A pre-norm transformer over image patches, followed by a projector.
 
     Raises:
         ValueError: fields that contradict each other.
     """
 
     family: str
-    """Which file of :mod:`tritontower.models.common.registry` read it; for messages, never for decisions."""
+    """Name of the family file that read it; for messages, never for decisions."""
     patch: PatchEmbedding
     width: int
     depth: int
-    """Blocks of the checkpoint; those behind the last one that is needed are neither built nor read."""
+    """Blocks of the checkpoint; those after the last one that is needed are neither built nor read."""
     heads: int
     norm: Normalization
     qkv_bias: bool
     attention_bias: bool
-    """Bias of the projection behind the attention."""
+    """Bias of the output projection of attention."""
     mlp_hidden: int
     mlp_bias: bool
     activation: Activation
     gated: bool = False
-    """Whether the MLP is ``down(f(gate(x)) · up(x))`` instead of ``down(f(up(x)))``; f is then silu."""
+    """MLP ``down(silu(gate(x)) · up(x))`` instead of ``down(f(up(x)))``."""
     rotary: RotaryEmbedding | None = None
     position_table: PositionTable | None = None
     class_token: bool = False
-    """Whether a learned row stands before the patches of every tile."""
+    """A learned row before the patches of every tile."""
     keep_class_token: bool = False
-    """Whether that row becomes a token."""
+    """That row becomes a token."""
     input_norm: Normalization | None = None
     """Before the first block."""
     output_norm: Normalization | None = None
-    """Behind the last block; read only by what asks for it: ``features_normed``, ``pooling``."""
+    """After the last block; read only for ``features_normed`` and ``pooling``."""
     features_normed: bool = False
-    """Whether the features of the last block are those behind the output norm."""
+    """The features of the last block are taken after the output norm."""
     segments: Literal["frame", "image"] = "image"
-    """How far a patch sees: its own temporal patch of a video, or everything of its tile or video."""
+    """Range of attention: a temporal patch of a video, or a whole tile or video."""
     windows: Windows | None = None
     features: tuple[int, ...]
-    """Blocks behind which the rows are taken: ``depth`` for the last, 0 for what enters the first.  Several are put side
-    by side.  Only the last goes through ``output_norm``."""
+    """Blocks after which rows are taken: ``depth`` for the last, 0 for the input of the first.  Several are
+    concatenated.  Only the last goes through ``output_norm``."""
     deepstack: tuple[int, ...] = ()
-    """Blocks, counted from 0, behind which a projector of its own makes extra rows for the language model's first layers."""
+    """Blocks, counted from 0, after which a separate projector makes rows for the language model's first layers."""
     deepstack_projector: Projector | None = None
     projector: Projector | None = None
     pooling: Pooling | None = None
     newline: bool = False
-    """Whether an image is cut into tiles, whose tokens are put together with a learned embedding at the end of every row."""
+    """Images are cut into tiles, and a learned embedding ends every row of their tokens."""
     assembly_taps: int = 1
-    """Rows of the tiles that one token is a weighted sum of: 4 where a large image's tokens are shrunk."""
+    """Tile rows combined into each token: 4 if a large image's tokens are interpolated."""
 
     def __post_init__(self) -> None:
         if self.class_token and (self.patch.bias or self.merge != 1):
             raise ValueError("a class token needs a patch embedding without bias and a projector that joins no patches")
         if self.class_token and self.windows is not None:
-            raise ValueError("a class token has no place in windows")
+            raise ValueError("a class token cannot be combined with windows")
         if self.gated and self.activation != "silu":
-            raise ValueError(f"a gated MLP has the activation silu, not {self.activation}")
+            raise ValueError(f"activation of a gated MLP must be silu, got {self.activation}")
         if self.newline and self.keep_class_token:
-            raise ValueError("class tokens have no place among the tokens of tiles")
+            raise ValueError("class tokens cannot be kept among the tokens of tiles")
         if self.output_norm is None and (self.features_normed or self.pooling is not None):
             raise ValueError("normed features and pooling need an output norm")
         if self.pooling is not None and (self.pooling.kind == "attention") != (self.pooling.norm is not None):
-            raise ValueError("pooling by attention has a norm of its own, pooling by the class token has none")
+            raise ValueError("pooling by attention needs a norm, pooling by the class token must have none")
         if bool(self.deepstack) != (self.deepstack_projector is not None):
-            raise ValueError("deepstack blocks and their projector come together")
+            raise ValueError("deepstack and deepstack_projector must be given together")
         if not self.features or not all(0 <= feature <= self.depth for feature in self.features):
-            raise ValueError(f"features {self.features} must be some of 0 … {self.depth}")
+            raise ValueError(f"features must be some of 0 … {self.depth}, got {self.features}")
         if self.windows is not None and self.rotary is None:
-            raise ValueError("windows need positions that do not depend on the order of the rows: a rotary embedding")
+            raise ValueError("windows need a rotary embedding, which does not depend on the order of the rows")
 
     @property
     def head_dim(self) -> int:
@@ -256,44 +244,44 @@ class TowerConfig:
 
     @property
     def merge(self) -> int:
-        """Side of the square of patches that one token stands for."""
+        """Side of the square of patches that becomes one token."""
         return 1 if self.projector is None else self.projector.merge
 
     @property
     def rows_per_token(self) -> int:
-        """Patches that one token stands for."""
+        """Patches that become one token."""
         return self.merge * self.merge
 
     @property
     def feature_width(self) -> int:
-        """Width of the rows that enter the projector."""
+        """Width of the projector's input rows."""
         return self.width * len(self.features)
 
     @property
     def hidden_size(self) -> int:
-        """Width of the embeddings: the language model's, or the tower's own where there is no projector."""
+        """Width of the embeddings: the language model's, or the tower's own without a projector."""
         return self.feature_width if self.projector is None else self.projector.output
 
     @property
     def blocks_needed(self) -> int:
-        """How many blocks have to run for everything that is asked for."""
+        """Number of blocks that must run for all outputs."""
         if self.pooling is not None:
             return self.depth
         return max((*self.features, *(block + 1 for block in self.deepstack)))
 
     @property
     def normed_features(self) -> bool:
-        """Whether any feature is one behind the output norm."""
+        """True if any feature is taken after the output norm."""
         return self.features_normed and self.depth in self.features
 
     @property
     def selects(self) -> bool:
-        """Whether the rows that make the tokens are others than the blocks' rows, or in another order."""
+        """True if the projector's input differs from the blocks' rows in number or order."""
         return self.windows is not None or self.newline or (self.class_token and not self.keep_class_token)
 
     @property
     def batch_form(self) -> BatchForm:
-        """What a batch has to be arranged for, so that the tower can run it."""
+        """The layout of the tower's batches."""
         table = self.position_table
         return BatchForm(
             channels=self.patch.channels,
@@ -312,25 +300,25 @@ class TowerConfig:
 
     @property
     def num_patches(self) -> int | None:
-        """Patches of one tile, where every tile has as many; ``None`` where the image decides."""
+        """Patches of one tile; ``None`` if they depend on the image."""
         table = self.position_table
         return None if table is None or table.sampling != "exact" else table.side**2
 
     @property
     def longest_segment(self) -> int | None:
-        """Rows that no segment ever exceeds, where all tiles are of one size; ``None`` where the image decides."""
+        """Upper bound of a segment's rows; ``None`` if it depends on the image."""
         return None if self.num_patches is None else self.num_patches + self.class_token
 
     @property
     def longest_window(self) -> int | None:
-        """Rows that no window ever exceeds; ``None`` for a tower without windows."""
+        """Upper bound of a window's rows; ``None`` for a tower without windows."""
         return None if self.windows is None else self.windows.side**2 * self.rows_per_token
 
     @property
     def mlp_padded(self) -> int:
-        """``mlp_hidden`` as the weights are held: a gated MLP's is padded with zeros, which change nothing."""
-        return -(-self.mlp_hidden // PADDED_TO) * PADDED_TO if self.gated else self.mlp_hidden
+        """``mlp_hidden`` as stored: a gated MLP's is padded with zeros, which change no result."""
+        return -(-self.mlp_hidden // MLP_ALIGNMENT) * MLP_ALIGNMENT if self.gated else self.mlp_hidden
 
     def to_json(self) -> dict[str, Any]:
-        """The description as plain JSON values."""
+        """Returns the description as plain JSON values."""
         return asdict(self)

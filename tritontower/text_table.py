@@ -27,7 +27,7 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     cells = [[_DASH if cell is None else str(cell) for cell in row] for row in rows]
     for number, row in enumerate(cells):
         if len(row) != len(columns):
-            raise UsageError(f"row {number} has {len(row)} cells for {len(columns)} columns")
+            raise UsageError(f"row {number} must have {len(columns)} cells, got {len(row)}")
     by_column = [[row[index] for row in cells] for index in range(len(columns))]
     widths = [max(map(_display_width, [heading, *column])) for heading, column in zip(columns, by_column, strict=True)]
     numeric = [bool(column) and all(map(_is_number, column)) for column in by_column]

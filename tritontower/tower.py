@@ -18,23 +18,13 @@ from .embedding import ImageEmbedding, check_alias
 from .engine.graph_cache import CaptureLimits
 from .engine.planning import patches_per_batch
 from .errors import Limits, UsageError, is_integer, shorten
-from .graph.ir import Workload
-from .graph.memory_plan import MemoryPlan
 from .kernels.runtime.dispatch import backend_on
 from .models.common.assembly import TowerCheckpoint, make_preprocessor, open_checkpoint
 from .models.common.registry import has_vision
 from .models.common.tower_model import TowerModel
-from .preprocessing import Bounds, Preprocessor, pack_tiles
+from .preprocessing import Bounds, Preprocessor
 from .preprocessing.images.image import ChannelOrder, ImageInput
-from .scheduler.arguments import (
-    check_instance,
-    is_one_image,
-    list_frames,
-    list_images,
-    list_tiles,
-    parse_aliases,
-    parse_sizes,
-)
+from .scheduler.arguments import check_instance, is_one_image, list_frames, list_images, parse_aliases, parse_sizes
 from .scheduler.cache_keys import CacheKeys, tower_identity
 from .scheduler.outputs import ItemError, OutputHandler
 from .scheduler.prefetch import decode_all, thread_map
@@ -42,9 +32,6 @@ from .scheduler.scheduler import EncodeOptions, Scheduler
 from .scheduler.video import VideoTimes
 
 __all__ = ["VisionTower", "has_vision"]
-
-SAMPLE_PATCHES = 4096
-"""Patches of the sample batch from which the default batch size follows; large enough that rounding does not matter."""
 
 _ALIASES = count(1)
 
@@ -322,15 +309,10 @@ class VisionTower(TowerModel):
             bounds=bounds,
             raw=self._raw,
             input_data_format=input_data_format,
-            max_patches=int(max_patches or patches_per_batch(self._sample_plan, self.device)),
+            max_patches=int(max_patches or patches_per_batch(self.sample_plan, self.device)),
             raise_errors=on_error == "raise",
             bidirectional=self.family.bidirectional_tiles,
         )
-
-    @cached_property
-    def _sample_plan(self) -> MemoryPlan:
-        unit = self.config.num_patches or self.config.rows_per_token
-        return self.memory_plan(unit * -(-SAMPLE_PATCHES // unit))
 
     @cached_property
     def _identity(self) -> str:
@@ -384,43 +366,6 @@ class VisionTower(TowerModel):
                 decoded, each=each, raw=self._raw if raw is None else raw, **bounds
             )
 
-    @overload
-    def forward(self, batch: PackedBatch | torch.Tensor) -> torch.Tensor: ...
-
-    @overload
-    def forward(self, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
-
-    def forward(self, batch: PackedBatch | torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """Computes the embeddings of a batch; the second half of :meth:`encode`.
-
-        Args:
-            batch: the result of :meth:`preprocess`; or pixels that are resized and normalized, ``[B, C, H, W]`` or a list
-                of ``[C, H, W]``, each one tile of a still image, of a floating dtype.
-
-        Returns:
-            For a packed batch ``[tokens, hidden_size]``, the rows of all images in order, in the tower's dtype.  For
-            pixels ``[B, tokens, hidden_size]``, or a list of ``[tokens, hidden_size]``, in the pixels' dtype and on their
-            device.  The result belongs to the caller; no later forward pass writes to it.
-
-        Raises:
-            UsageError: pixels of a shape or dtype that the tower cannot take, or another tower's batch.
-            TowerNotLoadedError: the weights are not loaded.
-        """
-        if isinstance(batch, PackedBatch):
-            return self.run(batch)["embeddings"]
-        tiles = list_tiles(batch)
-        packed = pack_tiles(self.config, tiles)
-        rows = self.run(packed)["embeddings"]
-        parts = rows.split(packed.images.token_counts)
-        if isinstance(batch, torch.Tensor):
-            tokens = parts[0].shape[0] if parts else 0
-            return rows.view(len(tiles), tokens, self.hidden_size).to(batch.device, batch.dtype)
-        return [part.to(tile.device, tile.dtype, copy=True) for part, tile in zip(parts, tiles, strict=True)]
-
-    __call__ = forward
-
-    # -- memory and cost ------------------------------------------------------------------------------------------
-
     def warm_up(self, sizes: Iterable[tuple[int, int] | Sequence[tuple[int, int]]], **bounds: Unpack[Bounds]) -> int:
         """Compiles kernels, allocates memory and captures CUDA graphs for batches of these sizes.
 
@@ -446,17 +391,8 @@ class VisionTower(TowerModel):
             return 0
         noise = np.random.default_rng(0)
         captured = 0
-        # The largest first: the others fit into its memory.
         for _, images in sorted(zip((-workload.patches for workload in workloads), batches, strict=True)):
+            # The largest first: the others fit into its memory.
             batch = self.preprocess([noise.integers(256, size=(h, w, 3), dtype=np.uint8) for w, h in images], **bounds)
             captured += runner.executor_for(batch).warm_up(batch)
         return captured
-
-    def count_tokens(self, width: int, height: int, **bounds: Unpack[Bounds]) -> int:
-        """Returns the tokens of a still image of ``width`` × ``height`` pixels; needs neither image nor weights."""
-        return self.preprocessor.layout(width, height, **bounds).tokens(self.config)
-
-    def workload(self, sizes: Iterable[tuple[int, int]], **bounds: Unpack[Bounds]) -> Workload:
-        """Returns the size of one forward pass over images of these (width, height), pixels; decodes nothing."""
-        layouts = [self.preprocessor.layout(width, height, **bounds) for width, height in sizes]
-        return PackedBatch.without_pixels(self.config, layouts).workload

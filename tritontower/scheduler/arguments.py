@@ -41,20 +41,6 @@ def list_frames(frames: Iterable[ImageInput]) -> list[ImageInput]:
     return list(frames)
 
 
-def list_tiles(batch: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns preprocessed pixels as a list of tiles.
-
-    Raises:
-        UsageError: neither a tensor of several tiles nor a list of tensors.
-    """
-    is_scalar = isinstance(batch, torch.Tensor) and batch.ndim == 0
-    if is_scalar or isinstance(batch, str) or not isinstance(batch, Iterable):
-        raise UsageError(
-            f"batch must be the result of preprocess(), pixels [B, C, H, W], or a list of [C, H, W], got {shorten(batch)}"
-        )
-    return list(batch)
-
-
 def parse_sizes(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Returns the width and height of each image of a batch.
 

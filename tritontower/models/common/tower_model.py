@@ -1,9 +1,10 @@
 """A tower's graphs and weights: runs packed batches, and plans their memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Self
+from typing import Self, Unpack, overload
 
 import torch
 
@@ -16,19 +17,22 @@ from tritontower.engine.onednn_weights import prepack_weights
 from tritontower.engine.planning import parse_workload, plan_forward
 from tritontower.engine.runner import ModelRunner, estimate_weights_bytes
 from tritontower.engine.weight_loader import read_weights, stored_shapes
-from tritontower.errors import TowerNotLoadedError
+from tritontower.errors import TowerNotLoadedError, UsageError, shorten
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse, select_passes
 from tritontower.graph.ir import Graph, Workload
 from tritontower.graph.memory_plan import MemoryPlan
 from tritontower.graph.summary import Description
 from tritontower.kernels.runtime.dispatch import backend_on
-from tritontower.preprocessing import Preprocessor
+from tritontower.preprocessing import Bounds, Preprocessor, pack_tiles
 from tritontower.prompt.layout import PromptLayout
 from tritontower.prompt.mrope import MropeRule
 
 from .assembly import TowerCheckpoint
 from .family import Family
+
+SAMPLE_PATCHES = 4096
+"""Patches of the sample batch from which the default batch size follows; large enough that rounding does not matter."""
 
 
 class TowerModel:
@@ -156,7 +160,7 @@ class TowerModel:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the weights are loaded."""
+        """True once the weights are loaded."""
         return self._runner is not None
 
     @property
@@ -194,6 +198,41 @@ class TowerModel:
 
     # -- forward passes -----------------------------------------------------------------------------------------------
 
+    @overload
+    def forward(self, batch: PackedBatch | torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def forward(self, batch: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
+
+    def forward(self, batch: PackedBatch | torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """Computes the embeddings of a batch; the second half of :meth:`encode`.
+
+        Args:
+            batch: the result of :meth:`preprocess`; or pixels that are resized and normalized, ``[B, C, H, W]`` or a list
+                of ``[C, H, W]``, each one tile of a still image, of a floating dtype.
+
+        Returns:
+            For a packed batch ``[tokens, hidden_size]``, the rows of all images in order, in the tower's dtype.  For
+            pixels ``[B, tokens, hidden_size]``, or a list of ``[tokens, hidden_size]``, in the pixels' dtype and on their
+            device.  The result belongs to the caller; no later forward pass writes to it.
+
+        Raises:
+            UsageError: pixels of a shape or dtype that the tower cannot take, or another tower's batch.
+            TowerNotLoadedError: the weights are not loaded.
+        """
+        if isinstance(batch, PackedBatch):
+            return self.run(batch)["embeddings"]
+        tiles = _list_tiles(batch)
+        packed = pack_tiles(self.config, tiles)
+        rows = self.run(packed)["embeddings"]
+        parts = rows.split(packed.images.token_counts)
+        if isinstance(batch, torch.Tensor):
+            tokens = parts[0].shape[0] if parts else 0
+            return rows.view(len(tiles), tokens, self.hidden_size).to(batch.device, batch.dtype)
+        return [part.to(tile.device, tile.dtype, copy=True) for part, tile in zip(parts, tiles, strict=True)]
+
+    __call__ = forward
+
     def run(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Computes all outputs of a batch, by name.
 
@@ -222,6 +261,15 @@ class TowerModel:
         if self._runner is not None:
             self._runner.release()
 
+    def count_tokens(self, width: int, height: int, **bounds: Unpack[Bounds]) -> int:
+        """Returns the tokens of a still image of ``width`` × ``height`` pixels; needs neither image nor weights."""
+        return self.preprocessor.layout(width, height, **bounds).tokens(self.config)
+
+    def workload(self, sizes: Iterable[tuple[int, int]], **bounds: Unpack[Bounds]) -> Workload:
+        """Returns the size of one forward pass over images of these (width, height), pixels; decodes nothing."""
+        layouts = [self.preprocessor.layout(width, height, **bounds) for width, height in sizes]
+        return PackedBatch.without_pixels(self.config, layouts).workload
+
     def memory_plan(self, patches: int | Sequence[int] | Workload) -> MemoryPlan:
         """Plans the memory of one forward pass beside the weights, bytes; needs no weights (but see :attr:`dtype`).
 
@@ -248,3 +296,23 @@ class TowerModel:
         device = None if by_torch else self._device
         workload = parse_workload(self.config, patches)
         return Description(self.graph, workload, self.dtype.itemsize, device, self.dtype, on_cpu=by_torch)
+
+    @cached_property
+    def sample_plan(self) -> MemoryPlan:
+        """The plan of a batch of :data:`SAMPLE_PATCHES`; needs what :meth:`memory_plan` needs."""
+        unit = self.config.num_patches or self.config.rows_per_token
+        return self.memory_plan(unit * -(-SAMPLE_PATCHES // unit))
+
+
+def _list_tiles(batch: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns preprocessed pixels as a list of tiles.
+
+    Raises:
+        UsageError: neither a tensor of several tiles nor a list of tensors.
+    """
+    is_scalar = isinstance(batch, torch.Tensor) and batch.ndim == 0
+    if is_scalar or isinstance(batch, str) or not isinstance(batch, Iterable):
+        raise UsageError(
+            f"batch must be the result of preprocess(), pixels [B, C, H, W], or a list of [C, H, W], got {shorten(batch)}"
+        )
+    return list(batch)
