@@ -15,7 +15,6 @@ from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.attention.pooling_head import attention_pooling
 from tritontower.kernels.gemm.linear import linear
 from tritontower.kernels.gemm.patch_projection import fold_temporal, patch_projection
-from tritontower.kernels.gemm.projector import projector_mlp
 from tritontower.kernels.gemm.qkv_projection import qkv_projection
 from tritontower.kernels.rowwise.activations import activation, add
 from tritontower.kernels.rowwise.gather import gather_rows
@@ -120,7 +119,7 @@ def _bind_norm(node: Node, weights: Weights) -> Step:
     rows, *residual = node.inputs
     normed, *summed = node.outputs
     weight, bias = _get_weights(node, weights, "weight", "bias")
-    how = _norm_attributes(node, "kind")
+    how = _norm_attributes(node)
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
         added: dict[str, Any] = {"valid_rows": metadata.valid_rows.get(node.rows)}
@@ -261,23 +260,23 @@ def _bind_pool(node: Node, weights: Weights) -> Step:
 def _bind_projector(node: Node, weights: Weights) -> Step:
     rows, *index = node.inputs
     (tokens,), (hidden, *normed) = node.outputs, node.scratch
-    roles = ("norm_weight", "norm_bias", "weight_1", "bias_1", "weight_2", "bias_2")
-    bound = _get_weights(node, weights, *roles)
-    merge, over_token = node.attributes["merge"], node.attributes["over_token"]
-    how: dict[str, Any] = {"merge": 1 if over_token else merge, "activation": node.attributes["activation"]}
-    if "norm_weight" in node.weights:
-        how |= _norm_attributes(node, "norm_kind")
+    norm_weight, norm_bias = _get_weights(node, weights, "norm_weight", "norm_bias")
+    first, first_bias, second, second_bias = _get_weights(node, weights, "weight_1", "bias_1", "weight_2", "bias_2")
+    merge, kind = node.attributes["merge"], node.attributes["activation"]
+    how = {} if norm_weight is None else _norm_attributes(node)
 
     def step(tensors: Tensors, metadata: BatchMetadata) -> None:
-        where: dict[str, Any] = {
-            "hidden": tensors[hidden],
-            "out": tensors[tokens],
-            "normed": tensors[normed[0]] if normed else None,
-            "row_index": tensors[index[0]].squeeze(1) if index else None,
-            "valid_rows": metadata.valid_rows.get(node.rows),
-        }
-        x = _join_rows(tensors[rows], merge) if over_token else tensors[rows]
-        projector_mlp(x, *bound, **(how | where))
+        x = _join_rows(tensors[rows], merge) if node.attributes["over_token"] else tensors[rows]
+        selected = tensors[index[0]].squeeze(1) if index else None
+        if norm_weight is not None:
+            norm(x, norm_weight, norm_bias, **how, row_index=selected, out=tensors[normed[0]])
+            x = tensors[normed[0]]
+        elif selected is not None:
+            x = torch.index_select(x, 0, selected, out=tensors[normed[0]])
+        between, valid_rows = tensors[hidden], metadata.valid_rows.get(node.rows)
+        merged = x.view(len(between), -1)
+        linear(merged, first, first_bias, activation=kind, valid_rows=valid_rows, out=between)
+        linear(between, second, second_bias, valid_rows=valid_rows, out=tensors[tokens])
 
     return step
 
@@ -318,8 +317,9 @@ def _get_weights(node: Node, weights: Weights, *roles: str) -> list[Any]:
     return [weights[node.weights[role]] if role in node.weights else None for role in roles]
 
 
-def _norm_attributes(node: Node, kind: str) -> dict[str, Any]:
-    return {kind: node.attributes["norm"], "eps": node.attributes["eps"], "rounding": node.attributes["rounding"]}
+def _norm_attributes(node: Node) -> dict[str, Any]:
+    attributes = node.attributes
+    return {"kind": attributes["norm"], "eps": attributes["eps"], "rounding": attributes["rounding"]}
 
 
 BINDINGS: dict[NodeKind, Callable[[Node, Weights], Step]] = {
