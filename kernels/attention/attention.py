@@ -45,7 +45,6 @@ __all__ = [
     "compile_specs",
     "default_config",
     "flash_attention_varlen",
-    "launch_flash_attention",
     "split_head_dim",
 ]
 
@@ -164,25 +163,6 @@ def choose_config(
     return default_config(head_dim, dtype, configs.architecture(device), longest=longest, length_bound=length_bound)
 
 
-@dispatch.on_device_of_first
-def launch_flash_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    segments: Segments,
-    *,
-    scale: float | None,
-    config: FlashAttentionConfig,
-) -> None:
-    """Launches the configured variant for valid, non-empty tensors that the variant supports.
-
-    ``scale`` is ``None`` if the queries are already scaled.  ``"specialized"`` in bf16 launches a second kernel, which
-    recomputes overflowed rows.
-    """
-    _MODULES[config.variant].launch(LaunchArguments(q, k, v, out, segments, scale, config))
-
-
 def flash_attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -254,7 +234,10 @@ def flash_attention_varlen(
         and warp_specialized.find_obstacle(q, k, v, head_dim, config, architecture) is not None
     ):
         config = default_config(head_dim, q.dtype, architecture, longest=longest, length_bound=length_bound)
-    launch_flash_attention(q, k, v, out, segments, scale=None if queries_scaled else scale, config=config)
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(q):
+        arguments = LaunchArguments(q, k, v, out, segments, None if queries_scaled else scale, config)
+        _MODULES[config.variant].launch(arguments)
     return out
 
 

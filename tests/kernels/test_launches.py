@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tritontower
-from tritontower.kernels.attention import attention, pooling_head
+from tritontower.kernels.attention import pooling_head
 from tritontower.kernels.gemm import linear, patch_projection, projector, qkv_projection
 from tritontower.kernels.rowwise import activations, gather, mean_pool, norm, positions, rope, splice
 from tritontower.kernels.runtime import dispatch
@@ -22,7 +22,6 @@ LAUNCHERS = [
     pooling_head.launch_attention_pooling,
     activations.launch_activation,
     activations.launch_add,
-    attention.launch_flash_attention,
     gather.launch_gather,
     linear.launch_linear,
     norm.launch_norm,
