@@ -222,7 +222,7 @@ class TestErrors:
             (["{model}", "--budget", "0"], "not a number of minutes above zero"),
             (["{model}", "--budget", "soon"], "not a number of minutes above zero"),
             (["{model}", "--workers", "0"], "'0'"),
-            (["{folder}/absent", "--static", *ARCH], "neither a local folder nor a hub id"),
+            (["{folder}/absent", "--static", *ARCH], "must be a local folder, or a hub id"),
             (["--config", "{folder}/absent.json", "--static", *ARCH], "--config must be a configuration file, got"),
             (["--import", "{model}/config.json"], "is no table of tuned configurations: "),
             (["--import", "{folder}/absent.json"], "is no table of tuned configurations: No such file"),
