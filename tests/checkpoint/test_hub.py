@@ -11,6 +11,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 
 from tritontower.checkpoint.checkpoint import Checkpoint
+from tritontower.checkpoint.files import Layout
 from tritontower.checkpoint.hub import fetch_shards, locate
 from tritontower.errors import (
     CheckpointIncompleteError,
@@ -108,25 +109,55 @@ def test_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert locate("~/model") == tmp_path / "model"
 
 
-def test_only_shards_with_vision_tensors_are_fetched(tmp_path: Path, hub: FakeHub) -> None:
-    hub.files |= {
-        "preprocessor_config.json": b"{}",
-        "tokenizer.json": b"{}",
-        "a.safetensors": weights(tmp_path, "visual.one", "model.layers.0"),
-        "b.safetensors": weights(tmp_path, "model.layers.1"),
-        "c.safetensors": weights(tmp_path, "visual.two"),
-        "model.safetensors.index.json": json.dumps(
-            {
-                "weight_map": {
-                    "visual.one": "a.safetensors",
-                    "model.layers.0": "a.safetensors",
-                    "model.layers.1": "b.safetensors",
-                    "visual.two": "c.safetensors",
-                }
-            }
-        ).encode(),
-    }
-    folder = locate(MODEL, revision="main")
+def index(**weight_map: str) -> bytes:
+    return json.dumps({"weight_map": weight_map}).encode()
+
+
+HF_INDEX, NATIVE_INDEX = "model.safetensors.index.json", "consolidated.safetensors.index.json"
+FIRST, SECOND = "consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"
+Contents = dict[str, tuple[str, ...] | bytes]
+FETCHED: dict[str, tuple[Layout, Contents, list[str]]] = {
+    # layout, files (names of tensors, or bytes), fetched weight files
+    "single": ("hf", {"model.safetensors": ("visual.one", "visual.two")}, ["model.safetensors"]),
+    "shards": (
+        "hf",
+        {
+            "a.safetensors": ("visual.one", "model.layers.0"),
+            "b.safetensors": ("model.layers.1",),
+            "c.safetensors": ("visual.two",),
+            HF_INDEX: index(**{"visual.one": "a.safetensors", "lm.1": "b.safetensors", "visual.two": "c.safetensors"}),
+        },
+        ["a.safetensors", "c.safetensors"],
+    ),
+    "native single": (
+        "mistral",
+        {"consolidated.safetensors": ("vision_encoder.one", "vision_encoder.two"), "model.safetensors": ("visual.x",)},
+        ["consolidated.safetensors"],
+    ),
+    "native shards": (
+        "mistral",
+        {
+            SECOND: ("vision_encoder.one", "vision_encoder.two"),
+            NATIVE_INDEX: index(**{"vision_encoder.one": SECOND, "vision_encoder.two": SECOND, "output": FIRST}),
+        },
+        [SECOND],
+    ),
+    "native numbered": (
+        "mistral",
+        {FIRST: ("output", "vision_encoder.two"), SECOND: ("vision_encoder.one",)},
+        [FIRST, SECOND],
+    ),
+}
+
+
+@pytest.mark.parametrize(("layout", "files", "fetched"), FETCHED.values(), ids=FETCHED)
+def test_only_files_with_vision_tensors_are_fetched(
+    tmp_path: Path, hub: FakeHub, layout: Layout, files: Contents, fetched: list[str]
+) -> None:
+    for name, content in files.items():
+        hub.files[name] = content if isinstance(content, bytes) else weights(tmp_path, *content)
+    hub.files["tokenizer.json"] = b"{}"
+    folder = locate(MODEL, revision="v1.0")
     assert folder.name == COMMIT
     assert hub.names == [
         "config.json",
@@ -134,21 +165,16 @@ def test_only_shards_with_vision_tensors_are_fetched(tmp_path: Path, hub: FakeHu
         "preprocessor_config.json",
         "processor_config.json",
         "video_preprocessor_config.json",
-        "model.safetensors.index.json",
+        HF_INDEX,
     ]
-    hub.requests.clear()
-    fetch_shards(folder, PREFIXES)
-    assert hub.names == ["a.safetensors", "c.safetensors"]
-    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"one", "two"}
-
-
-def test_single_file_repository(tmp_path: Path, hub: FakeHub) -> None:
-    hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
-    folder = locate(MODEL)
-    hub.requests.clear()
-    fetch_shards(folder, PREFIXES)
-    assert hub.names == ["model.safetensors"]
-    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"one"}
+    prefixes = PREFIXES if layout == "hf" else NATIVE_PREFIXES
+    fetch_shards(folder, prefixes, layout=layout, token="secret")
+    assert [name for name in hub.names[6:] if name in files and name != NATIVE_INDEX] == fetched
+    assert hub.requests[0] == ("config.json", "v1.0")
+    assert {revision for _, revision in hub.requests[1:]} == {COMMIT}, "all files come from one commit"
+    assert hub.listings == ([(COMMIT, "secret")] if fetched == [FIRST, SECOND] else [])
+    tensors = Checkpoint.open(folder, prefixes=prefixes, layout=layout).tensors
+    assert {name.removeprefix("tower.") for name in tensors} == {"one", "two"}
 
 
 @pytest.fixture
@@ -180,52 +206,11 @@ def test_repository_with_neither_names_both(hub: FakeHub) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_native_index_selects_shards_with_vision_tensors(tmp_path: Path, native: FakeHub) -> None:
-    weight_map = {
-        "vision_encoder.one": "consolidated-00002-of-00002.safetensors",
-        "output": "consolidated-1.safetensors",
-    }
-    native.files |= {
-        "consolidated.safetensors.index.json": json.dumps({"weight_map": weight_map}).encode(),
-        "consolidated-00002-of-00002.safetensors": weights(tmp_path, "vision_encoder.one"),
-    }
-    folder = locate(MODEL)
-    native.requests.clear()
-    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
-    assert native.names == ["consolidated.safetensors.index.json", "consolidated-00002-of-00002.safetensors"]
-    assert native.listings == []
-    assert set(Checkpoint.open(folder, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == {"tower.one"}
-
-
-def test_native_single_file_with_files_of_transformers(tmp_path: Path, hub: FakeHub) -> None:
-    hub.files |= {
-        "consolidated.safetensors": weights(tmp_path, "vision_encoder.one"),
-        "model.safetensors": weights(tmp_path, "visual.two"),
-    }
-    folder = locate(MODEL)
-    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
-    assert not (folder / "model.safetensors").exists()
-    assert hub.listings == []
-    fetch_shards(folder, PREFIXES)
-    assert set(Checkpoint.open(folder, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == {"tower.one"}
-    assert set(Checkpoint.open(folder, prefixes=PREFIXES).tensors) == {"two"}
-
-
 def numbered(tmp_path: Path) -> dict[str, bytes]:
     return {
-        "consolidated-00001-of-00002.safetensors": weights(tmp_path, "output"),
-        "consolidated-00002-of-00002.safetensors": weights(tmp_path, "vision_encoder.one"),
+        FIRST: weights(tmp_path, "output"),
+        SECOND: weights(tmp_path, "vision_encoder.one"),
     }
-
-
-def test_native_numbered_files_are_all_fetched(tmp_path: Path, native: FakeHub) -> None:
-    native.files |= numbered(tmp_path)
-    folder = locate(MODEL)
-    native.requests.clear()
-    fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", token="secret")
-    assert native.names[-2:] == ["consolidated-00001-of-00002.safetensors", "consolidated-00002-of-00002.safetensors"]
-    assert native.listings == [(COMMIT, "secret")]
-    assert set(Checkpoint.open(folder, prefixes=NATIVE_PREFIXES, layout="mistral").tensors) == {"tower.one"}
 
 
 @pytest.mark.parametrize("how", ["local_files_only", "offline mode"])
@@ -237,7 +222,7 @@ def test_native_numbered_files_are_found_in_the_cache(tmp_path: Path, native: Fa
     native.listings.clear()
     fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", local_files_only=how == "local_files_only")
     assert len(native.listings) == (how == "offline mode")
-    (folder / "consolidated-00002-of-00002.safetensors").unlink()
+    (folder / SECOND).unlink()
     with pytest.raises(CheckpointIncompleteError, match="1 of 2 numbered files"):
         fetch_shards(folder, NATIVE_PREFIXES, layout="mistral", local_files_only=True)
 
@@ -259,13 +244,6 @@ def test_native_repository_of_pickles_and_one_without_weights(native: FakeHub) -
     native.files["model.safetensors"] = b""
     with pytest.raises(CheckpointNotFoundError, match="has neither"):
         fetch_shards(folder, NATIVE_PREFIXES, layout="mistral")
-
-
-def test_all_files_come_from_the_commit_of_the_config(tmp_path: Path, hub: FakeHub) -> None:
-    hub.files["model.safetensors"] = weights(tmp_path, "visual.one")
-    fetch_shards(locate(MODEL, revision="v1.0"), PREFIXES)
-    assert hub.requests[0] == ("config.json", "v1.0")
-    assert {revision for _, revision in hub.requests[1:]} == {COMMIT}
 
 
 def test_options_reach_every_request(tmp_path: Path, hub: FakeHub) -> None:

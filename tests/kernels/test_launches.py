@@ -62,7 +62,8 @@ def test_every_boundary_launches(architecture):
     assert not failures(found)
 
 
-@pytest.mark.parametrize("architecture", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 def test_production_shapes_launch_without_spills(architecture):
     found = run_launches(architecture, "production")
     assert len(found) > 80

@@ -1,4 +1,4 @@
-"""Default and tuned configurations of the matmuls, and their compile specs."""
+"""Default and tuned configurations of the matmuls."""
 
 from dataclasses import asdict
 from functools import partial
@@ -16,14 +16,10 @@ TUNED = LinearConfig(64, 64, 32, group_rows=4, num_warps=4, num_stages=2)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("module", [linear, qkv_projection, patch_projection, projector])
-def test_compile_specs_describe_every_argument(module, architecture):
-    specs = module.compile_specs(architecture)
-    assert len({spec.name for spec in specs}) == len(specs)
-    for spec in specs:
+@pytest.mark.parametrize("module", [linear, qkv_projection, patch_projection])
+def test_default_tiles_fit_shared_memory(module, architecture):
+    for spec in module.compile_specs(architecture):
         constants = spec.constants
-        assert set(spec.kernel.arg_names) == set(spec.signature) | set(constants), spec.name
-        assert set(spec.divisible_by_16) <= set(spec.signature), spec.name
         if "BLOCK_INNER" in constants:
             columns = constants["BLOCK_COLUMNS"] * (2 if constants.get("ACTIVATION") in GATED else 1)
             size = 4 if "fp32" in spec.signature["x_ptr"] else 2
