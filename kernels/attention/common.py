@@ -235,7 +235,7 @@ def online_softmax(
 def is_in_range(
     accumulator, accumulator_tail, row_sum, MIN_SUM: tl.constexpr, MAX_SUM: tl.constexpr, TAIL: tl.constexpr
 ):
-    """Tells per row whether the sum of the weights and all weighted values stayed in the range where they are exact."""
+    """Tells per row if the sum of the weights and all weighted values are in their exact range."""
     wrong = tl.sum(tl.where(tl.abs(accumulator) < float("inf"), 0, 1), 1)
     if TAIL > 0:
         wrong += tl.sum(tl.where(tl.abs(accumulator_tail) < float("inf"), 0, 1), 1)

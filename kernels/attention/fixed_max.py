@@ -67,7 +67,7 @@ def max_sum(dtype: torch.dtype) -> float:
 
 
 def has_spare_column(head_dim: int, width: int, dtype: torch.dtype) -> bool:
-    """Tells if a padded head has a spare column in the matmul, in a dtype that can hold a softmax offset there."""
+    """Tells if a padded head has a spare column, in a dtype that can hold a softmax offset."""
     return head_dim < min(width, sum(split_head_dim(head_dim, dtype))) and dtype != torch.float16
 
 

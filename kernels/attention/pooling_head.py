@@ -112,9 +112,9 @@ def _columns(head_dim: int) -> int:
 
 
 def default_config(head_dim: int, architecture: str) -> AttentionPoolingConfig:
-    """8192 keys and 8192 values at a time, 32 of each per thread (16 on AMD, whose warps are twice as wide).
+    """8192 keys and 8192 values at a time.
 
-    The lengths of the segments have no effect: an image's bits must not depend on the rest of the batch.
+    That is 32 of each per thread (16 on AMD, whose warps are twice as wide).  The lengths of the segments have no effect: an image's bits must not depend on the rest of the batch.
     """
     if architecture == "interpreter":
         return AttentionPoolingConfig(block_keys=64, num_warps=4)

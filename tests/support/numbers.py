@@ -1,4 +1,4 @@
-"""How far a result may be from the fp64 truth: the one table of tolerances."""
+"""Tolerances of results against fp64, and random inputs."""
 
 import torch
 

@@ -28,13 +28,13 @@ def exponentials(monkeypatch):
 def recomputed(monkeypatch):
     """Shapes of the heads that were recomputed in fp32."""
     shapes = []
-    attend_by_products = torch_reference._attend_by_products
+    attend_by_products = torch_reference._attend_by_matmuls
 
     def counted(q, k, v, scale, out):
         shapes.append(tuple(q.shape))
         attend_by_products(q, k, v, scale, out)
 
-    monkeypatch.setattr(torch_reference, "_attend_by_products", counted)
+    monkeypatch.setattr(torch_reference, "_attend_by_matmuls", counted)
     return shapes
 
 
@@ -138,8 +138,8 @@ def test_nan_stays_in_its_row_and_head(exponentials):
 @pytest.mark.parametrize("budget", [None, 1])
 def test_segments_do_not_depend_on_each_other(exponentials, monkeypatch, budget):
     if budget:
-        monkeypatch.setattr(torch_reference, "_WEIGHTS_BYTES", budget)
-        monkeypatch.setattr(torch_reference, "_HEADS_BYTES", budget)
+        monkeypatch.setattr(torch_reference, "WEIGHTS_BYTES", budget)
+        monkeypatch.setattr(torch_reference, "HEADS_BYTES", budget)
     lengths = [5, 257, 257, 1, 130, 64, 257]
     q, k, v = random_qkv(sum(lengths), 3, 72)
     together = attend(q, k, v, lengths)

@@ -2,22 +2,17 @@
 
 import pytest
 import torch
-from support.numbers import TOLERANCE, relative_error
+from support.numbers import TOLERANCE, normal, relative_error
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipMultiheadAttentionPoolingHead
 
-from tritontower.kernels.attention import pooling_head as module
-from tritontower.kernels.attention.pooling_head import AttentionPoolingConfig, attention_pooling, compile_specs
+from tritontower.kernels.attention import pooling_head
+from tritontower.kernels.attention.pooling_head import AttentionPoolingConfig, attention_pooling
 from tritontower.kernels.runtime import dispatch
-from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.kernels.runtime.segments import Segments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RAGGED = Segments([1, 64, 77, 196, 63])
-
-
-def normal(*shape, dtype=torch.float32, device="cpu", seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
 def inputs(segments, heads, head_dim, dtype, device="cpu", seed=0):
@@ -37,26 +32,14 @@ def expected(query, kv, segments, scale=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [1, 16, 20, 48, 64, 72, 80, 128])
+@pytest.mark.parametrize("head_dim", [1, 20, 64, 72, 128])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_pooling_matches_fp64(device, head_dim, dtype):
+def test_pooling_matches_fp64(device, monkeypatch, head_dim, dtype):
+    monkeypatch.setattr(pooling_head, "CHUNK", 2 * 77 * 72 * 2)  # the reference computes one or two heads at a time
     query, kv = inputs(RAGGED, 3, head_dim, dtype, device)
     pooled = attention_pooling(query, kv, RAGGED)
     assert pooled.is_contiguous()
     assert relative_error(pooled, expected(query, kv, RAGGED)) <= TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (16, 72)])
-@pytest.mark.usefixtures("poisoned_empty")
-def test_the_towers_own_shapes(device, heads, head_dim, dtype):
-    segments = Segments([196, 729])
-    query, kv = inputs(segments, heads, head_dim, dtype, device)
-    pooled = attention_pooling(query, kv, segments)
-    # fp32 holds this wherever the sums are grouped; 16 bits round once.
-    assert relative_error(pooled, expected(query, kv, segments)) <= {torch.float32: 2e-6}.get(
-        dtype, 0.53 * TOLERANCE[dtype]
-    )
 
 
 @pytest.mark.gpu
@@ -69,7 +52,7 @@ def test_many_images(kernel_device, heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(768, 12), (1152, 16)])
-def test_it_is_the_attention_of_transformers_pooling_head(device, width, heads):
+def test_pooling_equals_transformers(device, width, heads):
     config = SiglipVisionConfig(hidden_size=width, intermediate_size=16, num_attention_heads=heads)
     torch.manual_seed(0)
     head = SiglipMultiheadAttentionPoolingHead(config).eval()
@@ -91,7 +74,7 @@ def test_it_is_the_attention_of_transformers_pooling_head(device, width, heads):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ["large", "equal", "one huge", "all very negative"])
 def test_adversarial_scores(device, case, dtype):
-    """Scores of thousands, no differences at all, one key that takes everything, and a maximum far below zero."""
+    """Scores of thousands, equal scores, one key that takes all the weight, and a maximum far below zero."""
     segments = Segments([1, 77, 130])
     query, kv = inputs(segments, 2, 64, dtype, device, seed=7)
     if case == "large":
@@ -109,13 +92,6 @@ def test_adversarial_scores(device, case, dtype):
     assert relative_error(pooled, expected(query, kv, segments)) <= TOLERANCE[dtype] + largest * 2.0**-23
 
 
-@pytest.mark.parametrize("scale", [1e-30, 0.05, 1.0])
-def test_scale(device, scale):
-    query, kv = inputs(RAGGED, 2, 32, torch.float32, device)
-    pooled = attention_pooling(query, kv, RAGGED, scale=scale)
-    assert relative_error(pooled, expected(query, kv, RAGGED, scale)) <= TOLERANCE[torch.float32]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_not_rounded(device, dtype):
     """257 equal weights of 1/257, which 16 bits do not hold, of values that all are 1."""
@@ -127,7 +103,7 @@ def test_weights_are_not_rounded(device, dtype):
 
 @pytest.mark.parametrize("head_dim", [40, 72, 104])
 def test_only_the_segments_own_elements_are_read(device, head_dim):
-    """NaN lies around every head, before the first row and after the last; one read of it would reach the result."""
+    """NaN surrounds every head and the rows; reading one would show in the result."""
     buffer = torch.full((RAGGED.total + 100, 2, 3, 160), float("nan"), dtype=torch.float16, device=device)
     kv = buffer[50 : 50 + RAGGED.total, :, :2, 8 : 8 + head_dim]
     asked = torch.full((3, 160), float("nan"), dtype=torch.float16, device=device)
@@ -157,12 +133,12 @@ def test_views_are_read_and_written(device, dtype):
     assert bool((wide == 7.0).all())
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the neighbors are NaN, and numpy says so
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy warns of the neighbors' NaN
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 33, 64, 100, 729])
-def test_a_segment_does_not_feel_its_neighbors(device, length, dtype):
-    """Alone, first, last, and in the middle of a pack with longer ones and NaN: the same bits."""
+@pytest.mark.parametrize("length", [1, 64, 100])
+def test_a_segment_does_not_depend_on_its_neighbors(device, length, dtype):
+    """Alone, first, last, and between longer segments and NaN: the same bits."""
     lengths = [length, 64, length, 7, 130, 1, length]
     segments = Segments(lengths)
     query, kv = inputs(segments, 2, 72, dtype, device)
@@ -182,14 +158,6 @@ def test_a_heads_result_depends_on_that_head_alone(kernel_device, dtype):
     query, kv = inputs(RAGGED, 3, 72, dtype, kernel_device)
     pooled = attention_pooling(query, kv, RAGGED)
     assert torch.equal(pooled[:, 1:2], attention_pooling(query[1:2], kv[:, :, 1:2], RAGGED))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk", [1, 2 * 77 * 72 * 2])
-def test_the_reference_takes_as_many_heads_at_a_time_as_it_likes(monkeypatch, dtype, chunk):
-    query, kv = inputs(RAGGED, 5, 72, dtype)
-    monkeypatch.setattr(module, "_CHUNK", chunk)
-    assert relative_error(attention_pooling(query, kv, RAGGED), expected(query, kv, RAGGED)) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -246,30 +214,23 @@ QUERY, KV = torch.zeros(2, 8), torch.zeros(5, 2, 2, 8)
     ("changes", "error", "message"),
     [
         ({"segments": [5]}, TypeError, "segments must be Segments, got list"),
-        ({"segments": Segments([4])}, ValueError, r"kv has shape \(5, 2, 2, 8\); it has to be \(4, 2, 2, 8\)"),
-        ({"segments": Segments([2, 0, 3])}, ValueError, "segment 1 of .* an image needs at least one row"),
-        ({"query": QUERY.double()}, TypeError, "query is torch.float64"),
-        ({"query": QUERY[0]}, ValueError, r"query has shape \(8,\)"),
-        ({"query": torch.zeros(2, 136)}, ValueError, "head_dim <= 128"),
-        ({"query": torch.zeros(8, 2).t()}, ValueError, "query has .*last stride 1"),
-        ({"kv": KV.half()}, TypeError, "kv is torch.float16"),
-        ({"kv": KV[:, :1]}, ValueError, r"kv has shape \(5, 1, 2, 8\)"),
-        ({"kv": torch.zeros(5, 2, 8, 2).transpose(2, 3)}, ValueError, "kv has .*last stride 1"),
-        ({"scale": 0.0}, ValueError, "scale is 0.0"),
-        ({"scale": float("nan")}, ValueError, "scale is nan"),
-        ({"scale": float("inf")}, ValueError, "scale is inf"),
-        ({"out": torch.zeros(2, 2, 8)}, ValueError, r"out has shape \(2, 2, 8\); it has to be \(1, 2, 8\)"),
-        ({"out": torch.zeros(1, 2, 8).half()}, TypeError, "out is torch.float16"),
-        ({"out": torch.zeros(1, 8, 2).transpose(1, 2)}, ValueError, "out has .*last stride 1"),
+        ({"segments": Segments([4])}, ValueError, r"kv must have shape \(4, 2, 2, 8\), got \(5, 2, 2, 8\)"),
+        ({"segments": Segments([2, 0, 3])}, ValueError, "segments must not be empty, got .* segment 1 of 0 rows"),
+        ({"query": QUERY.double()}, TypeError, "query must be float32, .* got torch.float64"),
+        ({"query": QUERY[0]}, ValueError, r"query must be \[heads, head_dim\] .* got \(8,\)"),
+        ({"query": torch.zeros(2, 136)}, ValueError, "head_dim from 1 to 128, got .*136"),
+        ({"query": torch.zeros(8, 2).t()}, ValueError, "query must have last stride 1"),
+        ({"kv": KV.half()}, TypeError, "kv must be torch.float32"),
+        ({"kv": KV[:, :1]}, ValueError, r"kv must have shape .* got \(5, 1, 2, 8\)"),
+        ({"kv": torch.zeros(5, 2, 8, 2).transpose(2, 3)}, ValueError, "kv must have last stride 1"),
+        ({"scale": 0.0}, ValueError, "scale must be a positive, finite fp32 number, got 0.0"),
+        ({"scale": float("nan")}, ValueError, "scale must be a positive, .* got nan"),
+        ({"scale": float("inf")}, ValueError, "scale must be a positive, .* got inf"),
+        ({"out": torch.zeros(2, 2, 8)}, ValueError, r"out must have shape \(1, 2, 8\), got \(2, 2, 8\)"),
+        ({"out": torch.zeros(1, 2, 8).half()}, TypeError, "out must be torch.float32"),
+        ({"out": torch.zeros(1, 8, 2).transpose(1, 2)}, ValueError, "out must have last stride 1"),
     ],
 )
 def test_refusals(changes, error, message):
     with pytest.raises(error, match=message):
         attention_pooling(**({"query": QUERY, "kv": KV, "segments": Segments([5])} | changes))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_specifications(architecture):
-    specs = compile_specs(architecture)
-    assert {spec.constants["HEAD_DIM"] for spec in specs} >= {64, 72}
-    assert len({spec.name for spec in specs}) == len(specs)

@@ -8,9 +8,8 @@ from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime import dispatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-ROTATIONS = [
-    (dtype, rotation) for dtype in DTYPES for rotation in dict.fromkeys((torch.float32, dtype))
-]  # what is stored, and what products and sums are rounded to
+ROTATIONS = [(dtype, rotation) for dtype in DTYPES for rotation in dict.fromkeys((torch.float32, dtype))]
+"""Stored dtype, and the dtype to which multiplications and sums are rounded."""
 
 
 def rotated(x, cos, sin):
@@ -31,11 +30,11 @@ def inputs(rows, heads, head_dim, dtype, device="cpu", seed=0):
 @pytest.mark.parametrize(("dtype", "rotation"), ROTATIONS)
 @pytest.mark.parametrize(("rows", "heads", "head_dim"), [(1, 16, 80), (67, 3, 72), (5, 1, 64), (7, 2, 6), (70, 5, 2)])
 @pytest.mark.usefixtures("poisoned_empty")
-def test_matches_fp64_and_leaves_the_rest_alone(device, dtype, rotation, rows, heads, head_dim):
+def test_matches_fp64_and_writes_nothing_else(device, dtype, rotation, rows, heads, head_dim):
     qkv, cos, sin = inputs(rows, heads, head_dim, dtype, device)
     before = qkv.clone()
     rope_(qkv[:, 0], qkv[:, 1], cos, sin, rotation_dtype=rotation)
-    # In 16 bits the tables, the products and the sums are rounded: four errors of the size of one.
+    # In 16 bits the tables, the multiplications and the sums are rounded: four errors instead of one.
     limit = tolerance(dtype, cos.numel() * heads) * (1 if rotation == torch.float32 else 2)
     for part in range(2):
         assert relative_error(qkv[:, part], rotated(before[:, part], cos, sin)) <= limit
@@ -72,12 +71,12 @@ def test_reference_and_kernel_agree(kernel_device, dtype, rotation):
     rope_(qkv[:, 0], qkv[:, 1], cos, sin, rotation_dtype=rotation)
     with dispatch.use("reference"):
         rope_(again[:, 0], again[:, 1], cos, sin, rotation_dtype=rotation)
-    # A compiler may fuse a product into the sum in fp32, nowhere else.
+    # A compiler may fuse a multiplication and a sum in fp32 only.
     assert relative_error(qkv, again) <= (TOLERANCE[dtype] / 4 if rotation == torch.float32 else 0)
 
 
 @pytest.mark.parametrize(("dtype", "rotation"), ROTATIONS)
-def test_a_row_alone_equals_the_row_in_a_pack(device, dtype, rotation):
+def test_a_row_alone_equals_the_row_in_a_batch(device, dtype, rotation):
     qkv, cos, sin = inputs(99, 4, 72, dtype, device)
     alone = qkv[61:62].clone()
     rope_(qkv[:, 0], qkv[:, 1], cos, sin, rotation_dtype=rotation)
