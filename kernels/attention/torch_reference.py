@@ -44,7 +44,7 @@ def flash_attention_varlen_reference(
     by_exponentials = by_matmuls and cpu.has_onednn_exponential(q.dtype)
     for run in segments.groups():
         if by_matmuls and run.length >= (LENGTH_FOR_EXPONENTIALS if by_exponentials else LENGTH_FOR_MATMULS):
-            attend = _attend_by_exponentials if by_exponentials else _attend_by_matmuls
+            attend = attend_by_exponentials if by_exponentials else attend_by_matmuls
             for start in range(run.start, run.stop, run.length):
                 rows = slice(start, start + run.length)
                 attend(q[rows], k[rows], v[rows], scale, out[rows])
@@ -57,7 +57,7 @@ def flash_attention_varlen_reference(
     return out
 
 
-def _attend_by_matmuls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+def attend_by_matmuls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
     """Computes one segment head by head, some queries at a time, all keys at once.
 
     Scores and softmax are fp32, as in the fused form; only the weights are rounded, before the matmul with the values.
@@ -76,7 +76,7 @@ def _attend_by_matmuls(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale:
             out[chunk, head] = cpu.matmul(weights.to(compute), value, None)
 
 
-def _attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+def attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor) -> None:
     """Computes one segment in bf16; the first matmul returns the weights as the second one needs them.
 
     Sums are fp32.  Rounded to bf16 are the scaled queries, the weights (before they are summed, so that they add up to
@@ -112,7 +112,7 @@ def _attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s
         is_valid = ((sums > _MIN_SUM) & (sums < _MAX_SUM)).flatten(1).all(1)
         for head in torch.nonzero(~is_valid).flatten().tolist():
             one = slice(first + head, first + head + 1)
-            _attend_by_matmuls(q[:, one], k[:, one], v[:, one], scale, out[:, one])
+            attend_by_matmuls(q[:, one], k[:, one], v[:, one], scale, out[:, one])
 
 
 def attention_workspace_bytes(rows: int, length: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
