@@ -1,6 +1,6 @@
-"""Packing: the facts about a batch, held against transformers where it states them too."""
+"""Packing: metadata of a batch, compared with transformers where it computes the same."""
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_pixels_that_do_not_fit_are_refused(grids: list[Grid], shape: tuple[int,
         PackedBatch.pack(CONFIG, torch.zeros(shape), layouts(grids), original_sizes=[(1, 1)], content_hashes=[""])
 
 
-def test_facts_of_the_wrong_number_are_refused() -> None:
+def test_metadata_of_the_wrong_number_is_rejected() -> None:
     with pytest.raises(ValueError, match="one entry per layout"):
         PackedBatch.pack(CONFIG, torch.zeros(24, 588), layouts([(1, 4, 6)]), original_sizes=[], content_hashes=[""])
 
@@ -113,7 +113,7 @@ def test_windows_stand_side_by_side_and_the_selection_undoes_it() -> None:
     assert batch.workload.scores == 60**2 + 2 * 16**2
 
 
-def test_a_class_token_is_a_patch_of_zeros_before_each_view() -> None:
+def test_a_class_token_is_a_patch_of_zeros_before_each_tile() -> None:
     tile = ImageLayout.of_one_tile((1, 3, 3), 2)
     batch = packed(FIXED, [tile, tile])
     assert batch.attention.segments.lengths == (10, 10)
@@ -168,7 +168,7 @@ def test_bilinear_positions_reach_every_corner_of_the_table() -> None:
     assert torch.equal(rows[24:28], rows[28:])
 
 
-def test_a_batch_moves_with_all_its_facts() -> None:
+def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = packed(TILED, [ImageLayout.of_one_tile((1, 3, 3), 2)])
     assert batch.to(torch.device("cpu")) is batch
     moved = batch.to(torch.device("meta"))
@@ -196,3 +196,18 @@ def test_a_batch_has_the_form_of_the_towers_that_it_is_for() -> None:
     assert len(forms) == len(others)
     assert batch.form not in forms
     assert CONFIG.batch_form.differences(others[2].batch_form) == "window 4 instead of None"
+
+
+def test_a_batch_and_its_records_are_frozen() -> None:
+    batch = pack(GRIDS)
+    for record, name in (
+        (batch, "workload"),
+        (batch.images, "grids"),
+        (batch.attention, "side"),
+        (batch.tokens, "selection"),
+    ):
+        with pytest.raises(FrozenInstanceError):
+            setattr(record, name, None)
+    state = {record: dict(vars(record)) for record in (batch, batch.attention, batch.tokens)}
+    batch.to(torch.device("meta"))
+    assert all(vars(record).keys() == before.keys() for record, before in state.items())

@@ -1,61 +1,55 @@
-"""Preprocessed pixels → batch: what is taken, and what is refused."""
+"""Packing of preprocessed pixels: accepted and rejected tiles."""
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from support.configs import CONFIG, FIXED, TILED
+from support.configs import FIXED, TILED
+from support.preprocessing import put_together, tower
 
+from tritontower.config import TowerConfig
 from tritontower.errors import UsageError
-from tritontower.models.common.hf_reference import tile_images
 from tritontower.preprocessing import pack_tiles
 
 
 @pytest.mark.parametrize("merge", [1, 2])
-def test_a_tile_is_found_again_in_its_patches(merge: int) -> None:
-    config = replace(CONFIG, projector=replace(CONFIG.projector, merge=merge))
-    tiles = [torch.randn(3, 56, 84), torch.randn(3, 28, 28)]
+def test_tiles_are_packed_unchanged(merge: int) -> None:
+    config = tower(merge=merge)
+    tiles = [torch.randn(3, 56, 84, dtype=torch.float64, requires_grad=True), torch.randn(3, 28, 28).bfloat16()]
+    before = [tile.detach().clone() for tile in tiles]
     batch = pack_tiles(config, tiles)
+    assert batch.images.grids == ((1, 4, 6), (1, 2, 2))
     assert batch.images.token_counts == (24 // merge**2, 4 // merge**2)
     assert batch.images.processed_sizes == ((84, 56), (28, 28))
-    assert all(map(torch.equal, tile_images(batch, config), tiles))
+    assert not batch.pixels.requires_grad
+    assert all(map(torch.equal, tiles, before))
+    for tile, grid, rows in zip(tiles, batch.images.grids, batch.pixels.split([24, 4]), strict=True):
+        assert torch.equal(put_together(rows, grid, 14, merge), tile.detach().float())
+    assert len(pack_tiles(config, [])) == 0
 
 
-def test_a_tile_of_a_tower_with_a_class_token_is_found_again() -> None:
-    tiles = list(torch.randn(2, 3, 6, 6))
-    assert all(map(torch.equal, tile_images(pack_tiles(FIXED, tiles), FIXED), tiles))
+def test_tiles_of_a_fixed_grid_may_have_a_margin() -> None:
+    tiles = list(torch.randn(2, 3, 7, 6))
+    batch = pack_tiles(FIXED, tiles)
+    assert batch.images.processed_sizes == ((6, 7),) * 2
+    for tile, rows in zip(tiles, batch.pixels.split(10), strict=True):
+        assert not rows[0].any(), "the class token"
+        assert torch.equal(put_together(rows[1:], (1, 3, 3), 2, 1), tile[:, :6, :6])
     assert pack_tiles(TILED, tiles).images.token_counts == (9, 9)
 
 
-def test_what_is_left_of_a_side_is_left_out() -> None:
-    tile = torch.randn(3, 7, 7)
-    (cut,) = tile_images(pack_tiles(FIXED, [tile]), FIXED)
-    assert torch.equal(cut, tile[:, :6, :6])
-
-
-def test_no_tiles_is_an_empty_batch() -> None:
-    assert len(pack_tiles(CONFIG, [])) == 0
-
-
 @pytest.mark.parametrize(
-    ("tile", "message"),
+    ("config", "tile", "message"),
     [
-        (
-            torch.zeros(3, 28, 28, dtype=torch.uint8),
-            r"tile 0 must be \[3, .* got shape \[3, 28, 28\] and dtype torch.uint8.*encode",
-        ),
-        ("photo.jpg", r"tile 0 must be a tensor .* got 'photo.jpg'"),
-        (torch.zeros(4, 28, 28), r"\[3, height, width\].*\[4, 28, 28\]"),
-        (torch.zeros(1, 3, 28, 28), r"\[1, 3, 28, 28\]"),
-        (torch.zeros(3, 28, 42), r"must be multiples of 28, got 42 × 28"),
-        (torch.zeros(3, 0, 28), r"28 × 0 pixels"),
+        (tower(merge=2), torch.ones(3, 56, 60), r"multiples of 28, got 60 × 56 pixels"),
+        (tower(merge=2), torch.ones(3, 0, 28), r"28 × 0 pixels"),
+        (tower(merge=2), torch.ones(1, 56, 56), r"must be \[3, height, width\].* got shape \[1, 56, 56\]"),
+        (tower(merge=2), torch.ones(1, 3, 56, 56), r"\[1, 3, 56, 56\]"),
+        (tower(merge=2), torch.ones(3, 56, 56, dtype=torch.uint8), r"torch.uint8; for other images call encode"),
+        (tower(merge=2), "a tile", r"tile 0 must be a tensor .* got 'a tile'"),
+        (tower(table_side=4), torch.ones(3, 56, 70), r"must have 4 × 4 patches of 14 pixels, got 70 × 56 pixels"),
     ],
 )
-def test_what_does_not_fit_is_refused(tile: object, message: str) -> None:
+def test_tiles_that_do_not_fit_are_rejected(config: TowerConfig, tile: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        pack_tiles(CONFIG, [tile])
-
-
-def test_another_size_than_the_towers_is_refused() -> None:
-    with pytest.raises(UsageError, match="must have 3 × 3 patches of 2 pixels, got 8 × 6"):
-        pack_tiles(FIXED, [torch.zeros(3, 6, 8)])
+        pack_tiles(config, [tile])

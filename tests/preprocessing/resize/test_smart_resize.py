@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,15 @@ from support.preprocessing import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_resize
 
-from tritontower.errors import AspectRatioError, ConfigError, ImageTooLargeError, Limits, ProcessorError, TowerError
+from tritontower.errors import (
+    AspectRatioError,
+    ConfigError,
+    ImageTooLargeError,
+    Limits,
+    ProcessorError,
+    TowerError,
+    UsageError,
+)
 from tritontower.preprocessing import Preprocessor, SmartResize
 from tritontower.preprocessing.images.image import CanonicalImage
 from tritontower.preprocessing.resize.smart_resize import STILL_AREA, VIDEO_AREAS, smart_resize, smart_resize_video
@@ -56,33 +64,6 @@ def test_sizes_are_those_of_transformers(factor: int, area: tuple[int, int]) -> 
         assert smart_resize(width, height, factor, area) == expected[::-1]
 
 
-@pytest.mark.parametrize(
-    ("config", "content"),
-    [
-        (QWEN2, settings(min_pixels=3136, max_pixels=100352)),
-        (
-            QWEN3,
-            settings(
-                patch_size=16,
-                size={"shortest_edge": 65536, "longest_edge": 16777216},
-                image_mean=[0.5, 0.5, 0.5],
-                image_std=[0.5, 0.5, 0.5],
-            ),
-        ),
-    ],
-)
-def test_pixels_and_grids_are_those_of_transformers(tmp_path: Path, config: Any, content: dict[str, Any]) -> None:
-    preprocessor = rule(tmp_path, {"preprocessor_config.json": content}, config=config)
-    reference = reference_processor(tmp_path)
-    images = [*IMAGES, *(canonical(noise(*size, seed)) for seed, size in enumerate(random_sizes(30, largest=300)))]
-    expected = reference(images=[image.array for image in images], input_data_format="channels_last")
-    layouts = [preprocessor.layout(image.width, image.height) for image in images]
-    assert [list(layout.grid) for layout in layouts] == np.asarray(expected["image_grid_thw"]).tolist()
-    rows = torch.from_numpy(expected["pixel_values"]).unflatten(1, (3, 2, -1))
-    assert torch.equal(rows[:, :, 0], rows[:, :, 1])
-    assert torch.equal(torch.cat(patches_of(preprocessor, images)), rows[:, :, 0].flatten(1))
-
-
 def test_bounds_of_the_call_count_for_layout_and_pixels(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     bounds = {"min_pixels": 5000, "max_pixels": 20000}
@@ -91,17 +72,6 @@ def test_bounds_of_the_call_count_for_layout_and_pixels(tmp_path: Path) -> None:
     (rows,) = patches_of(preprocessor, IMAGES[:1], **bounds)
     assert torch.equal(rows, torch.from_numpy(expected["pixel_values"]).unflatten(1, (3, 2, -1))[:, :, 0].flatten(1))
     assert preprocessor.layout(157, 243, **bounds).patches == len(rows) < preprocessor.layout(157, 243).patches
-
-
-def test_a_batch_of_images_is_packed(tmp_path: Path) -> None:
-    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
-    batch = preprocessor.preprocess_images(IMAGES)
-    layouts = [preprocessor.layout(image.width, image.height) for image in IMAGES]
-    assert batch.images.grids == tuple(layout.grid for layout in layouts)
-    assert batch.images.original_sizes == ((157, 243), (60, 200), (5, 3))
-    assert batch.images.content_hashes == tuple(image.digest for image in IMAGES)
-    assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, IMAGES)))
-    assert len(preprocessor.preprocess_images([])) == 0
 
 
 @pytest.mark.parametrize(
@@ -184,14 +154,7 @@ def test_bounds_that_allow_nothing_are_refused(tmp_path: Path, bounds: dict[str,
         preprocessor.layout(100, 100, **bounds)
 
 
-def test_a_tower_of_other_channels_is_refused(tmp_path: Path) -> None:
-    gray = replace(QWEN2, patch=replace(QWEN2.patch, channels=1))
-    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()}, config=gray)
-    with pytest.raises(ProcessorError, match="must make images of 1 channels for this tower, got 3"):
-        preprocessor.preprocess_images([canonical(noise(56, 84))])
-
-
-def test_ratios_that_the_rule_does_not_know_are_refused_whatever_the_limits(tmp_path: Path) -> None:
+def test_ratios_above_200_are_rejected_whatever_the_limits(tmp_path: Path) -> None:
     write_settings(tmp_path, settings())
     preprocessor = make_rule(SmartResize, QWEN2, tmp_path, Limits(max_aspect_ratio=1000))
     assert preprocessor.layout(2000, 10).processed_size == reference_resize(10, 2000)[::-1]
@@ -310,7 +273,7 @@ def test_a_whole_videos_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
         assert torch.equal(rows, expected.unflatten(1, (3, 2, -1))[:, :, 0])
 
 
-def test_a_whole_videos_bounds_must_leave_a_token_in_every_temporal_patch(tmp_path: Path) -> None:
+def test_bounds_of_a_video_must_leave_a_token_per_temporal_patch(tmp_path: Path) -> None:
     files = {"preprocessor_config.json": settings(patch_size=16)}
     preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_video")
     assert preprocessor.video_layout(2, 100, 100, min_pixels=1, max_pixels=2048).grid == (1, 2, 2)
@@ -331,7 +294,7 @@ def test_videos_that_are_none_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", ["per_frame", "per_video"])
-def test_a_video_has_a_limit_that_is_checked_before_anything_is_made(tmp_path: Path, budget: Any) -> None:
+def test_the_limit_of_a_video_is_checked_before_any_work(tmp_path: Path, budget: Any) -> None:
     files = {"preprocessor_config.json": settings(patch_size=16)}
     preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget=budget)
 
@@ -359,3 +322,26 @@ def test_frames_keep_their_colors_in_a_video(tmp_path: Path) -> None:
     first, second = frames_of(video.pixels, 1)
     assert (first[:, 0] > first[:, 1].max()).all()
     assert torch.equal(second[:, 0], second[:1, 0].expand_as(second[:, 0]))
+
+
+class Own(Qwen2VLImageProcessorPil):
+    """A processor of a class that the fast path does not list."""
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_videos_are_those_of_the_processor(tmp_path: Path, frames: int) -> None:
+    bounds = {"min_pixels": 3136, "max_pixels": 20000}
+    usual, own = (
+        make_rule(SmartResize, QWEN2, tmp_path, given=kind(**bounds)) for kind in (Qwen2VLImageProcessorPil, Own)
+    )
+    video = [canonical(noise(110, 75, seed)) for seed in range(frames)]
+    expected = own.preprocess_video(video, **bounds)
+    assert own.fast_path is None
+    assert usual.fast_path is not None
+    assert torch.equal(usual.preprocess_video(video, **bounds).pixels, expected.pixels)
+    with ThreadPoolExecutor(3) as pool:
+        raw = usual.preprocess_video(video, raw=True, each=pool.map, **bounds)
+    assert raw.pixels.dtype == torch.uint8
+    assert torch.equal(usual.normalize(raw).pixels, expected.pixels)
+    with pytest.raises(UsageError, match="cannot be packed as bytes"):
+        own.preprocess_video(video, raw=True, **bounds)

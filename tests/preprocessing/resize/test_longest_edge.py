@@ -53,36 +53,6 @@ def test_sizes_are_those_of_transformers(edge: int, factor: int) -> None:
             assert shrink_to_fit(width, height, (edge, edge), factor) == expected[::-1]
 
 
-@pytest.mark.parametrize(
-    ("config", "content", "largest"),
-    [
-        (PIXTRAL, settings(patch_size={"height": 16, "width": 16}, size={"longest_edge": 128}), (128, 128)),
-        (MISTRAL, settings(size={"longest_edge": 154}), (154, 154)),
-        (MISTRAL, settings(patch_size=28, size={"longest_edge": 154}), (154, 154)),
-        (MISTRAL, settings(size={"height": 112, "width": 196}), (196, 112)),
-        (MISTRAL, settings(size=140), (140, 140)),
-        (MISTRAL, settings(), (1024, 1024)),
-    ],
-)
-def test_pixels_and_grids_are_those_of_transformers(
-    tmp_path: Path, config: Any, content: dict[str, Any], largest: tuple[int, int]
-) -> None:
-    preprocessor = rule(tmp_path, content, config)
-    assert preprocessor.rule.largest == largest
-    reference = reference_processor(tmp_path)
-    sizes = [size for size in random_sizes(40, largest=500) if max(size) < 50 * min(size)]
-    images = [canonical(noise(*size, seed)) for seed, size in enumerate(sizes)]
-    side, merge = config.patch.size, config.merge
-    for image, rows in zip(images, patches_of(preprocessor, images), strict=True):
-        # As PixtralProcessor calls it.
-        expected = reference(
-            images=[image.array], patch_size=side * merge, input_data_format="channels_last", return_tensors="pt"
-        )
-        layout = preprocessor.layout(image.width, image.height)
-        assert layout.processed_size == tuple(expected["image_sizes"][0].tolist())[::-1]
-        assert torch.equal(put_together(rows, layout.grid, side, merge), expected["pixel_values"][0])
-
-
 def test_the_callers_longest_edge_counts_for_layout_and_pixels(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, settings(size={"longest_edge": 1540}))
     image = canonical(noise(400, 300))
@@ -106,16 +76,6 @@ def test_settings_without_a_file_stand_for_one_that_is_missing(tmp_path: Path) -
     assert other.layout(300, 200).processed_size == filed.layout(300, 200).processed_size
     with pytest.raises(ProcessorError, match="must hold the settings"):
         make_rule(LongestEdge, MISTRAL, tmp_path / "missing", LIMITS).layout(300, 200)
-
-
-def test_images_of_a_batch_do_not_pad_each_other(tmp_path: Path) -> None:
-    preprocessor = rule(tmp_path, settings(size={"longest_edge": 154}))
-    images = [canonical(noise(300, 40)), canonical(noise(20, 200, 1))]
-    together = patches_of(preprocessor, images)
-    for image, rows in zip(images, together, strict=True):
-        assert torch.equal(rows, patches_of(preprocessor, [image])[0])
-    batch = preprocessor.preprocess_images(images)
-    assert batch.images.token_counts == tuple(len(rows) // 4 for rows in together)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +140,7 @@ def test_cubic_taps_are_those_of_an_exact_convolution(source: int, target: int) 
 
 
 @pytest.mark.parametrize("size", [(400, 300), (90, 30), (1, 1), (37, 5), (2000, 1500)])
-def test_mistrals_pixels_are_a_cubic_convolution_without_a_wider_filter(size: tuple[int, int]) -> None:
+def test_mistrals_pixels_are_an_unfiltered_cubic_convolution(size: tuple[int, int]) -> None:
     preprocessor = mistral(edge=280)
     image = canonical(noise(*size))
     (rows,) = patches_of(preprocessor, [image])

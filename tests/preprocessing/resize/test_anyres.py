@@ -150,24 +150,6 @@ def test_published_sizes(tmp_path: Path, content: dict[str, Any], side: int) -> 
         assert torch.equal(put_together(part, (1, side, side), 14, 1), tile[:, : side * 14, : side * 14])
 
 
-def test_an_images_layout_does_not_depend_on_the_others(tmp_path: Path) -> None:
-    preprocessor = rule(tmp_path, SMALL_ONEVISION, 2)
-    images = [canonical(noise(100, 40)), canonical(noise(30, 90, 1))]
-    for image, rows in zip(images, patches_of(preprocessor, images), strict=True):
-        assert torch.equal(rows, patches_of(preprocessor, [image])[0])
-
-
-def test_a_batch_of_tiles_is_packed(tmp_path: Path) -> None:
-    config = tower(patch=14, table_side=2, newline=True)
-    preprocessor = rule(tmp_path, SMALL_NEXT, 2, config=config)
-    images = [canonical(noise(100, 40)), canonical(noise(30, 90, 1))]
-    batch = preprocessor.preprocess_images(images)
-    layouts = [preprocessor.layout(image.width, image.height) for image in images]
-    assert batch.images.token_counts == tuple(layout.tokens(config) for layout in layouts)
-    assert batch.images.tile_counts == tuple(len(layout.tiles) for layout in layouts)
-    assert torch.equal(batch.pixels, torch.cat(patches_of(preprocessor, images)))
-
-
 def test_without_a_newline_rows_follow_each_other(tmp_path: Path) -> None:
     for limit in (None, 1):
         with_newline = rule(tmp_path, SMALL_NEXT, 2, shrink_limit=limit).layout(56, 56).assembly

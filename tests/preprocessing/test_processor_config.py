@@ -1,0 +1,83 @@
+"""Settings files: class defaults, precedence of files, and every form of a size."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.preprocessing import write_settings
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from tritontower.errors import ConfigError
+from tritontower.preprocessing.processor_config import CLASS_DEFAULTS, IMAGE_FILES, Settings
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        CLIPImageProcessorPil,
+        LlavaImageProcessorPil,
+        LlavaNextImageProcessorPil,
+        LlavaOnevisionImageProcessorPil,
+        SiglipImageProcessorPil,
+        Gemma3ImageProcessorPil,
+        PixtralImageProcessorPil,
+        Qwen2VLImageProcessorPil,
+    ],
+)
+def test_class_defaults_are_those_of_transformers(kind: Any) -> None:
+    ours = CLASS_DEFAULTS[kind.__name__.removesuffix("Pil")]
+    deciding = ("size", "crop_size", "do_center_crop", "patch_size", "image_grid_pinpoints", "do_pan_and_scan")
+    for name in deciding:
+        if name == "patch_size" and kind is Qwen2VLImageProcessorPil:
+            continue  # the loaded processor's own attribute is compared with the tower
+        assert ours.get(name) == getattr(kind, name, None), name
+    assert ours.get("do_pad", False) == (kind is LlavaImageProcessorPil and kind.do_pad)
+
+
+def test_the_nested_section_wins_unless_it_is_empty(tmp_path: Path) -> None:
+    write_settings(tmp_path, {"size": 1}, "preprocessor_config.json")
+    nested = {"image_processor": {"size": 2}, "video_processor": {"size": 3}}
+    write_settings(tmp_path, nested, "processor_config.json")
+    assert Settings.from_files(tmp_path, IMAGE_FILES, "image_processor").values == {"size": 2}
+    write_settings(tmp_path, {"processor_class": "AProcessor"}, "processor_config.json")
+    assert Settings.from_files(tmp_path, IMAGE_FILES, "image_processor").values == {"size": 1}
+    write_settings(tmp_path, {"image_processor": [1]}, "processor_config.json")
+    with pytest.raises(ConfigError, match=r"processor_config\.json: image_processor"):
+        Settings.from_files(tmp_path, IMAGE_FILES, "image_processor")
+
+
+@pytest.mark.parametrize("name", ["CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"])
+def test_every_variant_of_a_class_has_its_defaults(name: str) -> None:
+    settings = Settings.with_defaults({"image_processor_type": name, "crop_size": None}, "file")
+    assert settings.values["crop_size"] == {"height": 224, "width": 224}
+    assert settings.kind == "CLIPImageProcessor"
+    assert Settings.with_defaults({"feature_extractor_type": "CLIPFeatureExtractor"}, "file").kind == settings.kind
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (5, {"side": 5}),
+        ([4, 6], {"height": 4, "width": 6}),
+        ({"width": 6, "height": 4, "longest_edge": None}, {"height": 4, "width": 6}),
+        ({"longest_edge": 7}, {"longest_edge": 7}),
+        (None, None),
+    ],
+)
+def test_forms_of_a_size(value: Any, expected: Any) -> None:
+    settings = Settings({"size": value}, "file")
+    assert settings.read_size("size", (("height", "width"), ("longest_edge",), ("side",))) == expected
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "224", [1, 2, 3], {"height": 4}, {"height": 4, "width": 0}, {}])
+def test_meaningless_sizes_are_rejected(value: Any) -> None:
+    settings = Settings({"size": value}, "preprocessor_config.json")
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: size"):
+        settings.read_size("size", (("height", "width"), ("side",)))
