@@ -26,7 +26,7 @@ from ..rowwise.norm import NormKind, Rounding
 from ..runtime import config as configs
 from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor
 from ..runtime.config import CompileSpec
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import GATED, LinearConfig, check_activation, compile_spec, launch_linear, prepare_gates, split_specs
 from .linear import choose_config as choose_linear
@@ -123,7 +123,6 @@ def choose_config(
     )
 
 
-@on_device_of_first
 def launch_projector(
     x: torch.Tensor,
     norm_weight: torch.Tensor | None,

@@ -290,37 +290,34 @@ class Scheduler:
             items = part.pending
             if not items:
                 continue
-            outcome = self._try_batch(items, part)
-            if not isinstance(outcome, TowerError):
-                for item, result in zip(items, outcome, strict=True):
+            packed, part.packed = part.packed, None
+            error: TowerError | None = None
+            results: list[ImageEmbedding | NonFiniteOutputError] | None = None
+            try:
+                packed = packed or self._pack(items, map)
+                results = self._finish(packed, self.runner.run(packed))
+            except ITEM_ERRORS as failure:
+                error = self._detach(failure)
+            except (RuntimeError, MemoryError) as failure:
+                if not is_out_of_memory(failure):
+                    raise
+            packed = None
+            if results is not None:
+                for item, result in zip(items, results, strict=True):
                     item.settle(result)
                 continue
-            if isinstance(outcome, TowerOutOfMemoryError):
+            patches = sum(item.patches for item in items)
+            if error is None:
+                # Made outside the except block: as its context, torch's error would keep the tensors of its frames alive.
+                error = self._make_memory_error(f"image {items[0].index}", patches)
+            if isinstance(error, TowerOutOfMemoryError):
                 self.runner.release()
-                self.max_patches = max(1, sum(item.patches for item in items) // 2)
+                self.max_patches = max(1, patches // 2)
             if len(items) == 1:
-                items[0].settle(outcome)
-                continue
-            # The error's traceback may hold tensors.
-            del outcome
-            half = len(items) // 2
-            stack += [_Batch(items[half:]), _Batch(items[:half])]
-
-    def _try_batch(
-        self, items: Sequence[_Item], part: _Batch
-    ) -> list[ImageEmbedding | NonFiniteOutputError] | TowerError:
-        """Runs one batch; returns a result per image, or the error of the whole batch.  Releases the packed batch."""
-        packed, part.packed = part.packed, None
-        try:
-            packed = packed or self._pack(items, map)
-            return self._finish(packed, self.runner.run(packed))
-        except ITEM_ERRORS as error:
-            return self._detach(error)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        # Outside the except block: as its context, the original error would keep the tensors of its frames alive.
-        return self._make_memory_error(f"image {items[0].index}", sum(item.patches for item in items))
+                items[0].settle(error)
+            else:
+                half = len(items) // 2
+                stack += [_Batch(items[half:]), _Batch(items[:half])]
 
     def _finish(
         self, packed: PackedBatch, outputs: Mapping[str, torch.Tensor]
