@@ -1,4 +1,4 @@
-"""The tower of Qwen2-VL-2B at its published size: parity and memory, with random weights that are made once and kept."""
+"""Parity and memory of the Qwen2-VL-2B tower at its published size, with random weights that are kept."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 IMAGES = [noise(210, 250, 0), noise(300, 100, 1), noise(56, 56, 2)]
 MEMORY_ALLOWANCE = 300e6
-"""Bytes that a process may hold beside the weights and the memory plan: the libraries' own workspaces."""
+"""Bytes that a process may allocate beyond weights and memory plan, for the libraries' own workspaces."""
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def test_fp32_agrees_with_transformers(checkpoint: Path) -> None:
     assert parity.worst_image <= 1e-5, parity
 
 
-def test_bf16_errs_no_more_than_transformers(checkpoint: Path) -> None:
+def test_bf16_error_is_within_the_limit(checkpoint: Path) -> None:
     tower = VisionTower.from_pretrained(checkpoint, device="cpu")
     assert tower.dtype == torch.bfloat16
     parity = compare(tower, tower.preprocess(IMAGES))
     assert parity.passed, parity
-    # Every block adds its share of rounding; the first must still be near the floor of one bf16 store.
+    # Every block adds rounding errors; the first is near that of a single bf16 store.
     assert next(line.error for line in compare_nodes(tower, tower.preprocess(IMAGES[2]))) <= 5e-3
 
 

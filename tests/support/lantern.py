@@ -1,7 +1,4 @@
-"""The model of the imaginary family in ``docs/adding-a-model.md``: what transformers would have of it.
-
-Plain modules, none of them this project's; :func:`register` makes transformers' automatic classes know them.
-"""
+"""The imaginary model of ``docs/adding-a-model.md``, as transformers would implement it."""
 
 from typing import Any
 
@@ -60,6 +57,6 @@ class LanternModel(PreTrainedModel):
 
 
 def register() -> None:
-    """Lets ``AutoConfig`` and ``AutoModel`` load such checkpoints."""
+    """Registers the model with ``AutoConfig`` and ``AutoModel``."""
     AutoConfig.register("lantern", LanternConfig, exist_ok=True)
     AutoModel.register(LanternConfig, LanternModel, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Small random Qwen-VL models, and what transformers alone makes of images with them."""
+"""Small random Qwen-VL models, and their encoding by transformers alone."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +31,7 @@ def save_model(
     area: tuple[int, int] = (56 * 56, 12845056),
     **processor: Any,
 ) -> Path:
-    """Any of the Qwen-VL models with random weights, and the image processor that they share."""
+    """Saves any of the Qwen-VL models with random weights, and their common image processor."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     torch.manual_seed(seed)
@@ -40,10 +40,10 @@ def save_model(
         if "visual" not in name:
             continue
         if parameter.ndim == 1:
-            # Freshly made norms are exactly one and zero and biases are zero: a swapped or dropped one would not show.
+            # Initial norms are exactly one and biases zero: a swapped or missing one would not be noticed.
             parameter.data.add_(torch.randn_like(parameter) * 0.2)
         else:
-            # So wide a deviation makes each branch of a block count as much as what it is added to.
+            # Makes each branch of a block as large as its input.
             parameter.data.normal_(0.0, 1.0 if "pos_embed" in name else parameter.flatten(1).shape[1] ** -0.5)
     model.to(dtype).save_pretrained(folder)
     vision = config.vision_config
@@ -58,7 +58,7 @@ def save_model(
 
 
 def by_transformers(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The merged rows of each image, by whichever of the Qwen-VL models the folder holds."""
+    """Returns the merged rows of each image, by the Qwen-VL model in the folder."""
     from transformers import AutoModelForImageTextToText
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 

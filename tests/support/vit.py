@@ -1,4 +1,4 @@
-"""Small random models around the encoders of CLIP and SigLIP, and what transformers alone makes of images with them."""
+"""Small random models with CLIP or SigLIP encoders, and their encoding by transformers alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ PREFIXES_IN_MODEL = (
         ("multi_modal_projector.", "module.model.multi_modal_projector."),
     ),
 )
-"""Generations of the names in a vision-language model: what is saved now → what published files have."""
+"""Generations of the names in a vision-language model: prefix that is saved now → published prefix."""
 
 TINY_TEXT: dict[str, Any] = {
     "model_type": "llama",
@@ -84,7 +84,7 @@ HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def tiny_vision(kind: str, depth: int, changes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The configuration of a small encoder; SigLIP's image is no multiple of its patches."""
+    """Returns the configuration of a small encoder; SigLIP's image size is no multiple of its patch size."""
     return {
         "model_type": f"{kind}_vision_model",
         "hidden_size": 64,
@@ -98,7 +98,7 @@ def tiny_vision(kind: str, depth: int, changes: Mapping[str, Any] | None) -> dic
 
 
 def perturb(model: Any) -> Any:
-    """Gives what is freshly made as one, zero or nearly nothing values of its own, so that a swapped or dropped one shows."""
+    """Moves parameters away from their initial one, zero or tiny values, so that swapped or missing ones are noticed."""
     for name, parameter in model.named_parameters():
         if "language_model" in name or "text_model" in name:
             continue
@@ -107,7 +107,7 @@ def perturb(model: Any) -> Any:
         elif "position_embedding" in name or "probe" in name:
             parameter.data.add_(torch.randn_like(parameter) * 0.5)
         else:
-            # Wide enough apart that an activation's curvature is met, and that softmax prefers some keys.
+            # Large enough for the curvature of activations and for a non-uniform softmax.
             parameter.data.mul_(1.5)
     return model
 
@@ -122,17 +122,7 @@ def save_encoder(
     depth: int = 3,
     vision: Mapping[str, Any] | None = None,
 ) -> Path:
-    """An encoder alone, the names of whose tensors begin with nothing, or the ``whole`` contrastive model.
-
-    Args:
-        kind: ``"clip"`` or ``"siglip"``.
-        folder: where it goes.
-        whole: whether with the text half.
-        dtype: of the weights.
-        seed: of the random numbers.
-        depth: vision blocks.
-        vision: changes of the encoder's configuration.
-    """
+    """Saves an encoder (``kind`` is ``"clip"`` or ``"siglip"``) alone, or the ``whole`` contrastive model."""
     import transformers
 
     torch.manual_seed(seed)
@@ -149,7 +139,7 @@ def save_encoder(
 
 
 def write_processor(folder: Path, kind: str, side: int, **changes: Any) -> None:
-    """The file of the image processor that goes with an encoder, in the form of old checkpoints."""
+    """Writes the image processor's file for an encoder, in the form of old checkpoints."""
     settings: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
     square = {"height": side, "width": side}
     if kind == "clip":
@@ -167,7 +157,7 @@ def _processor(folder: Path) -> Any:
 
 
 def by_encoder(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """``last_hidden_state`` of each image."""
+    """Returns ``last_hidden_state`` of each image."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
@@ -177,7 +167,7 @@ def by_encoder(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -
 
 
 def by_llava(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The rows that each image's place in a prompt takes, one prompt per image."""
+    """Returns the rows that each image has in a prompt of its own."""
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()

@@ -1,7 +1,7 @@
-"""Is it the same tower?  The graph beside transformers' own implementation, on the same checkpoint and images.
+"""Comparison of a tower with transformers, on the same checkpoint and images.
 
-In fp32 the two must agree to :data:`FLOAT32_TOLERANCE`.  In bf16 and fp16 two correct implementations differ more from
-each other than from the truth, so each is held against transformers in fp32, and the tower's error may be at most
+In fp32 the two must agree to :data:`FLOAT32_TOLERANCE`.  In bf16 and fp16 two correct implementations differ more from each
+other than from the exact result.  So each is compared with transformers in fp32, and the tower's error may be at most
 :data:`HALF_TOLERANCE` times transformers' own error in that dtype.
 """
 
@@ -23,27 +23,15 @@ from tritontower.graph.ir import Node
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel
 from tritontower.tower import VisionTower
 
-__all__ = [
-    "FLOAT32_TOLERANCE",
-    "HALF_TOLERANCE",
-    "NodeParity",
-    "OutputParity",
-    "Parity",
-    "Reference",
-    "compare",
-    "compare_nodes",
-    "relative_error",
-]
-
 FLOAT32_TOLERANCE = 1e-5
-"""Relative L2 distance of an fp32 tower from transformers in fp32, end to end."""
+"""Largest relative L2 distance of an fp32 tower from transformers in fp32, end to end."""
 HALF_TOLERANCE = 1.10
-"""Error of a 16-bit tower over transformers' own error in that dtype, both against transformers in fp32."""
+"""Largest error of a 16-bit tower over transformers' error in that dtype, both against transformers in fp32."""
 
 
 @dataclass(frozen=True)
 class OutputParity:
-    """How close one output of a tower comes to transformers'.
+    """Error of one output of a tower.
 
     Attributes:
         error: relative L2 distance of the tower's rows from transformers' in fp32.
@@ -60,20 +48,20 @@ class OutputParity:
 
     @property
     def passed(self) -> bool:
-        """Whether the output is as close as it must be."""
+        """True if the error is within :attr:`limit`."""
         return self.error <= self.limit
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How close a tower comes to transformers, over a whole batch.
+    """Errors of a tower over a batch.
 
     Attributes:
         dtype: the tower's.
-        outputs: per output (``embeddings``, and whatever else the tower has), how close it is.
-        worst_image: the largest distance of one image's embeddings.
-        seconds: wall time of the tower's pass.
-        reference_seconds: wall time of transformers' pass in the tower's dtype.
+        outputs: name of an output (``embeddings`` and others) → its error.
+        worst_image: the largest error of one image's embeddings.
+        seconds: wall time of the tower.
+        reference_seconds: wall time of transformers in the tower's dtype.
     """
 
     dtype: torch.dtype
@@ -84,12 +72,12 @@ class Parity:
 
     @property
     def error(self) -> float:
-        """Distance of the embeddings."""
+        """Error of the embeddings."""
         return self.outputs["embeddings"].error
 
     @property
     def reference_error(self) -> float | None:
-        """Distance of transformers' embeddings in the tower's dtype; ``None`` for fp32."""
+        """Error of transformers' embeddings in the tower's dtype; ``None`` for fp32."""
         return self.outputs["embeddings"].reference_error
 
     @property
@@ -99,41 +87,41 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether every output is as close as it must be."""
+        """True if the error of every output is within its limit."""
         return all(output.passed for output in self.outputs.values())
 
 
 @dataclass(frozen=True)
 class NodeParity:
-    """How far one value of the graph is from the same value inside transformers."""
+    """Error of one value of the graph against the same value inside transformers."""
 
     node: str
     value: str
     reference: str
-    """Module of transformers, and whether its input or its output is meant."""
+    """Module of transformers, and its side: input or output."""
     error: float
 
 
 class Reference:
-    """transformers' implementation of a tower, read by transformers itself from the same checkpoint.
+    """transformers' implementation of a tower, on the same checkpoint.
 
-    Of a quantized checkpoint it is given the weights as the tower's own reader dequantizes them: transformers would
-    compute with the quantized ones, in another precision and by other libraries.
+    transformers loads the checkpoint itself.  Only the weights of a quantized checkpoint come from the tower's own reader:
+    transformers would compute with the quantized ones, in another precision and with other libraries.
 
     Args:
-        tower: whose checkpoint and images it shall share.
-        dtype: in which it computes.
+        tower: its checkpoint and preprocessor are used.
+        dtype: of weights and activations.
 
     Raises:
-        ReferenceModelError: transformers has no such model, cannot load it, or finds tensors missing.
+        ReferenceModelError: transformers has no such model, cannot load it, or misses tensors.
     """
 
     def __init__(self, tower: VisionTower, dtype: torch.dtype) -> None:
         implementation = tower.family.reference
         if implementation is None:
             raise ReferenceModelError(
-                f"transformers reads no checkpoint in the format of {tower.folder}; compare the same model's checkpoint in "
-                "transformers' format"
+                f"transformers cannot read the format of {tower.folder}; compare the same model's checkpoint in transformers' "
+                "format"
             )
         self.implementation: ReferenceModel = implementation
         self.model: Any = implementation.load(tower.folder, dtype, _dequantized(tower)).to(tower.device)
@@ -141,29 +129,29 @@ class Reference:
         self.dtype = dtype
 
     def inputs(self, batch: PackedBatch) -> Any:
-        """The batch in the form that transformers takes: what it costs is not transformers' time."""
+        """Converts a batch to transformers' inputs; not part of the measured time."""
         batch = self.tower.preprocessor.normalize(batch).to(self.tower.device)
         return self.implementation.inputs(self.model, batch, self.tower.config)
 
     @torch.inference_mode()
     def outputs(self, inputs: Any) -> Mapping[str, torch.Tensor]:
-        """The tower's outputs by name, for :meth:`inputs`."""
+        """Returns the outputs by name, for :meth:`inputs`."""
         return self.implementation.outputs(self.model, inputs, self.tower.config)
 
     def run(self, batch: PackedBatch) -> Mapping[str, torch.Tensor]:
-        """The tower's outputs by name, as :meth:`VisionTower.run` gives them."""
+        """Returns the outputs by name, as :meth:`VisionTower.run`."""
         return self.outputs(self.inputs(batch))
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """``[tokens, hidden_size]``, as :meth:`VisionTower.forward`."""
+        """Returns ``[tokens, hidden_size]``, as :meth:`VisionTower.forward`."""
         return self.run(batch)["embeddings"]
 
     @contextmanager
     def recorded(self, names: Mapping[str, ModuleValue]) -> Iterator[Callable[[str], torch.Tensor | None]]:
-        """Collects, while the model runs, what goes into and comes out of the modules that ``names`` points to.
+        """Records inputs and outputs of the modules in ``names`` while the model runs.
 
         Yields:
-            Value of the graph → its rows inside transformers; ``None`` if the model did not run through the modules.
+            Function from a value of the graph to its rows inside transformers; ``None`` if the modules did not run.
         """
         found: dict[tuple[str, str], torch.Tensor] = {}
 
@@ -189,7 +177,7 @@ class Reference:
 
 
 def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
-    """Runs ``tower`` and transformers over ``batch`` and holds them against each other."""
+    """Runs ``tower`` and transformers on ``batch`` and returns the errors."""
     ours, seconds = _timed(tower.run, batch, tower.device)
     exact, reference_seconds = _reference_timed(tower, torch.float32, batch)
     gc.collect()
@@ -216,12 +204,10 @@ def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
 
 
 def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
-    """The distance of every value that the graph and transformers (in the tower's dtype) have in common, in order.
+    """Returns the error of every value that the graph and transformers (in the tower's dtype) have in common, in order.
 
-    What kernels rotate as they write it, pad or put in another order is nowhere in transformers and has no line, and
-    neither has what never is in memory for all rows at once.
-
-    The first line whose error jumps is where the two part; everything behind it carries that error on.
+    Values that kernels rotate, pad or reorder have no counterpart in transformers and are left out, as are values that are
+    never in memory for all rows at once.  The two differ first at the line whose error jumps; all later values inherit it.
     """
     reference = Reference(tower, tower.dtype)
     names = reference.implementation.values(tower.config)
@@ -234,7 +220,7 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
     def observe(node: Node, tensors: Mapping[str, torch.Tensor]) -> None:
         for name in (*node.scratch, *node.outputs):
             theirs, held = value(name), executor.graph.values[name]
-            # Scratch that served one run of rows after the other holds the last of them only.
+            # Scratch that is reused for chunks of rows holds the last chunk only.
             if theirs is None or held.held_rows(batch.workload) < batch.workload.rows(held.rows):
                 continue
             ours, rows = tensors[name], held.rows
@@ -242,9 +228,9 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
             if raster is not None and len(ours) == len(raster):
                 ours = ours[raster]
             elif batch.attention.windows is not None and batch.tokens.selection is not None and rows != "patches":
-                # transformers projects in window order, and puts only the result in order.
-                theirs = theirs[_image_order(batch, len(ours))]
-            # A padded MLP is wider; what is beyond is zero.
+                # transformers projects in window order, and reorders the result.
+                theirs = theirs[_window_places(batch, len(ours))]
+            # A padded MLP is wider; the padding is zero.
             error = relative_error(ours[:, : theirs.shape[1]], theirs)
             found.append(NodeParity(node.name, name, str(names[name]), error))
 
@@ -254,7 +240,7 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
 
 
 def _dequantized(tower: VisionTower) -> dict[str, torch.Tensor] | None:
-    """Stored name → vision weight in fp32, of a checkpoint with anything quantized in it; ``None`` for all others."""
+    """Returns the vision weights of a quantized checkpoint in fp32, by stored name; ``None`` for other checkpoints."""
     config = ConfigReader.from_file(tower.folder / "config.json")
     declared = config.has("quantization_config") or config.has("text_config.quantization_config")
     with Checkpoint.open(tower.folder, prefixes=tower.family.prefixes, layout=tower.family.layout) as checkpoint:
@@ -269,8 +255,8 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().flatten(0, -2)
 
 
-def _image_order(batch: PackedBatch, rows: int) -> torch.Tensor:
-    """Where each patch, or each token if there are only as many ``rows``, stands in window order."""
+def _window_places(batch: PackedBatch, rows: int) -> torch.Tensor:
+    """Returns the place in window order of each patch, or of each token if there are only as many ``rows``."""
     selection = batch.tokens.selection
     if selection is None or rows == len(selection):
         return torch.arange(rows) if selection is None else selection.squeeze(1).long()
@@ -279,14 +265,14 @@ def _image_order(batch: PackedBatch, rows: int) -> torch.Tensor:
 
 
 def _raster_order(batch: PackedBatch) -> torch.Tensor:
-    """The rows of each tile by their row and column in it."""
+    """Returns the order of the rows by tile, then in raster order."""
     tile = torch.arange(batch.attention.tiles.count).repeat_interleave(torch.tensor(batch.attention.tiles.lengths))
     row, column = batch.attention.positions.long().unbind(1)
     return ((tile * batch.attention.side + row) * batch.attention.side + column).argsort(stable=True)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """``‖actual − expected‖ / ‖expected‖`` over all elements, in fp64; 0 where both are empty or zero."""
+    """Returns ``‖actual − expected‖ / ‖expected‖`` in fp64; 0 if both are empty or zero."""
     difference = (actual.double() - expected.double()).norm().item()
     scale = expected.double().norm().item()
     return float(difference / scale if scale else difference)
