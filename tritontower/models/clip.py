@@ -3,7 +3,7 @@
 The tokens are the rows after the last block, the class token's first.  The pooled vector is the class token's row after the
 post norm, before ``visual_projection``, which belongs to the contrastive model.
 
-``clip`` is the whole contrastive model, whose text half is not read.  ``clip_vision_model`` is its image half; its
+``CLIPModel`` is the whole contrastive model, whose text half is not read.  ``CLIPVisionModel`` is its image half; its
 configuration is at the top level, and its tensor names may have the level ``vision_model.``.
 """
 
