@@ -260,7 +260,7 @@ def replaced(tensors: Tensors, module: str, pack: Callable[[str, int, int], Tens
     return rest | pack(module, rows, columns)
 
 
-each_packed = pytest.mark.parametrize(("name", "form"), zip(MODELS, PACKED, strict=True))
+each_packed = pytest.mark.parametrize(("name", "form"), list(zip(MODELS, PACKED, strict=True)))
 
 
 @each_packed
