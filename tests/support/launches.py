@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from tritontower.kernels.rowwise.splice import splice_rows
 from tritontower.kernels.runtime import config, dispatch
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
-from tritontower.tuning.compile.aot_compile import StandInDriver
+from tritontower.tuning.compile.aot_compile import gpu_target
 from tritontower.tuning.compile.disassembly import read_amd, read_nvidia
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -402,9 +403,14 @@ def read(compiled: Any, architecture: str) -> dict[str, int]:
 
 def main(architecture: str, wanted: str) -> None:
     """Prints the compile result of every launch of every case."""
-    stand_in = StandInDriver()
-    stand_in.set_architecture(architecture)
-    driver.set_active(stand_in)
+    # The methods of a driver that the launch path calls before a kernel is compiled.
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: gpu_target(architecture),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
     config.architecture = lambda device: architecture
     launches: list[tuple[str, tuple[int, ...], Any]] = []
     run = JITFunction.run
