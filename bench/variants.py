@@ -22,7 +22,7 @@ from tritontower.benchmarks.roofline import measured_roofline, published_rooflin
 from tritontower.benchmarks.shapes import GRIDS
 from tritontower.cli.options import output_file
 from tritontower.kernels.attention import fixed_max, warp_specialized
-from tritontower.kernels.attention.attention import FlashAttentionConfig
+from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm.linear import default_config as default_linear_config
 from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
 from tritontower.kernels.runtime.config import architecture

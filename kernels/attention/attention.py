@@ -33,20 +33,8 @@ from ..runtime.config import CompileSpec
 from ..runtime.registry import lookup
 from ..runtime.segments import Segments
 from . import fixed_max, online_softmax, single_block, warp_specialized
-from .common import VARIANTS, FlashAttentionConfig, Heads, LaunchArguments, Variant, split_head_dim
+from .common import FlashAttentionConfig, Heads, LaunchArguments, Variant
 from .torch_reference import flash_attention_varlen_reference
-
-__all__ = [
-    "VARIANTS",
-    "FlashAttentionConfig",
-    "Variant",
-    "choose_config",
-    "compile_spec",
-    "compile_specs",
-    "default_config",
-    "flash_attention_varlen",
-    "split_head_dim",
-]
 
 LARGEST_HEAD_DIM = 128
 """A wider head needs more registers per query row than two accumulators leave."""

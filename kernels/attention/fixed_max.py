@@ -78,7 +78,7 @@ def _sums(weights, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _recompute(
+def recompute_tile(
     overflowed, q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, tiles_ptr,
     tile_count, score_scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
@@ -192,7 +192,7 @@ def _attention_fixed_kernel(
     overflowed = row_mask & (in_range == 0)
     if tl.max(overflowed.to(tl.int32), 0) != 0:
         # The queries of overflowed rows are still in memory, even if `out` is `q`.
-        _recompute(
+        recompute_tile(
             overflowed, q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, tiles_ptr,
             tile_count, score_scale,
             stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,

@@ -20,7 +20,7 @@ from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.graph.ir import Workload
 from tritontower.graph.launch_count import Launches, count_launches
 from tritontower.kernels.attention import attention
-from tritontower.kernels.attention.attention import FlashAttentionConfig
+from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm import linear as linears
 from tritontower.kernels.gemm import qkv_projection
 from tritontower.kernels.gemm.linear_config import LinearConfig, count_parts

@@ -479,13 +479,13 @@ def test_few_tiles_are_recomputed(kernel_device, monkeypatch, boost, again, widt
     if kernel_device.type != "cpu":
         pytest.skip("a compiled kernel cannot be observed")
     seen = []
-    redo = fixed_max._recompute
+    redo = fixed_max.recompute_tile
 
     def record(*arguments, **options):
         seen.append(True)
         return redo(*arguments, **options)
 
-    monkeypatch.setattr(fixed_max, "_recompute", record)
+    monkeypatch.setattr(fixed_max, "recompute_tile", record)
     padded = {"columns": 60} if width == 64 else {}
     head_dim = padded.get("columns", width)
     q, k, v, segments = boosted(
