@@ -34,7 +34,6 @@ from support.preprocessing import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tritontower.batch.normalization import PIXEL_CENTER
 from tritontower.errors import (
     AspectRatioError,
     EmptyImageError,
@@ -43,6 +42,7 @@ from tritontower.errors import (
     ProcessorError,
     UsageError,
 )
+from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER
 from tritontower.preprocessing import FixedSize, LongestEdge, MistralResize, Preprocessor, SmartResize
 from tritontower.preprocessing.images.decode import decode_image
 from tritontower.preprocessing.images.image import CanonicalImage

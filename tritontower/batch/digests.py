@@ -5,11 +5,9 @@ from typing import Any, Protocol, overload
 
 import numpy as np
 
-__all__ = ["Digests", "HasDigest"]
-
 
 class HasDigest(Protocol):
-    """A decoded image: its pixels, and a digest that is computed when it is first read."""
+    """A decoded image with pixels and a digest that is computed on first access."""
 
     @property
     def array(self) -> np.ndarray[Any, Any]:
@@ -21,9 +19,9 @@ class HasDigest(Protocol):
 
 
 class Digests(Sequence[str]):
-    """The digests of some images, each computed on first access; its image is kept until then.
+    """Digests of images, each computed on first access; the image is kept until then.
 
-    Equal to a tuple of the same texts, and a tuple once it is copied or pickled.  Threads may share it.
+    Equal to a tuple of the same texts, and copied or pickled as a tuple.  Threads may share it.
     """
 
     def __init__(self, images: Iterable[HasDigest]) -> None:
@@ -48,7 +46,7 @@ class Digests(Sequence[str]):
             return tuple(self[place] for place in range(*index.indices(len(self))))
         entry = self._entries[index]
         if not isinstance(entry, str):
-            # Two threads may both take it, and find the same.
+            # Two threads may both compute it, with the same result.
             entry = self._entries[index] = entry.digest
         return entry
 
@@ -59,7 +57,7 @@ class Digests(Sequence[str]):
         return hash(tuple(self))
 
     def __repr__(self) -> str:
-        return f"<digests of {len(self)} images, {self.kept_bytes} bytes of which are still kept>"
+        return f"<digests of {len(self)} images; {self.kept_bytes} bytes of pixels kept>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuple, (tuple(self),)

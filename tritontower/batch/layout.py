@@ -1,8 +1,8 @@
-"""What an image of a given size becomes: how many tiles, of which grids, and how their rows make its tokens.
+"""ImageLayout: tiles, grids and tokens of an image of a given size.
 
-Most towers see one *tile* of an image: the image, resized.  Some see several (tiles, crops, a thumbnail), and put the
-rows of all of them together, with rows left out, averaged or added.  A layout depends on the size alone, so tokens can be
-counted without an image.
+Most towers process one *tile* of an image: the image, resized.  Some process several (tiles, crops, a thumbnail) and
+combine the rows of all of them, with rows left out, averaged or added.  A layout depends on the size alone, so tokens can
+be counted without an image.
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,18 @@ import torch
 
 from tritontower.config import TowerConfig
 
-__all__ = ["Assembly", "Grid", "ImageLayout"]
-
 Grid = tuple[int, int, int]
 """Temporal patches, rows and columns of patches of one tile or video."""
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
 class Assembly:
-    """An image's tokens as sums of the rows that its tiles became.
+    """Tokens of an image as weighted sums of the rows of its tiles.
 
     Attributes:
-        index: ``[tokens, taps]`` int32 on the CPU: rows of the image's tiles as they leave the projector, counted
-            through from its first tile to its last, each tile's rows in raster order; −1 is the newline embedding.
-        weights: ``[tokens, taps]`` fp32, what each of them counts; ``None`` where there is one tap, and it counts 1.
+        index: ``[tokens, taps]`` int32 on the CPU: projector rows, numbered from the first tile to the last, each tile's
+            rows in raster order; −1 is the newline embedding.
+        weights: ``[tokens, taps]`` fp32: weight of each row; ``None``: one tap of weight 1.
     """
 
     index: torch.Tensor
@@ -38,13 +36,13 @@ class Assembly:
 
 @dataclass(frozen=True, eq=False)
 class ImageLayout:
-    """What an image of one size becomes.
+    """Layout of an image of one size.
 
     Attributes:
-        tiles: the grid of patches of every tile, in order.
-        processed_size: width and height after resizing, pixels; of a tiled image, those of all its tiles together.
-        grid: the grid that an engine is told: of the only tile, or of the tiles together.
-        assembly: how the tiles' rows make the tokens; ``None``: one after the other.
+        tiles: grid of patches of every tile, in order.
+        processed_size: width and height after resizing, pixels; of a tiled image, those of its canvas.
+        grid: grid reported to an engine: of the only tile, or of the canvas.
+        assembly: weighted sums that make the tokens; ``None``: the rows in order.
     """
 
     tiles: tuple[Grid, ...]
@@ -54,7 +52,7 @@ class ImageLayout:
 
     @classmethod
     def of_one_tile(cls, grid: Grid, patch_side: int) -> "ImageLayout":
-        """The layout of an image that is its only tile."""
+        """Makes the layout of an image with a single tile."""
         return cls((grid,), (grid[2] * patch_side, grid[1] * patch_side), grid)
 
     @property
@@ -63,7 +61,7 @@ class ImageLayout:
         return sum(t * h * w for t, h, w in self.tiles)
 
     def tokens(self, config: TowerConfig) -> int:
-        """Tokens of the image in a tower."""
+        """Counts the tokens of the image in a tower."""
         if self.assembly is not None:
             return self.assembly.tokens
         return self.patches // config.rows_per_token + (len(self.tiles) if config.keep_class_token else 0)

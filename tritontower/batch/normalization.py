@@ -1,8 +1,8 @@
-"""What a pixel's byte means to a tower: the arithmetic of transformers' ``rescale`` and ``normalize``, and its inverse.
+"""PixelNormalization: the arithmetic of transformers' ``rescale`` and ``normalize`` on uint8 pixels.
 
-A value is ``(byte × factor − mean) / deviation``, where the product is computed in fp64 and rounded to fp32, and the rest
-in fp32: there are 256 values per channel, and :attr:`PixelNormalization.table` lists them.  Where a tower's weights take bytes
-instead (:mod:`tritontower.engine.uint8_graph`), the arithmetic is in the weights.
+A value is ``(byte × factor − mean) / deviation``.  ``byte × factor`` is computed in fp64 and rounded to fp32, the rest in
+fp32.  So there are 256 values per channel, in :attr:`PixelNormalization.table`.  A tower that takes uint8 pixels
+(:mod:`tritontower.engine.uint8_graph`) has this arithmetic folded into its weights.
 """
 
 from dataclasses import dataclass
@@ -12,24 +12,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER, fold_normalization
-
-__all__ = ["PIXEL_CENTER", "PixelNormalization"]
+from tritontower.kernels.gemm.patch_projection import fold_normalization
 
 BYTES = 256
 LARGEST_BYTE = np.float32(255)
 CHUNK_ROWS = 128
-"""Patches that are worked on at a time: they stay in a core's cache between the three operations."""
+"""Patches per step: they stay in a core's cache between the three operations."""
 
 
 @dataclass(frozen=True)
 class PixelNormalization:
-    """How bytes become what a tower was trained on.
+    """Normalization of uint8 pixels to the values that a tower was trained on.
 
     Attributes:
-        factor: what a byte is multiplied with, commonly 1/255; 1 where nothing is rescaled.
-        means: one per channel, of the rescaled values; 0 where nothing is normalized.
-        deviations: one per channel, positive; 1 where nothing is normalized.
+        factor: multiplier of a byte, usually 1/255; 1 if nothing is rescaled.
+        means: one per channel, of the rescaled values; 0 if nothing is normalized.
+        deviations: one per channel, positive; 1 if nothing is normalized.
     """
 
     factor: float
@@ -58,20 +56,20 @@ class PixelNormalization:
 
     @cached_property
     def _divides(self) -> bool:
-        """Whether fp32 division by 255 gives the table's values, bit for bit: vector instructions instead of look-ups."""
+        """fp32 division by 255 gives the table's values bit for bit, with vector instructions instead of look-ups."""
         divided = np.arange(BYTES, dtype=np.uint8) / LARGEST_BYTE
         return np.array_equal((divided - self._means) / self._deviations, self.table)
 
     def normalize(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        """Writes the values of bytes.
+        """Writes normalized values.
 
         Args:
             raw: ``[rows, channels · n]``, channel-major.
-            out: of the same shape; its rows may lie any distance apart.
+            out: of the same shape, with any row stride.
         """
         per_channel = raw.shape[1] // self.channels
         shape = (-1, self.channels, per_channel)
-        # As long as a row: numpy starts anew with every run of values, which is worth it for long ones only.
+        # As long as a row: numpy has an overhead for every run of values, which only long runs are worth.
         means, deviations = (values.repeat(per_channel) for values in (self._means, self._deviations))
         for start in range(0, len(raw), CHUNK_ROWS):
             taken, made = raw[start : start + CHUNK_ROWS], out[start : start + CHUNK_ROWS]
@@ -86,5 +84,9 @@ class PixelNormalization:
                 np.take(values, taken[:, channel], out=made[:, channel], mode="clip")
 
     def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A patch projection's weight ``[D, K]``, fp32, for ``byte − 128``, and what else there is to every row, ``[D]``."""
+        """Folds the normalization into a patch projection's fp32 weight ``[D, K]``.
+
+        Returns:
+            The weight for ``byte − 128``, and the constant ``[D]`` that is added to every row.
+        """
         return fold_normalization(weight, None, mean=self.means, std=self.deviations, rescale_factor=self.factor)

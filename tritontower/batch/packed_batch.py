@@ -11,13 +11,13 @@ import torch
 
 from tritontower.config import BatchForm, TowerConfig
 from tritontower.graph.ir import Workload
+from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER
 from tritontower.kernels.rowwise.positions import merge_block_positions
 from tritontower.kernels.runtime.segments import Segments
 
 from . import index_maps
 from .digests import Digests
 from .layout import Grid, ImageLayout
-from .normalization import PIXEL_CENTER
 
 __all__ = ["AttentionIndices", "Grid", "ImageInfo", "PackedBatch", "TokenIndices", "expected_workload"]
 

@@ -49,7 +49,7 @@ def rule(folder: Path, content: dict[str, Any], side: int, **arguments: Any) -> 
 
 
 def stub(side: int, canvases: Any) -> Any:
-    """What ``pack_image_features`` asks of a model: its configuration."""
+    """A model with the configuration that ``pack_image_features`` reads."""
     vision = SimpleNamespace(image_size=side, patch_size=14)
     return SimpleNamespace(config=SimpleNamespace(vision_config=vision, image_grid_pinpoints=canvases))
 
