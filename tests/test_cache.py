@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.checkpoints import noise, save_qwen2_vl
@@ -300,25 +300,3 @@ def test_images_of_equal_bytes_are_kept_apart(qwen2_vl: Path) -> None:
     # Fully opaque is the same image; everything else is one of its own.
     assert cache.stats.entries == len(images) - 1
     assert len({decode_image(image).digest for image in images}) == len(images) - 1
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_small_cache_never_mixes_two_images(
-    small_tower: tuple[VisionTower, list[np.ndarray], list[ImageEmbedding]], data: st.DataObject
-) -> None:
-    tower, images, expected = small_tower
-    limit = data.draw(st.integers(0, sum(one.nbytes for one in expected)))
-    tower.cache = EmbeddingCache(limit)
-    for _ in range(data.draw(st.integers(1, 4))):
-        chosen = data.draw(st.lists(st.integers(0, len(images) - 1), max_size=6))
-        found = tower.encode([images[index] for index in chosen])
-        assert all(torch.equal(a.embeddings, expected[i].embeddings) for a, i in zip(found, chosen, strict=True))
-        assert tower.cache.stats.bytes <= limit
-
-
-@pytest.fixture
-def small_tower(qwen2_vl: Path) -> tuple[VisionTower, list[np.ndarray], list[ImageEmbedding]]:
-    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu")
-    images = [noise(28 + 14 * (seed % 3), 28 + 14 * (seed // 3), seed) for seed in range(6)]
-    return tower, images, tower.encode(images)

@@ -12,7 +12,7 @@ from typing import overload
 import torch
 
 from tritontower.embedding import ImageEmbedding
-from tritontower.errors import TokenSpaceExhaustedError, UsageError, shorten
+from tritontower.errors import TokenSpaceExhaustedError, UsageError, is_integer, shorten
 
 # Number of released images whose ids stay reserved for them; the limit keeps the space of a long-running server small.
 REMEMBERED = 2**16
@@ -52,7 +52,7 @@ class TokenSpace:
             UsageError: ``base`` is not positive, or leaves no room.
         """
         self.limit = 2**31 if int32 else 2**63
-        if isinstance(base, bool) or not isinstance(base, int) or not 1 <= base < self.limit:
+        if not is_integer(base) or not 1 <= base < self.limit:
             raise UsageError(f"base must be 1 to {self.limit - 1}, beyond the vocabulary, got {shorten(base)}")
         self.base = base
         self._lock = Lock()
