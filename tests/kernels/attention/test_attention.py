@@ -10,12 +10,8 @@ from support.attention import attention_fp64, make_projection
 from support.numbers import TOLERANCE, relative_error
 
 from tritontower.kernels.attention import torch_reference
-from tritontower.kernels.attention.attention import (
-    FlashAttentionConfig,
-    default_config,
-    flash_attention_varlen,
-    split_head_dim,
-)
+from tritontower.kernels.attention.attention import default_config, flash_attention_varlen
+from tritontower.kernels.attention.common import FlashAttentionConfig, split_head_dim
 from tritontower.kernels.gemm import cpu
 from tritontower.kernels.runtime import dispatch
 from tritontower.kernels.runtime.segments import Segments
