@@ -70,10 +70,9 @@ def compute_tensors(folder: Path, case: TowerCase) -> list[torch.Tensor]:
     return tensors if tower.mrope is None else [*tensors, prompt_positions(tower.mrope, prompt).positions]
 
 
+# Engines set both at once; float64 would reveal a computation that follows the default upward.
 @pytest.mark.parametrize(
-    ("dtype", "device"),
-    [(torch.bfloat16, "cpu"), (torch.float16, "cpu"), (torch.float64, "cpu"), (torch.float32, "meta")],
-    ids=["bfloat16", "float16", "float64", "meta"],
+    ("dtype", "device"), [(torch.bfloat16, "meta"), (torch.float64, "cpu")], ids=["bfloat16 on meta", "float64"]
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_no_number_depends_on_torch_defaults(
@@ -83,7 +82,7 @@ def test_no_number_depends_on_torch_defaults(
     saved: Callable[[TowerCase], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(weight_loader, "_ALONE_BYTES", 2**12)  # small towers have no weight that is large enough
+    monkeypatch.setattr(weight_loader, "_SEPARATE_BYTES", 2**12)  # small towers have no weight that is large enough
     expected = compute_tensors(saved(case), case)
     with defaults(dtype, device):
         found = compute_tensors(saved(case), case)
