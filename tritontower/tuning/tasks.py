@@ -142,7 +142,10 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
         yield _linear(f"{name}.up", dtype, rows, widths, "_1", node.attributes["activation"], residual=False)
         yield _linear(f"{name}.down", dtype, rows, widths, "_2", None, residual=added)
     elif node.kind == "projector":
-        # Its norm keeps the default: it runs once per forward pass.
+        if "norm_weight" in widths:
+            (width,) = widths["norm_weight"]
+            # Its norm runs before the rows are merged, or on merged rows.
+            yield _norm(f"{name}.norm", dtype, rows * widths["weight_1"][1] // width, width, node, residual=False)
         yield _linear(f"{name}.1", dtype, rows, widths, "_1", node.attributes["activation"], residual=False)
         yield _linear(f"{name}.2", dtype, rows, widths, "_2", None, residual=False)
     elif node.kind == "norm":
