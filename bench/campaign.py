@@ -66,7 +66,6 @@ GPU_STEPS = (
     ),
     Step("attention", "attention in every form and configuration", "bench.variants attention --output {result}"),
     Step("gemm", "GEMMs by pointers, by descriptors, by cuBLAS", "bench.variants linear --output {result}"),
-    Step("dot16", "tensor-core matmuls with 16 columns", "bench.dot16 --output {result}"),
     Step(
         "towers",
         "Qwen2-VL against transformers",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import campaign, dot16, report, stress, variants
+from bench import campaign, report, stress, variants
 from bench.campaign import CPU_STEPS, GPU_STEPS, Step
 from tritontower.benchmarks.cases import Outcome, cases
 from tritontower.benchmarks.roofline import Roofline
@@ -44,7 +44,7 @@ def test_every_step_is_a_valid_command(step, tmp_path, capsys):
         assert (ROOT / words[-1]).is_dir()
     else:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
-        known = {"variants": variants, "dot16": dot16, "stress": stress}.get(module.removeprefix("bench."))
+        known = {"variants": variants, "stress": stress}.get(module.removeprefix("bench."))
         if known is not None:
             with pytest.raises(SystemExit, match="0"):
                 known.main(["--help"])
@@ -105,11 +105,6 @@ def test_variants_are_right_and_distinct(kernel, kernel_device):
         for each in found
     ]
     assert [row["status"] for row in rows] == ["ok", "ok"], rows
-
-
-def test_dot16_result_is_exact(kernel_device):
-    row = dot16.measure_dot((16, 16, 16), kernel_device, steps=4)
-    assert (row["status"], row["distance"]) == ("ok", 0.0)
 
 
 @pytest.mark.parametrize("variant", ["online", "fixed", "single_block"])

@@ -39,11 +39,13 @@ DRIVER_FIELDS = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Repeated times of one call, seconds."""
+    """Repeated times of one call, seconds.
+
+    ``method`` is ``"clock"`` (wall time, host work included), ``"graph"`` or ``"events"`` (time on the GPU).
+    """
 
     seconds: tuple[float, ...]
     method: str = "clock"
-    """``"clock"``: wall time, host work included; ``"graph"`` or ``"events"``: time on the GPU."""
 
     @property
     def best(self) -> float:

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -45,15 +46,7 @@ _VECTOR_FLAGS = ("avx2", "avx512f", "amx_int8", "sve", "asimd")
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A GPU that torch sees.
-
-    Attributes:
-        device: torch's name for it, such as ``"cuda:0"``.
-        name: the vendor's name.
-        memory_bytes: total memory.
-        architecture: ``"sm_90"``, ``"gfx942"`` and the like.
-        backend: backend of operations on it (:mod:`tritontower.kernels.runtime.dispatch`).
-    """
+    """A GPU that torch sees."""
 
     device: str
     name: str
@@ -64,13 +57,7 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Finding:
-    """A known problem, or a note.
-
-    Attributes:
-        problem: the problem and its effect.
-        remedy: the action to take.
-        broken: True if something does not work, False for a note.
-    """
+    """A known problem, or a note if nothing is ``broken``."""
 
     problem: str
     remedy: str
@@ -81,14 +68,8 @@ class Finding:
 class Environment:
     """The content of the report, in plain values, so that tests can describe any machine.
 
-    Attributes:
-        packages: installed release by distribution name; ``None`` where it is not installed.
-        import_errors: one line each for installed packages that fail to import.
-        accelerators: the GPUs torch sees.
-        gpu_driver: whether the machine has a GPU driver, seen by torch or not.
-        cpu_backend: backend of operations on CPU tensors.
-        cpu_features: available instruction sets that matter here.
-        variables: environment variables that change what runs.
+    ``gpu_driver`` is set if the machine has a GPU driver, seen by torch or not; ``variables`` are environment variables that
+    change what runs.
     """
 
     python: str
@@ -206,16 +187,12 @@ def _cpu_features() -> tuple[str, ...]:
         text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return ()
-    flags: set[str] = set()
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            flags.update(value.split())
-            break
+    match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    flags = set(match[1].split()) if match else set()
     return tuple(flag for flag in (*_VECTOR_FLAGS, *_BFLOAT16_FLAGS) if flag in flags)
 
 
-# -- judging ----------------------------------------------------------------------------------------------------------
+# -- problems ----------------------------------------------------------------------------------------------------------
 
 
 def find_problems(environment: Environment) -> list[Finding]:
@@ -249,37 +226,30 @@ def _check_imports(environment: Environment) -> list[Finding]:
     for name, error in environment.import_errors.items():
         release = environment.packages.get(name)
         if name == "torchvision":
-            findings.append(
-                Finding(
-                    f"torchvision {release} does not import with torch {environment.packages.get('torch')} ({error}); "
-                    "transformers prefers it when it is installed, so its image processors fail",
-                    "pip uninstall torchvision (it is not needed), or install the build made for this torch",
-                )
+            problem = (
+                f"torchvision {release} does not import with torch {environment.packages.get('torch')} ({error}); "
+                "transformers prefers it when it is installed, so its image processors fail"
             )
+            remedy = "pip uninstall torchvision (it is not needed), or install the build made for this torch"
+            findings.append(Finding(problem, remedy))
         elif release is not None:
             findings.append(Finding(f"{name} {release} does not import ({error})", f"reinstall {name}"))
     return findings
 
 
 def _check_gpus(environment: Environment) -> list[Finding]:
-    findings = []
     if environment.gpu_driver and not environment.accelerators:
-        findings.append(
-            Finding(
-                f"this machine has a GPU driver, but torch {environment.packages.get('torch')} sees no GPU: "
-                "everything runs on the CPU",
-                "install a CUDA or ROCm build of torch, or make the device visible to this process",
-            )
+        torch = environment.packages.get("torch")
+        problem = f"this machine has a GPU driver, but torch {torch} sees no GPU: everything runs on the CPU"
+        return [Finding(problem, "install a CUDA or ROCm build of torch, or make the device visible to this process")]
+    return [
+        Finding(
+            f"{gpu.name} is {gpu.architecture}; the kernels need sm_80 (Ampere) or newer",
+            "use --device cpu, or another GPU",
         )
-    for gpu in environment.accelerators:
-        if gpu.architecture.startswith("sm_") and int(gpu.architecture.removeprefix("sm_")) < 80:
-            findings.append(
-                Finding(
-                    f"{gpu.name} is {gpu.architecture}; the kernels are made for sm_80 (Ampere) and newer",
-                    "use --device cpu, or another GPU",
-                )
-            )
-    return findings
+        for gpu in environment.accelerators
+        if gpu.architecture.startswith("sm_") and int(gpu.architecture.removeprefix("sm_")) < 80
+    ]
 
 
 def _check_interpreter(environment: Environment) -> list[Finding]:
