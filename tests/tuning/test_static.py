@@ -1,4 +1,4 @@
-"""Static report: the default configurations compile within the limits, and ``kernels/STATIC.md`` shows the result."""
+"""Static report: what real towers launch compiles within the limits, and ``kernels/STATIC.md`` is complete."""
 
 import re
 from dataclasses import replace
@@ -7,133 +7,104 @@ import pytest
 
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.tuning import static
-from tritontower.tuning.static import StaticReport, compile_specs, document_path, kernel_module, list_specs, table
+from tritontower.tuning.static import KNOWN_SPILLS, KernelReport, TowerRun, compile_runs, document_path, list_runs, table
 
-triton = pytest.importorskip("triton", reason="compiling needs Triton, which ships for Linux only")
+pytest.importorskip("triton", reason="compiling needs Triton, which ships for Linux only")
 
-FEW_SPILLS = 80
-"""Allowed spills with another compiler: several configurations use all 255 registers, and each Triton release allocates
-them a little differently."""
-
-
-def document() -> str:
-    return document_path().read_text(encoding="utf-8")
-
-
-def kept_version() -> str:
-    """Returns the Triton version of the kept table."""
-    found = re.search(r"with Triton (\S+);", document())
-    assert found is not None
-    return found[1]
+# Rotary and pooled towers, float and uint8 pixels, few rows (split K) and many.
+SAMPLE = [
+    TowerRun("qwen2_vl", (256,)),
+    TowerRun("qwen2_vl", (4096,), "uint8"),
+    TowerRun("siglip", (1024,)),
+]
+MOST_PER_SCORE = {"64": 5.3, "72": 4.0, "80": 5.9}
+"""Head dim → largest number of thread instructions per attention score on sm_90."""
 
 
-def kept_lines(architecture: str) -> list[str]:
-    return [line for line in document().splitlines() if line.startswith(f"| {architecture} |")]
+@pytest.fixture(scope="module")
+def sm_90() -> list[KernelReport]:
+    return compile_runs(SAMPLE, "sm_90")
+
+
+def problems(reports: list[KernelReport]) -> dict[str, list[str]]:
+    return {f"{report.kernel} {report.config}": report.problems for report in reports if report.problems}
+
+
+def test_towers_launch_kernels_without_spills(sm_90):
+    assert problems(sm_90) == {}
+    assert {report.kernel for report in sm_90 if report.compiled and report.compiled.spills} == set(KNOWN_SPILLS)
+
+
+def test_reports_cover_the_kernels_of_a_block(sm_90):
+    names = {report.kernel for report in sm_90}
+    assert names >= {
+        "_patch_projection_kernel",
+        "_norm_kernel",
+        "_qkv_projection_kernel",
+        "_attention_fixed_kernel",
+        "_linear_kernel",
+        "_partial_kernel",
+        "_reduce_kernel",
+        "_rotary_table_kernel",
+        "_attention_pooling_kernel",
+    }
+    assert {model for report in sm_90 for model in report.models} == {"qwen2_vl", "siglip"}
+
+
+def test_attention_takes_few_instructions_per_score(sm_90):
+    found = {
+        report.models[0]: report.instructions_per_element
+        for report in sm_90
+        if report.kernel == "_attention_fixed_kernel"
+    }
+    assert found["siglip"] <= MOST_PER_SCORE["72"]
+    assert found["qwen2_vl"] <= MOST_PER_SCORE["80"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_defaults_compile_as_the_kept_table_says(architecture):
-    """No spills, shared memory that fits, and tensor-core instructions in every dot."""
-    found = compile_specs(list_specs(architecture), architecture, workers=2)
-    if kept_version() == triton.__version__:
-        regenerate = "regenerate with: python -m tritontower.tuning.static --write"
-        assert kept_lines(architecture) == table(found).splitlines()[2:], regenerate
-    else:
-        # The kept machine code is another compiler's.
-        for index, report in enumerate(found):
-            if report.compiled and report.compiled.spills <= FEW_SPILLS:
-                found[index] = replace(report, compiled=replace(report.compiled, spills=0, stack=0))
-    assert {f"{report.kernel}: {report.name}": report.problems for report in found if report.problems} == {}
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "sm_90"])
+def test_every_architecture_compiles_without_spills(architecture):
+    assert problems(compile_runs(SAMPLE, architecture)) == {}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_kept_table_lists_every_default(architecture):
-    """Checked without compiling, so that a changed default is noticed at once."""
-    listed = [tuple(cell.strip() for cell in line.split("|")[2:4]) for line in kept_lines(architecture)]
-    assert listed == [(kernel_module(spec), spec.name) for spec in list_specs(architecture)]
+@pytest.mark.slow
+def test_every_model_compiles_without_spills():
+    runs = [run for run in list_runs() if run.images in ((1024,), static.MIXED)]
+    assert problems(compile_runs(runs, "sm_90", workers=2)) == {}
 
 
-@pytest.mark.parametrize(("heads", "most"), [("64 = 64", 4.8), ("72 in 80 = 64 + 16", 4.0), ("80 = 64 + 16", 5.5)])
-def test_attention_takes_few_instructions_per_score_on_sm_90(heads, most):
-    """Checked in the kept table for the best variant in bf16."""
-    lines = [line.split("|") for line in kept_lines("sm_90") if line.startswith("| sm_90 | attention.")]
-    named = [line for line in lines if line[3].startswith(f" bf16 head {heads}, ") and "recompute" not in line[3]]
-    assert min(float(line[9]) for line in named) <= most
+def test_the_kept_report_covers_every_architecture():
+    text = document_path().read_text(encoding="utf-8")
+    assert {line.split("|")[1].strip() for line in text.splitlines() if re.match(r"\| (sm_|gfx)", line)} == set(ARCHITECTURES)
+    assert "does not compile" not in text
 
 
-def test_every_launched_kernel_has_a_specification():
-    folder = document_path().parent
-    launching = {
-        ".".join(path.relative_to(folder).with_suffix("").parts)
-        for path in folder.glob("*/*.py")
-        if re.search(r"^def _\w+_kernel\(", path.read_text(encoding="utf-8"), re.MULTILINE)
-    }
-    assert launching
-    assert launching <= {kernel_module(spec) for architecture in ARCHITECTURES for spec in list_specs(architecture)}
+def test_a_failing_run_only_fails_itself():
+    reports = compile_runs([TowerRun("siglip", (1024,), "complex64"), TowerRun("siglip", (1,))], "sm_80")
+    assert [report.error for report in reports if report.error]
+    assert [report for report in reports if report.compiled]
+    (failed,) = [report for report in reports if report.error]
+    assert failed.problems[0].startswith("does not compile: ")
+    assert failed.error in table([failed])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_specifications_are_complete(architecture):
-    """Every argument of the kernel is a typed run-time argument or a compile-time constant."""
-    specs = list_specs(architecture)
-    assert len({(kernel_module(spec), spec.name) for spec in specs}) == len(specs)
-    for spec in specs:
-        runtime = set(spec.signature) - set(spec.constants)
-        assert runtime | set(spec.constants) == set(spec.kernel.arg_names), spec.name
-        assert set(spec.divisible_by_16) <= set(spec.kernel.arg_names), spec.name
-        assert spec.elements > 0, spec.name
-
-
-def test_a_specification_that_fails_costs_only_itself(monkeypatch):
-    """One does not compile, one ends the compiler's process; the order is kept."""
-    monkeypatch.setattr(
-        static,
-        "CHILD",
-        "import os, sys\n"
-        "from tritontower.tuning import static\n"
-        "read = static.read_compiled\n"
-        "static.read_compiled = lambda name, compiled, architecture, warps: "
-        "os._exit(134) if warps == 2 else read(name, compiled, architecture, warps)\n"
-        "static.serve()\n",
-    )
-    good = list_specs("sm_80", ["rowwise.activations"])[0]
-    bad = replace(good, name="bad", signature=dict.fromkeys(good.signature, "*nonsense"))
-    deadly = replace(good, name="deadly", num_warps=2)
-    first, broken, dead, last = compile_specs([good, bad, deadly, good], "sm_80", workers=1)
-    assert first == last
-    assert first.compiled is not None
-    assert first.problems == []
-    assert first.instructions_per_element > 0
-    assert broken.problems[0].startswith("does not compile: ")
-    assert broken.error in table([broken])
-    assert dead.error.startswith("the compiler's process ended with 134: ")
-
-
-def test_reports_without_a_loop_count_the_whole_program():
-    report = StaticReport("gemm.linear", "name", "sm_90", True, 1000, None, "error")
-    assert report.instructions_per_element is None
-    assert report.problems == ["does not compile: error"]
+def test_a_spilling_kernel_is_a_problem(sm_90):
+    linear = next(report for report in sm_90 if report.kernel == "_linear_kernel")
+    assert linear.problems == []
+    spilling = replace(linear, compiled=replace(linear.compiled, spills=3))
+    assert spilling.problems == ["spills registers (3 instructions, 0 bytes of stack)"]
+    without = replace(linear, compiled=replace(linear.compiled, tensor_core={}))
+    assert without.problems == ["has no HGMMA instruction"]
 
 
 def test_unknown_names_are_rejected():
-    assert compile_specs([], "sm_80", workers=2) == []
+    assert compile_runs([], "sm_80") == []
     with pytest.raises(ValueError, match=r"architecture must be one of sm_80, .*, got 'sm_70'"):
-        compile_specs([], "sm_70")
-    with pytest.raises(ValueError, match=r"kernel must be one of .*gemm\.linear.*, got 'nonsense'"):
-        list_specs("sm_80", ["nonsense"])
-
-
-def test_the_command_line_prints_a_table(capsys):
-    """It runs although this process may interpret Triton: the child's environment has no ``TRITON_INTERPRET``."""
-    assert static.main(["--architecture", "sm_80", "--kernel", "rowwise.gather"]) == 0
-    output = capsys.readouterr().out
-    assert output.startswith("| architecture | kernel |")
-    assert "| sm_80 | rowwise.gather |" in output
+        compile_runs([], "sm_70")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--kernel", "nonsense"], ["--architecture", "sm_70"], ["--write", "--kernel", "rowwise.gather"]]
+    "arguments", [["--model", "nonsense"], ["--architecture", "sm_70"], ["--write", "--model", "siglip"]]
 )
 def test_the_command_line_rejects_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as refusal:

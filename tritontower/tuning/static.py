@@ -1,199 +1,274 @@
-"""Static report: what the default configurations of all kernels compile to, without a GPU.
+"""Static report: what the kernels that real towers launch compile to, without a GPU.
 
-Triton includes its compilers, so the ``compile_specs`` of every kernel module can be compiled ahead of time for any
-architecture and their machine code read.  A default that spills registers or misses the tensor cores is found here.
+The towers of all families run at their published width over batches of several sizes, with uninitialized weights, under a
+stand-in driver (:mod:`.compile.recording`).  Every launch is compiled for the architecture with the strides and sizes that
+the tower has, and its machine code is read.
 
-Command line: ``python -m tritontower.tuning.static --architecture sm_90 --kernel attention.attention`` prints the table;
-``--write`` regenerates ``kernels/STATIC.md``.  Exit codes: 0 success, 1 a configuration breaks a rule, 2 bad usage.
+Command line: ``python -m tritontower.tuning.static --architecture sm_90 --model qwen2_vl`` prints the table; ``--write``
+regenerates ``kernels/STATIC.md``.  Exit codes: 0 success, 1 a kernel breaks a rule, 2 bad usage.
 """
 
 import argparse
-import importlib
+import itertools
 import json
-import pkgutil
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import tritontower.kernels
-from tritontower.kernels.runtime.config import ARCHITECTURES, CompileSpec
+import torch
 
-from .compile.aot_compile import gpu_target
+import tritontower.kernels
+from tritontower.batch.layout import ImageLayout
+from tritontower.batch.packed_batch import PackedBatch
+from tritontower.benchmarks.images import truncate_depth
+from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.config import TowerConfig
+from tritontower.engine.executor import Executor
+from tritontower.engine.uint8_graph import make_uint8_graph
+from tritontower.graph.builder import build
+from tritontower.graph.fusion import fold_still_images, fuse, select_passes
+from tritontower.kernels.runtime.config import ARCHITECTURES
+from tritontower.models.common.family import read_summary
+from tritontower.models.common.registry import list_family_files, read_family
+
 from .compile.compiled_kernel import CompiledKernel, read_compiled
+from .compile.recording import Launch, Recorder, install_recorder
 from .compile.worker import Death, answer_orders, answers
 
 CHILD = "from tritontower.tuning.static import serve; serve()"
 """Code of a child process."""
 
-_PREFIX = "tritontower.kernels."
+PATCHES = (256, 1024, 4096, 16384)
+"""Patches of one image; towers of a fixed image size get as many images as fit."""
+MIXED = (64, 256, 1024)
+"""Patches of the images of a mixed batch."""
+BLOCKS = 2
+"""Depth of the recorded towers: blocks repeat."""
+
+MATMULS = re.compile(r"_(linear|partial|qkv_projection|patch_projection|attention_(?!pooling)\w+)_kernel")
+"""Kernels that must use the tensor cores."""
+
+KNOWN_SPILLS = {
+    "_patch_projection_kernel": "rows of 588 pixels are not aligned to 16 elements",
+}
+"""Kernels that spill as launched, with the reason."""
 
 HEADER = """\
-# What the default configurations compile to
+# What the launched kernels compile to
 
-Compiled ahead of time with Triton {triton}; nothing here was measured on hardware. Regenerate with
-`python -m tritontower.tuning.static --write`; `tests/tuning/test_static.py` compares the table with the compiler.
+Recorded from towers of all families at their published width, with {patches} patches, mixed batches and uint8 pixels,
+and compiled ahead of time with Triton {triton}; nothing here was measured on hardware. Regenerate with
+`python -m tritontower.tuning.static --write`.
 
-Registers are per thread, shared memory in bytes per program. *Instructions per element* counts thread instructions of
-the hot loop (attention: for each score; GEMM: for each output element and loop iteration), or of the whole program
-if no loop has tensor-core instructions.
+Registers are per thread, shared memory in bytes per program. *Instructions per element* counts thread instructions of the
+hot loop: for each score (attention), or for each output element and loop iteration (GEMM).
 """
 
 
 @dataclass(frozen=True)
-class StaticReport:
-    """Result of compiling one :class:`CompileSpec` for one architecture."""
+class TowerRun:
+    """One recorded forward pass.
 
-    kernel: str
-    """Module of the kernel, such as ``"attention.fixed_max"``."""
-    name: str
+    Attributes:
+        model: name of a published configuration.
+        images: patches of each image.
+        pixels: dtype of the pixels.
+        dtype: of weights and activations.
+        blocks: depth of the tower.
+    """
+
+    model: str
+    images: tuple[int, ...]
+    pixels: str = "float32"
+    dtype: str = "bfloat16"
+    blocks: int = BLOCKS
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """One distinct compiled kernel of an architecture, or a run that failed.
+
+    Attributes:
+        kernel: name of the jitted function.
+        config: its blocks and variants.
+        elements: elements that one iteration of its hot loop computes; 0 without such a loop.
+        models: published configurations that launch it.
+        compiled: properties of its machine code.
+        error: the compiler's message, or how its process ended.
+    """
+
     architecture: str
-    wants_tensor_core: bool
-    elements: int
+    kernel: str
+    config: str = ""
+    elements: int = 0
+    models: tuple[str, ...] = ()
     compiled: CompiledKernel | None = None
     error: str | None = None
-    """The compiler's message, or how its process ended."""
 
     @property
     def instructions_per_element(self) -> float | None:
-        """Thread instructions for each element: of the hot loop if there is one, else of the whole program."""
-        if self.compiled is None:
+        """Thread instructions of the hot loop for each element; ``None`` without such a loop."""
+        if self.compiled is None or self.compiled.loop_instructions is None or not self.elements:
             return None
-        loop = self.compiled.loop_instructions if self.wants_tensor_core else None
-        length = self.compiled.instructions if loop is None else loop
-        return length * self.compiled.computing_threads(self.architecture) / self.elements
+        return self.compiled.loop_instructions * self.compiled.computing_threads(self.architecture) / self.elements
 
     @property
     def problems(self) -> list[str]:
-        """Rules that the configuration breaks; empty if it may ship."""
+        """Rules that the kernel breaks; empty if it may ship."""
         if self.compiled is None:
             return [f"does not compile: {self.error}"]
-        return self.compiled.problems(self.architecture, wants_tensor_core=self.wants_tensor_core)
+        checked = replace(self.compiled, spills=0, stack=0) if self.kernel in KNOWN_SPILLS else self.compiled
+        return checked.problems(self.architecture, wants_tensor_core=bool(MATMULS.fullmatch(self.kernel)))
 
 
-def list_kernel_modules() -> list[str]:
-    """Lists the kernel modules with compile specifications, such as ``"gemm.linear"``."""
-    modules = pkgutil.walk_packages(tritontower.kernels.__path__, _PREFIX)
-    names = sorted(module.name.removeprefix(_PREFIX) for module in modules if not module.ispkg)
-    return [name for name in names if hasattr(importlib.import_module(_PREFIX + name), "compile_specs")]
+@lru_cache
+def list_models() -> tuple[str, ...]:
+    """Lists the published configurations in transformers' format."""
+    names = sorted({name for file in list_family_files().values() for name in file.PUBLISHED})
+    return tuple(name for name in names if "model_type" in read_summary(name).example)
 
 
-def list_specs(architecture: str, kernels: Sequence[str] | None = None) -> list[CompileSpec]:
-    """Lists the compile specifications of ``kernels`` (default: all kernel modules) for ``architecture``.
-
-    Raises:
-        ValueError: a kernel module of that name does not exist or has none.
-    """
-    available = list_kernel_modules()
-    for name in kernels or ():
-        if name not in available:
-            raise ValueError(f"kernel must be one of {', '.join(available)}, got {name!r}")
-    wanted = available if kernels is None else kernels
+def list_runs(models: Sequence[str] | None = None) -> list[TowerRun]:
+    """Lists the recorded forward passes: every size in float and uint8, and a mixed batch."""
+    sizes = [*((count,) for count in PATCHES), MIXED]
     return [
-        spec for name in wanted for spec in importlib.import_module(_PREFIX + name).compile_specs(architecture)
-    ]  # fmt: skip
+        TowerRun(model, images, pixels)
+        for model in models or list_models()
+        for images, pixels in itertools.product(sizes, ("float32", "uint8"))
+    ]
 
 
-def kernel_module(spec: CompileSpec) -> str:
-    """Returns the module of the kernel that ``spec`` compiles, such as ``"gemm.linear"``."""
-    return str(_function(spec).__module__).removeprefix(_PREFIX)
-
-
-def compile_specs(specs: Iterable[CompileSpec], architecture: str, *, workers: int = 1) -> list[StaticReport]:
-    """Compiles ``specs`` in ``workers`` child processes and returns a report on each, in order.
-
-    A specification that does not compile, even one that aborts the compiler, only sets the ``error`` of its report.
+def compile_runs(runs: Iterable[TowerRun], architecture: str, *, workers: int = 1) -> list[KernelReport]:
+    """Compiles what ``runs`` launch, in ``workers`` child processes; returns a report on each distinct kernel.
 
     Raises:
         ValueError: ``architecture`` is not one of ``ARCHITECTURES``.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    reports = []
-    orders = []
-    for spec in specs:
-        blank = StaticReport(kernel_module(spec), spec.name, architecture, spec.tensor_core, spec.elements)
-        reports.append(blank)
-        # A jitted function cannot be pickled; the child imports it by its name.
-        portable = replace(spec, kernel=(_function(spec).__module__, _function(spec).__name__))
-        orders.append((portable, architecture))
-    for index, answer in answers(orders, CHILD, workers=workers):
+    by_model = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.model)]
+    found: dict[str, KernelReport] = {}
+    failed = []
+    for index, answer in answers([(group, architecture) for group in by_model], CHILD, workers=workers, seconds=900.0):
+        model = by_model[index][0].model
         if isinstance(answer, Death):
-            reports[index] = replace(reports[index], error=answer.reason)
-        elif "error" in answer:
-            reports[index] = replace(reports[index], error=answer["error"])
-        else:
-            reports[index] = replace(reports[index], compiled=CompiledKernel(**answer))
-    return reports
+            failed.append(KernelReport(architecture, "?", models=(model,), error=answer.reason))
+            continue
+        failed += [KernelReport(architecture, "?", models=(model,), error=error) for error in answer["errors"]]
+        for code, values in answer["kernels"].items():
+            report = KernelReport(architecture, **{**values, "compiled": CompiledKernel(**values["compiled"])})
+            known = found.setdefault(code, report)
+            found[code] = replace(known, models=tuple(sorted({*known.models, model})))
+    return [*sorted(found.values(), key=lambda report: (report.kernel, report.config, report.models)), *failed]
 
 
-def _function(spec: CompileSpec) -> Any:
-    """Returns the Python function under ``@triton.jit``."""
-    return getattr(spec.kernel, "fn", spec.kernel)
+# -- child process ----------------------------------------------------------------------------------------------------
 
 
 def serve() -> None:
     """Runs the child process."""
+    recorder = install_recorder()
 
-    def answer(order: tuple[CompileSpec, str]) -> dict[str, Any]:
-        spec, architecture = order
-        module, name = spec.kernel
-        try:
-            return asdict(_compile(replace(spec, kernel=getattr(importlib.import_module(module), name)), architecture))
-        except Exception as error:
-            return {"error": f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")}
+    def answer(order: tuple[list[TowerRun], str]) -> dict[str, Any]:
+        runs, architecture = order
+        kernels: dict[str, dict[str, Any]] = {}
+        errors = []
+        for run in runs:
+            try:
+                for launch in record(run, recorder, architecture):
+                    if launch.compiled.hash not in kernels:
+                        kernels[launch.compiled.hash] = _describe(launch, architecture)
+            except Exception as error:
+                errors.append(f"{run}: {type(error).__name__}: {str(error)[:200]}".replace("\n", " "))
+        return {"kernels": kernels, "errors": errors}
 
     answer_orders(answer)
 
 
-def _compile(spec: CompileSpec, architecture: str) -> CompiledKernel:
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as triton_compile
+def record(run: TowerRun, recorder: Recorder, architecture: str) -> list[Launch]:
+    """Runs a tower with uninitialized weights and returns its launches."""
+    recorder.start(architecture)
+    values = truncate_depth(read_summary(run.model).example, run.blocks)
+    config = read_family(ConfigReader(values, run.model)).config
+    graph = fold_still_images(fuse(build(config), select_passes(torch.device("cuda"))))
+    if run.pixels == "uint8":
+        graph = make_uint8_graph(graph, class_token=config.class_token)
+    dtype = getattr(torch, run.dtype)
+    sources = {name: torch.empty(shape, dtype=dtype) for name, shape in graph.held_shapes.items()}
+    Executor(graph, sources).run(_make_batch(config, run))
+    return list(recorder.launches)
 
-    arguments = spec.kernel.arg_names
-    signature = {name: "constexpr" if name in spec.constants else spec.signature[name] for name in arguments}
-    divisible = [
-        index
-        for index, name in enumerate(arguments)
-        if name not in spec.constants and (signature[name].startswith("*") or name in spec.divisible_by_16)
-    ]
-    source = ASTSource(
-        spec.kernel,
-        signature,
-        constexprs=dict(spec.constants),
-        attrs={(index,): [["tt.divisibility", 16]] for index in divisible},
+
+def _make_batch(config: TowerConfig, run: TowerRun) -> PackedBatch:
+    if config.num_patches is None:
+        sides = [config.merge * max(1, round(count**0.5 / config.merge)) for count in run.images]
+    else:
+        sides = [round(config.num_patches**0.5)] * max(1, sum(run.images) // config.num_patches)
+    layouts = [ImageLayout.of_one_tile((1, side, side), config.patch.size) for side in sides]
+    pixels = torch.empty(sum(side * side for side in sides), config.patch.still_inner, dtype=getattr(torch, run.pixels))
+    return PackedBatch.pack(
+        config,
+        pixels,
+        layouts,
+        original_sizes=[layout.processed_size for layout in layouts],
+        content_hashes=[""] * len(layouts),
     )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, **spec.options}
-    compiled = triton_compile(source, target=gpu_target(architecture), options=options)
-    return read_compiled(spec.kernel.fn.__name__, compiled, architecture, spec.num_warps)
 
 
-def table(reports: Iterable[StaticReport]) -> str:
+def _describe(launch: Launch, architecture: str) -> dict[str, Any]:
+    constants, metadata = launch.constants, launch.compiled.metadata
+    blocks = [
+        constants[name]
+        for name in ("BLOCK_QUERIES", "BLOCK_KEYS", "BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_INNER")
+        if isinstance(constants.get(name), int)
+    ]
+    words = [" × ".join(map(str, blocks)), str(constants.get("ACTIVATION") or "")]
+    words += [f"{metadata.num_warps} warps", f"{metadata.num_stages} stages"]
+    return {
+        "kernel": launch.kernel,
+        "config": ", ".join(word for word in words if word),
+        "elements": blocks[0] * blocks[1] if len(blocks) > 1 else 0,
+        "compiled": asdict(read_compiled(launch.kernel, launch.compiled, architecture, int(metadata.num_warps))),
+    }
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def table(reports: Iterable[KernelReport]) -> str:
     """Formats the reports as a Markdown table, one line each."""
     lines = [
-        "| architecture | kernel | configuration | registers | spills | shared memory | programs per SM "
+        "| architecture | kernel | configuration | towers | registers | spills | shared memory | programs per SM "
         "| tensor-core instructions | instructions per element |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for report in reports:
-        head, compiled = f"| {report.architecture} | {report.kernel} | {report.name} ", report.compiled
+        towers = ", ".join(report.models) if len(report.models) < 4 else f"{len(report.models)} families"
+        kernel = report.kernel.removeprefix("_").removesuffix("_kernel")
+        head, compiled = f"| {report.architecture} | {kernel} | {report.config} | {towers} ", report.compiled
         if compiled is None:
             lines.append(f"{head}| {report.error} | | | | | |")
             continue
         opcodes = ", ".join(f"{count} {opcode}" for opcode, count in sorted(compiled.tensor_core.items())) or "–"
+        each = report.instructions_per_element
         lines.append(
             f"{head}| {compiled.registers} | {compiled.spills} | {compiled.shared_memory} | {compiled.occupancy} "
-            f"| {opcodes} | {report.instructions_per_element:.2f} |"
+            f"| {opcodes} | {'–' if each is None else f'{each:.2f}'} |"
         )
     return "\n".join(lines)
 
 
-def document(reports: Sequence[StaticReport]) -> str:
+def document(reports: Sequence[KernelReport]) -> str:
     """Returns the text of ``kernels/STATIC.md``."""
     import triton
 
-    return HEADER.format(triton=triton.__version__) + "\n" + table(reports) + "\n"
+    known = "\n".join(f"- `{name}` spills: {reason}." for name, reason in KNOWN_SPILLS.items())
+    header = HEADER.format(triton=triton.__version__, patches=", ".join(f"{count:,}" for count in PATCHES))
+    return f"{header}\n{known}\n\n{table(reports)}\n"
 
 
 def document_path() -> Path:
@@ -205,34 +280,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tritontower.tuning.static",
-        description="Compile the default kernel configurations without a GPU and show the results.",
-        epilog="example: python -m tritontower.tuning.static --architecture sm_90 --kernel attention.attention",
+        description="Compile what the towers launch, without a GPU, and show the results.",
+        epilog="example: python -m tritontower.tuning.static --architecture sm_90 --model qwen2_vl",
     )
     parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="may be repeated; default: all")
-    parser.add_argument("--kernel", action="append", help="a kernel module; may be repeated; default: all")
+    parser.add_argument(
+        "--model", action="append", choices=list_models(), metavar="NAME", help="may be repeated; default: all"
+    )
     parser.add_argument("--workers", type=int, default=1, help="compiler processes at the same time (default: 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--write", action="store_true", help="rewrite kernels/STATIC.md (all kernels, all architectures)"
-    )
+    parser.add_argument("--write", action="store_true", help="rewrite kernels/STATIC.md (all models and architectures)")
     options = parser.parse_args(arguments)
-    if options.write and (options.architecture or options.kernel):
-        parser.error("--write regenerates the whole table; leave out --architecture and --kernel")
-    try:
-        reports = [
-            report
-            for architecture in options.architecture or ARCHITECTURES
-            for report in compile_specs(list_specs(architecture, options.kernel), architecture, workers=options.workers)
-        ]
-    except ValueError as error:
-        parser.error(str(error))
+    if options.write and (options.architecture or options.model):
+        parser.error("--write regenerates the whole table; leave out --architecture and --model")
+    reports = [
+        report
+        for architecture in options.architecture or ARCHITECTURES
+        for report in compile_runs(list_runs(options.model), architecture, workers=options.workers)
+    ]
     if options.write:
         document_path().write_text(document(reports), encoding="utf-8")
     print(json.dumps([asdict(report) for report in reports], indent=2) if options.json else table(reports))
-    for report in reports:
-        for problem in report.problems:
-            print(f"{report.architecture} {report.kernel}: {report.name}: {problem}", file=sys.stderr)
-    return 1 if any(report.problems for report in reports) else 0
+    broken = [(report, problem) for report in reports for problem in report.problems]
+    for report, problem in broken:
+        print(f"{report.architecture} {report.kernel}, {report.config}: {problem}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

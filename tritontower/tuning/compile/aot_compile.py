@@ -1,8 +1,6 @@
 """AOT compilation of tasks: what a configuration compiles to without the device, through Triton's own launch path.
 
-A child process (:mod:`.worker`) replaces Triton's driver by a stand-in that names the architecture, and device tensors by
-uninitialized CPU tensors.  Then it calls the operation as a tower would.  Triton binds the arguments, specializes the kernel
-and compiles it; nothing is launched.
+A child process (:mod:`.worker`) records the launches (:mod:`.recording`) of the operation, called as a tower would.
 
 Results are kept on disk, one file each.  Its name is a digest of everything that decides the result: the kernel's source, the
 source that launches it and reads the machine code, the versions of Triton and its assembler, the architecture, the launch and
@@ -19,7 +17,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,8 +26,9 @@ from tritontower.engine import tuned_tables
 from tritontower.tuning import operations
 from tritontower.tuning.tasks import Task
 
-from . import compiled_kernel, disassembly
+from . import compiled_kernel, disassembly, recording
 from .compiled_kernel import CompiledKernel, read_compiled
+from .recording import Launch, install_recorder
 from .worker import Death, answer_orders, answers
 
 CHILD = "from tritontower.tuning.compile.aot_compile import serve; serve()"
@@ -162,7 +160,7 @@ def digest(order: Order) -> str:
 @lru_cache
 def _reading_digest() -> str:
     """Returns a digest of the source that launches kernels for a compile and reads the machine code."""
-    files = (__file__, operations.__file__, compiled_kernel.__file__, disassembly.__file__)
+    files = (__file__, operations.__file__, compiled_kernel.__file__, disassembly.__file__, recording.__file__)
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
@@ -195,58 +193,22 @@ def _write(path: Path, result: CompileResult) -> None:
 # -- child process ----------------------------------------------------------------------------------------------------
 
 
-def gpu_target(architecture: str) -> Any:
-    """Returns Triton's target for one of ``ARCHITECTURES``."""
-    from triton.backends.compiler import GPUTarget
-
-    if architecture.startswith("gfx"):
-        return GPUTarget("hip", architecture, 64)
-    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-
-
 def serve() -> None:
     """Runs the child process: compiles the orders from its standard input, and launches nothing."""
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    from tritontower.kernels.runtime import config as configs
-    from tritontower.kernels.runtime import dispatch
-
-    architecture = ""
-    # The methods of a driver that Triton's launch path calls before a kernel is compiled.
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: gpu_target(architecture),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
-    )
-    launched: list[tuple[str, Any]] = []
-    run = JITFunction.run
-
-    def record(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
-        launched.append((self.fn.__name__, compiled))
-        return compiled
-
-    JITFunction.run = record
-    # setattr, because mypy rejects assignments to functions of a module.
-    setattr(configs, "architecture", lambda device: architecture)  # noqa: B010
-    setattr(dispatch, "backend_on", lambda device: "triton")  # noqa: B010
+    recorder = install_recorder()
     seen: dict[str, dict[str, Any]] = {}
 
-    def read(name: str, compiled: Any) -> dict[str, Any]:
+    def read(launch: Launch) -> dict[str, Any]:
+        compiled, warps = launch.compiled, int(launch.compiled.metadata.num_warps)
         if compiled.hash not in seen:
-            seen[compiled.hash] = asdict(read_compiled(name, compiled, architecture, int(compiled.metadata.num_warps)))
+            seen[compiled.hash] = asdict(read_compiled(launch.kernel, compiled, recorder.architecture, warps))
         return seen[compiled.hash]
 
     def answer(order: Order) -> dict[str, Any]:
-        nonlocal architecture
-        architecture = order.architecture
-        launched.clear()
+        recorder.start(order.architecture)
         try:
             operations.prepare(order.task, torch.device("cpu"), filled=False).run(dict(order.config))
-            return {"error": None, "launches": [read(name, compiled) for name, compiled in launched]}
+            return {"error": None, "launches": [read(launch) for launch in recorder.launches]}
         except (OSError, MemoryError):  # the machine is at fault, not the configuration: the process ends
             raise
         except Exception as error:
