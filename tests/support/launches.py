@@ -1,23 +1,18 @@
-"""Runs every launch of the kernel library through Triton's own launch path, without the device.
+"""Launches every kernel at the boundaries of its arguments, through Triton's own launch path without the device.
 
-    python -m support.launches sm_90 production
+    python -m support.launches sm_90
 
-A stand-in driver names the chip, and CPU tensors (or ``meta`` tensors, for gigabytes) replace the device's.
-``JITFunction.run`` binds the arguments, specializes the kernel on them (integers equal to 1 or divisible by 16, alignment
-of pointers, ``None``) and compiles.  Prints one line of JSON per launch.  Runs in its own process, without
-``TRITON_INTERPRET``.
+See :mod:`tritontower.tuning.compile.recording`.  ``meta`` tensors stand for gigabytes.  Prints one line of JSON per launch;
+runs in its own process, without ``TRITON_INTERPRET``.
 """
 
 import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
 from tritontower.kernels.attention.attention import FlashAttentionConfig, flash_attention_varlen
 from tritontower.kernels.attention.pooling_head import attention_pooling
@@ -32,11 +27,9 @@ from tritontower.kernels.rowwise.norm import norm
 from tritontower.kernels.rowwise.positions import axial_frequencies, rotary_table
 from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.rowwise.splice import splice_rows
-from tritontower.kernels.runtime import config, dispatch
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
-from tritontower.tuning.compile.aot_compile import gpu_target
-from tritontower.tuning.compile.disassembly import read_amd, read_nvidia
+from tritontower.tuning.compile.recording import install_recorder
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH, HEADS, HEAD_DIM, HIDDEN, MERGED = 1280, 16, 80, 5120, 5120
@@ -215,54 +208,6 @@ def pool(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = BF1
     return attention_pooling(torch.empty(heads, head_dim, dtype=dtype), kv, Segments(lengths))
 
 
-def production() -> Iterator[Case]:
-    """Qwen2-VL in bf16, from one small image to a full batch, and the other operations of other towers."""
-    # K is split into more parts, into fewer, or not at all, with the widest tiles.
-    for patches in (4, 256, 4096):
-        here = f"{patches} patches"
-        residual = {"residual": make_rows(patches, WIDTH), "residual_out": make_rows(patches, WIDTH)}
-        yield f"norm, {here}", partial(normalize, patches, WIDTH)
-        yield f"norm residual, {here}", partial(normalize, patches, WIDTH, **residual)
-        yield (
-            f"norm residual, planned, {here}",
-            partial(normalize, patches, WIDTH, **residual, valid_rows=plan(patches)),
-        )
-        yield f"qkv, {here}", partial(matmul, patches, WIDTH, 3 * WIDTH)
-        for head_dim, padded in ((64, 64), (72, 80), (80, 80)):
-            name = f"qkv rotated, heads of {head_dim}, {here}"
-            yield name, partial(project_heads, patches, HEADS, head_dim, padded)
-        yield f"qkv not rotated, {here}", partial(project_heads, patches, HEADS, 72, 80, rotated=False)
-        yield f"qkv rotated, planned, {here}", partial(project_heads, patches, HEADS, 80, 80, valid_rows=plan(patches))
-        yield f"mlp out, planned, {here}", partial(matmul, patches, HIDDEN, WIDTH, added=True, valid_rows=plan(patches))
-        yield f"interleaved gates, {here}", partial(matmul, patches, WIDTH, 2 * HIDDEN, GATED)
-        yield f"attention output, {here}", partial(matmul, patches, WIDTH, WIDTH, added=True)
-        yield f"mlp in, {here}", partial(matmul, patches, WIDTH, HIDDEN, "quick_gelu")
-        yield f"mlp out, {here}", partial(matmul, patches, HIDDEN, WIDTH, added=True)
-        yield f"rotation, {here}", partial(rotate, patches, HEADS, HEAD_DIM)
-        yield f"attention, {here}", partial(attend, [patches])
-        yield (
-            f"windows, {here}",
-            partial(attend_as, [min(patches, 64)] * max(1, patches // 64), HEAD_DIM, BF16, length_bound=64),
-        )
-        yield f"padded heads, {here}", partial(attend_as, [patches], 80, BF16, columns=72, queries_scaled=True)
-        for inner in (588, 1176):
-            yield f"patches of {inner}, {here}", partial(project_patches, patches, inner, torch.uint8)
-        for width in (1024, 1152, 1280, 4096, 5120):
-            yield f"rows of {width}, {here}", partial(gather, patches, width)
-        yield f"learned positions, {here}", partial(gather, patches, 1024, added=True)
-        yield f"interpolated positions, {here}", partial(gather, patches, 1152, 4, added=True)
-        yield f"tiles and newlines, {here}", partial(gather, patches, 4096, filled=True)
-        yield f"tiles shrunk, {here}", partial(gather, patches, 3584, 4, filled=True)
-        yield f"mean of squares, {here}", partial(mean_rows, make_rows(16 * patches, 1152), 16)
-        for heads, head_dim in ((12, 64), (16, 72)):
-            yield f"pooled heads of {head_dim}, {here}", partial(pool, [patches], heads, head_dim)
-        yield f"splice, {here}", partial(splice, patches, 3584)
-        yield f"splice, elsewhere, {here}", partial(splice, patches, 1536, inside=False)
-        yield f"deepstack, {here}", partial(splice, patches, 4096, add=True)
-        for columns in (1536, 3584):
-            yield f"projector to {columns}, {here}", partial(project_tokens, patches // 4, columns)
-
-
 def boundaries() -> Iterator[Case]:
     """Sizes of 1, odd sizes and strides, absent operands, other dtypes, row strides of gigabytes."""
     for dtype in (BF16, FP16, FP32):
@@ -394,47 +339,17 @@ def attend_far_rows() -> Any:
     return flash_attention_varlen(q, q, q, Segments([3]))
 
 
-def read(compiled: Any, architecture: str) -> dict[str, int]:
-    """Reads registers and spills of a compiled kernel."""
-    amd = architecture.startswith("gfx")
-    code = read_amd(compiled.asm["amdgcn"]) if amd else read_nvidia(compiled.asm["cubin"])
-    return {"registers": code.registers, "spills": code.spills, "stack": code.stack}
-
-
-def main(architecture: str, wanted: str) -> None:
-    """Prints the compile result of every launch of every case."""
-    # The methods of a driver that the launch path calls before a kernel is compiled.
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: gpu_target(architecture),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
-    )
-    config.architecture = lambda device: architecture
-    launches: list[tuple[str, tuple[int, ...], Any]] = []
-    run = JITFunction.run
-
-    def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        compiled = run(self, *arguments, grid=grid, warmup=True, **options)
-        launches.append((self.fn.__name__, grid, compiled))
-        return compiled
-
-    JITFunction.run = record
-    dispatch.backend_for = lambda tensor: "triton"
-    seen: dict[str, dict[str, int]] = {}
-    cases = {"production": production, "boundaries": boundaries}[wanted]
-    for name, launch in cases():
-        launches.clear()
+def main(architecture: str) -> None:
+    """Prints the kernels of every case, or its error."""
+    recorder = install_recorder()
+    for name, launch in boundaries():
+        recorder.start(architecture)
         try:
             launch()
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"[:2000]
-            print(json.dumps({"case": name, "kernel": "", "error": failure}), flush=True)
-        for kernel, grid, compiled in launches:
-            if compiled.hash not in seen:
-                seen[compiled.hash] = read(compiled, architecture)
-            print(json.dumps({"case": name, "kernel": kernel, "grid": grid, **seen[compiled.hash]}), flush=True)
+            print(json.dumps({"case": name, "error": f"{type(error).__name__}: {error}"[:2000]}), flush=True)
+        for launched in recorder.launches:
+            print(json.dumps({"case": name, "kernel": launched.kernel}), flush=True)
 
 
 if __name__ == "__main__":

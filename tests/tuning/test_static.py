@@ -7,7 +7,15 @@ import pytest
 
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.tuning import static
-from tritontower.tuning.static import KNOWN_SPILLS, KernelReport, TowerRun, compile_runs, document_path, list_runs, table
+from tritontower.tuning.static import (
+    KNOWN_SPILLS,
+    KernelReport,
+    TowerRun,
+    compile_runs,
+    document_path,
+    list_runs,
+    table,
+)
 
 pytest.importorskip("triton", reason="compiling needs Triton, which ships for Linux only")
 
@@ -75,7 +83,9 @@ def test_every_model_compiles_without_spills():
 
 def test_the_kept_report_covers_every_architecture():
     text = document_path().read_text(encoding="utf-8")
-    assert {line.split("|")[1].strip() for line in text.splitlines() if re.match(r"\| (sm_|gfx)", line)} == set(ARCHITECTURES)
+    assert {line.split("|")[1].strip() for line in text.splitlines() if re.match(r"\| (sm_|gfx)", line)} == set(
+        ARCHITECTURES
+    )
     assert "does not compile" not in text
 
 
