@@ -29,11 +29,10 @@ import torch
 from ..runtime import config as configs
 from ..runtime import dispatch
 from ..runtime.checks import check_float, check_rows
-from ..runtime.config import CompileSpec
 from ..runtime.registry import lookup
 from ..runtime.segments import Segments
 from . import fixed_max, online_softmax, single_block, warp_specialized
-from .common import FlashAttentionConfig, Heads, LaunchArguments, Variant
+from .common import FlashAttentionConfig, LaunchArguments, Variant
 from .torch_reference import flash_attention_varlen_reference
 
 LARGEST_HEAD_DIM = 128
@@ -275,48 +274,3 @@ def _check_bound(segments: Segments, length_bound: int | None, config: FlashAtte
             f"length_bound must be at most block_keys={config.block_keys} for the variant 'single_block', got "
             f"{length_bound}; set it, or use another variant"
         )
-
-
-def compile_spec(
-    head_dim: int, dtype: torch.dtype, config: FlashAttentionConfig, *, width: int | None = None, scaled: bool = False
-) -> CompileSpec:
-    """Describes one launch over views of a fused projection, with heads padded to ``width`` and queries ``scaled``."""
-    heads = Heads.split(head_dim, width or head_dim, dtype, has_scaled_queries=scaled)
-    spec: CompileSpec = _MODULES[config.variant].compile_spec(heads, dtype, config)
-    return spec
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches for the head dims of vision towers, and the variants that tuning may choose instead.
-
-    All head dims in bf16, the most common one also in fp16 and fp32, padded heads, short segments and windows.  On sm_90
-    also the specialized variant, which only tuning chooses, and the launch that recomputes its overflowed rows.
-    """
-
-    def make(
-        head_dim: int,
-        dtype: torch.dtype = torch.bfloat16,
-        longest: int | None = None,
-        length_bound: int | None = None,
-        width: int | None = None,
-    ) -> CompileSpec:
-        config = default_config(head_dim, dtype, architecture, longest=longest, length_bound=length_bound)
-        # The projection that pads heads scales their queries.
-        return compile_spec(head_dim, dtype, config, width=width, scaled=width is not None)
-
-    specs = [make(head_dim) for head_dim in (64, 72, 80, 88, 96, 104, 128)]
-    specs += [make(72, width=80), make(72, torch.float16, width=80), make(80, longest=64), make(64, longest=64)]
-    specs += [make(80, torch.float16), make(80, torch.float32), make(80, length_bound=64)]
-    specs += [compile_spec(80, torch.bfloat16, default_config(80, torch.float16, architecture))]
-    if architecture == "sm_90":
-        specialized = FlashAttentionConfig(128, 128, num_warps=4, num_stages=2, variant="specialized")
-        specs += [compile_spec(head_dim, torch.bfloat16, specialized) for head_dim in (64, 80)]
-        specs += [compile_spec(head_dim, torch.float16, specialized) for head_dim in (64, 80)]
-        specs += [
-            online_softmax.compile_spec(
-                Heads.split(head_dim, width, torch.bfloat16), torch.bfloat16, warp_specialized.RECOMPUTE, recompute=True
-            )
-            for head_dim, width in ((64, 64), (72, 80), (80, 80))
-        ]
-    # Where short segments have no form of their own, the list names one configuration twice.
-    return list({(str(spec.kernel), spec.name): spec for spec in specs}.values())

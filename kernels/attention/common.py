@@ -14,7 +14,6 @@ import torch
 
 from ..runtime._triton import tl, triton
 from ..runtime.checks import next_power_of_two
-from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.device_functions import dot
 from ..runtime.segments import Segments
 
@@ -363,49 +362,4 @@ def launch_kernel(
         **{name: arguments[name] for name in kernel.arg_names},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-    )
-
-
-def make_attention_spec(
-    kernel: Any, heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig, label: str, **constants: Any
-) -> CompileSpec:
-    """Describes a launch over views of a fused projection."""
-    name = TRITON_TYPES[dtype]
-    types = {
-        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{name}"),
-        **dict.fromkeys(("k_desc", "v_desc"), f"tensordesc<{name}[{config.block_keys}, {heads.main}]>"),
-        **dict.fromkeys(("k_tail_desc", "v_tail_desc"), f"tensordesc<{name}[{config.block_keys}, {heads.tail}]>"),
-        "overflowed_ptr": "*i8",
-        "cu_seqlens_ptr": "*i32",
-        "tiles_ptr": "*i32",
-        **dict.fromkeys(("tile_count", "token_count", "query_columns"), "i32"),
-        "score_scale": "fp32",
-        **dict.fromkeys(STRIDES, "i32"),
-    }
-    every = {
-        **heads.constants(),
-        "BLOCK_QUERIES": config.block_queries,
-        "BLOCK_KEYS": config.block_keys,
-        "ALIGNMENT": math.gcd(heads.width, 16),
-        **constants,
-    }
-    # Token strides of a fused projection are divisible by 16; head strides are if the heads' columns are.
-    columns = {
-        "stride_oh": heads.head_dim,
-        "stride_qh": heads.width,
-        "stride_kh": heads.width,
-        "stride_vh": heads.width,
-    }
-    aligned = {stride for stride in STRIDES if columns.get(stride, 16) % 16 == 0}
-    return CompileSpec(
-        name=f"{name} {heads.text}, {config.block_queries}x{config.block_keys} warps {config.num_warps} "
-        f"stages {config.num_stages}{label}",
-        kernel=kernel,
-        signature={argument: types[argument] for argument in kernel.arg_names if argument in types},
-        constants={argument: every[argument] for argument in kernel.arg_names if argument in every},
-        divisible_by_16=tuple(argument for argument in kernel.arg_names if argument in aligned),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        tensor_core=dtype != torch.float32,
-        elements=config.block_queries * config.block_keys,
     )

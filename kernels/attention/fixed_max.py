@@ -29,7 +29,6 @@ from typing import Any
 import torch
 
 from ..runtime._triton import tl, triton
-from ..runtime.config import CompileSpec
 from ..runtime.device_functions import dot
 from .common import (
     FlashAttentionConfig,
@@ -43,7 +42,6 @@ from .common import (
     load_queries,
     load_values,
     locate_tile,
-    make_attention_spec,
     make_key_value_ptrs,
     online_softmax,
     scale_to_log2,
@@ -215,13 +213,3 @@ def launch(args: LaunchArguments) -> None:
     constants = _constants(args.heads, args.q.dtype, args.config)
     factor = compute_score_factor(args.scale, is_optional=constants["SPARE"])
     launch_kernel(_attention_fixed_kernel, args, factor, args.config.block_queries, **constants)
-
-
-def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> CompileSpec:
-    """Describes one launch over views of a fused projection."""
-    constants = _constants(heads, dtype, config)
-    label = ", spare column" if constants["SPARE"] else ""
-    if heads.has_scaled_queries and constants["SPARE"]:
-        label += ", scaled queries"
-        constants["score_scale"] = None
-    return make_attention_spec(_attention_fixed_kernel, heads, dtype, config, label, **constants)

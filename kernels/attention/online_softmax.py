@@ -9,16 +9,12 @@ arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).  The same kernel recomput
 import torch
 
 from ..runtime._triton import tl, triton
-from ..runtime.config import CompileSpec
 from .common import (
-    FlashAttentionConfig,
-    Heads,
     LaunchArguments,
     compute_score_factor,
     launch_kernel,
     load_queries,
     locate_tile,
-    make_attention_spec,
     make_key_value_ptrs,
     online_softmax,
     store_rows,
@@ -77,12 +73,3 @@ def launch(args: LaunchArguments, *, overflowed: torch.Tensor | None = None) -> 
         overflowed_ptr=overflowed,
         RECOMPUTE=overflowed is not None,
     )
-
-
-def compile_spec(
-    heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig, *, recompute: bool = False
-) -> CompileSpec:
-    """Describes one launch over views of a fused projection."""
-    label = ", recompute" if recompute else ""
-    absent = {} if recompute else {"overflowed_ptr": None}
-    return make_attention_spec(_attention_online_kernel, heads, dtype, config, label, RECOMPUTE=recompute, **absent)

@@ -21,7 +21,6 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_rows, next_power_of_two
-from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.segments import Segments
 
@@ -207,34 +206,3 @@ def attention_pooling(
     config = config or default_config(head_dim, configs.architecture(query.device))
     launch_attention_pooling(query, kv, segments, out, scale=scale, config=config)
     return out
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: SigLIP's heads (64 wide in base, 72 in so400m), every dtype, and the widest head."""
-    variants = [(64, torch.bfloat16), (72, torch.bfloat16), (72, torch.float16), (72, torch.float32)]
-    variants += [(LARGEST_HEAD_DIM, torch.bfloat16)]
-    return [_compile_spec(head_dim, dtype, default_config(head_dim, architecture)) for head_dim, dtype in variants]
-
-
-def _compile_spec(head_dim: int, dtype: torch.dtype, config: AttentionPoolingConfig) -> CompileSpec:
-    element = TRITON_TYPES[dtype]
-    head_strides = ("stride_qh", "stride_kvh", "stride_oh")
-    strides = ("stride_kvt", "stride_kvp", "stride_os")
-    return CompileSpec(
-        name=f"attention_pooling {element} head {head_dim}, {config.block_keys} keys",
-        kernel=_attention_pooling_kernel,
-        signature=dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), f"*{element}")
-        | {"cu_seqlens_ptr": "*i32", "heads": "i32", "score_scale": "fp32"}
-        | dict.fromkeys((*head_strides, *strides), "i32"),
-        constants={
-            "HEAD_DIM": head_dim,
-            "COLUMNS": _columns(head_dim),
-            "BLOCK_KEYS": config.block_keys,
-            "ALIGNMENT": math.gcd(head_dim, 16),
-        },
-        divisible_by_16=strides + (head_strides if head_dim % 16 == 0 else ()),
-        num_warps=config.num_warps,
-        num_stages=1,
-        tensor_core=False,
-        elements=config.block_keys,
-    )

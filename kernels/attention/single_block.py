@@ -5,14 +5,9 @@ maximum; two matmuls remain.  ``block_queries`` equals ``block_keys``, and the c
 batch is longer.
 """
 
-import torch
-
 from ..runtime._triton import tl, triton
-from ..runtime.config import CompileSpec
 from ..runtime.device_functions import dot
 from .common import (
-    FlashAttentionConfig,
-    Heads,
     LaunchArguments,
     compute_score_factor,
     compute_scores,
@@ -21,7 +16,6 @@ from .common import (
     load_queries,
     load_values,
     locate_tile,
-    make_attention_spec,
     store_rows,
 )
 
@@ -71,8 +65,3 @@ def launch(args: LaunchArguments) -> None:
     """Launches one program per head and segment."""
     factor = compute_score_factor(args.scale)
     launch_kernel(_attention_single_block_kernel, args, factor, args.config.block_keys)
-
-
-def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> CompileSpec:
-    """Describes one launch over views of a fused projection."""
-    return make_attention_spec(_attention_single_block_kernel, heads, dtype, config, ", single block")

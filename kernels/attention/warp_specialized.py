@@ -27,7 +27,6 @@ from typing import Any
 import torch
 
 from ..runtime._triton import tl, triton
-from ..runtime.config import CompileSpec
 from ..runtime.device_functions import dot
 from . import online_softmax
 from .common import (
@@ -38,7 +37,6 @@ from .common import (
     is_in_range,
     launch_kernel,
     locate_tile,
-    make_attention_spec,
     scale_to_log2,
     store_rows,
 )
@@ -251,16 +249,3 @@ def _constants(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -
         "MAX_SUM": max_sum(dtype),
         "STAGES": config.num_stages,
     }
-
-
-def compile_spec(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> CompileSpec:
-    """Describes one launch over views of a fused projection."""
-    constants = _constants(heads, dtype, config)
-    absent: tuple[str, ...] = () if heads.tail else ("k_tail_desc", "v_tail_desc")
-    absent += ("overflowed_ptr",) if constants["ONLINE"] else ()
-    label = ", online" if constants["ONLINE"] else ", spare column" if constants["SPARE"] else ", fixed"
-    if heads.has_scaled_queries and constants["SPARE"]:
-        absent += ("score_scale",)
-        label += ", scaled queries"
-    constants |= dict.fromkeys(absent)
-    return make_attention_spec(_attention_specialized_kernel, heads, dtype, config, label, **constants)

@@ -28,7 +28,6 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows
-from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
@@ -305,17 +304,6 @@ def launch_linear(
     )  # fmt: skip
 
 
-def operand_types(
-    element: str, pixels: str, config: LinearConfig, paired: int = 1
-) -> tuple[dict[str, str], dict[str, bool]]:
-    """Types of ``x_ptr`` and ``weight_ptr``, and the constant for descriptors or pointers."""
-    if config.operands == "pointers":
-        return {"x_ptr": f"*{pixels}", "weight_ptr": f"*{element}"}, {"HAS_DESCRIPTORS": False}
-    columns = paired * config.block_columns
-    return {
-        "x_ptr": f"tensordesc<{pixels}[{config.block_rows}, {config.block_inner}]>",
-        "weight_ptr": f"tensordesc<{element}[{columns}, {config.block_inner}]>",
-    }, {"HAS_DESCRIPTORS": True}
 
 
 def describe(config: LinearConfig) -> str:
@@ -324,112 +312,6 @@ def describe(config: LinearConfig) -> str:
     if config.operands == "pointers":
         return blocks
     return f"{blocks} descriptors {config.num_warps} warps {config.num_stages} stages"
-
-
-def compile_spec(
-    dtype: torch.dtype,
-    activation: str | None,
-    config: LinearConfig,
-    architecture: str,
-    *,
-    residual: bool = False,
-    even: bool = True,
-    valid_count: bool = False,
-) -> CompileSpec:
-    """The launch of :func:`launch_linear` with K not split; ``even``: K is a multiple of ``block_inner``."""
-    element, kind = TRITON_TYPES[dtype], activation or "none"
-    paired = 2 if activation == "silu_gated_interleaved" else 1
-    types, described = operand_types(element, element, config, paired)
-    pointers = types | dict.fromkeys(("bias_ptr", "out_ptr"), f"*{element}")
-    pointers |= {"residual_ptr": f"*{element}"} if residual else {}
-    pointers |= {"valid_count_ptr": "*i32"} if valid_count else {}
-    sizes = ("rows", "columns", "inner", "stride_xm", "stride_wn", "stride_rm", "stride_om")
-    suffixes = (" residual" if residual else "") + ("" if even else " ragged") + (" valid count" if valid_count else "")
-    return CompileSpec(
-        name=f"linear {element} {kind}{suffixes} {describe(config)}",
-        kernel=_linear_kernel,
-        signature=pointers | dict.fromkeys(sizes, "i32"),
-        constants={
-            **{name: None for name in ("residual_ptr", "valid_count_ptr") if name not in pointers},
-            "ACTIVATION": kind,
-            "PAIRED": paired,
-            "PASSES": epilogue_passes(config, activation, architecture, residual=residual),
-            **described,
-            **loop_constants(config, even=even),
-        },
-        # A ragged K (588, 1176) is why rows are padded: the strides stay multiples of 16.
-        divisible_by_16=tuple(size for size in sizes if size != "rows" and (even or size != "inner")),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        tensor_core=dtype != torch.float32,
-        elements=config.block_rows * config.block_columns,
-    )
-
-
-def split_specs(dtype: torch.dtype, config: LinearConfig) -> list[CompileSpec]:
-    """The two kernels of a split K: partial sums, then their sum with a costly epilogue."""
-    element = TRITON_TYPES[dtype]
-    sizes = ("rows", "columns", "inner", "per_part", "stride_xm", "stride_wn")
-    types, described = operand_types(element, element, config)
-    partial = CompileSpec(
-        name=f"linear {element} partial {describe(config)}",
-        kernel=_partial_kernel,
-        signature=types | {"partial_ptr": "*fp32"} | dict.fromkeys(sizes, "i32"),
-        constants={"valid_count_ptr": None, **described, **loop_constants(config, even=True)},
-        divisible_by_16=sizes[1:],
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        tensor_core=dtype != torch.float32,
-        elements=config.block_rows * config.block_columns,
-    )
-    reduce_sizes = ("rows", "columns", "parts", "stride_rm", "stride_om")
-    pointers = dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr"), f"*{element}") | {"valid_count_ptr": "*i32"}
-    reduce = CompileSpec(
-        name=f"linear {element} reduce gelu residual valid count {REDUCE_ROWS}x{REDUCE_COLUMNS}",
-        kernel=_reduce_kernel,
-        signature={"partial_ptr": "*fp32"} | pointers | dict.fromkeys(reduce_sizes, "i32"),
-        constants={"ACTIVATION": "gelu", "PAIRED": 1, "BLOCK_ROWS": REDUCE_ROWS, "BLOCK_COLUMNS": REDUCE_COLUMNS},
-        divisible_by_16=("columns", "stride_rm", "stride_om"),
-        num_warps=4,
-        num_stages=1,
-        tensor_core=False,
-        elements=REDUCE_ROWS * REDUCE_COLUMNS,
-    )
-    return [partial, reduce]
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """The shipped configurations: every epilogue in bf16, the costliest in fp16 and fp32, a ragged K, split K."""
-
-    def config(dtype: torch.dtype, activation: str | None, rows: int, residual: bool = False) -> LinearConfig:
-        return default_config(
-            rows, 5120, 1280, dtype=dtype, activation=activation, residual=residual, architecture=architecture
-        )
-
-    def spec(dtype: torch.dtype, activation: str | None, rows: int, **options: bool) -> CompileSpec:
-        chosen = config(dtype, activation, rows, options.get("residual", False))
-        return compile_spec(dtype, activation, chosen, architecture, **options)
-
-    bf16, many = torch.bfloat16, 16384
-    specs = [spec(bf16, activation, many) for activation in (None, *EPILOGUES) if activation != "silu_gated"]
-    specs += [spec(bf16, None, rows, residual=True) for rows in (64, many)]
-    specs += [spec(bf16, "gelu", many, residual=True)]
-    specs += [spec(bf16, activation, 64) for activation in ("gelu", "silu_gated_interleaved")]
-    specs += [spec(bf16, None, 1024, even=False), spec(bf16, "gelu", many, valid_count=True)]
-    specs += [
-        compile_spec(bf16, activation, tile, architecture, residual=residual)
-        for activation, residual in (
-            (None, False),
-            (None, True),
-            ("gelu_tanh", False),
-            ("silu_gated_interleaved", False),
-        )
-        for tile in (descriptor_tiles(activation) if architecture in ("sm_90", "sm_100") else ())
-    ]
-    for dtype in (torch.float16, torch.float32):
-        specs += [spec(dtype, activation, many) for activation in ("gelu", "silu_gated_interleaved")]
-        specs += [spec(dtype, None, many, residual=True)]
-    return specs + split_specs(bf16, config(bf16, None, 64)) + split_specs(bf16, config(bf16, None, 256))[:1]
 
 
 def check_activation(activation: str | None) -> None:

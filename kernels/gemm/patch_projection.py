@@ -22,11 +22,10 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor
-from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
-from .linear import LinearConfig, describe, loop_constants, make_operands, operand_types
+from .linear import LinearConfig, loop_constants, make_operands
 from .tiles import accumulate, first_row_and_column, store_zeros
 from .torch_reference import linear_reference, linear_workspace_bytes
 
@@ -207,59 +206,6 @@ def launch_patch_projection(
         HAS_DESCRIPTORS=described, **loop_constants(config, even=inner % config.block_inner == 0),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """The shipped configurations: every kind of pixel, ragged K (588, 1176, padded rows), with and without positions."""
-
-    def spec(
-        pixels: torch.dtype, dtype: torch.dtype, *, positions: bool, even: bool, valid_count: bool = False
-    ) -> CompileSpec:
-        config = default_config(dtype=dtype, architecture=architecture)
-        pixel, element = TRITON_TYPES[pixels], TRITON_TYPES[dtype]
-        kind = (
-            ("positions " if positions else "") + ("" if even else "ragged ") + ("valid count " if valid_count else "")
-        )
-        types, described = operand_types(element, pixel, config)
-        pointers = (
-            types
-            | {"bias_ptr": f"*{element}", "out_ptr": f"*{element}"}
-            | ({"valid_count_ptr": "*i32"} if valid_count else {})
-        )
-        if positions:
-            pointers |= {"position_ptr": f"*{element}", "position_index_ptr": "*i32"}
-        strides = ("columns", "stride_xm", "stride_wn", "stride_pm", "stride_om")
-        return CompileSpec(
-            name=f"patch_projection {pixel}->{element} {kind}{describe(config)}",
-            kernel=_patch_projection_kernel,
-            signature=pointers | dict.fromkeys(("rows", "inner", *strides), "i32"),
-            constants={
-                **{
-                    name: None
-                    for name in ("position_ptr", "position_index_ptr", "valid_count_ptr")
-                    if name not in pointers
-                },
-                **described,
-                **loop_constants(config, even=even),
-            },
-            divisible_by_16=(*strides, "inner") if even else strides,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            tensor_core=dtype != torch.float32,
-            elements=config.block_rows * config.block_columns,
-        )
-
-    fp32, fp16, bf16, uint8 = torch.float32, torch.float16, torch.bfloat16, torch.uint8
-    return [
-        spec(uint8, bf16, positions=False, even=False),
-        spec(uint8, bf16, positions=True, even=True),
-        spec(uint8, bf16, positions=True, even=False, valid_count=True),
-        spec(fp32, bf16, positions=False, even=False),
-        spec(fp32, bf16, positions=True, even=False),
-        spec(bf16, bf16, positions=False, even=False),
-        spec(uint8, fp16, positions=False, even=False),
-        spec(fp32, fp32, positions=True, even=False),
-    ]
 
 
 def patch_projection(

@@ -30,7 +30,6 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor
-from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
@@ -40,11 +39,9 @@ from .linear import (
     LinearConfig,
     add_parts,
     compute_partial_sums,
-    describe,
     launch_linear,
     loop_constants,
     make_operands,
-    operand_types,
 )
 from .linear import default_config as linear_config
 from .linear_config import epilogue_passes
@@ -285,97 +282,6 @@ def _head_constants(head_dim: int, padded: int, *strides: int) -> dict[str, int]
     return {"HEAD_DIM": head_dim, "PADDED": padded, "UNIT": math.gcd(4, head_dim // 2, padded // 2, *strides)}
 
 
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """The shipped configurations: heads of 64, 72 padded to 80 (q scaled, rotated or not), and 80; the sum of a split K.
-
-    (The partial sums of a split K are :mod:`.linear`'s.)
-    """
-    fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
-
-    def config(dtype: torch.dtype) -> LinearConfig:
-        return default_config(16384, 3840, 1280, dtype=dtype, architecture=architecture)
-
-    return [
-        _compile_spec(bf16, 64, 64, config(bf16), architecture),
-        _compile_spec(bf16, 72, 80, config(bf16), architecture, scaled=True),
-        _compile_spec(bf16, 72, 80, config(bf16), architecture, scaled=True, rotated=False),
-        _compile_spec(bf16, 80, 80, config(bf16), architecture),
-        _compile_spec(bf16, 80, 80, config(bf16), architecture, valid_count=True),
-        _compile_spec(fp16, 80, 80, config(fp16), architecture),
-        _compile_spec(fp32, 80, 80, config(fp32), architecture),
-        _reduce_spec(bf16, 72, 80),
-    ]
-
-
-def _head(element: str, head_dim: int, padded: int) -> str:
-    return f"{element} head_dim {head_dim}" + ("" if padded == head_dim else f" of {padded}")
-
-
-def _compile_spec(
-    dtype: torch.dtype,
-    head_dim: int,
-    padded: int,
-    config: LinearConfig,
-    architecture: str,
-    *,
-    valid_count: bool = False,
-    scaled: bool = False,
-    rotated: bool = True,
-) -> CompileSpec:
-    element = TRITON_TYPES[dtype]
-    types, described = operand_types(element, element, config)
-    arguments = (
-        types | dict.fromkeys(("bias_ptr", "out_ptr"), f"*{element}") | dict.fromkeys(("cos_ptr", "sin_ptr"), "*fp32")
-    )
-    arguments |= {"valid_count_ptr": "*i32", "query_scale": "fp32"}
-    optional = {"valid_count_ptr": valid_count, "query_scale": scaled, "cos_ptr": rotated, "sin_ptr": rotated}
-    absent = [name for name, present in optional.items() if not present]
-    strides = ("stride_xm", "stride_wn", "stride_om")
-    words = [
-        word for word, so in (("scaled", scaled), ("not rotated", not rotated), ("valid count", valid_count)) if so
-    ]
-    return CompileSpec(
-        name=" ".join(["qkv_projection", _head(element, head_dim, padded), *words, describe(config)]),
-        kernel=_qkv_projection_kernel,
-        signature={name: kind for name, kind in arguments.items() if name not in absent}
-        | dict.fromkeys(("rows", "columns", "pairs", "inner", "stride_cm", "stride_sm", *strides), "i32"),
-        constants={
-            **dict.fromkeys(absent),
-            **_head_constants(head_dim, padded),
-            "PASSES": epilogue_passes(config, None, architecture, rotation=rotated),
-            **described,
-            **loop_constants(config, even=True),
-        },
-        # Rows of the tables have 9 or 10 units.
-        divisible_by_16=("columns", "pairs", "inner", *strides),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        tensor_core=dtype != torch.float32,
-        elements=config.block_rows * config.block_columns,
-    )
-
-
-def _reduce_spec(dtype: torch.dtype, head_dim: int, padded: int) -> CompileSpec:
-    element = TRITON_TYPES[dtype]
-    pointers = dict.fromkeys(("bias_ptr", "out_ptr"), f"*{element}") | dict.fromkeys(
-        ("partial_ptr", "cos_ptr", "sin_ptr"), "*fp32"
-    )
-    sizes = ("rows", "columns", "pairs", "parts", "stride_cm", "stride_sm", "stride_om")
-    return CompileSpec(
-        name=f"qkv_projection reduce {_head(element, head_dim, padded)} scaled valid count {REDUCE_ROWS}x{REDUCE_COLUMNS}",
-        kernel=_qkv_reduce_kernel,
-        signature=pointers | {"valid_count_ptr": "*i32", "query_scale": "fp32"} | dict.fromkeys(sizes, "i32"),
-        constants={
-            **_head_constants(head_dim, padded),
-            "BLOCK_ROWS": REDUCE_ROWS,
-            "BLOCK_COLUMNS": REDUCE_COLUMNS,
-        },
-        divisible_by_16=("columns", "pairs", "stride_om"),
-        num_warps=4,
-        num_stages=1,
-        tensor_core=False,
-        elements=REDUCE_ROWS * REDUCE_COLUMNS,
-    )
 
 
 def _check_heads(heads: int, head_dim: int, padded: int, is_rotated: bool, query_scale: float) -> None:

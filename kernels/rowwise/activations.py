@@ -23,10 +23,8 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows
-from ..runtime.config import CompileSpec
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import make_spec
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -237,27 +235,3 @@ def add(x: torch.Tensor, y: torch.Tensor, *, out: torch.Tensor | None = None) ->
     if x.numel():
         launch_add(x, y, out, default_config(configs.architecture(x.device)))
     return out
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: all activations and the addition in bf16, the costliest activation in fp16 and fp32."""
-    config = default_config(architecture)
-
-    def spec(name: str, kernel: object, tensors: str, element: str, constants: dict[str, object]) -> CompileSpec:
-        pointers = tuple(f"{tensor}_ptr" for tensor in tensors.split())
-        strides = tuple(f"stride_{tensor[0]}m" for tensor in tensors.split())
-        return make_spec(
-            f"{name} {element} {config.block}",
-            kernel,
-            dict.fromkeys(pointers, f"*{element}"),
-            {**constants, "BLOCK": config.block},
-            config.num_warps,
-            config.block,
-            aligned=(*strides, "columns"),
-        )
-
-    kinds = [(kind, "bf16") for kind in ACTIVATIONS] + [("gelu", "fp16"), ("gelu", "fp32")]
-    return [
-        spec(f"activation {kind}", _activation_kernel, "x out", element, {"ACTIVATION": kind})
-        for kind, element in kinds
-    ] + [spec("add", _add_kernel, "x y out", "bf16", {})]

@@ -1,14 +1,12 @@
 """Shared parts of the rowwise kernels: tiles of rows × columns, and cache-sized chunks for the torch references."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div
-from ..runtime.config import CompileSpec
 
 
 @dataclass(frozen=True)
@@ -49,32 +47,6 @@ def row_chunks(rows: int, width: int, elements: int) -> Iterator[slice]:
     step = max(1, elements * torch.get_num_threads() // width)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
-
-
-def make_spec(
-    name: str,
-    kernel: Any,
-    arguments: Mapping[str, str],
-    constants: Mapping[str, Any],
-    num_warps: int,
-    elements: int,
-    *,
-    aligned: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-) -> CompileSpec:
-    """Describes one launch; ``arguments`` are typed, ``aligned`` ones are integers divisible by 16."""
-    return CompileSpec(
-        name=name,
-        kernel=kernel,
-        signature={**arguments, **dict.fromkeys(aligned, "i32")},
-        constants=dict(constants),
-        divisible_by_16=tuple(aligned),
-        num_warps=num_warps,
-        num_stages=1,
-        tensor_core=False,
-        elements=elements,
-        options=options or {},
-    )
 
 
 def check_index_range(index: torch.Tensor, lowest: int, rows: int, hint: str) -> None:

@@ -17,9 +17,8 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor
-from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile, make_spec, row_chunks
+from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile, row_chunks
 
 MAX_TAPS = 16
 """Largest number of taps per row (those of a bicubic interpolation): the kernel is unrolled over them."""
@@ -216,39 +215,3 @@ def gather_rows(
     config = config or default_config(configs.architecture(source.device))
     launch_gather(source, index, weights, fill, residual, out, config)
     return out
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: copies, learned positions and bilinear taps, tiles with their newline, every dtype.
-
-    The width is a run-time argument: 1024, 1152, 1280, 4096 and 5120 columns, multiples of 16, share their code.
-    """
-    variants = [
-        (1, "bf16", ""),
-        (1, "bf16", "fill"),
-        (1, "bf16", "residual"),
-        (4, "bf16", "weights"),
-        (4, "bf16", "weights residual"),
-        (4, "bf16", "weights fill"),
-        (4, "fp16", "weights residual"),
-        (1, "fp32", "residual"),
-        (4, "fp32", "weights fill residual"),
-        (MAX_TAPS, "bf16", "weights fill residual"),
-    ]
-    return [_compile_spec(*variant, default_config(architecture)) for variant in variants]
-
-
-def _compile_spec(taps: int, element: str, present: str, config: TileConfig) -> CompileSpec:
-    pointers = {f"{name}_ptr": f"*{element}" for name in ("source", "out", *present.split())}
-    if "weights_ptr" in pointers:
-        pointers["weights_ptr"] = "*fp32"
-    absent = dict.fromkeys(name for name in ("weights_ptr", "fill_ptr", "residual_ptr") if name not in pointers)
-    return make_spec(
-        " ".join(("gather", element, f"taps {taps}", *present.split(), f"{config.rows}x{config.columns}")),
-        _gather_kernel,
-        {**pointers, "index_ptr": "*i32", "rows": "i32"},
-        {**absent, "TAPS": taps, **config.constants},
-        config.num_warps,
-        config.rows * config.columns,
-        aligned=("width", "stride_sm", "stride_rm", "stride_om"),
-    )

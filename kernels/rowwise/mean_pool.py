@@ -16,9 +16,8 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows
-from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import INTERPRETER_TILE, TileConfig, locate_tile, make_spec, row_chunks
+from .common import INTERPRETER_TILE, TileConfig, locate_tile, row_chunks
 
 CHUNK = 131072
 """fp32 sums per thread and chunk of the reference."""
@@ -104,26 +103,3 @@ def mean_rows(
         return mean_rows_reference(x, count, out)
     launch_mean_rows(x, count, out, config or default_config(configs.architecture(x.device)))
     return out
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: squares of 4 × 4 patches (Gemma 3) in every dtype, and two other squares.
-
-    The width is a run-time argument: all multiples of 16 columns share their code.
-    """
-    return [
-        _compile_spec(count, element, default_config(architecture))
-        for count, element in ((16, "bf16"), (16, "fp16"), (16, "fp32"), (4, "bf16"), (9, "bf16"))
-    ]
-
-
-def _compile_spec(count: int, element: str, config: TileConfig) -> CompileSpec:
-    return make_spec(
-        f"mean of {count} rows {element} {config.rows}x{config.columns}",
-        _mean_rows_kernel,
-        {"x_ptr": f"*{element}", "out_ptr": f"*{element}", "rows": "i32"},
-        {"COUNT": count, **config.constants},
-        config.num_warps,
-        config.rows * config.columns * count,
-        aligned=("width", "stride_xm", "stride_om"),
-    )

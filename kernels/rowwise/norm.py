@@ -25,11 +25,10 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, next_power_of_two
-from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
-from .common import make_spec, row_chunks
+from .common import row_chunks
 
 NormKind = Literal["layer_norm", "rms_norm", "gemma_rms_norm"]
 Rounding = Literal["once", "before_weight"]
@@ -390,39 +389,3 @@ def norm(
         else:
             norm_reference(x, weight, bias, out, **arguments)
     return out if residual_out is None else (out, residual_out)
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: the towers' widths, each norm, with and without residual, gather and masked columns."""
-    variants = [
-        ("layer_norm", "once", 1280, "bf16", "bias"),
-        ("layer_norm", "once", 1280, "bf16", "bias residual sum"),
-        ("layer_norm", "once", 1280, "bf16", "bias residual sum valid_rows"),
-        ("layer_norm", "once", 1152, "bf16", "bias residual sum"),
-        ("layer_norm", "once", 1024, "fp16", "bias residual sum"),
-        ("layer_norm", "once", 768, "fp32", "bias"),
-        ("layer_norm", "once", 1408, "bf16", "bias"),
-        ("rms_norm", "before_weight", 1280, "bf16", "residual sum"),
-        ("rms_norm", "before_weight", 1280, "bf16", "row_index"),
-        ("rms_norm", "before_weight", 5120, "bf16", ""),
-        ("gemma_rms_norm", "once", 1152, "bf16", ""),
-        ("layer_norm", "once", MAX_WIDTH, "bf16", "bias"),
-    ]
-    return [_compile_spec(*variant, architecture) for variant in variants]
-
-
-def _compile_spec(kind: str, rounding: str, width: int, element: str, present: str, architecture: str) -> CompileSpec:
-    config = default_config(width, architecture)
-    pointers = {f"{name}_ptr": f"*{element}" for name in ("x", "weight", "out", *present.split())}
-    pointers |= {name: "*i32" for name in ("row_index_ptr", "valid_rows_ptr") if name in pointers}
-    optional = ("bias_ptr", "residual_ptr", "sum_ptr", "row_index_ptr", "valid_rows_ptr")
-    absent = dict.fromkeys(name for name in optional if name not in pointers)
-    return make_spec(
-        f"{kind} {element} {width} {present}".strip(),
-        _norm_kernel,
-        {**pointers, "rows": "i32", "eps": "fp32"},
-        {**absent, **_constants(kind, rounding, width, config)},
-        config.num_warps,
-        config.rows * width,
-        aligned=("stride_xm", "stride_om", "stride_rm", "stride_sm"),
-    )

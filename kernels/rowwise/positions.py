@@ -22,9 +22,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_rows, check_tensor, next_power_of_two
-from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import make_spec
 
 FrequencyLayout = Literal["halves", "alternating"]
 
@@ -299,21 +297,3 @@ def rotary_table(
         else:
             rotary_table_reference(positions, frequencies, side, cos, sin)
     return cos, sin
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: head dims 64, 72 and 80."""
-    config = default_config(architecture)
-    tables = ("cos_h_ptr", "sin_h_ptr", "cos_w_ptr", "sin_w_ptr", "out_cos_ptr", "out_sin_ptr")
-    integers = dict.fromkeys(("rows", "stride_pm", "stride_cm", "stride_sm"), "i32")
-    return [
-        make_spec(
-            f"rotary_table fp32 head_dim {head_dim}",
-            _rotary_table_kernel,
-            {"positions_ptr": "*i32", **dict.fromkeys(tables, "*fp32"), **integers},
-            _constants(head_dim // 4, config),
-            config.num_warps,
-            config.rows * head_dim,
-        )
-        for head_dim in (64, 72, 80)
-    ]

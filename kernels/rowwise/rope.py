@@ -22,9 +22,8 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, next_power_of_two
-from ..runtime.config import TRITON_TYPES, CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import make_spec, row_chunks
+from .common import row_chunks
 
 CHUNK = 262144
 """Elements per thread and chunk of the reference."""
@@ -185,32 +184,3 @@ def rope_(
         launch_rope(q, k, cos, sin, rotation_dtype, default_config(configs.architecture(q.device)))
     else:
         rope_reference_(q, k, cos, sin, rotation_dtype)
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: head dims 64, 72 and 80, and each way to round."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    variants = [
-        (bf16, fp32, 64),
-        (bf16, fp32, 72),
-        (bf16, fp32, 80),
-        (bf16, bf16, 64),
-        (fp16, fp32, 80),
-        (fp32, fp32, 80),
-    ]
-    return [_compile_spec(*variant, default_config(architecture)) for variant in variants]
-
-
-def _compile_spec(dtype: torch.dtype, rotation_dtype: torch.dtype, head_dim: int, config: RopeConfig) -> CompileSpec:
-    element = TRITON_TYPES[dtype]
-    strides = ("stride_qm", "stride_qh", "stride_km", "stride_kh", "stride_cm", "stride_sm")
-    pointers = {"q_ptr": f"*{element}", "k_ptr": f"*{element}", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
-    return make_spec(
-        f"rope {element} in {TRITON_TYPES[rotation_dtype]} head_dim {head_dim}",
-        _rope_kernel,
-        pointers | dict.fromkeys(("rows", "heads", *strides), "i32"),
-        _constants(head_dim, math.gcd(16, head_dim // 2), rotation_dtype, config),
-        config.num_warps,
-        2 * config.rows * config.heads * head_dim,
-        options=_options(rotation_dtype),
-    )

@@ -16,9 +16,8 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor
-from ..runtime.config import CompileSpec
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile, make_spec
+from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile
 
 
 def splice_rows_reference(
@@ -128,36 +127,3 @@ def splice_rows(
         return splice_rows_reference(text, rows, index, add, out)
     launch_splice(text, rows, index, add, out, config or default_config(configs.architecture(text.device)))
     return out
-
-
-def compile_specs(architecture: str) -> list[CompileSpec]:
-    """Lists the default launches: replaced and added, in place and not, of one dtype and of two.
-
-    The width is a run-time argument: all multiples of 16 columns share their code.
-    """
-    variants = [
-        ("bf16", "bf16", False, False),
-        ("bf16", "bf16", False, True),
-        ("bf16", "bf16", True, False),
-        ("bf16", "bf16", True, True),
-        ("fp16", "fp16", False, True),
-        ("fp32", "fp32", False, False),
-        ("bf16", "fp32", True, True),
-        ("fp16", "bf16", False, True),
-    ]
-    return [_compile_spec(*variant, default_config(architecture)) for variant in variants]
-
-
-def _compile_spec(text: str, rows: str, add: bool, in_place: bool, config: TileConfig) -> CompileSpec:
-    words = ["splice", text, *([f"of {rows}"] if rows != text else []), *(["add"] if add else [])]
-    words += ["in place"] if in_place else []
-    pointers = {"text_ptr": f"*{text}", "rows_ptr": f"*{rows}", "index_ptr": "*i32", "out_ptr": f"*{text}"}
-    return make_spec(
-        " ".join([*words, f"{config.rows}x{config.columns}"]),
-        _splice_kernel,
-        {**pointers, "row_count": "i32"},
-        {"ADD": add, "IN_PLACE": in_place, **config.constants},
-        config.num_warps,
-        config.rows * config.columns,
-        aligned=("width", "stride_tm", "stride_rm", "stride_om"),
-    )

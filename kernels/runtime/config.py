@@ -7,10 +7,7 @@ Every kernel file also lists its default launches as :class:`CompileSpec`, so th
 registers, spills and instructions.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -26,39 +23,7 @@ SHARED_MEMORY_LIMIT = {
 }
 """Bytes of shared memory (LDS on AMD) that one program may use."""
 
-TRITON_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 """torch dtype → its name in a kernel signature; a pointer to it starts with ``*``."""
-
-
-@dataclass(frozen=True)
-class CompileSpec:
-    """One launch of one kernel, to be compiled for any architecture."""
-
-    name: str
-    """Name in a table: kernel, dtype, shape, block sizes."""
-    kernel: Any
-    """The ``@triton.jit`` function."""
-    signature: dict[str, str]
-    """Run-time argument → Triton type, e.g. ``"*bf16"``, ``"i32"``, ``"fp32"``."""
-    constants: dict[str, Any]
-    """``tl.constexpr`` argument → value; ``None`` for an absent pointer."""
-    divisible_by_16: tuple[str, ...]
-    """Integer arguments that are multiples of 16 in the launch; pointers always are."""
-    num_warps: int
-    num_stages: int
-    tensor_core: bool
-    """Tensor-core instructions must appear in the disassembly."""
-    elements: int
-    """Output elements (for attention: scores) of one program's main loop, to compute instructions per element."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Other options of the launch, e.g. ``enable_fp_fusion``."""
 
 
 # Newer chips that have the shared memory and the tensor cores of an older one.

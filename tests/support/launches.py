@@ -18,7 +18,6 @@ from tritontower.kernels.attention.attention import FlashAttentionConfig, flash_
 from tritontower.kernels.attention.pooling_head import attention_pooling
 from tritontower.kernels.gemm.linear import EPILOGUES, LinearConfig, linear
 from tritontower.kernels.gemm.patch_projection import patch_projection
-from tritontower.kernels.gemm.projector import projector_mlp
 from tritontower.kernels.gemm.qkv_projection import qkv_projection
 from tritontower.kernels.rowwise.activations import ACTIVATIONS, activation, add
 from tritontower.kernels.rowwise.gather import MAX_TAPS, gather_rows
@@ -58,20 +57,6 @@ def make_heads(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF1
     return torch.empty(patches, 3, heads, head_dim, dtype=dtype).unbind(1)
 
 
-def project_tokens(
-    tokens: int, columns: int, dtype: torch.dtype = BF16, merge: int = 4, gathered: bool = False, **options: Any
-) -> Any:
-    return projector_mlp(
-        make_rows(tokens * merge, MERGED // merge, dtype),
-        *(torch.empty(MERGED // merge, dtype=dtype) for _ in range(2)),
-        make_rows(HIDDEN, MERGED, dtype),
-        torch.empty(HIDDEN, dtype=dtype),
-        make_rows(columns, HIDDEN, dtype),
-        torch.empty(columns, dtype=dtype),
-        merge=merge,
-        row_index=torch.zeros(tokens * merge, dtype=torch.int32) if gathered else None,
-        **options,
-    )
 
 
 def matmul(

@@ -17,7 +17,6 @@ from torch.nn import functional
 from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.gemm.linear import linear, prepare_gates
 from tritontower.kernels.gemm.patch_projection import patch_projection
-from tritontower.kernels.gemm.projector import projector_mlp
 from tritontower.kernels.gemm.qkv_projection import qkv_projection, reorder_heads
 from tritontower.kernels.rowwise.gather import gather_rows
 from tritontower.kernels.rowwise.norm import norm
@@ -363,44 +362,6 @@ def _patch_projection(make: _Tensors, case: Case) -> Prepared:
     )
 
 
-def _projector(make: _Tensors, case: Case) -> Prepared:
-    tokens, width, hidden, columns = (case.sizes[name] for name in ("tokens", "width", "hidden", "columns"))
-    x = make.normal(4 * tokens, width)
-    norm_weight, norm_bias = make.normal(width, scale=0.1) + 1, make.normal(width)
-    inner = 4 * width
-    weight_1, bias_1 = make.normal(hidden, inner, scale=inner**-0.5), make.normal(hidden)
-    weight_2, bias_2 = make.normal(columns, hidden, scale=hidden**-0.5), make.normal(columns)
-    out, between = make.empty(tokens, columns), make.empty(tokens, hidden)
-    normed = make.empty(4 * tokens, width)
-
-    def by_torch(chosen: Tensor | slice, dtype: torch.dtype) -> Tensor:
-        y = x.view(tokens, 4, width)[chosen].to(dtype)
-        y = functional.layer_norm(y, (width,), norm_weight.to(dtype), norm_bias.to(dtype), 1e-6).flatten(1)
-        y = functional.gelu(functional.linear(y, weight_1.to(dtype), bias_1.to(dtype)))
-        return functional.linear(y, weight_2.to(dtype), bias_2.to(dtype))
-
-    return Prepared(
-        call=lambda: projector_mlp(
-            x,
-            norm_weight,
-            norm_bias,
-            weight_1,
-            bias_1,
-            weight_2,
-            bias_2,
-            merge=4,
-            normed=normed,
-            hidden=between,
-            out=out,
-            config=case.config,
-        ),
-        result=lambda: out,
-        expected=lambda chosen: by_torch(chosen, torch.float64),
-        baselines={"torch norm and linears": lambda: by_torch(slice(None), x.dtype)},
-        flops=2 * tokens * hidden * (inner + columns),
-        bytes=_size_in_bytes(x, weight_1, weight_2, out),
-        roundings=3,
-    )
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -498,7 +459,6 @@ _BUILDERS: Mapping[str, Callable[[_Tensors, Case], Prepared]] = {
     "linear": _linear,
     "qkv_projection": _qkv_projection,
     "patch_projection": _patch_projection,
-    "projector": _projector,
     "norm": _norm,
     "rope": _rope,
     "gather": _gather,

@@ -83,12 +83,6 @@ def _patch_sizes(grid: Grid) -> _Sized:
         yield f"{pixels} pixels, {rows:,} × {columns:,} × {inner:,}", sizes
 
 
-def _projector_sizes(grid: Grid) -> _Sized:
-    width, hidden, columns = (16, 64, 40) if grid == "small" else (1280, 5120, 3584)
-    for rows in _ROWS[grid]:
-        tokens = max(1, rows // 4)
-        sizes = {"tokens": tokens, "width": width, "hidden": hidden, "columns": columns}
-        yield f"{tokens:,} tokens of 4 × {width:,} to {columns:,}", sizes
 
 
 def _norm_sizes(grid: Grid) -> _Sized:
@@ -117,7 +111,6 @@ _SIZES: Mapping[str, Callable[[Grid], _Sized]] = {
     "linear": _linear_sizes,
     "qkv_projection": _qkv_sizes,
     "patch_projection": _patch_sizes,
-    "projector": _projector_sizes,
     "norm": _norm_sizes,
     "rope": _rope_sizes,
     "gather": _gather_sizes,
