@@ -304,16 +304,6 @@ def launch_linear(
     )  # fmt: skip
 
 
-
-
-def describe(config: LinearConfig) -> str:
-    """The part of a :class:`CompileSpec`'s name for its configuration; with warps and stages for descriptors."""
-    blocks = f"{config.block_rows}x{config.block_columns}x{config.block_inner}"
-    if config.operands == "pointers":
-        return blocks
-    return f"{blocks} descriptors {config.num_warps} warps {config.num_stages} stages"
-
-
 def check_activation(activation: str | None) -> None:
     """Raises ``ValueError`` unless ``activation`` is one of :data:`EPILOGUES` or ``None``."""
     if activation is not None and activation not in EPILOGUES:

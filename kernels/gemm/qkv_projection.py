@@ -282,8 +282,6 @@ def _head_constants(head_dim: int, padded: int, *strides: int) -> dict[str, int]
     return {"HEAD_DIM": head_dim, "PADDED": padded, "UNIT": math.gcd(4, head_dim // 2, padded // 2, *strides)}
 
 
-
-
 def _check_heads(heads: int, head_dim: int, padded: int, is_rotated: bool, query_scale: float) -> None:
     if heads < 1 or head_dim < 1 or padded < head_dim:
         raise ValueError(

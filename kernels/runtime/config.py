@@ -1,10 +1,8 @@
-"""Launch configurations, architectures, and compile specs.
+"""Launch configurations and architectures.
 
 Every kernel file has a frozen ``…Config`` dataclass (block sizes, warps, pipeline stages) and a ``default_config`` that
 maps a shape and an *architecture* to one.  An architecture is the compiler's name of a chip generation: ``sm_80`` (A100),
 ``sm_89`` (Ada), ``sm_90`` (Hopper), ``sm_100`` (Blackwell), ``gfx942`` (MI300), ``gfx950`` (MI350), or ``interpreter``.
-Every kernel file also lists its default launches as :class:`CompileSpec`, so that any machine can compile them and read
-registers, spills and instructions.
 """
 
 from functools import lru_cache

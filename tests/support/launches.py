@@ -31,7 +31,7 @@ from tritontower.kernels.runtime.valid_rows import ValidRows
 from tritontower.tuning.compile.recording import install_recorder
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-WIDTH, HEADS, HEAD_DIM, HIDDEN, MERGED = 1280, 16, 80, 5120, 5120
+WIDTH, HEADS, HEAD_DIM = 1280, 16, 80
 LONG = 2**31 + 16
 """A row stride that does not fit 32 bits."""
 
@@ -55,8 +55,6 @@ def make_far_rows(count: int, width: int, dtype: torch.dtype = BF16) -> torch.Te
 def make_heads(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16) -> tuple[torch.Tensor, ...]:
     """Makes q, k and v as views of a fused projection."""
     return torch.empty(patches, 3, heads, head_dim, dtype=dtype).unbind(1)
-
-
 
 
 def matmul(
@@ -204,7 +202,6 @@ def boundaries() -> Iterator[Case]:
         yield f"rotation {dtype}", partial(rotate, 1, 1, 72, dtype, dtype)
         yield f"add {dtype}", partial(add, make_rows(1, 1, dtype), make_rows(1, 1, dtype))
         yield f"activation {dtype}", partial(activation, make_rows(3, 5, dtype, 3), "gelu")
-        yield f"projector {dtype}", partial(project_tokens, 1, 1, dtype, gathered=True)
         yield f"rows {dtype}", partial(gather, 1, 48, dtype=dtype)
         yield f"rows weighed, filled and added {dtype}", partial(gather, 3, 72, MAX_TAPS, dtype, True, True)
         yield f"splice {dtype}", partial(splice, 3, 72, dtype)
@@ -228,7 +225,6 @@ def boundaries() -> Iterator[Case]:
     yield "qkv rotated, descriptors", partial(project_heads, 300, 16, 72, 80, config=described, valid_rows=plan(300))
     yield "patch projection, descriptors", partial(project_patches, 5, 1184, torch.uint8, config=described)
     yield "patch projection, planned", partial(project_patches, 5, 588, torch.uint8, valid_rows=plan(5))
-    yield "projector, planned", partial(project_tokens, 300, 1536, valid_rows=plan(300))
     yield "qkv rotated, long rows", project_heads_far_rows
     for kind in ACTIVATIONS:
         yield f"activation {kind}", partial(activation, make_rows(3, 1280), kind)

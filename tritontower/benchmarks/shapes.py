@@ -83,8 +83,6 @@ def _patch_sizes(grid: Grid) -> _Sized:
         yield f"{pixels} pixels, {rows:,} × {columns:,} × {inner:,}", sizes
 
 
-
-
 def _norm_sizes(grid: Grid) -> _Sized:
     widths = (48, 80) if grid == "small" else (1152, 1280)
     for width, rows, residual in itertools.product(widths, _ROWS[grid], (False, True)):

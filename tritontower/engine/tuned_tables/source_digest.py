@@ -21,10 +21,7 @@ _SKIPPED_MODULES = re.compile(
 )
 """Modules that decide nothing of a launch on a GPU."""
 
-_SKIPPED_NAMES = re.compile(
-    r"__all__|_?check\w*|_?validate\w*|_?default_config|choose_config|describe|CompileSpec|_?compile_specs?|\w+_specs?"
-    r"|operand_types|TRITON_TYPES|\w+_reference_?"
-)
+_SKIPPED_NAMES = re.compile(r"__all__|_?check\w*|_?validate\w*|_?default_config|choose_config|\w+_reference_?")
 """Definitions that decide nothing of a launch whose configuration is given."""
 
 
