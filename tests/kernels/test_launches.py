@@ -12,13 +12,22 @@ import torch
 
 import tritontower
 from tritontower.kernels.attention import pooling_head
-from tritontower.kernels.gemm import linear, patch_projection, projector, qkv_projection
+from tritontower.kernels.attention.attention import flash_attention_varlen
+from tritontower.kernels.gemm import linear, patch_projection, qkv_projection
 from tritontower.kernels.rowwise import activations, gather, mean_pool, norm, positions, rope, splice
 from tritontower.kernels.runtime import dispatch
+from tritontower.kernels.runtime.segments import Segments
 
 pytest.importorskip("triton", reason="launching needs Triton, which ships for Linux only")
 
+
+def launch_attention(rows: torch.Tensor) -> None:
+    """Launches attention by its public wrapper, which selects the device itself."""
+    flash_attention_varlen(rows, rows, rows, Segments.from_lengths([1]))
+
+
 LAUNCHERS = [
+    launch_attention,
     pooling_head.launch_attention_pooling,
     activations.launch_activation,
     activations.launch_add,
@@ -28,7 +37,6 @@ LAUNCHERS = [
     patch_projection.launch_patch_projection,
     mean_pool.launch_mean_rows,
     positions.launch_rotary_table,
-    projector.launch_projector,
     qkv_projection.launch_qkv_projection,
     rope.launch_rope,
     splice.launch_splice,
@@ -60,7 +68,7 @@ def test_every_boundary_launches(architecture):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.__name__)
-def test_launchers_select_the_device_of_their_tensors(launcher, monkeypatch):
+def test_launchers_select_the_device_of_their_tensors(launcher, kernel_device, monkeypatch):
     # Triton launches on the current device, which may not be that of the tensors.
     class Reached(Exception):
         pass
@@ -69,7 +77,7 @@ def test_launchers_select_the_device_of_their_tensors(launcher, monkeypatch):
         raise Reached(tensor)
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    first = torch.empty(0)
+    first = torch.zeros(1, 1, 16, device=kernel_device)
     with pytest.raises(Reached) as reached:
         launcher(first)
     assert reached.value.args[0] is first
