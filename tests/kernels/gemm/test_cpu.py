@@ -10,7 +10,6 @@ from tritontower.engine import onednn_weights
 from tritontower.engine.executor import Executor
 from tritontower.engine.onednn_weights import prepack_weights
 from tritontower.kernels.gemm import cpu
-from tritontower.kernels.gemm.linear import linear
 from tritontower.kernels.gemm.torch_reference import linear_reference
 from tritontower.kernels.runtime.dispatch import use
 
@@ -67,13 +66,6 @@ def test_weights_stay_plain_without_prepacking(monkeypatch):
     monkeypatch.setattr(cpu, "can_prepack", lambda dtype: False)
     weight = torch.randn(64, 32)
     assert cpu.prepack(weight) is weight
-
-
-@needs_prepacking
-def test_linear_accepts_prepacked_weights(monkeypatch):
-    monkeypatch.setattr("tritontower.kernels.gemm.linear.runs_kernel", lambda x: False)
-    x, weight = torch.randn(5, 48), torch.randn(32, 48)
-    assert torch.equal(linear(x, cpu.prepack(weight)), linear(x, weight))
 
 
 @needs_prepacking
