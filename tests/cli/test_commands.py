@@ -148,8 +148,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["encode", "https://example.org/model", "{image}"], "URL"),
-            (["encode", "{folder}/absent", "{image}"], "neither a local folder nor a hub id"),
+            (["encode", "https://example.org/model", "{image}"], "model must be a local folder"),
+            (["encode", "{folder}/absent", "{image}"], "absent', which does not exist"),
             (["encode", "{model}", "https://example.org/a.png"], "got the URL"),
             (["encode", "{model}", "{folder}/absent.png"], "got no file"),
             (["encode", "{model}", "{folder}/corrupt.png"], "corrupt.png"),
