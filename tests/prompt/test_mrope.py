@@ -174,18 +174,17 @@ def compute_chunks(rule: MropeRule, case: Case, cuts: list[int]) -> list[MropePo
             kind: [index for index, (row, token) in enumerate(begins) if start <= case.before[row] + token < end]
             for kind, begins in case.begins.items()
         }
-        chunks.append(
-            mrope_positions(
-                rule,
-                case.types[:, start:end],
-                image_grids=[case.image_grids[index] for index in begun[IMAGE]],
-                video_grids=[case.video_grids[index] for index in begun[VIDEO]],
-                seconds_per_grid=None if case.seconds is None else [case.seconds[index] for index in begun[VIDEO]],
-                attention_mask=None if case.mask is None else case.mask[:, start:end],
-                states=chunks[-1].states if chunks else None,
-                partial=end < case.types.shape[1],
-            )
+        chunk = mrope_positions(
+            rule,
+            case.types[:, start:end],
+            image_grids=[case.image_grids[index] for index in begun[IMAGE]],
+            video_grids=[case.video_grids[index] for index in begun[VIDEO]],
+            seconds_per_grid=None if case.seconds is None else [case.seconds[index] for index in begun[VIDEO]],
+            attention_mask=None if case.mask is None else case.mask[:, start:end],
+            states=chunks[-1].states if chunks else None,
+            partial=end < case.types.shape[1],
         )
+        chunks.append(chunk)
     return chunks
 
 
@@ -329,6 +328,7 @@ def test_rules_of_published_checkpoints() -> None:
 
 
 IMAGE_OF_TWO = [TEXT, IMAGE, IMAGE, TEXT]
+SPLIT = MropeRule(2, split_videos=True)
 
 
 @pytest.mark.parametrize(
@@ -351,19 +351,11 @@ IMAGE_OF_TWO = [TEXT, IMAGE, IMAGE, TEXT]
         ([TEXT, 3], {}, r"token_types must be .* got 3"),
         ([TEXT], {"attention_mask": torch.ones(1, 2)}, "attention_mask must have the shape"),
         ([TEXT], {"states": ()}, "each of 1 sequences, got 0"),
+        ([], {"token_types": torch.zeros(4)}, r"token_types must be \[batch, length\], got shape \[4\]"),
+        ([TEXT, VIDEO, TEXT], {"video_grids": [(3, 2, 2)], "rule": SPLIT}, "not end within a video of 2 more parts"),
     ],
 )
 def test_mismatched_arguments_are_rejected(types: list[int], options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"rule": MropeRule(2, positions_per_second=2), "token_types": torch.tensor([types])}
     with pytest.raises(UsageError, match=message):
-        mrope_positions(MropeRule(2, positions_per_second=2), torch.tensor([types]), **options)
-
-
-def test_token_types_must_be_two_dimensional() -> None:
-    with pytest.raises(UsageError, match=r"token_types must be \[batch, length\], got shape \[4\]"):
-        mrope_positions(MropeRule(2), torch.zeros(4))
-
-
-def test_split_video_must_be_complete() -> None:
-    rule = MropeRule(2, split_videos=True)
-    with pytest.raises(UsageError, match="sequence 0 must not end within a video of 2 more parts"):
-        mrope_positions(rule, torch.tensor([[TEXT, VIDEO, TEXT]]), video_grids=[(3, 2, 2)])
+        mrope_positions(**arguments | options)

@@ -30,9 +30,7 @@ def find_form(
 ) -> Form:
     """Finds the input form that an engine takes for a model type; tries the whole name, then the part before ``/``.
 
-    Raises:
-        HostRefusalError: the engine takes none, for the reason in ``refused``; ``otherwise`` is the alternative for types
-            that are not listed.
+    Raises :class:`HostRefusalError` by ``refused``; ``otherwise`` is the alternative for types that are not listed.
     """
     for name in (model_type, model_type.partition("/")[0]):
         if name in taken:
@@ -46,7 +44,7 @@ def check_embeddings(tower: VisionTower, embeddings: ImageEmbedding | Iterable[I
     """Returns the embeddings as a list, or raises :class:`UsageError` if one cannot come from the tower."""
     given = list_embeddings(embeddings)
     if not given:
-        raise UsageError("embeddings must have at least one entry; pass one ImageEmbedding, or a list of them")
+        raise UsageError("embeddings must have at least one entry, got none")
     for index, embedding in enumerate(given):
         _check_rows(tower.config, embedding, index)
         _check_count(tower.config, embedding, index)
@@ -90,15 +88,11 @@ def list_seconds(videos: Sequence[ImageEmbedding]) -> torch.Tensor:
 def _check_rows(config: TowerConfig, embedding: ImageEmbedding, index: int) -> None:
     rows, levels = embedding.embeddings, embedding.deepstack
     if rows.ndim != 2 or not rows.is_floating_point() or rows.shape[1] != config.hidden_size:
-        raise UsageError(
-            f"embedding {index} must be [tokens, {config.hidden_size}] of a floating dtype, got {list(rows.shape)} "
-            f"{rows.dtype}; it must come from this tower"
-        )
+        expected = f"[tokens, {config.hidden_size}] of a floating dtype, from this tower"
+        raise UsageError(f"embedding {index} must be {expected}, got {list(rows.shape)} {rows.dtype}")
     if len(levels) != len(config.deepstack):
-        raise UsageError(
-            f"embedding {index} must have {len(config.deepstack)} deepstack levels, got {len(levels)}; it must come from "
-            "this tower"
-        )
+        expected = f"{len(config.deepstack)} deepstack levels, from this tower"
+        raise UsageError(f"embedding {index} must have {expected}, got {len(levels)}")
     if any(level.shape != rows.shape or level.dtype != rows.dtype for level in levels):
         raise UsageError(f"deepstack levels of embedding {index} must have the shape and dtype of its rows")
 

@@ -16,7 +16,7 @@ language model is needed. Pixtral's last row of patches ends in ``[IMG_END]`` as
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 
@@ -24,14 +24,12 @@ from tritontower.embedding import ImageEmbedding
 from tritontower.errors import UsageError, shorten
 from tritontower.preprocessing.images.image import ImageInput
 from tritontower.prompt import DEFAULT_BASE, TokenSpace, encode_prompt
+from tritontower.prompt.token_ids import assign_ids
 from tritontower.tower import VisionTower
 
 from .checks import check_embeddings
 
 __all__ = ["ExLlamaEmbedding", "ExLlamaV2Vision", "ExLlamaV3Vision", "to_exllama"]
-
-# ExLlama looks ids below it up in the embedding table.
-FIRST_IMAGE_ID = DEFAULT_BASE
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
@@ -75,11 +73,6 @@ class ExLlamaEmbedding:
         return self.embeddings.shape[0]
 
     @property
-    def mm_length(self) -> int:
-        """ExLlamaV3's name of :attr:`length`."""
-        return self.length
-
-    @property
     def last_index(self) -> int:
         """First id after its own."""
         return self.first_index + self.length
@@ -98,6 +91,9 @@ class ExLlamaEmbedding:
     def token_string(self) -> torch.Tensor:
         """:attr:`token_list` as ``[1, full_length]`` int64."""
         return torch.tensor([self.token_list], dtype=torch.long, device="cpu")
+
+    # Names of ExLlamaV3.
+    mm_length = length
 
     def token_list_at(self, position: int) -> list[int]:
         """Returns :attr:`token_list`, which is the same at every position."""
@@ -120,39 +116,19 @@ class ExLlamaEmbedding:
         return sum(rows.nbytes for rows in (self.embeddings, *(self.deepstack_embeddings or ())))
 
     def release(self, space: TokenSpace) -> None:
-        """Releases its ids; call it once, when no cache holds their keys and values any more.
-
-        Raises:
-            UsageError: ``space`` did not assign the ids, or they were released before.
-        """
+        """Releases its ids, once; raises :class:`UsageError` if ``space`` did not assign them or they were released."""
         space.release(self.source)
 
 
 @overload
-def to_exllama(
-    tower: VisionTower,
-    embeddings: ImageEmbedding,
-    *,
-    tokenizer: Any = ...,
-    space: TokenSpace | None = ...,
-    model: Any = ...,
-    dtype: torch.dtype | None = ...,
-) -> ExLlamaEmbedding: ...
+def to_exllama(tower: VisionTower, embeddings: ImageEmbedding, **options: Any) -> ExLlamaEmbedding: ...
 
 
 @overload
-def to_exllama(
-    tower: VisionTower,
-    embeddings: Iterable[ImageEmbedding],
-    *,
-    tokenizer: Any = ...,
-    space: TokenSpace | None = ...,
-    model: Any = ...,
-    dtype: torch.dtype | None = ...,
-) -> list[ExLlamaEmbedding]: ...
+def to_exllama(tower: VisionTower, embeddings: Iterable[ImageEmbedding], **options: Any) -> list[ExLlamaEmbedding]: ...
 
 
-def to_exllama(
+def to_exllama(  # type: ignore[misc]  # the overloads abbreviate the options
     tower: VisionTower,
     embeddings: ImageEmbedding | Iterable[ImageEmbedding],
     *,
@@ -185,18 +161,14 @@ def to_exllama(
     width = getattr(getattr(model, "config", None), "hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
         raise UsageError(f"model must have hidden_size {tower.hidden_size}, as the tower, got {width}")
-    if space is None and not all(embedding.token_ids for embedding in given):
-        raise UsageError("embeddings must have token ids; pass space=TokenSpace(), one for all that share a cache")
     # ExLlama does not read the pooled vector.
-    given = [replace(embedding, pooled=None) for embedding in given]
-    given = [
+    unpooled = [replace(embedding, pooled=None) for embedding in given]
+    converted = [
         embedding.with_tensors({name: _convert(tensor, dtype) for name, tensor in embedding.tensors.items()})
-        for embedding in given
+        for embedding in unpooled
     ]
-    assigned: list[ImageEmbedding] = []
+    assigned = assign_ids(converted, space)
     try:
-        for embedding in given:
-            assigned.append(embedding if space is None else space.assign(embedding))
         views = [_make_view(tower, embedding, tokenizer, model) for embedding in assigned]
     except BaseException:
         if space is not None:
@@ -205,28 +177,21 @@ def to_exllama(
     return views[0] if isinstance(embeddings, ImageEmbedding) else views
 
 
-class _Vision:
-    def __init__(self, tower: VisionTower, *, space: TokenSpace | None = None) -> None:
-        self.tower = tower
-        self.space = space or TokenSpace(FIRST_IMAGE_ID)
-
-
-class ExLlamaV2Vision(_Vision):
-    """A tower with the methods of ``ExLlamaV2VisionTower``.
+class ExLlamaV2Vision:
+    """A tower with the methods of ``ExLlamaV2VisionTower``; they raise the errors of the tower and of :func:`to_exllama`.
 
     Attributes:
         tower: the tower.
         space: assigns ids; use one space for everything that shares a key-value cache.
     """
 
+    def __init__(self, tower: VisionTower, *, space: TokenSpace | None = None) -> None:
+        self.tower, self.space = tower, space or TokenSpace()
+
     def get_image_embeddings(
         self, model: Any, tokenizer: Any, image: ImageInput, text_alias: str | None = None, embeddings_cpu: bool = True
     ) -> ExLlamaEmbedding:
-        """Encodes one image of any type that the tower takes.
-
-        Raises:
-            ImageError, UsageError, PromptError: as :meth:`VisionTower.encode` and :func:`to_exllama`.
-        """
+        """Encodes one image of any type that the tower takes."""
         (embedding,) = self.tower.encode([image])
         return self._view(model, tokenizer, embedding, text_alias, embeddings_cpu)
 
@@ -238,15 +203,11 @@ class ExLlamaV2Vision(_Vision):
         text_alias: str | None = None,
         embeddings_cpu: bool = True,
     ) -> ExLlamaEmbedding:
-        """Encodes one video, a sequence of frames of one size.
-
-        Raises:
-            ImageError, UsageError, PromptError: as :meth:`VisionTower.encode_video` and :func:`to_exllama`.
-        """
+        """Encodes one video, a sequence of frames of one size."""
         return self._view(model, tokenizer, self.tower.encode_video(video), text_alias, embeddings_cpu)
 
     def _view(
-        self, model: Any, tokenizer: Any, embedding: ImageEmbedding, alias: str | None, on_cpu: bool
+        self, model: Any, tokenizer: Any, embedding: ImageEmbedding, alias: Any, on_cpu: bool
     ) -> ExLlamaEmbedding:
         embedding = (embedding.to("cpu") if on_cpu else embedding).with_alias(alias)
         view = to_exllama(self.tower, embedding, tokenizer=tokenizer, space=self.space, model=model)
@@ -255,13 +216,11 @@ class ExLlamaV2Vision(_Vision):
         return view
 
 
-class ExLlamaV3Vision(_Vision):
-    """A tower with the methods of the vision model of an ExLlamaV3 architecture.
+class ExLlamaV3Vision:
+    """A tower with the methods of the vision model of an ExLlamaV3 architecture; else as :class:`ExLlamaV2Vision`."""
 
-    Attributes:
-        tower: the tower.
-        space: assigns ids; use one space for everything that shares a key-value cache.
-    """
+    def __init__(self, tower: VisionTower, *, space: TokenSpace | None = None) -> None:
+        self.tower, self.space = tower, space or TokenSpace()
 
     @overload
     def get_image_embeddings(
@@ -276,39 +235,30 @@ class ExLlamaV3Vision(_Vision):
     def get_image_embeddings(
         self, tokenizer: Any, image: ImageInput | list[Any], text_alias: str | None = None
     ) -> ExLlamaEmbedding | list[ExLlamaEmbedding]:
-        """Encodes one image, or a list of images of any sizes in one call.
-
-        Raises:
-            ImageError, UsageError, PromptError: as :meth:`VisionTower.encode` and :func:`to_exllama`; an alias for a list.
-        """
+        """Encodes one image, or a list of images of any sizes in one call; a list takes no alias."""
         several = isinstance(image, list)
         if several and text_alias is not None:
             raise UsageError(f"text_alias must be None for a list of images, got {shorten(text_alias)}")
-        images = cast("list[ImageInput]", image if several else [image])
-        embeddings = [embedding.to("cpu").with_alias(text_alias) for embedding in self.tower.encode(images)]
-        if not embeddings:
+        found = [embedding.to("cpu") for embedding in self.tower.encode(image if isinstance(image, list) else [image])]
+        if not found:
             return []
-        views = to_exllama(self.tower, embeddings, tokenizer=tokenizer, space=self.space)
+        named = [embedding.with_alias(text_alias) for embedding in found]
+        views = to_exllama(self.tower, named, tokenizer=tokenizer, space=self.space)
         return views if several else views[0]
 
 
 def _make_view(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any, model: Any) -> ExLlamaEmbedding:
-    ids = embedding.token_ids
-    if tuple(ids) != tuple(range(ids[0], ids[0] + len(ids))):
-        raise UsageError("token ids of an embedding must be consecutive; let TokenSpace.assign give them")
-    if ids[0] < FIRST_IMAGE_ID:
-        raise UsageError(
-            f"token ids must be at least {FIRST_IMAGE_ID}, or ExLlama reads them as the vocabulary's, got {ids[0]}; make the "
-            "space with a larger base"
-        )
-    alias = embedding.text_alias or f"<$EMB_{ids[0]}$>"
+    first = embedding.token_ids[0]
+    if first < DEFAULT_BASE:
+        raise UsageError(f"token ids must be at least {DEFAULT_BASE}, or ExLlama reads them as text, got {first}")
+    alias = embedding.text_alias or f"<$EMB_{first}$>"
     numbered = embedding.with_alias(alias)
     merge = tower.config.merge
     stand_in = SimpleNamespace(config=SimpleNamespace(vision_spatial_merge_size=merge, hidden_size=tower.hidden_size))
     return ExLlamaEmbedding(
         embeddings=numbered.embeddings,
         text_alias=alias,
-        first_index=ids[0],
+        first_index=first,
         token_list=_list_tokens(tower, numbered, tokenizer),
         thw_grid=numbered.grid_thw,
         mrope_merge_size=merge,
@@ -337,7 +287,8 @@ def _list_tokens(tower: VisionTower, embedding: ImageEmbedding, tokenizer: Any) 
     alone = replace(layout, after_images=(), ending="")
     alias = str(embedding.text_alias)
     prompt = encode_prompt(tokenizer, alias, [embedding], layout=alone, add_special_tokens=False)
-    return cast("list[int]", prompt.input_ids.tolist())
+    ids: list[int] = prompt.input_ids.tolist()
+    return ids
 
 
 def _convert(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -346,8 +297,6 @@ def _convert(rows: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         return rows
     converted = rows.to(dtype)
     if not torch.isfinite(converted).all() and torch.isfinite(rows).all():
-        raise UsageError(
-            f"rows must be at most {torch.finfo(dtype).max:.0f} for {dtype}, got {float(rows.abs().max()):.0f}; pass "
-            "dtype=None, or torch.bfloat16 if the engine takes it"
-        )
+        limit, largest = torch.finfo(dtype).max, float(rows.abs().max())
+        raise UsageError(f"rows must be at most {limit:.0f} for {dtype}, got {largest:.0f}; pass dtype=None")
     return converted

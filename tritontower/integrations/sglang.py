@@ -99,19 +99,15 @@ def to_sglang(
     host = find_form(SGLANG_READ, model_type, TAKEN, REFUSED, otherwise=INPUT_EMBEDS)
     given = check_embeddings(tower, embeddings)
     kind = "video" if given[0].is_video else "image"
-    if any(embedding.is_video != given[0].is_video for embedding in given):
+    if len({embedding.is_video for embedding in given}) > 1:
         raise UsageError(
-            "embeddings must be all images or all videos; call this once for each: image_data=[…], video_data=[…]"
+            "embeddings must be all images or all videos; call this once for each of image_data, video_data"
         )
     supported = "processor_output" if kind == "video" else host.images
     wanted = form or supported
     if wanted not in ("processor_output", supported):
-        raise HostRefusalError(
-            SGLANG_READ,
-            model_type,
-            "its model takes input in that form for pixels",
-            f"pass form={supported!r}, or none",
-        )
+        reason = "its model takes input in that form for pixels"
+        raise HostRefusalError(SGLANG_READ, model_type, reason, f"pass form={supported!r}, or none")
     rows = join_rows(given)
     grids: dict[str, Any] = {f"{kind}_grid_thw": stack_grids(given)} if host.with_grids else {}
     if kind == "video" and host.video_seconds:

@@ -9,7 +9,6 @@ The prompt has one placeholder per image, which vLLM repeats. This module does n
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from tritontower.embedding import ImageEmbedding
@@ -29,35 +28,22 @@ PROMPT_EMBEDS = (
 )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Form ``{"image": [rows, …]}``: one matrix per image; ``any_count``: images may differ in their number of rows."""
-
-    any_count: bool = True
-
-
-@dataclass(frozen=True)
-class _Grids:
-    """Form ``{"image": {"image_embeds": rows, "image_grid_thw": grids}}`` with the joined rows of all images.
-
-    The parser splits the rows by the grids; missing or extra rows are not detected. ``times`` is the additional entry of
-    videos.
-    """
-
-    times: Literal["second_per_grid_ts", "timestamps"] | None = None
-
+# Forms. Rows: {"image": [rows, …]}, one matrix per image, of equal or of any numbers of rows. Grids: {"image":
+# {"image_embeds": rows, "image_grid_thw": grids}} with the joined rows of all images, perhaps with the times of videos.
+# The parser splits joined rows by the grids; missing or extra rows are not detected.
+Form = Literal["rows", "equal rows", "grids", "grids and seconds", "grids and timestamps"]
 
 # Model type → form; a name with the tower's type after a slash is looked up before the name without it.
-TAKEN: Mapping[str, _Rows | _Grids] = {
-    "llava": _Rows(),
-    "llava_next": _Rows(any_count=False),
-    "llava_onevision": _Rows(any_count=False),
-    "qwen2_vl": _Grids(),
-    "qwen2_5_vl": _Grids(times="second_per_grid_ts"),
-    "qwen3_vl": _Grids(times="timestamps"),
-    "qwen3_vl_moe": _Grids(times="timestamps"),
-    "qwen3_5": _Grids(times="timestamps"),
-    "qwen3_5_moe": _Grids(times="timestamps"),
+TAKEN: Mapping[str, Form] = {
+    "llava": "rows",
+    "llava_next": "equal rows",
+    "llava_onevision": "equal rows",
+    "qwen2_vl": "grids",
+    "qwen2_5_vl": "grids and seconds",
+    "qwen3_vl": "grids and timestamps",
+    "qwen3_vl_moe": "grids and timestamps",
+    "qwen3_5": "grids and timestamps",
+    "qwen3_5_moe": "grids and timestamps",
 }
 
 REFUSED: Mapping[str, Refusal] = {
@@ -93,9 +79,9 @@ def to_vllm(tower: VisionTower, embeddings: ImageEmbedding | Iterable[ImageEmbed
     """
     form = find_form(VLLM_READ, tower.family.model_type, TAKEN, REFUSED, otherwise=PROMPT_EMBEDS)
     given = check_embeddings(tower, embeddings)
-    if isinstance(form, _Rows):
+    if form in ("rows", "equal rows"):
         counts = {embedding.num_tokens for embedding in given}
-        if len(counts) > 1 and not form.any_count:
+        if len(counts) > 1 and form == "equal rows":
             raise HostRefusalError(
                 VLLM_READ,
                 tower.family.model_type,
@@ -103,19 +89,16 @@ def to_vllm(tower: VisionTower, embeddings: ImageEmbedding | Iterable[ImageEmbed
                 f"send images with different numbers of rows in requests that are not batched together, or {PROMPT_EMBEDS}",
             )
         return {"image": [join_rows([embedding]) for embedding in given]}
-    images = [embedding for embedding in given if not embedding.is_video]
-    videos = [embedding for embedding in given if embedding.is_video]
     data: dict[str, Any] = {}
-    if images:
-        data["image"] = {"image_embeds": join_rows(images), "image_grid_thw": stack_grids(images)}
-    if videos:
-        data["video"] = {"video_embeds": join_rows(videos), "video_grid_thw": stack_grids(videos)}
-        if form.times == "second_per_grid_ts":
-            data["video"]["second_per_grid_ts"] = list_seconds(videos)
-        elif form.times == "timestamps":
-            data["video"]["timestamps"] = [list(video.timestamps) for video in videos]
-            if not all(data["video"]["timestamps"]):
-                raise UsageError(
-                    "videos must have timestamps, or vLLM rejects them; pass fps= or timestamps= to encode_video"
-                )
+    for kind in ("image", "video"):
+        if some := [embedding for embedding in given if embedding.is_video == (kind == "video")]:
+            data[kind] = {f"{kind}_embeds": join_rows(some), f"{kind}_grid_thw": stack_grids(some)}
+    if "video" in data and form == "grids and seconds":
+        data["video"]["second_per_grid_ts"] = list_seconds(some)
+    elif "video" in data and form == "grids and timestamps":
+        data["video"]["timestamps"] = [list(video.timestamps) for video in some]
+        if not all(data["video"]["timestamps"]):
+            raise UsageError(
+                "videos must have timestamps, or vLLM rejects them; pass fps= or timestamps= to encode_video"
+            )
     return data

@@ -3,15 +3,14 @@
 Every row of an image gets its own id beyond the vocabulary (:class:`TokenSpace`). A key-value cache that is indexed by
 ids then reuses a prefix with the same image only, and any chunk of a prompt can be embedded on its own
 (:func:`merge_embeddings`). The tokens around and between rows come from the model's :class:`PromptLayout`. They equal
-those of transformers' processors, token for token (``replace_image_token`` and ``replace_video_token`` of
-``Qwen2VLProcessor``, ``Qwen3VLProcessor``, ``Gemma3Processor``, ``PixtralProcessor``, ``PaliGemmaProcessor``,
-``LlavaProcessor`` and their variants).
+those of transformers' processors, token for token (``replace_image_token`` and ``replace_video_token``).
 """
 
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,11 +19,8 @@ from tritontower.embedding import ImageEmbedding
 from tritontower.errors import PromptError, UsageError, list_names, shorten
 
 from .layout import HasPromptLayout, PromptLayout, VideoLayout
-from .token_ids import DEFAULT_BASE, TokenSpace, order_by_ids
+from .token_ids import DEFAULT_BASE, TokenSpace, assign_ids
 from .tokenizer import Part, Run, Vocabulary, tokenize_parts
-
-# ExLlama's name for an image that was given no alias.
-UNKNOWN_ALIAS = re.compile(r"<\$EMB_[^$<>]*\$>")
 
 
 @dataclass(frozen=True, eq=False)  # tensors do not compare to one truth value
@@ -54,8 +50,7 @@ class EncodedPrompt:
     def release(self, space: TokenSpace) -> None:
         """Releases the prompt's ids; call it once, when no cache holds their keys and values any more.
 
-        Raises:
-            UsageError: ``space`` did not assign the ids, or they were released before. Then nothing is released.
+        Releases nothing and raises :class:`UsageError` if ``space`` did not assign them or they were released before.
         """
         space.release(*self.embeddings)
 
@@ -83,8 +78,7 @@ def encode_prompt(
             which gets the pieces between the images and adds no special tokens (then every image needs an alias).
         text: the prompt, after the chat template.
         embeddings: its images and videos.
-        layout: the model's prompt layout.
-        tower: the tower that made the embeddings, instead of ``layout``.
+        layout, tower: the model's prompt layout, or the tower that made the embeddings.
         space: assigns ids to all embeddings, also to those that have some. Use one space for all prompts that share a
             key-value cache, and call :meth:`EncodedPrompt.release` for each. Without a space the embeddings' own ids are
             used, and nothing is counted.
@@ -92,14 +86,17 @@ def encode_prompt(
             has already written them.
 
     Raises:
-        PromptError: an alias is missing, repeated or shared; a marker or an alias has no embedding; an embedding does not
-            fit the layout; the tokenizer belongs to another model.
-        UsageError: neither or both of ``layout`` and ``tower``; a tower without a language model; embeddings without ids
-            and no space; two images with the same ids.
+        PromptError: text, embeddings, layout and tokenizer do not fit each other.
+        UsageError: neither or both of ``layout`` and ``tower``; a tower without a language model; ids that are missing or
+            shared.
         TokenSpaceExhaustedError: the space has no ids left.
     """
     vocabulary = Vocabulary.wrap(tokenizer)
-    layout = _choose_layout(layout, tower)
+    if (layout is None) == (tower is None):
+        raise UsageError("exactly one of layout and tower must be given")
+    layout = layout if tower is None else tower.prompt_layout
+    if layout is None:
+        raise UsageError("tower must have a language model, got an encoder alone; pass layout instead")
     if layout.row_break is not None and layout.row_end is not None:
         row_break, row_end = vocabulary.require_id(layout.row_break), vocabulary.require_id(layout.row_end)
         layout = replace(layout, row_break=row_break, row_end=row_end)
@@ -110,58 +107,19 @@ def encode_prompt(
     special = layout.special_tokens if add_special_tokens is None else add_special_tokens
     tokens, starts = tokenize_parts(parts, vocabulary, special)
     _check_vocabulary(tokens, images, space)
-    images = _assign_ids(images, space)
+    images = assign_ids(images, space)
     positions: list[list[int]] = [[] for _ in images]
     for run, start in starts:
         positions[run.image] += range(start, start + run.length)
     placeholder_ids = torch.tensor(tokens, dtype=torch.int64, device="cpu")
     input_ids = placeholder_ids.clone()
+    bidirectional: list[tuple[int, int]] = []
     for image, rows in zip(images, positions, strict=True):
         input_ids[rows] = torch.tensor(image.token_ids, device="cpu")
-    return EncodedPrompt(
-        input_ids=input_ids,
-        placeholder_ids=placeholder_ids,
-        token_types=_token_types(placeholder_ids, layout),
-        embeddings=images,
-        spans=tuple((rows[0], rows[-1] + 1) for rows in positions),
-        bidirectional_spans=tuple(
-            (rows[start], rows[end - 1] + 1)
-            for image, rows in zip(images, positions, strict=True)
-            for start, end in image.bidirectional_spans
-        ),
-    )
-
-
-def _choose_layout(layout: PromptLayout | None, tower: HasPromptLayout | None) -> PromptLayout:
-    if (layout is None) == (tower is None):
-        raise UsageError("exactly one of layout and tower must be given")
-    found = layout if tower is None else tower.prompt_layout
-    if found is None:
-        raise UsageError(
-            "tower must belong to a model with a language model, got an encoder alone; pass layout instead"
-        )
-    return found
-
-
-def _assign_ids(images: Sequence[ImageEmbedding], space: TokenSpace | None) -> tuple[ImageEmbedding, ...]:
-    """Assigns ids from the space, to all images or to none; without a space checks the images' own ids."""
-    if space is None:
-        missing = [index for index, image in enumerate(images) if not image.token_ids]
-        if missing:
-            raise UsageError(
-                f"embedding {missing[0]} has no token ids; pass space=TokenSpace(), the same one for all prompts that share "
-                "a key-value cache"
-            )
-        order_by_ids(images)
-        return tuple(images)
-    assigned: list[ImageEmbedding] = []
-    try:
-        for image in images:
-            assigned.append(space.assign(image))
-    except BaseException:
-        space.release(*assigned)
-        raise
-    return tuple(assigned)
+        bidirectional += [(rows[start], rows[end - 1] + 1) for start, end in image.bidirectional_spans]
+    spans = tuple((rows[0], rows[-1] + 1) for rows in positions)
+    token_types = _token_types(placeholder_ids, layout)
+    return EncodedPrompt(input_ids, placeholder_ids, token_types, images, spans, tuple(bidirectional))
 
 
 def _check_vocabulary(tokens: Sequence[int], images: Sequence[ImageEmbedding], space: TokenSpace | None) -> None:
@@ -217,11 +175,9 @@ def _place_images(
         parts.append(_check_text(text[end : match.start()], layout, vocabulary))
         end = match.end()
         if not waiting[name]:
-            if name in aliases:
-                raise PromptError(
-                    f"alias {shorten(name)} must occur in the text once, got twice; give the second image its own alias"
-                )
-            raise PromptError(f"the text has more {shorten(name)} than there are embeddings for it")
+            raise PromptError(
+                f"the text has more {shorten(name)} than there are embeddings for it; give each image its own alias"
+            )
         index = waiting[name].popleft()
         parts += _lay_out(images[index], index, layout, wrapped=name in aliases)
         after_last_image = len(parts)
@@ -273,7 +229,8 @@ def _queue_images(
 
 def _check_text(text: str, layout: PromptLayout, vocabulary: Vocabulary) -> str:
     """Returns text between images, or raises if it still asks for one."""
-    if unknown := UNKNOWN_ALIAS.search(text):
+    # ExLlama's name for an image that was given no alias.
+    if unknown := re.search(r"<\$EMB_[^$<>]*\$>", text):
         raise PromptError(f"alias {shorten(unknown.group())} is in the text, but no embedding has it")
     if vocabulary.reads_names and (name := vocabulary.require_name(layout.placeholder)) in text:
         raise PromptError(f"the text must not contain {shorten(name)}, which is inserted for the rows of images")
@@ -282,18 +239,19 @@ def _check_text(text: str, layout: PromptLayout, vocabulary: Vocabulary) -> str:
 
 def _lay_out(image: ImageEmbedding, index: int, layout: PromptLayout, *, wrapped: bool) -> list[Part]:
     """Lays out an image's rows; ``wrapped`` adds the tokens that a chat template writes around it."""
+    around: PromptLayout | VideoLayout = layout
+    parts: list[Part] = []
     if image.is_video and layout.video is not None:
-        parts, around = _lay_out_frames(image, index, layout.video), layout.video
-        return [*around.before, *parts, *around.after] if wrapped else parts
-    counts = (image.num_tokens,) if layout.between_tiles is None else image.tile_tokens
-    parts = []
-    start = 0
-    for tile, count in enumerate(counts):
-        if layout.between_tiles is not None and len(counts) > 1:
-            parts.append(layout.between_tiles[min(tile, 2)])
-        parts += [*layout.tile_before, *_lay_out_lines(image, index, start, count, layout), *layout.tile_after]
-        start += count
-    return [*layout.before, *parts, *layout.after] if wrapped else parts
+        around = layout.video
+        parts = _lay_out_frames(image, index, around)
+    else:
+        counts = (image.num_tokens,) if layout.between_tiles is None else image.tile_tokens
+        for tile, (count, end) in enumerate(zip(counts, accumulate(counts), strict=True)):
+            if layout.between_tiles is not None and len(counts) > 1:
+                parts.append(layout.between_tiles[min(tile, 2)])
+            lines = _lay_out_lines(image, index, end - count, count, layout)
+            parts += [*layout.tile_before, *lines, *layout.tile_after]
+    return [*around.before, *parts, *around.after] if wrapped else parts
 
 
 def _lay_out_lines(image: ImageEmbedding, index: int, start: int, count: int, layout: PromptLayout) -> list[Part]:

@@ -37,8 +37,7 @@ def merge_embeddings(
 
     Raises:
         PromptError: an id that no embedding has.
-        UsageError: embeddings without ids, with ids below ``base`` or with shared ids; shapes, dtypes or devices that do
-            not fit.
+        UsageError: ids of embeddings that are missing, shared or below ``base``; tensors that do not fit.
     """
     rows = [(embedding, embedding.embeddings) for embedding in embeddings]
     return _splice(text_embeddings, input_ids, rows, base, add=False, out=out)
@@ -63,13 +62,13 @@ def add_deepstack(
     Raises:
         PromptError, UsageError: as in :func:`merge_embeddings`; an embedding does not have the level.
     """
-    images = list(embeddings)
-    for index, image in enumerate(images):
+    rows = []
+    for index, image in enumerate(embeddings):
         if not 0 <= level < len(image.deepstack):
             raise UsageError(
                 f"level must be below {len(image.deepstack)}, the deepstack levels of embedding {index}, got {level}"
             )
-    rows = [(image, image.deepstack[level]) for image in images]
+        rows.append((image, image.deepstack[level]))
     return _splice(hidden, input_ids, rows, base, add=True, out=out)
 
 
@@ -100,10 +99,8 @@ def _splice(
     index[places] = numbers
     index = index.to(text.device, non_blocking=True)
     flat = _make_rows_contiguous(text.reshape(-1, width))
-    if out is not None:
-        splice_rows(flat, rows, index, add=add, out=out.view(-1, width))
-        return out
-    return splice_rows(flat, rows, index, add=add).view(text.shape)
+    spliced = splice_rows(flat, rows, index, add=add, out=None if out is None else out.view(-1, width))
+    return spliced.view(text.shape) if out is None else out
 
 
 def _check_tensors(text: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | None) -> None:
@@ -112,9 +109,8 @@ def _check_tensors(text: torch.Tensor, ids: torch.Tensor, out: torch.Tensor | No
     if text.dtype not in FLOAT_DTYPES:
         raise UsageError(f"text must be float32, float16 or bfloat16, got {text.dtype}")
     if text.dim() < 2 or text.shape[:-1] != ids.shape:
-        raise UsageError(
-            f"text and input_ids must be [..., T, D] and [..., T], got {list(text.shape)} and {list(ids.shape)}"
-        )
+        shapes = f"{list(text.shape)} and {list(ids.shape)}"
+        raise UsageError(f"text and input_ids must be [..., T, D] and [..., T], got {shapes}")
     if out is not None and (
         out.shape != text.shape or out.dtype != text.dtype or out.device != text.device or not out.is_contiguous()
     ):
@@ -167,9 +163,7 @@ def _list_ranges(images: Sequence[tuple[ImageEmbedding, torch.Tensor]], width: i
     for index in order_by_ids([image for image, _ in images]):
         image, rows = images[index]
         if tuple(rows.shape) != (image.num_tokens, width):
-            raise UsageError(
-                f"rows of embedding {index} must be [{image.num_tokens}, {width}], as its tokens and the text, got "
-                f"{list(rows.shape)}"
-            )
+            expected = f"[{image.num_tokens}, {width}], as its tokens and the text"
+            raise UsageError(f"rows of embedding {index} must be {expected}, got {list(rows.shape)}")
         ranges.append((image.token_ids[0], rows))
     return ranges

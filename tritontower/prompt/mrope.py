@@ -46,15 +46,10 @@ class MropeRule:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive tokens that cover one box in time and space: an image, a video, or a temporal patch of a split video.
+    """Consecutive tokens that cover one box in time and space: an image, a video, or a temporal patch of a split video."""
 
-    Attributes:
-        times: position of each temporal patch, relative to the start of the block.
-        rows, columns: tokens of one temporal patch.
-    """
-
-    times: tuple[int, ...]
-    rows: int
+    times: tuple[int, ...]  # position of each temporal patch, relative to the start of the block
+    rows: int  # tokens
     columns: int
 
     @property
@@ -69,22 +64,14 @@ class MropeState:
 
     An engine may keep the state of any chunk boundary together with the keys and values before it, and continue from
     there several times and in any batch.
-
-    Attributes:
-        tokens: number of tokens so far, without padding.
-        next_position: start of the next block or text token; start of an unfinished block.
-        highest: largest position so far, −1 at the start.
-        block: kind and box of an unfinished block, or ``None``.
-        done: tokens of the unfinished block that have positions.
-        video: remaining blocks of a split video.
     """
 
-    tokens: int = 0
-    next_position: int = 0
-    highest: int = -1
-    block: tuple[int, Block] | None = None
-    done: int = 0
-    video: tuple[Block, ...] = ()
+    tokens: int = 0  # so far, without padding
+    next_position: int = 0  # start of the next block or text token; start of an unfinished block
+    highest: int = -1  # largest position so far
+    block: tuple[int, Block] | None = None  # kind and box of an unfinished block
+    done: int = 0  # tokens of the unfinished block that have positions
+    video: tuple[Block, ...] = ()  # remaining blocks of a split video
 
     @property
     def delta(self) -> int:
@@ -115,11 +102,8 @@ def prompt_positions(
     Args:
         rule: ``tower.mrope``.
         prompt: result of :func:`~tritontower.prompt.encode_prompt`.
-        tokens: length of the chunk; by default all remaining tokens.
+        tokens: length of the chunk; by default all remaining tokens, and at most these.
         state: state after the previous chunk; ``None`` at the start.
-
-    Raises:
-        UsageError: the prompt has fewer remaining tokens.
     """
     state = state or MropeState()
     length, start = len(prompt.token_types), state.tokens
@@ -128,12 +112,11 @@ def prompt_positions(
         raise UsageError(f"tokens must be 0 to {length - start}, the rest of the prompt, got {stop - start}")
     types = prompt.token_types[start:stop].tolist()
     begun = sorted((first - start, index) for index, (first, _) in enumerate(prompt.spans) if start <= first < stop)
-    images = [prompt.embeddings[index] for first, index in begun if types[first] == IMAGE]
     videos = [prompt.embeddings[index] for first, index in begun if types[first] == VIDEO]
     return mrope_positions(
         rule,
         prompt.token_types[None, start:stop],
-        image_grids=[image.grid_thw for image in images],
+        image_grids=[prompt.embeddings[index].grid_thw for first, index in begun if types[first] == IMAGE],
         video_grids=[video.grid_thw for video in videos],
         seconds_per_grid=[video.seconds_per_grid for video in videos],
         states=[state],
@@ -170,21 +153,21 @@ def mrope_positions(
         Positions and deltas on the device of ``token_types``, computed on the CPU, and the states.
 
     Raises:
-        UsageError: tokens and grids do not match (too many or too few, an interrupted image, a grid that does not divide
-            into tokens), or the shapes do not fit each other.
+        UsageError: tokens and grids, or the shapes, do not match each other.
     """
     types, kept = _check_types(token_types, attention_mask)
     batch, length = types.shape
     before = tuple(states) if states is not None else (MropeState(),) * batch
     if len(before) != batch:
         raise UsageError(f"states must have one entry for each of {batch} sequences, got {len(before)}")
-    sources = {IMAGE: _image_blocks(rule, image_grids), VIDEO: _video_blocks(rule, video_grids, seconds_per_grid)}
+    blocks = {IMAGE: _image_blocks(rule, image_grids), VIDEO: _video_blocks(rule, video_grids, seconds_per_grid)}
+    sources = {kind: iter(found) for kind, found in blocks.items()}
     after = list(before)
     pieces: list[_Piece] = []
     for row, kind, tokens in _runs(types, kept):
         after[row] = _advance(after[row], kind, tokens, sources, row, pieces)
-    for kind, blocks in sources.items():
-        if left := sum(1 for _ in blocks):
+    for kind, rest in sources.items():
+        if left := len(list(rest)):
             name, argument = NAMES[kind]
             raise UsageError(f"{argument} has {left} more grids than token_types has beginnings of {name}")
     positions = torch.zeros(3, batch, length, dtype=torch.int64, device="cpu")
@@ -206,10 +189,8 @@ def _check_types(token_types: torch.Tensor, attention_mask: torch.Tensor | None)
     if token_types.ndim != 2:
         raise UsageError(f"token_types must be [batch, length], got shape {list(token_types.shape)}")
     if attention_mask is not None and attention_mask.shape != token_types.shape:
-        raise UsageError(
-            f"attention_mask must have the shape of token_types, {list(token_types.shape)}, got "
-            f"{list(attention_mask.shape)}; pass the chunk's part of the mask"
-        )
+        shapes = f"{list(token_types.shape)}, got {list(attention_mask.shape)}"
+        raise UsageError(f"attention_mask must have the shape of token_types, {shapes}; pass the chunk's part of it")
     types = token_types.cpu()
     kept = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     unknown = kept & ((types < TEXT) | (types > VIDEO))
@@ -231,9 +212,8 @@ def _runs(types: torch.Tensor, kept: torch.Tensor) -> Iterator[tuple[int, int, i
     yield from zip(rows[starts].tolist(), flat[starts].tolist(), tokens.tolist(), strict=True)
 
 
-def _token_grids(rule: MropeRule, grids: Grids | None, argument: str) -> list[tuple[int, int, int]]:
+def _token_grids(rule: MropeRule, grids: Grids | None, argument: str) -> Iterator[tuple[int, int, int]]:
     """Converts grids to temporal patches, and rows and columns of tokens."""
-    found = []
     for index, grid in enumerate([] if grids is None else grids.tolist() if torch.is_tensor(grids) else grids):
         times, rows, columns = (int(side) for side in grid) if len(grid) == 3 else (0, 0, 0)
         if min(times, rows, columns) < 1 or rows % rule.merge or columns % rule.merge:
@@ -241,28 +221,24 @@ def _token_grids(rule: MropeRule, grids: Grids | None, argument: str) -> list[tu
                 f"{argument}[{index}] must be temporal patches, rows and columns of patches, with rows and columns "
                 f"multiples of {rule.merge}, got {shorten(str(list(grid)))}"
             )
-        found.append((times, rows // rule.merge, columns // rule.merge))
-    return found
+        yield times, rows // rule.merge, columns // rule.merge
 
 
-def _image_blocks(rule: MropeRule, grids: Grids | None) -> Iterator[list[Block]]:
-    found = _token_grids(rule, grids, "image_grids")
-    return iter([[Block(tuple(range(times)), rows, columns)] for times, rows, columns in found])
+def _image_blocks(rule: MropeRule, grids: Grids | None) -> list[list[Block]]:
+    return [[Block(tuple(range(times)), *sides)] for times, *sides in _token_grids(rule, grids, "image_grids")]
 
 
-def _video_blocks(rule: MropeRule, grids: Grids | None, seconds: Seconds | None) -> Iterator[list[Block]]:
-    found = _token_grids(rule, grids, "video_grids")
+def _video_blocks(rule: MropeRule, grids: Grids | None, seconds: Seconds | None) -> list[list[Block]]:
+    found = list(_token_grids(rule, grids, "video_grids"))
     steps: Sequence[float | torch.Tensor | None] = [None] * len(found) if seconds is None else list(seconds)
     if len(steps) != len(found):
         raise UsageError(f"seconds_per_grid must have one entry for each of {len(found)} videos, got {len(steps)}")
-    return iter(
-        [
-            [Block((0,), rows, columns)] * times
-            if rule.split_videos
-            else [Block(_video_times(rule, times, step), rows, columns)]
-            for (times, rows, columns), step in zip(found, steps, strict=True)
-        ]
-    )
+    if rule.split_videos:
+        return [[Block((0,), rows, columns)] * times for times, rows, columns in found]
+    return [
+        [Block(_video_times(rule, times, step), rows, columns)]
+        for (times, rows, columns), step in zip(found, steps, strict=True)
+    ]
 
 
 def _video_times(rule: MropeRule, count: int, seconds: float | torch.Tensor | None) -> tuple[int, ...]:
@@ -273,26 +249,16 @@ def _video_times(rule: MropeRule, count: int, seconds: float | torch.Tensor | No
     step = 1 if seconds is None else seconds.cpu() if torch.is_tensor(seconds) else seconds
     interval = rule.positions_per_second * step
     if not (isfinite(interval) and 0 <= interval * count < POSITION_LIMIT):
-        raise UsageError(
-            f"seconds_per_grid must be at least 0 and keep {count} temporal patches below position {POSITION_LIMIT}, got "
-            f"{float(step)}"
-        )
+        limits = f"at least 0 and keep {count} temporal patches below position {POSITION_LIMIT}"
+        raise UsageError(f"seconds_per_grid must be {limits}, got {float(step)}")
     # A Python number is rounded to fp32, as in transformers under torch's usual default dtype.
     factor = interval if torch.is_tensor(interval) else torch.tensor(interval, dtype=torch.float32, device="cpu")
     return tuple((torch.arange(count, device="cpu") * factor).long().tolist())
 
 
-# Text is a block of one row, longer than any text; time and height repeat its width.
-TEXT_LINE = Block((0,), 1, 2**40)
-
-
-class _Piece(NamedTuple):
-    """Consecutive tokens of a chunk that belong to one block (``None`` for text), ``offset`` tokens after its start."""
-
-    tokens: int
-    base: int
-    block: Block | None
-    offset: int
+# Consecutive tokens of a chunk that belong to one block (``None`` for text): their number, the start of the block, the
+# block, and the number of its tokens before them.
+_Piece = tuple[int, int, Block | None, int]
 
 
 def _advance(
@@ -307,12 +273,11 @@ def _advance(
     if state.block is not None and state.block[0] != kind:
         raise UsageError(f"token {state.tokens} of sequence {row} interrupts {_describe(state)}")
     if kind == TEXT:
-        pieces.append(_Piece(count, state.next_position, None, 0))
+        pieces.append((count, state.next_position, None, 0))
         return replace(state, tokens=state.tokens + count, next_position=state.next_position + count)
     while count:
         if state.block is None:
-            remaining = state.video if kind == VIDEO else ()
-            blocks: Sequence[Block] | None = remaining or next(sources[kind], None)
+            blocks: Sequence[Block] | None = (state.video if kind == VIDEO else ()) or next(sources[kind], None)
             if blocks is None:
                 name, argument = NAMES[kind]
                 raise UsageError(
@@ -321,7 +286,7 @@ def _advance(
             state = replace(state, block=(kind, blocks[0]), video=tuple(blocks[1:]) if kind == VIDEO else state.video)
         block, start = cast("tuple[int, Block]", state.block)[1], state.done
         taken = min(count, block.tokens - start)
-        pieces.append(_Piece(taken, state.next_position, block, start))
+        pieces.append((taken, state.next_position, block, start))
         count -= taken
         state = replace(state, tokens=state.tokens + taken, done=start + taken)
         if state.done == block.tokens:
@@ -338,19 +303,19 @@ def _describe(state: MropeState) -> str:
 def _positions(pieces: Sequence[_Piece]) -> torch.Tensor:
     """Returns ``[3, tokens]`` int64, piece after piece."""
     table, times = [], [0]
-    for piece in pieces:
-        block = piece.block or TEXT_LINE
-        table.append(
-            (piece.tokens, piece.base, piece.offset, block.rows, block.columns, len(times), piece.block is None)
-        )
+    # Text is a block of one row, longer than any text; time and height repeat its width.
+    line = Block((0,), 1, 2**40)
+    for tokens, base, found, offset in pieces:
+        block = found or line
+        table.append((tokens, base, offset, block.rows, block.columns, len(times), found is None))
         times += block.times
     pieces_table = torch.tensor(table, dtype=torch.int64, device="cpu").view(-1, 7)
-    tokens = pieces_table[:, 0]
-    first = tokens.cumsum(0) - tokens
-    per_token = torch.cat((pieces_table[:, 1:], first[:, None]), 1).repeat_interleave(tokens, 0)
-    base, offset, rows, columns, time, is_text, first = per_token.unbind(1)
-    index = torch.arange(len(per_token), device="cpu") - first + offset
-    line, width = index // columns, index % columns
-    moment = torch.tensor(times, device="cpu")[time + line // rows]
-    positions = torch.stack([moment, line % rows, width]) + base
+    counts = pieces_table[:, 0]
+    first = counts.cumsum(0) - counts
+    per_token = torch.cat((pieces_table[:, 1:], first[:, None]), 1).repeat_interleave(counts, 0)
+    starts, offsets, rows, columns, time, is_text, first = per_token.unbind(1)
+    index = torch.arange(len(per_token), device="cpu") - first + offsets
+    row, width = index // columns, index % columns
+    moment = torch.tensor(times, device="cpu")[time + row // rows]
+    positions = torch.stack([moment, row % rows, width]) + starts
     return torch.where(is_text.bool(), positions[2], positions)

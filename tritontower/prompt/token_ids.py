@@ -28,7 +28,7 @@ Ids = torch.Tensor | Sequence[int]
 class _Entry:
     first: int
     count: int
-    uses: int
+    uses: int = 0
 
 
 class TokenSpace:
@@ -46,11 +46,7 @@ class TokenSpace:
     """
 
     def __init__(self, base: int = DEFAULT_BASE, *, int32: bool = True) -> None:
-        """Creates a space from ``base`` to the end of int32, or of int64 with ``int32=False``.
-
-        Raises:
-            UsageError: ``base`` is not positive, or leaves no room.
-        """
+        """Creates a space from ``base``, which is at least 1, to the end of int32, or of int64 with ``int32=False``."""
         self.limit = 2**31 if int32 else 2**63
         if not is_integer(base) or not 1 <= base < self.limit:
             raise UsageError(f"base must be 1 to {self.limit - 1}, beyond the vocabulary, got {shorten(base)}")
@@ -64,11 +60,8 @@ class TokenSpace:
         """Returns the embedding with its token ids; each call counts as one use until it is released.
 
         Previous ids of the embedding are ignored. An embedding without a content hash gets a random one, so that only the
-        returned embedding and its copies count as the same image.
-
-        Raises:
-            UsageError: the embedding has no rows.
-            TokenSpaceExhaustedError: no range of that many ids is free or released.
+        returned embedding and its copies count as the same image. Raises :class:`TokenSpaceExhaustedError` if no range of
+        that many ids is free or released.
         """
         if not embedding.content_hash:
             embedding = replace(embedding, content_hash=secrets.token_hex(32))
@@ -76,8 +69,7 @@ class TokenSpace:
         with self._lock:
             entry = self._entries.get(key)
             if entry is None:
-                entry = _Entry(self._take(embedding.num_tokens), embedding.num_tokens, 0)
-                self._entries[key] = entry
+                entry = self._entries[key] = _Entry(self._take(embedding.num_tokens), embedding.num_tokens)
             entry.uses += 1
             self._idle.pop(key, None)
         return embedding.with_token_ids(tuple(range(entry.first, entry.first + entry.count)))
@@ -85,9 +77,7 @@ class TokenSpace:
     def release(self, *embeddings: ImageEmbedding) -> None:
         """Ends one use of each embedding's ids; call it when no cache holds their keys and values any more.
 
-        Raises:
-            UsageError: ids that are not this space's, were reassigned, or were released as often as they were assigned.
-                Then nothing is released.
+        Releases nothing and raises :class:`UsageError` if one is not in use: by another space, reassigned, or released.
         """
         uses = Counter(map(_identity, embeddings))
         with self._lock:
@@ -164,12 +154,27 @@ def _identity(embedding: ImageEmbedding) -> object:
     )
 
 
-def order_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
-    """Returns indices of the embeddings ordered by token ids, each image once, without those that have no rows.
+def assign_ids(images: Sequence[ImageEmbedding], space: TokenSpace | None) -> tuple[ImageEmbedding, ...]:
+    """Assigns ids from the space, to all images or to none; without a space checks the images' own ids."""
+    if space is None:
+        if missing := [index for index, image in enumerate(images) if not image.token_ids]:
+            raise UsageError(
+                f"embedding {missing[0]} has no token ids; pass space=TokenSpace(), one for all prompts that share a cache"
+            )
+        order_by_ids(images)
+        return tuple(images)
+    assigned: list[ImageEmbedding] = []
+    try:
+        for image in images:
+            assigned.append(space.assign(image))
+    except BaseException:
+        space.release(*assigned)
+        raise
+    return tuple(assigned)
 
-    Raises:
-        UsageError: rows without ids, ids that are not consecutive, or two images that share ids.
-    """
+
+def order_by_ids(embeddings: Sequence[ImageEmbedding]) -> list[int]:
+    """Returns indices of the embeddings ordered by checked token ids, each image once, without those that have no rows."""
     firsts: dict[int, int] = {}
     for index, embedding in enumerate(embeddings):
         ids, rows = embedding.token_ids, embedding.num_tokens
@@ -206,14 +211,9 @@ def sanitize_ids(input_ids: Ids, vocabulary_size: int, replacement: int) -> torc
         input_ids: a tensor of any shape, or a sequence.
         vocabulary_size: ids from 0 to below it are kept.
         replacement: an id in the vocabulary, such as the layout's placeholder, or padding.
-
-    Raises:
-        UsageError: ``replacement`` is not in the vocabulary.
     """
     if not 0 <= replacement < vocabulary_size:
-        raise UsageError(
-            f"replacement must be a token of the vocabulary, 0 to {vocabulary_size - 1}, got {replacement}"
-        )
+        raise UsageError(f"replacement must be in the vocabulary, 0 to {vocabulary_size - 1}, got {replacement}")
     if isinstance(input_ids, torch.Tensor):
         return torch.where((input_ids >= 0) & (input_ids < vocabulary_size), input_ids, replacement)
     return [token if 0 <= token < vocabulary_size else replacement for token in input_ids]

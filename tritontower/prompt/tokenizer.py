@@ -25,19 +25,12 @@ Part = str | int | Run
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Adapter for one tokenizer.
+    """Adapter for one tokenizer; the functions that find a token return ``None`` if there is no such token."""
 
-    Attributes:
-        encode: maps text, and a flag to add special tokens, to ids.
-        find_name: maps a token id to its text; ``None`` if there is no such token.
-        find_id: maps the text of one token to its id; ``None`` if there is no such token.
-        reads_names: ``encode`` recognizes tokens by their text; otherwise it gets the pieces of text between them.
-    """
-
-    encode: Callable[[str, bool], Sequence[int]]
+    encode: Callable[[str, bool], Sequence[int]]  # text, and a flag to add special tokens
     find_name: Callable[[int], str | None]
     find_id: Callable[[str], int | None]
-    reads_names: bool
+    reads_names: bool  # recognizes tokens by their text; otherwise it gets the pieces of text between them
 
     @classmethod
     def wrap(cls, tokenizer: Any) -> "Vocabulary":
@@ -58,8 +51,7 @@ class Vocabulary:
             )
         if not callable(tokenizer):
             raise UsageError(
-                "tokenizer must be a tokenizer of transformers or of tokenizers, or a function from text to token ids, "
-                f"got {shorten(tokenizer)}"
+                f"tokenizer must be of transformers or of tokenizers, or map text to token ids, got {shorten(tokenizer)}"
             )
 
         def find_id(text: str) -> int | None:
@@ -70,11 +62,8 @@ class Vocabulary:
 
     def require_name(self, token: int) -> str:
         """Returns the text of a token, or raises :class:`PromptError`."""
-        name = self.find_name(token)
-        if name is None:
-            raise PromptError(
-                f"the tokenizer has no token {token}; the tokenizer and the tower must belong to the same model"
-            )
+        if (name := self.find_name(token)) is None:
+            raise PromptError(f"the tokenizer has no token {token}; it must belong to the same model as the tower")
         return name
 
     def require_id(self, piece: Piece) -> int:
@@ -83,8 +72,7 @@ class Vocabulary:
         # Some tokenizers return the token for unknown text.
         if token is None or (isinstance(piece, str) and self.reads_names and self.find_name(token) != piece):
             raise PromptError(
-                f"{shorten(piece)} is not one token of the tokenizer; the tokenizer and the tower must belong to the same "
-                "model"
+                f"{shorten(piece)} is not one token of the tokenizer; it must belong to the same model as the tower"
             )
         return token
 
@@ -93,12 +81,10 @@ def tokenize_parts(
     parts: Sequence[Part], vocabulary: Vocabulary, special: bool
 ) -> tuple[list[int], list[tuple[Run, int]]]:
     """Returns the tokens as in transformers, one placeholder per row, and the position of each run's first row."""
-    read = (
-        _tokenize_whole(parts, vocabulary, special) if vocabulary.reads_names else _tokenize_pieces(parts, vocabulary)
-    )
+    tokenize = _tokenize_whole if vocabulary.reads_names else _tokenize_pieces
     tokens: list[int] = []
     starts: list[tuple[Run, int]] = []
-    for item in read:
+    for item in tokenize(parts, vocabulary, special):
         if isinstance(item, Run):
             starts.append((item, len(tokens)))
             tokens += [item.placeholder] * item.length
@@ -134,7 +120,7 @@ def _tokenize_whole(parts: Sequence[Part], vocabulary: Vocabulary, special: bool
         )
 
 
-def _tokenize_pieces(parts: Sequence[Part], vocabulary: Vocabulary) -> Iterator[int | Run]:
+def _tokenize_pieces(parts: Sequence[Part], vocabulary: Vocabulary, _special: bool) -> Iterator[int | Run]:
     for is_text, group in groupby(parts, lambda part: isinstance(part, str)):
         if not is_text:
             yield from cast("Iterator[int | Run]", group)

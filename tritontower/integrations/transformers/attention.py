@@ -40,16 +40,9 @@ def register_attention() -> None:
 def vision_attention(model: torch.nn.Module) -> Iterator[list[str]]:
     """Makes the vision encoders inside ``model`` use the variable-length kernel within the context.
 
-    An encoder is every module whose configuration is a ``vision_config``, or the whole model if it is only an encoder.
-
-    Args:
-        model: of transformers; its encoders must not run in another thread meanwhile.
-
-    Yields:
-        The ``model_type`` of every changed configuration.
-
-    Raises:
-        UsageError: the model has no vision encoder.
+    An encoder is every module whose configuration is a ``vision_config``, or the whole model if it is only an encoder;
+    it must not run in another thread meanwhile. Yields the ``model_type`` of every changed configuration. Raises
+    :class:`UsageError` if the model has no vision encoder.
     """
     register_attention()
     configs = _list_vision_configs(model)
@@ -68,10 +61,10 @@ def vision_attention(model: torch.nn.Module) -> Iterator[list[str]]:
 
 def _list_vision_configs(model: Any) -> list[Any]:
     vision = getattr(model.config, "vision_config", None)
-    if vision is None and not hasattr(model.config, "text_config") and hasattr(model.config, "patch_size"):
-        vision = model.config
     if vision is None:
-        return []
+        if hasattr(model.config, "text_config") or not hasattr(model.config, "patch_size"):
+            return []
+        vision = model.config
     # Submodules may have copies of the configuration.
     configs = [vision, *(getattr(module, "config", None) for module in model.modules())]
     unique = {id(config): config for config in configs if getattr(config, "model_type", None) == vision.model_type}
@@ -109,14 +102,17 @@ def _attend(
             f"attention implementation {ATTENTION!r} computes no gradients; run the model under torch.no_grad()"
         )
     batch, heads, rows, head_dim = query.shape
-    if (
-        cu_seq_lens_q is not None
-        and cu_seq_lens_k is not None
-        and cu_seq_lens_q is not cu_seq_lens_k
-        and not torch.equal(cu_seq_lens_q, cu_seq_lens_k)
-    ):
-        raise UsageError("cu_seq_lens_q and cu_seq_lens_k must be equal")
-    segments = _find_segments(batch, rows, cu_seq_lens_q, attention_mask, position_ids)
+    # By the first given description; without any, each batch entry is one image.
+    if cu_seq_lens_q is not None:
+        if not (cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q or torch.equal(cu_seq_lens_k, cu_seq_lens_q)):
+            raise UsageError("cu_seq_lens_q and cu_seq_lens_k must be equal")
+        segments = _cached(cu_seq_lens_q, _split_at_boundaries)
+    elif attention_mask is not None:
+        segments = _cached(attention_mask, _split_by_mask)
+    elif position_ids is not None and position_ids.shape == (rows, 2):
+        segments = _cached(position_ids, _split_at_origins)
+    else:
+        segments = Segments.from_lengths([rows] * batch)
     if segments.total != batch * rows:
         raise UsageError(
             f"images must have {batch} × {rows} rows in total, as the queries, got {segments.total}; pass the images one "
@@ -126,23 +122,6 @@ def _attend(
     fill_registry(query.device)
     attended = flash_attention_varlen(packed[0], packed[1], packed[2], segments, scale=scaling)
     return attended.view(batch, rows, heads, head_dim), None
-
-
-def _find_segments(
-    batch: int,
-    rows: int,
-    boundaries: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor | None,
-) -> Segments:
-    """Finds the images by the first given description; without any, each batch entry is one image."""
-    if boundaries is not None:
-        return _cached(boundaries, _split_at_boundaries)
-    if mask is not None:
-        return _cached(mask, _split_by_mask)
-    if positions is not None and positions.shape == (rows, 2):
-        return _cached(positions, _split_at_origins)
-    return Segments.from_lengths([rows] * batch)
 
 
 def _cached(description: torch.Tensor, split: Callable[[torch.Tensor], Segments]) -> Segments:

@@ -15,6 +15,7 @@ from tritontower.errors import (
     UnsupportedArchitectureError,
     UsageError,
     list_names,
+    shorten,
 )
 from tritontower.tower import VisionTower
 
@@ -57,13 +58,13 @@ def load_vlm(
 
     Raises:
         BackendUnavailableError: the quantization library is missing, or does not support the device.
-        UsageError: both ``load_in_4bit`` and ``quantization_config``.
         ConfigError: the configuration asks for foreign code.
         UnsupportedArchitectureError: transformers has no such model with a language model.
         CheckpointIncompleteError: tensors of the language model are missing.
-        TowerError: the tower cannot be loaded, or there is no processor.
+        TowerError: the arguments are wrong, the tower cannot be loaded, or there is no processor.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     if load_in_4bit and quantization_config is not None:
         raise UsageError("load_in_4bit and quantization_config must not both be given; pass one of them")
@@ -79,30 +80,22 @@ def load_vlm(
         )
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **download)
     _check_attention(config)
-    model_class = _find_class(config, source)
-    options = {"quantization_config": quantization_config, "attn_implementation": attn_implementation}
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UnsupportedArchitectureError(
+            f"{source} must contain a language model that generates text, got {config.model_type}; use VisionTower by itself"
+        )
     # First, since it is fast and may fail.
     processor = load_processor(source, config, **download)
-    language = _load_language_model(
-        model_class, source, config, tower, {**download, **{name: value for name, value in options.items() if value}}
-    )
+    options = {"quantization_config": quantization_config, "attn_implementation": attn_implementation}
+    options = download | {name: value for name, value in options.items() if value}
+    language = _load_language_model(model_class, source, config, tower, options)
     install_tower(find_holder(language, tower.family.prefixes), tower.load(), tower.family)
     return language, processor
 
 
-def _find_class(config: Any, source: str) -> type[Any]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-    found: type[Any] | None = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
-    if found is None:
-        raise UnsupportedArchitectureError(
-            f"{source} must contain a language model that generates text, got {config.model_type}; use VisionTower by itself"
-        )
-    return found
-
-
 def _load_language_model(
-    model_class: type[Any], source: str, config: Any, tower: VisionTower, options: dict[str, Any]
+    model_class: Any, source: str, config: Any, tower: VisionTower, options: dict[str, Any]
 ) -> Any:
     quantized = options.get("quantization_config") is not None or hasattr(config, "quantization_config")
     placed = {"device_map": {"": tower.device}} if quantized else {}
@@ -117,8 +110,9 @@ def _load_language_model(
             **options,
         )
     except ImportError as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BackendUnavailableError(f"the language model cannot be loaded: {reason[0]}") from error
+        raise BackendUnavailableError(
+            f"the language model cannot be loaded: {shorten(str(error).strip(), 200)}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointIncompleteError(
             f"{source} lacks {len(missing)} tensors of the language model: {list_names(missing)}", missing
@@ -147,11 +141,10 @@ def _without_vision(model_class: type[Any], prefixes: Prefixes) -> type[Any]:
 
 
 def _make_nf4_config(device: torch.device, dtype: torch.dtype) -> Any:
-    for package in ("bitsandbytes", "accelerate"):
-        if find_spec(package) is None:
-            raise BackendUnavailableError(
-                f"load_in_4bit needs the package {package}, which is not installed: pip install bitsandbytes accelerate"
-            )
+    if lacking := [package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None]:
+        raise BackendUnavailableError(
+            f"load_in_4bit needs packages that are not installed: pip install {' '.join(lacking)}"
+        )
     try:
         bitsandbytes = import_module("bitsandbytes")
     except Exception as error:  # its native library may raise anything
@@ -171,8 +164,7 @@ def _make_nf4_config(device: torch.device, dtype: torch.dtype) -> Any:
 
 def _check_attention(config: Any) -> None:
     """Rejects repository names, from which transformers would download and run a kernel."""
-    sections = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
-    for section in sections:
+    for section in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
         name = getattr(section, "_attn_implementation", None)
         if isinstance(name, str) and "/" in name:
             raise ConfigError("attn_implementation", name, "an implementation that is part of transformers")

@@ -38,11 +38,9 @@ def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = 
         UnsupportedArchitectureError, NoVisionTowerError, ConfigError: the model takes no images, or is not supported.
     """
     if not takes_encoder_outputs(model):
-        import transformers
-
         raise UsageError(
-            f"model must take mm_encoder_outputs, which came with transformers 5.18, got {type(model).__name__} of "
-            f"{transformers.__version__}; pass inputs_embeds instead, from tritontower.integrations.transformers.inputs_embeds"
+            f"model must take mm_encoder_outputs, which came with transformers 5.18, got {type(model).__name__}; pass "
+            "inputs_embeds instead, from tritontower.integrations.transformers.inputs_embeds"
         )
     holder, _ = find_vision_holder(model)
     return {
@@ -81,11 +79,11 @@ def inputs_embeds(
     given = _check_kinds(holder, embeddings, videos)
     table = model.get_input_embeddings()
     ids = input_ids.to(table.weight.device)
-    tokens = [token for kind in given if (token := _placeholder(holder, kind)) is not None]
+    masks = {kind: _find_placeholders(holder, ids, kind, images) for kind, images in given.items()}
     with torch.no_grad():
-        rows: torch.Tensor = table(ids.masked_fill(torch.isin(ids, ids.new_tensor(tokens)), 0))
+        rows: torch.Tensor = table(ids.masked_fill(masks["image"] | masks["video"], 0))
         for kind, images in given.items():
-            _put_rows(rows, _find_placeholders(holder, ids, kind, images), [image.embeddings for image in images])
+            _put_rows(rows, masks[kind], [image.embeddings for image in images])
     return rows
 
 
@@ -100,9 +98,7 @@ def added_deepstack(
 
     Args:
         model: of transformers; must not run in another thread meanwhile.
-        input_ids: ``[batch, length]``, as for :func:`inputs_embeds`.
-        embeddings: of the images, likewise.
-        videos: of the videos.
+        input_ids, embeddings, videos: as for :func:`inputs_embeds`.
 
     Raises:
         UsageError: as :func:`inputs_embeds`; or a prompt of another shape than ``input_ids`` begins.
@@ -129,10 +125,7 @@ def added_deepstack(
             return positional, named
         found = tuple(named["inputs_embeds"].shape[:2])
         if found != tuple(where.shape):
-            raise UsageError(
-                f"prompt must have shape {list(where.shape)} within added_deepstack, got {list(found)}; call the model with "
-                "that prompt only"
-            )
+            raise UsageError(f"prompt must have shape {list(where.shape)} within added_deepstack, got {list(found)}")
         return positional, {**named, "visual_pos_masks": where, "deepstack_visual_embeds": added}
 
     hook = holder.language_model.register_forward_pre_hook(add_arguments, with_kwargs=True)
@@ -169,15 +162,10 @@ def _check_kinds(holder: Any, embeddings: Embeddings, videos: Embeddings) -> dic
     return given
 
 
-def _placeholder(holder: Any, kind: str) -> int | None:
-    token: int | None = getattr(holder.config, f"{kind}_token_id", None)
-    return token
-
-
 def _find_placeholders(
     holder: Any, input_ids: torch.Tensor, kind: str, embeddings: Sequence[ImageEmbedding]
 ) -> torch.Tensor:
-    token = _placeholder(holder, kind)
+    token = getattr(holder.config, f"{kind}_token_id", None)
     mask = torch.zeros_like(input_ids, dtype=torch.bool) if token is None else input_ids == token
     found, rows = int(mask.sum()), sum(image.num_tokens for image in embeddings)
     if found != rows:

@@ -1,11 +1,11 @@
 """The vision weights of a loaded model of transformers: read like a checkpoint, and shared with the model.
 
-A tower stores its weights in one allocation, in its own order. Most of them are still views with transformers' names and
-shapes: q, k and v are thirds of one matrix. A model's parameters can thus *be* the tower's weights, so that both use the
-memory of one.
+A tower stores its weights in one allocation, in its own order. Most of transformers' tensors are views of them, such as
+thirds of a matrix of q, k and v. A model's parameters can thus *be* the tower's weights, and use no memory of their own.
 """
 
 import fnmatch
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -25,25 +25,16 @@ from tritontower.graph.ir import Graph
 
 
 class ModuleWeights:
-    """A module's parameters that belong to a vision tower, with the methods of an open checkpoint.
-
-    Attributes:
-        parameters: parameters by their name without its prefix.
-    """
+    """A module's parameters that belong to a vision tower, with the methods of an open checkpoint."""
 
     def __init__(self, module: torch.nn.Module, prefixes: Prefixes) -> None:
+        # By name without prefix.
         self.parameters: dict[str, torch.nn.Parameter] = {}
         self._full_names: dict[str, str] = {}
         for full, parameter in module.named_parameters():
             name = strip_prefix(full, prefixes)
             if name is not None:
                 self.parameters[name], self._full_names[name] = parameter, full
-
-    def __enter__(self) -> "ModuleWeights":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Closes nothing; exists for the interface of a checkpoint."""
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -53,13 +44,13 @@ class ModuleWeights:
     @property
     def dtype(self) -> torch.dtype:
         """Floating dtype of most bytes; raises :class:`UnsupportedDtypeError` if all weights are quantized."""
-        sizes: dict[torch.dtype, int] = {}
+        sizes: Counter[torch.dtype] = Counter()
         for parameter in self.parameters.values():
             if parameter.is_floating_point():
-                sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.nbytes
+                sizes[parameter.dtype] += parameter.nbytes
         if not sizes:
             raise UnsupportedDtypeError("the model's vision weights must have a floating dtype, but all are quantized")
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return sizes.most_common(1)[0][0]
 
     @property
     def device(self) -> torch.device:
@@ -128,14 +119,12 @@ def share_weights(
 ) -> list[str]:
     """Makes parameters views of a tower's weights, which have the same values, and thus frees their own memory.
 
-    Returns the names of the parameters that are views now. Tensors that the tower stores in another order, or summed,
-    cannot be views. ``parameters`` and the result have names without prefix; ``graph`` gives shapes without padding.
+    Returns the names of these parameters, without prefix. Tensors that the tower stores in another order, or summed,
+    cannot be views. ``graph`` gives shapes without padding.
     """
     shared: list[str] = []
     stored_shapes = {name: weight_maps[name].stored_shapes(shape) for name, shape in graph.sources.items()}
-    uses: dict[str, int] = {}
-    for stored in (stored for shapes in stored_shapes.values() for stored in shapes):
-        uses[stored] = uses.get(stored, 0) + 1
+    uses = Counter(stored for shapes in stored_shapes.values() for stored in shapes)
     for name, shapes in stored_shapes.items():
         if name not in weights:  # the tower stores it in another order
             continue

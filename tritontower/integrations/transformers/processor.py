@@ -12,11 +12,9 @@ def load_processor(source: str, config: Any, **download: Any) -> Any:
 
     Tries the processor that ``AutoProcessor`` finds; then, for models with a Pixtral tower, :class:`ImageTextProcessor`;
     then the same class without its video processor, which needs torchvision.
-
-    Raises:
-        ProcessorError: the checkpoint's tokenizer or image processor cannot be loaded.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     has_row_ends = config.vision_config.model_type == "pixtral"
     try:
@@ -28,26 +26,18 @@ def load_processor(source: str, config: Any, **download: Any) -> Any:
         if not has_row_ends or type(processor).__name__ == "PixtralProcessor":
             _check_tokenizer(processor.tokenizer, source)
             return processor
-    image_processor, tokenizer = _load_parts(source, **download)
-    if has_row_ends:
-        return ImageTextProcessor(image_processor, tokenizer, config)
-    kind = _without_video(config.model_type)
-    if kind is None:
-        raise _make_error(source, failure) from failure
-    return kind(image_processor, tokenizer, chat_template=getattr(tokenizer, "chat_template", None))
-
-
-def _load_parts(source: str, **download: Any) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
     try:
         images = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **download)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **download)
     except Exception as error:  # any error about a file
         raise _make_error(source, error) from error
     _check_tokenizer(tokenizer, source)
-    return images, tokenizer
+    if has_row_ends:
+        return ImageTextProcessor(images, tokenizer, config)
+    kind = _without_video(config.model_type)
+    if kind is None:
+        raise _make_error(source, failure) from failure
+    return kind(images, tokenizer, chat_template=getattr(tokenizer, "chat_template", None))
 
 
 def _check_tokenizer(tokenizer: Any, source: str) -> None:
@@ -57,9 +47,8 @@ def _check_tokenizer(tokenizer: Any, source: str) -> None:
 
 
 def _make_error(source: str, error: Exception) -> ProcessorError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
     return ProcessorError(
-        f"{source} must contain an image processor and a tokenizer that transformers can load: {shorten(reason[0], 200)}"
+        f"{source} must contain an image processor and a tokenizer that transformers can load: {shorten(str(error).strip(), 200)}"
     )
 
 
@@ -86,10 +75,7 @@ class ImageTextProcessor:
     text is repeated for every token of its image, with ``[IMG_BREAK]`` after each row except the last, which ends in
     ``[IMG_END]``.
 
-    Args:
-        image_processor: of transformers, for images of any size; returns ``image_sizes``.
-        tokenizer: of transformers.
-        config: the model's, with ``vision_config.patch_size`` and optionally ``spatial_merge_size``.
+    Made from the image processor, the tokenizer and the configuration of the model in transformers.
     """
 
     image, row_end, image_end = "[IMG]", "[IMG_BREAK]", "[IMG_END]"
@@ -100,25 +86,13 @@ class ImageTextProcessor:
         self.token_side: int = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        return_tensors: str | None = "pt",
-        **options: Any,
+        self, images: Any = None, text: str | Sequence[str] | None = None, return_tensors: Any = "pt", **options: Any
     ) -> Any:
-        """Makes the model's inputs.
+        """Makes the model's inputs from one or several texts, and images in the order of their markers.
 
-        Args:
-            images: one image, or several in the order of their markers in the texts, or ``None``.
-            text: one text, or several.
-            return_tensors: tensor type, as in transformers.
-            **options: for the tokenizer: ``padding``, ``truncation`` …
-
-        Returns:
-            A ``BatchFeature`` with ``input_ids``, ``attention_mask``, and for images ``pixel_values`` and ``image_sizes``.
-
-        Raises:
-            UsageError: no text, or the numbers of images and markers differ.
+        ``options`` are the tokenizer's, such as ``padding``. Returns a ``BatchFeature`` with ``input_ids``,
+        ``attention_mask``, and for images ``pixel_values`` and ``image_sizes``. Raises :class:`UsageError` without a text,
+        or if the numbers of images and markers differ.
         """
         from transformers import BatchFeature
 
@@ -143,11 +117,7 @@ class ImageTextProcessor:
         return self.row_end.join(rows) + self.image_end
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool = False, **options: Any) -> Any:
-        """Makes the text of a conversation by the tokenizer's template; pass it with the images to :meth:`__call__`.
-
-        Raises:
-            UsageError: ``tokenize`` is true; markers can be repeated only with the images.
-        """
+        """Makes the text of a conversation by the tokenizer's template; pass it with the images to :meth:`__call__`."""
         if tokenize:
             raise UsageError("tokenize must be False; pass the resulting text and the images to the processor itself")
         return self.tokenizer.apply_chat_template(conversation, tokenize=False, **options)

@@ -2,14 +2,16 @@
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from tritontower.checkpoint.checkpoint import Checkpoint, Progress
+from tritontower.checkpoint.checkpoint import Progress
 from tritontower.checkpoint.hub import locate
 from tritontower.errors import TowerError, UsageError, list_names
 from tritontower.models.common.assembly import TowerCheckpoint
@@ -38,10 +40,10 @@ class AcceleratedVision:
 
     tower: VisionTower
     replaced: tuple[str, ...]
-    shared_bytes: int = 0
-    kept_bytes: int = 0
-    released_bytes: int = 0
-    shared_parameters: Mapping[str, torch.nn.Parameter] = field(default_factory=dict, repr=False)
+    shared_bytes: int
+    kept_bytes: int
+    released_bytes: int
+    shared_parameters: Mapping[str, torch.nn.Parameter] = field(repr=False)
 
 
 @torch.inference_mode(False)  # parameters that outlive the mode must not be inference tensors
@@ -61,10 +63,10 @@ def accelerate_vision(
     after :func:`restore`.
 
     The tower is made from the model's own weights, and the model's parameters become views of the tower's. Both share
-    one memory, except tensors that the tower stores in another order (the merging linear of Mistral 3, CLIP's position
-    table, weights reordered for GPU kernels) or does not need (the last block of a LLaVA). During the call the vision
-    weights exist twice. Moving or converting the model later separates the two; the tower does not change. A model with
-    a tower cannot be pickled or deep-copied. Do not write to the model's vision weights while the tower is in place.
+    one memory, except tensors that the tower stores in another order (such as CLIP's position table, or weights reordered
+    for GPU kernels) or does not need (the last block of a LLaVA). During the call the vision weights exist twice. Moving
+    or converting the model later separates the two; the tower does not change. A model with a tower cannot be pickled or
+    deep-copied. Do not write to the model's vision weights while the tower is in place.
 
     Args:
         model: of a supported family (:mod:`tritontower.models.common.registry`), with a language model.
@@ -77,8 +79,7 @@ def accelerate_vision(
             vision weights, with a warning.
 
     Raises:
-        UsageError: the model already has a tower; ``tower`` has another configuration, is not loaded, or is combined with
-            another ``dtype``.
+        UsageError: the model already has a tower; ``tower`` has another configuration or dtype, or is not loaded.
         UnsupportedArchitectureError, NoVisionTowerError, ConfigError: the model is not supported.
         CheckpointError: the model's vision weights are quantized, missing, not finite, or have other shapes.
     """
@@ -102,29 +103,22 @@ def install_tower(
     tower: VisionTower,
     family: Family,
     *,
-    shared_parameters: Mapping[str, torch.nn.Parameter] | None = None,
+    shared_parameters: Mapping[str, torch.nn.Parameter] = MappingProxyType({}),
     release: bool = False,
 ) -> AcceleratedVision:
     """Replaces the methods of ``holder``; see :func:`accelerate_vision`."""
-    modules = {name: holder.get_submodule(name) for name in list_vision_modules(holder, family.prefixes)}
-    sizes = {id(weight): weight.nbytes for module in modules.values() for weight in module.parameters()}
-    shared_parameters = shared_parameters or {}
+    names = list_vision_modules(holder, family.prefixes)
+    sizes = {id(weight): weight.nbytes for name in names for weight in holder.get_submodule(name).parameters()}
     shared = sum(sizes.get(id(parameter), 0) for parameter in shared_parameters.values())
     remaining = sum(sizes.values()) - shared
     functions = make_replacements(holder, tower)
     if release:
-        for name in modules:
+        for name in names:
             setattr(holder, name, ReleasedModule())
     for name, function in functions.items():
         setattr(holder, name, function)
-    state = AcceleratedVision(
-        tower=tower,
-        replaced=tuple(functions),
-        shared_bytes=shared,
-        kept_bytes=0 if release else remaining,
-        released_bytes=remaining if release else 0,
-        shared_parameters=shared_parameters,
-    )
+    kept, released = (0, remaining) if release else (remaining, 0)
+    state = AcceleratedVision(tower, tuple(functions), shared, kept, released, shared_parameters)
     holder.__dict__[_MARK] = state, holder.register_state_dict_post_hook(_prepare_state_dict)
     return state
 
@@ -140,10 +134,8 @@ def accelerated(model: torch.nn.Module) -> AcceleratedVision | None:
 def restore(model: torch.nn.Module) -> None:
     """Undoes :func:`accelerate_vision`: the model has its own vision modules again, with the same values.
 
-    Shared weights are copied for the model; the tower remains usable.
-
-    Raises:
-        UsageError: the model has no tower, or its vision weights were released.
+    Shared weights are copied for the model; the tower remains usable. Raises :class:`UsageError` if the model has no
+    tower, or its vision weights were released.
     """
     found = _find_mark(model)
     if found is None:
@@ -166,10 +158,8 @@ def _list_released(holder: torch.nn.Module) -> list[str]:
 
 
 def _find_mark(model: torch.nn.Module) -> tuple[torch.nn.Module, AcceleratedVision, RemovableHandle] | None:
-    for module in model.modules():
-        if _MARK in module.__dict__:
-            return (module, *module.__dict__[_MARK])
-    return None
+    found = ((module, *module.__dict__[_MARK]) for module in model.modules() if _MARK in module.__dict__)
+    return next(found, None)
 
 
 def _prepare_state_dict(holder: torch.nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -177,8 +167,7 @@ def _prepare_state_dict(holder: torch.nn.Module, state: dict[str, Any], prefix: 
     if released := _list_released(holder):
         warnings.warn(
             f"the weights of {list_names(released)} were released (release=True, or load_vlm) and are not in the model's "
-            "state dict, so loading a checkpoint of it initializes them randomly; save the trained weights only, or save the "
-            "model before the release",
+            "state dict, so loading a checkpoint of it initializes them randomly; save the model before the release",
             stacklevel=2,
         )
     for name, tensor in state.items():
@@ -208,37 +197,36 @@ class _ModuleCheckpoint(TowerCheckpoint):
         super().__init__(family, folder)
         self.source = source
 
-    def open(self) -> Checkpoint:
-        return cast("Checkpoint", self.source)
+    def open(self) -> Any:
+        return nullcontext(self.source)
 
 
 class _ModuleTower(VisionTower):
     """A tower whose checkpoint is a loaded model."""
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype | None, image_processor: Any) -> None:
-        source = ModuleWeights(model, family.prefixes)
-        self._canonical: dict[str, torch.Tensor] = {}
+        self.source = ModuleWeights(model, family.prefixes)
         folder = _locate_checkpoint(model)
         super().__init__(
-            _ModuleCheckpoint(family, folder, source),
+            _ModuleCheckpoint(family, folder, self.source),
             Preprocessor(ProcessorSource(family.config, folder, given=image_processor), family.resize_rules["hf"]),
-            device=source.device,
-            dtype=dtype or source.dtype,
+            device=self.source.device,
+            dtype=dtype or self.source.dtype,
         )
 
     def read_weights(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
-        self._canonical = super().read_weights(progress)
-        return self._canonical
+        self.canonical = super().read_weights(progress)
+        return self.canonical
 
     def share_weights(self) -> dict[str, torch.nn.Parameter]:
         """Makes the model's parameters views of the tower's weights if possible, and returns these parameters."""
-        parameters = cast("_ModuleCheckpoint", self.checkpoint).source.parameters
-        names = share_weights(parameters, self._canonical, self.graph, self.family.tensors)
-        return {name: parameters[name] for name in names}
+        names = share_weights(self.source.parameters, self.canonical, self.graph, self.family.tensors)
+        return {name: self.source.parameters[name] for name in names}
 
     def forget_model(self) -> None:
         """Drops all references to the model, so that its weights do not live as long as the tower."""
-        self.checkpoint, self._canonical = TowerCheckpoint(self.family, self.folder), {}
+        self.checkpoint = TowerCheckpoint(self.family, self.folder)
+        del self.source, self.canonical
 
 
 def _locate_checkpoint(model: Any) -> Path:

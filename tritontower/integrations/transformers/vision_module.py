@@ -23,12 +23,6 @@ from tritontower.models.common.registry import read_family
 from tritontower.preprocessing.resize.anyres import select_canvas
 from tritontower.tower import VisionTower
 
-# Arguments of the methods that override the checkpoint's configuration, which is fixed in a tower.
-FIXED_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy")
-
-# Model types that take the rows of all tiles as one tensor ``[tiles, tokens, width]``; others take a list.
-STACKED = frozenset(("gemma3", "paligemma", "shieldgemma2"))
-
 Arguments = Mapping[str, Any]
 EncodeFunction = Callable[[Any, VisionTower, Arguments], Any]
 """Maps the holder, the tower and the arguments of a call to the method's result."""
@@ -46,12 +40,7 @@ class ReleasedModule(torch.nn.Module):
 
 
 def find_vision_holder(model: torch.nn.Module) -> tuple[Any, Family]:
-    """Finds the module inside ``model`` that computes image rows, and its tower's description.
-
-    Raises:
-        UnsupportedArchitectureError: there is none, or no language model next to it that takes the rows.
-        NoVisionTowerError, ConfigError: as :func:`tritontower.models.common.registry.read_family`.
-    """
+    """Finds the module inside ``model`` that computes image rows, and its tower's description."""
     values = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
     family = read_family(ConfigReader(values, source=f"the configuration of {type(model).__name__}"))
     return find_holder(model, family.prefixes), family
@@ -71,13 +60,13 @@ def find_holder(model: torch.nn.Module, prefixes: Prefixes) -> Any:
 
 def list_vision_modules(holder: torch.nn.Module, prefixes: Prefixes) -> list[str]:
     """Lists the names of the direct children of ``holder`` that belong to its tower."""
-    named = dict.fromkeys((prefix for prefix in prefixes if prefix), "")
+    named = dict.fromkeys(filter(None, prefixes), "")
     return [name for name, _ in holder.named_children() if strip_prefix(f"{name}.x", named) is not None]
 
 
 def is_stacked(holder: Any) -> bool:
-    """Returns whether the model takes the rows of its tiles as one tensor."""
-    return holder.config.model_type in STACKED
+    """Returns whether the model takes the rows of all tiles as one tensor ``[tiles, tokens, width]``, not as a list."""
+    return holder.config.model_type in ("gemma3", "paligemma", "shieldgemma2")
 
 
 def takes_encoder_outputs(model: Any) -> bool:
@@ -86,10 +75,7 @@ def takes_encoder_outputs(model: Any) -> bool:
 
 
 def make_feature_output(holder: Any, rows: Any, deepstack: Sequence[Any] = ()) -> Any:
-    """Wraps rows, and those of each deepstack level, in the class that ``holder`` returns and takes.
-
-    ``rows`` is ``[tokens, width]`` per image, or one tensor if the model is stacked.
-    """
+    """Wraps rows, one tensor per image or a stack, and those of each deepstack level as ``holder`` returns them."""
     # Models with deepstack levels have this class, each in its own module.
     output = getattr(inspect.getmodule(type(holder)), "BaseModelOutputWithDeepstackFeatures", None)
     if output is not None:
@@ -130,7 +116,7 @@ def _replace(
         bound = signature.bind(*positional, **named)
         arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
         _check_training(holder, tower)
-        for name in FIXED_ARGUMENTS:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given, configured = arguments.get(name), getattr(holder.config, name, None)
             if given is not None and given != configured:
                 raise UsageError(
@@ -181,12 +167,11 @@ def _encode_equal_images(holder: Any, tower: VisionTower, arguments: Arguments) 
 
 def _encode_padded_images(holder: Any, tower: VisionTower, arguments: Arguments) -> Any:
     """Encodes images that are padded to one size, with the height and width of each."""
-    pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
-    if sizes is None:
-        return make_feature_output(holder, tower.forward(list(pixels)))
-    sizes = torch.as_tensor(sizes).tolist()
-    cut = [image[:, :height, :width] for image, (height, width) in zip(pixels, sizes, strict=True)]
-    return make_feature_output(holder, tower.forward(cut))
+    images, sizes = list(arguments["pixel_values"]), arguments.get("image_sizes")
+    if sizes is not None:
+        sizes = torch.as_tensor(sizes).tolist()
+        images = [image[:, :height, :width] for image, (height, width) in zip(images, sizes, strict=True)]
+    return make_feature_output(holder, tower.forward(images))
 
 
 def _encode_tiles(holder: Any, tower: VisionTower, arguments: Arguments) -> Any:
