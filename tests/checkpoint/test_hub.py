@@ -173,7 +173,7 @@ def test_only_files_with_vision_tensors_are_fetched(
     assert hub.requests[0] == ("config.json", "v1.0")
     assert {revision for _, revision in hub.requests[1:]} == {COMMIT}, "all files come from one commit"
     assert hub.listings == ([(COMMIT, "secret")] if fetched == [FIRST, SECOND] else [])
-    tensors = Checkpoint.open(folder, prefixes=prefixes, layout=layout).tensors
+    tensors = Checkpoint.open(folder, prefixes=prefixes, layout=layout).weights
     assert {name.removeprefix("tower.") for name in tensors} == {"one", "two"}
 
 
@@ -199,9 +199,7 @@ def test_params_are_fetched_with_a_config(hub: FakeHub) -> None:
 
 def test_repository_with_neither_names_both(hub: FakeHub) -> None:
     hub.files = {"README.md": b""}
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"org/name: config\.json \(or params\.json\) is not in"
-    ) as caught:
+    with pytest.raises(CheckpointNotFoundError, match=r"org/name: config\.json or params\.json is not in") as caught:
         locate(MODEL)
     assert str(caught.value).isprintable()
 

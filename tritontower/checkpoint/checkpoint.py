@@ -9,7 +9,6 @@ A quantized weight is one tensor with its original shape (:mod:`tritontower.chec
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,69 +29,33 @@ from tritontower.errors import (
 )
 
 from .config_reader import ConfigReader
-from .dequantize import FLOAT_DTYPES, SUPPORTED_SCHEMES, Decoder, Group, StoredTensor, group_tensors, make_decoder
-from .files import INDEX_NAMES, Layout, Prefixes, WeightFiles, explain_read_errors, open_safetensors, strip_prefix
+from .dequantize import FLOAT_DTYPES, SUPPORTED_SCHEMES, Decoder, StoredTensor, Weight, group_tensors, make_decoder
+from .files import (
+    INDEX_NAMES,
+    Layout,
+    Prefixes,
+    explain_read_errors,
+    list_files,
+    open_safetensors,
+    safe_path,
+    strip_prefix,
+)
 
 Progress = Callable[[int, int], None]
 """Callback with (bytes done, total bytes) after every tensor."""
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """Header of one vision tensor.
-
-    Attributes:
-        name: stored name, with its prefix.
-        shape: of a quantized tensor, the original weight's, or as stored if it cannot be loaded.
-        dtype: stored dtype in the format's terms: ``"BF16"``, ``"F32"``, ``"U8"`` …
-        file: base name of its file.
-        scheme: quantization, such as ``"bitsandbytes NF4"``; ``None`` if it is not quantized, or in no known way.
-        nbytes: stored size in bytes, with scales and tables; only of what can be loaded.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: str
-    scheme: str | None
-    nbytes: int
-
-
-class _Headers(Mapping[str, TensorHeader]):
-    """Name → header, made on access, because the shape of a 4-bit weight must be read from its file."""
-
-    def __init__(self, groups: Mapping[str, Group], shape: Callable[[Group], tuple[int, ...]]) -> None:
-        self._groups = groups
-        self._shape = shape
-
-    def __getitem__(self, name: str) -> TensorHeader:
-        group = self._groups[name]
-        main = group.main
-        return TensorHeader(main.name, self._shape(group), main.dtype, main.file, group.scheme, group.nbytes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._groups
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._groups)
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-
 class Checkpoint:
     """Vision tensors of one checkpoint: reads headers when opened, data in :meth:`iterate`.
 
-    A context manager: leaving it closes the files, after which only the headers remain.
-
-    Attributes:
-        folder: the folder of the files.
+    A context manager: leaving it closes the files, after which only the headers remain.  ``weights`` maps each name without
+    its prefix to the weight with its scales and tables, in stored order.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stored: dict[str, StoredTensor] = {}
-        self._groups: dict[str, Group] = {}
+        self.weights: dict[str, Weight] = {}
         self._decoders: dict[str, Decoder] = {}
         self._expected: frozenset[str] | None = None
         self._handles: dict[str, Any] = {}
@@ -104,34 +67,13 @@ class Checkpoint:
         self._handles.clear()  # a safetensors handle closes its file when it is garbage-collected
 
     @classmethod
-    def open(
-        cls, folder: Path, *, prefixes: Prefixes, layout: Layout = "hf", allow_symlinks: bool = False
-    ) -> "Checkpoint":
-        """Reads the headers of the files with vision tensors.
-
-        An index takes precedence over a single file.
-
-        Args:
-            folder: a local folder.
-            prefixes: stored prefixes of vision tensors → replacements, see
-                :func:`~tritontower.checkpoint.files.strip_prefix`.
-            layout: naming of the weight files; a folder may have both layouts.
-            allow_symlinks: also follow links that leave the folder to other places than the Hugging Face cache.
-
-        Raises:
-            CheckpointNotFoundError: there is no folder, or no safetensors file of this layout.
-            UnsafeFormatError: there are only pickles.
-            UnsafePathError: a shard's name or link leaves the folder.
-            CheckpointIncompleteError: a shard, or a tensor of the index, is missing, or there is no vision tensor.
-            CheckpointAmbiguousError: a tensor is stored twice, in two shards or under two prefixes.
-            CheckpointCorruptError: a file is not safetensors, or damaged; the index is not JSON.
-        """
+    def open(cls, folder: Path, *, prefixes: Prefixes, layout: Layout = "hf") -> "Checkpoint":
+        """Reads the headers of the files with vision tensors; an index takes precedence over a single file."""
         if not folder.is_dir():
             raise CheckpointNotFoundError(f"{folder} is not a folder")
         checkpoint = cls(folder)
-        files = WeightFiles(folder, allow_symlinks)
-        for file, listed in files.list_files(prefixes, layout).items():
-            names = checkpoint._read_headers(files.path(file), prefixes)
+        for file, listed in list_files(folder, prefixes, layout).items():
+            names = checkpoint._read_headers(safe_path(folder, file), prefixes)
             absent = sorted(set(listed) - names)
             if absent:
                 raise CheckpointIncompleteError(
@@ -142,75 +84,40 @@ class Checkpoint:
             raise CheckpointIncompleteError(
                 f"{folder} has no vision tensor: no name starts with {list_names(list(map(repr, prefixes)))}"
             )
-        checkpoint._groups = group_tensors(checkpoint._stored)
+        checkpoint.weights = group_tensors(checkpoint._stored)
         return checkpoint
-
-    @property
-    def tensors(self) -> Mapping[str, TensorHeader]:
-        """Name without its prefix → header, in stored order.
-
-        A quantized weight is one tensor; its scales and tables are not listed.  The shape of a 4-bit bitsandbytes weight is
-        read on access, which raises the errors of :meth:`expect`.
-        """
-        return _Headers(
-            self._groups, lambda group: self._decoder(group).shape if group.is_supported else group.main.shape
-        )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of most bytes of the plain tensors; ``float32`` for ``F64``.
 
         If all are quantized, their recorded original dtype, else ``bfloat16``.
-
-        Raises:
-            UnsupportedDtypeError: no tensor has a dtype that can be loaded.
-            CheckpointCorruptError: the record is invalid.
         """
         stored: dict[str, int] = {}
-        for group in self._groups.values():
-            if group.is_supported and group.scheme is None:
-                stored[group.main.dtype] = stored.get(group.main.dtype, 0) + group.nbytes
+        for weight in self.weights.values():
+            if weight.is_supported and weight.scheme is None:
+                stored[weight.main.dtype] = stored.get(weight.main.dtype, 0) + weight.nbytes
         if stored:
             return FLOAT_DTYPES[max(stored, key=lambda name: stored[name])]
-        quantized = [group for group in self._groups.values() if group.is_supported]
-        if not quantized:
-            raise self._unsupported(next(iter(self._groups.values())))
-        originals = (self._decoder(group).original for group in quantized)
+        quantized = [weight for weight in self.weights.values() if weight.is_supported]
+        _check_supported(self.folder, quantized or self.weights.values())
+        originals = (self._decoder(weight).original for weight in quantized)
         return next((original for original in originals if original is not None), torch.bfloat16)
-
-    def can_read(self, name: str) -> bool:
-        """Tells if the tensor with this stripped name is plain, or of a supported quantization."""
-        return self._groups[name].is_supported
 
     def expect(
         self, specs: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = (), *, unneeded: Collection[str] = ()
     ) -> None:
         """Checks that the vision tensors are exactly ``specs`` (stripped name → shape).
 
-        Reads only the descriptions of 4-bit weights.
-
-        Args:
-            specs: the tensors that the tower needs.
-            ignored: ``fnmatch`` patterns of stripped names that may exist and are not used.
-            unneeded: stripped names that may exist and are not used, such as blocks after the last needed one; any shape
-                and dtype.
-
-        Raises:
-            UnsupportedDtypeError: a tensor has an unsupported quantization, or is not a float.
-            CheckpointIncompleteError: tensors are missing.
-            CheckpointCorruptError: the parts of a quantized tensor contradict each other.
-            ShapeMismatchError: a tensor has another shape.
-            UnexpectedTensorError: other vision tensors exist, so the configuration does not describe this tower.
+        Tensors that match an ``fnmatch`` pattern in ``ignored`` or a name in ``unneeded`` (such as blocks after the last
+        needed one) may exist, with any shape and dtype.
         """
-        spared = frozenset(unneeded)
         present = {
-            name: group
-            for name, group in self._groups.items()
-            if name in specs or not (name in spared or any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored))
+            name: weight
+            for name, weight in self.weights.items()
+            if name in specs or not (name in unneeded or any(fnmatch.fnmatchcase(name, pattern) for pattern in ignored))
         }
-        for group in present.values():
-            if not group.is_supported:
-                raise self._unsupported(group)
+        _check_supported(self.folder, present.values())
         missing = [name for name in specs if name not in present]
         if missing:
             raise CheckpointIncompleteError(
@@ -221,7 +128,7 @@ class Checkpoint:
             found, main = self._decoder(present[name]).shape, present[name].main
             if found != tuple(shape):
                 raise ShapeMismatchError(main.name, shape, found, source=main.file)
-        unused = [group.main.name for name, group in present.items() if name not in specs]
+        unused = [weight.main.name for name, weight in present.items() if name not in specs]
         if unused:
             raise UnexpectedTensorError(
                 f"{self.folder} has {len(unused)} vision tensors that the tower does not use: {list_names(unused)}; "
@@ -241,63 +148,45 @@ class Checkpoint:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (stripped name, tensor in ``dtype`` on ``device``), file by file, in stored order.
 
-        Holds at most one tensor at a time.
-
-        Args:
-            dtype: a floating dtype; torch converts (round to nearest even).  Quantized tensors are computed in fp32 and
-                rounded once.
-            device: device of the tensors.
-            names: stripped names to read; ``None``: the tensors of :meth:`expect`, or all.
-            check_finite: reject NaN and infinity, stored or caused by the conversion.
-            progress: called after every tensor.
-
-        Raises:
-            CheckpointIncompleteError: a name is not in :attr:`tensors`.
-            UnsupportedDtypeError: a tensor has a dtype or a quantization that cannot be loaded.
-            NonFiniteWeightsError: NaN or infinity, or a value too large for ``dtype``.
-            CheckpointCorruptError: a file shrank since its header was read, or the parts of a quantized tensor contradict
-                each other.
-            UsageError: the checkpoint is closed.
+        Holds at most one tensor at a time.  torch converts (round to nearest even); quantized tensors are computed in fp32
+        and rounded once.  ``names`` defaults to the tensors of :meth:`expect`, or all.  ``check_finite`` rejects NaN and
+        infinity, stored or caused by the conversion.
         """
-        wanted = set(names if names is not None else self._groups if self._expected is None else self._expected)
-        unknown = sorted(wanted - set(self._groups))
+        wanted = set(names if names is not None else self.weights if self._expected is None else self._expected)
+        unknown = sorted(wanted - set(self.weights))
         if unknown:
             raise CheckpointIncompleteError(f"{self.folder} lacks {list_names(unknown)}", unknown)
-        self._check_open()
-        groups = {name: group for name, group in self._groups.items() if name in wanted}
-        for group in groups.values():
-            if not group.is_supported:
-                raise self._unsupported(group)
-        total, done = sum(group.nbytes for group in groups.values()), 0
-        for name, group in groups.items():
+        weights = {name: weight for name, weight in self.weights.items() if name in wanted}
+        _check_supported(self.folder, weights.values())
+        total, done = sum(weight.nbytes for weight in weights.values()), 0
+        for name, weight in weights.items():
             # Not a local variable: this suspended frame would keep the tensor alive.
-            yield name, self._read_tensor(group, dtype, torch.device(device), check_finite)
-            done += group.nbytes
+            yield name, self._read_tensor(weight, dtype, torch.device(device), check_finite)
+            done += weight.nbytes
             if progress is not None:
                 progress(done, total)
 
-    def _decoder(self, group: Group) -> Decoder:
-        decoder = self._decoders.get(group.main.name)
+    def _decoder(self, weight: Weight) -> Decoder:
+        decoder = self._decoders.get(weight.main.name)
         if decoder is None:
-            decoder = self._decoders[group.main.name] = make_decoder(group, self._read_stored)
+            decoder = self._decoders[weight.main.name] = make_decoder(weight, self._read_stored)
         return decoder
 
     def _read_stored(self, stored: StoredTensor) -> torch.Tensor:
-        self._check_open()
+        if not self._handles:
+            raise UsageError("the checkpoint must be open; read inside `with Checkpoint.open(...)`")
         with explain_read_errors(self.folder / stored.file):
             tensor: torch.Tensor = self._handles[stored.file].get_tensor(stored.name)
         return tensor
 
-    def _check_open(self) -> None:
-        if not self._handles:
-            raise UsageError("the checkpoint must be open; read inside `with Checkpoint.open(...)`")
-
-    def _read_tensor(self, group: Group, dtype: torch.dtype, device: torch.device, check_finite: bool) -> torch.Tensor:
-        stored = self._decoder(group).decode(self._read_stored)
+    def _read_tensor(
+        self, weight: Weight, dtype: torch.dtype, device: torch.device, check_finite: bool
+    ) -> torch.Tensor:
+        stored = self._decoder(weight).decode(self._read_stored)
         tensor = stored.to(device=device, dtype=dtype)
         if not check_finite or _is_finite(tensor):
             return tensor
-        name, file = group.main.name, group.main.file
+        name, file = weight.main.name, weight.main.file
         if tensor is stored or not _is_finite(stored):
             raise NonFiniteWeightsError(name, f"in {file} has NaN or infinity; pass check_finite=False to load it")
         raise NonFiniteWeightsError(
@@ -307,7 +196,7 @@ class Checkpoint:
         )
 
     def _read_headers(self, path: Path, prefixes: Prefixes) -> set[str]:
-        """Opens one file and adds the headers of its vision tensors; returns their stored names."""
+        # Opens one file and adds the headers of its vision tensors; returns their stored names.
         handle = open_safetensors(path)
         names: set[str] = set()
         with explain_read_errors(path):
@@ -328,24 +217,24 @@ class Checkpoint:
             self._handles[path.name] = handle
         return names
 
-    def _unsupported(self, group: Group) -> UnsupportedDtypeError:
-        main = group.main
-        scheme = f", {group.scheme}" if group.scheme else ""
-        return UnsupportedDtypeError(
-            f"tensor {shorten(main.name)} in {main.file} is stored as {main.dtype}{scheme}{self._quantization()}; only "
-            f"{', '.join(FLOAT_DTYPES)} and, with their scales, {', '.join(SUPPORTED_SCHEMES)} can be loaded; use a "
-            "checkpoint whose vision tower is not quantized, or in one of these ways"
-        )
 
-    def _quantization(self) -> str:
-        # For a message: the method in config.json, if it has one.
-        try:
-            method = ConfigReader.from_file(self.folder / "config.json").get(
-                str, "quantization_config.quant_method", None
-            )
-        except (ConfigError, CheckpointNotFoundError):
-            return ""
-        return f" (config.json: quant_method {shorten(method)})" if method else ""
+def _check_supported(folder: Path, weights: Iterable[Weight]) -> None:
+    weight = next((weight for weight in weights if not weight.is_supported), None)
+    if weight is None:
+        return
+    main = weight.main
+    scheme = f", {weight.scheme}" if weight.scheme else ""
+    try:
+        reader = ConfigReader.from_file(folder / "config.json")
+        method = reader.get(str, "quantization_config.quant_method", None)
+    except (ConfigError, CheckpointNotFoundError):
+        method = None
+    declared = f" (config.json: quant_method {shorten(method)})" if method else ""
+    raise UnsupportedDtypeError(
+        f"tensor {shorten(main.name)} in {main.file} is stored as {main.dtype}{scheme}{declared}; only "
+        f"{', '.join(FLOAT_DTYPES)} and, with their scales, {', '.join(SUPPORTED_SCHEMES)} can be loaded; use a "
+        "checkpoint whose vision tower is not quantized, or in one of these ways"
+    )
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

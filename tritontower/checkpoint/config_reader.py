@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from types import EllipsisType
+from typing import Any, Generic, TypeVar
 
 from tritontower.errors import CheckpointNotFoundError, ConfigError
 
@@ -19,27 +20,10 @@ D = TypeVar("D")
 
 _TYPE_NAMES = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", dict: "an object"}
 _IGNORED_PREFIXES = ("auto_map", "attn_implementation", "_attn_implementation")
-_ABSENT: Final = object()
-
-
-class _Required:
-    """The type of :data:`REQUIRED`."""
-
-    def __repr__(self) -> str:
-        return "REQUIRED"
-
-
-REQUIRED: Final = _Required()
-"""Default of a required key."""
 
 
 def read_json(path: Path, limit_bytes: int = 64 * 2**20) -> dict[str, Any]:
-    """Reads the JSON object in the file ``path``.
-
-    Raises:
-        CheckpointNotFoundError: there is no such file, or it cannot be read.
-        ConfigError: it is larger than ``limit_bytes``, or not one strict JSON object.
-    """
+    """Reads the JSON object in the file ``path``, which may have ``limit_bytes``."""
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path} does not exist or is not a file")
     try:
@@ -53,11 +37,7 @@ def read_json(path: Path, limit_bytes: int = 64 * 2**20) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, *, source: str) -> dict[str, Any]:
-    """Parses a JSON object: UTF-8 without a byte order mark, no duplicate keys, no NaN or infinity.
-
-    Raises:
-        ConfigError: anything else.
-    """
+    """Parses a JSON object: UTF-8 without a byte order mark, no duplicate keys, no NaN or infinity."""
 
     def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -67,28 +47,28 @@ def parse_json(data: bytes, *, source: str) -> dict[str, Any]:
             raise ConfigError(duplicate, "given twice", "every key once", source=source)
         return result
 
-    def refuse_constant(text: str) -> None:
+    def reject_constant(text: str) -> None:
         raise ConfigError("", text, "strict JSON, which has no NaN and no infinity", source=source)
 
-    if data.startswith(b"\xef\xbb\xbf"):
-        raise ConfigError("", "text with a byte order mark", "UTF-8 without a byte order mark", source=source)
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=object_without_duplicates, parse_constant=refuse_constant
+            data.decode("utf-8"), object_pairs_hook=object_without_duplicates, parse_constant=reject_constant
         )
     except ConfigError:
         raise
-    except json.JSONDecodeError as error:
-        problem = f"not JSON (line {error.lineno}, column {error.colno})"
-        raise ConfigError("", problem, "a JSON object", source=source) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError("", f"not UTF-8 (byte {error.start})", "a JSON object in UTF-8", source=source) from error
     except (RecursionError, ValueError) as error:
-        problem = "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
-        raise ConfigError("", problem, "an ordinary JSON object", source=source) from error
+        raise ConfigError("", _describe_problem(error), "a JSON object", source=source) from error
     if not isinstance(value, dict):
         raise ConfigError("", value, "a JSON object", source=source)
     return value
+
+
+def _describe_problem(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON (line {error.lineno}, column {error.colno})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.start})"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number with too many digits"
 
 
 class ConfigReader:
@@ -100,7 +80,7 @@ class ConfigReader:
         depth = reader.get(int, "vision_config.depth", minimum=1, maximum=1024)
         eps = reader.get(float, "vision_config.layer_norm_eps", 1e-6, minimum=0.0)
 
-    ``null`` counts as absent: in configurations it means "the default".
+    ``null`` counts as absent: in configurations it means "the default".  A key without a default (``...``) is required.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json", *, path: str = "") -> None:
@@ -112,27 +92,27 @@ class ConfigReader:
 
     @classmethod
     def from_file(cls, path: Path) -> "ConfigReader":
-        """Opens the JSON file ``path``; raises the errors of :func:`read_json`."""
+        """Opens the JSON file ``path``."""
         return cls(read_json(path), source=path.name)
 
     def has(self, key: str) -> bool:
         """Tells if ``key`` is present and not ``null``."""
-        return self._find(key) is not _ABSENT
+        return self._find(key) is not None
 
     def section(self, key: str, *, optional: bool = False) -> "ConfigReader":
         """Returns a reader of the object under ``key``; an empty one if it is ``optional`` and absent."""
         value = self._find(key)
-        if value is _ABSENT and optional:
+        if value is None and optional:
             value = {}
         if not isinstance(value, Mapping):
-            raise self.error(key, None if value is _ABSENT else value, "an object")
+            raise self.error(key, value, "an object")
         return ConfigReader(value, self.source, path=self._full(key))
 
     def get(
         self,
         kind: type[T],
         key: str,
-        default: D | _Required = REQUIRED,
+        default: D | EllipsisType = ...,
         *,
         minimum: float | None = None,
         maximum: float | None = None,
@@ -141,65 +121,45 @@ class ConfigReader:
         """Returns the value under ``key`` as ``kind``: ``int``, ``float``, ``str`` or ``bool``.
 
         ``true`` and ``14.0`` are not integers; an integer is a valid ``float``.  ``default`` is returned unchecked if the
-        key is absent.
-
-        Raises:
-            ConfigError: the key is absent and has no default, or its value has another type, is outside ``minimum`` …
-                ``maximum`` (both included), or is not one of ``choices``.
+        key is absent.  Bounds are included.
         """
-        value, rule = self._find(key), _Rule(kind, minimum, maximum, choices)
-        if value is _ABSENT:
-            if isinstance(default, _Required):
-                raise self.error(key, None, rule.describe())
+        value = self._find(key)
+        if value is None and not isinstance(default, EllipsisType):
             return default
-        return self._check(key, value, rule)
+        return self._check(key, value, _Rule(kind, minimum, maximum, choices))
 
     def get_list(
         self,
         kind: type[T],
         key: str,
-        default: Sequence[T] | _Required = REQUIRED,
+        default: Sequence[T] | EllipsisType = ...,
         *,
         length: int | None = None,
         minimum: float | None = None,
         maximum: float | None = None,
-        choices: Sequence[T] | None = None,
     ) -> tuple[T, ...]:
         """Returns the list under ``key`` with ``length`` elements, each checked as in :meth:`get`."""
-        value, rule = self._find(key), _Rule(kind, minimum, maximum, choices)
-        size = "" if length is None else f" of {length}"
-        allowed = f"a list{size}, each element {rule.describe()}"
-        if value is _ABSENT:
-            if isinstance(default, _Required):
-                raise self.error(key, None, allowed)
+        value = self._find(key)
+        if value is None and not isinstance(default, EllipsisType):
             return tuple(default)
-        if not isinstance(value, list) or (length is not None and len(value) != length):
-            raise self.error(key, value, allowed)
-        return tuple(self._check(f"{key}[{position}]", element, rule) for position, element in enumerate(value))
+        return self._check_list(key, value, _Rule(kind, minimum, maximum), length)
 
     def get_rows(
         self,
         kind: type[T],
         key: str,
-        default: Sequence[Sequence[T]] | _Required = REQUIRED,
+        default: Sequence[Sequence[T]] | EllipsisType = ...,
         *,
         length: int,
         minimum: float | None = None,
     ) -> tuple[tuple[T, ...], ...]:
         """Returns the list of lists of ``length`` elements under ``key``, each element checked as in :meth:`get`."""
-        value, rule = self._find(key), _Rule(kind, minimum, None, None)
-        if value is _ABSENT and not isinstance(default, _Required):
+        value, rule = self._find(key), _Rule(kind, minimum)
+        if value is None and not isinstance(default, EllipsisType):
             return tuple(map(tuple, default))
-        each = f"{length}, each element {rule.describe()}"
         if not isinstance(value, list):
-            raise self.error(key, None if value is _ABSENT else value, f"a list of lists of {each}")
-        rows: list[tuple[T, ...]] = []
-        for position, row in enumerate(value):
-            name = f"{key}[{position}]"
-            if not isinstance(row, list) or len(row) != length:
-                raise self.error(name, row, f"a list of {each}")
-            rows.append(tuple(self._check(f"{name}[{place}]", element, rule) for place, element in enumerate(row)))
-        return tuple(rows)
+            raise self.error(key, value, f"a list of lists of {length}, each element {rule.describe()}")
+        return tuple(self._check_list(f"{key}[{index}]", row, rule, length) for index, row in enumerate(value))
 
     def error(self, key: str, value: object, allowed: str) -> ConfigError:
         """Makes a :class:`ConfigError` about ``key``, for checks of several values together."""
@@ -211,6 +171,12 @@ class ConfigReader:
             raise self.error(key, value, rule.describe())
         return result
 
+    def _check_list(self, key: str, value: object, rule: "_Rule[T]", length: int | None) -> tuple[T, ...]:
+        if not isinstance(value, list) or length not in (None, len(value)):
+            size = "" if length is None else f" of {length}"
+            raise self.error(key, value, f"a list{size}, each element {rule.describe()}")
+        return tuple(self._check(f"{key}[{index}]", element, rule) for index, element in enumerate(value))
+
     def _full(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
 
@@ -221,7 +187,7 @@ class ConfigReader:
             if not isinstance(value, Mapping):
                 raise self.error(".".join(done), value, "an object")
             if part.startswith(_IGNORED_PREFIXES) or value.get(part) is None:
-                return _ABSENT
+                return None
             value = value[part]
             done.append(part)
         return value
@@ -232,9 +198,9 @@ class _Rule(Generic[T]):
     """Type, bounds and choices of a value."""
 
     kind: type[T]
-    minimum: float | None
-    maximum: float | None
-    choices: Sequence[T] | None
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: Sequence[T] | None = None
 
     def convert(self, value: Any) -> T | None:
         """Returns ``value`` as ``kind``, converting only integers to float; ``None`` if it is not allowed."""
@@ -252,6 +218,6 @@ class _Rule(Generic[T]):
         """States what is allowed."""
         if self.choices is not None:
             return "one of " + ", ".join(map(repr, self.choices))
-        bounds = [f"≥ {self.minimum}" if self.minimum is not None else ""]
-        bounds += [f"≤ {self.maximum}" if self.maximum is not None else ""]
-        return " ".join([_TYPE_NAMES[self.kind], " and ".join(filter(None, bounds))]).strip()
+        bounds = [f"≥ {self.minimum}"] if self.minimum is not None else []
+        bounds += [f"≤ {self.maximum}"] if self.maximum is not None else []
+        return " ".join([_TYPE_NAMES[self.kind], " and ".join(bounds)]).strip()

@@ -21,7 +21,6 @@ operations, so it gives the same bits.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -50,30 +49,36 @@ _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "U8": 1, "
 _FOUR_BIT = {"quant_state.bitsandbytes__nf4": NF4, "quant_state.bitsandbytes__fp4": FP4}
 _NESTED_ROLES = {"nested_absmax", "nested_quant_map"}
 _FOUR_BIT_ROLES = ("absmax", "quant_map", *sorted(_NESTED_ROLES), *_FOUR_BIT)
-_MODULE_ROLES = (
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_scale_2",
-    "weight_global_scale",
-    "input_global_scale",
-    "weight_zero_point",
-    "weight_shape",
-    "weight_g_idx",
-    "weight_format",
-    "SCB",
-    "qscale_weight",
-    "qscale_act",
-    "qzeros",
-    "scales",
-    "g_idx",
-)
 _ROLES_OF = {FP8: ("weight_scale",), BLOCK_FP8: ("weight_scale_inv",), INT8: ("SCB", "weight_format")}
 """Companions that a decoder reads; for a scheme without a decoder, all companions belong to the weight."""
+
+_RULES: tuple[tuple[str, tuple[str, ...], set[str], str], ...] = (
+    ("qweight", (), set(), "AWQ/GPTQ int4"),
+    ("weight_packed", (), {"weight_global_scale"}, "NVFP4"),
+    ("weight_packed", ("U8",), set(), "MXFP4"),
+    ("weight_packed", (), set(), "compressed-tensors pack-quantized"),
+    ("weight", ("F8_E4M3",), {"weight_zero_point"}, "FP8 with a zero point"),
+    ("weight", ("F8_E4M3",), {"qscale_weight"}, "Mistral's own FP8"),
+    ("weight", ("F8_E4M3",), {"weight_scale", "weight_scale_inv"}, "FP8 with both weight_scale and weight_scale_inv"),
+    ("weight", ("F8_E4M3",), {"weight_scale_2"}, "FP8 with two levels of scales"),
+    ("weight", ("F8_E4M3",), {"weight_global_scale"}, "FP8 with two levels of scales"),
+    ("weight", ("F8_E4M3",), {"weight_scale_inv"}, BLOCK_FP8),
+    ("weight", ("F8_E4M3",), {"weight_scale"}, FP8),
+    ("weight", ("I8",), {"SCB"}, INT8),
+    ("weight", ("I8",), {"weight_scale"}, "compressed-tensors int-quantized"),
+    ("weight", (), {"weight_scale_2"}, "NVFP4"),
+    ("weight", (), {"weight_global_scale"}, "NVFP4"),
+    ("weight", ("U8", "F4"), {"weight_scale"}, "MXFP4"),
+)
+"""Last part of the name, dtypes (any if empty), companions that exist → scheme; the first match applies."""
+
+_OTHER_ROLES = {"input_global_scale", "weight_shape", "weight_g_idx", "weight_format", "qscale_act", "qzeros", "scales"}
+_MODULE_ROLES = _OTHER_ROLES.union({"g_idx"}, *(required for _, _, required, _ in _RULES))
+
 _CACHE_SCALES = ("k_scale", "v_scale")
 _ACTIVATION_SCALES = ("input_scale", "activation_scale", *_CACHE_SCALES)
 """Scales of quantized activations, which dequantized weights do not need; never read."""
 
-_SCALE_TYPES = tuple(FLOAT_DTYPES)
 _BLOCK = 128
 _MAX_STATE_BYTES = 65_536
 _MAX_SIZE = 2**40
@@ -83,14 +88,7 @@ _STORED_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Header of one stored tensor.
-
-    Attributes:
-        name: stored name, with its prefix.
-        shape: stored shape.
-        dtype: in the format's terms: ``"BF16"``, ``"F32"``, ``"U8"`` …
-        file: base name of its file.
-    """
+    """Header of one stored tensor: its name with prefix, shape, dtype in the format's terms, and base name of its file."""
 
     name: str
     shape: tuple[int, ...]
@@ -108,13 +106,11 @@ Read = Callable[[StoredTensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Group:
+class Weight:
     """One weight: a stored tensor, alone or with its companions.
 
-    Attributes:
-        main: the tensor with the weight's values.
-        scheme: its quantization; ``None`` for plain values, and for an unknown dtype.
-        companions: role (``"weight_scale"``, ``"absmax"`` …) → its tensor.
+    ``scheme`` is its quantization, ``None`` for plain values and for an unknown dtype; ``companions`` are its scales and
+    tables by role (``"weight_scale"``, ``"absmax"`` …).
     """
 
     main: StoredTensor
@@ -134,32 +130,24 @@ class Group:
         return sum(part.nbytes for part in (self.main, *self.companions.values()) if part.dtype in _ITEM_BYTES)
 
 
-# -- from headers to groups -------------------------------------------------------------------------------------------
-
-
-def group_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Group]:
+def group_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Weight]:
     """Groups stored tensors (name without prefix → header) by weight, in stored order.
 
     A weight with another stored name (``x.qweight``, ``x.weight_packed``) is called ``x.weight``.
     """
-    names: dict[str, str] = {}
-    groups: dict[str, Group] = {}
+    quantized: dict[str, Weight] = {}
     claimed: set[str] = set()
     for name, main in stored.items():
         scheme, companions = _recognize(name, main, stored)
-        if scheme is None:
-            continue
-        groups[name] = Group(main, scheme, {role: stored[other] for role, other in companions.items()})
-        names[name] = _weight_name(name, stored)
-        claimed.update(companions.values())
-    claimed.update(_activation_scales(stored, groups))
-    result: dict[str, Group] = {}
-    for name, main in stored.items():
-        if name in groups:
-            result[names[name]] = groups[name]
-        elif name not in claimed:
-            result[name] = Group(main)
-    return result
+        if scheme is not None:
+            quantized[name] = Weight(main, scheme, {role: stored[other] for role, other in companions.items()})
+            claimed.update(companions.values())
+    claimed.update(_activation_scales(stored, quantized))
+    return {
+        _weight_name(name, stored): quantized.get(name, Weight(main))
+        for name, main in stored.items()
+        if name in quantized or name not in claimed
+    }
 
 
 def _weight_name(name: str, stored: Mapping[str, StoredTensor]) -> str:
@@ -178,57 +166,17 @@ def _recognize(
         states = [scheme for role, scheme in _FOUR_BIT.items() if role in own]
         return states[0] if len(states) == 1 else "bitsandbytes 4-bit without one packed quant_state", own
     module, dot, leaf = name.rpartition(".")
+    if leaf == "weight" and main.dtype in FLOAT_DTYPES:
+        return None, {}
     beside = {role: f"{module}{dot}{role}" for role in _MODULE_ROLES if f"{module}{dot}{role}" in stored}
-    scheme = _module_scheme(leaf, main, beside)
-    roles = _ROLES_OF.get(scheme, _MODULE_ROLES) if scheme else ()
-    return scheme, {role: other for role, other in beside.items() if role in roles}
+    for last, dtypes, required, scheme in _RULES:
+        if leaf == last and (not dtypes or main.dtype in dtypes) and required <= beside.keys():
+            roles = _ROLES_OF.get(scheme, _MODULE_ROLES)
+            return scheme, {role: other for role, other in beside.items() if role in roles}
+    return None, {}
 
 
-def _module_scheme(leaf: str, main: StoredTensor, beside: Mapping[str, str]) -> str | None:
-    if leaf == "qweight":
-        return "AWQ/GPTQ int4"
-    if leaf == "weight_packed":
-        return _packed_scheme(main, beside)
-    if leaf == "weight" and main.dtype not in FLOAT_DTYPES:
-        return _scaled_scheme(main, beside)
-    return None
-
-
-def _packed_scheme(main: StoredTensor, beside: Mapping[str, str]) -> str:
-    if "weight_global_scale" in beside:
-        return "NVFP4"
-    return "MXFP4" if main.dtype == "U8" else "compressed-tensors pack-quantized"
-
-
-def _scaled_scheme(main: StoredTensor, beside: Mapping[str, str]) -> str | None:
-    if main.dtype == "F8_E4M3":
-        return _float8_scheme(beside)
-    if main.dtype == "I8" and "SCB" in beside:
-        return INT8
-    if main.dtype == "I8" and "weight_scale" in beside:
-        return "compressed-tensors int-quantized"
-    if {"weight_scale_2", "weight_global_scale"} & beside.keys():
-        return "NVFP4"
-    if main.dtype in ("U8", "F4") and "weight_scale" in beside:
-        return "MXFP4"
-    return None
-
-
-def _float8_scheme(beside: Mapping[str, str]) -> str | None:
-    if "weight_zero_point" in beside:
-        return "FP8 with a zero point"
-    if "qscale_weight" in beside:
-        return "Mistral's own FP8"
-    if {"weight_scale", "weight_scale_inv"} <= beside.keys():
-        return "FP8 with both weight_scale and weight_scale_inv"
-    if {"weight_scale_2", "weight_global_scale"} & beside.keys():
-        return "FP8 with two levels of scales"
-    if "weight_scale_inv" in beside:
-        return BLOCK_FP8
-    return FP8 if "weight_scale" in beside else None
-
-
-def _activation_scales(stored: Mapping[str, StoredTensor], quantized: Mapping[str, Group]) -> set[str]:
+def _activation_scales(stored: Mapping[str, StoredTensor], quantized: Mapping[str, Weight]) -> set[str]:
     """Scales of the activations of modules with a quantized weight, or of the attention around them."""
     modules = {name.rpartition(".")[0] for name in quantized}
     above = {module.rpartition(".")[0] for module in modules}
@@ -237,91 +185,54 @@ def _activation_scales(stored: Mapping[str, StoredTensor], quantized: Mapping[st
     return names & stored.keys()
 
 
-# -- from groups to numbers -------------------------------------------------------------------------------------------
-
-
-class Decoder(ABC):
-    """Computes one weight from its stored parts.
-
-    Attributes:
-        shape: of the weight.
-        original: dtype before quantization, if it is recorded.
-    """
+@dataclass(frozen=True)
+class Decoder:
+    """Shape of a weight, its computation on the CPU (in fp32 unless it is plain), and its recorded dtype."""
 
     shape: tuple[int, ...]
+    decode: Callable[[Read], torch.Tensor]
     original: torch.dtype | None = None
 
-    @abstractmethod
-    def decode(self, read: Read) -> torch.Tensor:
-        """Computes the weight on the CPU: fp32, or as stored if it is plain."""
 
-
-def make_decoder(group: Group, read: Read) -> Decoder:
-    """Makes the decoder of ``group`` after checking that its parts agree.
+def make_decoder(weight: Weight, read: Read) -> Decoder:
+    """Makes the decoder of a supported weight after checking that its parts agree.
 
     Reads only the description of a bitsandbytes weight, some hundred bytes.
-
-    Raises:
-        UnsupportedDtypeError: there is no decoder for the scheme or this variant of it.
-        CheckpointCorruptError: the parts contradict each other, or the description is invalid.
     """
-    if not group.is_supported:
-        raise _unsupported(group.main, "a plain type, or one of " + ", ".join(SUPPORTED_SCHEMES))
-    if group.scheme in (NF4, FP4):
-        return _FourBit(group, read)
-    if group.scheme == INT8:
-        return _Int8(group, read)
-    if group.scheme in (FP8, BLOCK_FP8):
-        return _float8_decoder(group)
-    return _Plain(group.main)
+    if weight.scheme in (NF4, FP4):
+        try:
+            return _four_bit_decoder(weight, read)
+        except ConfigError as error:
+            raise CheckpointCorruptError(str(error)) from error
+    if weight.scheme == INT8:
+        return _int8_decoder(weight, read)
+    if weight.scheme in (FP8, BLOCK_FP8):
+        return _float8_decoder(weight)
+    return Decoder(weight.main.shape, lambda read: read(weight.main))
 
 
-class _Plain(Decoder):
-    def __init__(self, main: StoredTensor) -> None:
-        self.shape = main.shape
-        self._main = main
-
-    def decode(self, read: Read) -> torch.Tensor:
-        return read(self._main)
-
-
-class _Scaled(Decoder):
-    """FP8 with one scale, or one per row; ``scale`` broadcasts."""
-
-    def __init__(self, main: StoredTensor, scale: StoredTensor) -> None:
-        self.shape = main.shape
-        self._main, self._scale = main, scale
-
-    def decode(self, read: Read) -> torch.Tensor:
-        return read(self._main).to(torch.float32).mul_(read(self._scale).to(torch.float32))
-
-
-class _BlockScaled(Decoder):
-    """FP8 with one scale per 128 × 128 block; the last block of a row or column may be smaller."""
-
-    def __init__(self, main: StoredTensor, scale: StoredTensor) -> None:
-        self.shape = main.shape
-        self._main, self._scale = main, scale
-
-    def decode(self, read: Read) -> torch.Tensor:
-        weight = read(self._main).to(torch.float32)
-        columns = read(self._scale).to(torch.float32).repeat_interleave(_BLOCK, dim=1)[:, : self.shape[1]]
-        # Band by band: scales expanded for the whole weight would be as large as it is.
-        for band, scale in zip(weight.split(_BLOCK), columns, strict=True):
-            band.mul_(scale)
-        return weight
-
-
-def _float8_decoder(group: Group) -> Decoder:
-    main = group.main
-    ((role, scale),) = [(r, s) for r, s in group.companions.items() if r in ("weight_scale", "weight_scale_inv")]
-    if scale.dtype not in _SCALE_TYPES:
-        raise _unsupported(scale, f"{role} of one of the types {', '.join(_SCALE_TYPES)}")
+def _float8_decoder(weight: Weight) -> Decoder:
+    main = weight.main
+    ((role, scale),) = weight.companions.items()
+    if scale.dtype not in FLOAT_DTYPES:
+        raise _unsupported(scale, f"{role} of one of the types {', '.join(FLOAT_DTYPES)}")
     by_row = len(main.shape) > 1 and scale.shape == (main.shape[0], *(1 for _ in main.shape[1:]))
+
+    def decode(read: Read) -> torch.Tensor:
+        return read(main).to(torch.float32).mul_(read(scale).to(torch.float32))
+
+    def decode_blocks(read: Read) -> torch.Tensor:
+        values = read(main).to(torch.float32)
+        columns = read(scale).to(torch.float32).repeat_interleave(_BLOCK, dim=1)[:, : main.shape[1]]
+        # Band by band: scales expanded for the whole weight would be as large as it is.
+        for band, factor in zip(values.split(_BLOCK), columns, strict=True):
+            band.mul_(factor)
+        return values
+
     if scale.shape in ((), (1,)) or (role == "weight_scale" and by_row):
-        return _Scaled(main, scale)
+        return Decoder(main.shape, decode)
     if len(main.shape) == 2 and scale.shape == tuple(-(-size // _BLOCK) for size in main.shape):
-        return _BlockScaled(main, scale)
+        return Decoder(main.shape, decode_blocks)
     shared = "one per row, of shape [rows, 1], or " if role == "weight_scale" else ""
     raise _unsupported(
         scale,
@@ -330,80 +241,69 @@ def _float8_decoder(group: Group) -> Decoder:
     )
 
 
-class _Int8(Decoder):
+def _int8_decoder(weight: Weight, read: Read) -> Decoder:
     """bitsandbytes int8: rows scaled so that their maximum is 127."""
-
-    def __init__(self, group: Group, read: Read) -> None:
-        self.shape = group.main.shape
-        self._main, self._row_maxima = group.main, group.companions["SCB"]
-        if len(self.shape) != 2 or self._row_maxima.shape != self.shape[:1] or self._row_maxima.dtype != "F32":
-            raise _contradictory(self._row_maxima, f"F32 of shape [rows], for a weight of shape {list(self.shape)}")
-        order = group.companions.get("weight_format")
-        if order is None:
-            return
-        if order.dtype != "U8" or math.prod(order.shape) != 1:
-            raise _contradictory(order, "one number of type U8")
-        if read(order).item() != 0:
-            raise _unsupported(order, "weight_format 0, which is row by row")
-
-    def decode(self, read: Read) -> torch.Tensor:
-        # Two multiplications, by the reciprocal as in bitsandbytes: a division would differ in the last bit.
-        return read(self._main).to(torch.float32).mul_(read(self._row_maxima).unsqueeze(1)).mul_(1.0 / 127.0)
+    main, row_maxima = weight.main, weight.companions["SCB"]
+    if len(main.shape) != 2 or row_maxima.shape != main.shape[:1] or row_maxima.dtype != "F32":
+        raise _contradictory(row_maxima, f"F32 of shape [rows], for a weight of shape {list(main.shape)}")
+    order = weight.companions.get("weight_format")
+    if order is not None and (order.dtype != "U8" or math.prod(order.shape) != 1):
+        raise _contradictory(order, "one number of type U8")
+    if order is not None and read(order).item() != 0:
+        raise _unsupported(order, "weight_format 0, which is row by row")
+    # Two multiplications, by the reciprocal as in bitsandbytes: a division would differ in the last bit.
+    return Decoder(
+        main.shape,
+        lambda read: read(main).to(torch.float32).mul_(read(row_maxima).unsqueeze(1)).mul_(1.0 / 127.0),
+    )
 
 
-@dataclass(frozen=True)
-class _Nested:
-    """Block maxima of a 4-bit weight that are themselves quantized to 8 bits."""
-
-    maxima: StoredTensor
-    table: StoredTensor
-    block: int
-    offset: float
-
-
-class _FourBit(Decoder):
+def _four_bit_decoder(weight: Weight, read: Read) -> Decoder:
     """bitsandbytes NF4 and FP4: 4-bit codes, the high half of a byte first, and the maximum of every block."""
+    main, parts = weight.main, weight.companions
+    role = next(role for role in _FOUR_BIT if role in parts)
+    reader = _state_reader(parts[role], read)
+    shape = reader.get_list(int, "shape", minimum=1, maximum=_MAX_SIZE)
+    block = reader.get(int, "blocksize", choices=_BLOCK_SIZES)
+    reader.get(str, "quant_type", choices=[role.rpartition("_")[2]])
+    original = _STORED_DTYPES[reader.get(str, "dtype", choices=list(_STORED_DTYPES))]
+    count = math.prod(shape)
+    # Any dtype may store the bytes: training with sharded parameters needs that of the other weights.
+    size = -(-count // 2)
+    if main.shape[1:] not in ((), (1,)) or main.dtype not in _ITEM_BYTES or main.nbytes != size:
+        raise _contradictory(main, f"{size} bytes in one column, for a weight of shape {list(shape)}")
+    blocks = -(-count // block)
+    read_maxima = _maxima_reader(weight, reader, blocks)
+    table = _part(weight, "quant_map", "F32", (16,))
 
-    def __init__(self, group: Group, read: Read) -> None:
-        parts = group.companions
-        role, state = next((role, parts[role]) for role in _FOUR_BIT if role in parts)
-        reader = _state_reader(state, read)
-        try:
-            self.shape = reader.get_list(int, "shape", minimum=1, maximum=_MAX_SIZE)
-            self._block = reader.get(int, "blocksize", choices=_BLOCK_SIZES)
-            reader.get(str, "quant_type", choices=[role.rpartition("_")[2]])
-            self.original = _STORED_DTYPES[reader.get(str, "dtype", choices=list(_STORED_DTYPES))]
-        except ConfigError as error:
-            raise CheckpointCorruptError(str(error)) from error
-        self._count = math.prod(self.shape)
-        self._main = group.main
-        self._check_codes()
-        blocks = -(-self._count // self._block)
-        self._nested = _nested(group, reader, blocks) if _NESTED_ROLES & parts.keys() else None
-        self._maxima = _part(group, "absmax", "U8" if self._nested else "F32", (blocks,))
-        self._table = _part(group, "quant_map", "F32", (16,))
-
-    def _check_codes(self) -> None:
-        # Any dtype may store the bytes: training with sharded parameters needs that of the other weights.
-        size = -(-self._count // 2)
-        column = self._main.shape[1:] in ((), (1,))
-        if not column or self._main.dtype not in _ITEM_BYTES or self._main.nbytes != size:
-            raise _contradictory(self._main, f"{size} bytes in one column, for a weight of shape {list(self.shape)}")
-
-    def decode(self, read: Read) -> torch.Tensor:
-        table = read(self._table)
+    def decode(read: Read) -> torch.Tensor:
+        values = read(table)
         # Both values of a byte at once: row b has those of its high and its low half.
-        pairs = torch.cartesian_prod(table, table)
-        codes = read(self._main).reshape(-1).view(torch.uint8)
-        numbers = pairs.index_select(0, codes.to(torch.int32)).view(-1)[: self._count]
-        return _times_blocks(numbers, self._read_maxima(read), self._block).view(self.shape)
+        pairs = torch.cartesian_prod(values, values)
+        codes = read(main).reshape(-1).view(torch.uint8)
+        numbers = pairs.index_select(0, codes.to(torch.int32)).view(-1)[:count]
+        return _times_blocks(numbers, read_maxima(read), block).view(shape)
 
-    def _read_maxima(self, read: Read) -> torch.Tensor:
-        stored = read(self._maxima)
-        if self._nested is None:
-            return stored
-        maxima = read(self._nested.table).index_select(0, stored.to(torch.int32))
-        return _times_blocks(maxima, read(self._nested.maxima), self._nested.block).add_(self._nested.offset)
+    return Decoder(shape, decode, original)
+
+
+def _maxima_reader(weight: Weight, reader: ConfigReader, blocks: int) -> Callable[[Read], torch.Tensor]:
+    """Checks and reads the maxima of the blocks, which may themselves be quantized to 8 bits."""
+    if not _NESTED_ROLES & weight.companions.keys():
+        maxima = _part(weight, "absmax", "F32", (blocks,))
+        return lambda read: read(maxima)
+    block = reader.get(int, "nested_blocksize", choices=_BLOCK_SIZES)
+    offset = reader.get(float, "nested_offset")
+    reader.get(str, "nested_dtype", choices=["float32"])
+    codes = _part(weight, "absmax", "U8", (blocks,))
+    outer = _part(weight, "nested_absmax", "F32", (-(-blocks // block),))
+    table = _part(weight, "nested_quant_map", "F32", (256,))
+
+    def decode(read: Read) -> torch.Tensor:
+        numbers = read(table).index_select(0, read(codes).to(torch.int32))
+        return _times_blocks(numbers, read(outer), block).add_(offset)
+
+    return decode
 
 
 def _state_reader(state: StoredTensor, read: Read) -> ConfigReader:
@@ -411,29 +311,15 @@ def _state_reader(state: StoredTensor, read: Read) -> ConfigReader:
     if state.dtype != "U8" or len(state.shape) != 1 or state.nbytes > _MAX_STATE_BYTES:
         raise _contradictory(state, f"U8, at most {_MAX_STATE_BYTES} bytes")
     source = f"{state.file}: {shorten(state.name)}"
-    try:
-        return ConfigReader(parse_json(read(state).numpy().tobytes(), source=source), source)
-    except ConfigError as error:
-        raise CheckpointCorruptError(str(error)) from error
+    return ConfigReader(parse_json(read(state).numpy().tobytes(), source=source), source)
 
 
-def _nested(group: Group, reader: ConfigReader, blocks: int) -> _Nested:
-    try:
-        block = reader.get(int, "nested_blocksize", choices=_BLOCK_SIZES)
-        offset = reader.get(float, "nested_offset")
-        reader.get(str, "nested_dtype", choices=["float32"])
-    except ConfigError as error:
-        raise CheckpointCorruptError(str(error)) from error
-    maxima = _part(group, "nested_absmax", "F32", (-(-blocks // block),))
-    return _Nested(maxima, _part(group, "nested_quant_map", "F32", (256,)), block, offset)
-
-
-def _part(group: Group, role: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+def _part(weight: Weight, role: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
     """Returns the companion ``role`` after checking its dtype and shape."""
-    part = group.companions.get(role)
+    part = weight.companions.get(role)
     if part is None:
         raise CheckpointCorruptError(
-            f"tensor {shorten(group.main.name)} in {group.main.file} is stored as {group.scheme}, but its {role} is "
+            f"tensor {shorten(weight.main.name)} in {weight.main.file} is stored as {weight.scheme}, but its {role} is "
             "missing; download the files again"
         )
     if part.dtype != dtype or part.shape != shape:
@@ -450,14 +336,13 @@ def _times_blocks(numbers: torch.Tensor, scales: torch.Tensor, block: int) -> to
 
 
 def _contradictory(part: StoredTensor, allowed: str) -> CheckpointCorruptError:
-    return CheckpointCorruptError(
-        f"tensor {shorten(part.name)} in {part.file} must be {allowed}, got {part.dtype} of shape {list(part.shape)}; "
-        "download the files again"
-    )
+    return CheckpointCorruptError(f"{_describe(part, allowed)}; download the files again")
 
 
 def _unsupported(part: StoredTensor, allowed: str) -> UnsupportedDtypeError:
-    return UnsupportedDtypeError(
-        f"tensor {shorten(part.name)} in {part.file} must be {allowed}, got {part.dtype} of shape {list(part.shape)}; "
-        "use a checkpoint whose vision tower is not quantized"
-    )
+    return UnsupportedDtypeError(f"{_describe(part, allowed)}; use a checkpoint whose vision tower is not quantized")
+
+
+def _describe(part: StoredTensor, allowed: str) -> str:
+    found = f"{part.dtype} of shape {list(part.shape)}"
+    return f"tensor {shorten(part.name)} in {part.file} must be {allowed}, got {found}"

@@ -11,7 +11,6 @@ file system) kills the process with SIGBUS; with ``pread`` it is an ordinary err
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -34,14 +33,11 @@ from .config_reader import read_json
 Layout = Literal["hf", "mistral"]
 """File names of Hugging Face transformers, or Mistral's own."""
 
-INDEX_NAMES: Final[Mapping[Layout, str]] = {
-    "hf": "model.safetensors.index.json",
-    "mistral": "consolidated.safetensors.index.json",
-}
-"""Layout → the file that maps tensors to shards."""
-
 SINGLE_NAMES: Final[Mapping[Layout, str]] = {"hf": "model.safetensors", "mistral": "consolidated.safetensors"}
 """Layout → the file with all tensors, if there are no shards."""
+
+INDEX_NAMES: Final = {layout: f"{name}.index.json" for layout, name in SINGLE_NAMES.items()}
+"""Layout → the file that maps tensors to shards."""
 
 Prefixes = Mapping[str, str]
 """Stored prefix of the vision tower's tensors → its replacement.  ``""`` matches names that no other prefix matches."""
@@ -49,8 +45,7 @@ Prefixes = Mapping[str, str]
 _WRAPPERS = frozenset({"model", "module", "base_model", "_orig_mod"})
 """Name prefixes added by transformers, DataParallel, PEFT and torch.compile."""
 
-_LANGUAGE_MODEL = "language_model"
-
+_SHARD_NAME = re.compile(r"[^/\\:]*\.safetensors")
 _NUMBERED = re.compile(r"consolidated(?:-(?P<part>\d{5})-of-(?P<parts>\d{5})|\.(?P<rank>\d{2}))\.safetensors", re.ASCII)
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
@@ -82,38 +77,13 @@ def strip_prefix(name: str, prefixes: Prefixes) -> str | None:
         if wrapper not in _WRAPPERS or not remainder:
             break
         rest = remainder
-    if "" not in prefixes or wrapper == _LANGUAGE_MODEL:
+    if "" not in prefixes or wrapper == "language_model":
         return None
     return prefixes[""] + rest
 
 
-def check_shard_name(name: object, index: str = INDEX_NAMES["hf"]) -> str:
-    """Returns ``name``, an entry of the file ``index``, if it is a plain file name that ends in ``.safetensors``.
-
-    Raises:
-        UnsafePathError: it is a path, or not a string.
-    """
-    if (
-        not isinstance(name, str)
-        or not name.endswith(".safetensors")
-        or any(character in name for character in "/\\:\0")
-        or not name.isprintable()
-    ):
-        raise UnsafePathError(
-            f"shards in {index} must be file names without folders that end in .safetensors, got {shorten(name)}"
-        )
-    return name
-
-
 def list_shards(folder: Path, prefixes: Prefixes, layout: Layout = "hf") -> dict[str, list[str]]:
-    """Maps each shard to its vision tensors' stored names, in the order of the folder's index.
-
-    Raises:
-        CheckpointNotFoundError: there is no index of this layout.
-        CheckpointCorruptError: it is not a JSON object.
-        CheckpointIncompleteError: it has no ``weight_map``.
-        UnsafePathError: a shard's name is a path.
-    """
+    """Maps each shard to its vision tensors' stored names, in the order of the folder's index."""
     index = folder / INDEX_NAMES[layout]
     try:
         weight_map = read_json(index).get("weight_map")
@@ -123,7 +93,11 @@ def list_shards(folder: Path, prefixes: Prefixes, layout: Layout = "hf") -> dict
         raise CheckpointIncompleteError(f"{index} must have a weight_map from tensors to shards")
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
-        check_shard_name(shard, index.name)
+        if not isinstance(shard, str) or not shard.isprintable() or not _SHARD_NAME.fullmatch(shard):
+            raise UnsafePathError(
+                f"shards in {index.name} must be file names without folders that end in .safetensors, got "
+                f"{shorten(shard)}"
+            )
         if strip_prefix(name, prefixes) is not None:
             shards.setdefault(shard, []).append(name)
     return shards
@@ -133,10 +107,6 @@ def list_numbered_files(where: object, names: Iterable[str]) -> list[str]:
     """Lists Mistral's numbered files among ``names``, in order; used if there is no index.
 
     They are named ``consolidated-00001-of-00002.safetensors`` and so on, or ``consolidated.00.safetensors`` and so on.
-
-    Raises:
-        CheckpointIncompleteError: a number is missing.
-        CheckpointAmbiguousError: there are two sets.
     """
     sets: dict[str, dict[int, str]] = {}
     for name in names:
@@ -168,55 +138,43 @@ def reject_pickles(where: object, names: Iterable[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class WeightFiles:
-    """Weight files of a folder, with a check of symbolic links."""
+def list_files(folder: Path, prefixes: Prefixes, layout: Layout = "hf") -> dict[str, list[str]]:
+    """Maps each file to open to the vision tensors that the index requires in it (none without an index)."""
+    index, single = INDEX_NAMES[layout], SINGLE_NAMES[layout]
+    if (folder / index).exists():
+        safe_path(folder, index)
+        shards = list_shards(folder, prefixes, layout)
+        missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+        if missing:
+            raise CheckpointIncompleteError(
+                f"{folder} lacks {len(missing)} shards with vision tensors: {list_names(missing)}; download the "
+                "checkpoint again",
+                missing,
+            )
+        return shards
+    if (folder / single).exists():
+        return {single: []}
+    names = [entry.name for entry in folder.iterdir()]
+    numbered = list_numbered_files(folder, names) if layout == "mistral" else []
+    if numbered:
+        return {name: [] for name in numbered}
+    others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
+    if not others:
+        reject_pickles(folder, names)
+    hint = f"; it has {list_names(others, 3)}, which is another layout" if others else ""
+    raise CheckpointNotFoundError(f"{folder} has neither {single} nor {index}{hint}")
 
-    folder: Path
-    allow_symlinks: bool
 
-    def list_files(self, prefixes: Prefixes, layout: Layout = "hf") -> dict[str, list[str]]:
-        """Maps each file to open to the vision tensors that the index requires in it (none without an index)."""
-        index, single = INDEX_NAMES[layout], SINGLE_NAMES[layout]
-        if (self.folder / index).exists():
-            self.path(index)
-            shards = list_shards(self.folder, prefixes, layout)
-            missing = sorted(shard for shard in shards if not (self.folder / shard).is_file())
-            if missing:
-                raise CheckpointIncompleteError(
-                    f"{self.folder} lacks {len(missing)} shards with vision tensors: {list_names(missing)}; download "
-                    "the checkpoint again",
-                    missing,
-                )
-            return shards
-        if (self.folder / single).exists():
-            return {single: []}
-        names = [entry.name for entry in self.folder.iterdir()]
-        numbered = list_numbered_files(self.folder, names) if layout == "mistral" else []
-        if numbered:
-            return {name: [] for name in numbered}
-        others = sorted(name for name in names if name.endswith((".safetensors", ".gguf")))
-        if not others:
-            reject_pickles(self.folder, names)
-        hint = f"; it has {list_names(others, 3)}, which is another layout" if others else ""
-        raise CheckpointNotFoundError(f"{self.folder} has neither {single} nor {index}{hint}")
-
-    def path(self, name: str) -> Path:
-        """Returns the path of the file ``name``; rejects a symbolic link that leaves the folder."""
-        path = self.folder / name
-        if not path.is_symlink() or self.allow_symlinks:
+def safe_path(folder: Path, name: str) -> Path:
+    """Returns the path of the file ``name``; rejects a symbolic link that leaves the folder."""
+    path, inside, target = folder / name, folder.resolve(), (folder / name).resolve()
+    if not path.is_symlink() or target.is_relative_to(inside):
+        return path
+    # The Hugging Face cache: snapshots/<commit>/[subfolder/]name → blobs/<hash>.
+    for inner in (inside, *inside.parents):
+        if inner.parent.name == "snapshots" and target.parent == (inner.parent.parent / "blobs").resolve():
             return path
-        folder, target = self.folder.resolve(), path.resolve()
-        if target.is_relative_to(folder):
-            return path
-        # The Hugging Face cache: snapshots/<commit>/[subfolder/]name → blobs/<hash>.
-        for inner in (folder, *folder.parents):
-            if inner.parent.name == "snapshots" and target.parent == (inner.parent.parent / "blobs").resolve():
-                return path
-        raise UnsafePathError(
-            f"{path} is a symbolic link that leaves the folder; copy the file, or pass allow_symlinks=True if the link "
-            "is yours"
-        )
+    raise UnsafePathError(f"{path} must not be a symbolic link that leaves the folder; copy the file into it")
 
 
 @contextmanager
@@ -234,13 +192,9 @@ def explain_read_errors(path: Path) -> Iterator[None]:
 
 
 def open_safetensors(path: Path) -> Any:
-    """Opens the safetensors file ``path`` and checks its header; the handle closes when it is garbage-collected.
-
-    Raises:
-        CheckpointCorruptError: it is not safetensors, damaged or incomplete.
-    """
-    _check_header(path)
+    """Opens the safetensors file ``path`` and checks its header; the handle closes when it is garbage-collected."""
     with explain_read_errors(path):
+        _check_header(path)
         return safe_open(str(path), framework="pt", device="cpu", backend="pread")
 
 
@@ -248,12 +202,9 @@ def _check_header(path: Path) -> None:
     """Checks the first bytes, because safetensors only reports a header that is too large."""
     if not path.is_file():
         raise CheckpointCorruptError(f"{path} is not an ordinary file")
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-        size = path.stat().st_size
-    except OSError as error:
-        raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
+    with path.open("rb") as file:
+        start = file.read(64)
+    size = path.stat().st_size
     header = int.from_bytes(start[:8], "little")
     plausible = header <= _MAX_HEADER_BYTES and start[8:9] in (b"{", b"")
     if size < 8:

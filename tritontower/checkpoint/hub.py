@@ -23,7 +23,6 @@ _OPTIONAL_NAMES: Final = (
     "video_preprocessor_config.json",
     INDEX_NAMES["hf"],
 )
-_PICKLE_NAMES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _EXPECTED: Final = "must be a local folder, or a hub id such as 'org/name'"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
@@ -38,13 +37,7 @@ def locate(
 ) -> Path:
     """Returns the folder with the checkpoint's configuration; :func:`fetch_shards` then fetches its weights.
 
-    Args:
-        model: a local folder, or a hub id such as ``"Qwen/Qwen2-VL-2B-Instruct"``.  An existing folder takes precedence.
-        revision, token, cache_dir, local_files_only: as in ``huggingface_hub``; no effect for a local folder.
-
-    Raises:
-        UsageError: a URL, or a file instead of its folder.
-        CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached.
+    An existing folder takes precedence over a hub id; the other arguments, as in ``huggingface_hub``, do not affect it.
     """
     text = str(model)
     if not isinstance(model, (str, Path)) or not text or "://" in text:
@@ -61,7 +54,7 @@ def locate(
     if isinstance(model, Path) or not _HUB_ID.fullmatch(text):
         raise CheckpointNotFoundError(f"model {_EXPECTED}, got {shorten(text)}, which does not exist")
     hub = _Hub(text, revision, token, cache_dir, local_files_only)
-    folder = hub.fetch_first(CONFIG_NAME, MISTRAL_CONFIG_NAME).parent
+    folder = hub.fetch(CONFIG_NAME, MISTRAL_CONFIG_NAME).parent
     hub = _Hub(text, _commit(folder) or revision, token, cache_dir, local_files_only)
     for name in _OPTIONAL_NAMES:
         hub.fetch_optional(name)
@@ -74,17 +67,6 @@ def fetch_shards(
     """Fetches the weight files with vision tensors, if ``folder`` is in the hub's cache; otherwise does nothing.
 
     Without an index, all of Mistral's numbered files are fetched.
-
-    Args:
-        folder: the result of :func:`locate`.
-        prefixes, layout: as for :meth:`tritontower.checkpoint.checkpoint.Checkpoint.open`.
-        token, local_files_only: as in ``huggingface_hub``.
-
-    Raises:
-        CheckpointNotFoundError: a file cannot be fetched.
-        UnsafeFormatError: the repository has only pickles.
-        UnsafePathError, CheckpointIncompleteError, CheckpointCorruptError: the index cannot be used.
-        CheckpointAmbiguousError: numbered files of several sets.
     """
     commit = _commit(folder)
     if commit is None:
@@ -93,26 +75,21 @@ def fetch_shards(
     if kind != "models" or not parts:
         return
     hub = _Hub("/".join(parts), commit, token, folder.parents[2], local_files_only)
-    if (folder / INDEX_NAMES[layout]).is_file() or (layout != "hf" and hub.fetch_optional(INDEX_NAMES[layout])):
+    index, single = INDEX_NAMES[layout], SINGLE_NAMES[layout]
+    if (folder / index).is_file() or (layout != "hf" and hub.fetch_optional(index)):
         for shard in list_shards(folder, prefixes, layout):
             hub.fetch(shard)
-    elif hub.fetch_optional(SINGLE_NAMES[layout]) is None:
-        _fetch_unlisted(hub, folder, layout)
-
-
-def _fetch_unlisted(hub: "_Hub", folder: Path, layout: Layout) -> None:
-    if layout == "mistral":
-        names = hub.list_files() or [entry.name for entry in folder.iterdir()]
-        numbered = list_numbered_files(hub.repository, names)
-        for name in numbered:
-            hub.fetch(name)
-        if numbered:
-            return
-        pickles = [] if any(name.endswith(".safetensors") for name in names) else names
-    else:
-        pickles = [name for name in _PICKLE_NAMES if hub.has(name)]
-    reject_pickles(hub.repository, pickles)
-    raise CheckpointNotFoundError(f"{hub.repository} has neither {SINGLE_NAMES[layout]} nor {INDEX_NAMES[layout]}")
+        return
+    if hub.fetch_optional(single):
+        return
+    names = hub.list_files() or [entry.name for entry in folder.iterdir()]
+    numbered = list_numbered_files(hub.repository, names) if layout == "mistral" else []
+    for name in numbered:
+        hub.fetch(name)
+    if not numbered:
+        if not any(name.endswith(".safetensors") for name in names):
+            reject_pickles(hub.repository, names)
+        raise CheckpointNotFoundError(f"{hub.repository} has neither {single} nor {index}")
 
 
 def _commit(folder: Path) -> str | None:
@@ -130,25 +107,30 @@ class _Hub:
     cache_dir: str | Path | None
     local_files_only: bool
 
-    def fetch(self, name: str) -> Path:
-        """Returns the local path of the file ``name``, after downloading it if needed."""
+    def fetch(self, *names: str) -> Path:
+        """Returns the local path of the first of ``names`` that exists, after downloading it if needed."""
         from huggingface_hub import errors, hf_hub_download
 
-        try:
-            return Path(
-                hf_hub_download(
-                    self.repository,
-                    name,
-                    revision=self.revision,
-                    token=self.token,
-                    cache_dir=self.cache_dir,
-                    local_files_only=self.local_files_only,
+        absent: Exception | None = None
+        for name in names:
+            try:
+                return Path(
+                    hf_hub_download(
+                        self.repository,
+                        name,
+                        revision=self.revision,
+                        token=self.token,
+                        cache_dir=self.cache_dir,
+                        local_files_only=self.local_files_only,
+                    )
                 )
-            )
-        except errors.HFValidationError as error:
-            raise UsageError(f"{shorten(self.repository)} must be a hub id such as 'org/name'") from error
-        except Exception as error:  # also the transport's own exceptions, which differ between the hub's releases
-            raise CheckpointNotFoundError(f"{self._at()}: {name} {_reason(error)}") from error
+            except errors.HFValidationError as error:
+                raise UsageError(f"{shorten(self.repository)} must be a hub id such as 'org/name'") from error
+            except errors.EntryNotFoundError as error:
+                absent = absent or error
+            except Exception as error:  # also the transport's own exceptions, which differ between the hub's releases
+                raise self._error(name, error) from error
+        raise self._error(" or ".join(names), absent) from absent
 
     def fetch_optional(self, name: str) -> Path | None:
         """Like :meth:`fetch`, but ``None`` if the repository (or, offline, the cache) has no such file."""
@@ -161,27 +143,8 @@ class _Hub:
                 return None
             raise
 
-    def fetch_first(self, name: str, otherwise: str) -> Path:
-        """Like :meth:`fetch`, but of the file ``otherwise`` if there is no ``name``."""
-        from huggingface_hub.errors import EntryNotFoundError
-
-        try:
-            return self.fetch(name)
-        except CheckpointNotFoundError as error:
-            if not isinstance(error.__cause__, EntryNotFoundError):
-                raise
-            path = self.fetch_optional(otherwise)
-            if path is None:
-                reason = _reason(error.__cause__)
-                raise CheckpointNotFoundError(f"{self._at()}: {name} (or {otherwise}) {reason}") from error.__cause__
-            return path
-
     def list_files(self) -> list[str]:
-        """Lists the repository's files; none offline.
-
-        Raises:
-            CheckpointNotFoundError: the hub cannot be reached.
-        """
+        """Lists the repository's files; none offline."""
         from huggingface_hub import errors, list_repo_files
 
         if self.local_files_only:
@@ -191,25 +154,15 @@ class _Hub:
         except errors.OfflineModeIsEnabled:
             return []
         except Exception as error:  # as in fetch
-            raise CheckpointNotFoundError(f"{self._at()}: the list of files {_reason(error)}") from error
+            raise self._error("the list of files", error) from error
 
-    def has(self, name: str) -> bool:
-        """Tells if the repository has the file ``name``; ``False`` if the hub cannot be reached."""
-        from huggingface_hub import file_exists
-
-        if self.local_files_only:
-            return False
-        try:
-            return file_exists(self.repository, name, revision=self.revision, token=self.token)
-        except Exception:  # as in fetch
-            return False
-
-    def _at(self) -> str:
-        return f"{self.repository} at revision {shorten(self.revision)}" if self.revision else self.repository
+    def _error(self, name: str, error: Exception | None) -> CheckpointNotFoundError:
+        revision = f" at revision {shorten(self.revision)}" if self.revision else ""
+        return CheckpointNotFoundError(f"{self.repository}{revision}: {name} {_explain(error)}")
 
 
-def _reason(error: Exception) -> str:
-    """Explains in one line why a file could not be fetched; the hub's own messages are several, with URLs."""
+def _explain(error: Exception | None) -> str:
+    # In one line; the hub's own messages are several, with URLs.
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

@@ -29,30 +29,24 @@ class WeightMap(ABC):
 
     @abstractmethod
     def write(self, target: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-        """Writes the stored tensor ``name`` into its place in ``target``.
+        """Writes the stored tensor ``name``, of any floating type, into its place in ``target``.
 
-        Args:
-            target: the canonical tensor, zero where nothing was written.  It may be larger than the canonical shape;
-                the rest stays zero.
-            name: one of :attr:`stored_names`.
-            tensor: its numbers, in any floating type.
+        ``target`` is the canonical tensor, or a larger one; it is zero where nothing was written, and its padding stays
+        zero.
         """
 
-    @abstractmethod
     def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
         """Returns the stored tensor ``name`` as a view of ``target``, a written canonical tensor or a larger one.
 
         The view has ``shape``, as :meth:`stored_shapes` returns it, and any strides.  ``None`` if the numbers are in
         another order, summed, or only a part.
         """
+        return None
 
 
 @dataclass(frozen=True)
 class SingleTensorMap(WeightMap):
-    """A weight map with one stored tensor.
-
-    Subclasses override the stored shape, the conversion to canonical order, and the view where there is one.
-    """
+    """A weight map with one stored tensor; subclasses override the view, or the conversion to canonical order."""
 
     name: str
 
@@ -66,26 +60,21 @@ class SingleTensorMap(WeightMap):
         return {self.name: self._stored_shape(shape)}
 
     def write(self, target: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
-        """Copies the tensor in canonical order."""
-        canonical = self._to_canonical(tensor)
-        _corner(target, canonical.shape).copy_(canonical)
-
-    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor | None:
-        """The view of the subclass; ``None`` by default."""
-        return self._view(target, shape)
+        """Copies the tensor into its view, or in canonical order."""
+        view = self.view(target, name, tensor.shape)
+        if view is None:
+            tensor = self._to_canonical(tensor)
+            view = _corner(target, tensor.shape)
+        view.copy_(tensor)
 
     def _stored_shape(self, shape: Shape) -> Shape:
         return shape
 
     def _to_canonical(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-    def _view(self, target: torch.Tensor, shape: Shape) -> torch.Tensor | None:
-        return None
+        raise NotImplementedError
 
 
 def _corner(target: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """``target`` without its padding."""
     return target[tuple(slice(size) for size in shape)]
 
 
@@ -93,7 +82,8 @@ def _corner(target: torch.Tensor, shape: Shape) -> torch.Tensor:
 class Stored(SingleTensorMap):
     """The canonical tensor unchanged, under another name."""
 
-    def _view(self, target: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
+        """Removes the padding."""
         return _corner(target, shape)
 
 
@@ -141,10 +131,8 @@ class Transposed(SingleTensorMap):
     def _stored_shape(self, shape: Shape) -> Shape:
         return shape[::-1]
 
-    def _to_canonical(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.T
-
-    def _view(self, target: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
+        """Removes the padding."""
         return target[: shape[1], : shape[0]].T
 
 
@@ -155,10 +143,8 @@ class OneFrame(SingleTensorMap):
     def _stored_shape(self, shape: Shape) -> Shape:
         return (*shape[:2], *shape[3:])
 
-    def _to_canonical(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.unsqueeze(2)
-
-    def _view(self, target: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
+        """Removes the padding."""
         return _corner(target.select(2, 0), shape)
 
 
@@ -169,10 +155,8 @@ class WithBatchDimension(SingleTensorMap):
     def _stored_shape(self, shape: Shape) -> Shape:
         return (1, *shape)
 
-    def _to_canonical(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.squeeze(0)
-
-    def _view(self, target: torch.Tensor, shape: Shape) -> torch.Tensor:
+    def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
+        """Removes the padding."""
         return _corner(target, shape[1:]).unsqueeze(0)
 
 
@@ -238,7 +222,3 @@ class ClassTokenFirst(WeightMap):
         """Adds either tensor; the sum does not depend on the order in which they are read."""
         place = target[: tensor.shape[0]] if name == self.table else target[0]
         place.add_(tensor.to(target.device, target.dtype))
-
-    def view(self, target: torch.Tensor, name: str, shape: Shape) -> None:
-        """``None``: the two are summed."""
-        return

@@ -244,11 +244,11 @@ def _dequantized(tower: VisionTower) -> dict[str, torch.Tensor] | None:
     config = ConfigReader.from_file(tower.folder / "config.json")
     declared = config.has("quantization_config") or config.has("text_config.quantization_config")
     with Checkpoint.open(tower.folder, prefixes=tower.family.prefixes, layout=tower.family.layout) as checkpoint:
-        headers = checkpoint.tensors
-        if not declared and all(header.scheme is None for header in headers.values()):
+        weights = checkpoint.weights
+        if not declared and all(weight.scheme is None for weight in weights.values()):
             return None
-        names = [name for name in headers if checkpoint.can_read(name)]
-        return {headers[name].name: tensor for name, tensor in checkpoint.iterate(torch.float32, names=names)}
+        names = [name for name, weight in weights.items() if weight.is_supported]
+        return {weights[name].main.name: tensor for name, tensor in checkpoint.iterate(torch.float32, names=names)}
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,7 @@ class TowerModel:
     def read_weights(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         """Reads the weights in the layout of :attr:`graph`, for an executor of the caller's own; does not keep them."""
         with self.checkpoint.open() as stored:
-            if self.checkpoint.settle(stored.tensors.keys()):
+            if self.checkpoint.settle(stored.weights.keys()):
                 self._build_graphs()
             tensors = self.family.tensors
             needed = stored_shapes(self.graph, tensors)
