@@ -23,7 +23,7 @@ from tritontower.benchmarks.shapes import GRIDS
 from tritontower.cli.options import output_file
 from tritontower.kernels.attention import fixed_max, warp_specialized
 from tritontower.kernels.attention.common import FlashAttentionConfig
-from tritontower.kernels.gemm.linear import default_config as default_linear_config
+from tritontower.kernels.gemm.linear_config import default_config as default_linear_config
 from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
 from tritontower.kernels.runtime.config import architecture
 
@@ -81,7 +81,6 @@ def linear_variants(case: Case, device: torch.device) -> Iterator[Case]:
         sizes["inner"],
         dtype=case.dtype,
         activation=sizes["activation"],
-        residual=sizes["residual"],
         architecture=here,
     )
     yield case.launched(replace(base, operands="pointers", vendor=False), "pointers")

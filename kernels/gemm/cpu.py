@@ -59,31 +59,26 @@ class PrepackedWeight(torch.Tensor):
     """A weight ``[N, K]`` in oneDNN's block layout; it has a shape and a dtype, but only :func:`matmul` reads its values.
 
     oneDNN reorders a plain weight in every matmul, which takes a tenth to a quarter of its time for some hundred rows.
-    Made by :func:`prepack`.
-
-    Attributes:
-        parts: all rows, or the two halves of a gated weight.
     """
 
     parts: tuple[torch.Tensor, ...]
+    """All rows, or the two halves of a gated weight."""
 
     @staticmethod
     def __new__(cls, parts: tuple[torch.Tensor, ...]) -> Self:
-        """Wraps ``parts``, matrices of one width in oneDNN's block layout."""
+        """Wraps ``parts``, matrices of one width."""
         shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
         weight: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=parts[0].dtype)
         weight.parts = parts
         return weight
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        """The shape and dtype; the values are in another order."""
         return f"PrepackedWeight({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, operation: Any, types: object, arguments: object = (), named: object = None
     ) -> Any:
-        """Refuses every operation."""
         raise TypeError(
             f"{operation} must get a plain weight, got a prepacked one; only linear layers on the CPU can read it"
         )
@@ -105,18 +100,11 @@ def can_prepack(dtype: torch.dtype) -> bool:
 
 
 def prepack(weight: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
-    """Copies a CPU weight ``[N, K]`` to oneDNN's block layout; returns the weight itself if :func:`can_prepack` is false.
-
-    The halves of a ``gated`` weight ``[gate; up]`` are prepacked separately.
-    """
+    """Copies a CPU weight ``[N, K]`` to oneDNN's block layout, if :func:`can_prepack`; ``gated``: each half by itself."""
     if weight.device.type != "cpu" or not can_prepack(weight.dtype):
         return weight
-    return PrepackedWeight(
-        tuple(
-            torch.ops.mkldnn._reorder_linear_weight(part.detach().contiguous())
-            for part in weight.chunk(2 if gated else 1)
-        )
-    )
+    parts = weight.detach().chunk(2 if gated else 1)
+    return PrepackedWeight(tuple(torch.ops.mkldnn._reorder_linear_weight(part.contiguous()) for part in parts))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -27,7 +27,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import check_float, check_matrix, check_rows
+from ..runtime.checks import check_float, check_matrix, check_rows, checked_output
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
@@ -38,7 +38,6 @@ from .linear_config import (
     LinearConfig,
     count_parts,
     default_config,
-    descriptor_tiles,
     epilogue_passes,
     part_length,
 )
@@ -46,18 +45,12 @@ from .tiles import accumulate, can_use_descriptors, column_parts, first_row_and_
 from .torch_reference import linear_reference
 from .vendor import can_use_vendor_gemm, launch_vendor_gemm
 
-__all__ = ["EPILOGUES", "GATED", "LinearConfig", "default_config", "descriptor_tiles", "linear"]
-
 REDUCE_ROWS, REDUCE_COLUMNS = 4, 256
 """Tile of a program that adds partial sums."""
 
 
 def interleave_gated(tensor: torch.Tensor) -> torch.Tensor:
-    """Reorders a weight ``[N, K]`` or bias ``[N]``: ``[gate; up]`` → gate 0, up 0, gate 1, up 1, …
-
-    Raises:
-        ValueError: an odd number of rows.
-    """
+    """Reorders a weight ``[N, K]`` or bias ``[N]``: ``[gate; up]`` → gate 0, up 0, gate 1, up 1, …"""
     if tensor.dim() < 1 or tensor.shape[0] % 2:
         raise ValueError(f"tensor must be [gate; up] with an even number of rows, got shape {tuple(tensor.shape)}")
     gate, up = tensor.chunk(2)
@@ -67,10 +60,7 @@ def interleave_gated(tensor: torch.Tensor) -> torch.Tensor:
 def prepare_gates(
     weight: torch.Tensor, bias: torch.Tensor | None, activation: str | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, str | None]:
-    """Weight, bias and activation as the kernel reads them; copies the weight of ``silu_gated``.
-
-    Towers interleave their weights once, when they are loaded.
-    """
+    """Weight, bias and activation as the kernel reads them; copies the weight of ``silu_gated``."""
     if activation != "silu_gated":
         return weight, bias, activation
     return interleave_gated(weight), None if bias is None else interleave_gated(bias), "silu_gated_interleaved"
@@ -204,15 +194,9 @@ def choose_config(
 ) -> LinearConfig:
     """The tuned configuration of the matmul on ``device``, or the default one."""
     constants = {"columns": columns, "inner": inner, "activation": activation, "residual": residual}
-    return lookup(LinearConfig, "gemm.linear", device, dtype, constants, {"rows": rows}) or default_config(
-        rows,
-        columns,
-        inner,
-        dtype=dtype,
-        activation=activation,
-        residual=residual,
-        architecture=configs.architecture(device),
-    )
+    found = lookup(LinearConfig, "gemm.linear", device, dtype, constants, {"rows": rows})
+    architecture = configs.architecture(device)
+    return found or default_config(rows, columns, inner, dtype=dtype, activation=activation, architecture=architecture)
 
 
 def make_operands(
@@ -230,35 +214,37 @@ def make_operands(
     return block(x, config.block_rows), block(weight, paired * config.block_columns), True
 
 
-def loop_constants(config: LinearConfig, *, even: bool) -> dict[str, Any]:
-    """Constants of a tile's loop along K, which is ``even`` if K is a multiple of ``block_inner``."""
+def tile_grid(rows: int, columns: int, config: LinearConfig) -> tuple[int, ...]:
+    """The grid of one program for each tile, and for each part of K if there are several."""
+    return (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)
+
+
+def loop_options(config: LinearConfig, inner: int) -> dict[str, Any]:
+    """Constants of a tile's loop along a K of ``inner``, and options of its launch."""
     return {
-        "IS_EVEN_K": even,
+        "IS_EVEN_K": inner % config.block_inner == 0,
         "BLOCK_ROWS": config.block_rows,
         "BLOCK_COLUMNS": config.block_columns,
         "BLOCK_INNER": config.block_inner,
         "GROUP_ROWS": config.group_rows,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
 
 
 def compute_partial_sums(
     x: torch.Tensor, weight: torch.Tensor, config: LinearConfig, valid_count: torch.Tensor | None = None
 ) -> torch.Tensor | None:
-    """fp32 ``[parts, M, N]``, whose sum over the parts is ``x Wᵀ``; ``None`` if K is not split.
-
-    Tiles without valid rows are not written.
-    """
+    """fp32 ``[parts, M, N]``, whose sum over the parts is ``x Wᵀ``; ``None`` if K is not split."""
     (rows, inner), columns = x.shape, weight.shape[0]
     parts = count_parts(inner, config)
     if parts == 1:
         return None
     partial = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
     left, right, described = make_operands(x, weight, config)
-    tiles = triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns)
-    _partial_kernel[(tiles, parts)](
+    _partial_kernel[(*tile_grid(rows, columns, config), parts)](
         left, right, partial, valid_count, rows, columns, inner, part_length(inner, config), x.stride(0), weight.stride(0),
-        HAS_DESCRIPTORS=described, **loop_constants(config, even=inner % config.block_inner == 0),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        HAS_DESCRIPTORS=described, **loop_options(config, inner),
     )  # fmt: skip
     return partial
 
@@ -274,10 +260,7 @@ def launch_linear(
     config: LinearConfig,
     valid_count: torch.Tensor | None = None,
 ) -> None:
-    """``out = f(x Wᵀ + b) + r`` for validated, non-empty tensors; zeros in tiles without valid rows.
-
-    (The vendor's library computes those rows too.)  ``activation`` is not ``silu_gated``: see :func:`prepare_gates`.
-    """
+    """``out = f(x Wᵀ + b) + r`` for validated, non-empty tensors; ``activation`` is not ``silu_gated``."""
     if config.vendor and can_use_vendor_gemm(x, activation):
         launch_vendor_gemm(x, weight, bias, residual, out, activation)
         return
@@ -290,24 +273,16 @@ def launch_linear(
         left, right, described = make_operands(x, weight, config, paired)
         architecture = configs.architecture(x.device)
         passes = epilogue_passes(config, activation, architecture, residual=residual is not None)
-        _linear_kernel[(triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)](
+        _linear_kernel[tile_grid(rows, columns, config)](
             left, right, bias, residual, out, valid_count, rows, columns, inner,
             x.stride(0), weight.stride(0), stride_rm, out.stride(0),
-            ACTIVATION=kind, HAS_DESCRIPTORS=described, PAIRED=paired, PASSES=passes,
-            **loop_constants(config, even=inner % config.block_inner == 0),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            ACTIVATION=kind, HAS_DESCRIPTORS=described, PAIRED=paired, PASSES=passes, **loop_options(config, inner),
         )  # fmt: skip
         return
     _reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS))](
         partial, bias, residual, out, valid_count, rows, columns, partial.shape[0], stride_rm, out.stride(0),
         ACTIVATION=kind, PAIRED=paired, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLUMNS=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip
-
-
-def check_activation(activation: str | None) -> None:
-    """Raises ``ValueError`` unless ``activation`` is one of :data:`EPILOGUES` or ``None``."""
-    if activation is not None and activation not in EPILOGUES:
-        raise ValueError(f"activation must be one of {', '.join(EPILOGUES)}, or None, got {activation!r}")
 
 
 def linear(
@@ -345,24 +320,21 @@ def linear(
         ValueError: an unknown activation; wrong shapes; elements of a row that are not adjacent.
         TypeError: dtypes or devices that differ, or an unsupported dtype.
     """
-    check_activation(activation)
+    if activation is not None and activation not in EPILOGUES:
+        raise ValueError(f"activation must be one of {', '.join(EPILOGUES)}, or None, got {activation!r}")
     check_float("x", x)
     check_matrix("x", x)
     rows, inner = x.shape
     check_rows("weight", weight, (*weight.shape[:1], inner), x)
     columns = weight.shape[0]
-    if bias is not None:
-        check_rows("bias", bias, (columns,), x)
+    check_rows("bias", bias, (columns,), x)
     if activation in GATED:
         if columns % 2:
             raise ValueError(f"weight must have an even number of rows for {activation}, got {columns}")
         columns //= 2
-    for name, tensor in (("residual", residual), ("out", out)):
-        if tensor is not None:
-            check_rows(name, tensor, (rows, columns), x)
+    check_rows("residual", residual, (rows, columns), x)
+    out = checked_output(out, (rows, columns), x)
     valid_count = get_valid_count(valid_rows, x.device)
-    if out is None:
-        out = x.new_empty(rows, columns)
     if not out.numel():
         return out
     if not runs_kernel(x):
@@ -370,13 +342,8 @@ def linear(
     weight, bias, activation = prepare_gates(weight, bias, activation)
     if config is None:
         config = choose_config(
-            planned_rows(valid_rows, rows),
-            columns,
-            inner,
-            dtype=x.dtype,
-            activation=activation,
-            residual=residual is not None,
-            device=x.device,
-        )
+            planned_rows(valid_rows, rows), columns, inner,
+            dtype=x.dtype, activation=activation, residual=residual is not None, device=x.device,
+        )  # fmt: skip
     launch_linear(x, weight, bias, residual, out, activation, config, valid_count)
     return out

@@ -33,9 +33,6 @@ class LinearConfig:
 
     ``vendor`` selects torch's own library where :func:`.vendor.can_use_vendor_gemm`; elsewhere the blocks apply.  Only a
     measurement may set it.
-
-    Raises:
-        ValueError: a block that is not a power of two of at least 16, another invalid number, unknown ``operands``.
     """
 
     block_rows: int
@@ -89,22 +86,6 @@ def count_parts(inner: int, config: LinearConfig) -> int:
     return ceil_div(inner, part_length(inner, config))
 
 
-def descriptor_tiles(activation: str | None) -> list[LinearConfig]:
-    """Lists tiles to try in 16-bit floats on chips with a copy engine (sm_90, sm_100); none of them spills.
-
-    The widest reads the fewest bytes per FLOP.  With the next, of four warps, two programs share a multiprocessor, and one
-    multiplies while the other is in its epilogue.  The third has twice the threads for an epilogue.  The last is for few
-    rows.
-    """
-
-    def tile(rows: int, columns: int, warps: int, stages: int) -> LinearConfig:
-        # A gated column takes two weight rows.
-        columns = columns // 2 if activation in GATED else columns
-        return LinearConfig(rows, columns, 64, 8, warps, stages, operands="descriptors")
-
-    return [tile(128, 256, 8, 3), tile(128, 128, 4, 3), tile(128, 128, 8, 3), tile(64, 128, 4, 4)]
-
-
 # Programs that fill a GPU: two for each multiprocessor or compute unit of the usual model.
 _PROGRAMS = {"sm_80": 216, "sm_89": 256, "sm_90": 264, "sm_100": 296, "gfx942": 608, "gfx950": 512}
 
@@ -145,13 +126,11 @@ def default_config(
     *,
     dtype: torch.dtype,
     activation: str | None,
-    residual: bool = False,
     architecture: str,
 ) -> LinearConfig:
     """A safe configuration for y ``[rows, columns]`` and K = ``inner``: no spills, and within shared memory.
 
-    The bits of a row can differ between up to 64 rows, up to 256, and more, which use different ``split``.  Pass one
-    configuration for all of them if that matters.
+    The bits of a row can differ between up to 64 rows, up to 256, and more, which use different ``split``.
     """
     if architecture == "interpreter":
         return LinearConfig(128, 128, 128, group_rows=8, num_warps=4, num_stages=1)

@@ -21,11 +21,12 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor
+from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
-from .linear import LinearConfig, loop_constants, make_operands
+from .linear import loop_options, make_operands, tile_grid
+from .linear_config import LinearConfig
 from .tiles import accumulate, first_row_and_column, store_zeros
 from .torch_reference import linear_reference, linear_workspace_bytes
 
@@ -43,24 +44,10 @@ def fold_normalization(
     std: Sequence[float],
     rescale_factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Folds ``(pixel × rescale_factor − mean) / std`` into a projection of ``pixel − 128``.
+    """Folds ``(pixel × rescale_factor − mean) / std``, one value per channel, into a projection of ``pixel − 128``.
 
     With ``a = rescale_factor / std`` and ``c = (128 × rescale_factor − mean) / std`` per channel, ``W' = a W`` and
-    ``b' = b + Σ c W``; computed in fp64, rounded once.
-
-    Args:
-        weight: ``[D, K]``, rows channel-major: K = channels × (K / channels).
-        bias: ``[D]``, or ``None`` for zero.
-        mean: one value per channel, of the rescaled pixels.
-        std: likewise, positive.
-        rescale_factor: factor of raw pixels, commonly 1/255.
-
-    Returns:
-        ``(W', b')`` in ``weight``'s dtype.
-
-    Raises:
-        ValueError: different numbers of means and standard deviations, a K that is not a multiple of that number, a
-            standard deviation that is not positive, a bias of the wrong shape.
+    ``b' = b + Σ c W``; computed in fp64, rounded once to the dtype of ``weight``, whose rows are channel-major.
     """
     channels = len(mean)
     if weight.dim() != 2 or not channels or len(std) != channels or weight.shape[1] % channels:
@@ -86,9 +73,6 @@ def fold_temporal(weight: torch.Tensor) -> torch.Tensor:
     """Folds ``[D, C, T, P, P]`` to ``[D, C·P·P]``, the projection of a still image with T equal frames.
 
     The sum over T is fp32, rounded once to ``weight``'s dtype.
-
-    Raises:
-        ValueError: a weight that is not five-dimensional.
     """
     if weight.dim() != 5:
         raise ValueError(f"weight must be [D, channels, frames, height, width], got shape {tuple(weight.shape)}")
@@ -116,12 +100,8 @@ def patch_projection_reference(
     for start in range(0, rows, CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         positions = position_table
-        if position_table is not None:
-            positions = (
-                position_table[chunk]
-                if position_index is None
-                else position_table.index_select(0, position_index[chunk])
-            )
+        if positions is not None:
+            positions = positions[chunk] if position_index is None else positions.index_select(0, position_index[chunk])
         linear_reference(_cast_pixels(patches[chunk], weight.dtype), weight, bias, None, positions, out[chunk])
     return out
 
@@ -160,10 +140,7 @@ def _patch_projection_kernel(
 
 
 def default_config(*, dtype: torch.dtype, architecture: str) -> LinearConfig:
-    """A safe configuration for weights of ``dtype``: no spills, and within shared memory.
-
-    The same for every number of patches, so that an image's rows have the same bits in any batch.
-    """
+    """A safe configuration, the same for every number of patches: an image's rows have the same bits in any batch."""
     if architecture == "interpreter":
         return LinearConfig(128, 128, 128, group_rows=8, num_warps=4, num_stages=1)
     stages = 3 if architecture.startswith("sm_") else 2
@@ -193,18 +170,13 @@ def launch_patch_projection(
     config: LinearConfig,
     valid_count: torch.Tensor | None = None,
 ) -> None:
-    """``out = cast(pixels) Wᵀ + b (+ position)`` for validated, non-empty tensors; zeros in tiles without valid rows.
-
-    ``config.split`` and ``config.vendor`` are not used.
-    """
+    """``out = cast(pixels) Wᵀ + b (+ position)`` for validated, non-empty tensors; ignores ``split`` and ``vendor``."""
     (rows, inner), columns = patches.shape, weight.shape[0]
-    grid = (triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)
     left, right, described = make_operands(patches, weight, config)
-    _patch_projection_kernel[grid](
+    _patch_projection_kernel[tile_grid(rows, columns, config)](
         left, right, bias, position_table, position_index, out, valid_count, rows, columns, inner,
         patches.stride(0), weight.stride(0), 0 if position_table is None else position_table.stride(0), out.stride(0),
-        HAS_DESCRIPTORS=described, **loop_constants(config, even=inner % config.block_inner == 0),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        HAS_DESCRIPTORS=described, **loop_options(config, inner),
     )  # fmt: skip
 
 
@@ -248,8 +220,7 @@ def patch_projection(
     (rows, inner), device = patches.shape, patches.device
     check_tensor("weight", weight, (*weight.shape[:1], inner), weight.dtype, device)
     columns = weight.shape[0]
-    if bias is not None:
-        check_rows("bias", bias, (columns,), weight)
+    check_rows("bias", bias, (columns,), weight)
     if position_index is not None:
         if position_table is None:
             raise ValueError("position_table must be given with position_index, got None")
@@ -262,10 +233,7 @@ def patch_projection(
                 "pass position_index to select rows"
             )
     valid_count = get_valid_count(valid_rows, device)
-    if out is not None:
-        check_rows("out", out, (rows, columns), weight)
-    else:
-        out = weight.new_empty(rows, columns)
+    out = checked_output(out, (rows, columns), weight)
     if not out.numel():
         return out
     if not runs_kernel(patches):
@@ -278,10 +246,7 @@ def patch_projection(
 
 
 def patch_projection_workspace_bytes(rows: int, width: int, inner: int, dtype: torch.dtype, *, placed: bool) -> int:
-    """Upper bound of the memory that :func:`patch_projection_reference` allocates on a CPU, in bytes.
-
-    ``placed``: it also adds positions.
-    """
+    """Upper bound of the memory that the reference allocates on a CPU, in bytes; ``placed``: it also adds positions."""
     rows = min(rows, CHUNK_ROWS)
     pixels = 0 if dtype == torch.float32 else rows * inner * dtype.itemsize
     positions = rows * width * dtype.itemsize if placed else 0

@@ -29,22 +29,22 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor
+from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import (
     REDUCE_COLUMNS,
     REDUCE_ROWS,
-    LinearConfig,
     add_parts,
     compute_partial_sums,
     launch_linear,
-    loop_constants,
+    loop_options,
     make_operands,
+    tile_grid,
 )
-from .linear import default_config as linear_config
-from .linear_config import epilogue_passes
+from .linear_config import LinearConfig, epilogue_passes
+from .linear_config import default_config as linear_config
 from .tiles import accumulate, column_parts, first_row_and_column, store_zeros
 from .torch_reference import linear_reference
 
@@ -67,13 +67,6 @@ def reorder_heads(
         padded_head_dim: rows of a head afterwards; those after ``head_dim`` are zeros.  ``None``: no padding.
         pairs: for q and k, row 2i ← row i and row 2i + 1 ← row i + hd/2 of each head.
         ones: sets the first padding row of each head of k and v to 1 (in a bias: these columns are then ones).
-
-    Returns:
-        A new contiguous tensor with ``3·H·padded_head_dim`` rows.
-
-    Raises:
-        ValueError: rows that are not ``3·H·hd``, an odd ``head_dim`` with ``pairs``, a ``padded_head_dim`` that is too
-            small, ``ones`` without padding or for a weight.
     """
     padded = head_dim if padded_head_dim is None else padded_head_dim
     if tensor.dim() not in (1, 2) or heads < 1 or head_dim < 1 or tensor.shape[0] != 3 * heads * head_dim:
@@ -214,11 +207,8 @@ def _qkv_reduce_kernel(
 
 
 def default_config(rows: int, columns: int, inner: int, *, dtype: torch.dtype, architecture: str) -> LinearConfig:
-    """A safe configuration for y ``[rows, columns]`` and K = ``inner``: that of :mod:`.linear`, without 128 × 256 tiles.
-
-    The rotation's tables need more registers than a residual.
-    """
-    config = linear_config(rows, columns, inner, dtype=dtype, activation=None, residual=True, architecture=architecture)
+    """That of :mod:`.linear` without 128 × 256 tiles: the rotation's tables need more registers than a residual."""
+    config = linear_config(rows, columns, inner, dtype=dtype, activation=None, architecture=architecture)
     return replace(config, block_columns=min(config.block_columns, 128))
 
 
@@ -246,10 +236,7 @@ def launch_qkv_projection(
     query_scale: float = 1.0,
     valid_count: torch.Tensor | None = None,
 ) -> None:
-    """``out = R(x Wᵀ + b)`` for validated, non-empty tensors; zeros in tiles without valid rows.
-
-    ``config.vendor`` applies only without rotation and scaling.
-    """
+    """``out = R(x Wᵀ + b)`` for validated, non-empty tensors; ``vendor`` applies only without rotation and scaling."""
     rotated = cosines is not None and sines is not None
     if not rotated and query_scale == 1:
         launch_linear(x, weight, bias, None, out, None, config, valid_count)
@@ -257,29 +244,25 @@ def launch_qkv_projection(
     (rows, inner), columns = x.shape, out.shape[1]
     pairs = columns // 3
     table_strides = [0 if table is None else table.stride(0) for table in (cosines, sines)]
-    heads = _head_constants(head_dim, padded_head_dim, *table_strides)
-    strides = (*(stride // heads["UNIT"] for stride in table_strides), out.stride(0))
+    # Neighbors of a table that are read at once, at most 16 bytes.
+    unit = math.gcd(4, head_dim // 2, padded_head_dim // 2, *table_strides)
+    heads = {"HEAD_DIM": head_dim, "PADDED": padded_head_dim, "UNIT": unit}
+    strides = (*(stride // unit for stride in table_strides), out.stride(0))
     scale = None if query_scale == 1 else query_scale
     partial = compute_partial_sums(x, weight, config, valid_count)
     if partial is None:
         left, right, described = make_operands(x, weight, config)
         passes = epilogue_passes(config, None, configs.architecture(x.device), rotation=rotated)
-        _qkv_projection_kernel[(triton.cdiv(rows, config.block_rows) * triton.cdiv(columns, config.block_columns),)](
+        _qkv_projection_kernel[tile_grid(rows, columns, config)](
             left, right, bias, cosines, sines, out, valid_count, rows, columns, pairs, inner, scale,
             x.stride(0), weight.stride(0), *strides,
-            HAS_DESCRIPTORS=described, PASSES=passes, **heads, **loop_constants(config, even=inner % config.block_inner == 0),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            HAS_DESCRIPTORS=described, PASSES=passes, **heads, **loop_options(config, inner),
         )  # fmt: skip
         return
     _qkv_reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS))](
         partial, bias, cosines, sines, out, valid_count, rows, columns, pairs, partial.shape[0], scale, *strides,
         **heads, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLUMNS=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip
-
-
-def _head_constants(head_dim: int, padded: int, *strides: int) -> dict[str, int]:
-    """Constants of the heads; UNIT: neighbors of a table that are read at once, at most 16 bytes."""
-    return {"HEAD_DIM": head_dim, "PADDED": padded, "UNIT": math.gcd(4, head_dim // 2, padded // 2, *strides)}
 
 
 def _check_heads(heads: int, head_dim: int, padded: int, is_rotated: bool, query_scale: float) -> None:
@@ -344,16 +327,12 @@ def qkv_projection(
     _check_heads(heads, head_dim, padded, cosines is not None, query_scale)
     columns = 3 * heads * padded
     check_rows("weight", weight, (columns, inner), x)
-    if bias is not None:
-        check_rows("bias", bias, (columns,), x)
+    check_rows("bias", bias, (columns,), x)
     for name, table in (("cosines", cosines), ("sines", sines)):
         if table is not None:
             check_tensor(name, table, (rows, head_dim // 2), torch.float32, x.device)
-    if out is not None:
-        check_rows("out", out, (rows, columns), x)
+    out = checked_output(out, (rows, columns), x)
     valid_count = get_valid_count(valid_rows, x.device)
-    if out is None:
-        out = x.new_empty(rows, columns)
     if not out.numel():
         return out
     shape = {"head_dim": head_dim, "padded_head_dim": padded}

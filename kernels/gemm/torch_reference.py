@@ -28,7 +28,6 @@ def _matmul_rows(
 
 
 def _split_gates(tensor: torch.Tensor | None, activation: str | None) -> tuple[torch.Tensor | None, ...]:
-    """The rows of each matmul: all of them, or gate and up."""
     if activation == "silu_gated":
         return (None, None) if tensor is None else tensor.chunk(2)
     if activation == "silu_gated_interleaved":
@@ -59,9 +58,7 @@ def linear_reference(
 ) -> torch.Tensor:
     """``f(x Wᵀ + b) + r``; ``out`` may be ``residual``.  On the CPU a row's bits do not depend on the other rows.
 
-    ``weight`` may be a :class:`.cpu.PrepackedWeight`, which gives the same bits faster.
-
-    Rows are processed in chunks.  oneDNN's fused operation includes the epilogue; it is also faster than
+    ``weight`` may be a :class:`.cpu.PrepackedWeight`, which gives the same bits faster.  oneDNN's fused operation includes the epilogue; it is also faster than
     ``torch.nn.functional.linear`` at fp32 where that calls MKL on another vendor's CPU.
     """
     rows, dtype = x.shape[0], x.dtype
@@ -87,15 +84,7 @@ def linear_reference(
 
 
 def linear_workspace_bytes(rows: int, width: int, inner: int, activation: str | None, dtype: torch.dtype) -> int:
-    """Upper bound of the memory that :func:`linear_reference` allocates on a CPU, in bytes.
-
-    Args:
-        rows: rows of x.
-        width: rows of the weight.
-        inner: columns of x and of the weight.
-        activation: name of the activation.
-        dtype: of x.
-    """
+    """Upper bound of the memory that :func:`linear_reference` allocates on a CPU, in bytes; ``width``: weight rows."""
     compute = compute_dtype(dtype)
     step = max(1, CHUNK_BYTES // (width * compute.itemsize))
     run, previous = min(rows, step), min(max(0, rows - step), step)

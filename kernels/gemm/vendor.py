@@ -30,10 +30,7 @@ def on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def can_use_vendor_gemm(x: torch.Tensor, activation: str | None) -> bool:
-    """Tells if the library computes ``f(x Wᵀ + b)`` as defined here.
-
-    It has no gated epilogues, and with TF32 allowed in torch it does not multiply fp32 in fp32.
-    """
+    """Tells if the library computes ``f(x Wᵀ + b)``: not with gates, nor in fp32 if TF32 is allowed in torch."""
     if activation in GATED:
         return False
     return x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
@@ -48,10 +45,7 @@ def launch_vendor_gemm(
     out: torch.Tensor,
     activation: str | None,
 ) -> None:
-    """``out = f(x Wᵀ + b) + r`` for validated, non-empty tensors accepted by :func:`can_use_vendor_gemm`.
-
-    Allocates only if the residual is added after the GEMM and shares memory with ``out``.
-    """
+    """``out = f(x Wᵀ + b) + r`` for validated tensors; allocates only if the residual is ``out`` and added afterwards."""
     transposed = weight.t()
     if residual is not None and bias is None and activation is None:
         torch.addmm(residual, x, transposed, out=out)

@@ -35,12 +35,7 @@ def check_tensor(
     *,
     contiguous: bool = False,
 ) -> None:
-    """Raises unless ``tensor`` has this shape, dtype and device, and a last stride of 1 (or is ``contiguous``).
-
-    Raises:
-        TypeError: the dtype or the device differs.
-        ValueError: the shape or the strides differ.
-    """
+    """Raises ``TypeError`` for another dtype or device, ``ValueError`` for another shape or a last stride not 1."""
     if tensor.dtype != dtype or tensor.device != device:
         raise TypeError(f"{name} must be {dtype} on {device}, got {tensor.dtype} on {tensor.device}")
     if tensor.shape != shape:
@@ -61,9 +56,16 @@ def check_matrix(name: str, tensor: torch.Tensor) -> None:
     check_tensor(name, tensor, tensor.shape, tensor.dtype, tensor.device)
 
 
-def check_rows(name: str, tensor: torch.Tensor, shape: tuple[int, ...], like: torch.Tensor) -> None:
-    """Raises unless ``tensor`` has this shape, a last stride of 1, and the dtype and device of ``like``."""
-    check_tensor(name, tensor, shape, like.dtype, like.device)
+def check_rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> None:
+    """Checks a ``tensor`` that is not ``None`` for this shape, and the dtype and device of ``like``."""
+    if tensor is not None:
+        check_tensor(name, tensor, shape, like.dtype, like.device)
+
+
+def checked_output(out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Returns ``out`` if :func:`check_rows` accepts it, or a new tensor if it is ``None``."""
+    check_rows("out", out, shape, like)
+    return like.new_empty(shape) if out is None else out
 
 
 def check_not_overwritten(name: str, source: torch.Tensor, out: torch.Tensor) -> None:

@@ -21,9 +21,6 @@ SHARED_MEMORY_LIMIT = {
 }
 """Bytes of shared memory (LDS on AMD) that one program may use."""
 
-"""torch dtype → its name in a kernel signature; a pointer to it starts with ``*``."""
-
-
 # Newer chips that have the shared memory and the tensor cores of an older one.
 _SAME_AS = {"sm_86": "sm_89", "sm_87": "sm_89", "sm_120": "sm_89", "sm_121": "sm_89"}
 

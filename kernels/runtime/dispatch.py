@@ -30,16 +30,12 @@ _override: ContextVar[Backend | None] = ContextVar("tritontower_backend", defaul
 
 
 def backend_for(tensor: torch.Tensor) -> Backend:
-    """The backend of an operation on ``tensor``.
-
-    Raises:
-        RuntimeError: the override of :func:`use` cannot run this tensor here.
-    """
+    """The backend of an operation on ``tensor``; raises like :func:`backend_on`."""
     return backend_on(tensor.device)
 
 
 def backend_on(device: torch.device) -> Backend:
-    """The backend of an operation on tensors of ``device``; raises like :func:`backend_for`."""
+    """The backend of an operation on ``device``; raises ``RuntimeError`` if the override of :func:`use` cannot run there."""
     wanted = _override.get()
     natural: Backend
     if device.type == "cuda":

@@ -100,13 +100,7 @@ def lookup(
 ) -> Config | None:
     """Returns the tuned configuration of a launch, or ``None``: the kernel's default then applies.
 
-    Args:
-        kind: the kernel's configuration class, a frozen dataclass.
-        kernel: the kernel's module path under this folder, such as ``"gemm.linear"``.
-        device: where the kernel is launched.
-        dtype: of the activations.
-        constants: everything that is fixed by the tower, such as widths.
-        sizes: everything that varies from batch to batch, at least 1; only their buckets matter.
+    ``constants`` are fixed by the tower, such as widths.  ``sizes`` vary from batch to batch; only their buckets matter.
     """
     if not _tables:
         return None

@@ -38,12 +38,6 @@ class Segments:
     """Division of ``total`` packed rows into ``count`` segments; immutable, and equal if the lengths are equal.
 
     Segments of zero rows are allowed: they have no tile and no run, and keep their place in ``lengths``.
-
-    Attributes:
-        lengths: rows of each segment.
-        total: rows of all segments.
-        count: number of segments, empty ones included.
-        longest: rows of the longest segment; 0 if there is none.
     """
 
     def __init__(self, lengths: Iterable[int]) -> None:
@@ -63,11 +57,7 @@ class Segments:
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> "Segments":
-        """Makes segments of ``lengths`` rows.
-
-        Raises:
-            ValueError: a length is negative, or the rows do not fit int32.
-        """
+        """Makes segments of ``lengths`` rows; raises ``ValueError`` for a negative one, or rows that exceed int32."""
         return cls(lengths)
 
     def __eq__(self, other: object) -> bool:
@@ -97,9 +87,6 @@ class Segments:
 
         Tiles of long segments come first: a tile costs as much as its segment is long, so that the cheap tiles fill the
         gaps at the end.
-
-        Raises:
-            ValueError: ``block_rows`` is not positive.
         """
         if block_rows < 1:
             raise ValueError(f"block_rows must be at least 1, got {block_rows}")
@@ -137,14 +124,8 @@ class StaticSegments(Segments):
     planned limits, ``lengths`` are the current ones.  Segments after the assigned ones are empty.  A tile after the
     existing ones lies after the end of segment 0, so its program does nothing.
 
-    Args:
-        total: rows of all segments.
-        count: maximum number of segments.
-        longest: maximum rows of a segment.
-        allocate: returns a device table of so many int32.
-
-    Attributes:
-        is_sealed: refuse to make another table, because a capture is running.
+    ``allocate`` returns a device table of so many int32.  While ``is_sealed``, no other table is made, because a capture is
+    running.
     """
 
     def __init__(self, total: int, count: int, longest: int, allocate: Callable[[int], torch.Tensor]) -> None:
@@ -165,11 +146,7 @@ class StaticSegments(Segments):
         return count if longest <= block_rows else count + total // block_rows
 
     def assign(self, lengths: Iterable[int]) -> None:
-        """Sets the current lengths; the caller then fills the tables.
-
-        Raises:
-            ValueError: the lengths exceed what was planned.
-        """
+        """Sets the current lengths; the caller then fills the tables."""
         lengths = tuple(lengths)
         if len(lengths) > self.count or sum(lengths) != self.total or max(lengths, default=0) > self.longest:
             raise ValueError(
@@ -199,11 +176,7 @@ class StaticSegments(Segments):
         return self._table
 
     def tiles(self, block_rows: int, device: torch.device) -> torch.Tensor:
-        """The device table of tiles of ``block_rows`` rows, made and filled on first use.
-
-        Raises:
-            RuntimeError: the table does not exist, and :attr:`is_sealed` is set.
-        """
+        """The device table of tiles of ``block_rows`` rows, made and filled on first use."""
         if block_rows not in self._tables_of_tiles:
             if self.is_sealed:
                 raise RuntimeError(f"the table of tiles of {block_rows} rows must be made before the capture starts")

@@ -27,12 +27,7 @@ def planned_rows(valid_rows: ValidRows | None, rows: int) -> int:
 
 
 def get_valid_count(valid_rows: ValidRows | None, device: torch.device) -> torch.Tensor | None:
-    """The tensor from which a kernel on ``device`` reads the number of valid rows; ``None`` if all are valid.
-
-    Raises:
-        ValueError: ``valid_rows.count`` is not one number.
-        TypeError: it is not int32, or on another device.
-    """
+    """The tensor from which a kernel on ``device`` reads the number of valid rows; ``None`` if all are valid."""
     count = None if valid_rows is None else valid_rows.count
     if count is None:
         return None

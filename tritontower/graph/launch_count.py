@@ -119,7 +119,7 @@ class _Counter:
             f"bias{role}" in node.weights,
         )
         columns //= 2 if activation in ("silu_gated", "silu_gated_interleaved") else 1
-        config = self._configure(linear, rows, columns, inner, activation=activation, residual=residual, tuned={})
+        config = self._configure(linear, rows, columns, inner, activation=activation, tuned={"residual": residual})
         if config.vendor and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), activation):
             return self._count_vendor(activation, bias=has_bias, residual=residual)
         return _count_split(inner, config)

@@ -74,8 +74,7 @@ def default_values(task: Task, architecture: str) -> Values:
         if task.kernel == "gemm.qkv_projection":
             config = qkv_projection.default_config(*shape, **options)
         else:
-            options |= {"activation": task.get("activation"), "residual": task.get("residual")}
-            config = linear_default(*shape, **options)
+            config = linear_default(*shape, **options, activation=task.get("activation"))
     return asdict(config)
 
 
