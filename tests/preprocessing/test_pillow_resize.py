@@ -12,10 +12,10 @@ from support.preprocessing import put_together
 from transformers.image_transforms import center_crop
 
 from tritontower.batch.normalization import PixelNormalization
-from tritontower.preprocessing import cut_into_patches, pillow_resize
+from tritontower.preprocessing import pillow_resize
 from tritontower.preprocessing.images.buffers import HUGE_PAGE, allocate_array
-from tritontower.preprocessing.patchify import cut_bytes, cut_values
-from tritontower.preprocessing.pillow_resize import Bytes, crop_center, order_axes, resize_image
+from tritontower.preprocessing.patchify import cut_bytes, cut_into_patches, cut_values
+from tritontower.preprocessing.pillow_resize import Bytes, crop_center, find_axis_order, resize_image
 from tritontower.preprocessing.threads import Spread, run_serially, spread_over_threads
 
 
@@ -57,28 +57,29 @@ def test_large_images_in_pieces() -> None:
 
 
 def test_the_axis_order_of_pillow_is_known() -> None:
+    order = find_axis_order(3)
+    assert order is not None
     newer = int(pillow_version.split(".")[0]) >= 13
-    assert order_axes((300, 200), (150, 190), 3) == (1, 0)
-    assert order_axes((300, 200), (290, 150), 3) == ((0, 1) if newer else (1, 0))
-    assert order_axes((300, 200), (300, 150), 3) == (0,)
-    assert order_axes((300, 200), (200, 200), 3) == (1,)
+    assert order((300, 200), (150, 190)) == (1, 0)
+    assert order((300, 200), (290, 150)) == ((0, 1) if newer else (1, 0))
+    assert order((300, 200), (300, 150)) == (0,)
+    assert order((300, 200), (200, 200)) == (1,)
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_channels_are_resized_whole_in_an_unknown_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_resized_whole_in_an_unknown_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def height_first(array: Bytes, size: tuple[int, int], resample: int) -> Bytes:
         return by_pillow(by_pillow(array, (array.shape[1], size[1]), resample), size, resample)
 
     monkeypatch.setattr(pillow_resize, "resize_by_pillow", height_first)
-    pillow_resize.find_axis_order.cache_clear()
+    find_axis_order.cache_clear()
     try:
-        assert order_axes((100, 80), (50, 60), 3) is None
+        assert find_axis_order(3) is None
         image = noise(100, 80)
         for new in [(50, 60), (130, 140), (90, 20)]:
-            for spread in (run_serially, in_three):
-                assert np.array_equal(resize_image(image, new, 3, spread), height_first(image, new, 3))
+            assert np.array_equal(resize_image(image, new, 3, in_three), height_first(image, new, 3))
     finally:
-        pillow_resize.find_axis_order.cache_clear()
+        find_axis_order.cache_clear()
 
 
 @pytest.mark.parametrize("crop", [(5, 5), (6, 9), (40, 3), (1, 1), (37, 41)])
@@ -97,9 +98,6 @@ def test_large_arrays_begin_with_a_huge_page() -> None:
         assert array.flags.c_contiguous
         assert array.ctypes.data % HUGE_PAGE == 0
     assert allocate_array((3, 5), np.float32).shape == (3, 5)
-
-
-# -- threads ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("threads", "pixels", "serial"), [(2, 400, True), (1, 10**7, True), (5, 10**6, False)])
@@ -126,44 +124,23 @@ def test_an_error_beside_an_image_is_raised(threads: int, restore_threads: None)
         pass
 
 
-# -- the cut into patches ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("patch", "merge", "size"), [(2, 1, (6, 10)), (3, 2, (12, 18)), (1, 4, (8, 4)), (5, 3, (15, 30))]
+    # The last size leaves a remainder, which is left out.
+    ("patch", "merge", "size"),
+    [(2, 1, (6, 10)), (3, 2, (12, 18)), (1, 4, (8, 4)), (5, 3, (15, 30)), (4, 1, (11, 14))],
 )
 def test_the_cut_equals_a_loop_over_blocks(patch: int, merge: int, size: tuple[int, int]) -> None:
     tiles = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
-    rows = cut_into_patches(tiles, patch, merge)
     grid = (1, size[0] // patch, size[1] // patch)
+    rows = torch.empty(2 * grid[1] * grid[2], 3 * patch**2, dtype=torch.uint8)
+    cut_into_patches(tiles, patch, merge, rows)
     identity = PixelNormalization(1.0, (0.0,) * 3, (1.0,) * 3)
     for tile, part in zip(tiles, rows.chunk(2), strict=True):
-        assert torch.equal(put_together(part, grid, patch, merge), tile.float())
+        kept = tile[:, : grid[1] * patch, : grid[2] * patch]
+        assert torch.equal(put_together(part, grid, patch, merge), kept.float())
         array, raw = tile.permute(1, 2, 0).numpy(), np.empty(tuple(part.shape), np.uint8)
         cut_bytes(array, patch, merge, raw)
         values = np.empty(raw.shape, np.float32)
         cut_values(array, patch, merge, identity, values, in_three)
         assert np.array_equal(raw, part.numpy())
         assert np.array_equal(values, part.numpy())
-
-
-def test_the_cut_leaves_out_the_remainder() -> None:
-    tiles = torch.randint(0, 256, (1, 3, 11, 14), dtype=torch.uint8)
-    weight = torch.randn(5, 3, 4, 4)
-    convolved = torch.nn.functional.conv2d(tiles.float(), weight, stride=4)
-    rows = cut_into_patches(tiles, 4, 1)
-    assert torch.allclose(rows.float() @ weight.flatten(1).T, convolved[0].flatten(1).T, atol=1e-2)
-    raw = np.empty((6, 48), np.uint8)
-    cut_bytes(tiles[0].permute(1, 2, 0).numpy(), 4, 1, raw)
-    assert np.array_equal(raw, rows.numpy())
-
-
-def test_the_cut_rejects_what_does_not_fit() -> None:
-    tiles = torch.randint(0, 255, (1, 3, 4, 4), dtype=torch.uint8)
-    out = torch.full((4, 12), -1.0)
-    assert cut_into_patches(tiles, 2, 2, out) is out
-    assert torch.equal(out, cut_into_patches(tiles, 2, 2).float())
-    with pytest.raises(ValueError, match="must be multiples of merge 3, got 2 × 2"):
-        cut_into_patches(tiles, 2, 3)
-    with pytest.raises(ValueError, match=r"must have shape \[4, 12\], got \[3, 12\]"):
-        cut_into_patches(tiles, 2, 1, torch.empty(3, 12))

@@ -332,10 +332,10 @@ def test_errors_name_the_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "bound", "message"),
     [
-        (0, "longest_edge", "bounds may be min_pixels and max_pixels, got longest_edge; the rule"),
-        (1, "max_pixels", "bounds may be longest_edge, got max_pixels; the rule"),
-        (2, "max_pixels", "no bounds are allowed, got max_pixels; its images all have one size"),
-        (3, "longest_edge", "no bounds are allowed, got longest_edge; an image becomes as large as the canvas"),
+        (0, "longest_edge", "bounds may be min_pixels and max_pixels, got longest_edge"),
+        (1, "max_pixels", "bounds may be longest_edge, got max_pixels"),
+        (2, "max_pixels", "no bounds are allowed, got max_pixels"),
+        (3, "longest_edge", "no bounds are allowed, got longest_edge"),
         (4, "min_pixels", "bounds may be longest_edge, got min_pixels"),
     ],
 )

@@ -1,21 +1,15 @@
 """Content digests of a batch's images, computed on first access."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, overload
-
-import numpy as np
+from typing import Any, Protocol
 
 
 class HasDigest(Protocol):
-    """A decoded image with pixels and a digest that is computed on first access."""
-
-    @property
-    def array(self) -> np.ndarray[Any, Any]:
-        """The pixels."""
+    """A decoded image."""
 
     @property
     def digest(self) -> str:
-        """The digest of the pixels."""
+        """Digest of the pixels, computed on first access."""
 
 
 class Digests(Sequence[str]):
@@ -27,21 +21,10 @@ class Digests(Sequence[str]):
     def __init__(self, images: Iterable[HasDigest]) -> None:
         self._entries: list[str | HasDigest] = [vars(image).get("digest", image) for image in images]
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the images that are still kept."""
-        return sum(entry.array.nbytes for entry in list(self._entries) if not isinstance(entry, str))
-
     def __len__(self) -> int:
         return len(self._entries)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return tuple(self[place] for place in range(*index.indices(len(self))))
         entry = self._entries[index]
@@ -55,9 +38,6 @@ class Digests(Sequence[str]):
 
     def __hash__(self) -> int:
         return hash(tuple(self))
-
-    def __repr__(self) -> str:
-        return f"<digests of {len(self)} images; {self.kept_bytes} bytes of pixels kept>"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return tuple, (tuple(self),)

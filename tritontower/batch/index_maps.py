@@ -108,7 +108,6 @@ def _widen_assembly(layout: ImageLayout, merged: int, taps: int) -> tuple[torch.
 
 
 def _expand_blocks(blocks: torch.Tensor, rows: int) -> torch.Tensor:
-    """Returns the patches of merge blocks of ``rows`` patches, in the order of the blocks."""
     return (blocks[:, None] * rows + _arange(rows)).flatten()
 
 

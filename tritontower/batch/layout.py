@@ -20,18 +20,13 @@ class Assembly:
     """Tokens of an image as weighted sums of the rows of its tiles.
 
     Attributes:
-        index: ``[tokens, taps]`` int32 on the CPU: projector rows, numbered from the first tile to the last, each tile's
-            rows in raster order; −1 is the newline embedding.
+        index: ``[tokens, taps]`` int32 on the CPU: projector rows, tile by tile, each tile's rows in raster order; −1 is
+            the newline embedding.
         weights: ``[tokens, taps]`` fp32: weight of each row; ``None``: one tap of weight 1.
     """
 
     index: torch.Tensor
     weights: torch.Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the image."""
-        return self.index.shape[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,5 +58,5 @@ class ImageLayout:
     def tokens(self, config: TowerConfig) -> int:
         """Counts the tokens of the image in a tower."""
         if self.assembly is not None:
-            return self.assembly.tokens
+            return len(self.assembly.index)
         return self.patches // config.rows_per_token + (len(self.tiles) if config.keep_class_token else 0)

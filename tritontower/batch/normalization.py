@@ -34,11 +34,6 @@ class PixelNormalization:
     means: tuple[float, ...]
     deviations: tuple[float, ...]
 
-    @property
-    def channels(self) -> int:
-        """Channels of an image."""
-        return len(self.means)
-
     @cached_property
     def table(self) -> NDArray[np.float32]:
         """``[channels, 256]``: the value of every byte."""
@@ -61,14 +56,10 @@ class PixelNormalization:
         return np.array_equal((divided - self._means) / self._deviations, self.table)
 
     def normalize(self, raw: NDArray[np.uint8], out: NDArray[np.float32]) -> None:
-        """Writes normalized values.
-
-        Args:
-            raw: ``[rows, channels · n]``, channel-major.
-            out: of the same shape, with any row stride.
-        """
-        per_channel = raw.shape[1] // self.channels
-        shape = (-1, self.channels, per_channel)
+        """Writes normalized values of ``[rows, channels · n]``; ``out`` may have any row stride."""
+        channels = len(self.means)
+        per_channel = raw.shape[1] // channels
+        shape = (-1, channels, per_channel)
         # As long as a row: numpy has an overhead for every run of values, which only long runs are worth.
         means, deviations = (values.repeat(per_channel) for values in (self._means, self._deviations))
         for start in range(0, len(raw), CHUNK_ROWS):
@@ -84,9 +75,5 @@ class PixelNormalization:
                 np.take(values, taken[:, channel], out=made[:, channel], mode="clip")
 
     def fold(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Folds the normalization into a patch projection's fp32 weight ``[D, K]``.
-
-        Returns:
-            The weight for ``byte − 128``, and the constant ``[D]`` that is added to every row.
-        """
+        """Folds the normalization into a patch projection's fp32 weight: see :func:`fold_normalization`."""
         return fold_normalization(weight, None, mean=self.means, std=self.deviations, rescale_factor=self.factor)

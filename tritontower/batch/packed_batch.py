@@ -6,6 +6,7 @@ once, on the CPU, when the batch is made.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -26,13 +27,11 @@ __all__ = ["AttentionIndices", "Grid", "ImageInfo", "PackedBatch", "TokenIndices
 class ImageInfo:
     """Metadata of each image or video of a batch, in order; always on the host.
 
+    Sizes are width and height, pixels.  A grid is temporal patches, rows and columns of patches.
+
     Attributes:
-        grids: temporal patches, rows and columns of patches.
-        token_counts: tokens per image.
-        tile_grids: temporal patches, rows and columns of patches of every tile.
+        tile_grids: grid of every tile.
         tile_counts: tiles per image.
-        original_sizes: width and height of the input, pixels.
-        processed_sizes: width and height after resizing, pixels.
         content_hashes: digest of the decoded pixels.  It may be computed on first access; the batch keeps the image
             until then.
     """
@@ -52,8 +51,7 @@ class AttentionIndices:
 
     Attributes:
         positions: ``[patches, 2]`` int32: row and column of each patch in its tile.
-        side: the largest row or column plus one, which is the number of positions that a rotary table covers.  Stored,
-            because reading it back from a GPU would synchronize.
+        side: number of positions that a rotary table covers.  Stored, because reading it from a GPU would synchronize.
         segments: runs of patches that attend to each other.
         windows: the same for windowed blocks; ``None`` for a tower without windows.
         tiles: rows of each tile, its class token included.
@@ -97,9 +95,6 @@ class PackedBatch:
         pixels: ``[patches, inner]``, float or uint8; columns are channel, frame, row and column of the patch.  Still
             images have one frame per patch, videos as many as the tower's patches span.  A class token is a patch of
             zeros, or of bytes 128, which count as zero.
-        images: metadata of each image.
-        attention: positions and segments.
-        tokens: the mapping of rows to tokens.
         form: the configuration for which the batch is arranged; towers of another form reject it.
         workload: sizes of a forward pass over the batch.
     """
@@ -113,7 +108,20 @@ class PackedBatch:
 
     def __post_init__(self) -> None:
         # Once, here: a forward pass reads it several times, and a video has thousands of windows.
-        object.__setattr__(self, "workload", _compute_workload(self.images, self.attention, self.tokens))
+        attention, tokens = self.attention, self.tokens
+        patches, count = attention.segments.total, sum(self.images.token_counts)
+        selected = patches if tokens.selection is None else len(tokens.selection)
+        windows = () if attention.windows is None else attention.windows.lengths
+        workload = Workload(
+            patches=patches,
+            tokens=count,
+            scores=sum(length**2 for length in attention.segments.lengths),
+            window_scores=sum(length**2 for length in windows),
+            selected=selected,
+            merged=count if tokens.assembly_index is None else selected // tokens.rows_per_token,
+            tiles=attention.tiles.count,
+        )
+        object.__setattr__(self, "workload", workload)
 
     @classmethod
     def pack(
@@ -127,13 +135,8 @@ class PackedBatch:
     ) -> "PackedBatch":
         """Packs the patches of tiles in merge-block order, one temporal patch after the other.
 
-        Args:
-            config: the tower that will take the batch.
-            pixels: ``[patches, inner]`` for one frame per patch (still images) or for all frames of a patch; tiles of
-                all images one after the other, without class tokens.
-            layouts: the layout of each image.
-            original_sizes: width and height of each input, pixels.
-            content_hashes: digest of each image.
+        ``pixels`` is ``[patches, inner]``, for one frame per patch (still images) or for all frames of a patch, without
+        class tokens.  The other arguments have one entry per image.
 
         Raises:
             ValueError: the rows do not match the layouts, or the tower cannot take a grid.
@@ -167,18 +170,7 @@ class PackedBatch:
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Graph-input name → tensor, of those that the batch has."""
-        attention, tokens = self.attention, self.tokens
-        tensors = {
-            "pixels": self.pixels,
-            "positions": attention.positions,
-            "position_index": attention.position_index,
-            "position_weights": attention.position_weights,
-            "class_rows": tokens.class_rows,
-            "selection": tokens.selection,
-            "assembly_index": tokens.assembly_index,
-            "assembly_weights": tokens.assembly_weights,
-        }
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return {"pixels": self.pixels, **_list_tensors(self.attention), **_list_tensors(self.tokens)}
 
     def pinned(self) -> "PackedBatch":
         """Returns the batch with its pixels in page-locked memory, for asynchronous copies to a GPU; needs a GPU."""
@@ -188,24 +180,17 @@ class PackedBatch:
         """Returns the batch with its tensors on ``device``; the copies are asynchronous."""
         if self.pixels.device == self.attention.positions.device == device:
             return self
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
-        return replace(
-            self,
-            pixels=moved["pixels"],
-            attention=replace(
-                self.attention,
-                positions=moved["positions"],
-                position_index=moved.get("position_index"),
-                position_weights=moved.get("position_weights"),
-            ),
-            tokens=replace(
-                self.tokens,
-                class_rows=moved["class_rows"],
-                selection=moved.get("selection"),
-                assembly_index=moved.get("assembly_index"),
-                assembly_weights=moved.get("assembly_weights"),
-            ),
-        )
+
+        def move(record: Any) -> Any:
+            tensors = _list_tensors(record).items()
+            return replace(record, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors})
+
+        pixels = self.pixels.to(device, non_blocking=True)
+        return replace(self, pixels=pixels, attention=move(self.attention), tokens=move(self.tokens))
+
+
+def _list_tensors(record: AttentionIndices | TokenIndices) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(record).items() if isinstance(value, torch.Tensor)}
 
 
 def _arrange(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[PackedBatch, torch.Tensor]:
@@ -271,25 +256,6 @@ def _check_pixels(config: TowerConfig, pixels: torch.Tensor, grids: Sequence[Gri
             raise ValueError(
                 f"grid must be {(1, table.side, table.side)}, the tower has no other positions, got {(t, h, w)}"
             )
-
-
-def _compute_workload(images: ImageInfo, attention: AttentionIndices, tokens: TokenIndices) -> Workload:
-    patches = attention.segments.total
-    selected = patches if tokens.selection is None else len(tokens.selection)
-    count = sum(images.token_counts)
-    return Workload(
-        patches=patches,
-        tokens=count,
-        scores=_count_scores(attention.segments),
-        window_scores=0 if attention.windows is None else _count_scores(attention.windows),
-        selected=selected,
-        merged=count if tokens.assembly_index is None else selected // tokens.rows_per_token,
-        tiles=attention.tiles.count,
-    )
-
-
-def _count_scores(segments: Segments) -> int:
-    return sum(length * length for length in segments.lengths)
 
 
 def expected_workload(config: TowerConfig, counts: Sequence[int]) -> Workload:

@@ -7,7 +7,6 @@ the fast path (:mod:`.fast_path`) where it reproduces the processor, else from t
 
 from .bounds import Bounds
 from .from_tensors import pack_tiles
-from .patchify import cut_into_patches
 from .preprocessor import MakeRule, Preprocessor
 from .processor_config import ProcessorSource
 from .resize.anyres import AnyResolution
@@ -28,6 +27,5 @@ __all__ = [
     "ProcessorSource",
     "ResizeRule",
     "SmartResize",
-    "cut_into_patches",
     "pack_tiles",
 ]

@@ -20,11 +20,7 @@ class Bounds(TypedDict, total=False):
 
 
 def read_bound(bounds: Bounds, name: str, default: int) -> int:
-    """Returns the bound ``name``, or ``default`` if the caller left it out.
-
-    Raises:
-        ProcessorError: a bound that is not an integer.
-    """
+    """Returns the bound ``name``, or ``default`` if the caller left it out."""
     value = cast("dict[str, object]", bounds).get(name)
     if value is None:
         return default

@@ -5,7 +5,6 @@ in transformers, and the resized bytes are cut into patches a few rows at a time
 only for known processors and settings, and only after a self-check on a small image.
 """
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
@@ -16,7 +15,10 @@ import torch
 
 from tritontower.batch.layout import ImageLayout
 from tritontower.batch.normalization import PixelNormalization
+from tritontower.errors import ImageError, ProcessorError
 
+from .bounds import Bounds
+from .hf_processor import HFProcessor
 from .images.buffers import allocate_array
 from .patchify import cut_bytes, cut_values
 from .pillow_resize import FILTERS, Bytes, resize_image
@@ -29,20 +31,9 @@ def allocate_pixels(patches: int, inner: int, *, raw: bool = False) -> torch.Ten
     return torch.from_numpy(allocate_array((patches, inner), np.uint8 if raw else np.float32))
 
 
-def make_probe() -> Bytes:
-    """Makes ``[31, 45, 3]`` of deterministic noise for the self-check."""
-    return np.random.default_rng(0).integers(0, 256, (31, 45, 3), np.uint8)
-
-
 @dataclass(frozen=True)
 class FastPath:
-    """Makes the pixels of one processor for one resizing rule.
-
-    Attributes:
-        rule: makes the tiles.
-        resample: Pillow's number of the resampling filter.
-        normalization: how bytes are normalized.
-    """
+    """Makes the pixels of one processor for one resizing rule; ``resample`` is Pillow's number of the filter."""
 
     rule: ResizeRule
     resample: int
@@ -55,18 +46,32 @@ class FastPath:
         Returns ``None`` for a class that is not listed in the rule, for methods replaced on the object, and for
         settings that transformers may reject.  The result still needs a self-check.
         """
-        kind, options = type(processor), rule.source.options
+        kind = type(processor)
         if f"{kind.__module__}.{kind.__qualname__}" not in rule.PROCESSORS:
             return None
         if any(callable(getattr(kind, name, None)) for name in vars(processor)):
             return None
-        resample = _get_setting(processor, options, "resample")
+        settings = {**vars(processor), **rule.source.options}
+        resample = settings.get("resample")
         if not isinstance(resample, int) or isinstance(resample, bool) or resample not in FILTERS:
             return None
-        normalization = _read_normalization(processor, options, rule.config.patch.channels)
+        normalization = _read_normalization(settings, rule.config.patch.channels)
         if normalization is None or not rule.is_supported(processor):
             return None
         return cls(rule, int(resample), normalization)
+
+    def passes_self_check(self, hf_processor: HFProcessor) -> bool:
+        """Returns whether the processor makes the same pixels of a small image of noise."""
+        probe = np.random.default_rng(0).integers(0, 256, (31, 45, 3), np.uint8)
+        try:
+            layout = self.rule.plan(probe.shape[1], probe.shape[0], Bounds())
+            ours, theirs = (allocate_pixels(layout.patches, self.rule.config.patch.still_inner) for _ in range(2))
+            hf_processor.fill(theirs, probe, layout, self.rule.list_arguments(Bounds()))
+        except (ImageError, ProcessorError):
+            # The images themselves will raise the same error.
+            return False
+        self.fill(ours, probe, layout)
+        return torch.equal(ours, theirs)
 
     def fill(self, out: torch.Tensor, array: Bytes, layout: ImageLayout, spread: Spread = run_serially) -> None:
         """Writes the patches of one image: bytes if ``out`` is uint8, else normalized fp32."""
@@ -80,30 +85,20 @@ class FastPath:
                 cut_values(tile, patch, merge, self.normalization, rows.numpy(), spread)
 
 
-def _get_setting(processor: Any, options: Mapping[str, Any], name: str) -> Any:
-    return options[name] if name in options else getattr(processor, name, None)
-
-
-def _read_normalization(processor: Any, options: Mapping[str, Any], channels: int) -> PixelNormalization | None:
-    get = partial(_get_setting, processor, options)
-    rescales, normalizes, factor = get("do_rescale"), get("do_normalize"), get("rescale_factor")
-    if not isinstance(rescales, bool) or not isinstance(normalizes, bool) or (rescales and not _is_number(factor)):
+def _read_normalization(settings: dict[str, Any], channels: int) -> PixelNormalization | None:
+    rescales, normalizes = settings.get("do_rescale"), settings.get("do_normalize")
+    if not isinstance(rescales, bool) or not isinstance(normalizes, bool):
         return None
-    means: tuple[float, ...] | None = (0.0,) * channels
-    deviations: tuple[float, ...] | None = (1.0,) * channels
-    if normalizes:
-        means, deviations = (_per_channel(get(name), channels) for name in ("image_mean", "image_std"))
-    if means is None or deviations is None or not min(deviations) > 0:
+    factor = _read_numbers(settings.get("rescale_factor") if rescales else 1.0, 1)
+    means = _read_numbers(settings.get("image_mean") if normalizes else 0.0, channels)
+    deviations = _read_numbers(settings.get("image_std") if normalizes else 1.0, channels)
+    if not factor or not means or not deviations or not min(deviations) > 0:
         return None
-    return PixelNormalization(float(factor) if rescales else 1.0, means, deviations)
+    return PixelNormalization(factor[0], means, deviations)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _per_channel(value: Any, channels: int) -> tuple[float, ...] | None:
-    values: Collection[Any] = [value] * channels if _is_number(value) else value
-    if not isinstance(values, (list, tuple)) or len(values) != channels or not all(map(_is_number, values)):
-        return None
-    return tuple(map(float, values))
+def _read_numbers(value: Any, count: int) -> tuple[float, ...]:
+    """Returns ``count`` numbers, repeating a single one; empty for anything else."""
+    values = value if isinstance(value, (list, tuple)) else [value] * count
+    is_valid = len(values) == count and all(isinstance(item, Real) and not isinstance(item, bool) for item in values)
+    return tuple(map(float, values)) if is_valid else ()

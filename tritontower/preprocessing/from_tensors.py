@@ -15,14 +15,9 @@ from .patchify import cut_into_patches
 def pack_tiles(config: TowerConfig, tiles: Sequence[torch.Tensor]) -> PackedBatch:
     """Packs resized and normalized tiles; each is a still image with this single tile.
 
-    Args:
-        config: the tower.
-        tiles: ``[channels, height, width]`` each, of any floating dtype.  Where the tower has one grid for every tile,
-            the remainder of a side that is not a multiple of a patch is left out.  Elsewhere both sides must be
-            multiples of a token's.
-
-    Returns:
-        A batch with fp32 pixels on the first tile's device, and empty content hashes, because the input image is unknown.
+    Each is ``[channels, height, width]`` of any floating dtype.  Where the tower has one grid for every tile, the
+    remainder of a side that is not a multiple of a patch is left out.  Elsewhere both sides must be multiples of a
+    token's.  The batch has fp32 pixels on the first tile's device and no content hashes, because the image is unknown.
 
     Raises:
         UsageError: a tile that the tower cannot take.

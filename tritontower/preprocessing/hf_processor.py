@@ -1,6 +1,7 @@
 """Makes pixels by transformers' image processor, and checks them against the layout."""
 
 import textwrap
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -25,11 +26,7 @@ class HFProcessor:
 
     @cached_property
     def processor(self) -> Any:
-        """The image processor of transformers.
-
-        Raises:
-            ProcessorError: it cannot be loaded, or it belongs to another tower.
-        """
+        """The image processor of transformers; raises if it cannot be loaded or belongs to another tower."""
         processor = self.source.given if self.source.given is not None else self._load()
         for name, value in self.rule.list_expected_attributes().items():
             if (found := getattr(processor, name, None)) != value:
@@ -40,8 +37,7 @@ class HFProcessor:
         return processor
 
     def _load(self) -> Any:
-        made = self.rule.make_processor()
-        if made is not None:
+        if (made := self.rule.make_processor()) is not None:
             return made
         # From its own module: the name at the top of transformers 5.17 asks for torchvision, whatever the backend.
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -60,19 +56,29 @@ class HFProcessor:
                 f"transformers cannot load the image processor of {self.source.folder}: {_shorten_reason(error)}"
             ) from error
 
-    def fill(self, out: torch.Tensor, array: NDArray[np.uint8], layout: ImageLayout, bounds: Bounds) -> None:
-        """Writes the patches of one image."""
-        self.fill_rows(out, array, layout, **self.rule.list_arguments(bounds))
-
-    def fill_rows(self, out: torch.Tensor, array: NDArray[np.uint8], layout: ImageLayout, **arguments: Any) -> None:
-        """Writes the patches of one image, with these arguments of the processor.
-
-        Raises:
-            ProcessorError: the processor rejects the image, or its pixels do not fit the layout or the tower.
-        """
+    def fill(
+        self, out: torch.Tensor, array: NDArray[np.uint8], layout: ImageLayout, arguments: Mapping[str, Any]
+    ) -> None:
+        """Writes the patches of one image; raises if the processor's pixels do not fit the layout or the tower."""
         config = self.rule.config
         patch, channels = config.patch.size, config.patch.channels
-        features = self._process(array, **arguments, **self.rule.CALL_ARGUMENTS)
+        pixel_options = {name: value for name, value in self.source.options.items() if name in PIXEL_OPTIONS}
+        processor = self.processor
+        try:
+            features = processor(
+                images=[array],
+                input_data_format="channels_last",
+                do_convert_rgb=False,  # it is RGB; some files leave this open
+                return_tensors="pt",
+                **{**pixel_options, **arguments, **self.rule.CALL_ARGUMENTS},
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # the libraries below check the arguments, and raise errors of their own
+            raise ProcessorError(
+                f"the image processor of {self.source.folder} refused an image of {array.shape[1]} × {array.shape[0]} "
+                f"pixels: {_shorten_reason(error)}"
+            ) from error
         pixels: torch.Tensor = features["pixel_values"]
         if "image_grid_thw" in features:
             # The processor cuts patches itself, in the same order.
@@ -98,27 +104,6 @@ class HFProcessor:
             out.copy_(pixels)
         else:
             cut_into_patches(pixels, patch, config.merge, out)
-
-    def _process(self, array: NDArray[np.uint8], **arguments: Any) -> Any:
-        processor = self.processor
-        pixel_options = {name: value for name, value in self.source.options.items() if name in PIXEL_OPTIONS}
-        try:
-            return processor(
-                images=[array],
-                input_data_format="channels_last",
-                do_convert_rgb=False,  # it is RGB; some files leave this open
-                return_tensors="pt",
-                **pixel_options,
-                **arguments,
-            )
-        except MemoryError:
-            raise
-        except Exception as error:  # the libraries below check the arguments, and raise errors of their own
-            height, width = array.shape[:2]
-            raise ProcessorError(
-                f"the image processor of {self.source.folder} refused an image of {width} × {height} pixels: "
-                f"{_shorten_reason(error)}"
-            ) from error
 
 
 def _shorten_reason(error: Exception) -> str:

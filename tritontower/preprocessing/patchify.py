@@ -13,43 +13,22 @@ from tritontower.batch.normalization import PixelNormalization
 from .threads import Spread, run_serially
 
 
-def cut_into_patches(image: torch.Tensor, patch: int, merge: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Cuts tiles of values into rows of patches, tile by tile.
+def cut_into_patches(image: torch.Tensor, patch: int, merge: int, out: torch.Tensor) -> None:
+    """Cuts tiles ``[tiles, channels, height, width]`` into rows ``[patches, channels · patch²]``, tile by tile.
 
-    Args:
-        image: ``[tiles, channels, height, width]``.
-        patch: side of a patch, pixels.
-        merge: side of a block, patches; 1 is plain raster order.
-        out: the tensor to write to.
-
-    Returns:
-        ``[patches, channels · patch²]``, of the dtype of ``out`` if that is given, else of the image.
-
-    Raises:
-        ValueError: rows or columns of patches that are not multiples of ``merge``, or an ``out`` of another shape.
+    ``merge`` is the side of a block in patches; 1 is plain raster order.  ``out`` may have another dtype.
     """
     tiles, channels, height, width = image.shape
     rows, columns = height // patch, width // patch
-    if rows % merge or columns % merge:
-        raise ValueError(f"rows and columns of patches must be multiples of merge {merge}, got {rows} × {columns}")
-    shape = (tiles * rows * columns, channels * patch * patch)
-    if out is None:
-        out = image.new_empty(shape)
-    elif out.shape != shape:
-        raise ValueError(f"out must have shape {list(shape)}, got {list(out.shape)}")
     blocks = image[:, :, : rows * patch, : columns * patch].reshape(
         tiles, channels, rows // merge, merge, patch, columns // merge, merge, patch
     )
     blocks = blocks.permute(0, 2, 5, 3, 6, 1, 4, 7)
     out.view(blocks.shape).copy_(blocks)
-    return out
 
 
 def cut_bytes(array: NDArray[np.uint8], patch: int, merge: int, out: NDArray[np.uint8]) -> None:
-    """Cuts one tile of bytes, ``[height, width, channels]``.
-
-    ``out`` is ``[patches, channels · patch²]``, with any row stride; ``merge`` must divide rows and columns of patches.
-    """
+    """Cuts one tile of bytes ``[height, width, channels]``; ``out`` may have any row stride."""
     rows, columns = array.shape[0] // patch, array.shape[1] // patch
     blocks = array[: rows * patch, : columns * patch].reshape(
         rows // merge, merge, patch, columns // merge, merge, patch, -1

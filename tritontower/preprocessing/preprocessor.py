@@ -15,9 +15,9 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.errors import ImageError, ProcessorError, UsageError, is_integer, shorten
 
 from .bounds import Bounds
-from .fast_path import FastPath, allocate_pixels, make_probe
+from .fast_path import FastPath, allocate_pixels
 from .hf_processor import HFProcessor
-from .images.image import CanonicalImage, check_size, is_large
+from .images.image import CanonicalImage, ImageContext, is_large
 from .patchify import cut_into_patches
 from .processor_config import ProcessorSource
 from .resize.rule import ResizeRule
@@ -35,13 +35,7 @@ KEPT_BYTES = 2
 class Preprocessor:
     """Turns canonical images into packed batches for one tower; threads may share it.
 
-    Args:
-        source: the tower, and the origin of its image processor.
-        make_rule: makes the resizing rule.
-        use_fast_path: make the pixels without transformers' arithmetic where the fast path supports the processor.
-
-    Raises:
-        UsageError: an option that the rule does not have.
+    Raises :class:`~tritontower.errors.UsageError` for an option that the resizing rule does not have.
     """
 
     def __init__(self, source: ProcessorSource, make_rule: MakeRule, *, use_fast_path: bool = True) -> None:
@@ -52,27 +46,18 @@ class Preprocessor:
 
     @property
     def processor(self) -> Any:
-        """The image processor of transformers.
-
-        Raises:
-            ProcessorError: it cannot be loaded, or it belongs to another tower.
-            UsageError: the rule makes the pixels itself.
-        """
+        """The image processor of transformers; raises if it cannot be loaded or belongs to another tower."""
         if not self.rule.HAS_PROCESSOR:
             raise UsageError("this preprocessing has no image processor of transformers; use the pixels of the batch")
         return self._hf_processor.processor
 
     @cached_property
     def fast_path(self) -> FastPath | None:
-        """The fast path, if it supports the processor and reproduces its pixels of a small image, bit for bit.
-
-        Raises:
-            ProcessorError: the processor cannot be loaded.
-        """
+        """The fast path, if it supports the processor and reproduces its pixels of a small image, bit for bit."""
         if not (self._use_fast_path and self.rule.PROCESSORS):
             return None
         fast_path = FastPath.from_processor(self.rule, self.processor)
-        return fast_path if fast_path is not None and self._passes_self_check(fast_path) else None
+        return fast_path if fast_path is not None and fast_path.passes_self_check(self._hf_processor) else None
 
     @property
     def normalization(self) -> PixelNormalization | None:
@@ -92,14 +77,7 @@ class Preprocessor:
         return self.rule.plan(int(width), int(height), bounds)
 
     def video_layout(self, frames: int, width: int, height: int, **bounds: Unpack[Bounds]) -> ImageLayout:
-        """Computes the layout of a video of ``frames`` frames of ``width`` × ``height`` pixels; nothing is decoded.
-
-        Raises:
-            EmptyImageError, AspectRatioError, ImageTooLargeError, UsageError, ProcessorError: as for a still image.
-            ImageTooLargeError: more pixels than :class:`~tritontower.errors.Limits` allow in a video.
-            ProcessorError: fewer frames than the rule is defined for.
-            UsageError: the tower takes no videos.
-        """
+        """Computes the layout of a video of ``frames`` frames; raises as :meth:`layout`, and where videos are unknown."""
         self.check_bounds(bounds)
         self._check_numbers(frames=frames, width=width, height=height)
         return self.rule.plan_video(int(frames), int(width), int(height), bounds)
@@ -115,21 +93,17 @@ class Preprocessor:
         """Packs still images, in order; raises the errors of :meth:`layout`, which name the image.
 
         The batch keeps an image until its digest is needed, unless it is much larger than its patches.  Then the digest
-        is computed here.
-
-        Args:
-            images: the images.
-            each: ``map``, or the ``map`` of a thread pool to process several images at once.
-            raw: pixels stay uint8, for weights that absorb the normalization; a quarter of fp32.  ``None``: where
-                :attr:`normalization` is known.
-            **bounds: bounds on the size of a resized image.
-
-        Raises:
-            UsageError: ``raw``, and :attr:`normalization` is not known.
+        is computed here.  Several images are processed by ``each``, such as the ``map`` of a thread pool.  With ``raw``,
+        pixels stay uint8, for weights that absorb the normalization; ``None``: where :attr:`normalization` is known.
         """
         self.check_bounds(bounds)
         raw = self._resolve_raw(raw)
-        layouts = [self._plan_image(image, index, bounds) for index, image in enumerate(images)]
+        layouts = []
+        for index, image in enumerate(images):
+            try:
+                layouts.append(self.layout(image.width, image.height, **bounds))
+            except ImageError as error:
+                raise type(error)(error.reason, index=index, source=image.source) from error
         return PackedBatch.pack(
             self.config,
             self._make_patches(images, layouts, bounds, each, raw),
@@ -146,12 +120,7 @@ class Preprocessor:
         raw: bool | None = False,
         **bounds: Unpack[Bounds],
     ) -> PackedBatch:
-        """Packs one video, whose frames all have one size; the arguments are those of :meth:`preprocess_images`.
-
-        Raises:
-            ProcessorError: too few frames, or frames of different sizes.
-            UsageError: the tower takes no videos; or ``raw``, and :attr:`normalization` is not known.
-        """
+        """Packs one video, whose frames all have one size; the arguments are those of :meth:`preprocess_images`."""
         self.check_takes_videos()
         raw = self._resolve_raw(raw)
         sizes = {(frame.width, frame.height) for frame in frames}
@@ -165,11 +134,7 @@ class Preprocessor:
         return PackedBatch.pack(self.config, pixels, [layout], original_sizes=[size], content_hashes=digests)
 
     def normalize(self, batch: PackedBatch) -> PackedBatch:
-        """Returns ``batch`` with fp32 pixels in place of uint8 pixels; itself if it has no uint8 pixels.
-
-        Raises:
-            UsageError: uint8 pixels, and :attr:`normalization` is not known.
-        """
+        """Returns ``batch`` with fp32 pixels in place of uint8 pixels; itself if it has no uint8 pixels."""
         if batch.pixels.dtype != torch.uint8:
             return batch
         self._resolve_raw(raw=True)
@@ -194,13 +159,7 @@ class Preprocessor:
         if not all(map(is_integer, numbers.values())):
             found = ", ".join(f"{name} {shorten(number)}" for name, number in numbers.items())
             raise UsageError(f"sizes must be whole numbers, got {found}")
-        check_size(int(width), int(height), self.limits)
-
-    def _plan_image(self, image: CanonicalImage, index: int, bounds: Bounds) -> ImageLayout:
-        try:
-            return self.layout(image.width, image.height, **bounds)
-        except ImageError as error:
-            raise type(error)(error.reason, index=index, source=image.source) from error
+        ImageContext(self.limits).check_size(int(width), int(height))
 
     def _make_patches(
         self, images: Sequence[CanonicalImage], layouts: Sequence[ImageLayout], bounds: Bounds, each: Each, raw: bool
@@ -208,22 +167,18 @@ class Preprocessor:
         """Returns ``[patches, channels · patch²]`` of all tiles of all images, in merge-block order."""
         counts = [layout.patches for layout in layouts]
         pixels = allocate_pixels(sum(counts), self.config.patch.still_inner, raw=raw)
-        if not images:
-            return pixels
-        # Checked once here, not by every thread.
-        fast_path = self.fast_path
-        if len(images) > 1:
-            # Small images would only wait for Python's lock in threads.
-            if fast_path is not None and not any(map(is_large, images)):
+        if len(images) == 1:
+            (image,), (layout,) = images, layouts
+            largest = max(image.width * image.height, layout.patches * self.config.patch.size**2)
+            hash_image = (lambda: image.digest) if _outweighs(image, pixels) else None
+            with spread_over_threads(largest, hash_image) as spread:
+                self._fill(pixels, image, layout, bounds, spread)
+        elif images:
+            # The fast path is checked once here, not by every thread.  Small images would only wait for Python's lock.
+            if self.fast_path is not None and not any(map(is_large, images)):
                 each = map
             for _ in each(self._fill_and_hash, pixels.split(counts), images, layouts, repeat(bounds)):
                 pass
-            return pixels
-        (image,), (layout,) = images, layouts
-        largest = max(image.width * image.height, layout.patches * self.config.patch.size**2)
-        hash_image = (lambda: image.digest) if _outweighs(image, pixels) else None
-        with spread_over_threads(largest, hash_image) as spread:
-            self._fill(pixels, image, layout, bounds, spread)
         return pixels
 
     def _fill_and_hash(self, out: torch.Tensor, image: CanonicalImage, layout: ImageLayout, bounds: Bounds) -> None:
@@ -238,35 +193,20 @@ class Preprocessor:
         if self.fast_path is not None:
             self.fast_path.fill(out, image.array, layout, spread)
         elif self.rule.HAS_PROCESSOR:
-            self._hf_processor.fill(out, image.array, layout, bounds)
+            self._hf_processor.fill(out, image.array, layout, self.rule.list_arguments(bounds))
         else:
             tiles = self.rule.make_tiles(image.array, layout)
             cut_into_patches(tiles, self.config.patch.size, self.config.merge, out)
 
-    def _passes_self_check(self, fast_path: FastPath) -> bool:
-        probe = make_probe()
-        try:
-            layout = self.rule.plan(probe.shape[1], probe.shape[0], Bounds())
-            ours, theirs = (allocate_pixels(layout.patches, self.config.patch.still_inner) for _ in range(2))
-            self._hf_processor.fill(theirs, probe, layout, Bounds())
-        except (ImageError, ProcessorError):
-            # The images themselves will raise the same error.
-            return False
-        fast_path.fill(ours, probe, layout)
-        return torch.equal(ours, theirs)
-
     def _resolve_raw(self, raw: bool | None) -> bool:
         """Returns whether pixels stay uint8."""
-        if raw is False:
-            return False
-        if self.normalization is not None:
-            return True
-        if raw:
+        known = raw is not False and self.normalization is not None
+        if raw and not known:
             raise UsageError(
                 f"raw must be False or None for {self.source.folder}, got True; its image processor or the settings "
                 "are not known, so its pixels cannot be packed as bytes"
             )
-        return False
+        return known
 
 
 def _outweighs(image: CanonicalImage, patches: torch.Tensor) -> bool:

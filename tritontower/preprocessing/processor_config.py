@@ -43,12 +43,9 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of an image processor, including the defaults of its class.
+    """Settings of an image processor, including the defaults of its class; ``source`` names the file in messages.
 
-    Attributes:
-        values: the settings, without ``None`` at the top level.
-        source: name of the file, for messages.
-        kind: class of transformers, without the suffixes of its variants; ``""`` if the file names none.
+    ``kind`` is the class of transformers, without the suffixes of its variants; ``""`` if the file names none.
     """
 
     values: Mapping[str, Any]
@@ -57,12 +54,7 @@ class Settings:
 
     @classmethod
     def from_files(cls, folder: Path, files: Sequence[str], section: str) -> "Settings":
-        """Reads the first of ``files`` that has settings; in ``processor_config.json`` only ``section`` counts.
-
-        Raises:
-            ProcessorError: no file has settings.
-            ConfigError: a file that is not a JSON object.
-        """
+        """Reads the first of ``files`` that has settings; in ``processor_config.json`` only ``section`` counts."""
         for name in files:
             if not (folder / name).is_file():
                 continue
@@ -80,11 +72,7 @@ class Settings:
 
     @classmethod
     def from_processor(cls, processor: Any) -> "Settings":
-        """Reads the settings of an image processor of transformers.
-
-        Raises:
-            ProcessorError: an object of another kind.
-        """
+        """Reads the settings of an image processor of transformers."""
         if not callable(getattr(processor, "to_dict", None)):
             raise ProcessorError(
                 f"processor must be an image processor of transformers, got {type(processor).__name__}"
@@ -111,13 +99,8 @@ class Settings:
     def read_size(self, key: str, forms: Sequence[Collection[str]]) -> Mapping[str, int] | None:
         """Reads a size in pixels; ``None`` if it is missing.
 
-        Args:
-            key: such as ``"size"`` or ``"crop_size"``.
-            forms: allowed sets of names in an object.  A number is read as ``{"side": number}`` and a pair as
-                ``{"height": …, "width": …}``.
-
-        Raises:
-            ConfigError: another form, or values that are not positive integers.
+        ``forms`` are the allowed sets of names in an object.  A number is read as ``{"side": number}`` and a pair as
+        ``{"height": …, "width": …}``.
         """
         value = self.values.get(key)
         if value is None:
@@ -139,9 +122,6 @@ class ProcessorSource:
     """The tower, and the origin of its image processor.
 
     Attributes:
-        config: the tower.
-        folder: the checkpoint.
-        limits: size limits of an image.
         given: an image processor of transformers to use instead of the checkpoint's.
         options: settings that override those in the checkpoint's file.
     """

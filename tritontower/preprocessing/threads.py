@@ -23,12 +23,7 @@ def run_serially(work: Callable[[slice], None], count: int) -> None:
 
 @contextmanager
 def spread_over_threads(pixels: int, beside: Callable[[], object] | None = None) -> Iterator[Spread]:
-    """Yields a :data:`Spread` over at most :data:`MAX_THREADS` of torch's threads; a serial one for a small image.
-
-    Args:
-        pixels: size of the image, before or after it is resized.
-        beside: other work on the image, done in one of the threads before the context ends.
-    """
+    """Yields a :data:`Spread` over threads, a serial one for few pixels; ``beside`` is done before the context ends."""
     threads = min(torch.get_num_threads(), MAX_THREADS)
     if threads < 2 or pixels < WORTH_THREADS:
         yield run_serially

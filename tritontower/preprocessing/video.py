@@ -4,9 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tritontower.batch.layout import ImageLayout
 
@@ -35,8 +33,9 @@ def fill_video(
         rows = torch.empty(slots.shape[1], patch.still_inner, dtype=pixels.dtype)
         if fast_path is None:
             # The processor's own rule would not find the size of every video.
-            array = _resize_frame(frame.array, layout.processed_size, hf_processor)
-            hf_processor.fill_rows(rows, array, layout, do_resize=False)
+            resample = hf_processor.source.options.get("resample", hf_processor.processor.resample)
+            array = resize_by_pillow(frame.array, layout.processed_size, resample)
+            hf_processor.fill(rows, array, layout, {"do_resize": False})
         else:
             array = resize_image(frame.array, layout.processed_size, fast_path.resample)
             cut_bytes(array, patch.size, config.merge, rows.numpy())
@@ -52,11 +51,6 @@ def fill_video(
     values = allocate_pixels(layout.patches, patch.inner)
     fast_path.normalization.normalize(pixels.numpy(), values.numpy())
     return values
-
-
-def _resize_frame(array: NDArray[np.uint8], size: tuple[int, int], hf_processor: HFProcessor) -> NDArray[np.uint8]:
-    resample = hf_processor.source.options.get("resample", hf_processor.processor.resample)
-    return resize_by_pillow(array, size, resample)
 
 
 def hash_frames(frames: Sequence[CanonicalImage]) -> str:

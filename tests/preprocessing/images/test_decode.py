@@ -11,6 +11,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from tritontower.errors import (
     TowerError,
 )
 from tritontower.preprocessing.images.decode import decode_image
-from tritontower.preprocessing.images.image import CanonicalImage, check_size, is_large
+from tritontower.preprocessing.images.image import CanonicalImage, is_large
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
@@ -72,63 +73,50 @@ def pixel(image: Any, **options: Any) -> list[int]:
     return decode_image(image, **options).array[0, 0].tolist()
 
 
-# -- the same image in every disguise -------------------------------------------------------------------------------
-
-DISGUISES: dict[str, Callable[[Any, Path], Any]] = {
-    "PIL": lambda array, folder: Image.fromarray(array),
-    "numpy, channels last": lambda array, folder: array,
-    "numpy, channels first": lambda array, folder: np.ascontiguousarray(array.transpose(2, 0, 1)),
-    "numpy, a reversed view": lambda array, folder: np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1],
-    "numpy uint16": lambda array, folder: array.astype(np.uint16) * 257,
-    "numpy big-endian uint16": lambda array, folder: (array.astype(np.uint16) * 257).astype(">u2"),
-    "numpy float32": lambda array, folder: array.astype(np.float32) / 255,
-    "numpy float16": lambda array, folder: (array.astype(np.float32) / 255).astype(np.float16),
-    "numpy float64": lambda array, folder: array / 255.0,
-    "torch, channels first": lambda array, folder: torch.from_numpy(array).permute(2, 0, 1),
-    "torch, with a gradient": lambda array, folder: (torch.from_numpy(array).float() / 255).requires_grad_(),
-    "torch uint16": lambda array, folder: torch.from_numpy(array.astype(np.uint16) * 257),
-    "bytes of a PNG": lambda array, folder: encoded(Image.fromarray(array)),
-    "memoryview": lambda array, folder: memoryview(encoded(Image.fromarray(array))),
-    "bytes of a BMP": lambda array, folder: encoded(Image.fromarray(array), "BMP"),
-    "bytes of a lossless WebP": lambda array, folder: encoded(Image.fromarray(array), "WEBP", lossless=True),
-    "bytes of a TIFF": lambda array, folder: encoded(Image.fromarray(array), "TIFF"),
-    "bytes of a PPM": lambda array, folder: encoded(Image.fromarray(array), "PPM"),
-    "path": lambda array, folder: write(folder / "image.png", encoded(Image.fromarray(array))),
-    "opaque RGBA": lambda array, folder: Image.fromarray(array).convert("RGBA"),
-    "numpy, opaque RGBA": lambda array, folder: np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
-}
-
-
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
 
 
-@pytest.mark.parametrize("disguise", DISGUISES.values(), ids=DISGUISES)
-def test_one_image_in_every_disguise(tmp_path: Path, disguise: Callable[[Any, Path], Any]) -> None:
+def disguise(array: np.ndarray, folder: Path) -> dict[str, Any]:
+    """One image in every accepted form."""
+    image, floats, deep = Image.fromarray(array), array.astype(np.float32) / 255, array.astype(np.uint16) * 257
+    files = {kind: encoded(image, kind) for kind in ("PNG", "BMP", "TIFF", "PPM")}
+    return {
+        "PIL": image,
+        "numpy": array,
+        "channels first": np.ascontiguousarray(array.transpose(2, 0, 1)),
+        "a reversed view": np.ascontiguousarray(array[::-1, ::-1])[::-1, ::-1],
+        "uint16": deep,
+        "big-endian": deep.astype(">u2"),
+        "float32": floats,
+        "float16": floats.astype(np.float16),
+        "float64": array / 255.0,
+        "torch": torch.from_numpy(array).permute(2, 0, 1),
+        "torch, with a gradient": torch.from_numpy(floats).requires_grad_(),
+        "torch uint16": torch.from_numpy(deep),
+        "memoryview": memoryview(files["PNG"]),
+        "lossless WebP": encoded(image, "WEBP", lossless=True),
+        "path": write(folder / "image.png", files["PNG"]),
+        "opaque RGBA": image.convert("RGBA"),
+        "numpy, opaque RGBA": np.dstack([array, np.full(array.shape[:2], 255, np.uint8)]),
+        **files,
+    }
+
+
+def test_every_form_of_an_image_has_the_same_pixels(tmp_path: Path) -> None:
     array = noise()
-    image = decode_image(disguise(array, tmp_path))
-    assert np.array_equal(image.array, array)
-    assert image.array.dtype == np.uint8
-    assert image.array.flags.c_contiguous
-    assert (image.width, image.height) == (7, 6)
-    assert image.digest == decode_image(array).digest
-
-
-def test_bfloat16_is_read_within_its_precision() -> None:
-    array = noise()
-    image = decode_image((torch.from_numpy(array).float() / 255).bfloat16())
-    assert np.abs(image.array.astype(int) - array).max() <= 1
-
-
-def test_result_shares_no_memory_with_the_input() -> None:
-    array = noise()
-    image = decode_image(array)
-    tensor = torch.from_numpy(array)
-    other = decode_image(tensor)
-    array[:] = 0
-    assert image.array.any()
-    assert other.array.any()
+    for name, image in disguise(array, tmp_path).items():
+        decoded = decode_image(image)
+        assert np.array_equal(decoded.array, array), name
+        assert decoded.array.dtype == np.uint8
+        assert decoded.array.flags.c_contiguous, name
+        assert (decoded.width, decoded.height) == (7, 6)
+        assert decoded.digest == decode_image(array).digest
+        with pytest.raises(ImageTooLargeError, match=r"at most 41 pixels, got 7 × 6 = 42"):
+            decode_image(image, limits=Limits(max_image_pixels=41))
+    rounded = decode_image((torch.from_numpy(array).float() / 255).bfloat16())
+    assert np.abs(rounded.array.astype(int) - array).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -137,12 +125,10 @@ def test_result_shares_no_memory_with_the_input() -> None:
         ("1", 1, [255, 255, 255]),
         ("L", 77, [77, 77, 77]),
         ("P", 0, [0, 0, 0]),
-        ("RGB", (1, 2, 3), [1, 2, 3]),
         ("CMYK", (0, 255, 255, 0), [255, 0, 0]),
         ("YCbCr", (255, 128, 128), [255, 255, 255]),
         ("HSV", (0, 255, 255), [255, 0, 0]),
         ("RGBA", (255, 0, 0, 0), [255, 255, 255]),
-        ("RGBA", (255, 0, 0, 255), [255, 0, 0]),
         ("RGBA", (0, 0, 0, 51), [204, 204, 204]),
         ("LA", (10, 0), [255, 255, 255]),
         ("LA", (10, 255), [10, 10, 10]),
@@ -150,14 +136,16 @@ def test_result_shares_no_memory_with_the_input() -> None:
         ("I;16", 65535, [255, 255, 255]),
         ("I;16", 300, [1, 1, 1]),
         ("I;16B", 65535, [255, 255, 255]),
-        ("I", 65535, [255, 255, 255]),
         ("I", 32768, [128, 128, 128]),
         ("F", 1.0, [255, 255, 255]),
         ("F", 0.5, [128, 128, 128]),
     ],
 )
-def test_mode(mode: str, color: Any, expected: list[int]) -> None:
-    assert pixel(Image.new(mode, (2, 2), color)) == expected
+def test_modes_are_converted_and_the_image_is_unchanged(mode: str, color: Any, expected: list[int]) -> None:
+    image = Image.new(mode, (2, 2), color)
+    before = (image.mode, image.size, dict(image.info), image.tobytes())
+    assert pixel(image) == expected
+    assert (image.mode, image.size, dict(image.info), image.tobytes()) == before
 
 
 def transparent_palette() -> Image.Image:
@@ -209,9 +197,8 @@ def test_greyscale_arrays() -> None:
     assert pixel(np.ones((2, 2), dtype=bool)) == [255, 255, 255]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_turns_files_and_not_pil_images(tmp_path: Path, kind: str, orientation: int) -> None:
+def test_exif_orientation_turns_files_and_not_pil_images(tmp_path: Path, orientation: int) -> None:
     upright = np.zeros((32, 16, 3), dtype=np.uint8)
     upright[:16, :8] = 255  # one bright quarter: each of the eight ways to hold the camera shows it elsewhere
     upright[16:, 8:] = 90
@@ -227,14 +214,14 @@ def test_exif_orientation_turns_files_and_not_pil_images(tmp_path: Path, kind: s
     }[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(Image.fromarray(np.ascontiguousarray(as_stored)), kind, exif=exif, **options)
-    for image in (data, write(tmp_path / "image", data)):
-        array = decode_image(image).array
-        assert array.shape == upright.shape
-        assert np.abs(array.astype(int) - upright).mean() < 3
-    if kind != "TIFF":  # Pillow itself turns a TIFF when it loads it
-        assert decode_image(Image.open(io.BytesIO(data))).array.shape == as_stored.shape
+    for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
+        data = encoded(Image.fromarray(np.ascontiguousarray(as_stored)), kind, exif=exif)
+        for image in (data, write(tmp_path / "image", data)):
+            array = decode_image(image).array
+            assert array.shape == upright.shape
+            assert np.abs(array.astype(int) - upright).mean() < 3
+        if kind != "TIFF":  # Pillow itself turns a TIFF when it loads it
+            assert decode_image(Image.open(io.BytesIO(data))).array.shape == as_stored.shape
 
 
 @pytest.mark.parametrize(
@@ -263,16 +250,16 @@ def test_first_frame_only_and_the_position_is_restored(kind: str) -> None:
     assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 255)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "LA", "CMYK", "I;16", "F"])
-def test_callers_image_is_left_as_it_was(mode: str) -> None:
-    image = Image.new(mode, (3, 2))
-    image.info["transparency"] = 0
-    before = (image.mode, image.size, dict(image.info), image.tobytes())
-    decode_image(image)
-    assert (image.mode, image.size, dict(image.info), image.tobytes()) == before
+def in_threads(work: Callable[[], str | list[str]]) -> list[Any]:
+    """Results of eight threads that start at once."""
+    start = threading.Barrier(8)
 
+    def run(_: int) -> str | list[str]:
+        start.wait()
+        return work()
 
-# -- threads ----------------------------------------------------------------------------------------------------------
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(run, range(8)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -281,22 +268,7 @@ def test_one_lazy_image_in_many_threads(kind: str) -> None:
     expected = decode_image(data).digest
     for _ in range(5):
         image = Image.open(io.BytesIO(data))
-        start = threading.Barrier(8)
-        digests: list[str] = []
-
-        def work(image: Image.Image = image, start: threading.Barrier = start, digests: list[str] = digests) -> None:
-            start.wait()
-            digests.append(decode_image(image).digest)
-
-        threads = [threading.Thread(target=work) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert digests == [expected] * 8
-
-
-# -- digest -----------------------------------------------------------------------------------------------------------
+        assert in_threads(lambda image=image: decode_image(image).digest) == [expected] * 8
 
 
 def test_digest_depends_on_size_and_every_byte() -> None:
@@ -308,16 +280,6 @@ def test_digest_depends_on_size_and_every_byte() -> None:
     digests.add(decode_image(changed.reshape(10, 100, 3)).digest)
     assert len(digests) == 5
     assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
-
-
-def test_digest_is_of_the_canonical_image() -> None:
-    image = transparent_palette()
-    assert (
-        decode_image(image).digest == decode_image(decode_image(image).array, input_data_format="channels_last").digest
-    )
-    opaque = image.copy()
-    del opaque.info["transparency"]
-    assert decode_image(image).digest != decode_image(opaque).digest
 
 
 def test_pixels_cannot_change_under_their_digest() -> None:
@@ -333,68 +295,35 @@ def test_pixels_cannot_change_under_their_digest() -> None:
             decoded.array[0, 0] = 0
 
 
-def test_digests_are_taken_when_they_are_asked_for() -> None:
+def test_digests_are_computed_on_access_and_release_the_image() -> None:
     known, waiting = decode_image(noise(5, 5)), decode_image(noise(6, 5))
     expected = (known.digest, decode_image(noise(6, 5)).digest)
-    digests = Digests([known, waiting])
-    assert "digest" not in vars(waiting)
-    assert digests.kept_bytes == waiting.array.nbytes
+    alive, digests = weakref.ref(waiting), Digests([known, waiting])
     assert digests[0] == expected[0]
     assert "digest" not in vars(waiting)
-    assert digests[-1] == expected[1]
-    assert digests.kept_bytes == 0
-
-
-def test_an_image_is_let_go_once_its_digest_is_taken() -> None:
-    image = decode_image(noise())
-    alive, digests = weakref.ref(image), Digests([image])
-    del image
+    del waiting
     assert alive() is not None
-    assert len(digests[0]) == 64
+    assert digests[-1] == expected[1]
     assert alive() is None
 
 
-def test_digests_are_like_a_tuple() -> None:
+def test_digests_are_like_a_tuple_in_every_thread() -> None:
     def images() -> list[CanonicalImage]:
-        return [decode_image(noise(height)) for height in (5, 6, 7)]
+        return [decode_image(noise(height)) for height in range(5, 25)]
 
     texts = tuple(image.digest for image in images())
+    digests = Digests(images())
+    assert in_threads(lambda: list(digests)) == [list(texts)] * 8
     assert Digests(images()) == texts
-    assert texts == Digests(images())
-    assert Digests(images()) == Digests(images())
-    assert Digests(images()) != Digests(images()[:2])
+    assert Digests(images()) == Digests(images()) != Digests(images()[:2])
     assert Digests(images()) != list(texts)
     assert hash(Digests(images())) == hash(texts)
     assert Digests(images())[1:] == texts[1:]
-    assert list(Digests(images())) == list(texts)
-    assert texts[2] in Digests(images())
     restored = pickle.loads(pickle.dumps(Digests(images())))
     assert type(restored) is tuple
     assert restored == texts
     with pytest.raises(IndexError):
-        Digests(images())[3]
-    assert "0 bytes" not in repr(Digests(images()))
-
-
-def test_digests_in_many_threads() -> None:
-    images = [decode_image(np.full((50, 50 + number, 3), number, np.uint8)) for number in range(20)]
-    expected = [decode_image(image.array.copy()).digest for image in images]
-    digests, start, found = Digests(images), threading.Barrier(8), []
-
-    def ask() -> None:
-        start.wait()
-        found.append(list(digests))
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [expected] * 8
-    assert digests.kept_bytes == 0
-
-
-# -- sizes ------------------------------------------------------------------------------------------------------------
+        Digests(images())[20]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (700, 1), (1, 700), (211, 331), (30000, 4), (3, 30000), (1000, 900)])
@@ -417,11 +346,6 @@ def test_what_is_worth_a_thread() -> None:
         assert is_large(to_decode)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 200), (200, 1)])
-def test_small_and_long_images_within_the_limits_work(size: tuple[int, int]) -> None:
-    assert decode_image(Image.new("RGB", size)).array.shape == (size[1], size[0], 3)
-
-
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
 def test_zero_area(size: tuple[int, int]) -> None:
     with pytest.raises(EmptyImageError, match=f"{size[0]} × {size[1]} pixels"):
@@ -435,7 +359,7 @@ def test_extreme_aspect_ratio_is_refused_before_decoding(size: tuple[int, int]) 
     with pytest.raises(AspectRatioError, match=r"must be at most 200, got .* crop it, or pass Limits") as caught:
         decode_image(png(*size, 2, 8, b""), index=4)  # the pixels are not even there
     assert caught.value.index == 4
-    assert check_size(*size, limits=Limits(max_aspect_ratio=1e5)) is None
+    assert decode_image(Image.new("RGB", (1, 200))).height == 200
 
 
 @pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (14_000, 14_000)])
@@ -454,18 +378,6 @@ def test_huge_header_is_refused_before_decoding(
     finally:
         tracemalloc.stop()
     assert pillow_limit == Image.MAX_IMAGE_PIXELS
-
-
-def test_pixel_limit_holds_for_every_kind_of_input(tmp_path: Path) -> None:
-    array = noise(20, 20)
-    limits = Limits(max_image_pixels=399)
-    for disguise in DISGUISES.values():
-        with pytest.raises(ImageTooLargeError, match=r"at most 399 pixels, got 20 × 20 = 400"):
-            decode_image(disguise(array, tmp_path), limits=limits)
-    assert decode_image(array, limits=Limits(max_image_pixels=400)).width == 20
-
-
-# -- what is not an image --------------------------------------------------------------------------------------------
 
 
 def _bad_checksum() -> bytes:
@@ -501,8 +413,6 @@ REFUSED = {
     "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
     "PDF": b"%PDF-1.7\n",
     "PSD": b"8BPS" + b"\0" * 40,
-    "FITS": b"SIMPLE  =                    T",
-    "GRIB": b"GRIB" + b"\0" * 20,
     "ICO": encoded(Image.new("RGB", (16, 16)), "ICO"),
     "HEIF": b"\0\0\0\x18ftypheic" + b"\0" * 20,
     "SVG": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
@@ -522,20 +432,16 @@ def test_formats_can_be_allowed_and_forbidden() -> None:
         decode_image(bmp, limits=Limits(image_formats=("PNG", "no such format")))
 
 
-@pytest.mark.parametrize("text", ["photo.jpg", "https://example.org/a.png", "data:image/png;base64,AAAA"])
-def test_text_is_refused_with_a_hint(text: str) -> None:
-    with pytest.raises(ImageTypeError, match=r"got str.*pathlib\.Path") as caught:
-        decode_image(text, index=1)  # type: ignore[arg-type]
-    assert isinstance(caught.value, TypeError)
-    assert text not in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    "thing", [None, 3, [], [np.zeros((2, 2, 3))], (x for x in []), {}, object()], ids=lambda x: type(x).__name__
+    "thing", ["photo.jpg", "https://example.org/a.png", None, 3, [np.zeros((2, 2, 3))], {}, object()], ids=repr
 )
-def test_other_objects_are_refused_without_their_address(thing: Any) -> None:
-    with pytest.raises(ImageTypeError, match=f"^image 5: an image must be .* got {type(thing).__name__}$") as caught:
+def test_other_objects_are_refused_without_their_content(thing: Any) -> None:
+    hint = r"; .*pathlib\.Path.*" if isinstance(thing, str) else ""
+    kind = type(thing).__name__
+    with pytest.raises(ImageTypeError, match=f"^image 5: an image must be .* got {kind}{hint}$") as caught:
         decode_image(thing, index=5)
+    assert isinstance(caught.value, TypeError)
+    assert not isinstance(thing, str) or thing not in str(caught.value)
     assert not ADDRESS.search(str(caught.value))
 
 
@@ -547,18 +453,12 @@ def test_path_that_is_missing_a_folder_or_a_pipe(tmp_path: Path) -> None:
         assert caught.value.source == str(path)
 
 
-# -- values, shapes and order of axes ---------------------------------------------------------------------------------
-
 FLOAT = np.float32
 WRONG_ARRAYS: dict[str, tuple[Any, type[ImageError], str]] = {
     "float 0..255": (np.full((8, 8, 3), 200.0), ImageValueError, r"divide by their range.*astype\(uint8\)"),
-    "float slightly above 1": (
-        np.full((8, 8, 3), 1.01, FLOAT),
-        ImageValueError,
-        "must lie in 0 … 1, got values from 1.01",
-    ),
+    "float above 1": (np.full((8, 8), 1.01, FLOAT), ImageValueError, "must lie in 0 … 1, got values from 1.01"),
     "negative float": (np.full((8, 8, 3), -0.1, FLOAT), ImageValueError, "-0.1"),
-    "one NaN": (np.array([[0.5, np.nan]], FLOAT), ImageValueError, "NaN"),
+    "one NaN": (np.array([[0.5, np.nan]], FLOAT), ImageValueError, "nan"),
     "infinity": (np.full((8, 8), np.inf, FLOAT), ImageValueError, "inf"),
     "int64": (np.zeros((8, 8, 3), np.int64), ImageValueError, "got int64; convert"),
     "int8": (np.zeros((8, 8, 3), np.int8), ImageValueError, "must be uint8, uint16, bool or float, got int8"),
@@ -569,16 +469,8 @@ WRONG_ARRAYS: dict[str, tuple[Any, type[ImageError], str]] = {
     "(3, 8, 3)": (np.zeros((3, 8, 3), np.uint8), ImageValueError, "input_data_format"),
     "(1, 1, 3)": (np.zeros((1, 1, 3), np.uint8), ImageValueError, "input_data_format"),
     "(4, 5, 4)": (np.zeros((4, 5, 4), np.uint8), ImageValueError, "input_data_format"),
-    "two channels": (
-        np.zeros((8, 8, 2), np.uint8),
-        ImageValueError,
-        "must have an axis of 1, 3 or 4 channels first or last",
-    ),
-    "channels in the middle": (
-        np.zeros((8, 3, 8), np.uint8),
-        ImageValueError,
-        "must have an axis of 1, 3 or 4 channels first or last",
-    ),
+    "two channels": (np.zeros((8, 8, 2), np.uint8), ImageValueError, "1, 3 or 4 channels first or last"),
+    "channels in the middle": (np.zeros((8, 3, 8), np.uint8), ImageValueError, "1, 3 or 4 channels first or last"),
     "batch": (np.zeros((1, 3, 8, 8), np.uint8), ImageValueError, "one by one"),
     "one dimension": (np.zeros(8, np.uint8), ImageValueError, "1 dimensions"),
     "no dimension": (np.zeros((), np.uint8), ImageValueError, "0 dimensions"),
@@ -608,18 +500,8 @@ def test_named_order_of_axes_is_followed() -> None:
         decode_image(array, input_data_format="HWC")  # type: ignore[arg-type]
 
 
-# -- anything at all --------------------------------------------------------------------------------------------------
-
-SEEDS = [
-    encoded(Image.fromarray(noise(12, 12)), "PNG"),
-    encoded(Image.fromarray(noise(12, 12)), "JPEG"),
-    encoded(Image.fromarray(noise(12, 12)), "GIF"),
-    encoded(Image.fromarray(noise(12, 12)), "TIFF"),
-    encoded(Image.fromarray(noise(12, 12)), "WEBP"),
-    encoded(Image.fromarray(noise(12, 12)), "BMP"),
-    encoded(Image.fromarray(noise(12, 12)), "PPM"),
-    encoded(transparent_palette()),
-]
+SEEDS = [encoded(Image.fromarray(noise(12, 12)), kind) for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM")]
+SEEDS += [encoded(transparent_palette())]
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)

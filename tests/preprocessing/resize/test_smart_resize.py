@@ -37,7 +37,7 @@ from tritontower.errors import (
 )
 from tritontower.preprocessing import Preprocessor, SmartResize
 from tritontower.preprocessing.images.image import CanonicalImage
-from tritontower.preprocessing.resize.smart_resize import STILL_AREA, VIDEO_AREAS, smart_resize, smart_resize_video
+from tritontower.preprocessing.resize.smart_resize import STILL_AREA, VIDEO_AREAS, smart_resize
 
 IMAGES = [canonical(noise(157, 243, 0)), canonical(noise(60, 200, 1)), canonical(noise(5, 3, 2))]
 QWEN2 = tower(patch=14, merge=2, temporal=2)
@@ -246,9 +246,9 @@ def test_sizes_of_whole_videos_are_those_of_transformers(area: tuple[int, int]) 
         except ValueError:
             refused += 1
             with pytest.raises(AspectRatioError):
-                smart_resize_video(frames, width, height, 2, 32, area)
+                smart_resize(width, height, 32, area, frames, 2)
             continue
-        assert smart_resize_video(frames, width, height, 2, 32, area) == expected[::-1]
+        assert smart_resize(width, height, 32, area, frames, 2) == expected[::-1]
     assert 3 <= refused < 100
 
 

@@ -17,17 +17,16 @@ STRIP_BYTES = 2**16
 CHANNEL_COUNTS = (1, 3, 4)
 
 
-def convert_tensor(tensor: torch.Tensor, context: ImageContext) -> NDArray[Any]:
-    """Returns the tensor's values as a numpy array on the host."""
-    try:
-        tensor = tensor.detach().cpu()
-        return np.asarray((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy())
-    except (TypeError, RuntimeError) as error:  # meta, sparse, quantized
-        raise context.error(ImageTypeError, "a tensor must be dense and hold plain values") from error
-
-
-def convert_array(array: NDArray[Any], context: ImageContext, order: ChannelOrder | None) -> NDArray[np.uint8]:
+def convert_array(
+    array: NDArray[Any] | torch.Tensor, context: ImageContext, order: ChannelOrder | None
+) -> NDArray[np.uint8]:
     """Returns canonical pixels in memory of their own."""
+    if isinstance(array, torch.Tensor):
+        try:
+            array = array.detach().cpu()
+            array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        except (TypeError, RuntimeError) as error:  # meta, sparse, quantized
+            raise context.error(ImageTypeError, "a tensor must be dense and hold plain values") from error
     array = _move_channels_last(array, context, order)
     height, width, channels = array.shape
     context.check_size(width, height)
@@ -64,9 +63,8 @@ def _move_channels_last(array: NDArray[Any], context: ImageContext, order: Chann
     if array.ndim == 2:
         return array[:, :, None]
     if array.ndim != 3:
-        hint = "; pass the images of a batch one by one" if array.ndim == 4 else ""
-        reason = f"an array must be [H, W], [H, W, C] or [C, H, W], got {array.ndim} dimensions{hint}"
-        raise context.error(ImageValueError, reason)
+        reason = f"an array must be [H, W], [H, W, C] or [C, H, W], got {array.ndim} dimensions"
+        raise context.error(ImageValueError, f"{reason}; pass the images of a batch one by one")
     first, last = array.shape[0] in CHANNEL_COUNTS, array.shape[2] in CHANNEL_COUNTS
     if first and last and order is None:
         raise context.error(
@@ -96,16 +94,12 @@ def _scale_to_bytes(array: NDArray[Any], context: ImageContext) -> NDArray[np.ui
     if dtype.kind == "f":
         lowest, highest = float(array.min()), float(array.max())
         if not (lowest >= 0.0 and highest <= 1.0):  # false for NaN too
-            found = "NaN" if np.isnan(lowest) or np.isnan(highest) else f"values from {lowest:g} to {highest:g}"
             raise context.error(
                 ImageValueError,
-                f"float pixels must lie in 0 … 1, got {found}; divide by their range, "
+                f"float pixels must lie in 0 … 1, got values from {lowest:g} to {highest:g}; divide by their range, "
                 "or pass .astype(uint8) if they are 0 … 255",
             )
         scaled: NDArray[np.uint8] = np.rint(array.astype(np.float32) * np.float32(255)).astype(np.uint8)
         return scaled
-    if dtype.kind in "iu":
-        raise context.error(
-            ImageValueError, f"pixels must be uint8, uint16, bool or float, got {dtype.name}; convert them"
-        )
-    raise context.error(ImageTypeError, f"pixels must be uint8, uint16, bool or float, got {dtype.name}")
+    kind = ImageValueError if dtype.kind in "iu" else ImageTypeError
+    raise context.error(kind, f"pixels must be uint8, uint16, bool or float, got {dtype.name}; convert them")

@@ -15,6 +15,8 @@ These rules belong to this package and do not change with the libraries below it
 import io
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,7 +35,7 @@ from tritontower.errors import (
     Limits,
 )
 
-from .arrays import composite_on_white, convert_array, convert_tensor, copy_rgb_pixels
+from .arrays import composite_on_white, convert_array, copy_rgb_pixels
 from .image import CanonicalImage, ChannelOrder, ImageContext, ImageInput, count_array_pixels
 
 _ORIENTATION_TAG = 0x0112
@@ -51,10 +53,6 @@ _REFUSED_SIGNATURES = (
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "EPS"),
     (re.compile(rb"%PDF"), "PDF"),
     (re.compile(rb"8BPS"), "PSD"),
-    (re.compile(rb"SIMPLE  ="), "FITS"),
-    (re.compile(rb"GRIB"), "GRIB"),
-    (re.compile(rb"\x89HDF"), "HDF5"),
-    (re.compile(rb"\xd7\xcd\xc6\x9a"), "WMF"),
     (re.compile(rb"\x00\x00\x01\x00"), "ICO"),
     (re.compile(rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"), "JPEG2000"),
     (re.compile(rb"....ftyp(?:hei|hev|mif1)", re.DOTALL), "HEIF"),
@@ -75,41 +73,27 @@ def decode_image(
 ) -> CanonicalImage:
     """Decodes ``image`` into canonical form, by the rules in the module's docstring.
 
-    Args:
-        image: a ``PIL`` image; a numpy or torch array of uint8, bool, uint16 (0 … 65535) or float (0 … 1), shaped
-            ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]`` with C = 1, 3 (RGB) or 4 (RGBA); an encoded file as ``bytes`` or
-            ``Path``.  It is not changed; a lazily opened ``PIL`` image is loaded.
-        index: position in the caller's list, for messages.
-        limits: size limits; the defaults of :class:`~tritontower.errors.Limits` if ``None``.
-        input_data_format: order of a three-dimensional array's axes.  Required where both are possible.
-
-    Raises:
-        ImageTypeError: not an image; above all a ``str``.
-        ImageDecodeError: bytes or a file that cannot be read as an image.
-        ImageFormatError: an encoded format outside ``limits.image_formats``.
-        ImageTooLargeError, AspectRatioError, EmptyImageError: the size, before anything is decoded.
-        ImageValueError: values, a shape or an order of axes that are invalid or ambiguous.
+    An array is uint8, bool, uint16 (0 … 65535) or float (0 … 1), ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``, with C = 1,
+    3 (RGB) or 4 (RGBA).  The image is not changed; a lazily opened ``PIL`` image is loaded.  ``index`` is its position in
+    the caller's list, for messages.
     """
     limits = limits or Limits()
     if isinstance(image, Image.Image):
-        context = ImageContext(index, f"PIL image {image.mode}", limits)
+        context = ImageContext(limits, index, f"PIL image {image.mode}")
         pixels = _decode_pil(image, context)
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         kind = "numpy array" if isinstance(image, np.ndarray) else "torch tensor"
         dtype = str(image.dtype).removeprefix("torch.")
-        context = ImageContext(index, f"{kind} {dtype} {list(image.shape)}", limits)
-        array = image if isinstance(image, np.ndarray) else convert_tensor(image, context)
-        pixels = convert_array(array, context, input_data_format)
+        context = ImageContext(limits, index, f"{kind} {dtype} {list(image.shape)}")
+        pixels = convert_array(image, context, input_data_format)
     elif isinstance(image, (bytes, bytearray, memoryview)):
-        context = ImageContext(index, "encoded bytes", limits)
+        context = ImageContext(limits, index, "encoded bytes")
         pixels = _decode_file(io.BytesIO(image), context)
     elif isinstance(image, Path):
-        context = ImageContext(index, str(image), limits)
+        context = ImageContext(limits, index, str(image))
         pixels = _decode_path(image, context)
     else:
-        hint = (
-            "; a text may be anybody's path or URL: pass pathlib.Path(...) for a local file, or the bytes of the file"
-        )
+        hint = "; a text may be anybody's path or URL: pass pathlib.Path(...) for a local file, or the file's bytes"
         raise ImageTypeError(
             "an image must be a PIL image, a numpy or torch array, bytes or a pathlib.Path, "
             f"got {type(image).__name__}" + (hint if isinstance(image, str) else ""),
@@ -119,17 +103,14 @@ def decode_image(
 
 
 def count_decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
-    """Estimates the bytes of ``image`` in canonical form from its header or shape; nothing is decoded.
-
-    Returns 0 for unreadable inputs, and does not check the limits.
-    """
+    """Estimates the bytes of ``image`` in canonical form from its header or shape; 0 for unreadable inputs."""
     if isinstance(image, Image.Image):
         return 3 * image.width * image.height
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return 3 * count_array_pixels(image)
     if isinstance(image, Path) and not image.is_file():
         return 0
-    context = ImageContext(None, None, limits or Limits())
+    context = ImageContext(limits or Limits())
     try:
         with (
             image.open("rb") if isinstance(image, Path) else io.BytesIO(image) as file,
@@ -143,18 +124,15 @@ def count_decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
 def _decode_path(path: Path, context: ImageContext) -> NDArray[np.uint8]:
     if not path.is_file():
         raise context.error(ImageDecodeError, "there is no such file, or it is not an ordinary file")
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise context.error(ImageDecodeError, f"cannot be opened: {error.strerror}") from error
-    with file:
+    with _wrap_errors(context), path.open("rb") as file:
         return _decode_file(file, context)
 
 
 def _decode_file(file: BinaryIO, context: ImageContext) -> NDArray[np.uint8]:
     with _open_image(file, context) as image:
         context.check_size(*image.size)
-        _load(image, context)
+        with _wrap_errors(context):
+            image.load()
         return _convert_pil(_apply_orientation(image), context)
 
 
@@ -165,45 +143,40 @@ def _open_image(file: BinaryIO, context: ImageContext) -> Image.Image:
     file.seek(0)
     if not start:
         raise context.error(ImageDecodeError, "0 bytes: the file is empty")
-    try:
+    with _wrap_errors(context):
         # Image.open raises KeyError for a format that this Pillow was built without.
         if not all(name in Image.OPEN for name in allowed):
             Image.init()
-        return Image.open(file, formats=[name for name in allowed if name in Image.OPEN])
-    except Image.DecompressionBombError as error:
-        raise context.error(
-            ImageTooLargeError,
-            f"more than twice the PIL.Image.MAX_IMAGE_PIXELS of this process ({Image.MAX_IMAGE_PIXELS} pixels); "
-            "scale it down",
-        ) from error
-    except UnidentifiedImageError as error:
-        name = next((name for signature, name in _REFUSED_SIGNATURES if signature.match(start)), None)
-        if name is not None and name not in allowed:
+        try:
+            return Image.open(file, formats=[name for name in allowed if name in Image.OPEN])
+        except Image.DecompressionBombError as error:
+            limit = f"PIL.Image.MAX_IMAGE_PIXELS of this process ({Image.MAX_IMAGE_PIXELS} pixels)"
+            raise context.error(ImageTooLargeError, f"more than twice the {limit}; scale it down") from error
+        except UnidentifiedImageError as error:
+            name = next((name for signature, name in _REFUSED_SIGNATURES if signature.match(start)), None)
+            if name is None or name in allowed:
+                reason = f"not an image in an allowed format ({', '.join(allowed)}), or damaged at its start"
+                raise context.error(ImageDecodeError, reason) from error
             raise context.error(
                 ImageFormatError,
                 f"the format must be one of {', '.join(allowed)}, got {name}; convert it, "
                 "or pass Limits(image_formats=...) if you trust its origin",
             ) from error
-        reason = f"not an image in an allowed format ({', '.join(allowed)}), or damaged at its start"
-        raise context.error(ImageDecodeError, reason) from error
-    except (
-        Exception
-    ) as error:  # Pillow's parsers raise SyntaxError, ValueError, RuntimeError, TypeError, struct.error …
-        raise context.error(ImageDecodeError, _describe_failure(error)) from error
 
 
-def _load(image: Image.Image, context: ImageContext) -> None:
+@contextmanager
+def _wrap_errors(context: ImageContext) -> Iterator[None]:
+    """Raises :class:`ImageDecodeError` in place of the errors of Pillow's parsers, which are of any class."""
     try:
-        image.load()
-    except Exception as error:  # anything, down to MemoryError for a false header
-        raise context.error(ImageDecodeError, _describe_failure(error)) from error
-
-
-def _describe_failure(error: Exception) -> str:
-    """Quotes Pillow's message only if it is plain text: some of its messages contain addresses or raw bytes."""
-    text = str(error)
-    is_plain = _PLAIN_SENTENCE.fullmatch(text) and "0x" not in text
-    return f"cannot be decoded: {text}" if is_plain else f"cannot be decoded ({type(error).__name__})"
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        # Some of Pillow's messages contain addresses or raw bytes; only plain text is quoted.
+        text = str(error)
+        is_plain = _PLAIN_SENTENCE.fullmatch(text) and "0x" not in text
+        reason = f"cannot be decoded: {text}" if is_plain else f"cannot be decoded ({type(error).__name__})"
+        raise context.error(ImageDecodeError, reason) from error
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
@@ -220,21 +193,16 @@ def _decode_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
     with _LOCKS[(id(image) >> 4) % len(_LOCKS)]:
         frame = image.tell()
         try:
-            if frame:
-                _seek(image, 0, context)
-                context.check_size(*image.size)
-            _load(image, context)
+            with _wrap_errors(context):
+                if frame:
+                    image.seek(0)
+                    context.check_size(*image.size)
+                image.load()
             return _convert_pil(image, context)
         finally:
-            if frame:
-                _seek(image, frame, context)
-
-
-def _seek(image: Image.Image, frame: int, context: ImageContext) -> None:
-    try:
-        image.seek(frame)
-    except Exception as error:  # the same parsers as in _load
-        raise context.error(ImageDecodeError, f"frame {frame}: {_describe_failure(error)}") from error
+            with _wrap_errors(context):
+                if frame:
+                    image.seek(frame)
 
 
 def _convert_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
@@ -251,7 +219,7 @@ def _convert_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]
 
 
 def _convert_deep_gray(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
-    """Returns the pixels of a gray image of more than 8 bits: 0 … 65535 in the integer modes, 0 … 1 in mode F."""
+    """Converts a gray image of more than 8 bits: 0 … 65535 in the integer modes, 0 … 1 in mode F."""
     values = np.asarray(image)
     if image.mode == "F":
         return convert_array(values, context, None)

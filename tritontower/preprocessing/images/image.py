@@ -23,12 +23,10 @@ WORTH_A_THREAD = 2**17
 
 @dataclass(frozen=True, eq=False)
 class CanonicalImage:
-    """An image in canonical form.
+    """An image in canonical form: uint8 ``[height, width, 3]``, C-contiguous and read-only.
 
-    Attributes:
-        array: uint8 ``[height, width, 3]``, C-contiguous and read-only.  It shares no memory with the input, because its
-            digest may be computed at any time.
-        source: description of the input for messages: a path, ``"PIL image RGBA"``, ``"numpy array uint8 [3, 8, 8]"``.
+    It shares no memory with the input, because its digest may be computed at any time.  ``source`` describes the input
+    in messages: a path, ``"PIL image RGBA"``, ``"numpy array uint8 [3, 8, 8]"``.
     """
 
     array: NDArray[np.uint8]
@@ -49,11 +47,7 @@ class CanonicalImage:
 
     @cached_property
     def digest(self) -> str:
-        """BLAKE2b-256 over height, width and pixels, in hexadecimal.
-
-        The sizes are part of it: 30 × 100 and 100 × 30 pixels of the same bytes are different images.  It is computed on
-        first access, about a millisecond per megabyte.
-        """
+        """BLAKE2b-256 over height, width and pixels, in hexadecimal; about a millisecond per megabyte."""
         state = hashlib.blake2b(digest_size=32, person=b"tritontower-rgb8")
         state.update(self.height.to_bytes(8, "little") + self.width.to_bytes(8, "little"))
         state.update(self.array.data)
@@ -64,20 +58,16 @@ class CanonicalImage:
 class ImageContext:
     """Index and description of the image being read, for messages, and its limits."""
 
-    index: int | None
-    source: str | None
     limits: Limits
+    index: int | None = None
+    source: str | None = None
 
     def error(self, kind: type[ImageError], reason: str) -> ImageError:
         """Makes an error that names the image."""
         return kind(reason, index=self.index, source=self.source)
 
     def check_size(self, width: int, height: int) -> None:
-        """Checks the size of an image, in pixels, before it is decoded.
-
-        Raises:
-            EmptyImageError, AspectRatioError, ImageTooLargeError: the size is outside the limits.
-        """
+        """Raises unless the size of an image, in pixels, is within the limits."""
         limits = self.limits
         if width < 1 or height < 1:
             raise self.error(EmptyImageError, f"both sides must be at least 1 pixel, got {width} × {height} pixels")
@@ -94,15 +84,6 @@ class ImageContext:
                 f"the aspect ratio must be at most {limits.max_aspect_ratio:g}, got {ratio:.4g} for {width} × {height} "
                 "pixels; crop it, or pass Limits(max_aspect_ratio=...)",
             )
-
-
-def check_size(width: int, height: int, limits: Limits) -> None:
-    """Checks the size of an image, in pixels.
-
-    Raises:
-        EmptyImageError, AspectRatioError, ImageTooLargeError: the size is outside the limits.
-    """
-    ImageContext(None, None, limits).check_size(width, height)
 
 
 def is_large(image: ImageInput | CanonicalImage) -> bool:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy as np
@@ -58,13 +59,8 @@ def fit_size(width: int, height: int, canvas_width: int, canvas_height: int) -> 
 class Canvas:
     """The grid of tokens of all tiles of an image, and the part of it that is kept.
 
-    Attributes:
-        side: rows, and columns, of tokens of one tile.
-        tile_rows: tiles from top to bottom.
-        tile_columns: tiles from left to right.
-        top: rows of tokens that are padding, at the top and again at the bottom.
-        left: columns of tokens that are padding, at the left and again at the right.
-        shrunk: rows and columns to which the kept part is interpolated; ``None``: it is not shrunk.
+    A tile has ``side`` × ``side`` tokens.  Of the tokens, ``top`` rows at the top and at the bottom and ``left`` columns at
+    the left and at the right are padding.  The kept part is interpolated to ``shrunk`` rows and columns.
     """
 
     side: int
@@ -104,7 +100,7 @@ class Canvas:
         return self.tile_rows * self.side - 2 * self.top, self.tile_columns * self.side - 2 * self.left
 
     def locate_rows(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Returns the index, among all rows of all tiles, of the tokens at ``rows`` and ``columns`` of the kept part."""
+        """Returns the indices in all rows of all tiles of the tokens at ``rows`` and ``columns`` of the kept part."""
         rows, columns = rows + self.top, columns + self.left
         # The squashed image is the first tile.
         tile = 1 + rows // self.side * self.tile_columns + columns // self.side
@@ -116,19 +112,18 @@ class Canvas:
 def assemble_tiles(canvas: Canvas, newline: bool) -> Assembly:
     """Builds the assembly of an image's tokens from the rows of the squashed image and of the tiles."""
     base = torch.arange(canvas.side**2, device="cpu")[:, None]
+    weights = None
     if canvas.shrunk is None:
-        rows, columns = canvas.kept
-        down, across = (torch.arange(count, device="cpu") for count in (rows, columns))
-        tiles = canvas.locate_rows(down[:, None], across)[..., None]
+        down, across = (torch.arange(count, device="cpu") for count in canvas.kept)
+        index = canvas.locate_rows(down[:, None], across)[..., None]
+    else:
+        index, weights = _interpolate(canvas, canvas.shrunk)
         if newline:
-            tiles = torch.cat((tiles, tiles.new_full((rows, 1, 1), -1)), dim=1)
-        return Assembly(torch.cat((base, tiles.flatten(0, 1))).int())
-    index, weights = _interpolate(canvas, canvas.shrunk)
+            weights = torch.cat((weights, _first_tap(len(weights), 1)), dim=1)
+        weights = torch.cat((_first_tap(len(base)), weights.flatten(0, 1)))
     if newline:
-        index = torch.cat((index, index.new_full((len(index), 1, 4), -1)), dim=1)
-        weights = torch.cat((weights, _first_tap(len(weights), 1)), dim=1)
-    index = torch.cat((base.expand(-1, 4), index.flatten(0, 1)))
-    return Assembly(index.int(), torch.cat((_first_tap(len(base)), weights.flatten(0, 1))))
+        index = torch.cat((index, index.new_full((len(index), 1, index.shape[2]), -1)), dim=1)
+    return Assembly(torch.cat((base.expand(-1, index.shape[2]), index.flatten(0, 1))).int(), weights)
 
 
 def _first_tap(*shape: int) -> torch.Tensor:
@@ -168,12 +163,8 @@ class AnyResolution(ResizeRule):
         pinpoints: heights and widths of the canvases in ``config.json``, pixels; ``None`` if it has none.
         newline: each row of tokens of the canvas is followed by the newline embedding.
         shrink_limit: tiles' worth of tokens above which a canvas is shrunk (9 for ``anyres_max_9``); ``None``: never.
-
-    Raises:
-        UsageError: a tower that keeps its class token, which has no place on a canvas.
     """
 
-    WITHOUT_BOUNDS: ClassVar[str] = "an image becomes as large as the canvas of image_grid_pinpoints that fits it best"
     PROCESSORS: ClassVar[Collection[str]] = (
         "transformers.models.llava_next.image_processing_pil_llava_next.LlavaNextImageProcessorPil",
         "transformers.models.llava_onevision.image_processing_pil_llava_onevision.LlavaOnevisionImageProcessorPil",
@@ -194,12 +185,7 @@ class AnyResolution(ResizeRule):
 
     @cached_property
     def side(self) -> int:
-        """Side of every tile, pixels.
-
-        Raises:
-            ConfigError: an unknown form of a size.
-            ProcessorError: tiles that are not square, or whose grid is not the tower's.
-        """
+        """Side of every tile, pixels."""
         square = ("height", "width"), ("side",)
         size = self.settings.read_size("size", (*square, ("shortest_edge",)))
         if size is None:
@@ -211,18 +197,12 @@ class AnyResolution(ResizeRule):
                 f"{sorted(sides)} pixels"
             )
         (side,) = sides
-        patches = side // self.config.patch.size
-        self.check_grid((1, patches, patches), (side, side))
+        self.check_grid((side, side))
         return side
 
     @cached_property
     def canvases(self) -> Sizes:
-        """Heights and widths of the canvases, pixels.
-
-        Raises:
-            ConfigError: values that are not pairs of multiples of a tile's side.
-            ProcessorError: ``config.json`` has others.
-        """
+        """Heights and widths of the canvases, pixels; raises if ``config.json`` has others."""
         found = self._read_pairs(self.settings.values.get("image_grid_pinpoints"), self.settings.source)
         if self.pinpoints is not None and found != self._read_pairs(self.pinpoints, "config.json"):
             raise ProcessorError(
@@ -235,32 +215,24 @@ class AnyResolution(ResizeRule):
     def _read_pairs(self, pinpoints: Any, source: str) -> Sizes:
         side = self.side
         allowed = f"a list of pairs of height and width, each a multiple of a tile's {side} pixels"
-        if not isinstance(pinpoints, (list, tuple)) or not pinpoints:
+        pairs = pinpoints if isinstance(pinpoints, (list, tuple)) else ()
+        is_valid = bool(pairs) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+        lengths = chain.from_iterable(pairs) if is_valid else ()
+        if not is_valid or not all(type(length) is int and length > 0 and length % side == 0 for length in lengths):
             raise ConfigError("image_grid_pinpoints", pinpoints, allowed, source=source)
-        for pair in pinpoints:
-            if not (
-                isinstance(pair, (list, tuple))
-                and len(pair) == 2
-                and all(type(length) is int and length > 0 and length % side == 0 for length in pair)
-            ):
-                raise ConfigError("image_grid_pinpoints", pair, allowed, source=source)
-        return tuple((height, width) for height, width in pinpoints)
+        return tuple((height, width) for height, width in pairs)
 
     def plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         side = self.side
-        canvas_height, canvas_width = select_canvas(width, height, self.canvases)
-        self.check_planned(
-            (width, height), (canvas_width, canvas_height), 1, "leave large canvases out of image_grid_pinpoints"
-        )
-        tile_rows, tile_columns = canvas_height // side, canvas_width // side
+        size = select_canvas(width, height, self.canvases)[::-1]
+        self.check_planned((width, height), size, 1, "leave large canvases out of image_grid_pinpoints")
+        columns, rows = size[0] // side, size[1] // side
         patches = side // self.config.patch.size
-        canvas = Canvas.for_image(
-            width, height, patches // self.config.merge, (tile_rows, tile_columns), self.shrink_limit
-        )
+        canvas = Canvas.for_image(width, height, patches // self.config.merge, (rows, columns), self.shrink_limit)
         return ImageLayout(
-            tiles=((1, patches, patches),) * (1 + tile_rows * tile_columns),
-            processed_size=(canvas_width, canvas_height),
-            grid=(1, tile_rows * patches, tile_columns * patches),
+            tiles=((1, patches, patches),) * (1 + rows * columns),
+            processed_size=size,
+            grid=(1, rows * patches, columns * patches),
             assembly=assemble_tiles(canvas, self.newline),
         )
 

@@ -7,7 +7,7 @@ limits apply to the size in between.
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -42,12 +42,7 @@ class PanAndScan:
     """Counts the crops that accompany a long image.
 
     The rule of ``Gemma3ImageProcessor.pan_and_scan``.  The defaults are those of ``Gemma3Processor``, because published
-    files have none.
-
-    Attributes:
-        least_crop: side below which nothing is cropped, pixels.
-        most_crops: greatest number of crops.
-        least_ratio: longer side ÷ shorter side below which nothing is cropped.
+    files have none.  Nothing is cropped below ``least_crop`` pixels of a side, or ``least_ratio`` of the two sides.
     """
 
     least_crop: int = 256
@@ -55,11 +50,7 @@ class PanAndScan:
     least_ratio: float = 1.2
 
     def count_crops(self, width: int, height: int) -> int:
-        """Counts the crops of an image of ``width`` × ``height`` pixels.
-
-        Raises:
-            ProcessorError: settings with which a crop would be empty.
-        """
+        """Counts the crops of an image of ``width`` × ``height`` pixels; raises if one of them would be empty."""
         longer, shorter = max(width, height), min(width, height)
         if longer / shorter < self.least_ratio:
             return 0
@@ -98,11 +89,7 @@ class _Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class FixedSize(ResizeRule):
-    """Makes tiles of one size: the whole image, and with pan-and-scan the crops of a long one.
-
-    Attributes:
-        pan_and_scan: the model's processor supports pan-and-scan; its settings enable it.
-    """
+    """Makes tiles of one size: the whole image, and with pan-and-scan the crops of a long one."""
 
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "size", "crop_size", "do_center_crop")
     PROCESSORS: ClassVar[Collection[str]] = (
@@ -113,18 +100,14 @@ class FixedSize(ResizeRule):
     )
 
     pan_and_scan: bool = False
+    """The model's processor supports pan-and-scan; its settings enable it."""
 
     def list_options(self) -> Sequence[str]:
         return (*self.OPTIONS, *PAN_AND_SCAN_OPTIONS) if self.pan_and_scan else self.OPTIONS
 
     @cached_property
     def sizes(self) -> _Sizes:
-        """Sizes of the resized image and of the crop.
-
-        Raises:
-            ConfigError: an unknown form of a size.
-            ProcessorError: images would differ in size, or the tower has another grid.
-        """
+        """Sizes of the resized image and of the crop."""
         crops = self.settings.reader.get(bool, "do_center_crop", default=False)
         crop = self.settings.read_size("crop_size", (("height", "width"), ("side",))) if crops else None
         resize = self.settings.read_size("size", (("height", "width"), ("shortest_edge",), ("side",)))
@@ -141,9 +124,7 @@ class FixedSize(ResizeRule):
                 "and crops nothing, but the tower needs images of one size; set do_center_crop and crop_size"
             )
         sizes = _Sizes(resize, crop)
-        width, height = sizes.final
-        side = self.config.patch.size
-        self.check_grid((1, height // side, width // side), sizes.final)
+        self.check_grid(sizes.final)
         return sizes
 
     @cached_property
@@ -162,8 +143,7 @@ class FixedSize(ResizeRule):
         final = self.sizes.final
         tiles = 1 + (0 if self.crops is None else self.crops.count_crops(width, height))
         self.check_planned((width, height), self._find_largest_step(width, height), tiles, "crop the image")
-        side = self.config.patch.size
-        grid = (1, final[1] // side, final[0] // side)
+        grid = self.check_grid(final)
         return ImageLayout((grid,) * tiles, final, grid)
 
     def _find_largest_step(self, width: int, height: int) -> tuple[int, int]:
@@ -182,9 +162,7 @@ class FixedSize(ResizeRule):
         if self.pan_and_scan:
             arguments["do_pan_and_scan"] = self.crops is not None
         if self.crops is not None:
-            arguments["pan_and_scan_min_crop_size"] = self.crops.least_crop
-            arguments["pan_and_scan_max_num_crops"] = self.crops.most_crops
-            arguments["pan_and_scan_min_ratio_to_activate"] = self.crops.least_ratio
+            arguments |= zip(PAN_AND_SCAN_OPTIONS[1:], astuple(self.crops), strict=True)
         return arguments
 
     def resize_tiles(

@@ -19,9 +19,6 @@ from tritontower.preprocessing.processor_config import PIXEL_OPTIONS, Settings
 
 from .rule import ResizeRule
 
-CLASS_SIZE = {"longest_edge": 1024}
-"""Default of ``PixtralImageProcessor``."""
-
 WITHOUT_FILE = "settings without a file"
 """Replaces the name of a missing file in messages."""
 
@@ -31,9 +28,6 @@ def shrink_to_fit(width: int, height: int, largest: tuple[int, int], factor: int
 
     An image that is wider or higher than ``largest`` (width, height) is shrunk to fit, both sides rounded down.  Then
     both are rounded up to ``factor``, which may exceed ``largest`` again.
-
-    Raises:
-        AspectRatioError: the shorter side would have no pixel.
     """
     ratio = max(height / largest[1], width / largest[0])
     if ratio > 1:
@@ -48,11 +42,7 @@ def shrink_to_fit(width: int, height: int, largest: tuple[int, int], factor: int
 
 
 def check_edge(edge: int, factor: int) -> int:
-    """Returns ``edge`` if an image of one token, of side ``factor``, fits.
-
-    Raises:
-        ProcessorError: it does not fit.
-    """
+    """Returns ``edge`` if an image of one token, of side ``factor``, fits."""
     if edge < factor:
         raise ProcessorError(f"longest_edge must be at least {factor}, the side of one token, got {edge}")
     return edge
@@ -60,21 +50,16 @@ def check_edge(edge: int, factor: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LongestEdge(ResizeRule):
-    """Makes one tile, whose sides are multiples of a token's and at most the longest edge.
-
-    Attributes:
-        without_file: settings for a checkpoint without a processor's file, at least ``size`` and ``patch_size``; a file
-            takes precedence.  Everything else is as in ``PixtralImageProcessor``.
-    """
+    """Makes one tile, whose sides are multiples of a token's and at most the longest edge."""
 
     BOUNDS: ClassVar[tuple[str, ...]] = ("longest_edge",)
-    WITHOUT_BOUNDS: ClassVar[str] = "the rule bounds the longer side of an image, not its area"
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "size")
     PROCESSORS: ClassVar[Collection[str]] = (
         "transformers.models.pixtral.image_processing_pil_pixtral.PixtralImageProcessorPil",
     )
 
     without_file: Mapping[str, Any] | None = None
+    """Settings for a checkpoint without a processor's file; everything else is as in ``PixtralImageProcessor``."""
 
     @cached_property
     def settings(self) -> Settings:
@@ -95,26 +80,20 @@ class LongestEdge(ResizeRule):
 
     @cached_property
     def largest(self) -> tuple[int, int]:
-        """Greatest width and height in the checkpoint, before rounding up to a token's; pixels.
-
-        Raises:
-            ConfigError: an unknown form of ``size``.
-            ProcessorError: a ``patch_size`` of another tower.
-        """
-        self._check_patch_size()
-        size = self.settings.read_size("size", (("longest_edge",), ("height", "width"), ("side",))) or CLASS_SIZE
-        if "width" in size:
-            return size["width"], size["height"]
-        edge = size["longest_edge"] if "longest_edge" in size else size["side"]
-        return edge, edge
-
-    def _check_patch_size(self) -> None:
-        size = self.settings.read_size("patch_size", (("height", "width"), ("side",)))
-        if size and set(size.values()) not in ({self.config.patch.size}, {self.factor}):
+        """Greatest width and height in the checkpoint, before rounding up to a token's; pixels."""
+        patch = self.settings.read_size("patch_size", (("height", "width"), ("side",)))
+        if patch and set(patch.values()) not in ({self.config.patch.size}, {self.factor}):
             raise ProcessorError(
                 f"patch_size of the image processor of {self.source.folder} must be {self.config.patch.size} for this "
-                f"tower, got {sorted(set(size.values()))}; the processor's file and config.json belong to different models"
+                f"tower, got {sorted(set(patch.values()))}; its file and config.json belong to different models"
             )
+        size = self.settings.read_size("size", (("longest_edge",), ("height", "width"), ("side",)))
+        if size is None:
+            return 1024, 1024  # the default of PixtralImageProcessor
+        if "width" in size:
+            return size["width"], size["height"]
+        (edge,) = size.values()
+        return edge, edge
 
     def _bound_size(self, bounds: Bounds) -> tuple[int, int]:
         width, height = (check_edge(read_bound(bounds, "longest_edge", side), self.factor) for side in self.largest)
@@ -122,9 +101,7 @@ class LongestEdge(ResizeRule):
 
     def plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         size = shrink_to_fit(width, height, self._bound_size(bounds), self.factor)
-        self.check_planned((width, height), size, 1, "lower longest_edge")
-        side = self.config.patch.size
-        return ImageLayout.of_one_tile((1, size[1] // side, size[0] // side), side)
+        return self.plan_one_tile((width, height), size, "lower longest_edge")
 
     def list_arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         width, height = self._bound_size(bounds)

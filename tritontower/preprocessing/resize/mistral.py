@@ -41,11 +41,7 @@ def round_to_fit(width: int, height: int, longest_edge: int, factor: int) -> tup
 
 
 def cubic_taps(source: int, target: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes the samples of a side of ``source`` pixels that make each of ``target`` pixels, and their weights.
-
-    Returns:
-        ``[4, target]`` int64, clamped to the outermost sample, and ``[4, target]`` fp32.
-    """
+    """Computes the four samples of ``source`` that make each of ``target`` pixels, and their weights: ``[4, target]``."""
     # In fp32 a coordinate near 4000 would be off by more than a ten-thousandth of a pixel, and the weights with it.
     place = (torch.arange(target, dtype=torch.float64, device="cpu") + 0.5) * (source / target) - 0.5
     first = place.floor()
@@ -70,18 +66,14 @@ def _resample(image: torch.Tensor, target: int, axis: int) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class MistralResize(ResizeRule):
-    """Makes one tile, resized and normalized as in ``mistral_common``.
-
-    Attributes:
-        longest_edge: greatest side before it is rounded up to a token's, pixels.
-    """
+    """Makes one tile, resized and normalized as in ``mistral_common``."""
 
     BOUNDS: ClassVar[tuple[str, ...]] = ("longest_edge",)
-    WITHOUT_BOUNDS: ClassVar[str] = "the rule bounds the longer side of an image, not its area"
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     HAS_PROCESSOR: ClassVar[bool] = False
 
     longest_edge: int
+    """Greatest side before it is rounded up to a token's, pixels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,9 +86,7 @@ class MistralResize(ResizeRule):
     def plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         edge = check_edge(read_bound(bounds, "longest_edge", self.longest_edge), self.factor)
         size = round_to_fit(width, height, edge, self.factor)
-        self.check_planned((width, height), size, 1, "lower longest_edge")
-        side = self.config.patch.size
-        return ImageLayout.of_one_tile((1, size[1] // side, size[0] // side), side)
+        return self.plan_one_tile((width, height), size, "lower longest_edge")
 
     def list_arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         return {}

@@ -21,16 +21,10 @@ Resize = Callable[[NDArray[np.uint8], tuple[int, int]], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class ResizeRule(ABC):
-    """Computes from the settings files alone the tiles and sizes of an image of a given size.
-
-    Raises:
-        UsageError: an option that the rule does not have.
-    """
+    """Computes from the settings files alone the tiles and sizes of an image of a given size."""
 
     BOUNDS: ClassVar[tuple[str, ...]] = ()
     """Supported keys of :class:`Bounds`."""
-    WITHOUT_BOUNDS: ClassVar[str] = "its images all have one size"
-    """Reason for rejecting other bounds; ends a message."""
     OPTIONS: ClassVar[tuple[str, ...]] = PIXEL_OPTIONS
     """Names allowed in ``source.options``."""
     PROCESSORS: ClassVar[Collection[str]] = ()
@@ -74,11 +68,7 @@ class ResizeRule(ABC):
         """Returns the settings in the form that transformers accepts, for loading and for calls."""
 
     def plan_video(self, frames: int, width: int, height: int, bounds: Bounds) -> ImageLayout:
-        """Computes the layout of a video of ``frames`` frames whose size is within the limits.
-
-        Raises:
-            UsageError: the tower takes no videos.
-        """
+        """Computes the layout of a video of ``frames`` frames whose size is within the limits."""
         raise UsageError(
             f"this tower takes no video: the {self.config.family} family encodes still images only; "
             "encode the frames one by one"
@@ -116,9 +106,16 @@ class ResizeRule(ABC):
         if foreign:
             allowed = f"bounds may be {' and '.join(self.BOUNDS)}" if self.BOUNDS else "no bounds are allowed"
             raise UsageError(
-                f"for the resizing rule of the {self.config.family} family {allowed}, got {list_names(foreign)}; "
-                f"{self.WITHOUT_BOUNDS}"
+                f"for the resizing rule of the {self.config.family} family {allowed}, got {list_names(foreign)}"
             )
+
+    def plan_one_tile(
+        self, original: tuple[int, int], planned: tuple[int, int], advice: str, temporal: int = 1
+    ) -> ImageLayout:
+        """Makes the layout of an image (or video) resized to the ``planned`` width and height, if within the limits."""
+        self.check_planned(original, planned, 1, advice)
+        side = self.config.patch.size
+        return ImageLayout.of_one_tile((temporal, planned[1] // side, planned[0] // side), side)
 
     def check_planned(self, original: tuple[int, int], planned: tuple[int, int], tiles: int, advice: str) -> None:
         """Raises unless ``tiles`` images of the ``planned`` width and height are within the limits."""
@@ -130,14 +127,16 @@ class ResizeRule(ABC):
                 f"limit is {limit} pixels; {advice}, or pass Limits(max_planned_pixels=...)"
             )
 
-    def check_grid(self, grid: Grid, size: tuple[int, int]) -> None:
-        """Raises unless the tower can process tiles of this grid, made of ``size`` (width, height) pixels."""
-        patches, merge, (_, rows, columns) = self.config.num_patches, self.config.merge, grid
+    def check_grid(self, size: tuple[int, int]) -> Grid:
+        """Returns the grid of tiles of ``size`` (width, height) pixels; raises unless the tower can process it."""
+        patches, merge, side = self.config.num_patches, self.config.merge, self.config.patch.size
+        rows, columns = size[1] // side, size[0] // side
         if (patches is not None and (rows != columns or rows * columns != patches)) or any(
-            side < 1 or side % merge for side in (rows, columns)
+            count < 1 or count % merge for count in (rows, columns)
         ):
             wanted = f"{patches} patches in a square" if patches is not None else f"multiples of {merge}"
             raise ProcessorError(
                 f"the image processor of {self.source.folder} must make {wanted}, got {rows} × {columns} patches from "
                 f"{size[0]} × {size[1]} pixels; the processor's file and config.json belong to different models"
             )
+        return 1, rows, columns

@@ -33,38 +33,28 @@ LARGEST_RATIO = 200
 """Greatest longer side ÷ shorter side for which the rule is defined."""
 
 
-def smart_resize(width: int, height: int, factor: int, area: Area) -> tuple[int, int]:
+def smart_resize(
+    width: int, height: int, factor: int, area: Area, frames: int = 1, temporal: int = 1
+) -> tuple[int, int]:
     """Computes the width and height of a resized image: multiples of ``factor``, the area within ``area``.
 
     Ties are rounded to the even multiple.  The scale comes from the original sides, not from the rounded ones.
 
-    Raises:
-        AspectRatioError: one side more than 200 times the other.
+    Several frames together stay within ``area``: the rule of
+    ``transformers.models.qwen3_vl.video_processing_qwen3_vl.smart_resize``.  A frame smaller than ``factor`` is enlarged
+    first, and the number of frames is rounded to ``temporal``.
     """
-    _check_ratio(width, height)
-    return _scale(width, height, 1, 1, factor, area)
-
-
-def smart_resize_video(frames: int, width: int, height: int, temporal: int, factor: int, area: Area) -> tuple[int, int]:
-    """Computes the width and height of every frame of a video, whose frames together stay within ``area``.
-
-    The rule of ``transformers.models.qwen3_vl.video_processing_qwen3_vl.smart_resize``: a frame smaller than ``factor``
-    is enlarged first, and the number of frames is rounded to ``temporal``.
-
-    Raises:
-        AspectRatioError: one side more than 200 times the other.
-    """
-    if width < factor or height < factor:
+    if frames > 1 and min(width, height) < factor:
         scale = max(factor / height, factor / width)
         width, height = int(width * scale), int(height * scale)
-    _check_ratio(width, height)
-    return _scale(width, height, frames, round(frames / temporal) * temporal, factor, area)
-
-
-def _scale(width: int, height: int, frames: int, rounded_frames: int, factor: int, area: Area) -> tuple[int, int]:
+    if max(width, height) / min(width, height) > LARGEST_RATIO:
+        raise AspectRatioError(
+            f"the aspect ratio must be at most {LARGEST_RATIO}, for which the model's resizing rule is defined, "
+            f"got {width} × {height} pixels; crop it"
+        )
     least, greatest = area
     columns, rows = round(width / factor), round(height / factor)
-    rounded = rounded_frames * columns * factor * rows * factor
+    rounded = round(frames / temporal) * temporal * columns * factor * rows * factor
     if rounded > greatest:
         shrink = math.sqrt(frames * width * height / greatest)
         return (
@@ -77,24 +67,11 @@ def _scale(width: int, height: int, frames: int, rounded_frames: int, factor: in
     return columns * factor, rows * factor
 
 
-def _check_ratio(width: int, height: int) -> None:
-    if max(width, height) / min(width, height) > LARGEST_RATIO:
-        raise AspectRatioError(
-            f"the aspect ratio must be at most {LARGEST_RATIO}, for which the model's resizing rule is defined, "
-            f"got {width} × {height} pixels; crop it"
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class SmartResize(ResizeRule):
-    """Makes one tile, resized to multiples of a token's side, with the area within bounds.
-
-    Attributes:
-        frame_budget: ``"per_frame"``: the bounds of the area hold for every frame; ``"per_video"``: for all together.
-    """
+    """Makes one tile, resized to multiples of a token's side, with the area within bounds."""
 
     BOUNDS: ClassVar[tuple[str, ...]] = ("min_pixels", "max_pixels")
-    WITHOUT_BOUNDS: ClassVar[str] = "the rule bounds the area of an image, not its sides"
     OPTIONS: ClassVar[tuple[str, ...]] = (*PIXEL_OPTIONS, "min_pixels", "max_pixels")
     PROCESSORS: ClassVar[Collection[str]] = (
         "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil",
@@ -103,6 +80,7 @@ class SmartResize(ResizeRule):
     CALL_ARGUMENTS: ClassVar[Mapping[str, Any]] = {"temporal_patch_size": 1}
 
     frame_budget: Literal["per_frame", "per_video"] = "per_frame"
+    """Scope of a video's area: every frame, or all frames together."""
 
     @cached_property
     def image_area(self) -> Area:
@@ -123,7 +101,8 @@ class SmartResize(ResizeRule):
 
     def plan(self, width: int, height: int, bounds: Bounds) -> ImageLayout:
         area = self._bound_area(self.image_area, bounds, 1)
-        return self._plan_tile(1, (width, height), smart_resize(width, height, self.factor, area))
+        size = smart_resize(width, height, self.factor, area)
+        return self.plan_one_tile((width, height), size, "lower max_pixels")
 
     def plan_video(self, frames: int, width: int, height: int, bounds: Bounds) -> ImageLayout:
         temporal = self.config.patch.temporal
@@ -135,7 +114,7 @@ class SmartResize(ResizeRule):
             )
         if self.frame_budget == "per_video":
             area = self._bound_area(self.frame_area, bounds, temporal)
-            size = smart_resize_video(frames, width, height, temporal, self.factor, area)
+            size = smart_resize(width, height, self.factor, area, frames, temporal)
         else:
             size = smart_resize(width, height, self.factor, self._bound_area(self.frame_area, bounds, 1))
         patches = ceil_div(frames, temporal)
@@ -146,7 +125,7 @@ class SmartResize(ResizeRule):
                 f"{planned} pixels in all; the limit is {limit}; take fewer frames, lower max_pixels, or pass "
                 "Limits(max_video_pixels=...)"
             )
-        return self._plan_tile(patches, (width, height), size)
+        return self.plan_one_tile((width, height), size, "lower max_pixels", patches)
 
     def list_arguments(self, bounds: Bounds) -> Mapping[str, Any]:
         least, greatest = self._bound_area(self.image_area, bounds, 1)
@@ -160,11 +139,6 @@ class SmartResize(ResizeRule):
             "temporal_patch_size": patch.temporal,
             "do_resize": True,
         }
-
-    def _plan_tile(self, temporal: int, original: tuple[int, int], size: tuple[int, int]) -> ImageLayout:
-        self.check_planned(original, size, 1, "lower max_pixels")
-        side = self.config.patch.size
-        return ImageLayout.of_one_tile((temporal, size[1] // side, size[0] // side), side)
 
     def _bound_area(self, area: Area, bounds: Bounds, frames: int) -> Area:
         """Applies the caller's ``bounds`` to the checkpoint's ``area``, which must have room for ``frames`` tokens."""
