@@ -112,8 +112,7 @@ def test_only_baselines_count_as_best_of_torch(monkeypatch):
     prepared = replace(
         case.prepare(CPU),
         baselines={"a": named["a"]},
-        parts={"half": named["half"]},
-        own={"ours, apart": named["ours, apart"]},
+        others={"half": named["half"], "ours, apart": named["ours, apart"]},
     )
     monkeypatch.setattr(Case, "prepare", lambda *_: prepared)
     row = benchmark.measure(case, CPU, Roofline(1e12, 1e11, "made up"))

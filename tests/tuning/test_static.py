@@ -25,8 +25,6 @@ SAMPLE = [
     TowerRun("qwen2_vl", (4096,), "uint8"),
     TowerRun("siglip", (1024,)),
 ]
-MOST_PER_SCORE = {"64": 5.3, "72": 4.0, "80": 5.9}
-"""Head dim → largest number of thread instructions per attention score on sm_90."""
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +42,11 @@ def test_towers_launch_kernels_without_spills(sm_90):
 
 
 def test_reports_cover_the_kernels_of_a_block(sm_90):
-    names = {report.kernel for report in sm_90}
+    names = {report.kernel.removeprefix("_").removesuffix("_kernel") for report in sm_90}
     assert names >= {
-        "_patch_projection_kernel",
-        "_norm_kernel",
-        "_qkv_projection_kernel",
-        "_attention_fixed_kernel",
-        "_linear_kernel",
-        "_partial_kernel",
-        "_reduce_kernel",
-        "_rotary_table_kernel",
-        "_attention_pooling_kernel",
-    }
+        "patch_projection", "norm", "qkv_projection", "attention_fixed", "linear", "partial", "reduce", "rotary_table",
+        "attention_pooling",
+    }  # fmt: skip
     assert {model for report in sm_90 for model in report.models} == {"qwen2_vl", "siglip"}
 
 
@@ -65,8 +56,8 @@ def test_attention_takes_few_instructions_per_score(sm_90):
         for report in sm_90
         if report.kernel == "_attention_fixed_kernel"
     }
-    assert found["siglip"] <= MOST_PER_SCORE["72"]
-    assert found["qwen2_vl"] <= MOST_PER_SCORE["80"]
+    assert found["siglip"] <= 4.0
+    assert found["qwen2_vl"] <= 5.9
 
 
 @pytest.mark.slow
@@ -83,9 +74,7 @@ def test_every_model_compiles_without_spills():
 
 def test_the_kept_report_covers_every_architecture():
     text = document_path().read_text(encoding="utf-8")
-    assert {line.split("|")[1].strip() for line in text.splitlines() if re.match(r"\| (sm_|gfx)", line)} == set(
-        ARCHITECTURES
-    )
+    assert set(re.findall(r"^\| (\w+)", text, re.MULTILINE)) == {"architecture", *ARCHITECTURES}
     assert "does not compile" not in text
 
 
@@ -101,10 +90,10 @@ def test_a_failing_run_only_fails_itself():
 def test_a_spilling_kernel_is_a_problem(sm_90):
     linear = next(report for report in sm_90 if report.kernel == "_linear_kernel")
     assert linear.problems == []
-    spilling = replace(linear, compiled=replace(linear.compiled, spills=3))
-    assert spilling.problems == ["spills registers (3 instructions, 0 bytes of stack)"]
-    without = replace(linear, compiled=replace(linear.compiled, tensor_core={}))
-    assert without.problems == ["has no HGMMA instruction"]
+    spilling = replace(linear, compiled=replace(linear.compiled, spills=3, tensor_core={}))
+    assert spilling.problems == [
+        "spills registers (3 instructions, 0 bytes of stack)", "has no HGMMA instruction"
+    ]  # fmt: skip
 
 
 def test_unknown_names_are_rejected():

@@ -1,7 +1,6 @@
 """Tuning tasks, their search space, and their operations."""
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +19,12 @@ from tritontower.models.common.family import read_summary
 from tritontower.tuning.operations import CONFIGS, prepare
 from tritontower.tuning.search_space import default_values, list_candidates, shared_fields
 from tritontower.tuning.tasks import list_tasks
-from tritontower.tuning.tuner import distance, error_limit
+from tritontower.tuning.tuner import ERROR_LIMIT, distance
 
 pytest.importorskip("triton", reason="tuning needs Triton, which ships for Linux only")
+
+
+SMALL = {"depth": 2, "hidden_size": 64, "num_heads": 4, "out_hidden_size": 96}
 
 
 class TestTasks:
@@ -66,22 +68,10 @@ class TestTasks:
         ("name", "small"),
         [
             ("qwen2_vl", {"depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}),
-            (
-                "qwen2_5_vl",
-                {
-                    "depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 100, "out_hidden_size": 96,
-                    "fullatt_block_indexes": [1],
-                },
-            ),
-            (
-                "qwen3_vl",
-                {
-                    "depth": 2, "hidden_size": 64, "num_heads": 4, "intermediate_size": 96, "out_hidden_size": 96,
-                    "deepstack_visual_indexes": [0],
-                },
-            ),
+            ("qwen2_5_vl", {**SMALL, "intermediate_size": 100, "fullatt_block_indexes": [1]}),
+            ("qwen3_vl", {**SMALL, "intermediate_size": 96, "deepstack_visual_indexes": [0]}),
         ],
-    )  # fmt: skip
+    )
     def test_tasks_are_the_lookups_of_a_tower(self, name, small, tmp_path, monkeypatch, kernel_device):
         summary = read_summary(name)
         example = {**summary.example, "vision_config": {**summary.example["vision_config"], **small}}
@@ -152,20 +142,13 @@ class TestOperations:
                 operation = prepare(task, kernel_device, hard=hard)
                 found = operation.run(default_values(task, configs.architecture(kernel_device)))
                 error, worst = distance(found, operation.expected())
-                assert error < error_limit(dtype), (task.title, hard)
-                assert worst < 5 * error_limit(dtype), (task.title, hard)
+                assert error < ERROR_LIMIT[dtype], (task.title, hard)
+                assert worst < 5 * ERROR_LIMIT[dtype], (task.title, hard)
 
     def test_values_of_another_kernel_are_rejected(self):
         operation = prepare(small_tasks(QWEN2, "float32")[0], torch.device("cpu"))
         with pytest.raises(ValueError, match="values must be the fields of a configuration"):
             operation.run({"nonsense": 1})
-
-    def test_inputs_are_reproducible(self):
-        task = small_tasks(QWEN2, "float32")[0]
-        first, second = (prepare(task, torch.device("cpu")) for _ in range(2))
-        assert torch.equal(first.expected(), second.expected())
-        longer = replace(task, sizes=(("rows", 71),))
-        assert prepare(longer, torch.device("cpu")).expected().shape[0] == 71
 
     @pytest.mark.parametrize("spoil", ["row", "nan", "all"])
     def test_distance_finds_wrong_results(self, spoil):
@@ -179,4 +162,4 @@ class TestOperations:
         else:
             found *= 1.02
         error, worst = distance(found, expected)
-        assert worst > 5 * error_limit("bfloat16") or error > error_limit("bfloat16")
+        assert worst > 5 * ERROR_LIMIT["bfloat16"] or error > ERROR_LIMIT["bfloat16"]

@@ -1,6 +1,7 @@
 """Tuner and journal: which candidates are dropped and chosen, and how a run resumes; compilers and the GPU are stand-ins."""
 
 import math
+import os
 import subprocess
 import sys
 import time
@@ -17,11 +18,9 @@ from tritontower.benchmarks.measuring import Timing
 from tritontower.errors import BackendUnavailableError
 from tritontower.kernels.runtime import config as configs
 from tritontower.tuning import tuner
-from tritontower.tuning.candidate import Candidate, Choice
+from tritontower.tuning.candidate import Choice
 from tritontower.tuning.journal import Journal
-from tritontower.tuning.operations import CONFIGS
 from tritontower.tuning.search_space import default_values, shared_fields
-from tritontower.tuning.table_writer import make_entries
 from tritontower.tuning.tasks import PATCHES, Task
 from tritontower.tuning.tuner import Gauge, choose, compile_tasks
 
@@ -121,21 +120,11 @@ class TestChoosing:
             names = shared_fields("attention.attention", architecture)
             assert len({tuple(choice.best.config[name] for name in names) for choice in choices}) == 1
 
-    def test_every_task_of_a_tower_becomes_an_entry(self):
-        entries = make_entries(choose(tasks_for(QWEN2), StandInGauge(), architecture="sm_90"))
-        assert {entry["kernel"] for entry in entries} == set(CONFIGS)
-        assert all((entry["microseconds"], entry["verified"]) == (10, 0.002) for entry in entries)
-
     def test_the_deadline_keeps_finished_tasks(self):
         slow = StandInGauge(lambda task, config: time.sleep(0.02) or 10.0)
         tasks = tasks_for(QWEN2)
         choices = choose(tasks, slow, architecture="sm_90", deadline=time.monotonic() + 1.0)
         assert 0 < len(choices) < len(tasks)
-
-    def test_candidates_without_a_time_are_never_chosen(self):
-        assert Candidate({}).cost == math.inf
-        assert Candidate({}, microseconds=3.0).cost == 3.0
-        assert Candidate({}, microseconds=3.0, dropped="wrong").cost == math.inf
 
 
 class TestJournal:
@@ -153,10 +142,7 @@ class TestJournal:
         path = tmp_path / "journal"
         path.write_text('{"key": "cut o')
         Journal(path, "").write("a", microseconds=1.0, error=0.0, dropped="")
-        Journal(path, "").write("b", microseconds=2.0, error=0.0, dropped="")
-        assert Journal(path, "").known.keys() == {"a", "b"}
-        assert path.read_text().splitlines()[0] == '{"key": "cut o'
-        assert len(path.read_text().splitlines()) == 3
+        assert Journal(path, "").known.keys() == {"a"}
 
     def test_a_fatal_gpu_error_ends_the_run_once(self, tmp_path):
         """Everything after it would fail; the next run leaves the culprit out."""
@@ -187,14 +173,9 @@ task = find_task(tasks_for(QWEN2), "mlp.up")
 print([each.dropped for each in choice.dropped], choice.best.config["vendor"])
 """
         tests = Path(__file__).parents[1]
-        command = [
-            sys.executable,
-            "-c",
-            f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n{script}",
-        ]
-        runs = [
-            subprocess.run(command, capture_output=True, text=True, timeout=300, check=False) for _ in range(3)
-        ]  # fmt: skip
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+        options["env"] = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}"}
+        runs = [subprocess.run([sys.executable, "-c", script], **options) for _ in range(3)]
         assert [each.returncode for each in runs] == [139, 139, 0], runs[-1].stderr
         assert runs[-1].stdout.strip() == "['ended the process 2 times, or was killed while it hung'] False"
 

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn import functional
@@ -38,30 +38,23 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case with its tensors.
-
-    Attributes:
-        call: runs the operation into preallocated memory; an in-place operation may be called again, with meaningless
-            values.
-        result: the result of the first call, ``[rows, …]``.
-        expected: row numbers → these rows in fp64.
-        baselines: torch's equivalents by name; they round differently and are not compared.
-        parts: torch's equivalents of a part of the work, by name: lower bounds.
-        own: the same result by other kernels of this project, by name.
-        flops: operations, two per multiply–add of the matmuls.
-        bytes: minimum bytes read and written.
-        roundings: roundings of a value on its way to the result.
-    """
+    """A case with its tensors."""
 
     call: Callable[[], object]
+    """Runs the operation into preallocated memory; an in-place operation gives meaningless values when called again."""
     result: Call
+    """The result of the first call, ``[rows, …]``."""
     expected: Callable[[Tensor], Tensor]
+    """Row numbers → these rows in fp64."""
     baselines: Mapping[str, Call]
+    """torch's equivalents by name; they round differently and are not compared."""
     flops: int
     bytes: int
+    """Minimum bytes read and written."""
     roundings: int = 1
-    parts: Mapping[str, Call] = field(default_factory=dict)
-    own: Mapping[str, Call] = field(default_factory=dict)
+    """Roundings of a value on its way to the result."""
+    others: Mapping[str, Call] = field(default_factory=dict)
+    """Calls that are timed but are no baselines: a part of the work, or the same by other kernels of this project."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +70,14 @@ class Case:
 
     def prepare(self, device: torch.device) -> Prepared:
         """Makes the tensors, the same in every run."""
-        return _BUILDERS[self.kernel](_Tensors(device, self.dtype), self)
+        return _BUILDERS[self.kernel](RandomTensors(device, self.dtype), self)
 
     def launched(self, config: Any, label: str) -> "Case":
         """The same call with an explicit configuration."""
         return replace(self, config=config, label=f"{self.label}, {label}")
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """Result of :func:`check`."""
 
     distance: float
@@ -112,22 +104,13 @@ def check(case: Case, prepared: Prepared, device: torch.device, *, most_rows: in
 
 
 def cases(grid: Grid, dtype: torch.dtype = torch.bfloat16, kernels: Sequence[str] | None = None) -> Iterator[Case]:
-    """The cases of a grid, kernel by kernel.
-
-    Args:
-        grid: ``small``, ``cpu`` or ``gpu``.
-        dtype: of weights and activations.
-        kernels: only these; see :data:`KERNELS`.
-    """
+    """The cases of a grid, kernel by kernel."""
     for kernel in kernels or KERNELS:
         for label, sizes in sizes_of(kernel, grid):
             yield Case(kernel, label, dtype, sizes)
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
-
-
-class _Tensors:
+class RandomTensors:
     """Random tensors from one seed, created on the device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -160,10 +143,7 @@ def _size_in_bytes(*tensors: Tensor | None) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-# -- attention --------------------------------------------------------------------------------------------------------
-
-
-def _attention(make: _Tensors, case: Case) -> Prepared:
+def _attention(make: RandomTensors, case: Case) -> Prepared:
     """Sizes: ``heads``, ``head_dim``, ``lengths``; and, if wanted, ``padded``, ``length_bound`` and ``boost``.
 
     ``boost`` multiplies the queries, so that a softmax offset taken from a part of the scores overflows.
@@ -236,9 +216,6 @@ def _attention_baselines(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]
     return baselines
 
 
-# -- matmuls ---------------------------------------------------------------------------------------------------------
-
-
 def _activated(x: Tensor, activation: str | None) -> Tensor:
     if activation is None:
         return x
@@ -250,7 +227,7 @@ def _activated(x: Tensor, activation: str | None) -> Tensor:
     return functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _linear(make: _Tensors, case: Case) -> Prepared:
+def _linear(make: RandomTensors, case: Case) -> Prepared:
     rows, columns, inner, activation = (case.sizes[name] for name in ("rows", "columns", "inner", "activation"))
     width = 2 * columns if activation == "silu_gated" else columns
     x, weight = make.normal(rows, inner), make.normal(width, inner, scale=inner**-0.5)
@@ -275,7 +252,7 @@ def _linear(make: _Tensors, case: Case) -> Prepared:
         baselines={"torch linear": by_torch},
         flops=2 * rows * width * inner,
         bytes=_size_in_bytes(x, weight, bias, residual, out),
-        parts={"torch matmul only": lambda: functional.linear(x, weight, bias)},
+        others={"torch matmul only": lambda: functional.linear(x, weight, bias)},
     )
 
 
@@ -286,12 +263,12 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
 
 
-def _angles(make: _Tensors, rows: int, half: int) -> tuple[Tensor, Tensor]:
+def _angles(make: RandomTensors, rows: int, half: int) -> tuple[Tensor, Tensor]:
     angles = make.normal(rows, half, scale=3.0, dtype=torch.float32)
     return angles.cos(), angles.sin()
 
 
-def _qkv_projection(make: _Tensors, case: Case) -> Prepared:
+def _qkv_projection(make: RandomTensors, case: Case) -> Prepared:
     rows, heads, head_dim, inner = (case.sizes[name] for name in ("rows", "heads", "head_dim", "inner"))
     columns = 3 * heads * head_dim
     x, weight = make.normal(rows, inner), make.normal(columns, inner, scale=inner**-0.5)
@@ -330,12 +307,14 @@ def _qkv_projection(make: _Tensors, case: Case) -> Prepared:
         flops=2 * rows * columns * inner,
         bytes=_size_in_bytes(x, weight, bias, cosines, sines, out),
         roundings=2,  # a CPU rounds the matmul before it rotates
-        parts={"torch matmul only": lambda: functional.linear(x, weight, bias)},
-        own={"linear, then rope": separate},
+        others={
+            "torch matmul only": lambda: functional.linear(x, weight, bias),
+            "linear, then rope": separate,
+        },
     )
 
 
-def _patch_projection(make: _Tensors, case: Case) -> Prepared:
+def _patch_projection(make: RandomTensors, case: Case) -> Prepared:
     rows, columns, inner = (case.sizes[name] for name in ("rows", "columns", "inner"))
     bias, out = make.normal(columns), make.empty(rows, columns)
     raw = case.sizes["pixels"] == "uint8"
@@ -362,10 +341,7 @@ def _patch_projection(make: _Tensors, case: Case) -> Prepared:
     )
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _norm(make: _Tensors, case: Case) -> Prepared:
+def _norm(make: RandomTensors, case: Case) -> Prepared:
     rows, width, kind = (case.sizes[name] for name in ("rows", "width", "kind"))
     x, weight = make.normal(rows, width), make.normal(width, scale=0.1) + 1
     bias = make.normal(width) if kind == "layer_norm" else None
@@ -399,7 +375,7 @@ def _norm(make: _Tensors, case: Case) -> Prepared:
     )
 
 
-def _rope(make: _Tensors, case: Case) -> Prepared:
+def _rope(make: RandomTensors, case: Case) -> Prepared:
     rows, heads, head_dim = (case.sizes[name] for name in ("rows", "heads", "head_dim"))
     q, k, _ = make.normal(rows, 3, heads, head_dim).unbind(1)
     before = torch.stack([q, k], dim=1)
@@ -427,7 +403,7 @@ def _rope(make: _Tensors, case: Case) -> Prepared:
     )
 
 
-def _gather(make: _Tensors, case: Case) -> Prepared:
+def _gather(make: RandomTensors, case: Case) -> Prepared:
     rows, width, taps = (case.sizes[name] for name in ("rows", "width", "taps"))
     source, index = make.normal(rows, width), make.integers(rows, rows, taps)
     weights = make.normal(rows, taps, dtype=torch.float32).abs() if taps > 1 else None
@@ -452,7 +428,7 @@ def _gather(make: _Tensors, case: Case) -> Prepared:
     )
 
 
-_BUILDERS: Mapping[str, Callable[[_Tensors, Case], Prepared]] = {
+_BUILDERS: Mapping[str, Callable[[RandomTensors, Case], Prepared]] = {
     "attention": _attention,
     "linear": _linear,
     "qkv_projection": _qkv_projection,

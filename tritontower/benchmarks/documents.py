@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 
+import tritontower
 from tritontower.engine import tuned_tables as tables
 
-from .measuring import Timing, provenance
+from .measuring import provenance
 
 SCHEMA = 2
 """Counts up whenever the fields of a document change their meaning."""
@@ -23,15 +25,7 @@ Document = dict[str, Any]
 
 
 class Report:
-    """Collects rows, and saves them after each one: a benchmark that is killed keeps what it measured.
-
-    Args:
-        bench: name of the benchmark.
-        device: where it runs.
-        dtype: of weights and activations.
-        path: a JSON file to write; ``None`` for none.
-        fields: more fields of the document.
-    """
+    """Collects rows and saves them to ``path`` after each one: a benchmark that is killed keeps what it measured."""
 
     def __init__(
         self,
@@ -71,9 +65,8 @@ class Report:
 def list_tuned_tables(gpu: str) -> dict[str, str]:
     """Lists the tables of tuned configurations that apply to a GPU, highest priority first.
 
-    Returns:
-        Name → the first 12 hexadecimal digits of the file's SHA-256.  A name is ``shipped:``, ``user:`` (the cache folder)
-        or ``chosen:`` (the environment's) and the file's, so that it holds no path of one machine.
+    A name is ``shipped:``, ``user:`` (the cache folder) or ``chosen:`` (the environment's) and the file's, so that it holds
+    no path of one machine.  A value is the first 12 hexadecimal digits of the file's SHA-256.
     """
     places = {tables.packaged_folder(): "shipped", tables.user_folder(): "user"}
     found: dict[str, str] = {}
@@ -107,23 +100,47 @@ def machine_slug(found: Mapping[str, Any]) -> str:
 
 def median_seconds(row: Mapping[str, Any], key: str = "seconds") -> dict[str, float]:
     """Candidate → median seconds of a row."""
-    return {name: median(seconds) for name, seconds in row[key].items()}
+    return {name: statistics.median(seconds) for name, seconds in row[key].items()}
 
 
-def median(seconds: Sequence[float]) -> float:
-    """The median of the times in a row."""
-    return Timing(tuple(seconds)).median
+def milliseconds(seconds: float | None, digits: int = 2) -> str | None:
+    """A cell of a table."""
+    return None if seconds is None else f"{1e3 * seconds:,.{digits}f}"
+
+
+def megabytes(size: int | None, digits: int = 0) -> str | None:
+    """A cell of a table."""
+    return None if size is None else f"{size / 1e6:,.{digits}f}"
+
+
+def list_failures(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """One line for each row without a result; ``names`` are the fields that name it."""
+    failed = [row for row in found["rows"] if row.get("status", "ok") != "ok"]
+    return [f"{row['status']}: {', '.join(str(row[name]) for name in names)}: {row['reason']}" for row in failed]
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes ``content`` completely or not at all; creates the folder."""
+    replace_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file in one step, so that no reader and no interruption sees half of it; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=2) + "\n")
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
+            file.write(text)
+        # mkstemp makes a file that only its owner can read.
+        os.chmod(name, 0o644)
+        os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        os.unlink(name)
         raise
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a child process that imports this checkout and does not interpret Triton."""
+    root = str(Path(tritontower.__file__).resolve().parent.parent)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))}

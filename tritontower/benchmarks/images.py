@@ -53,11 +53,7 @@ def truncate_depth(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 @contextmanager
 def family_checkpoint(title: str, *, dtype: torch.dtype, depth: int = 0) -> Iterator[Path]:
-    """A temporary checkpoint of a family at its published width, with random weights.
-
-    Raises:
-        UsageError: no family of this title that transformers reads as well.
-    """
+    """A temporary checkpoint of a family at its published width, with random weights."""
     summary = _find_family(title)
     with TemporaryDirectory() as folder:
         config = truncate_depth(summary.example, depth)
@@ -91,11 +87,7 @@ def noise_batch(tower: VisionTower, sizes: Sequence[tuple[int, int]]) -> PackedB
 
 
 def square_batch(tower: VisionTower, patches: int) -> PackedBatch:
-    """About ``patches`` patches of noise: one square image, or several where the size is fixed.
-
-    Raises:
-        UsageError: the tower takes no image of that size.
-    """
+    """About ``patches`` patches of noise: one square image, or several where the size is fixed."""
     config = tower.config
     if config.num_patches is None:
         count, side = 1, config.merge * max(1, round(patches**0.5 / config.merge))

@@ -13,15 +13,12 @@ from tritontower.engine.tuned_tables import fill_registry
 from tritontower.text_table import text_table
 
 from .cases import Case, Prepared, cases, check
-from .documents import Document, Report, describe_error, describe_machine
+from .documents import Document, Report, describe_error, describe_machine, list_failures
 from .measuring import Timing, time_on_device
 from .roofline import Roofline, measured_roofline, published_roofline
-from .shapes import Grid
 
 OURS = "tritontower"
 """Name of this project's candidate in every document."""
-
-COLUMNS = ("kernel", "case", "µs", "TFLOP/s", "GB/s", "% of roofline", "best of torch, µs", "ratio", "distance")
 
 
 def benchmark_kernels(
@@ -29,22 +26,10 @@ def benchmark_kernels(
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
     kernels: Sequence[str] | None = None,
-    grid: Grid | None = None,
     baselines: bool = True,
-    budget_seconds: float = 0.2,
     path: Path | None = None,
 ) -> Document:
-    """Times a grid of cases.
-
-    Args:
-        device: where.
-        dtype: of weights and activations.
-        kernels: only these; see :data:`tritontower.benchmarks.cases.KERNELS`.
-        grid: by default ``gpu`` or ``cpu``, by the device.
-        baselines: whether to time torch's equivalents.
-        budget_seconds: for one candidate of one case.
-        path: a file that gets the document after every row.
-    """
+    """Times a grid of cases, by default ``gpu`` or ``cpu``, and torch's equivalents."""
     fill_registry(device)
     measured = measured_roofline(device, dtype)
     published = published_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -57,8 +42,8 @@ def benchmark_kernels(
         roofline=roofline.as_dict(),
         measured_roofline=measured.as_dict(),
     )
-    for case in cases(grid or ("gpu" if device.type == "cuda" else "cpu"), dtype, kernels):
-        report.add(measure(case, device, roofline, baselines=baselines, budget_seconds=budget_seconds))
+    for case in cases("gpu" if device.type == "cuda" else "cpu", dtype, kernels):
+        report.add(measure(case, device, roofline, baselines=baselines))
     return report.finish()
 
 
@@ -111,7 +96,7 @@ def time_candidates(
 
     All use one clock: if one candidate cannot be captured in a CUDA graph, none is.
     """
-    others = {**prepared.baselines, **prepared.parts, **prepared.own} if baselines else {}
+    others = {**prepared.baselines, **prepared.others} if baselines else {}
 
     def timed(*, graph: bool) -> tuple[dict[str, Timing], dict[str, str]]:
         found = {OURS: time_on_device(prepared.call, device=device, budget_seconds=budget_seconds, graph=graph)}
@@ -135,9 +120,9 @@ def kernel_table(found: Mapping[str, Any]) -> str:
         f"Kernels, {found['dtype']}, {describe_machine(found)}\n"
         f"roofline: {_describe(found['roofline'])}; today: {_describe(found['measured_roofline'])}"
     )
-    table = text_table(title, COLUMNS, [_cells(row) for row in found["rows"]])
-    rest = [row for row in found["rows"] if row["status"] != "ok"]
-    return "\n".join([table, *(f"{row['status']}: {row['kernel']}, {row['case']}: {row['reason']}" for row in rest)])
+    columns = ("kernel", "case", "µs", "TFLOP/s", "GB/s", "% of roofline", "best of torch, µs", "ratio", "distance")
+    table = text_table(title, columns, [_cells(row) for row in found["rows"]])
+    return "\n".join([table, *list_failures(found, ("kernel", "case"))])
 
 
 def _cells(row: Mapping[str, Any]) -> Sequence[object]:

@@ -22,19 +22,6 @@ from tritontower.text_table import text_table
 from .documents import Document, Report
 from .towers import MakeBatch
 
-COLUMNS = (
-    "tower",
-    "blocks",
-    "batch",
-    "patches",
-    "a block, plain",
-    "a block, fused",
-    "forward, plain",
-    "forward, fused",
-    "of them library calls",
-    *ARCHITECTURES,
-)
-
 
 def launch_rows(tower: VisionTower, batches: Sequence[MakeBatch], title: str | None) -> Iterator[dict[str, Any]]:
     """The rows of one tower, which need not be loaded."""
@@ -76,17 +63,15 @@ def benchmark_launches(
 
 def launch_table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
+    columns = (
+        "tower", "blocks", "batch", "patches", "a block, plain", "a block, fused", "forward, plain", "forward, fused",
+        "of them library calls", *ARCHITECTURES,
+    )  # fmt: skip
     rows = [
         (
-            row["family"],
-            row["blocks"],
-            row["batch"],
+            *(row[name] for name in ("family", "blocks", "batch")),
             f"{row['patches']:,}",
-            row["plain_block"],
-            row["fused_block"],
-            row["plain_forward"],
-            row["fused_forward"],
-            row["library_calls"],
+            *(row[name] for name in ("plain_block", "fused_block", "plain_forward", "fused_forward", "library_calls")),
             *("{block} / {forward}".format(**row["architectures"][name]) for name in ARCHITECTURES),
         )
         for row in found["rows"]
@@ -94,6 +79,6 @@ def launch_table(found: Mapping[str, Any]) -> str:
     return text_table(
         "Launches on a GPU, counted from the graph: as defined (plain) and as run (fused), one launch per matmul;\n"
         "by architecture: a block / a forward pass with its default configurations, which split matmuls of few rows along K",
-        COLUMNS,
+        columns,
         rows,
     )

@@ -13,20 +13,8 @@ import torch
 
 from tritontower.text_table import text_table
 
-from .documents import Document, Report, describe_machine
+from .documents import Document, Report, describe_machine, megabytes
 from .subprocesses import measure_apart
-
-COLUMNS = (
-    "loaded by",
-    "files",
-    "seconds",
-    "peak growth, MB",
-    "weights, MB",
-    "read, MB",
-    "of files, MB",
-    "from disk, MB",
-    "on the GPU, MB",
-)
 
 
 def benchmark_loading(
@@ -38,24 +26,10 @@ def benchmark_loading(
     transformers: bool = True,
     path: Path | None = None,
 ) -> Document:
-    """Loads with the files in the system's cache, and once from the disk.
-
-    Args:
-        folder: the checkpoint.
-        device: where the weights go.
-        dtype: of the weights.
-        repeats: loads with cached files; the median counts.
-        transformers: whether to load transformers' model as well.
-        path: a file that gets the document after every row.
-    """
+    """Loads once from the disk, and ``repeats`` times with the files in the system's cache; the median counts."""
     report = Report("loading", device=device, dtype=dtype, path=path)
     for by in ("tritontower", "transformers") if transformers else ("tritontower",):
-        options = {
-            "folder": str(folder),
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": str(device),
-            "by": by,
-        }
+        options = {"folder": str(folder), "dtype": str(dtype).removeprefix("torch."), "device": str(device), "by": by}
         report.add({**measure_apart("load", **options, cold=True), "files": "on disk"})
         warm = [measure_apart("load", **options, cold=False) for _ in range(repeats)]
         seconds = [answer["seconds"] for answer in warm]
@@ -67,20 +41,24 @@ def benchmark_loading(
 
 def loading_table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
+    columns = (
+        "loaded by", "files", "seconds", "peak growth, MB", "weights, MB", "read, MB", "of files, MB", "from disk, MB",
+        "on the GPU, MB",
+    )  # fmt: skip
     rows = [
         (
             row["by"],
             row["files"],
             f"{row['seconds']:,.2f}",
-            f"{row['growth_bytes'] / 1e6:,.0f}",
-            f"{row['weights_bytes'] / 1e6:,.0f}",
+            megabytes(row["growth_bytes"]),
+            megabytes(row["weights_bytes"]),
             # transformers maps its files into memory; the bytes that it reads of them are not counted.
-            f"{row['read_bytes'] / 1e6:,.0f}" if row["read_bytes"] else None,
-            f"{row['files_bytes'] / 1e6:,.0f}",
+            megabytes(row["read_bytes"] or None),
+            megabytes(row["files_bytes"]),
             # Excludes file systems in memory, and files that the system kept cached despite the request.
-            f"{row['disk_bytes'] / 1e6:,.0f}" if row["files"] == "on disk" and row["disk_bytes"] else None,
-            f"{row['device_bytes'] / 1e6:,.0f}" if row["device_bytes"] else None,
+            megabytes(row["disk_bytes"] or None) if row["files"] == "on disk" else None,
+            megabytes(row["device_bytes"] or None),
         )
         for row in found["rows"]
     ]
-    return text_table(f"Loading, {found['dtype']}, {describe_machine(found)}", COLUMNS, rows)
+    return text_table(f"Loading, {found['dtype']}, {describe_machine(found)}", columns, rows)

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,23 +100,18 @@ def time_on_device(
     includes the first launch: compare such times only with others of the same :attr:`Timing.method`.  On a CPU the result
     is the wall time after reading more memory than the caches hold.
 
-    Args:
-        call: launches the same work on the current stream each time; it should allocate nothing.
-        device: where it runs.
-        budget_seconds: approximate total, seconds; the first call, which compiles, is not counted.
-        least: minimum number of samples, whatever they cost.
-        most: maximum number of samples.
-        graph: whether to try a CUDA graph.
-
-    Raises:
-        RuntimeError: the call is too short to be measured.
+    ``call`` launches the same work on the current stream each time and should allocate nothing.  From ``least`` to ``most``
+    samples are taken until ``budget_seconds`` have passed, the first call not counted.  A call that is too short to be
+    measured raises :class:`RuntimeError`.
     """
     call()
     if device.type != "cuda":
 
         def after_eviction() -> float:
             _evict_from_cpu()
-            return _clock(call)
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
 
         return _samples(after_eviction, budget_seconds, least, most, "clock")
     with torch.cuda.device(device):
@@ -150,7 +146,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         # With the build after the plus sign, which package metadata may omit.
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "transformers")},
+        **{name: version(name) for name in ("triton", "transformers") if find_spec(name)},
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -172,12 +168,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def portable_command(words: Sequence[str], folder: Path | None = None) -> str:
-    """A command line without paths of this machine.
-
-    Args:
-        words: the program and its arguments.
-        folder: absolute paths become relative to it, by default the working directory; others keep only their name.
-    """
+    """A command line without paths of this machine: relative to ``folder`` (the working directory), or a name alone."""
     folder = Path.cwd() if folder is None else folder
 
     def portable(word: str) -> str:
@@ -189,9 +180,6 @@ def portable_command(words: Sequence[str], folder: Path | None = None) -> str:
         return f"{option}{separator}{kept}"
 
     return shlex.join(["python", *map(portable, words[1:])])
-
-
-# -- clocks -----------------------------------------------------------------------------------------------------------
 
 
 def _samples(sample: Callable[[], float], budget_seconds: float, least: int, most: int, method: str) -> Timing:
@@ -224,12 +212,6 @@ def can_capture(device: torch.device) -> bool:
             torch.cuda.synchronize()
             return False
     return True
-
-
-def _clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -282,16 +264,6 @@ def _evict_from_cpu() -> None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# -- provenance ------------------------------------------------------------------------------------------------------------
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

@@ -10,18 +10,8 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.engine.executor import Executor
 from tritontower.text_table import text_table
 
-from .documents import Document, Report, describe_machine
+from .documents import Document, Report, describe_machine, megabytes
 from .subprocesses import measure_apart
-
-COLUMNS = (
-    "patches",
-    "allocated, MB",
-    "planned, MB",
-    "allocated ÷ planned",
-    "process grew, MB",
-    "weights, MB",
-    "beyond, MB",
-)
 
 
 def benchmark_memory(
@@ -44,23 +34,20 @@ def benchmark_memory(
 
 def memory_table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
+    columns = (
+        "patches", "allocated, MB", "planned, MB", "allocated ÷ planned", "process grew, MB", "weights, MB", "beyond, MB"
+    )  # fmt: skip
     rows = [
         (
             f"{row['patches']:,}",
-            _megabytes(row["allocated_bytes"]),
-            _megabytes(row["planned_bytes"]),
+            megabytes(row["allocated_bytes"], 1),
+            megabytes(row["planned_bytes"], 1),
             f"{row['allocated_bytes'] / row['planned_bytes']:.3f}",
-            _megabytes(row["growth_bytes"]),
-            _megabytes(row["weights_bytes"]),
-            _megabytes(row["beyond_bytes"]),
+            *(megabytes(row[name], 1) for name in ("growth_bytes", "weights_bytes", "beyond_bytes")),
         )
         for row in found["rows"]
     ]
-    return text_table(f"Peak memory, {found['dtype']}, {describe_machine(found)}", COLUMNS, rows)
-
-
-def _megabytes(size: int | None) -> str | None:
-    return None if size is None else f"{size / 1e6:,.1f}"
+    return text_table(f"Peak memory, {found['dtype']}, {describe_machine(found)}", columns, rows)
 
 
 def allocated_peak(call: Callable[[], object], device: torch.device) -> int:
@@ -91,11 +78,8 @@ def allocated_peak(call: Callable[[], object], device: torch.device) -> int:
 def forward_peak(executor: Executor, batch: PackedBatch) -> int:
     """Measures :attr:`MemoryPlan.peak_bytes`: bytes that a forward pass holds at once, besides the weights.
 
-    The forward pass runs twice, so that what is allocated once is excluded.
-
-    Args:
-        executor: its arena is released.
-        batch: on the executor's device; its inputs are added to the measured bytes.
+    The forward pass runs twice, so that what is allocated once is excluded.  The executor's arena is released; the inputs of
+    the batch are added to the measured bytes.
     """
     executor.run(batch)
     executor.release()

@@ -23,7 +23,7 @@ from tritontower import VisionTower
 from tritontower.preprocessing.images.decode import decode_image
 from tritontower.text_table import text_table
 
-from .documents import Document, Report, describe_machine, median_seconds
+from .documents import Document, Report, describe_machine, list_failures, median_seconds, milliseconds
 from .images import noise_images
 from .measuring import interleaved
 
@@ -48,24 +48,12 @@ DEFAULT_SIZES: Mapping[str, Sizes] = {
 
 
 def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repeats: int = 5) -> dict[str, Any]:
-    """Compares the pixels, then times every candidate; returns the row.
-
-    Args:
-        tower: its weights are not needed.
-        label: name of the images.
-        sizes: their widths and heights.
-        repeats: measured turns of each candidate.
-    """
+    """Compares the pixels, then times every candidate; returns the row.  The tower needs no weights."""
     images = [Image.fromarray(array) for array in noise_images(sizes)]
-
     preprocessor = tower.preprocessor
-
-    def by_transformers() -> object:
-        return preprocessor.processor(images=images, return_tensors="pt")
-
     calls: dict[str, Callable[[], object]] = {
         OURS: lambda: tower.preprocess(images, raw=False),
-        THEIRS: by_transformers,
+        THEIRS: lambda: preprocessor.processor(images=images, return_tensors="pt"),
         DIGESTS: lambda: tuple(tower.preprocess(images, raw=False).images.content_hashes),
     }
     decoded = [decode_image(image, index=index) for index, image in enumerate(images)]
@@ -104,35 +92,12 @@ def preprocessing_table(found: Mapping[str, Any]) -> str:
             rows.append((row["label"], *[None] * 7, "FAILED"))
             continue
         seconds, in_turn = median_seconds(row), median_seconds(row, "in_turn")
-        rows.append(
-            (
-                row["label"],
-                _milliseconds(seconds[OURS]),
-                _milliseconds(seconds[DIGESTS]),
-                _milliseconds(seconds[PIXELS]),
-                _milliseconds(seconds[BYTES]) if BYTES in seconds else None,
-                _milliseconds(seconds[THEIRS]),
-                f"{seconds[THEIRS] / seconds[OURS]:.1f}",
-                f"{in_turn[THEIRS] / in_turn[OURS]:.1f}",
-                f"{row['distance']:.1e}",
-            )
-        )
+        cells = [milliseconds(seconds.get(name)) for name in (OURS, DIGESTS, PIXELS, BYTES, THEIRS)]
+        ratios = [f"{times[THEIRS] / times[OURS]:.1f}" for times in (seconds, in_turn)]
+        rows.append((row["label"], *cells, *ratios, f"{row['distance']:.1e}"))
     columns = (
-        "images",
-        "tritontower, ms",
-        "with digests, ms",
-        "pixels alone, ms",
-        "in bytes, ms",
-        "transformers, ms",
-        "ratio",
-        "first calls",
-        "distance",
-    )
-    lines = [text_table(f"Preprocessing, {describe_machine(found)}", columns, rows)]
-    return "\n".join(
-        [*lines, *(f"failed: {row['label']}: {row['reason']}" for row in found["rows"] if "reason" in row)]
-    )
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:,.2f}"
+        "images", "tritontower, ms", "with digests, ms", "pixels alone, ms", "in bytes, ms", "transformers, ms",
+        "ratio", "first calls", "distance",
+    )  # fmt: skip
+    table = text_table(f"Preprocessing, {describe_machine(found)}", columns, rows)
+    return "\n".join([table, *list_failures(found, ("label",))])

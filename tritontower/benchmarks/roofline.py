@@ -22,13 +22,9 @@ class Roofline:
     """Bytes per second to and from memory."""
     source: str
 
-    def seconds(self, flops: int, moved: int) -> float:
-        """Lower bound for the time of this work, seconds."""
-        return max(flops / self.flops, moved / self.bytes)
-
     def share(self, flops: int, moved: int, seconds: float) -> float:
         """Share of the roofline that was reached; above 1 where the data stay in a cache."""
-        return self.seconds(flops, moved) / seconds if seconds else 0.0
+        return max(flops / self.flops, moved / self.bytes) / seconds if seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for a document."""
@@ -52,26 +48,16 @@ PUBLISHED: tuple[tuple[str, float, float, str], ...] = (
 
 def published_roofline(name: str) -> Roofline | None:
     """Published limits of a device; ``None`` if the table lacks it."""
-    for part, tflops, gigabytes, source in PUBLISHED:
-        if part in name:
-            return Roofline(tflops * 1e12, gigabytes * 1e9, source)
-    return None
+    return next(
+        (Roofline(tflops * 1e12, rate * 1e9, source) for part, tflops, rate, source in PUBLISHED if part in name), None
+    )
 
 
-def measured_roofline(
-    device: torch.device, dtype: torch.dtype, *, side: int | None = None, copied_bytes: int | None = None
-) -> Roofline:
-    """Measures the vendor library's matmul of two square matrices, and a copy within device memory.
-
-    Args:
-        device: where.
-        dtype: of the matrices.
-        side: rows and columns; 8192 on a GPU, 1536 on a CPU.
-        copied_bytes: size of the copy; 2 GiB on a GPU, 256 MiB on a CPU.
-    """
+def measured_roofline(device: torch.device, dtype: torch.dtype, *, side: int | None = None) -> Roofline:
+    """Measures the vendor library's matmul of two ``side`` × ``side`` matrices, and a copy within device memory."""
     on_gpu = device.type == "cuda"
     side = side or (8192 if on_gpu else 1536)
-    copied_bytes = copied_bytes or (2 * 2**30 if on_gpu else 256 * 2**20)
+    copied_bytes = 2 * 2**30 if on_gpu else 256 * 2**20
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     result = torch.empty_like(left)
     matmul = time_on_device(lambda: torch.mm(left, right, out=result), device=device, budget_seconds=1.0)

@@ -12,6 +12,8 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Node
 from tritontower.text_table import text_table
 
+from .documents import milliseconds
+
 
 def node_seconds(tower: VisionTower, batch: PackedBatch, repeats: int = 3) -> dict[str, float]:
     """Median seconds of each node kind in one forward pass, the most expensive kind first.
@@ -49,11 +51,7 @@ def split_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """A table of :func:`node_seconds`: one line per batch, kinds as columns."""
     kinds = list(dict.fromkeys(kind for seconds in rows.values() for kind in seconds))
     cells = [
-        (name, *(_milliseconds(seconds.get(kind)) for kind in kinds), _milliseconds(sum(seconds.values())))
+        (name, *(milliseconds(seconds.get(kind), 1) for kind in kinds), milliseconds(sum(seconds.values()), 1))
         for name, seconds in rows.items()
     ]
     return text_table("Milliseconds by node kind", ("batch", *kinds, "sum"), cells)
-
-
-def _milliseconds(seconds: float | None) -> str | None:
-    return None if seconds is None else f"{1e3 * seconds:,.1f}"

@@ -16,21 +16,18 @@ from typing import Any
 
 import torch
 
-import tritontower
 from tritontower import VisionTower
 from tritontower.parity.parity import Reference
 
+from .documents import child_environment
 from .images import square_batch
 
 
 def measure_apart(measurement: str, **options: Any) -> dict[str, Any]:
     """Runs one of this module's measurements in a fresh process and returns its result."""
-    root = str(Path(tritontower.__file__).resolve().parent.parent)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH", "")]))
     options = {"threads": torch.get_num_threads(), **options}
     command = [sys.executable, "-m", f"{__package__}.subprocesses", measurement, json.dumps(options)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    child = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(
             f"the process that measures {measurement!r} exited with {child.returncode}: {child.stderr[-600:]}"
@@ -44,11 +41,7 @@ def peak_bytes() -> int:
 
     ``getrusage`` is unsuitable: its figure survives ``exec`` and starts at the parent's.
     """
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return 1024 * next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+    return 1024 * _read_proc("status", "VmHWM:")
 
 
 def forget_files(folder: Path) -> None:
@@ -64,12 +57,13 @@ def forget_files(folder: Path) -> None:
             os.close(handle)
 
 
-def _bytes_from_disk() -> int:
+def _read_proc(name: str, field: str) -> int:
+    """Returns a number of this process from Linux; 0 elsewhere."""
     try:
-        lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+        lines = Path(f"/proc/self/{name}").read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
 def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str, Any]:
@@ -88,7 +82,7 @@ def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str,
         torch.cuda.reset_peak_memory_stats(where)
     if cold:
         forget_files(Path(folder))
-    memory, disk, start = peak_bytes(), _bytes_from_disk(), time.perf_counter()
+    memory, disk, start = peak_bytes(), _read_proc("io", "read_bytes:"), time.perf_counter()
     read: list[int] = []
     kept = (
         tower.load(progress=lambda done, total: read.append(done))
@@ -104,7 +98,7 @@ def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str,
         "seconds": seconds,
         "growth_bytes": peak_bytes() - memory,
         "read_bytes": max(read, default=None),
-        "disk_bytes": _bytes_from_disk() - disk,
+        "disk_bytes": _read_proc("io", "read_bytes:") - disk,
         "files_bytes": sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")),
         "device_bytes": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
         # transformers holds the published weights; the tower pads, folds and prepacks them.

@@ -21,7 +21,15 @@ from tritontower.graph.cost import estimate_total_cost
 from tritontower.parity.parity import OutputParity, Reference, relative_error
 from tritontower.text_table import text_table
 
-from .documents import Document, Report, describe_error, describe_machine, median_seconds
+from .documents import (
+    Document,
+    Report,
+    describe_error,
+    describe_machine,
+    list_failures,
+    median_seconds,
+    milliseconds,
+)
 from .images import noise_batch
 from .kernels import OURS
 from .matmul_only import matmul_only
@@ -100,27 +108,23 @@ def benchmark_towers(
     split: bool = False,
     path: Path | None = None,
 ) -> Document:
-    """Times every batch on every tower.
+    """Times every batch on every tower; raises :class:`UsageError` if no tower takes any of the batches.
 
-    Args:
-        sources: the towers.
-        batches: what they run.
-        device: by default the first GPU, else the CPU.
-        dtype: by default each checkpoint's own.
-        baselines: of :data:`BASELINES`; empty: the towers alone.
-        repeats: measured runs of each candidate; by default 7 for runs below 1.5 s, else 3.
-        split: also time every node (``node_seconds``).
-        path: a file that gets the document after every row.
-
-    Raises:
-        UsageError: a baseline is unknown, or no tower takes any of the batches.
+    Without ``baselines`` the towers are timed alone.  ``split`` also times every node (``node_seconds``).
     """
     check_baselines(baselines)
     report: Report | None = None
     for title, source in sources:
         with source() as folder:
-            tower, eager = load_towers(folder, device=device, dtype=dtype)
-            reference, missing = load_reference(tower) if baselines else (None, {})
+            tower = VisionTower.from_pretrained(folder, device=device, dtype=dtype)
+            eager = None
+            if tower.device.type == "cuda":
+                eager = VisionTower.from_pretrained(folder, device=device, dtype=dtype, cuda_graphs=False)
+            reference, missing = None, {}
+            try:
+                reference = CheckedReference(tower, tower.dtype) if baselines else None
+            except ReferenceModelError as error:
+                missing = {"transformers": describe_error(error)}
             report = report or Report("towers", device=tower.device, dtype=tower.dtype, path=path)
             family = title or tower.config.family
             for name, make in batches:
@@ -129,16 +133,8 @@ def benchmark_towers(
                 except UsageError as error:
                     report.add({"family": family, "batch": name, "status": "skipped", "reason": str(error)})
                     continue
-                row = compare_times(
-                    tower,
-                    reference,
-                    batch,
-                    repeats=repeats,
-                    baselines=baselines,
-                    eager=eager,
-                    family=family,
-                    batch=name,
-                )
+                options: dict[str, Any] = {"repeats": repeats, "baselines": baselines, "eager": eager}
+                row = compare_times(tower, reference, batch, **options, family=family, batch=name)
                 row["notes"] = {**row["notes"], **missing}
                 if split and row["status"] == "ok":
                     row["node_seconds"] = node_seconds(eager or tower, batch, repeats or LONG_REPEATS)
@@ -149,24 +145,6 @@ def benchmark_towers(
     if all(row["status"] == "skipped" for row in report.rows):
         raise UsageError(report.rows[0]["reason"])
     return report.finish()
-
-
-def load_towers(
-    folder: Path, *, device: torch.device | None, dtype: str | torch.dtype
-) -> tuple[VisionTower, VisionTower | None]:
-    """Loads the tower, and on a GPU a second one without CUDA graphs."""
-    tower = VisionTower.from_pretrained(folder, device=device, dtype=dtype)
-    if tower.device.type != "cuda":
-        return tower, None
-    return tower, VisionTower.from_pretrained(folder, device=device, dtype=dtype, cuda_graphs=False)
-
-
-def load_reference(tower: VisionTower) -> tuple[CheckedReference | None, dict[str, str]]:
-    """Loads transformers' implementation; returns ``None`` and the reason if there is none."""
-    try:
-        return CheckedReference(tower, tower.dtype), {}
-    except ReferenceModelError as error:
-        return None, {"transformers": describe_error(error)}
 
 
 def compare_times(
@@ -181,14 +159,7 @@ def compare_times(
 ) -> dict[str, Any]:
     """Checks and times one batch; returns its row.
 
-    Args:
-        tower: loaded.
-        reference: transformers' implementation; ``None`` to time the tower alone.
-        packed: the batch.
-        repeats: measured runs of each candidate; by default 7 for runs below 1.5 s, else 3.
-        baselines: of :data:`BASELINES`.
-        eager: the same tower without CUDA graphs.
-        fields: more fields of the row.
+    Without a ``reference`` the tower is timed alone.  ``eager`` is the same tower without CUDA graphs.
     """
     packed = packed.to(tower.device)
     workload = packed.workload
@@ -279,13 +250,7 @@ def fastest_baseline(row: Mapping[str, Any]) -> tuple[str | None, float | None]:
     return name, theirs[name] / seconds[OURS]
 
 
-# -- transformers -----------------------------------------------------------------------------------------------------
-
 Outputs = Callable[[], Mapping[str, torch.Tensor]]
-
-
-def _sdpa(reference: Reference, inputs: Any) -> Outputs:
-    return lambda: reference.outputs(inputs)
 
 
 def _eager(reference: Reference, inputs: Any) -> Outputs:
@@ -310,7 +275,7 @@ def _compiled(reference: Reference, inputs: Any) -> Outputs:
 
 
 _BUILD_BASELINE: Mapping[str, Callable[[Reference, Any], Outputs]] = {
-    "sdpa": _sdpa,
+    "sdpa": lambda reference, inputs: lambda: reference.outputs(inputs),
     "eager": _eager,
     "compile": _compiled,
 }
@@ -336,9 +301,6 @@ def check_baselines(names: Sequence[str]) -> None:
         raise UsageError(f"against must be among {', '.join(BASELINES)}, got {', '.join(unknown)}")
 
 
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
 def list_candidates(found: Mapping[str, Any]) -> Sequence[str]:
     """The candidates of a document, this project's first."""
     names = dict.fromkeys(name for row in found["rows"] for name in row.get("seconds", ()))
@@ -362,7 +324,7 @@ def tower_table(found: Mapping[str, Any]) -> str:
                 row["batch"],
                 f"{row['patches']:,}",
                 f"{row['tokens']:,}",
-                *(_milliseconds(seconds.get(name)) for name in names),
+                *(milliseconds(seconds.get(name), 0 if seconds.get(name, 0.0) >= 0.1 else 2) for name in names),
                 f"{row['ratio']:.2f}" if ran and row["ratio"] else None,
                 f"{row['tflops']:,.3f}" if ran else "FAILED",
                 f"{max(row['distances'].values()):.1e}" if row["checked"] else "unchecked",
@@ -372,17 +334,9 @@ def tower_table(found: Mapping[str, Any]) -> str:
         f"Forward pass, {found['dtype']}, {describe_machine(found)}; ratio: fastest transformers ÷ tritontower, medians"
     )
     lines = [text_table(title, (*columns, "ratio", "TFLOP/s", "distance"), rows)]
-    lines += [
-        f"{row['status']}: {row['family']}, {row['batch']}: {row['reason']}"
-        for row in found["rows"]
-        if row["status"] != "ok"
-    ]
+    lines += list_failures(found, ("family", "batch"))
     splits = {f"{row['family']} {row['batch']}": row["node_seconds"] for row in found["rows"] if "node_seconds" in row}
     if splits:
         lines.append("\n" + split_table(splits))
     notes = dict.fromkeys(f"{name}: {why}" for row in found["rows"] for name, why in row.get("notes", {}).items())
     return "\n".join([*lines, *(f"left out: {note}" for note in notes)])
-
-
-def _milliseconds(seconds: float | None) -> str | None:
-    return None if seconds is None else f"{1e3 * seconds:,.{0 if seconds >= 0.1 else 2}f}"

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,9 +134,6 @@ def _minutes(text: str) -> float:
     return minutes
 
 
-# -- inputs -----------------------------------------------------------------------------------------------------------
-
-
 def _identify(arguments: argparse.Namespace) -> "Identity":
     """Returns the identity of the GPU."""
     import torch
@@ -151,14 +149,10 @@ def _identify(arguments: argparse.Namespace) -> "Identity":
         }
         action = _action(arguments)
         raise BackendUnavailableError(f"{action} needs a GPU, and there is none here{remedies.get(action, '')}")
-    device = parse_device(_device(arguments))
+    device = parse_device(arguments.device or "cuda")
     if device.type != "cuda":
         raise UsageError(f"--device must be a GPU, such as cuda:0, got {arguments.device!r}")
     return identify(device)
-
-
-def _device(arguments: argparse.Namespace) -> str:
-    return str(arguments.device or "cuda")
 
 
 def _tasks(arguments: argparse.Namespace) -> "list[Task]":
@@ -190,20 +184,14 @@ def _folder(arguments: argparse.Namespace) -> Path:
     folder = arguments.output.expanduser() if arguments.output is not None else user_folder()
     if folder is None:
         raise UsageError("there is no home folder for tables; name a folder with --output")
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output must be a folder, got the file {str(folder)!r}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
     except OSError as error:
         raise UsageError(
-            f"the folder {str(folder)!r} for the table cannot be made ({error.strerror}); name another with --output"
+            f"--output must be a folder that can be written, got {str(folder)!r} ({error.strerror}); name another"
         ) from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"the folder {str(folder)!r} is not writable; name another with --output")
-    return Path(folder)
-
-
-# -- actions ----------------------------------------------------------------------------------------------------------
 
 
 def _options(arguments: argparse.Namespace, progress: "Progress") -> dict[str, Any]:
@@ -225,18 +213,26 @@ def _compile(arguments: argparse.Namespace, tasks: "list[Task]") -> dict[str, An
     start = time.monotonic()
     with _progress_bar() as progress:
         found = compile_tasks(tasks, arguments.arch, **_options(arguments, progress))
+    return _report(tasks, start, list(found.items()), architecture=arguments.arch)
+
+
+def _report(tasks: "list[Task]", start: float, done: "list[tuple[Task, Any]]", **fields: object) -> dict[str, Any]:
     return {
-        "architecture": arguments.arch,
+        **fields,
         "seconds": round(time.monotonic() - start, 1),
-        "missing": len(tasks) - len(found),
+        "missing": len(tasks) - len(done),
         "tasks": [
             {
                 "task": task.title,
                 "kernel": task.kernel,
                 "launches": task.launches,
-                "candidates": [_compiled(each) for each in candidates if each.compile_result],
+                **(
+                    {"candidates": [_compiled(each) for each in found if each.compile_result]}
+                    if isinstance(found, list)
+                    else _described(found)
+                ),
             }
-            for task, candidates in found.items()
+            for task, found in done
         ],
     }
 
@@ -264,33 +260,22 @@ def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identit
     start = time.monotonic()
     path = _folder(arguments) / table_name(identity.gpu)
     journal_path = path.with_suffix(".journal")
-    device = torch.device(_device(arguments))
+    device = torch.device(arguments.device or "cuda")
     ptxas = provenance(device)["ptxas"]
     journal = Journal(journal_path, f"{identity.gpu} {triton.__version__} {ptxas}")
     with _progress_bar() as progress:
         options = _options(arguments, progress)
         choices = choose(tasks, Gauge(device), architecture=identity.architecture, journal=journal, **options)
     merged = merge(path, table_key(identity, ptxas), make_entries(choices)) if choices else Merged(0, 0, 0)
-    missing = len(tasks) - len(choices)
-    if not missing:
+    if len(choices) == len(tasks):
         # Everything is in the table; the next run measures anew.
         journal_path.unlink(missing_ok=True)
-    return {
-        "table": str(path),
-        "entries": merged.held,
-        "added": merged.added,
-        "given_up": merged.given_up,
-        "seconds": round(time.monotonic() - start, 1),
-        "missing": missing,
-        "tasks": [_described(choice) for choice in choices],
-    }
+    fields = {"table": str(path), "entries": merged.held, "added": merged.added, "given_up": merged.given_up}
+    return _report(tasks, start, [(choice.task, choice) for choice in choices], **fields)
 
 
 def _described(choice: "Choice") -> dict[str, Any]:
     return {
-        "task": choice.task.title,
-        "kernel": choice.task.kernel,
-        "launches": choice.task.launches,
         "config": dict(choice.best.config),
         "microseconds": round(choice.best.cost, 1),
         "tflops": None if choice.tflops is None else round(choice.tflops, 1),
@@ -322,16 +307,10 @@ def _show(tasks: "Sequence[Task]", identity: "Identity | None", arguments: argpa
     if arguments.json:
         print(json.dumps({"tables": places, "tasks": found}, indent=2))
         return 0
-    rows = [
-        (
-            each["task"],
-            _config_text(each["config"]),
-            str(places.index(each["table"]) + 1) if each["table"] else "default",
-        )
-        for each in found
-    ]
+    numbers = {place: number for number, place in enumerate(places, 1)}
+    rows = [(each["task"], _config_text(each["config"]), numbers.get(each["table"], "default")) for each in found]
     print(text_table("", ("task", "configuration", "table"), rows))
-    for number, place in enumerate(places, 1):
+    for place, number in numbers.items():
         print(f"  {number}  {place}{_remark(Path(place))}")
     return 0
 
@@ -355,13 +334,8 @@ def _import(arguments: argparse.Namespace) -> int:
     table = read_checked(arguments.imported.expanduser())
     path = _folder(arguments) / table_name(table.key["gpu"])
     merged = merge(path, table.key, table.entries)
-    report = {
-        "table": str(path),
-        "read": len(table.entries),
-        "imported": merged.added,
-        "entries": merged.held,
-        "given_up": merged.given_up,
-    }
+    report = {"table": str(path), "read": len(table.entries), "imported": merged.added}
+    report |= {"entries": merged.held, "given_up": merged.given_up}
     text = f"{merged.added} of {len(table.entries)} entries added: {path} has {merged.held}"
     if merged.added < len(table.entries):
         text += "; stale entries, and entries that disagree with each other, were left out"
@@ -385,13 +359,9 @@ def _export(arguments: argparse.Namespace) -> int:
     table = read_checked(path)
     arguments.export.write_text(table_text(table.key, table.entries), encoding="utf-8")
     report = {"table": str(path), "exported": str(arguments.export), "entries": len(table.entries)}
-    print(
-        json.dumps(report) if arguments.json else f"{len(table.entries)} entries of {path} copied: {arguments.export}"
-    )
+    text = f"{len(table.entries)} entries of {path} copied: {arguments.export}"
+    print(json.dumps(report) if arguments.json else text)
     return 0
-
-
-# -- output -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -410,12 +380,10 @@ def _progress_bar() -> "Iterator[Progress]":
         yield report
 
 
-_BLOCKS = ("rows", "columns", "inner", "queries", "keys")
-
-
 def _config_text(config: Mapping[str, Any]) -> str:
-    # Rows × columns × inner, or queries × keys; tables keep names in alphabetical order.
-    blocks = "x".join(str(config[f"block_{name}"]) for name in _BLOCKS if f"block_{name}" in config)
+    # Tables keep names in alphabetical order.
+    order = ("rows", "columns", "inner", "queries", "keys")
+    blocks = "x".join(str(config[f"block_{name}"]) for name in order if f"block_{name}" in config)
     short = {"num_warps": "w", "num_stages": "s", "group_rows": "group ", "split": "split ", "rows": "rows "}
     words = [
         f"{short[name]}{value}" for name, value in config.items() if name in short and (name, value) != ("split", 1)
@@ -424,62 +392,49 @@ def _config_text(config: Mapping[str, Any]) -> str:
     return " ".join(([blocks] if blocks else []) + words + ["vendor"] * bool(config.get("vendor")))
 
 
-def _optional(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
 def _measured_text(report: Mapping[str, Any]) -> str:
     rows = [
         (
             each["task"],
             _config_text(each["config"]),
             f"{each['microseconds']:.1f}",
-            _optional(each["tflops"], ".0f"),
-            _optional(each["speedup"], ".2f"),
+            None if each["tflops"] is None else f"{each['tflops']:.0f}",
+            None if each["speedup"] is None else f"{each['speedup']:.2f}",
         )
         for each in report["tasks"]
     ]
     headings = ("task", "best configuration", "microseconds", "TFLOP/s", "speedup over the default")
-    lines = [text_table("", headings, rows)] if rows else ["nothing was done in the given time"]
-    lines += _dropped(each["reason"] for task in report["tasks"] for each in task["dropped"])
-    lines += _missing(report)
+    text = _text(report, headings, rows, [each["reason"] for task in report["tasks"] for each in task["dropped"]])
     if rows:
         held = f"{report['table']} has {report['entries']}" + _given_up(report["given_up"])
-        lines.append(f"\n{len(rows)} entries in {report['seconds']:.0f} s; {held}")
-    return "\n".join(lines)
+        text += f"\n\n{len(rows)} entries in {report['seconds']:.0f} s; {held}"
+    return text
 
 
 def _static_text(report: Mapping[str, Any]) -> str:
     rows = []
     for task in report["tasks"]:
         default, usable = task["candidates"][0], sum(each["problem"] is None for each in task["candidates"])
-        opcodes = default.get("tensor_core", {})
-        numbers = [str(default.get(name, "–")) for name in ("registers", "spills", "shared_memory", "occupancy")]
-        rows.append(
-            (
-                task["task"],
-                _config_text(default["config"]),
-                *numbers,
-                ", ".join(f"{count} {opcode}" for opcode, count in opcodes.items()) or "–",
-                _optional(default.get("loop_instructions"), "d"),
-                f"{usable} of {len(task['candidates'])}",
-            )
-        )
+        numbers = [default.get(name) for name in ("registers", "spills", "shared_memory", "occupancy")]
+        opcodes = ", ".join(f"{count} {opcode}" for opcode, count in default.get("tensor_core", {}).items()) or None
+        loop, share = default.get("loop_instructions"), f"{usable} of {len(task['candidates'])}"
+        rows.append((task["task"], _config_text(default["config"]), *numbers, opcodes, loop, share))
     headings = (
         "task", "default configuration", "registers", "spills", "shared memory", "programs per SM",
         "tensor-core instructions", "hot loop", "usable configurations",
     )  # fmt: skip
-    lines = [text_table("", headings, rows)] if rows else ["nothing was done in the given time"]
-    lines += _dropped(each["problem"] for task in report["tasks"] for each in task["candidates"] if each["problem"])
-    return "\n".join(lines + _missing(report))
+    problems = [each["problem"] for task in report["tasks"] for each in task["candidates"] if each["problem"]]
+    return _text(report, headings, rows, problems)
 
 
-def _dropped(reasons: Iterator[str]) -> list[str]:
+def _text(
+    report: Mapping[str, Any], headings: Sequence[str], rows: Sequence[Sequence[object]], reasons: Sequence[str]
+) -> str:
+    lines = [text_table("", headings, rows) if rows else "nothing was done in the given time"]
     kinds = Counter(reason.partition(" (")[0].partition(":")[0] for reason in reasons)
-    counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    return [f"\ndropped configurations: {counted} (--json lists them)"] if kinds else []
-
-
-def _missing(report: Mapping[str, Any]) -> list[str]:
-    count = report["missing"]
-    return [f"\n{count} tasks were not done in the given time; the next run continues"] if count else []
+    if kinds:
+        counted = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        lines.append(f"\ndropped configurations: {counted} (--json lists them)")
+    if report["missing"]:
+        lines.append(f"\n{report['missing']} tasks were not done in the given time; the next run continues")
+    return "\n".join(lines)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .compile.aot_compile import CompileResult
-from .tasks import Task
+from .tasks import Pairs, Task, make_pairs
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Candidate:
         return math.inf if self.dropped or self.microseconds is None else self.microseconds
 
     @property
-    def identity(self) -> tuple[tuple[str, Any], ...]:
+    def identity(self) -> Pairs:
         """The configuration as a hashable value."""
-        return tuple(sorted(self.config.items()))
+        return make_pairs(**self.config)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tritontower.benchmarks.cases import RandomTensors
 from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm.linear import linear
@@ -48,11 +49,7 @@ class Operation:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, values: Mapping[str, Any]) -> torch.Tensor:
-        """Launches with the fields of a configuration and returns the output.
-
-        Raises:
-            ValueError: ``values`` are not the fields of such a configuration.
-        """
+        """Launches with the fields of a configuration and returns the output."""
         config = make_config(CONFIGS[self.kernel], values)
         if config is None:
             raise ValueError(f"values must be the fields of a configuration of {self.kernel}, got {dict(values)}")
@@ -71,85 +68,65 @@ class Operation:
         return out
 
 
-def prepare(task: Task, device: torch.device, *, filled: bool = True, hard: bool = False) -> Operation:
-    """Makes the operation of ``task``.
-
-    Args:
-        task: its kernel is one of :data:`CONFIGS`.
-        device: where the tensors are allocated.
-        filled: fills the tensors with random numbers; otherwise they are left uninitialized, for compiling.
-        hard: uses the most difficult inputs: large scores, segments of odd lengths.
-    """
-    make = _Tensors(device, getattr(torch, task.dtype), filled)
+def prepare(task: Task, device: torch.device, *, hard: bool = False) -> Operation:
+    """Makes the operation of ``task``; ``hard`` inputs have large scores and segments of odd lengths."""
+    make = RandomTensors(device, getattr(torch, task.dtype))
     if task.kernel == "attention.attention":
         return _attention(task, make, hard)
     return _MAKERS[task.kernel](task, make)
 
 
-@dataclass
-class _Tensors:
-    device: torch.device
-    dtype: torch.dtype
-    filled: bool
-    seed: int = 0
-
-    def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        wanted = dtype or self.dtype
-        if not self.filled:
-            return torch.empty(shape, dtype=wanted, device=self.device)
-        self.seed += 1
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        options: dict[str, Any] = {"generator": generator, "device": self.device}
-        if wanted == torch.uint8:
-            return torch.randint(0, 256, shape, dtype=torch.uint8, **options)
-        return (torch.randn(shape, **options) * scale).to(wanted)
-
-    def aligned(self, rows: int, width: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Makes rows that start at multiples of 16 elements, as in a tower."""
-        return self(rows, width + -width % 16, scale=scale, dtype=dtype)[:, :width]
+def _aligned(make: RandomTensors, rows: int, width: int, scale: float = 1.0) -> torch.Tensor:
+    """Makes rows that start at multiples of 16 elements, as in a tower."""
+    return make.normal(rows, width + -width % 16, scale=scale)[:, :width]
 
 
-def _linear(task: Task, make: _Tensors) -> Operation:
+def _linear(task: Task, make: RandomTensors) -> Operation:
     rows, columns, inner = task.get("rows"), task.get("columns"), task.get("inner")
-    weight = make.aligned(columns * (2 if task.is_gated else 1), inner, inner**-0.5)
+    weight = _aligned(make, columns * (2 if task.is_gated else 1), inner, inner**-0.5)
     tensors = {
-        "x": make.aligned(rows, inner),
+        "x": _aligned(make, rows, inner),
         "weight": weight,
-        "bias": make(weight.shape[0]) if task.get("bias") else None,
-        "residual": make(rows, columns) if task.get("residual") else None,
+        "bias": make.normal(weight.shape[0]) if task.get("bias") else None,
+        "residual": make.normal(rows, columns) if task.get("residual") else None,
     }
-    return Operation(task.kernel, linear, tensors, make(rows, columns), {"activation": task.get("activation")})
+    return Operation(task.kernel, linear, tensors, make.normal(rows, columns), {"activation": task.get("activation")})
 
 
-def _qkv_projection(task: Task, make: _Tensors) -> Operation:
+def _qkv_projection(task: Task, make: RandomTensors) -> Operation:
     rows, columns, inner = task.get("rows"), task.get("columns"), task.get("inner")
-    angles = make(rows, task.get("head_dim") // 2, scale=3.0, dtype=torch.float32) if task.get("rotated") else None
+    angles = (
+        make.normal(rows, task.get("head_dim") // 2, scale=3.0, dtype=torch.float32) if task.get("rotated") else None
+    )
     tensors = {
-        "x": make.aligned(rows, inner),
-        "weight": make.aligned(columns, inner, inner**-0.5),
-        "bias": make(columns) if task.get("bias") else None,
+        "x": _aligned(make, rows, inner),
+        "weight": _aligned(make, columns, inner, inner**-0.5),
+        "bias": make.normal(columns) if task.get("bias") else None,
         "cosines": None if angles is None else angles.cos(),
         "sines": None if angles is None else angles.sin(),
     }
     options = {name: task.get(name) for name in ("heads", "head_dim", "padded_head_dim", "query_scale")}
-    return Operation(task.kernel, qkv_projection, tensors, make(rows, columns), options)
+    return Operation(task.kernel, qkv_projection, tensors, make.normal(rows, columns), options)
 
 
-def _patch_projection(task: Task, make: _Tensors) -> Operation:
+def _patch_projection(task: Task, make: RandomTensors) -> Operation:
     rows, columns, inner = task.get("rows"), task.get("columns"), task.get("inner")
-    pixels = make.aligned(rows, inner, dtype=getattr(torch, task.get("pixels")))
-    weight = make.aligned(columns, inner, inner**-0.5)
-    if pixels.is_floating_point():
-        # The kernel rounds pixels to the weight's dtype; the fp32 reference would not.
-        pixels = pixels.to(weight.dtype).to(pixels.dtype)
-    tensors = {"patches": pixels, "weight": weight, "bias": make(columns) if task.get("bias") else None}
+    pixels, padded = getattr(torch, task.get("pixels")), inner + -inner % 16
+    is_raw = pixels == torch.uint8
+    # The kernel rounds pixels to the weight's dtype; the fp32 reference would not, so they are rounded here.
+    patches = make.integers(256, rows, padded, dtype=pixels) if is_raw else make.normal(rows, padded).to(pixels)
+    tensors = {
+        "patches": patches[:, :inner],
+        "weight": _aligned(make, columns, inner, inner**-0.5),
+        "bias": make.normal(columns) if task.get("bias") else None,
+    }
     if task.get("positions"):
-        tensors["position_table"] = make(7, columns)
+        tensors["position_table"] = make.normal(7, columns)
         tensors["position_index"] = torch.arange(rows, dtype=torch.int32, device=make.device) % 7
-    return Operation(task.kernel, patch_projection, tensors, make(rows, columns))
+    return Operation(task.kernel, patch_projection, tensors, make.normal(rows, columns))
 
 
-def _attention(task: Task, make: _Tensors, hard: bool) -> Operation:
+def _attention(task: Task, make: RandomTensors, hard: bool) -> Operation:
     heads, head_dim, width = task.get("heads"), task.get("head_dim"), task.get("width")
     longest = task.get("longest")
     lengths = [longest] * max(1, task.get("rows") // longest)
@@ -157,35 +134,33 @@ def _attention(task: Task, make: _Tensors, hard: bool) -> Operation:
         # Lengths that no block size divides, and the shortest one; none exceeds the promised bound.
         lengths = [max(1, each) for each in (longest, longest - 1, longest // 2 + 3, 1) if each <= longest]
     total = sum(lengths)
-    qkv = make(total, 3, heads, width)
+    qkv = make.normal(total, 3, heads, width)
     scale = head_dim**-0.5
     options: dict[str, Any] = {"segments": Segments.from_lengths(lengths), "length_bound": task.get("bounded") or None}
-    if make.filled:
-        qkv[:, 0] *= (HARD_SCORES if hard else 1.0) * (scale * math.log2(math.e) if task.get("queries_scaled") else 1.0)
+    qkv[:, 0] *= (HARD_SCORES if hard else 1.0) * (scale * math.log2(math.e) if task.get("queries_scaled") else 1.0)
     if width > head_dim:
         options["columns"] = head_dim
-        if make.filled:
-            qkv[..., head_dim:] = 0
-            qkv[:, 1:, :, head_dim] = 1
+        qkv[..., head_dim:] = 0
+        qkv[:, 1:, :, head_dim] = 1
     options |= {"queries_scaled": True} if task.get("queries_scaled") else {"scale": scale}
     tensors = dict(zip("qkv", qkv.unbind(1), strict=True))
-    return Operation(task.kernel, flash_attention_varlen, tensors, make(total, heads, head_dim), options)
+    return Operation(task.kernel, flash_attention_varlen, tensors, make.normal(total, heads, head_dim), options)
 
 
-def _norm(task: Task, make: _Tensors) -> Operation:
+def _norm(task: Task, make: RandomTensors) -> Operation:
     rows, width, kind = task.get("rows"), task.get("width"), task.get("kind")
     tensors = {
-        "x": make(rows, width),
-        "weight": make(width),
-        "bias": make(width) if kind == "layer_norm" else None,
+        "x": make.normal(rows, width),
+        "weight": make.normal(width),
+        "bias": make.normal(width) if kind == "layer_norm" else None,
     }
     if task.get("residual"):
-        tensors |= {"residual": make(rows, width), "residual_out": make(rows, width)}
+        tensors |= {"residual": make.normal(rows, width), "residual_out": make.normal(rows, width)}
     options = {"kind": kind, "eps": 1e-6, "rounding": task.get("rounding")}
-    return Operation(task.kernel, norm, tensors, make(rows, width), options)
+    return Operation(task.kernel, norm, tensors, make.normal(rows, width), options)
 
 
-_MAKERS: dict[str, Callable[[Task, _Tensors], Operation]] = {
+_MAKERS: dict[str, Callable[[Task, RandomTensors], Operation]] = {
     "gemm.linear": _linear,
     "rowwise.norm": _norm,
     "gemm.patch_projection": _patch_projection,

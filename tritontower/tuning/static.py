@@ -17,13 +17,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import tritontower.kernels
 from tritontower.batch.layout import ImageLayout
 from tritontower.batch.packed_batch import PackedBatch
+from tritontower.benchmarks.documents import describe_error
 from tritontower.benchmarks.images import truncate_depth
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import TowerConfig
@@ -71,43 +71,29 @@ hot loop: for each score (attention), or for each output element and loop iterat
 
 @dataclass(frozen=True)
 class TowerRun:
-    """One recorded forward pass.
-
-    Attributes:
-        model: name of a published configuration.
-        images: patches of each image.
-        pixels: dtype of the pixels.
-        dtype: of weights and activations.
-        blocks: depth of the tower.
-    """
+    """One recorded forward pass of a published configuration."""
 
     model: str
     images: tuple[int, ...]
+    """Patches of each image."""
     pixels: str = "float32"
     dtype: str = "bfloat16"
-    blocks: int = BLOCKS
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """One distinct compiled kernel of an architecture, or a run that failed.
-
-    Attributes:
-        kernel: name of the jitted function.
-        config: its blocks and variants.
-        elements: elements that one iteration of its hot loop computes; 0 without such a loop.
-        models: published configurations that launch it.
-        compiled: properties of its machine code.
-        error: the compiler's message, or how its process ended.
-    """
+    """One distinct compiled kernel of an architecture, or a run that failed."""
 
     architecture: str
     kernel: str
     config: str = ""
     elements: int = 0
+    """Elements that one iteration of its hot loop computes; 0 without such a loop."""
     models: tuple[str, ...] = ()
+    """Published configurations that launch it."""
     compiled: CompiledKernel | None = None
     error: str | None = None
+    """The compiler's message, or how its process ended."""
 
     @property
     def instructions_per_element(self) -> float | None:
@@ -143,11 +129,7 @@ def list_runs(models: Sequence[str] | None = None) -> list[TowerRun]:
 
 
 def compile_runs(runs: Iterable[TowerRun], architecture: str, *, workers: int = 1) -> list[KernelReport]:
-    """Compiles what ``runs`` launch, in ``workers`` child processes; returns a report on each distinct kernel.
-
-    Raises:
-        ValueError: ``architecture`` is not one of ``ARCHITECTURES``.
-    """
+    """Compiles what ``runs`` launch, in ``workers`` child processes; returns a report on each distinct kernel."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
     by_model = [list(group) for _, group in itertools.groupby(runs, key=lambda run: run.model)]
@@ -155,27 +137,21 @@ def compile_runs(runs: Iterable[TowerRun], architecture: str, *, workers: int = 
     failed = []
     for index, answer in answers([(group, architecture) for group in by_model], CHILD, workers=workers, seconds=900.0):
         model = by_model[index][0].model
-        if isinstance(answer, Death):
-            failed.append(KernelReport(architecture, "?", models=(model,), error=answer.reason))
-            continue
-        failed += [KernelReport(architecture, "?", models=(model,), error=error) for error in answer["errors"]]
-        for code, values in answer["kernels"].items():
-            report = KernelReport(architecture, **{**values, "compiled": CompiledKernel(**values["compiled"])})
+        kernels, errors = ({}, [answer.reason]) if isinstance(answer, Death) else answer
+        failed += [KernelReport(architecture, "?", models=(model,), error=error) for error in errors]
+        for code, report in kernels.items():
             known = found.setdefault(code, report)
             found[code] = replace(known, models=tuple(sorted({*known.models, model})))
     return [*sorted(found.values(), key=lambda report: (report.kernel, report.config, report.models)), *failed]
 
 
-# -- child process ----------------------------------------------------------------------------------------------------
-
-
 def serve() -> None:
-    """Runs the child process."""
+    """Runs the child process, which answers with the reports by digest of the code, and the errors."""
     recorder = install_recorder()
 
-    def answer(order: tuple[list[TowerRun], str]) -> dict[str, Any]:
+    def answer(order: tuple[list[TowerRun], str]) -> tuple[dict[str, KernelReport], list[str]]:
         runs, architecture = order
-        kernels: dict[str, dict[str, Any]] = {}
+        kernels: dict[str, KernelReport] = {}
         errors = []
         for run in runs:
             try:
@@ -183,8 +159,8 @@ def serve() -> None:
                     if launch.compiled.hash not in kernels:
                         kernels[launch.compiled.hash] = _describe(launch, architecture)
             except Exception as error:
-                errors.append(f"{run}: {type(error).__name__}: {str(error)[:200]}".replace("\n", " "))
-        return {"kernels": kernels, "errors": errors}
+                errors.append(f"{run}: {describe_error(error, 250)}")
+        return kernels, errors
 
     answer_orders(answer)
 
@@ -192,7 +168,7 @@ def serve() -> None:
 def record(run: TowerRun, recorder: Recorder, architecture: str) -> list[Launch]:
     """Runs a tower with uninitialized weights and returns its launches."""
     recorder.start(architecture)
-    values = truncate_depth(read_summary(run.model).example, run.blocks)
+    values = truncate_depth(read_summary(run.model).example, BLOCKS)
     config = read_family(ConfigReader(values, run.model)).config
     graph = fold_still_images(fuse(build(config), select_passes(torch.device("cuda"))))
     if run.pixels == "uint8":
@@ -219,7 +195,7 @@ def _make_batch(config: TowerConfig, run: TowerRun) -> PackedBatch:
     )
 
 
-def _describe(launch: Launch, architecture: str) -> dict[str, Any]:
+def _describe(launch: Launch, architecture: str) -> KernelReport:
     constants, metadata = launch.constants, launch.compiled.metadata
     blocks = [
         constants[name]
@@ -228,15 +204,13 @@ def _describe(launch: Launch, architecture: str) -> dict[str, Any]:
     ]
     words = [" × ".join(map(str, blocks)), str(constants.get("ACTIVATION") or "")]
     words += [f"{metadata.num_warps} warps", f"{metadata.num_stages} stages"]
-    return {
-        "kernel": launch.kernel,
-        "config": ", ".join(word for word in words if word),
-        "elements": blocks[0] * blocks[1] if len(blocks) > 1 else 0,
-        "compiled": asdict(read_compiled(launch.kernel, launch.compiled, architecture, int(metadata.num_warps))),
-    }
-
-
-# -- report -----------------------------------------------------------------------------------------------------------
+    return KernelReport(
+        architecture,
+        launch.kernel,
+        ", ".join(word for word in words if word),
+        blocks[0] * blocks[1] if len(blocks) > 1 else 0,
+        compiled=read_compiled(launch, architecture),
+    )
 
 
 def table(reports: Iterable[KernelReport]) -> str:

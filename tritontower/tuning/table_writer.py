@@ -6,7 +6,6 @@ and two writers do not lose each other's entries.
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +13,14 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
+from tritontower.benchmarks.documents import replace_file
 from tritontower.engine import tuned_tables
 from tritontower.engine.tuned_tables import Identity
 from tritontower.errors import UsageError, shorten
 from tritontower.kernels.runtime.registry import bucket
 
-from .candidate import Choice
+from .candidate import Candidate, Choice
 from .search_space import shared_fields
-
-_LOCK_SECONDS = 60.0
 
 
 def table_key(identity: Identity, ptxas: str | None = None) -> dict[str, Any]:
@@ -39,32 +37,28 @@ def table_key(identity: Identity, ptxas: str | None = None) -> dict[str, Any]:
     }
 
 
-def make_entries(choices: Sequence[Choice], date: str | None = None) -> list[dict[str, Any]]:
+def make_entries(choices: Sequence[Choice]) -> list[dict[str, Any]]:
     """Converts choices to the entries of a table."""
     import triton
 
-    entries = []
-    for choice in choices:
-        task, best, runner_up = choice.task, choice.best, choice.runner_up
-        source = tuned_tables.source_digest(task.kernel)
-        if source is None:
-            raise ValueError(f"the kernel of a task must be a module under kernels/, got {task.kernel!r}")
-        entries.append(
-            {
-                "kernel": task.kernel,
-                "source": source,
-                "triton": triton.__version__,
-                "dtype": task.dtype,
-                "constants": dict(task.constants),
-                "sizes": dict(task.sizes),
-                "config": dict(best.config),
-                "microseconds": round(best.cost, 2),
-                "runner_up": runner_up and {"config": dict(runner_up.config), "microseconds": round(runner_up.cost, 2)},
-                "verified": best.error,
-                "date": date or datetime.now(UTC).date().isoformat(),
-            }
-        )
-    return entries
+    def timed(candidate: Candidate) -> dict[str, Any]:
+        return {"config": dict(candidate.config), "microseconds": round(candidate.cost, 2)}
+
+    return [
+        {
+            "kernel": choice.task.kernel,
+            "source": tuned_tables.source_digest(choice.task.kernel),
+            "triton": triton.__version__,
+            "dtype": choice.task.dtype,
+            "constants": dict(choice.task.constants),
+            "sizes": dict(choice.task.sizes),
+            **timed(choice.best),
+            "runner_up": choice.runner_up and timed(choice.runner_up),
+            "verified": choice.best.error,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        for choice in choices
+    ]
 
 
 def table_text(key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> str:
@@ -75,11 +69,7 @@ def table_text(key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> 
 
 
 def read_checked(path: Path) -> tuned_tables.Table:
-    """Reads the table in ``path``.
-
-    Raises:
-        UsageError: the file is not a table; the message has the reason.
-    """
+    """Reads the table in ``path``; raises :class:`UsageError` with the reason if the file is not one."""
     try:
         return tuned_tables.read_table(path)
     except (OSError, ValueError) as error:
@@ -109,13 +99,9 @@ def merge(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any
     then the new one, then the one for the larger sizes.
 
     A file that is not a table is renamed to ``….broken``.
-
-    Raises:
-        ValueError: the entries break the schema.
-        OSError: the folder cannot be written, or another process holds the lock for a minute.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS):
+    with FileLock(f"{path}.lock", timeout=60.0):
         known: Sequence[Mapping[str, Any]] = ()
         try:
             known = tuned_tables.read_table(path).entries
@@ -126,59 +112,25 @@ def merge(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any
         # Current entries come last, of these the new ones, of these the largest sizes; the last one wins.
         ranked = sorted([*sorted(known, key=_sizes), *sorted(entries, key=_sizes)], key=tuned_tables.is_current)
         merged = {_place(entry): entry for entry in ranked}
-        kept = _agreeing(list(merged.values()), ranked, key["architecture"])
-        replace_table(path, key, kept)
+
+        def common(entry: Mapping[str, Any]) -> list[Any]:
+            return [entry["config"].get(name) for name in shared_fields(entry["kernel"], key["architecture"])]
+
+        wanted = {_place(entry)[:3]: common(entry) for entry in ranked}
+        kept = [entry for entry in merged.values() if common(entry) == wanted[_place(entry)[:3]]]
+        text = table_text(key, kept)
+        tuned_tables.check_table(json.loads(text))
+        replace_file(path, text)
+        tuned_tables.reload_tables()
     old, held = {id(entry) for entry in known}, {id(entry) for entry in kept}
     given_up = sum(id(entry) in old and id(entry) not in held for entry in merged.values())
     return Merged(len(kept), len(held - old), given_up)
-
-
-def _agreeing(
-    entries: Sequence[Mapping[str, Any]], ranked: Sequence[Mapping[str, Any]], architecture: str
-) -> list[Mapping[str, Any]]:
-    """Returns the entries whose shared fields equal those of the last entry in ``ranked`` for the same launch."""
-
-    def launch(entry: Mapping[str, Any]) -> tuple[Any, ...]:
-        return _place(entry)[:3]
-
-    def common(entry: Mapping[str, Any]) -> list[Any]:
-        return [entry["config"].get(name) for name in shared_fields(entry["kernel"], architecture)]
-
-    wanted = {launch(entry): common(entry) for entry in ranked}
-    return [entry for entry in entries if common(entry) == wanted[launch(entry)]]
 
 
 def _sizes(entry: Mapping[str, Any]) -> list[int]:
     return [size for _, size in sorted(entry["sizes"].items())]
 
 
-def replace_table(path: Path, key: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a table in one step and reloads the tables of this process.
-
-    Raises:
-        ValueError: the entries break the schema.
-        OSError: the folder cannot be written.
-    """
-    text = table_text(key, entries)
-    tuned_tables.check_table(json.loads(text))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, text)
-    tuned_tables.reload_tables()
-
-
 def _place(entry: Mapping[str, Any]) -> tuple[Any, ...]:
     sizes = tuple(sorted((name, bucket(size)) for name, size in entry["sizes"].items()))
     return entry["kernel"], entry["dtype"], tuple(sorted(entry["constants"].items())), sizes
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        # mkstemp makes a file that only its owner can read.
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise

@@ -4,7 +4,7 @@ Nodes whose launches a table cannot tell apart (same kernel, dtype, constants an
 and sizes have the names with which the kernels call :func:`tritontower.kernels.runtime.registry.lookup`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,17 +82,12 @@ class Task:
         return f"{self.node}: {self.kernel}, {sizes}, {', '.join(words)}"
 
 
-def build_tower_graph(config: TowerConfig) -> Graph:
-    """Builds the graph of a tower for still images, with the passes that run on a GPU."""
-    return fold_still_images(fuse(build(config), (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)))
-
-
 def list_tasks(config: TowerConfig, patches: Sequence[int], dtype: torch.dtype) -> list[Task]:
     """Lists the distinct tasks of batches with ``patches`` patches each, in the order of the graph.
 
     A tower with a fixed image size gets the number of images that comes nearest to each of ``patches``.
     """
-    graph = build_tower_graph(config)
+    graph = fold_still_images(fuse(build(config), (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES)))
     found: dict[tuple[Any, ...], Task] = {}
     for count in patches:
         counts = [count]
@@ -105,21 +100,13 @@ def list_tasks(config: TowerConfig, patches: Sequence[int], dtype: torch.dtype) 
                 known = in_pass.get(task.key)
                 in_pass[task.key] = task if known is None else replace(known, launches=known.launches + 1)
         found = in_pass | found
-    return sorted(found.values(), key=_order(graph))
-
-
-def _order(graph: Graph) -> Callable[[Task], tuple[int, int]]:
     names = list(dict.fromkeys(_short(node) for node in graph.nodes))
 
     def order(task: Task) -> tuple[int, int]:
         name = max((name for name in names if task.node.startswith(name)), key=len)
-        return names.index(name), _size(task)
+        return names.index(name), max(int(size) for _, size in task.sizes)
 
-    return order
-
-
-def _size(task: Task) -> int:
-    return max(int(size) for _, size in task.sizes)
+    return sorted(found.values(), key=order)
 
 
 def _short(node: Node) -> str:
@@ -131,40 +118,46 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
     value = graph.values[node.outputs[0]]
     if value.rows not in _ROWS_THAT_MATTER or workload.rows(value.rows) < 1:
         return
-    name = _short(node)
-    rows = workload.rows(value.rows)
+    name, rows, attributes = _short(node), workload.rows(value.rows), node.attributes
     widths = {role: graph.weights[weight].shape for role, weight in node.weights.items()}
+    added = len(node.inputs) > 1
+
+    def linear(name: str, suffix: str, activation: str | None, *, residual: bool = False) -> Task:
+        columns, inner = widths[f"weight{suffix}"]
+        columns //= 2 if "gated" in str(activation) else 1
+        constants = make_pairs(columns=columns, inner=inner, activation=activation, residual=residual)
+        return Task(
+            "gemm.linear", dtype, constants, make_pairs(rows=rows), make_pairs(bias=f"bias{suffix}" in widths), name
+        )
+
+    def norm(name: str, rows: int, width: int, *, residual: bool = False) -> Task:
+        constants = make_pairs(width=width, kind=attributes["norm"], residual=residual)
+        details = make_pairs(rounding=attributes["rounding"])
+        return Task("rowwise.norm", dtype, constants, make_pairs(rows=rows), details, name)
+
     if node.kind == "linear":
-        added = len(node.inputs) > 1
-        yield _linear(name, dtype, rows, widths, "", node.attributes["activation"], residual=added)
+        yield linear(name, "", attributes["activation"], residual=added)
     elif node.kind == "mlp":
-        added = len(node.inputs) > 1
-        yield _linear(f"{name}.up", dtype, rows, widths, "_1", node.attributes["activation"], residual=False)
-        yield _linear(f"{name}.down", dtype, rows, widths, "_2", None, residual=added)
+        yield linear(f"{name}.up", "_1", attributes["activation"])
+        yield linear(f"{name}.down", "_2", None, residual=added)
     elif node.kind == "projector":
         if "norm_weight" in widths:
             (width,) = widths["norm_weight"]
             # Its norm runs before the rows are merged, or on merged rows.
-            yield _norm(f"{name}.norm", dtype, rows * widths["weight_1"][1] // width, width, node, residual=False)
-        yield _linear(f"{name}.1", dtype, rows, widths, "_1", node.attributes["activation"], residual=False)
-        yield _linear(f"{name}.2", dtype, rows, widths, "_2", None, residual=False)
+            yield norm(f"{name}.norm", rows * widths["weight_1"][1] // width, width)
+        yield linear(f"{name}.1", "_1", attributes["activation"])
+        yield linear(f"{name}.2", "_2", None)
     elif node.kind == "norm":
-        yield _norm(name, dtype, rows, value.width, node, residual=len(node.inputs) > 1)
+        yield norm(name, rows, value.width, residual=added)
     elif node.kind == "qkv_projection":
         columns, inner = widths["weight"]
-        attributes = node.attributes
+        details = {key: attributes[key] for key in ("heads", "padded_head_dim", "query_scale")}
         yield Task(
             "gemm.qkv_projection",
             dtype,
-            _pairs(columns=columns, inner=inner, head_dim=attributes["head_dim"]),
-            _pairs(rows=rows),
-            _pairs(
-                heads=attributes["heads"],
-                padded_head_dim=attributes["padded_head_dim"],
-                bias="bias" in widths,
-                rotated=len(node.inputs) > 1,
-                query_scale=attributes["query_scale"],
-            ),
+            make_pairs(columns=columns, inner=inner, head_dim=attributes["head_dim"]),
+            make_pairs(rows=rows),
+            make_pairs(bias="bias" in widths, rotated=added, **details),
             name,
         )
     elif node.kind == "patch_projection":
@@ -173,69 +166,27 @@ def _of_node(graph: Graph, node: Node, workload: Workload, dtype: str) -> Iterat
         yield Task(
             "gemm.patch_projection",
             dtype,
-            _pairs(columns=columns, inner=inner, pixels=dtype if pixels == "activation" else pixels),
-            _pairs(rows=rows),
-            _pairs(bias="bias" in widths, positions=len(node.inputs) > 1),
+            make_pairs(columns=columns, inner=inner, pixels=dtype if pixels == "activation" else pixels),
+            make_pairs(rows=rows),
+            make_pairs(bias="bias" in widths, positions=added),
             name,
         )
     elif node.kind == "attention":
-        yield _attention(node, workload, dtype, name)
+        scores = workload.window_scores if attributes["windows"] else workload.scores
+        # Segments of equal length whose squares add up to the scores.
+        length = max(1, round(scores / workload.patches))
+        bound, padded = attributes["length_bound"] or 0, attributes.get("padded_head_dim")
+        width, scaled = padded or attributes["head_dim"], attributes.get("queries_scaled", False)
+        yield Task(
+            "attention.attention",
+            dtype,
+            make_pairs(head_dim=attributes["head_dim"], padded=padded is not None, bounded=bound),
+            make_pairs(longest=min(length, bound) if bound else length),
+            make_pairs(heads=attributes["heads"], rows=workload.patches, width=width, queries_scaled=scaled),
+            name,
+        )
 
 
-def _attention(node: Node, workload: Workload, dtype: str, name: str) -> Task:
-    attributes = node.attributes
-    scores = workload.window_scores if attributes["windows"] else workload.scores
-    # Segments of equal length whose squares add up to the scores.
-    length = max(1, round(scores / workload.patches))
-    bound = attributes["length_bound"] or 0
-    padded = attributes.get("padded_head_dim")
-    return Task(
-        "attention.attention",
-        dtype,
-        _pairs(head_dim=attributes["head_dim"], padded=padded is not None, bounded=bound),
-        _pairs(longest=min(length, bound) if bound else length),
-        _pairs(
-            heads=attributes["heads"],
-            rows=workload.patches,
-            width=padded or attributes["head_dim"],
-            queries_scaled=attributes.get("queries_scaled", False),
-        ),
-        name,
-    )
-
-
-def _linear(
-    name: str,
-    dtype: str,
-    rows: int,
-    widths: Mapping[str, tuple[int, ...]],
-    suffix: str,
-    activation: str | None,
-    *,
-    residual: bool,
-) -> Task:
-    weight_rows, inner = widths[f"weight{suffix}"]
-    gated = "gated" in str(activation)
-    return Task(
-        "gemm.linear",
-        dtype,
-        _pairs(columns=weight_rows // (2 if gated else 1), inner=inner, activation=activation, residual=residual),
-        _pairs(rows=rows),
-        _pairs(bias=f"bias{suffix}" in widths),
-        name,
-    )
-
-
-def _norm(name: str, dtype: str, rows: int, width: int, node: Node, *, residual: bool) -> Task:
-    return Task(
-        "rowwise.norm",
-        dtype,
-        _pairs(width=width, kind=node.attributes["norm"], residual=residual),
-        _pairs(rows=rows),
-        _pairs(rounding=node.attributes["rounding"]),
-        name,
-    )
-
-
-def _pairs(**values: Any) -> Pairs:
+def make_pairs(**values: Any) -> Pairs:
+    """Returns the values by name as a hashable value."""
     return tuple(sorted(values.items()))

@@ -19,14 +19,13 @@ import torch
 
 from tritontower.benchmarks.measuring import can_capture, time_on_device
 from tritontower.errors import BackendUnavailableError
-from tritontower.kernels.runtime import config as configs
 
 from .candidate import Candidate, Choice
 from .compile.aot_compile import Order, compile_orders
 from .journal import ATTEMPTS, Journal
 from .operations import prepare
 from .search_space import default_values, list_candidates, shared_fields
-from .tasks import Task
+from .tasks import Task, make_pairs
 
 COMPILED = 8
 """Configurations of a task that are compiled in a round, the default among them; three times as many with shared fields."""
@@ -51,16 +50,8 @@ _FATAL = re.compile(r"(CUDA|HIP) error(?!: out of memory)")
 """Errors after which every call to the GPU fails in this process."""
 
 
-def error_limit(dtype: str) -> float:
-    """Returns the largest error of a result relative to the norm of the fp32 one: two and a half roundings of ``dtype``."""
-    return {"bfloat16": 6e-3, "float16": 8e-4, "float32": 1e-5}[dtype]
-
-
-def _no_progress(activity: str, done: int, total: int) -> None:
-    pass
-
-
-# -- compiling --------------------------------------------------------------------------------------------------------
+ERROR_LIMIT = {"bfloat16": 6e-3, "float16": 8e-4, "float32": 1e-5}
+"""Largest error of a result relative to the norm of the fp32 one: two and a half roundings of the dtype."""
 
 
 def compile_tasks(
@@ -70,13 +61,13 @@ def compile_tasks(
     workers: int = 1,
     cache: Path | None = None,
     deadline: float = math.inf,
-    progress: Progress = _no_progress,
+    progress: Progress = lambda activity, done, total: None,
     compiled: int = COMPILED,
 ) -> dict[Task, list[Candidate]]:
     """Returns the candidates of every task, the default first; tasks that were not compiled at ``deadline`` are missing.
 
     Args:
-        tasks: what to tune.
+        tasks: tasks of one tower.
         architecture: one of ``kernels.runtime.config.ARCHITECTURES``.
         workers: compiler processes at the same time.
         cache: folder of compile results; ``None`` keeps none.
@@ -88,52 +79,31 @@ def compile_tasks(
     waiting = {task: list_candidates(task, architecture) for task in tasks}
     for number in range(ROUNDS):
         orders: list[tuple[Task, Order]] = []
-        for task in tasks:
-            survivors = sum(not each.dropped for each in found[task])
+        for task in found:
             take = compiled * (3 if shared_fields(task.kernel, architecture) else 1)
-            if number and survivors > ENOUGH:
+            if number and sum(not each.dropped for each in found[task]) > ENOUGH:
                 take = 0
             chosen, waiting[task] = waiting[task][:take], waiting[task][take:]
             found[task] += [Candidate(values) for values in chosen if values.get("vendor")]
             orders += [
-                (task, Order(task, tuple(sorted(values.items())), architecture))
-                for values in chosen
-                if not values.get("vendor")
+                (task, Order(task, make_pairs(**values), architecture)) for values in chosen if not values.get("vendor")
             ]
-        for task in _compile_round(orders, found, workers, cache, deadline, progress):
-            found.pop(task, None)
-        tasks = list(found)
+        results: dict[int, Candidate] = {}
+        progress("compiling", 0, len(orders))
+        todo = [order for _, order in orders]
+        with closing(compile_orders(todo, workers=workers, cache=cache, deadline=deadline)) as answers:
+            for index, result in answers:
+                problems = dict.fromkeys(result.problems(orders[index][0], architecture))
+                results[index] = Candidate(dict(todo[index].config), result, dropped="; ".join(problems))
+                progress("compiling", len(results), len(orders))
+                if time.monotonic() > deadline:
+                    break
+        for index, (task, _) in enumerate(orders):
+            if index not in results:
+                found.pop(task, None)
+            elif task in found:
+                found[task].append(results[index])
     return found
-
-
-def _compile_round(
-    orders: Sequence[tuple[Task, Order]],
-    found: dict[Task, list[Candidate]],
-    workers: int,
-    cache: Path | None,
-    deadline: float,
-    progress: Progress,
-) -> set[Task]:
-    """Adds the results of ``orders`` to ``found``; returns the tasks that the deadline left incomplete."""
-    missing = {index: task for index, (task, _) in enumerate(orders)}
-    results: dict[int, Candidate] = {}
-    progress("compiling", 0, len(orders))
-    todo = [order for _, order in orders]
-    with closing(compile_orders(todo, workers=workers, cache=cache, deadline=deadline)) as compiled:
-        for index, result in compiled:
-            task, order = orders[index]
-            problems = result.problems(task, order.architecture)
-            results[index] = Candidate(dict(order.config), result, dropped="; ".join(dict.fromkeys(problems)))
-            del missing[index]
-            progress("compiling", len(results), len(orders))
-            if time.monotonic() > deadline:
-                break
-    for index in sorted(results):
-        found[orders[index][0]].append(results[index])
-    return set(missing.values())
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
 
 
 class Gauge:
@@ -150,10 +120,10 @@ class Gauge:
     def error(self, task: Task, config: Mapping[str, Any]) -> tuple[float, str]:
         """Returns the distance from the fp32 result, and a description of what is wrong; empty if nothing is."""
         sizes = tuple((name, min(value, LARGEST_CHECK)) for name, value in task.sizes)
-        details = tuple(
-            (name, min(value, LARGEST_CHECK) if name == "rows" else value) for name, value in task.details
-        )  # fmt: skip
-        smaller = replace(task, sizes=sizes, details=details)
+        details = dict(task.details)
+        if "rows" in details:
+            details["rows"] = min(details["rows"], LARGEST_CHECK)
+        smaller = replace(task, sizes=sizes, details=make_pairs(**details))
         repeats = REPEATS * (10 if config.get("variant") == "specialized" else 1)
         largest = 0.0
         for hard in (False, True) if task.kernel == "attention.attention" else (False,):
@@ -161,7 +131,7 @@ class Gauge:
             first = operation.run(config).clone()
             error, worst = distance(first, operation.expected())
             largest = max(largest, error)
-            limit = error_limit(task.dtype)
+            limit = ERROR_LIMIT[task.dtype]
             # A single wrong row hardly changes the norm of thousands, so rows have a limit of their own.
             if not error <= limit or not worst <= 5 * limit:
                 return error, f"wrong by {error:.1e}, in the worst row by {worst:.1e}, the limit is {limit:.0e}"
@@ -174,9 +144,6 @@ class Gauge:
 
         All candidates are timed the same way: in a CUDA graph, or between events if the GPU cannot capture.  A time between
         events includes the start of the launch and must not be compared with one from a graph.
-
-        Raises:
-            RuntimeError: this configuration cannot be captured although others can, or is too short to be timed.
         """
         operation = prepare(task, self.device)
         timing = time_on_device(
@@ -201,29 +168,20 @@ def choose(
     tasks: Sequence[Task],
     gauge: Gauge,
     *,
-    architecture: str = "",
+    architecture: str,
     journal: Journal | None = None,
     deadline: float = math.inf,
-    progress: Progress = _no_progress,
+    progress: Progress = lambda activity, done, total: None,
     **options: Any,
 ) -> list[Choice]:
     """Chooses a configuration for each task by checks and times; tasks that were not done at ``deadline`` are missing.
 
-    The tasks with the most operations per forward pass come first.
-
-    Args:
-        tasks: what to tune.
-        gauge: the GPU.
-        architecture: by default the architecture of the gauge's device.
-        journal: results of earlier runs; new results are added.
-        deadline: of ``time.monotonic()``.
-        progress: called after every compile and every measurement.
-        **options: as for :func:`compile_tasks`.
+    The tasks with the most operations per forward pass come first.  ``journal`` has the results of earlier runs, and gets the
+    new ones; ``options`` are those of :func:`compile_tasks`.
 
     Raises:
         BackendUnavailableError: a configuration left the GPU in a state in which nothing runs; the journal records it.
     """
-    architecture = architecture or configs.architecture(gauge.device)
     journal = journal or Journal(None, "")
     known = compile_tasks(tasks, architecture, deadline=deadline, progress=progress, **options)
     todo = {task: [each for each in candidates if not each.dropped] for task, candidates in known.items()}
@@ -278,15 +236,12 @@ def _check_and_time(task: Task, candidate: Candidate, gauge: Gauge) -> dict[str,
         return {"microseconds": None, "error": 1e9, "dropped": text}
 
 
-# -- choosing ---------------------------------------------------------------------------------------------------------
-
-
 def _choose_best(known: Mapping[Task, Sequence[Candidate]], architecture: str) -> list[Choice]:
     """Chooses the fastest candidates such that all tasks of a group have the same shared fields."""
     chosen: list[Choice] = []
     for group in _group(known):
         shared = shared_fields(group[0].kernel, architecture)
-        defaults = {task: tuple(sorted(default_values(task, architecture).items())) for task in group}
+        defaults = {task: make_pairs(**default_values(task, architecture)) for task in group}
         values = {_values(each, shared) for task in group for each in known[task] if math.isfinite(each.cost)}
         options = [
             {task: _rank(known[task], shared, value, defaults[task]) for task in group}
@@ -303,15 +258,9 @@ def _choose_best(known: Mapping[Task, Sequence[Candidate]], architecture: str) -
 
         for task, ranked in min(complete, key=cost).items():
             default = Candidate(dict(defaults[task]))
-            chosen.append(
-                Choice(
-                    task,
-                    ranked[0],
-                    ranked[1] if len(ranked) > 1 else None,
-                    next((each for each in known[task] if each.identity == default.identity), default),
-                    [each for each in known[task] if each.dropped],
-                )
-            )
+            default = next((each for each in known[task] if each.identity == default.identity), default)
+            dropped = [each for each in known[task] if each.dropped]
+            chosen.append(Choice(task, ranked[0], ranked[1] if len(ranked) > 1 else None, default, dropped))
     return chosen
 
 

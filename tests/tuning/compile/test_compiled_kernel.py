@@ -3,8 +3,9 @@
 import re
 
 import pytest
-from support.tuning import compiled
+from support.tuning import QWEN2, compiled, find_task, tasks_for
 
+from tritontower.tuning.compile.aot_compile import CompileResult
 from tritontower.tuning.compile.compiled_kernel import count_threads, occupancy
 from tritontower.tuning.compile.disassembly import Instruction, hot_loop, read_amd
 
@@ -21,6 +22,9 @@ def test_rules(change, problem):
     assert compiled().problems("sm_90", wants_tensor_core=True) == []
     assert compiled(**change).problems("sm_90", wants_tensor_core=True) == [problem]
     assert compiled(tensor_core={}).problems("sm_90", wants_tensor_core=False) == []
+    task, reduce_launch = find_task(tasks_for(QWEN2), "mlp.up"), compiled(tensor_core={})
+    assert CompileResult((compiled(), reduce_launch)).problems(task, "sm_90") == []
+    assert CompileResult((reduce_launch, compiled(**change))).problems(task, "sm_90") == [problem]
 
 
 def test_warps_that_load_data_do_not_compute():

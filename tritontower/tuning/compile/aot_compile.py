@@ -11,9 +11,8 @@ killed or took too long proves nothing about a configuration.
 import hashlib
 import json
 import math
-import os
 import tempfile
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,14 +20,15 @@ from typing import Any
 
 import torch
 
+from tritontower.benchmarks.documents import describe_error, replace_file
 from tritontower.benchmarks.measuring import ptxas_version
 from tritontower.engine import tuned_tables
 from tritontower.tuning import operations
-from tritontower.tuning.tasks import Task
+from tritontower.tuning.tasks import Task, make_pairs
 
 from . import compiled_kernel, disassembly, recording
 from .compiled_kernel import CompiledKernel, read_compiled
-from .recording import Launch, install_recorder
+from .recording import install_recorder
 from .worker import Death, answer_orders, answers
 
 CHILD = "from tritontower.tuning.compile.aot_compile import serve; serve()"
@@ -99,12 +99,10 @@ def representative(order: Order) -> Order:
         if config.get("variant") != "single_block":
             constants["bounded"] = 0
         sizes["longest"] = min(constants["bounded"] or _ROWS, _ROWS)
-    same = Task(task.kernel, task.dtype, _pairs(constants), _pairs(sizes), _pairs(details), node=task.kernel)
-    return Order(same, tuple(sorted(config.items())), order.architecture)
-
-
-def _pairs(values: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple(sorted(values.items()))
+    same = Task(
+        task.kernel, task.dtype, make_pairs(**constants), make_pairs(**sizes), make_pairs(**details), node=task.kernel
+    )
+    return Order(same, make_pairs(**config), order.architecture)
 
 
 def cache_folder() -> Path:
@@ -117,11 +115,7 @@ def compile_orders(
 ) -> Generator[tuple[int, CompileResult]]:
     """Yields the index and the result of every order, cached results first.
 
-    Args:
-        orders: what to compile; orders with the same representative are compiled once.
-        workers: compiler processes at the same time.
-        cache: folder of compile results; ``None`` keeps none.
-        deadline: of ``time.monotonic()``; orders that are not compiled by then are not yielded.
+    Orders with the same representative are compiled once; orders that are not compiled at ``deadline`` are not yielded.
     """
     places: dict[str, list[int]] = {}
     for index, order in enumerate(orders):
@@ -135,12 +129,10 @@ def compile_orders(
             yield from ((index, known) for index in indices)
     todo = [representative(orders[places[key][0]]) for key in waiting]
     for position, answer in answers(todo, CHILD, workers=workers, deadline=deadline):
-        if isinstance(answer, Death):
-            result, is_lasting = CompileResult(error=answer.reason), answer.aborted
-        else:
-            result, is_lasting = _parse(answer), True
-        if cache is not None and is_lasting:
-            _write(cache / f"{waiting[position]}.json", result)
+        result = CompileResult(error=answer.reason) if isinstance(answer, Death) else answer
+        if cache is not None and (not isinstance(answer, Death) or answer.aborted):
+            content = {"launches": [asdict(launch) for launch in result.launches], "error": result.error}
+            replace_file(cache / f"{waiting[position]}.json", json.dumps(content))
         yield from ((index, result) for index in places[waiting[position]])
 
 
@@ -170,49 +162,28 @@ def assembler_version(architecture: str) -> str | None:
     return ptxas_version(int(architecture.removeprefix("sm_"))) if architecture.startswith("sm_") else None
 
 
-def _parse(answer: Mapping[str, Any], *, is_cached: bool = False) -> CompileResult:
-    launches = tuple(CompiledKernel(**launch) for launch in answer["launches"])
-    return CompileResult(launches, answer["error"], is_cached)
-
-
 def _read(path: Path) -> CompileResult | None:
     try:
-        return _parse(json.loads(path.read_text(encoding="utf-8")), is_cached=True)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        launches = tuple(CompiledKernel(**launch) for launch in content["launches"])
+        return CompileResult(launches, content["error"], is_cached=True)
     except (OSError, ValueError, TypeError, KeyError):  # missing, truncated, or from another release: compile again
         return None
 
 
-def _write(path: Path, result: CompileResult) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"launches": [asdict(launch) for launch in result.launches], "error": result.error}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(content, file)
-    os.replace(file.name, path)
-
-
-# -- child process ----------------------------------------------------------------------------------------------------
-
-
 def serve() -> None:
-    """Runs the child process: compiles the orders from its standard input, and launches nothing."""
+    """Runs the child process: compiles orders and launches nothing."""
     recorder = install_recorder()
-    seen: dict[str, dict[str, Any]] = {}
 
-    def read(launch: Launch) -> dict[str, Any]:
-        compiled, warps = launch.compiled, int(launch.compiled.metadata.num_warps)
-        if compiled.hash not in seen:
-            seen[compiled.hash] = asdict(read_compiled(launch.kernel, compiled, recorder.architecture, warps))
-        return seen[compiled.hash]
-
-    def answer(order: Order) -> dict[str, Any]:
+    def answer(order: Order) -> CompileResult:
         recorder.start(order.architecture)
         try:
-            operations.prepare(order.task, torch.device("cpu"), filled=False).run(dict(order.config))
-            return {"error": None, "launches": [read(launch) for launch in recorder.launches]}
+            operations.prepare(order.task, torch.device("cpu")).run(dict(order.config))
+            launches = {launch.compiled.hash: launch for launch in recorder.launches}.values()
+            return CompileResult(tuple(read_compiled(launch, order.architecture) for launch in launches))
         except (OSError, MemoryError):  # the machine is at fault, not the configuration: the process ends
             raise
         except Exception as error:
-            text = f"{type(error).__name__}: {str(error)[:200]}".replace("\n", " ")
-            return {"error": text, "launches": []}
+            return CompileResult(error=describe_error(error, 250))
 
     answer_orders(answer)

@@ -2,11 +2,11 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from tritontower.kernels.runtime.config import SHARED_MEMORY_LIMIT
 
 from .disassembly import hot_loop, read_amd, read_nvidia
+from .recording import Launch
 
 TENSOR_CORE_PREFIX = {
     "sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma", "gfx950": "v_mfma"
@@ -57,14 +57,15 @@ class CompiledKernel:
         return broken
 
 
-def read_compiled(name: str, compiled: Any, architecture: str, num_warps: int) -> CompiledKernel:
-    """Reads the properties of what ``triton.compile`` returned."""
+def read_compiled(launch: Launch, architecture: str) -> CompiledKernel:
+    """Reads the properties of a recorded launch."""
+    compiled, num_warps = launch.compiled, int(launch.compiled.metadata.num_warps)
     is_amd = architecture.startswith("gfx")
     code = read_amd(compiled.asm["amdgcn"]) if is_amd else read_nvidia(compiled.asm["cubin"])
     shared_memory = int(compiled.metadata.shared)
     threads = num_warps * 64 if is_amd else count_threads(compiled.asm["ptx"], num_warps)
     return CompiledKernel(
-        kernel=name,
+        kernel=launch.kernel,
         num_warps=num_warps,
         threads=threads,
         registers=code.registers,

@@ -9,7 +9,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _TENSOR_CORE = re.compile(r"HMMA|HGMMA|IMMA|QMMA|QGMMA|DMMA|UTC\w*MMA|v_s?mfmac?_")
@@ -79,14 +80,11 @@ def _natural_loops(instructions: tuple[Instruction, ...]) -> list[list[int]]:
     for number, block in enumerate(blocks):
         last = instructions[block[-1]]
         following = {number + 1} if last.falls_through and number + 1 < len(blocks) else set()
-        if last.target in block_at and last.target is not None:
-            following.add(block_at[last.target])
-        successors.append(following)
-    predecessors: list[set[int]] = [set() for _ in blocks]
-    for number, following in enumerate(successors):
-        for successor in following:
-            predecessors[successor].add(number)
-
+        target = block_at.get(last.target) if last.target else None
+        successors.append(following if target is None else following | {target})
+    predecessors = [
+        {other for other, following in enumerate(successors) if number in following} for number in range(len(blocks))
+    ]
     dominators = _dominators(predecessors)
     members: dict[int, set[int]] = {}
     for number, following in enumerate(successors):
@@ -135,20 +133,15 @@ def _reaching(latch: int, header: int, predecessors: list[set[int]]) -> set[int]
 
 
 def read_nvidia(cubin: bytes) -> MachineCode:
-    """Disassembles a cubin with ``cuobjdump`` and ``nvdisasm`` from Triton's package.
-
-    Raises:
-        subprocess.CalledProcessError: the tool rejects the cubin.
-        ValueError: its output lacks the register count.
-    """
+    """Disassembles a cubin with ``cuobjdump`` and ``nvdisasm`` from Triton's package."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _tool_output([str(tools / "cuobjdump"), "-res-usage", file.name])
-        listing = _tool_output([str(tools / "nvdisasm"), "-c", "-ndf", file.name])
+        usage = subprocess.check_output([tools / "cuobjdump", "-res-usage", file.name], text=True)
+        listing = subprocess.check_output([tools / "nvdisasm", "-c", "-ndf", file.name], text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"no register count in the output of cuobjdump: {usage[:200]!r}")
@@ -157,36 +150,8 @@ def read_nvidia(cubin: bytes) -> MachineCode:
     return MachineCode(int(found[1]), spills, int(found[2]), instructions)
 
 
-def _tool_output(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _parse_sass(listing: str) -> tuple[Instruction, ...]:
-    instructions: list[Instruction] = []
-    label: str | None = None
-    renamed: dict[str, str] = {}
-    for line in listing.splitlines():
-        if found := _SASS_LABEL.match(line):
-            # Several labels before one instruction become the first of them.
-            label = label or found[1]
-            renamed[found[1]] = label
-        elif found := _SASS_LINE.match(line):
-            predicate, opcode, operands = found.groups()
-            # BRA.U has its predicate as an operand; a jump or an exit without a predicate is always taken.
-            conditional = predicate is not None or re.search(r"\bU?P\d", operands) is not None
-            target = _SASS_TARGET.search(operands) if opcode == "BRA" else None
-            falls_through = conditional or opcode not in ("BRA", "EXIT", "RET")
-            instructions.append(Instruction(opcode, label, target and target[1], falls_through))
-            label = None
-    return _with_targets(instructions, renamed)
-
-
 def read_amd(assembly: str) -> MachineCode:
-    """Parses AMD assembly text with its metadata block.
-
-    Raises:
-        ValueError: the metadata lacks a count.
-    """
+    """Parses AMD assembly text with its metadata block."""
 
     def count(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
@@ -199,25 +164,42 @@ def read_amd(assembly: str) -> MachineCode:
     return MachineCode(count("vgpr_count"), spills, count("private_segment_fixed_size"), _parse_amd(assembly))
 
 
+def _parse_sass(listing: str) -> tuple[Instruction, ...]:
+    def parse(found: re.Match[str], label: str | None) -> Instruction:
+        predicate, opcode, operands = found.groups()
+        # BRA.U has its predicate as an operand; a jump or an exit without a predicate is always taken.
+        conditional = predicate is not None or re.search(r"\bU?P\d", operands) is not None
+        target = _SASS_TARGET.search(operands) if opcode == "BRA" else None
+        return Instruction(opcode, label, target and target[1], conditional or opcode not in ("BRA", "EXIT", "RET"))
+
+    return _parse(listing, _SASS_LABEL, _SASS_LINE, parse)
+
+
 def _parse_amd(assembly: str) -> tuple[Instruction, ...]:
+    def parse(found: re.Match[str], label: str | None) -> Instruction:
+        opcode, operands = found[1], found[2].strip()
+        target = operands if opcode.startswith(("s_branch", "s_cbranch")) else None
+        return Instruction(opcode, label, target, opcode not in ("s_branch", "s_endpgm"))
+
+    return _parse(assembly, _AMD_LABEL, _AMD_LINE, parse)
+
+
+def _parse(
+    text: str,
+    label_line: re.Pattern[str],
+    instruction_line: re.Pattern[str],
+    parse: Callable[[re.Match[str], str | None], Instruction],
+) -> tuple[Instruction, ...]:
     instructions: list[Instruction] = []
     label: str | None = None
-    renamed: dict[str, str] = {}
-    for line in assembly.splitlines():
-        if found := _AMD_LABEL.match(line):
+    renamed: dict[str | None, str] = {}
+    for line in text.splitlines():
+        if found := label_line.match(line):
+            # Several labels before one instruction become the first of them.
             label = label or found[1]
             renamed[found[1]] = label
-        elif found := _AMD_LINE.match(line):
-            opcode, operands = found[1], found[2].strip()
-            target = operands if opcode.startswith(("s_branch", "s_cbranch")) else None
-            instructions.append(Instruction(opcode, label, target, opcode not in ("s_branch", "s_endpgm")))
+        elif found := instruction_line.match(line):
+            instructions.append(parse(found, label))
             label = None
-    return _with_targets(instructions, renamed)
-
-
-def _with_targets(instructions: list[Instruction], renamed: dict[str, str]) -> tuple[Instruction, ...]:
-    """Renames the targets of jumps to the labels that were kept; a jump out of the code loses its target."""
-    return tuple(
-        Instruction(each.opcode, each.label, renamed.get(each.target) if each.target else None, each.falls_through)
-        for each in instructions
-    )
+    # A jump out of the code loses its target.
+    return tuple(replace(each, target=renamed.get(each.target)) for each in instructions)

@@ -12,13 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """A compiled launch.
-
-    Attributes:
-        kernel: name of the jitted function.
-        constants: its compile-time arguments by name.
-        compiled: what Triton returned.
-    """
+    """A compiled launch of a jitted function, with its compile-time arguments and what Triton returned."""
 
     kernel: str
     constants: Mapping[str, Any]
@@ -27,7 +21,7 @@ class Launch:
 
 @dataclass
 class Recorder:
-    """The stand-in driver, and the launches since the last :meth:`clear`."""
+    """The stand-in driver, and the launches since the last :meth:`start`."""
 
     architecture: str = ""
     launches: list[Launch] = field(default_factory=list)
@@ -35,7 +29,11 @@ class Recorder:
 
     def start(self, architecture: str) -> None:
         """Selects the architecture of the following launches and forgets the earlier ones."""
-        self.architecture, self.target = architecture, gpu_target(architecture)
+        from triton.backends.compiler import GPUTarget
+
+        is_amd = architecture.startswith("gfx")
+        target = ("hip", architecture, 64) if is_amd else ("cuda", int(architecture.removeprefix("sm_")), 32)
+        self.architecture, self.target = architecture, GPUTarget(*target)
         self.launches.clear()
 
     def get_current_target(self) -> Any:
@@ -49,15 +47,6 @@ class Recorder:
     def get_current_stream(self, device: int) -> int:
         """Returns the default stream."""
         return 0
-
-
-def gpu_target(architecture: str) -> Any:
-    """Returns Triton's target for one of ``ARCHITECTURES``."""
-    from triton.backends.compiler import GPUTarget
-
-    if architecture.startswith("gfx"):
-        return GPUTarget("hip", architecture, 64)
-    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
 
 
 def install_recorder() -> Recorder:
