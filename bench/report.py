@@ -110,158 +110,71 @@ def _preamble(contents: Sequence[Found]) -> str:
     )
 
 
-def _sections(steps: Steps) -> Iterable[str]:
-    for name, (title, describe) in SECTIONS.items():
-        if name in steps:
-            yield f"**{title}**\n\n{describe(steps[name][1])}"
-
-
 def _summary(steps: Steps) -> str:
-    """Three rows for the README: a medium and a large image, and many sizes in one batch."""
-    rows = [row for row in steps["towers"][1]["rows"] if row["status"] == "ok"][:2]
-    rows += [
-        row
-        for name in ("batches", "towers")
-        if name in steps
-        for row in steps[name][1]["rows"]
-        if row["status"] == "ok" and row["batch"] == "mixed"
-    ][:1]
-    columns = ("tower", "images", "patches", "tritontower, ms", "transformers, ms", "ratio")
-    cells = [
-        (
-            f"{row['family']}, {row['blocks']} blocks",
-            _batch(row),
-            f"{row['patches']:,}",
-            _with_farthest(row["seconds"][OURS]),
-            _with_farthest(row["seconds"].get(BASELINES["sdpa"])),
-            _ratio(row),
-        )
-        for row in rows
-    ]
+    """Three rows for the README: a medium and a large image, and mixed sizes in one batch."""
     content = steps["towers"][1]
+    found = [row for name in ("towers", "batches") if name in steps for row in steps[name][1]["rows"] if _ran(row)]
+    mixed = [row for row in found if row["batch"] == "mixed"][:1]
+    rows = [row for row in found if row["batch"] != "mixed"][:2] + mixed
+    columns = {
+        "tower": lambda row: f"{row['family']}, {row['blocks']} blocks",
+        **{name: TOWERS[name] for name in ("images", "patches", "tritontower, ms", "transformers, ms", "ratio")},
+    }
     return (
-        f"{_markdown(columns, cells)}\n\n{describe_machine(content)}, bfloat16, torch {content['torch']}, "
+        f"{_markdown(columns, rows)}\n\n{describe_machine(content)}, bfloat16, torch {content['torch']}, "
         f"transformers {content['transformers']} (SDPA), {str(content['date'])[:10]}."
     )
 
 
-def _towers(content: Found) -> str:
-    candidates = {
-        name: title
-        for name, title in {
-            OURS: "tritontower, ms",
-            EAGER: "without graphs, ms",
-            BASELINES["sdpa"]: "transformers, ms",
-            BASELINES["compile"]: "compiled, ms",
-            MATMUL_ONLY: "matmul only, ms",
-        }.items()
-        if any(name in row.get("seconds", ()) for row in content["rows"])
-    }
-    rows = []
-    for row in content["rows"]:
-        ran = row["status"] == "ok"
-        rows.append(
-            (
-                row["family"],
-                _batch(row),
-                f"{row['patches']:,}" if ran else "–",
-                f"{row['tokens']:,}" if ran else "–",
-                *(_with_farthest(row["seconds"].get(name)) if ran else "–" for name in candidates),
-                _ratio(row) if ran else row["status"],
-            )
-        )
-    return _markdown(("family", "images", "patches", "tokens", *candidates.values(), "ratio"), rows)
+def _sections(steps: Steps) -> Iterable[str]:
+    for name, (title, columns) in SECTIONS.items():
+        if name in steps:
+            rows = [each for row in steps[name][1]["rows"] for each in row.get("loads", [row])]
+            table = _markdown(columns, [row for row in rows if _ran(row)])
+            failed = sum(row.get("status") == "failed" for row in rows)
+            yield f"**{title}**\n\n{table}" + (f"\n\n{failed} cases failed." if failed else "")
 
 
-def _preprocessing(content: Found) -> str:
-    ways = (OURS, DIGESTS, BYTES)
-    columns = ("images", "fp32, ms", "with digests, ms", "bytes, ms", "transformers, ms", "ratios", "of first calls")
-    rows = []
-    for row in content["rows"]:
-        if row["status"] != "ok":
-            rows.append((row["label"], "–", "–", "–", "–", "–", row["status"]))
-            continue
-        ratios = []
-        for key in ("seconds", "in_turn"):
-            medians = median_seconds(row, key)
-            ratios.append(" / ".join(f"{medians[THEIRS] / medians[way]:.1f}" for way in ways if way in medians))
-        rows.append((row["label"], *(_with_quartiles(row["seconds"].get(way)) for way in (*ways, THEIRS)), *ratios))
-    return (
-        "From PIL images to patches, with the same pixels bit for bit. Ratios are those of fp32 / with digests / bytes; ± is "
-        "half the distance of the quartiles.\n\n" + _markdown(columns, rows)
-    )
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+Columns = Mapping[str, Callable[[Found], str]]
+"""Heading → text of a row's cell; a column that is empty in every row is left out."""
 
 
-def _memory(content: Found) -> str:
-    columns = ("patches", "allocated ÷ planned", "libraries, MB")
-    rows = [
-        (
-            f"{row['patches']:,}",
-            f"{row['allocated_bytes'] / row['planned_bytes']:.3f}",
-            "–" if row["beyond_bytes"] is None else f"{row['beyond_bytes'] / 1e6:,.0f}",
-        )
-        for row in content["rows"]
-    ]
-    return _markdown(columns, rows)
+def _ran(row: Found) -> bool:
+    return bool(row.get("status", "ok") == "ok")
 
 
-def _loading(content: Found) -> str:
-    columns = ("loaded by", "files", "seconds", "peak growth, MB", "weights, MB")
-    loads = [load for row in content["rows"] for load in row.get("loads", [row])]
-    rows = [
-        (
-            load["by"],
-            load["files"],
-            f"{load['seconds']:.2f}",
-            f"{load['growth_bytes'] / 1e6:,.0f}",
-            f"{load['weights_bytes'] / 1e6:,.0f}",
-        )
-        for load in loads
-    ]
-    return (
-        "tritontower reads, checks and prepacks the weights; transformers (without the layers of its language model) maps the "
-        "file and reads most of it on first use, which neither figure contains.\n\n" + _markdown(columns, rows)
-    )
+def _time(name: str) -> Callable[[Found], str]:
+    """Median and farthest run of a candidate."""
+
+    def cell(row: Found) -> str:
+        seconds = row["seconds"].get(name)
+        if not seconds:
+            return ""
+        middle = Timing(tuple(seconds)).median
+        farthest = max(abs(each - middle) for each in seconds) / middle
+        return f"{_milliseconds(middle)} ± {100 * farthest:.0f} %"
+
+    return cell
 
 
-def _kernels(content: Found) -> str:
-    columns = ("kernel", "case", "µs", "TFLOP/s", "best of torch, µs", "ratio")
-    rows = []
-    for row in content["rows"]:
-        if row["status"] == "ok":
-            ours, best = row["seconds"][OURS], min(baseline_seconds(row).values(), default=None)
-            against = ("–", "–") if best is None else (f"{best * 1e6:,.1f}", f"{best / ours:.2f}")
-            rows.append((row["kernel"], row["case"], f"{ours * 1e6:,.1f}", f"{row['tflops']:,.1f}", *against))
-    failed = sum(row["status"] == "failed" for row in content["rows"])
-    return _markdown(columns, rows) + (f"\n\n{failed} cases failed." if failed else "")
+def _median_and_ratio(name: str) -> Callable[[Found], str]:
+    """Median of a way of preprocessing, and transformers' median ÷ it."""
+
+    def cell(row: Found) -> str:
+        medians = median_seconds(row)
+        if name not in medians:
+            return ""
+        ratio = "" if name == THEIRS else f" ({medians[THEIRS] / medians[name]:.1f})"
+        return _milliseconds(medians[name]) + ratio
+
+    return cell
 
 
-def _stress(content: Found) -> str:
-    rows = [
-        (row["variant"], f"{row['head_dim']} in {row['padded']}", f"{row['launches']:,}", str(row["wrong_draws"]))
-        for row in content["rows"]
-        if row["status"] != "skipped"
-    ]
-    return _markdown(("variant", "head", "launches", "wrong draws"), rows)
-
-
-SECTIONS: Mapping[str, tuple[str, Callable[[Found], str]]] = {
-    "towers": ("The tower of Qwen2-VL, one square still image, bfloat16", _towers),
-    "towers-compiled": ("The same, against compiled transformers", _towers),
-    "towers-float32": ("The same in float32", _towers),
-    "families": ("Every family at its published width, bfloat16", _towers),
-    "batches": ("Large images, many small ones, and mixed sizes in one batch, 8 blocks, bfloat16", _towers),
-    "preprocessing": ("Preprocessing against transformers' image processor", _preprocessing),
-    "memory": ("Memory of a forward pass against the memory plan, Qwen2-VL-2B, bfloat16", _memory),
-    "loading": ("Loading the tower of Qwen2-VL-2B, bfloat16", _loading),
-    "kernels": ("Kernels at the towers' shapes, against torch's equivalent", _kernels),
-    "attention": ("Attention in every variant", _kernels),
-    "gemm": ("GEMMs by pointers, by descriptors and by the vendor's library", _kernels),
-    "stress": ("Attention with random lengths", _stress),
-}
-
-
-# -- cells ------------------------------------------------------------------------------------------------------------
+def _milliseconds(seconds: float) -> str:
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
 
 
 def _batch(row: Found) -> str:
@@ -270,32 +183,82 @@ def _batch(row: Found) -> str:
     return "one square" if row.get("images", 1) == 1 else f"{row['images']} of one size"
 
 
-def _ratio(row: Found) -> str:
-    return f"{row['ratio']:.2f}" if row["ratio"] else "unchecked"
+def _best_of_torch(row: Found) -> str:
+    best = min(baseline_seconds(row).values(), default=None)
+    return "" if best is None else f"{best / row['seconds'][OURS]:.2f}"
 
 
-def _with_farthest(seconds: Sequence[float] | None) -> str:
-    if not seconds:
-        return "–"
-    middle = Timing(tuple(seconds)).median
-    farthest = max(abs(each - middle) for each in seconds) / middle
-    return f"{_milliseconds(middle)} ± {100 * farthest:.0f} %"
+TOWERS: Columns = {
+    "family": lambda row: str(row["family"]),
+    "images": _batch,
+    "patches": lambda row: f"{row['patches']:,}",
+    "tokens": lambda row: f"{row['tokens']:,}",
+    "tritontower, ms": _time(OURS),
+    "without graphs, ms": _time(EAGER),
+    "transformers, ms": _time(BASELINES["sdpa"]),
+    "compiled, ms": _time(BASELINES["compile"]),
+    "matmul only, ms": _time(MATMUL_ONLY),
+    "ratio": lambda row: f"{row['ratio']:.2f}" if row["ratio"] else "unchecked",
+}
+PREPROCESSING: Columns = {
+    "images": lambda row: str(row["label"]),
+    "fp32, ms": _median_and_ratio(OURS),
+    "with digests, ms": _median_and_ratio(DIGESTS),
+    "bytes, ms": _median_and_ratio(BYTES),
+    "transformers, ms": _median_and_ratio(THEIRS),
+}
+MEMORY: Columns = {
+    "patches": lambda row: f"{row['patches']:,}",
+    "allocated ÷ planned": lambda row: f"{row['allocated_bytes'] / row['planned_bytes']:.3f}",
+    "libraries, MB": lambda row: "" if row["beyond_bytes"] is None else f"{row['beyond_bytes'] / 1e6:,.0f}",
+}
+LOADING: Columns = {
+    "loaded by": lambda row: str(row["by"]),
+    "files": lambda row: str(row["files"]),
+    "seconds": lambda row: f"{row['seconds']:.2f}",
+    "peak growth, MB": lambda row: f"{row['growth_bytes'] / 1e6:,.0f}",
+    "weights, MB": lambda row: f"{row['weights_bytes'] / 1e6:,.0f}",
+}
+KERNELS: Columns = {
+    "kernel": lambda row: str(row["kernel"]),
+    "case": lambda row: str(row["case"]),
+    "µs": lambda row: f"{row['seconds'][OURS] * 1e6:,.1f}",
+    "TFLOP/s": lambda row: f"{row['tflops']:,.1f}",
+    "torch ÷ tritontower": _best_of_torch,
+}
+STRESS: Columns = {
+    "variant": lambda row: str(row["variant"]),
+    "head": lambda row: f"{row['head_dim']} in {row['padded']}",
+    "launches": lambda row: f"{row['launches']:,}",
+    "wrong draws": lambda row: str(row["wrong_draws"]),
+}
+SECTIONS: Mapping[str, tuple[str, Columns]] = {
+    "towers": ("The tower of Qwen2-VL, one square still image, bfloat16", TOWERS),
+    "towers-compiled": ("The same, against compiled transformers", TOWERS),
+    "towers-float32": ("The same in float32", TOWERS),
+    "families": ("Every family at its published width, bfloat16", TOWERS),
+    "batches": ("Large images, many small ones, and mixed sizes in one batch, 8 blocks, bfloat16", TOWERS),
+    "preprocessing": (
+        "Preprocessing, bit for bit transformers' pixels; in parentheses transformers ÷ this",
+        PREPROCESSING,
+    ),
+    "memory": ("Memory of a forward pass against the memory plan, Qwen2-VL-2B, bfloat16", MEMORY),
+    "loading": (
+        "Loading the tower of Qwen2-VL-2B, bfloat16; transformers maps the file and reads it on first use",
+        LOADING,
+    ),
+    "kernels": ("Kernels at the towers' shapes, against torch's equivalent", KERNELS),
+    "attention": ("Attention in every variant", KERNELS),
+    "gemm": ("GEMMs by pointers, by descriptors and by the vendor's library", KERNELS),
+    "stress": ("Attention with random lengths", STRESS),
+}
 
 
-def _with_quartiles(seconds: Sequence[float] | None) -> str:
-    if not seconds:
-        return "–"
-    timing = Timing(tuple(seconds))
-    return f"{_milliseconds(timing.median)} ± {50 * timing.spread:.0f} %"
-
-
-def _milliseconds(seconds: float) -> str:
-    milliseconds = 1e3 * seconds
-    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.3g}"
-
-
-def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, ["---"] * len(columns), *rows])
+def _markdown(columns: Columns, rows: Sequence[Found]) -> str:
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    kept = {name: texts for name, texts in cells.items() if any(texts)}
+    lines = [list(kept), ["---"] * len(kept), *(list(line) for line in zip(*kept.values(), strict=True))]
+    return "\n".join(f"| {' | '.join(text or '–' for text in line)} |" for line in lines)
 
 
 def main(words: Sequence[str] | None = None, *, pages: Sequence[Path] = PAGES, results: Path = RESULTS) -> int:
