@@ -85,9 +85,6 @@ def test_steps_are_listed(capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[::2]] == [s.name for s in CPU_STEPS]
 
 
-# -- benchmarks of kernel forms, at tiny sizes in the interpreter --------------------------------------------------------
-
-
 @pytest.mark.parametrize("kernel", ["attention", "linear"])
 def test_variants_are_right_and_distinct(kernel, kernel_device):
     case = next(iter(cases("small", torch.bfloat16, [kernel])))
@@ -125,33 +122,13 @@ def test_draws_cover_short_and_long_segments():
     assert (min(lengths), max(lengths) > 2000) == (0, True)
 
 
-# -- report -----------------------------------------------------------------------------------------------------------
-
-
 def write(folder: Path, step: str, **changes: object) -> None:
-    row = {
-        "status": "ok",
-        "family": "F",
-        "batch": "1024 patches",
-        "blocks": 8,
-        "images": 1,
-        "patches": 1024,
-        "tokens": 256,
-        "seconds": {"tritontower": [0.1, 0.2, 0.3], "transformers sdpa": [0.4, 0.4, 0.4], "matmul only": [0.05]},
-        "ratio": 2.0,
-    }
-    content = {
-        "bench": "towers",
-        "complete": True,
-        "date": "2026-11-21T00:00:00",
-        "commit": "abc",
-        "torch": "2.13",
-        "transformers": "5.23",
-        "threads": 2,
-        "cpu": "Some CPU",
-        "rows": [row],
-        **changes,
-    }
+    """Writes the result of a step."""
+    seconds = {"tritontower": [0.1, 0.2, 0.3], "transformers sdpa": [0.4, 0.4, 0.4], "matmul only": [0.05]}
+    row = {"status": "ok", "family": "F", "batch": "1024 patches", "seconds": seconds, "ratio": 2.0}
+    row |= {"blocks": 8, "images": 1, "patches": 1024, "tokens": 256}
+    content = {"bench": "towers", "complete": True, "date": "2026-11-21T00:00:00", "commit": "abc", "rows": [row]}
+    content |= {"torch": "2.13", "transformers": "5.23", "threads": 2, "cpu": "Some CPU", **changes}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{step}.json").write_text(json.dumps(content))
 

@@ -23,11 +23,7 @@ UNITS = {
 
 
 def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Draws a document into ``path``: a group of bars per row, a bar per candidate, shorter is better.
-
-    Raises:
-        UsageError: matplotlib is not installed, or the document has no times.
-    """
+    """Draws a document into ``path``: a group of bars per row, a bar per candidate, shorter is better."""
     groups = group_times(found)
     if not groups:
         raise UsageError(f"plot must be of a report with times, got {found['bench']!r} without any")

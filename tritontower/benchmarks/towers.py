@@ -77,11 +77,7 @@ class CheckedReference(Reference):
 
     @cached_property
     def accuracy(self) -> Mapping[str, OutputParity]:
-        """Distance of each output from transformers in fp32, on an image of :data:`CHECKED_SIZE`.
-
-        Raises:
-            ReferenceModelError: only one of the two has an output.
-        """
+        """Distance of each output from transformers in fp32, on an image of :data:`CHECKED_SIZE`."""
         batch = noise_batch(self.tower, [CHECKED_SIZE])
         ours = {name: rows.clone() for name, rows in self.tower.run(batch).items()}
         theirs = self.run(batch)
@@ -112,7 +108,8 @@ def benchmark_towers(
 
     Without ``baselines`` the towers are timed alone.  ``split`` also times every node (``node_seconds``).
     """
-    check_baselines(baselines)
+    if unknown := [name for name in baselines if name not in BASELINES]:
+        raise UsageError(f"against must be among {', '.join(BASELINES)}, got {', '.join(unknown)}")
     report: Report | None = None
     for title, source in sources:
         with source() as folder:
@@ -293,12 +290,6 @@ def _attention(model: Any, implementation: str) -> Iterator[None]:
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = before[key]
-
-
-def check_baselines(names: Sequence[str]) -> None:
-    """Raises UsageError unless all ``names`` are of :data:`BASELINES`."""
-    if unknown := [name for name in names if name not in BASELINES]:
-        raise UsageError(f"against must be among {', '.join(BASELINES)}, got {', '.join(unknown)}")
 
 
 def list_candidates(found: Mapping[str, Any]) -> Sequence[str]:

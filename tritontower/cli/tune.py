@@ -213,10 +213,16 @@ def _compile(arguments: argparse.Namespace, tasks: "list[Task]") -> dict[str, An
     start = time.monotonic()
     with _progress_bar() as progress:
         found = compile_tasks(tasks, arguments.arch, **_options(arguments, progress))
-    return _report(tasks, start, list(found.items()), architecture=arguments.arch)
+    done = [
+        (task, {"candidates": [_compiled(each) for each in candidates if each.compile_result]})
+        for task, candidates in found.items()
+    ]
+    return _report(tasks, start, done, architecture=arguments.arch)
 
 
-def _report(tasks: "list[Task]", start: float, done: "list[tuple[Task, Any]]", **fields: object) -> dict[str, Any]:
+def _report(
+    tasks: "list[Task]", start: float, done: "list[tuple[Task, dict[str, Any]]]", **fields: object
+) -> dict[str, Any]:
     return {
         **fields,
         "seconds": round(time.monotonic() - start, 1),
@@ -226,11 +232,7 @@ def _report(tasks: "list[Task]", start: float, done: "list[tuple[Task, Any]]", *
                 "task": task.title,
                 "kernel": task.kernel,
                 "launches": task.launches,
-                **(
-                    {"candidates": [_compiled(each) for each in found if each.compile_result]}
-                    if isinstance(found, list)
-                    else _described(found)
-                ),
+                **found,
             }
             for task, found in done
         ],
@@ -271,7 +273,7 @@ def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identit
         # Everything is in the table; the next run measures anew.
         journal_path.unlink(missing_ok=True)
     fields = {"table": str(path), "entries": merged.held, "added": merged.added, "given_up": merged.given_up}
-    return _report(tasks, start, [(choice.task, choice) for choice in choices], **fields)
+    return _report(tasks, start, [(choice.task, _described(choice)) for choice in choices], **fields)
 
 
 def _described(choice: "Choice") -> dict[str, Any]:

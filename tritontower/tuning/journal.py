@@ -19,11 +19,8 @@ class Journal:
     """Measurements that were begun and their results.
 
     A configuration that was begun :data:`ATTEMPTS` times without a result is dropped by the tuner, so a run never restarts
-    with the same fatal configuration forever.
-
-    Args:
-        path: the file; ``None`` keeps everything in memory.
-        identity: GPU and compiler versions; results of another identity are ignored.
+    with the same fatal configuration forever.  Without a ``path`` everything stays in memory.  Results of another
+    ``identity`` (GPU and compiler versions) are ignored.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:

@@ -66,14 +66,7 @@ def compile_tasks(
 ) -> dict[Task, list[Candidate]]:
     """Returns the candidates of every task, the default first; tasks that were not compiled at ``deadline`` are missing.
 
-    Args:
-        tasks: tasks of one tower.
-        architecture: one of ``kernels.runtime.config.ARCHITECTURES``.
-        workers: compiler processes at the same time.
-        cache: folder of compile results; ``None`` keeps none.
-        deadline: of ``time.monotonic()``.
-        progress: called after every compile.
-        compiled: configurations of a task that are compiled in a round.
+    ``workers`` processes compile ``compiled`` configurations of a task in a round; ``cache`` is the folder of the results.
     """
     found: dict[Task, list[Candidate]] = {task: [] for task in tasks}
     waiting = {task: list_candidates(task, architecture) for task in tasks}

@@ -38,14 +38,8 @@ def answers(
 ) -> Iterator[tuple[int, Any]]:
     """Distributes ``orders`` to child processes and yields the index and the answer, or :class:`Death`, of each.
 
-    Closing the iterator ends the children.  So does the deadline; orders without an answer are then not yielded.
-
-    Args:
-        orders: anything that can be pickled.
-        code: Python code of a child; it ends in :func:`answer_orders`.
-        workers: children at the same time.
-        deadline: of ``time.monotonic()``.
-        seconds: time limit of one order.
+    Closing the iterator ends the children.  So does the deadline; orders without an answer are then not yielded.  ``code``
+    is Python code of a child that ends in :func:`answer_orders`; ``seconds`` limit the time of one order.
     """
     waiting = deque(range(len(orders)))
     children: dict[Connection, _Child] = {}
