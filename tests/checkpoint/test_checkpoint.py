@@ -201,30 +201,35 @@ def test_wrappers_are_removed_and_the_longest_prefix_replaced(
     assert weight_files.strip_prefix(name, prefixes) == expected
 
 
-def run_python(script: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, check=False
-    )
-
-
-def test_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
-    tensors = {f"visual.{index}": torch.ones(2**20, dtype=torch.bfloat16) for index in range(40)}
-    single(tmp_path, tensors)
+def test_tensors_are_streamed_from_a_file_that_may_shrink(tmp_path: Path) -> None:
+    single(tmp_path, {f"visual.{index}": torch.ones(2**20, dtype=torch.bfloat16) for index in range(40)})
     script = f"""
-        import resource, torch
+        import os, resource, torch
         from pathlib import Path
         from tritontower.checkpoint.checkpoint import Checkpoint
-        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        with Checkpoint.open(Path({str(tmp_path)!r}), prefixes={{"visual.": ""}}) as checkpoint:
+        from tritontower.errors import CheckpointCorruptError
+        folder = Path({str(tmp_path)!r})
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        with Checkpoint.open(folder, prefixes={{"visual.": ""}}) as checkpoint:
             for number, (name, tensor) in enumerate(checkpoint.iterate(torch.float32)):
                 del tensor
                 if number == 3:
                     before = peak()
             print(peak() - before)
+            try:
+                for number, _ in enumerate(checkpoint.iterate(torch.float32)):
+                    os.truncate(folder / "model.safetensors", 2**21)
+            except CheckpointCorruptError as error:
+                print(number + 1, "changed while it was read" in str(error))
     """
-    grown = int(run_python(script).stdout)
-    assert grown < 20 * 2**20, "40 tensors of 4 MiB were kept"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, f"the process died: {result.stderr}"
+    grown, *rejected = result.stdout.split()
+    assert int(grown) < 20, "40 tensors of 4 MiB were kept"
+    assert rejected == ["1", "True"]
 
 
 def test_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:
@@ -239,19 +244,14 @@ def test_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None
 ONE = {"visual.a": entry([1], 0, 4)}
 CORRUPT = {
     "empty": (b"", "0 bytes"),
-    "four bytes": (b"\1\0\0\0", "4 bytes"),
     "header length 2**63": ((2**63).to_bytes(8, "little") + b"{}", "not a safetensors file"),
-    "header of 101 MB": ((101_000_000).to_bytes(8, "little") + b"{}", "not a safetensors file"),
     "header longer than file": ((1000).to_bytes(8, "little") + b"{}", "incomplete"),
     "header not UTF-8": (raw_file(b'{"\xff": 1}'), "download it again"),
     "header not JSON": (raw_file(b'{"a": '), "download it again"),
-    "header a list": (raw_file([1]), "not a safetensors file"),
     "header empty": (raw_file(b""), "download it again"),
     "overlap": (raw_file({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, b"\0" * 6), "download it again"),
     "hole": (raw_file({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"\0" * 12), "download it again"),
     "trailing bytes": (raw_file(ONE, b"\0" * 5), "download it again"),
-    "negative shape": (raw_file({"visual.a": entry([-1], 0, 4)}, b"\0" * 4), "download it again"),
-    "size overflow": (raw_file({"visual.a": entry([2**40, 2**40], 0, 4)}, b"\0" * 4), "download it again"),
     "shape disagrees with bytes": (raw_file({"visual.a": entry([2], 0, 4)}, b"\0" * 4), "download it again"),
     "unknown dtype": (raw_file({"visual.a": entry([1], 0, 4, "X7")}, b"\0" * 4), "download it again"),
     "metadata not text": (raw_file({"__metadata__": {"a": 1}, **ONE}, b"\0" * 4), "download it again"),
@@ -291,32 +291,12 @@ def test_file_system_errors_are_typed(tmp_path: Path, monkeypatch: pytest.Monkey
         Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
-def test_file_that_shrinks_while_read_is_an_error(tmp_path: Path) -> None:
-    single(tmp_path, {f"visual.{index}": torch.ones(2**18) for index in range(4)})
-    script = f"""
-        import os, torch
-        from pathlib import Path
-        from tritontower.checkpoint.checkpoint import Checkpoint
-        from tritontower.errors import CheckpointCorruptError
-        folder = Path({str(tmp_path)!r})
-        with Checkpoint.open(folder, prefixes={{"visual.": ""}}) as checkpoint:
-            try:
-                for number, _ in enumerate(checkpoint.iterate(torch.float32)):
-                    os.truncate(folder / "model.safetensors", 2**19)
-            except CheckpointCorruptError as error:
-                print("rejected after", number + 1, "changed while it was read" in str(error))
-    """
-    result = run_python(script)
-    assert result.returncode == 0, f"the process died: {result.stderr}"
-    assert result.stdout.split() == ["rejected", "after", "1", "True"]
-
-
 # -- folders and indices ----------------------------------------------------------------------------------------------
 
 UNSAFE_NAMES = [
     "../x.safetensors",
     "/x.safetensors",
-    "..\\x.safetensors",
+    "\\x.safetensors",
     "C:x.safetensors",
     "\0.safetensors",
     "x.bin",
@@ -489,19 +469,11 @@ def test_unneeded_tensors_are_neither_checked_nor_read(tmp_path: Path, opened: O
         assert opened.read == []
         assert set(dict(checkpoint.iterate(torch.float32))) == set(SHAPES)
         assert sorted(opened.read) == [f"visual.{name}" for name in sorted(SHAPES)]
-        checkpoint.expect(SHAPES, ignored=["blocks.9.*", "head.*", "probe.*", "scaled.weight"])
+        with pytest.raises(ShapeMismatchError):
+            checkpoint.expect({**SHAPES, "norm.weight": (5,)}, unneeded=[*names, "norm.weight"])
         for left_out in names[:-1]:
             with pytest.raises((UnsupportedDtypeError, UnexpectedTensorError), match=left_out.rpartition(".")[0]):
                 checkpoint.expect(SHAPES, unneeded=set(names) - {left_out})
-
-
-def test_specs_take_precedence_over_unneeded(tmp_path: Path) -> None:
-    single(tmp_path, vision_tensors())
-    with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
-        with pytest.raises(ShapeMismatchError):
-            checkpoint.expect({**SHAPES, "norm.weight": (5,)}, unneeded=["norm.weight"])
-        with pytest.raises(UnexpectedTensorError, match=r"visual\.proj\.weight"):
-            checkpoint.expect({"norm.weight": (4,)}, unneeded=["proj"])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
@@ -514,12 +486,8 @@ def test_quantized_tensor_is_named_with_the_method(tmp_path: Path, dtype: torch.
         checkpoint.expect(SHAPES)
     with pytest.raises(UnsupportedDtypeError, match=message):
         list(checkpoint.iterate(torch.float32))
-
-
-def test_tower_without_a_loadable_dtype_has_no_dtype(tmp_path: Path) -> None:
-    single(tmp_path, {"visual.a": torch.zeros(4, dtype=torch.int8)})
-    with pytest.raises(UnsupportedDtypeError, match="stored as I8; only"):
-        _ = Checkpoint.open(tmp_path, prefixes=PREFIXES).dtype
+    with pytest.raises(UnsupportedDtypeError, match=r"stored as \w+ \("):
+        _ = single(tmp_path, {"visual.a": torch.zeros(4).to(dtype)}).dtype
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -89,7 +89,7 @@ def float8(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def write(folder: Path, tensors: Tensors) -> Path:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     return folder
 
 
@@ -274,82 +274,44 @@ def i8(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.int8)
 
 
-UNSUPPORTED: dict[str, tuple[Tensors, str, str]] = {
-    # tensors of one module, the named one, and its scheme
-    "AWQ": ({"qweight": i32(8, 1), "qzeros": i32(1, 1), "scales": torch.ones(1, 8)}, "qweight", "AWQ/GPTQ int4"),
-    "GPTQ": (
-        {"qweight": i32(1, 8), "qzeros": i32(1, 1), "scales": torch.ones(1, 8), "g_idx": i32(8)},
-        "qweight",
-        "AWQ/GPTQ int4",
-    ),
-    "packed": (
-        {"weight_packed": i32(8, 1), "weight_scale": torch.ones(8, 1), "weight_shape": torch.tensor([8, 8])},
-        "weight_packed",
+ONE_SCALE, ROW_SCALES = torch.ones(1), torch.ones(8, 1)
+UNSUPPORTED: list[tuple[Tensors, str]] = [
+    # tensors of one module, the weight first, and its scheme
+    ({"qweight": i32(8, 1), "qzeros": i32(1, 1), "scales": torch.ones(1, 8)}, "AWQ/GPTQ int4"),
+    ({"qweight": i32(1, 8), "scales": torch.ones(1, 8), "g_idx": i32(8)}, "AWQ/GPTQ int4"),
+    (
+        {"weight_packed": i32(8, 1), "weight_scale": ROW_SCALES, "weight_shape": i32(2)},
         "compressed-tensors pack-quantized",
     ),
-    "packed with zero points": (
-        {"weight_packed": i32(8, 1), "weight_scale": torch.ones(8, 1), "weight_zero_point": i32(1, 1)},
-        "weight_packed",
-        "compressed-tensors pack-quantized",
-    ),
-    "NVFP4": (
-        {
-            "weight_packed": u8(8, 8),
-            "weight_scale": float8((8, 1)),
-            "weight_global_scale": torch.ones(1),
-            "input_global_scale": torch.ones(1),
-        },
-        "weight_packed",
+    ({"weight_packed": u8(8, 8), "weight_scale": float8((8, 1)), "weight_global_scale": ONE_SCALE}, "NVFP4"),
+    (
+        {"weight": u8(8, 8), "weight_scale": float8((8, 1)), "weight_scale_2": ONE_SCALE, "input_scale": ONE_SCALE},
         "NVFP4",
     ),
-    "NVFP4 of ModelOpt": (
-        {
-            "weight": u8(8, 8),
-            "weight_scale": float8((8, 1)),
-            "weight_scale_2": torch.ones(()),
-            "input_scale": torch.ones(()),
-        },
-        "weight",
-        "NVFP4",
-    ),
-    "MXFP4": ({"weight_packed": u8(8, 16), "weight_scale": u8(8, 1)}, "weight_packed", "MXFP4"),
-    "int8": ({"weight": i8(8, 8), "weight_scale": torch.ones(8, 1)}, "weight", "compressed-tensors int-quantized"),
-    "zero point": (
-        {"weight": float8((8, 8)), "weight_scale": torch.ones(1), "weight_zero_point": float8((1,))},
-        "weight",
+    ({"weight_packed": u8(8, 16), "weight_scale": u8(8, 1)}, "MXFP4"),
+    ({"weight": u8(8, 16), "weight_scale": u8(8, 1)}, "MXFP4"),
+    ({"weight": i8(8, 8), "weight_scale": ROW_SCALES}, "compressed-tensors int-quantized"),
+    (
+        {"weight": float8((8, 8)), "weight_scale": ONE_SCALE, "weight_zero_point": float8((1,))},
         "FP8 with a zero point",
     ),
-    "two scales": (
-        {"weight": float8((8, 8)), "weight_scale": torch.ones(1), "weight_scale_inv": torch.ones(1)},
-        "weight",
-        "FP8 with both",
-    ),
-    "two levels": (
-        {"weight": float8((8, 8)), "weight_scale": torch.ones(1), "weight_scale_2": torch.ones(1)},
-        "weight",
-        "FP8 with two levels",
-    ),
-    "Mistral": (
-        {"weight": float8((8, 8)), "qscale_weight": torch.ones(()), "qscale_act": torch.ones(())},
-        "weight",
-        "Mistral's own FP8",
-    ),
-    "4 bits without a description": (
-        {"weight": u8(32, 1), "weight.absmax": torch.ones(1), "weight.quant_map": torch.ones(16)},
-        "weight",
+    ({"weight": float8((8, 8)), "weight_scale": ONE_SCALE, "weight_scale_inv": ONE_SCALE}, "FP8 with both"),
+    ({"weight": float8((8, 8)), "weight_scale": ONE_SCALE, "weight_scale_2": ONE_SCALE}, "FP8 with two levels"),
+    ({"weight": float8((8, 8)), "qscale_weight": ONE_SCALE, "qscale_act": ONE_SCALE}, "Mistral's own FP8"),
+    (
+        {"weight": u8(32, 1), "weight.absmax": ONE_SCALE, "weight.quant_map": torch.ones(16)},
         "bitsandbytes 4-bit without",
     ),
-}
+]
 
 
-@pytest.mark.parametrize(("parts", "named", "scheme"), UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_other_schemes_are_rejected_unless_unneeded(tmp_path: Path, parts: Tensors, named: str, scheme: str) -> None:
-    write(
-        tmp_path, {"visual.norm.weight": torch.ones(4), **{f"visual.fc.{name}": part for name, part in parts.items()}}
-    )
+@pytest.mark.parametrize(("parts", "scheme"), UNSUPPORTED, ids=lambda value: value if isinstance(value, str) else "")
+def test_other_schemes_are_rejected_unless_unneeded(tmp_path: Path, parts: Tensors, scheme: str) -> None:
+    module = {f"visual.fc.{name}": part for name, part in parts.items()}
+    write(tmp_path, {"visual.norm.weight": torch.ones(4), **module})
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "some-method"}}')
     message = (
-        rf"tensor 'visual\.fc\.{named}' in model\.safetensors is stored as \w+, {scheme}.*'some-method'.* can be lo"
+        rf"'visual\.fc\.{next(iter(parts))}' in model\.safetensors is stored as \w+, {scheme}.*'some-method'.* can be"
     )
     with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         assert set(checkpoint.weights) == {"norm.weight", "fc.weight"}
@@ -360,7 +322,6 @@ def test_other_schemes_are_rejected_unless_unneeded(tmp_path: Path, parts: Tenso
             list(checkpoint.iterate(torch.float32))
         assert checkpoint.dtype == torch.float32
         checkpoint.expect({"norm.weight": (4,)}, unneeded=["fc.weight"])
-        checkpoint.expect({"norm.weight": (4,)}, ignored=["fc.*"])
         assert [name for name, _ in checkpoint.iterate(torch.float32)] == ["norm.weight"]
 
 
@@ -397,31 +358,21 @@ def test_unknown_variants_are_rejected(tmp_path: Path, parts: Tensors, text: str
 
 DESCRIPTIONS: dict[str, tuple[object, str | tuple[str, str]]] = {
     "not JSON": (b"{", "not JSON"),
-    "not text": (b"\xff\xfe", "not UTF-8"),
     "empty": (b"", "not JSON"),
-    "a list": ([1], "a list"),
-    "deep": (b"[" * 60_000, "too deeply"),
     "too long": (b" " * 70_000, "at most 65536 bytes"),
     "no shape": ({"quant_type": "nf4", "blocksize": 64, "dtype": "float16"}, ("shape must be", "got None")),
-    "shape null": (describe([]) | {"shape": None}, ("shape must be", "got None")),
     "shape a text": (describe([]) | {"shape": "6, 50"}, "a list"),
     "shape negative": (describe([-6, -50]), ("shape[0] must be", "got -6")),
-    "shape zero": (describe([0, 50]), ("shape[0] must be", "got 0")),
     "shape of floats": (describe([6.0, 50.0]), ("shape[0] must be", "got 6.0")),
-    "shape of truth": (describe([True, 300]), ("shape[0] must be", "got True")),
     "shape astronomic": (describe([2**40, 2**40]), "604462909807314587353088 bytes"),
     "shape beyond": (describe([2**41]), ("shape[0] must be", "got 2199023255552")),
     "shape with many digits": (b'{"shape": [' + b"9" * 5000 + b"]}", "too many digits"),
-    "shape too small": (describe([6, 49]), "147 bytes in one column"),
     "shape too large": (describe([6, 51]), "153 bytes in one column"),
     "block zero": (describe([6, 50], 0), ("blocksize must be", "got 0")),
-    "block odd": (describe([6, 50], 65), ("blocksize must be", "got 65")),
-    "block missing": (describe([6, 50]) | {"blocksize": None}, ("blocksize must be", "got None")),
     "block that does not fit the maxima": (describe([6, 50], 128), "F32 of shape [3]"),
     "other kind": (describe([6, 50]) | {"quant_type": "fp4"}, ("quant_type must be", "got 'fp4'")),
     "unknown type": (describe([6, 50]) | {"dtype": "int4"}, ("dtype must be", "got 'int4'")),
     "key twice": (b'{"dtype": "float16", "dtype": "float32"}', "given twice"),
-    "NaN": (b'{"nested_offset": NaN}', "strict JSON"),
 }
 
 
@@ -437,21 +388,9 @@ def test_invalid_description_of_4_bits(tmp_path: Path, description: object, text
     assert str(caught.value).isprintable()
 
 
-NESTED: dict[str, dict[str, Any]] = {
-    "nested_blocksize": {"nested_blocksize": 0},
-    "nested_offset": {"nested_offset": "2.0"},
-    "nested_dtype": {"nested_dtype": "bfloat16"},
-    "nested_absmax": {"nested_blocksize": 4096},
-}
-
-
-@pytest.mark.parametrize(("text", "change"), NESTED.items(), ids=NESTED)
-def test_invalid_description_of_nested_maxima(tmp_path: Path, text: str, change: dict[str, Any]) -> None:
-    tensors, _ = nested_four_bit((40, 50))
+def nested_state(**change: object) -> torch.Tensor:
     nested = {"nested_blocksize": 32, "nested_dtype": "float32", "nested_offset": 2.0, **change}
-    tensors[f"visual.x.weight.{NF4}"] = as_bytes(describe([40, 50], 32, **nested))
-    with pytest.raises(CheckpointCorruptError, match=text):
-        load(tmp_path, tensors)
+    return as_bytes(describe([40, 50], 32, **nested))
 
 
 PARTS: dict[str, tuple[str, torch.Tensor | None, str]] = {
@@ -469,6 +408,10 @@ PARTS: dict[str, tuple[str, torch.Tensor | None, str]] = {
     "outer maxima too many": (".nested_absmax", torch.ones(3), "F32 of shape [2]"),
     "no outer table": (".nested_quant_map", None, "its nested_quant_map is missing"),
     "outer table too short": (".nested_quant_map", torch.ones(255), "F32 of shape [256]"),
+    "outer block": (f".{NF4}", nested_state(nested_blocksize=0), "nested_blocksize must be"),
+    "outer offset": (f".{NF4}", nested_state(nested_offset="2.0"), "nested_offset must be"),
+    "outer type": (f".{NF4}", nested_state(nested_dtype="bfloat16"), "nested_dtype must be"),
+    "outer block of another size": (f".{NF4}", nested_state(nested_blocksize=4096), "F32 of shape [1]"),
     "description in a square": (f".{NF4}", u8(4, 4), "U8, at most"),
     "description of another type": (f".{NF4}", torch.ones(4), "U8, at most"),
 }

@@ -55,31 +55,19 @@ def test_four_bit_weight_has_the_bits_of_bitsandbytes(
 
 
 @pytest.mark.parametrize("original", [torch.float16, torch.bfloat16])
-def test_half_precision_is_rounded_once(tmp_path: Path, original: torch.dtype) -> None:
-    packed, state = functional.quantize_4bit(weight((96, 80), original), quant_type="nf4", compress_statistics=True)
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_original_and_storage_dtypes(tmp_path: Path, original: torch.dtype, storage: torch.dtype) -> None:
+    packed, state = functional.quantize_4bit(weight((96, 80), original), quant_type="nf4", quant_storage=storage)
+    assert packed.dtype == storage
     checkpoint, ours = load(tmp_path, four_bit("visual.x.weight", packed, state), original)
     assert checkpoint.dtype == original
     assert torch.equal(ours, dequantize(packed, state))
 
 
-@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
-def test_bytes_may_be_stored_under_another_type(tmp_path: Path, storage: torch.dtype) -> None:
-    packed, state = functional.quantize_4bit(weight((96, 80)), quant_type="nf4", quant_storage=storage)
-    assert packed.dtype == storage
-    _, ours = load(tmp_path, four_bit("visual.x.weight", packed, state), torch.float32)
-    assert torch.equal(ours, dequantize(packed, state))
-
-
 def test_int8_weight_has_the_bits_of_bitsandbytes(tmp_path: Path) -> None:
     codes, maxima, _ = functional.int8_vectorwise_quant(weight((96, 80)).half())
-    tensors = {
-        "visual.x.weight": codes,
-        "visual.x.SCB": maxima,
-        "visual.x.weight_format": torch.tensor(0, dtype=torch.uint8),
-    }
-    _, ours = load(tmp_path, tensors, torch.float32)
-    theirs = functional.int8_vectorwise_dequant(codes, maxima)
-    assert torch.equal(ours.view(torch.int32), theirs.view(torch.int32))
+    _, ours = load(tmp_path, {"visual.x.weight": codes, "visual.x.SCB": maxima}, torch.float32)
+    assert torch.equal(ours.view(torch.int32), functional.int8_vectorwise_dequant(codes, maxima).view(torch.int32))
 
 
 @pytest.mark.parametrize("module", ["Linear4bit", "Linear8bitLt"])

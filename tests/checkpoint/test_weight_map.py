@@ -107,7 +107,6 @@ def test_channel_major_columns_take_an_unfolded_square() -> None:
     ("weight_map", "canonical", "held"),
     [
         (Stored("a"), (4, 3), (6, 5)),
-        (Stored("a"), (4,), (6,)),
         (Stacked.of("a", "b"), (6, 5), (8, 7)),
         (Stacked((Transposed("a"), Transposed("b"))), (6, 5), (8, 7)),
         (Transposed("a"), (4, 3), (6, 5)),
