@@ -16,17 +16,15 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support.checkpoints import save_qwen2_vl
-from support.towers import TowerCase
 
 from tritontower.kernels.runtime import dispatch
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config, items):
     """Deselects the GPU tests on a machine without a GPU; skipping would hide which tests ran."""
     if HAS_GPU:
         return
@@ -37,40 +35,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _reference_in_shared_fixtures() -> Iterator[None]:
-    """Builds shared towers for the reference backend, on which their graphs depend."""
-    with dispatch.use("reference"):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def _reference_by_default() -> Iterator[None]:
-    """Runs the torch reference unless a test requests the kernels."""
+def _reference_by_default():
+    """Runs the torch reference unless a test requests the kernels; also in shared fixtures, before any test."""
     with dispatch.use("reference"):
         yield
 
 
 @pytest.fixture
-def kernel_device() -> Iterator[torch.device]:
+def kernel_device():
     """Device on which operations launch Triton kernels."""
     with dispatch.use("triton" if HAS_GPU else "interpreter"):
         yield torch.device("cuda" if HAS_GPU else "cpu")
 
 
 @pytest.fixture(params=["kernel", "reference"])
-def device(request: pytest.FixtureRequest) -> torch.device:
+def device(request):
     """Device of each backend in turn."""
-    if request.param == "kernel":
-        kernel_device: torch.device = request.getfixturevalue("kernel_device")
-        return kernel_device
-    return torch.device("cpu")
+    return request.getfixturevalue("kernel_device") if request.param == "kernel" else torch.device("cpu")
 
 
 @pytest.fixture
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+def poisoned_empty(monkeypatch):
     """Fills ``torch.empty`` and its variants with NaN (or the largest integer) to reveal elements that are never written."""
 
-    def poison(tensor: torch.Tensor) -> torch.Tensor:
+    def poison(tensor):
         if tensor.is_meta:
             return tensor
         if tensor.is_floating_point():
@@ -87,7 +75,7 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def restore_threads() -> Iterator[None]:
+def restore_threads():
     """Restores the number of torch's threads."""
     threads = torch.get_num_threads()
     yield
@@ -95,10 +83,10 @@ def restore_threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def distant_storage(device: torch.device, tmp_path: Path) -> Callable[[int], torch.Tensor]:
+def distant_storage(device, tmp_path):
     """Allocates large fp32 storage; on a CPU in a sparse file, whose untouched pages take no memory."""
 
-    def make(elements: int) -> torch.Tensor:
+    def make(elements):
         if device.type == "cuda":
             return torch.empty(elements, dtype=torch.float32, device=device)
         path = tmp_path / "sparse"
@@ -110,11 +98,11 @@ def distant_storage(device: torch.device, tmp_path: Path) -> Callable[[int], tor
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
+def saved(tmp_path_factory):
     """Returns the small fp32 checkpoint of a case, made once per session; nobody may change it."""
     folders: dict[str, Path] = {}
 
-    def save(case: TowerCase) -> Path:
+    def save(case):
         if case.name not in folders:
             folders[case.name] = case.save(tmp_path_factory.mktemp("towers") / case.name)
         return folders[case.name]
@@ -123,6 +111,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Pat
 
 
 @pytest.fixture(scope="session")
-def qwen2_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen2_vl(tmp_path_factory):
     """A small random fp32 Qwen2-VL checkpoint."""
     return save_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))

@@ -1,10 +1,8 @@
 """The cache of embeddings: bounded by bytes, never a wrong embedding, safe between threads."""
 
 import random
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,43 +16,19 @@ from tritontower import VisionTower
 from tritontower.cache import CacheStats, EmbeddingCache
 from tritontower.embedding import ImageEmbedding
 from tritontower.engine.executor import Executor
-from tritontower.errors import BackendUnavailableError, NonFiniteOutputError, TowerError, UsageError
-from tritontower.preprocessing.images.decode import decode_image
+from tritontower.errors import BackendUnavailableError, NonFiniteOutputError, UsageError
 from tritontower.scheduler.outputs import ItemError
 
 
-def filled(value: float, floats: int = 4) -> ImageEmbedding:
+def filled(value, floats=4):
     return ImageEmbedding(torch.full((floats, 1), float(value)), (1, 1, 1), (1, 1), (1, 1), "")
 
 
-def value_of(found: ImageEmbedding | None) -> float | None:
+def value_of(found):
     return None if found is None else float(found.embeddings[0])
 
 
-def test_the_least_recently_used_entry_is_evicted_first() -> None:
-    cache = EmbeddingCache(3 * 16)
-    for number in range(3):
-        cache.put(str(number), filled(number))
-    assert value_of(cache.get("0")) == 0
-    cache.put("3", filled(3))
-    assert [value_of(cache.get(key)) for key in "0123"] == [0, None, 2, 3]
-    assert cache.stats == CacheStats(hits=4, misses=1, evictions=1, bytes=48, entries=3)
-    assert len(cache) == 3
-    assert "0" in cache
-    assert "1" not in cache
-    cache.clear()
-    assert cache.stats == CacheStats(hits=4, misses=1, evictions=1, bytes=0, entries=0)
-    assert cache.get("0") is None
-
-
-def test_all_tensors_count() -> None:
-    rows = torch.zeros(4, 1)
-    cache = EmbeddingCache(100)
-    cache.put("a", replace(filled(0), deepstack=(rows, rows), pooled=torch.zeros(3, 1)))
-    assert cache.stats.bytes == 3 * 16 + 12
-
-
-def test_put_and_get_copy() -> None:
+def test_put_and_get_copy():
     cache = EmbeddingCache(100)
     original = filled(1)
     cache.put("a", original)
@@ -66,16 +40,17 @@ def test_put_and_get_copy() -> None:
     assert cache.get("a", device="meta").embeddings.device.type == "meta"
 
 
-@pytest.mark.parametrize("size", [-1, 1.5, "1", None, True])
-def test_invalid_sizes_are_rejected(size: Any) -> None:
-    with pytest.raises(UsageError, match="max_bytes"):
-        EmbeddingCache(size)
-
-
-@pytest.mark.parametrize(("device", "error"), [("mps", BackendUnavailableError), ("attic", UsageError)])
-def test_unavailable_devices_are_rejected(device: str, error: type[TowerError]) -> None:
-    with pytest.raises(error, match="device"):
-        EmbeddingCache(1000, device=device)
+@pytest.mark.parametrize(
+    ("size", "device", "error", "name"),
+    [
+        *((size, "cpu", UsageError, "max_bytes") for size in (-1, 1.5, "1", None, True)),
+        (1000, "mps", BackendUnavailableError, "device"),
+        (1000, "attic", UsageError, "device"),
+    ],
+)
+def test_invalid_sizes_and_devices_are_rejected(size, device, error, name):
+    with pytest.raises(error, match=name):
+        EmbeddingCache(size, device=device)
 
 
 @settings(max_examples=150, deadline=None)
@@ -83,68 +58,62 @@ def test_unavailable_devices_are_rejected(device: str, error: type[TowerError]) 
     max_bytes=st.integers(0, 200),
     steps=st.lists(st.tuples(st.sampled_from(["put", "get", "clear"]), st.integers(0, 8), st.integers(0, 30))),
 )
-def test_cache_matches_a_model(max_bytes: int, steps: list[tuple[str, int, int]]) -> None:
+def test_cache_matches_a_model(max_bytes, steps):
     cache = EmbeddingCache(max_bytes)
-    model: dict[str, tuple[float, int]] = {}  # the oldest first
-    for number, (step, key_number, floats) in enumerate(steps):
-        key = str(key_number)
+    model: dict[str, ImageEmbedding] = {}  # the oldest first
+    hits = misses = evictions = 0
+    for number, (step, key, rows) in enumerate(steps):
         if step == "put":
-            cache.put(key, filled(number, floats=floats + 1))
-            if 4 * (floats + 1) <= max_bytes:
-                model.pop(key, None)
-                model[key] = (number, 4 * (floats + 1))
-                while sum(size for _, size in model.values()) > max_bytes:
+            embedding = replace(filled(number, rows + 1), deepstack=(torch.zeros(rows, 1),), pooled=torch.zeros(1, 1))
+            cache.put(str(key), embedding)
+            if embedding.nbytes <= max_bytes:
+                model.pop(str(key), None)
+                model[str(key)] = embedding
+                while sum(one.nbytes for one in model.values()) > max_bytes:
                     model.pop(next(iter(model)))
+                    evictions += 1
         elif step == "get":
-            expected = model.pop(key, None)
-            assert value_of(cache.get(key)) == (None if expected is None else expected[0])
+            expected = model.pop(str(key), None)
+            assert value_of(cache.get(str(key))) == value_of(expected)
+            hits, misses = hits + (expected is not None), misses + (expected is None)
             if expected is not None:
-                model[key] = expected
+                model[str(key)] = expected
         else:
             cache.clear()
             model.clear()
-        stats = cache.stats
-        assert stats.bytes == sum(size for _, size in model.values()) <= max_bytes
-        assert stats.entries == len(model)
+        size = sum(one.nbytes for one in model.values())
+        assert cache.stats == CacheStats(hits, misses, evictions, size, len(model))
+        assert size <= max_bytes
 
 
-def test_threads_never_exceed_its_bytes() -> None:
+def test_threads_never_exceed_its_bytes():
     cache = EmbeddingCache(40 * 16)
-    wrong: list[str] = []
 
-    def work(seed: int) -> None:
+    def work(seed):
         generator = random.Random(seed)
         for _ in range(500):
             key = generator.randrange(80)
             found = cache.get(str(key))
             if found is None:
                 cache.put(str(key), filled(key))
-            elif not torch.equal(found.embeddings, torch.full((4, 1), float(key))):
-                wrong.append("wrong embedding")
-            if cache.stats.bytes > cache.max_bytes:
-                wrong.append("too large")
+            else:
+                assert torch.equal(found.embeddings, torch.full((4, 1), float(key)))
+            assert cache.stats.bytes <= cache.max_bytes
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
     stats = cache.stats
     assert stats.hits + stats.misses == 8 * 500
     assert stats.bytes == 16 * stats.entries
 
 
-# -- in a tower -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def batches(monkeypatch):
     """Patches of every batch that any tower runs."""
     seen: list[int] = []
     run = Executor.run
 
-    def counted(self: Executor, batch: Any, observer: Any = None) -> Any:
+    def counted(self, batch, observer=None):
         seen.append(batch.workload.patches)
         return run(self, batch, observer)
 
@@ -152,7 +121,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def test_a_repeated_image_or_video_is_not_encoded_again(qwen2_vl: Path, batches: list[int]) -> None:
+def test_a_repeated_image_or_video_is_not_encoded_again(qwen2_vl, batches):
     cache = EmbeddingCache(2**20)
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
     image, other = noise(90, 60, 1), noise(90, 60, 2)
@@ -183,7 +152,7 @@ def test_a_repeated_image_or_video_is_not_encoded_again(qwen2_vl: Path, batches:
     assert (video.text_alias, known.text_alias) == (None, "<b>")
 
 
-def test_cached_embeddings_are_checked_on_request(qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_embeddings_are_checked_on_request(qwen2_vl, monkeypatch):
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=EmbeddingCache(2**20))
     run = Executor.run
     image, frames = noise(60, 60, 1), [noise(60, 60, 2)] * 2
@@ -213,9 +182,7 @@ def test_cached_embeddings_are_checked_on_request(qwen2_vl: Path, monkeypatch: p
     ],
     ids=["device", "cpu", "page-locked", "python"],
 )
-def test_a_cache_without_memory_does_not_stop_a_call(
-    qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_a_cache_without_memory_does_not_stop_a_call(qwen2_vl, monkeypatch, error):
     cache = EmbeddingCache(2**20)
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
     image = noise(60, 60, 1)
@@ -223,7 +190,7 @@ def test_a_cache_without_memory_does_not_stop_a_call(
     cache.put("known", first)
     move = ImageEmbedding.to
 
-    def full(self: ImageEmbedding, device: Any, *, copy: bool = False) -> ImageEmbedding:
+    def full(self, device, *, copy=False):
         if copy:
             raise error
         return move(self, device)
@@ -242,12 +209,12 @@ def test_a_cache_without_memory_does_not_stop_a_call(
         tower.encode(image)
 
 
-def test_towers_that_differ_never_share(qwen2_vl: Path, tmp_path: Path, batches: list[int]) -> None:
+def test_towers_that_differ_never_share(qwen2_vl, tmp_path, batches):
     cache = EmbeddingCache(2**22)
     image = noise(60, 60, 1)
     tuned = save_qwen2_vl(tmp_path / "tuned", seed=1)
 
-    def tower(folder: Path, **options: Any) -> VisionTower:
+    def tower(folder, **options):
         return VisionTower.from_pretrained(folder, device="cpu", cache=cache, **options)
 
     towers = [
@@ -264,39 +231,23 @@ def test_towers_that_differ_never_share(qwen2_vl: Path, tmp_path: Path, batches:
     assert len(batches) == len(towers)
 
 
-def _confusable() -> list[Image.Image]:
-    """Images whose stored bytes are equal, and whose pixels are not."""
+def test_images_of_equal_bytes_are_kept_apart(qwen2_vl):
     stored = bytes(random.Random(0).randrange(256) for _ in range(3000 * 3))
-    indices = Image.frombytes("P", (30, 30), stored[:900])
-    palettes = [[channel for index in range(256) for channel in (index, 255 - index, base)] for base in (0, 200)]
-    images = [
-        Image.frombytes("RGB", (30, 100), stored),
-        Image.frombytes("RGB", (100, 30), stored),
-        Image.frombytes("L", (30, 30), stored[:900]),
-    ]
-    for palette in palettes:
-        image = indices.copy()
-        image.putpalette(palette)
-        images.append(image)
-    transparent = images[-1].copy()
-    transparent.info["transparency"] = stored[0]
-    images.append(transparent)
+    images = [Image.frombytes(*form) for form in (("RGB", (30, 100), stored), ("RGB", (100, 30), stored))]
+    images.append(Image.frombytes("L", (30, 30), stored[:900]))
+    for base in (0, 200):
+        palette = Image.frombytes("P", (30, 30), stored[:900])
+        palette.putpalette([channel for index in range(256) for channel in (index, 255 - index, base)])
+        images.append(palette)
     for alpha in (0, 128, 255):
         image = images[0].convert("RGBA")
         image.putalpha(alpha)
         images.append(image)
-    return images
-
-
-def test_images_of_equal_bytes_are_kept_apart(qwen2_vl: Path) -> None:
     cache = EmbeddingCache(2**22)
-    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=cache)
-    plain = VisionTower.from_pretrained(qwen2_vl, device="cpu")
-    images = _confusable()
+    cached, plain = (VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=one) for one in (cache, None))
     expected = plain.encode(images)
     for _ in range(2):
-        for found, one in zip(tower.encode(images), expected, strict=True):
+        for found, one in zip(cached.encode(images), expected, strict=True):
             assert torch.equal(found.embeddings, one.embeddings)
     # Fully opaque is the same image; everything else is one of its own.
     assert cache.stats.entries == len(images) - 1
-    assert len({decode_image(image).digest for image in images}) == len(images) - 1

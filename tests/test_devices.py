@@ -1,7 +1,6 @@
 """Parsing of devices, on machines with and without GPUs."""
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from tritontower.errors import BackendUnavailableError, UsageError
 
 
 @pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.local]:
+def current(monkeypatch):
     """A machine with four GPUs; ``current.index`` is the thread's current one, at first number 0."""
     each = threading.local()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -22,9 +21,7 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.local]:
 
 
 @pytest.mark.parametrize("device", [None, "cuda", torch.device("cuda")])
-def test_a_gpu_gets_the_index_of_the_threads_current_one(
-    device: str | torch.device | None, current: threading.local
-) -> None:
+def test_a_gpu_gets_the_index_of_the_threads_current_one(device, current):
     current.index = 1
     assert parse_device(device) == torch.device("cuda", 1)
     assert EmbeddingCache(100, device=device).device == torch.device("cuda", 1)
@@ -36,14 +33,14 @@ def test_a_gpu_gets_the_index_of_the_threads_current_one(
 
 
 @pytest.mark.usefixtures("current")
-def test_a_given_index_is_kept() -> None:
+def test_a_given_index_is_kept():
     assert parse_device("cuda:3") == torch.device("cuda", 3)
     assert parse_device("cpu") == torch.device("cpu")
     with pytest.raises(BackendUnavailableError, match=r"one of 4 GPUs, counted from 0, got 'cuda:4'"):
         parse_device("cuda:4")
 
 
-def test_devices_that_are_not_here_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_not_here_are_rejected(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for parse in (parse_device, lambda device: load_embeddings("nowhere", device=device)):
         with pytest.raises(BackendUnavailableError, match="sees no GPU here"):

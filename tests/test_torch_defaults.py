@@ -3,14 +3,12 @@
 Engines load language models under ``torch.set_default_dtype(torch.bfloat16)`` and ``torch.device("meta")``.
 """
 
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from support.checkpoints import noise
-from support.towers import TowerCase, all_cases
+from support.towers import all_cases
 
 from tritontower import TokenSpace, VisionTower, encode_prompt, merge_embeddings
 from tritontower.engine import weight_loader
@@ -23,7 +21,7 @@ PROBES = (cpu.has_onednn_matmul, cpu.can_prepack, cpu.has_onednn_exponential)
 
 
 @contextmanager
-def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+def defaults(dtype, device):
     """Sets other defaults than torch's own, with empty probe caches."""
     before = torch.get_default_dtype()
     for probe in PROBES:
@@ -38,20 +36,7 @@ def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
             probe.cache_clear()
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
-    """Saves a small fp32 checkpoint per case."""
-    folders: dict[str, Path] = {}
-
-    def save(case: TowerCase) -> Path:
-        if case.name not in folders:
-            folders[case.name] = case.save(tmp_path_factory.mktemp("defaults") / case.name)
-        return folders[case.name]
-
-    return save
-
-
-def compute_tensors(folder: Path, case: TowerCase) -> list[torch.Tensor]:
+def compute_tensors(folder, case):
     """Computes the embeddings of images and of a video, and a prompt with them, by a new tower."""
     tower = VisionTower.from_pretrained(folder, device="cpu")
     embeddings = tower.encode([noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:3])])
@@ -75,13 +60,7 @@ def compute_tensors(folder: Path, case: TowerCase) -> list[torch.Tensor]:
     ("dtype", "device"), [(torch.bfloat16, "meta"), (torch.float64, "cpu")], ids=["bfloat16 on meta", "float64"]
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_no_number_depends_on_torch_defaults(
-    case: TowerCase,
-    dtype: torch.dtype,
-    device: str,
-    saved: Callable[[TowerCase], Path],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_no_number_depends_on_torch_defaults(case, dtype, device, saved, monkeypatch):
     monkeypatch.setattr(weight_loader, "_SEPARATE_BYTES", 2**12)  # small towers have no weight that is large enough
     expected = compute_tensors(saved(case), case)
     with defaults(dtype, device):

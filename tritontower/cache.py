@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 
 import torch
 
@@ -15,15 +16,7 @@ __all__ = ["CacheStats", "EmbeddingCache"]
 
 @dataclass(frozen=True)
 class CacheStats:
-    """Counters of a cache.
-
-    Attributes:
-        hits: lookups that found an embedding.
-        misses: lookups that found none.
-        evictions: embeddings removed to make room.
-        bytes: memory of the cached tensors.
-        entries: number of cached embeddings.
-    """
+    """Counters of a cache: lookups that found an embedding or none, evictions, and what is cached now."""
 
     hits: int
     misses: int
@@ -32,8 +25,7 @@ class CacheStats:
     entries: int
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     embedding: ImageEmbedding
     ready: torch.cuda.Event | None
     """On a GPU, the end of the copy into the cache."""
@@ -81,7 +73,9 @@ class EmbeddingCache:
         if embedding.nbytes > self.max_bytes:
             return
         try:
-            entry = _make_entry(embedding.to(self.device, copy=True))
+            copied = embedding.to(self.device, copy=True)
+            ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+            entry = _Entry(copied, ready)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -107,28 +101,10 @@ class EmbeddingCache:
         with self._lock:
             return CacheStats(self._hits, self._misses, self._evictions, self._bytes, len(self._entries))
 
-    def __contains__(self, key: object) -> bool:
-        with self._lock:
-            return key in self._entries
-
-    def __len__(self) -> int:
-        with self._lock:
-            return len(self._entries)
-
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._bytes -= entry.embedding.nbytes
-
-
-def _make_entry(embedding: ImageEmbedding) -> _Entry:
-    device = embedding.embeddings.device
-    if device.type != "cuda":
-        return _Entry(embedding, None)
-    with torch.cuda.device(device):
-        ready = torch.cuda.Event()
-        ready.record()
-    return _Entry(embedding, ready)
 
 
 def _wait_for(entry: _Entry) -> None:

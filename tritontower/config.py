@@ -13,10 +13,6 @@ DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 
-MLP_ALIGNMENT = 64
-"""The inner width of a gated MLP is padded to a multiple of this.  Rows of 3420 values (Qwen2.5-VL) start at addresses that
-no 16-byte load can take, and the last block of a GEMM would be masked."""
-
 
 @dataclass(frozen=True)
 class PatchEmbedding:
@@ -88,11 +84,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class Projector:
-    """Patches to language-model tokens: norm, join ``merge``² neighbors, then one linear or two with an activation.
-
-    Raises:
-        ValueError: the norm is on a side of the join where it cannot be.
-    """
+    """Patches to language-model tokens: norm, join ``merge``² neighbors, then one linear or two with an activation."""
 
     norm: Normalization | None
     merge: int
@@ -117,11 +109,6 @@ class Projector:
         if self.join == "concatenate" and self.norm_over == "token" and (self.hidden is None or self.merging_linear):
             raise ValueError("norm_over must be 'patch' unless the projector is two linears, got 'token'")
 
-    @property
-    def rows_per_token(self) -> int:
-        """Patches that become one token."""
-        return self.merge * self.merge
-
 
 @dataclass(frozen=True)
 class Pooling:
@@ -140,16 +127,12 @@ class BatchForm:
 
     channels: int
     patch_size: int
-    """Side of a square patch, pixels."""
     temporal: int
-    """Frames that one patch spans."""
     merge: int
-    """Side of the square of patches that becomes one token."""
     segments: Literal["frame", "image"]
     window: int | None
-    """Tokens along one side of a window; ``None``: no windows."""
+    """Tokens along one side of a window."""
     table_side: int | None
-    """Rows and columns of the learned positions; ``None``: there are none."""
     table_sampling: Literal["exact", "bilinear"] | None
     class_token: bool
     keep_class_token: bool
@@ -167,11 +150,7 @@ class BatchForm:
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """A pre-norm transformer over image patches, followed by a projector.
-
-    Raises:
-        ValueError: fields that contradict each other.
-    """
+    """A pre-norm transformer over image patches, followed by a projector; contradicting fields raise ``ValueError``."""
 
     family: str
     """Name of the family file that read it; for messages, never for decisions."""
@@ -270,11 +249,6 @@ class TowerConfig:
         return max((*self.features, *(block + 1 for block in self.deepstack)))
 
     @property
-    def normed_features(self) -> bool:
-        """True if any feature is taken after the output norm."""
-        return self.features_normed and self.depth in self.features
-
-    @property
     def selects(self) -> bool:
         """True if the projector's input differs from the blocks' rows in number or order."""
         return self.windows is not None or self.newline or (self.class_token and not self.keep_class_token)
@@ -308,16 +282,6 @@ class TowerConfig:
     def longest_segment(self) -> int | None:
         """Upper bound of a segment's rows; ``None`` if it depends on the image."""
         return None if self.num_patches is None else self.num_patches + self.class_token
-
-    @property
-    def longest_window(self) -> int | None:
-        """Upper bound of a window's rows; ``None`` for a tower without windows."""
-        return None if self.windows is None else self.windows.side**2 * self.rows_per_token
-
-    @property
-    def mlp_padded(self) -> int:
-        """``mlp_hidden`` as stored: a gated MLP's is padded with zeros, which change no result."""
-        return -(-self.mlp_hidden // MLP_ALIGNMENT) * MLP_ALIGNMENT if self.gated else self.mlp_hidden
 
     def to_json(self) -> dict[str, Any]:
         """Returns the description as plain JSON values."""

@@ -9,14 +9,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_N
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """Returns the device; by default the calling thread's current GPU, else the CPU.
-
-    A GPU always gets its index, because each thread has its own current GPU.
-
-    Raises:
-        UsageError: torch has no such device.
-        BackendUnavailableError: the device does not exist here, or towers do not run on it.
-    """
+    """Returns the device, a GPU with its index; by default the calling thread's current GPU, else the CPU."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -40,11 +33,7 @@ def parse_device(device: str | torch.device | None) -> torch.device:
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """Returns the dtype; ``None`` for ``"auto"``.
-
-    Raises:
-        UsageError: towers do not run in this dtype.
-    """
+    """Returns the dtype; ``None`` for ``"auto"``."""
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype == "auto":
         return None

@@ -6,8 +6,8 @@ all of its metadata is checked.
 
 import json
 import stat
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
@@ -110,11 +110,7 @@ class ImageEmbedding:
         return self.with_tensors({name: tensor.to(device, copy=copy) for name, tensor in self.tensors.items()})
 
     def with_token_ids(self, ids: Sequence[int]) -> "ImageEmbedding":
-        """Returns the same embedding with the token ids of its rows.
-
-        Raises:
-            UsageError: not one integer ≥ 0 for each row.
-        """
+        """Returns the same embedding with the token ids of its rows, one integer ≥ 0 for each."""
         given = tuple(ids)
         if len(given) != self.num_tokens or not all(map(_is_count, given)):
             raise UsageError(
@@ -123,11 +119,7 @@ class ImageEmbedding:
         return replace(self, token_ids=tuple(map(int, given)))
 
     def with_alias(self, alias: str | None) -> "ImageEmbedding":
-        """Returns the same embedding with the text that stands for it in a prompt, or without one.
-
-        Raises:
-            UsageError: not a text, or an empty one.
-        """
+        """Returns the same embedding with the text that stands for it in a prompt, or without one."""
         return replace(self, text_alias=check_alias(alias))
 
     def save(self, path: str | Path) -> None:
@@ -136,12 +128,7 @@ class ImageEmbedding:
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> "ImageEmbedding":
-        """Reads the one embedding in a file that :meth:`save` wrote.
-
-        Raises:
-            EmbeddingFileError: the file does not contain exactly one embedding.
-            TowerError: as :func:`load_embeddings`.
-        """
+        """Reads the one embedding in a file that :meth:`save` wrote; errors are those of :func:`load_embeddings`."""
         found = load_embeddings(path, device=device)
         if len(found) != 1:
             raise EmbeddingFileError(f"{path} must hold one embedding, got {len(found)}; use load_embeddings")
@@ -155,15 +142,10 @@ def check_alias(alias: str | None) -> str | None:
     return alias
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
 def save_embeddings(path: str | Path, embeddings: Sequence[ImageEmbedding]) -> None:
-    """Writes embeddings to one safetensors file, atomically: an existing file stays until the new one is complete.
+    """Writes embeddings of any sizes and dtypes to one safetensors file; the same one may occur several times.
 
-    Args:
-        path: the file; an existing one is replaced and its permissions are kept.
-        embeddings: any number, of any sizes and dtypes; the same one may occur several times.
+    An existing file stays until the new one is complete, which gets its permissions.
 
     Raises:
         EmbeddingFileError: the file cannot be written.
@@ -201,10 +183,6 @@ def load_embeddings(path: str | Path, *, device: torch.device | str = "cpu") -> 
     The file may come from a stranger, so all metadata is checked: shapes, counts, and the list of tensors.  The values of
     the tensors are not checked.
 
-    Args:
-        path: the file.
-        device: device of the tensors.
-
     Raises:
         UsageError: torch has no such device.
         BackendUnavailableError: the device does not exist here.
@@ -221,16 +199,19 @@ def load_embeddings(path: str | Path, *, device: torch.device | str = "cpu") -> 
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (a handle, no mapping)
     except CheckpointCorruptError as error:
         raise EmbeddingFileError(str(error)) from error
-    return [
-        _EntryReader(path, index, entry).read({name: tensors[f"{index}.{name}"] for name in _names(entry)}).to(where)
-        for index, entry in enumerate(entries)
-    ]
+    found = []
+    for index, entry in enumerate(entries):
+        try:
+            embedding = _read_entry(entry, {name: tensors[f"{index}.{name}"] for name in _names(entry)})
+        except ValueError as error:
+            raise EmbeddingFileError(f"{path}: embedding {index}: {error}") from error
+        found.append(embedding.to(where))
+    return found
 
 
 def _to_entry(embedding: ImageEmbedding) -> dict[str, Any]:
     """Returns everything except the tensors as JSON values."""
-    tensors = ("embeddings", "deepstack", "pooled")
-    entry = {field.name: getattr(embedding, field.name) for field in fields(embedding) if field.name not in tensors}
+    entry = {name: getattr(embedding, name) for name in _RULES}
     return {**entry, "deepstack_levels": len(embedding.deepstack), "pooled": embedding.pooled is not None}
 
 
@@ -269,85 +250,24 @@ def _read_entries(path: Path, metadata: Mapping[str, str], stored: set[str]) -> 
     return entries
 
 
-@dataclass(frozen=True)
-class _EntryReader:
-    """Reads the metadata of one embedding and checks every value."""
+def _read_entry(values: Mapping[str, Any], tensors: dict[str, torch.Tensor]) -> ImageEmbedding:
+    """Makes an embedding of its metadata and tensors; raises ``ValueError`` if they are invalid or do not fit together."""
+    rows = tensors["embeddings"]
+    levels = tuple(tensors[name] for name in tensors if name.startswith("deepstack."))
+    if any(tensor.ndim != 2 or not tensor.is_floating_point() for tensor in tensors.values()):
+        raise ValueError("its tensors must be matrices of a floating dtype")
+    if any(level.shape != rows.shape or level.dtype != rows.dtype for level in levels):
+        raise ValueError(f"its deepstack levels, also tensors, must be {list(rows.shape)} of the dtype of its rows")
+    for name, (is_valid, allowed) in _RULES.items():
+        # The rules of the later names rely on the earlier ones.
+        if not is_valid(values.get(name), rows.shape[0], values):
+            raise ValueError(f"{name} must be {allowed}")
+    metadata = {name: _freeze(values.get(name)) for name in _RULES}
+    return ImageEmbedding(embeddings=rows, deepstack=levels, pooled=tensors.get("pooled"), **metadata)
 
-    path: Path
-    index: int
-    values: Mapping[str, Any]
 
-    def read(self, tensors: dict[str, torch.Tensor]) -> ImageEmbedding:
-        rows = tensors["embeddings"]
-        levels = tuple(tensors[name] for name in tensors if name.startswith("deepstack."))
-        if any(tensor.ndim != 2 or not tensor.is_floating_point() for tensor in tensors.values()):
-            raise self.error("its tensors", "matrices of a floating dtype")
-        if any(level.shape != rows.shape or level.dtype != rows.dtype for level in levels):
-            raise self.error("its deepstack levels", f"of the shape {list(rows.shape)} and dtype of its rows")
-        tokens = rows.shape[0]
-        embedding = ImageEmbedding(
-            embeddings=rows,
-            grid_thw=self.counts("grid_thw", exactly=3, minimum=1),
-            original_size=self.counts("original_size", exactly=2, minimum=1),
-            processed_size=self.counts("processed_size", exactly=2, minimum=1),
-            content_hash=self.value("content_hash", str, "a text"),
-            deepstack=levels,
-            pooled=tensors.get("pooled"),
-            token_ids=self.counts("token_ids"),
-            text_alias=self.value("text_alias", (str, type(None)), "a text"),
-            bidirectional_spans=self.spans(tokens),
-            tile_tokens=self.counts("tile_tokens"),
-            seconds_per_grid=self.seconds(),
-            timestamps=self.timestamps(),
-            is_video=self.value("is_video", bool, "true or false"),
-        )
-        if len(embedding.token_ids) not in (0, tokens):
-            raise self.error("token_ids", f"none, or one for each of its {tokens} rows")
-        if sum(embedding.tile_tokens) != tokens:
-            raise self.error("tile_tokens", f"numbers whose sum is its {tokens} rows")
-        if len(embedding.timestamps) not in (0, embedding.grid_thw[0]):
-            raise self.error("timestamps", f"none, or one for each of its {embedding.grid_thw[0]} temporal patches")
-        timed = embedding.timestamps or embedding.seconds_per_grid is not None
-        if not embedding.is_video and (timed or embedding.grid_thw[0] > 1):
-            raise self.error("is_video", "true, since it has times or several temporal patches")
-        return embedding
-
-    def error(self, what: str, allowed: str) -> EmbeddingFileError:
-        return EmbeddingFileError(f"{self.path}: embedding {self.index}: {what} must be {allowed}")
-
-    def value(self, name: str, kinds: type | tuple[type, ...], allowed: str) -> Any:
-        found = self.values.get(name)
-        if not isinstance(found, kinds):
-            raise self.error(name, allowed)
-        return found
-
-    def counts(self, name: str, *, exactly: int | None = None, minimum: int = 0) -> Any:
-        found = self.value(name, list, f"a list of {exactly or ''} integers ≥ {minimum}")
-        if exactly not in (None, len(found)) or not all(_is_count(number) and number >= minimum for number in found):
-            raise self.error(name, f"a list of {exactly or ''} integers ≥ {minimum}")
-        return tuple(found)
-
-    def spans(self, tokens: int) -> tuple[tuple[int, int], ...]:
-        allowed = f"pairs of rows, the first of 0 … {tokens} below the second"
-        spans = self.value("bidirectional_spans", list, allowed)
-        for span in spans:
-            if not (isinstance(span, list) and len(span) == 2 and all(map(_is_count, span))):
-                raise self.error("bidirectional_spans", allowed)
-            if not span[0] < span[1] <= tokens:
-                raise self.error("bidirectional_spans", allowed)
-        return tuple((first, last) for first, last in spans)
-
-    def seconds(self) -> float | None:
-        found = self.values.get("seconds_per_grid")
-        if found is not None and not _is_time(found):
-            raise self.error("seconds_per_grid", "a finite number of seconds ≥ 0, or null")
-        return found
-
-    def timestamps(self) -> tuple[float, ...]:
-        found = self.value("timestamps", list, "a list of finite numbers of seconds ≥ 0")
-        if not all(map(_is_time, found)):
-            raise self.error("timestamps", "a list of finite numbers of seconds ≥ 0")
-        return tuple(found)
+def _freeze(value: Any) -> Any:
+    return tuple(map(_freeze, value)) if isinstance(value, list) else value
 
 
 def _is_count(number: object) -> TypeGuard[int]:
@@ -356,3 +276,51 @@ def _is_count(number: object) -> TypeGuard[int]:
 
 def _is_time(number: object) -> bool:
     return isinstance(number, (int, float)) and not isinstance(number, bool) and 0 <= number < MAX_SECONDS
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _are_sizes(value: Any, length: int) -> bool:
+    return _are_counts(value) and len(value) == length and 0 not in value
+
+
+def _are_spans(spans: object, rows: int) -> bool:
+    return isinstance(spans, list) and all(
+        _are_counts(span) and len(span) == 2 and span[0] < span[1] <= rows for span in spans
+    )
+
+
+def _are_times(times: object, patches: int) -> bool:
+    return isinstance(times, list) and all(map(_is_time, times)) and len(times) in (0, patches)
+
+
+def _is_kind(is_video: object, entry: Mapping[str, Any]) -> bool:
+    looks_like_video = entry["timestamps"] or entry.get("seconds_per_grid") is not None or entry["grid_thw"][0] > 1
+    return isinstance(is_video, bool) and (is_video or not looks_like_video)
+
+
+_RULES: dict[str, tuple[Callable[[Any, int, Mapping[str, Any]], bool], str]] = {
+    "grid_thw": (lambda grid, *_: _are_sizes(grid, 3), "three integers ≥ 1"),
+    "original_size": (lambda size, *_: _are_sizes(size, 2), "two integers ≥ 1"),
+    "processed_size": (lambda size, *_: _are_sizes(size, 2), "two integers ≥ 1"),
+    "content_hash": (lambda digest, *_: isinstance(digest, str), "a text"),
+    "token_ids": (lambda ids, rows, _: _are_counts(ids) and len(ids) in (0, rows), "no or one integer ≥ 0 per row"),
+    "text_alias": (lambda alias, *_: isinstance(alias, (str, type(None))), "a text, or null"),
+    "bidirectional_spans": (
+        lambda spans, rows, _: _are_spans(spans, rows),
+        "pairs of rows, the first below the second",
+    ),
+    "tile_tokens": (
+        lambda counts, rows, _: _are_counts(counts) and sum(counts) == rows,
+        "counts that add up to its rows",
+    ),
+    "seconds_per_grid": (lambda time, *_: time is None or _is_time(time), "a finite number of seconds ≥ 0, or null"),
+    "timestamps": (
+        lambda times, _, entry: _are_times(times, entry["grid_thw"][0]),
+        "no or one time ≥ 0 per temporal patch",
+    ),
+    "is_video": (lambda flag, _, entry: _is_kind(flag, entry), "a boolean, true for times or several temporal patches"),
+}
+"""Metadata of an embedding: a check of the value, given the number of rows and the other values, and what is allowed."""

@@ -64,16 +64,14 @@ def list_names(names: Sequence[str], limit: int = 10) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether a device ran out of memory.
-
-    For CPU memory and for page-locked memory torch raises a plain ``RuntimeError``, so its message decides.
-    """
+    """Returns whether a device ran out of memory."""
     import torch
 
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # For CPU memory and for page-locked memory torch raises a plain RuntimeError.
     texts = ("out of memory", "DefaultCPUAllocator")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def _rebuild(kind: type["TowerError"], arguments: tuple[Any, ...], attributes: Mapping[str, Any]) -> "TowerError":
@@ -100,29 +98,20 @@ class TowerError(Exception):
 
 
 class EncodeInterrupted(KeyboardInterrupt):
-    """Ctrl-C during ``encode``; not a :class:`TowerError`, so that ``except Exception`` does not catch it.
-
-    Attributes:
-        completed: the embeddings of the images before the first one without a result.
-    """
+    """Ctrl-C during ``encode``; not a :class:`TowerError`, so that ``except Exception`` does not catch it."""
 
     completed: Sequence[Any] = ()
+    """The embeddings of the images before the first one without a result."""
 
 
 class UsageError(TowerError, ValueError):
     """An argument of a call is invalid, missing, or contradicts another one."""
 
 
-# -- configuration ----------------------------------------------------------------------------------------------------
-
-
 class ConfigError(TowerError, ValueError):
     """A value in ``config.json`` (or another JSON file of the checkpoint) cannot be used.
 
-    Attributes:
-        key: dotted path of the value, such as ``"vision_config.hidden_size"``; ``""`` for the file as a whole.
-        value: the value found.
-        allowed: the values allowed, in words.
+    ``key`` is its dotted path, such as ``"vision_config.hidden_size"``; ``""`` for the file as a whole.
     """
 
     def __init__(self, key: str, value: object, allowed: str, *, source: str = "config.json") -> None:
@@ -137,9 +126,6 @@ class UnsupportedArchitectureError(TowerError, ValueError):
 
 class NoVisionTowerError(TowerError, ValueError):
     """The checkpoint belongs to a text-only model."""
-
-
-# -- checkpoint files -------------------------------------------------------------------------------------------------
 
 
 class CheckpointError(TowerError):
@@ -206,9 +192,6 @@ class NonFiniteWeightsError(CheckpointError, ValueError):
         super().__init__(f"tensor {name} {reason}")
 
 
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
 class ImageError(TowerError):
     """Base class of the errors about an image.
 
@@ -259,9 +242,6 @@ class ReferenceModelError(TowerError, ValueError):
     """transformers does not implement the tower, or cannot load its checkpoint."""
 
 
-# -- running ----------------------------------------------------------------------------------------------------------
-
-
 class BackendUnavailableError(TowerError, RuntimeError):
     """The requested device or kernel backend does not exist on this machine."""
 
@@ -271,20 +251,14 @@ class TowerNotLoadedError(TowerError, RuntimeError):
 
 
 class TowerOutOfMemoryError(TowerError, RuntimeError):
-    """A single image or video does not fit into the device's memory, not even in a batch of its own.
-
-    Attributes:
-        remaining: positions in the caller's list of the images that were not encoded.
-    """
+    """A single image or video does not fit into the device's memory, not even in a batch of its own."""
 
     remaining: Sequence[int] = ()
+    """Positions in the caller's list of the images that were not encoded."""
 
 
 class NonFiniteOutputError(TowerError, ValueError):
     """An embedding contains NaN or infinity; checked only with ``check_output``."""
-
-
-# -- prompts ----------------------------------------------------------------------------------------------------------
 
 
 class PromptError(TowerError, ValueError):
@@ -295,24 +269,14 @@ class TokenSpaceExhaustedError(TowerError, RuntimeError):
     """A token space has no ids left for another image."""
 
 
-# -- embeddings in files ----------------------------------------------------------------------------------------------
-
-
 class EmbeddingFileError(TowerError, OSError):
     """A file of embeddings cannot be read or written, or its content is invalid."""
 
 
-# -- other engines ----------------------------------------------------------------------------------------------------
-
-
 class HostRefusalError(TowerError, ValueError):
-    """An engine cannot take ready embeddings of this model, or not these.
+    """An engine (``host``, with its release) cannot take ready embeddings of this model, or not these.
 
-    Attributes:
-        host: the engine and its release, such as ``"vLLM 0.33.0"``.
-        model_type: the checkpoint's model type, as in :func:`tritontower.models.common.registry.model_types`.
-        reason: the engine's behavior with such embeddings.
-        instead: an alternative that works.
+    ``reason`` is the engine's behavior with such embeddings, ``instead`` an alternative that works.
     """
 
     def __init__(self, host: str, model_type: str, reason: str, instead: str) -> None:

@@ -6,24 +6,13 @@ from collections.abc import Sequence
 
 from tritontower.errors import UsageError
 
-__all__ = ["text_table"]
-
 # A number may carry a sign, separators, an exponent and a unit: "1,024", "-0.5", "1.2e-05", "3.4 GiB", "×32", "12 %".
 _NUMBER = re.compile(r"[-+×]?\d[\d,.]*(e[-+]?\d+)?( ?[%A-Za-zµ/]{1,8})?")
 _DASH = "–"
 
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An aligned table: columns of numbers to the right, all others to the left.
-
-    Args:
-        title: printed above the table; ``""`` for none.
-        columns: the headings.
-        rows: the cells, as many as there are headings; ``None`` is printed as a dash.
-
-    Raises:
-        UsageError: a row has more or fewer cells than there are headings.
-    """
+    """Formats an aligned table: columns of numbers to the right, all others to the left, ``None`` as a dash."""
     cells = [[_DASH if cell is None else str(cell) for cell in row] for row in rows]
     for number, row in enumerate(cells):
         if len(row) != len(columns):

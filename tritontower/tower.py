@@ -19,13 +19,13 @@ from .engine.graph_cache import CaptureLimits
 from .engine.planning import patches_per_batch
 from .errors import Limits, UsageError, is_integer, shorten
 from .kernels.runtime.dispatch import backend_on
-from .models.common.assembly import TowerCheckpoint, make_preprocessor, open_checkpoint
+from .models.common.assembly import make_preprocessor, open_checkpoint
 from .models.common.registry import has_vision
 from .models.common.tower_model import TowerModel
-from .preprocessing import Bounds, Preprocessor
+from .preprocessing import Bounds
 from .preprocessing.images.image import ChannelOrder, ImageInput
 from .scheduler.arguments import check_instance, is_one_image, list_frames, list_images, parse_aliases, parse_sizes
-from .scheduler.cache_keys import CacheKeys, tower_identity
+from .scheduler.cache_keys import cache_key, tower_identity
 from .scheduler.outputs import ItemError, OutputHandler
 from .scheduler.prefetch import decode_all, thread_map
 from .scheduler.scheduler import EncodeOptions, Scheduler
@@ -48,19 +48,6 @@ class VisionTower(TowerModel):
         cache: cache of embeddings; ``None``: nothing is cached.
         graph: the layer graph for still images.
     """
-
-    def __init__(
-        self,
-        checkpoint: TowerCheckpoint,
-        preprocessor: Preprocessor,
-        *,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-        cache: EmbeddingCache | None = None,
-        cuda_graphs: bool | CaptureLimits = True,
-    ) -> None:
-        super().__init__(checkpoint, preprocessor, device=device, dtype=dtype, cuda_graphs=cuda_graphs)
-        self.cache = cache
 
     @classmethod
     def from_pretrained(
@@ -131,8 +118,6 @@ class VisionTower(TowerModel):
         )
         tower = cls(checkpoint, preprocessor, device=where, dtype=precision, cache=cache, cuda_graphs=cuda_graphs)
         return tower if delay_load else tower.load(progress=progress)
-
-    # -- images to embeddings -------------------------------------------------------------------------------------
 
     @overload
     def encode(
@@ -221,9 +206,7 @@ class VisionTower(TowerModel):
         input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> ImageEmbedding:
-        """Encodes the frames of one video, in order and of one size.
-
-        A patch spans ``config.patch.temporal`` frames; the last frame is repeated to fill the last patch.
+        """Encodes the frames of one video, in order and of one size; the last is repeated to fill the last temporal patch.
 
         Args:
             frames: a list of frames, each as in :meth:`encode`; or one array of four dimensions, the first of them time.
@@ -232,12 +215,8 @@ class VisionTower(TowerModel):
             output_device, text_alias, check_output, input_data_format, **bounds: as in :meth:`encode`.
 
         Returns:
-            An embedding; with ``fps`` or ``timestamps`` it has the times of its temporal patches.
-
-        Raises:
-            UsageError: the tower takes no videos, or an argument is invalid.
-            ImageError, ProcessorError, TowerOutOfMemoryError, NonFiniteOutputError, TowerNotLoadedError: as in
-                :meth:`encode`.
+            An embedding; with ``fps`` or ``timestamps`` it has the times of its temporal patches.  Errors are those of
+            :meth:`encode`, and a ``UsageError`` if the tower takes no videos.
         """
         self.preprocessor.check_takes_videos()
         video = list_frames(frames)
@@ -247,28 +226,14 @@ class VisionTower(TowerModel):
         batch = self.preprocess_video(video, input_data_format=input_data_format, **bounds)
         return times.attach(scheduler.encode_video(batch), self.config.patch.temporal).with_alias(alias)
 
-    @overload
-    def get_image_embeddings(
-        self, image: ImageInput, text_alias: str | None = None, embeddings_cpu: bool = True, **bounds: Unpack[Bounds]
-    ) -> ImageEmbedding: ...
-
-    @overload
-    def get_image_embeddings(
-        self,
-        image: Sequence[ImageInput],
-        text_alias: Sequence[str | None] | None = None,
-        embeddings_cpu: bool = True,
-        **bounds: Unpack[Bounds],
-    ) -> list[ImageEmbedding]: ...
-
     def get_image_embeddings(
         self,
         image: ImageInput | Sequence[ImageInput],
         text_alias: str | Sequence[str | None] | None = None,
         embeddings_cpu: bool = True,
         **bounds: Unpack[Bounds],
-    ) -> ImageEmbedding | list[ImageEmbedding]:
-        """Encodes one image or a list of them, with the signature of ExLlama's towers.
+    ) -> Any:
+        """Encodes one image, or a list of them to a list, with the signature of ExLlama's towers.
 
         An image without ``text_alias`` gets a new one, such as ``<$EMB_7$>``, unique in this process.  ``embeddings_cpu``
         moves the embeddings to the CPU.  Everything else is as in :meth:`encode`.
@@ -304,7 +269,7 @@ class VisionTower(TowerModel):
                 output_device=self.device if output_device is None else parse_device(output_device),
                 check_output=check_output,
                 cache=self.cache,
-                keys=None if self.cache is None else CacheKeys(self._identity, bounds),
+                key=lambda digest: cache_key(self._identity, bounds, digest),
             ),
             bounds=bounds,
             raw=self._raw,
@@ -319,8 +284,6 @@ class VisionTower(TowerModel):
         computes = self.dtype, self.device.type, backend_on(self.device)
         return tower_identity(self.checkpoint.identity, self.config, self.preprocessor, computes)
 
-    # -- the two halves of encode ---------------------------------------------------------------------------------
-
     def preprocess(
         self,
         images: Iterable[ImageInput] | ImageInput,
@@ -331,23 +294,14 @@ class VisionTower(TowerModel):
     ) -> PackedBatch:
         """Packs images into one batch of any size, on the CPU; the first half of :meth:`encode`.
 
-        Args:
-            images: as in :meth:`encode`.
-            raw: keep the pixels uint8, a quarter of the memory of fp32.  By default as :meth:`encode` does: on a GPU, if
-                the arithmetic of the image processor is known.
-            input_data_format, **bounds: as in :meth:`encode`.
-
-        Raises:
-            UsageError: ``raw`` is set, and the arithmetic of the image processor is not known.
-            ImageError, ProcessorError: as in :meth:`encode`.
+        ``raw`` keeps the pixels uint8, a quarter of the memory of fp32; it raises ``UsageError`` if the arithmetic of the image
+        processor is not known.  By default it is set as :meth:`encode` does: on a GPU, if that arithmetic is known.
         """
         self.preprocessor.check_bounds(bounds)
-        several = list_images(images)
+        several, raw = list_images(images), self._raw if raw is None else raw
         with thread_map(len(several)) as each:
             decoded = decode_all(several, self.preprocessor.limits, each, input_data_format)
-            return self.preprocessor.preprocess_images(
-                decoded, each=each, raw=self._raw if raw is None else raw, **bounds
-            )
+            return self.preprocessor.preprocess_images(decoded, each=each, raw=raw, **bounds)
 
     def preprocess_video(
         self,
@@ -359,12 +313,10 @@ class VisionTower(TowerModel):
     ) -> PackedBatch:
         """Packs the frames of one video, on the CPU; the first half of :meth:`encode_video`.  See :meth:`preprocess`."""
         self.preprocessor.check_bounds(bounds)
-        video = list_frames(frames)
+        video, raw = list_frames(frames), self._raw if raw is None else raw
         with thread_map(len(video)) as each:
             decoded = decode_all(video, self.preprocessor.limits, each, input_data_format)
-            return self.preprocessor.preprocess_video(
-                decoded, each=each, raw=self._raw if raw is None else raw, **bounds
-            )
+            return self.preprocessor.preprocess_video(decoded, each=each, raw=raw, **bounds)
 
     def warm_up(self, sizes: Iterable[tuple[int, int] | Sequence[tuple[int, int]]], **bounds: Unpack[Bounds]) -> int:
         """Compiles kernels, allocates memory and captures CUDA graphs for batches of these sizes.
@@ -379,10 +331,6 @@ class VisionTower(TowerModel):
 
         Returns:
             The number of batches that have a captured graph afterwards.
-
-        Raises:
-            UsageError: an invalid size.
-            TowerNotLoadedError: the weights are not loaded.
         """
         runner = self.runner
         batches = [parse_sizes(images) for images in sizes]

@@ -3,8 +3,6 @@
 import json
 import os
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +15,13 @@ from tritontower.scheduler.cache_keys import framed_digest, preprocessing_identi
 
 
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
-def test_parts_of_a_key_do_not_run_into_each_other(first: list[bytes], second: list[bytes]) -> None:
+def test_parts_of_a_key_do_not_run_into_each_other(first, second):
     assert (framed_digest(first) == framed_digest(second)) == (first == second)
     assert len(framed_digest(first)) == 64
     assert framed_digest(["ä"]) == framed_digest(["ä".encode()])
 
 
-def test_changed_weight_files_have_another_identity(qwen2_vl: Path, tmp_path: Path) -> None:
+def test_changed_weight_files_have_another_identity(qwen2_vl, tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes((qwen2_vl / "model.safetensors").read_bytes())
     first = files_identity(tmp_path)
@@ -40,10 +38,10 @@ def test_changed_weight_files_have_another_identity(qwen2_vl: Path, tmp_path: Pa
     assert files_identity(tmp_path) != second
 
 
-def test_changed_preprocessing_has_another_identity(qwen2_vl: Path, tmp_path: Path) -> None:
+def test_changed_preprocessing_has_another_identity(qwen2_vl, tmp_path):
     config = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True).config
 
-    def make(folder: Path = qwen2_vl, frame_budget: Any = "per_frame", **arguments: Any) -> Preprocessor:
+    def make(folder=qwen2_vl, frame_budget="per_frame", **arguments):
         rule = partial(SmartResize, frame_budget=frame_budget)
         return Preprocessor(ProcessorSource(config, folder, **arguments), rule)
 

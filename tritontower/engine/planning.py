@@ -30,13 +30,6 @@ def plan_forward(
     """Plans the memory that one forward pass allocates beside the weights.
 
     On a GPU the plan is that of the rounded batch size, whose buffers and captured graph many batch sizes share.
-
-    Args:
-        graph, config: the tower.
-        workload: size of the batch.
-        dtype: dtype of weights and activations.
-        device: device of the tower.
-        pixels: dtype of the batch's pixels.
     """
     if device.type != "cuda":
         cpu_dtype = dtype if backend_on(device) == "reference" else None
@@ -55,10 +48,8 @@ def plan_forward(
 def patches_per_batch(plan: MemoryPlan, device: torch.device) -> int:
     """Returns the default number of patches of a batch: 1 GiB, or half of a GPU's free memory if that is less.
 
-    Args:
-        plan: memory of a sample batch.  Memory grows in proportion to the patches, except for the workspace of torch's
-            CPU operators, which has a fixed size and is left out.
-        device: device of the tower.
+    ``plan`` is that of a sample batch.  Memory grows in proportion to the patches, except for the workspace of torch's CPU
+    operators, which has a fixed size and is left out.
     """
     budget = BATCH_BYTES
     if device.type == "cuda":
@@ -70,11 +61,7 @@ def patches_per_batch(plan: MemoryPlan, device: torch.device) -> int:
 
 
 def parse_workload(config: TowerConfig, patches: int | Sequence[int] | Workload) -> Workload:
-    """Returns the workload of a batch of still images, given the number of patches of each.
-
-    Raises:
-        UsageError: a number of patches that no image of the tower has.
-    """
+    """Returns the workload of a batch of still images, given the number of patches of each."""
     if isinstance(patches, Workload):
         return patches
     counts = list(patches) if isinstance(patches, Iterable) and not isinstance(patches, str) else [patches]

@@ -4,8 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tritontower.config import Normalization, PositionTable, Projector, RotaryEmbedding, TowerConfig
+from tritontower.kernels.runtime.checks import align_up
 
 from .ir import Dtype, Graph, Node, NodeKind, Rows, Transform, Value, Weight
+
+MLP_ALIGNMENT = 64
+"""The inner width of a gated MLP is padded to a multiple of this.  Rows of 3420 values (Qwen2.5-VL) start at addresses that
+no 16-byte load can take, and the last block of a GEMM would be masked."""
 
 
 class _Builder:
@@ -162,9 +167,10 @@ def _outputs(builder: _Builder, after: Mapping[int, str]) -> tuple[str, list[str
     if config.output_norm is None:
         return _embeddings(builder, [after[feature] for feature in config.features]), []
     normed = rows
-    if config.normed_features or (config.pooling is not None and config.pooling.kind == "attention"):
+    features_normed = config.features_normed and config.depth in config.features
+    if features_normed or (config.pooling is not None and config.pooling.kind == "attention"):
         normed = builder.norm("output_norm", rows, config.output_norm)
-    if config.normed_features:
+    if features_normed:
         after = {**after, config.depth: normed}
     embeddings = _embeddings(builder, [after[feature] for feature in config.features])
     if config.pooling is None:
@@ -215,7 +221,8 @@ def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole
     if config.rotary is not None and table is not None:
         rotation = config.rotary.rotation
         qkv = builder.node("rope", "rope", [qkv, *table], "rotated", **heads, rotation=rotation)
-    heads |= {"windows": not whole, "length_bound": config.longest_segment if whole else config.longest_window}
+    longest_window = config.windows.side**2 * config.rows_per_token if config.windows is not None else None
+    heads |= {"windows": not whole, "length_bound": config.longest_segment if whole else longest_window}
     mixed = builder.node("attention", "attention", [qkv], "mixed", width, **heads)
     projected = builder.linear("attention_output", mixed, width, bias=config.attention_bias)
     rows = builder.node("attention_residual", "add", [projected, rows], "attended")
@@ -225,7 +232,7 @@ def _block(builder: _Builder, rows: str, table: tuple[str, str] | None, *, whole
         hidden = builder.linear(
             "mlp_gate_up",
             normed,
-            config.mlp_padded,
+            align_up(config.mlp_hidden, MLP_ALIGNMENT),
             bias=config.mlp_bias,
             gated=True,
             unpadded=(2 * config.mlp_hidden, width),
@@ -259,7 +266,7 @@ def _embeddings(builder: _Builder, features: Sequence[str]) -> str:
 
 def _project(builder: _Builder, name: str, output: str, rows: str, projector: Projector) -> str:
     """Projects rows to tokens with one ``projector`` node if its form allows it, else step by step."""
-    norm, per_token = projector.norm, projector.rows_per_token
+    norm, per_token = projector.norm, projector.merge**2
     width = builder.values[rows].width
     if projector.join == "mean" and per_token > 1:
         rows = builder.node(f"{name}.pool", "pool", [rows], f"{name}.pooled", rows="merged", count=per_token)

@@ -31,22 +31,14 @@ def list_images(images: Iterable[ImageInput] | ImageInput) -> list[ImageInput]:
 
 
 def list_frames(frames: Iterable[ImageInput]) -> list[ImageInput]:
-    """Returns the frames of a video as a list.
-
-    Raises:
-        UsageError: a single image, whose rows would be mistaken for gray frames.
-    """
+    """Returns the frames of a video as a list; rejects a single image, whose rows would be taken for gray frames."""
     if is_one_image(frames) and getattr(frames, "ndim", 0) != 4:
         raise UsageError(f"frames must be a list of the video's frames, in order, got one {type(frames).__name__}")
     return list(frames)
 
 
 def parse_sizes(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Returns the width and height of each image of a batch.
-
-    Raises:
-        UsageError: neither a size nor a list of sizes.
-    """
+    """Returns the width and height of each image of a batch."""
     is_one = isinstance(sizes, tuple) and not any(isinstance(side, Iterable) for side in sizes)
     several = [sizes] if is_one else sizes
     if not isinstance(several, Iterable) or not all(
@@ -57,11 +49,7 @@ def parse_sizes(sizes: tuple[int, int] | Sequence[tuple[int, int]]) -> list[tupl
 
 
 def parse_aliases(text_alias: str | Sequence[str | None] | None, images: int) -> Sequence[str | None]:
-    """Returns an alias or ``None`` for each image.
-
-    Raises:
-        UsageError: not an alias or a list of one per image, or an empty alias.
-    """
+    """Returns an alias or ``None`` for each image."""
     aliases = [text_alias] if isinstance(text_alias, str) else text_alias
     if aliases is None:
         return [None] * images

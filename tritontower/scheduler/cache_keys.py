@@ -8,7 +8,7 @@ never shortened, so two images, towers or settings never share a key.
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -19,21 +19,10 @@ from tritontower.preprocessing import Bounds, Preprocessor
 from tritontower.preprocessing.processor_config import VIDEO_FILES
 
 
-class CacheKeys:
-    """Maps the digest of an image's pixels to the cache key of its embedding, for one call.
-
-    Args:
-        tower: identity of the tower, from :func:`tower_identity`.
-        bounds: bounds of the call.
-    """
-
-    def __init__(self, tower: str, bounds: Bounds) -> None:
-        given = sorted((name, value) for name, value in bounds.items() if value is not None)
-        self._parts = tower, json.dumps(given, default=int)
-
-    def key(self, content_hash: str) -> str:
-        """Returns the key of the image with this digest."""
-        return framed_digest([*self._parts, content_hash])
+def cache_key(tower: str, bounds: Bounds, content_hash: str) -> str:
+    """Returns the key of an image's embedding; ``tower`` is the :func:`tower_identity`."""
+    given = sorted((name, value) for name, value in bounds.items() if value is not None)
+    return framed_digest([tower, json.dumps(given, default=int), content_hash])
 
 
 def framed_digest(parts: Iterable[str | bytes]) -> str:
@@ -51,11 +40,7 @@ def tower_identity(
 ) -> str:
     """Hashes everything that an embedding depends on beside the image and the bounds of the call.
 
-    Args:
-        weights: identity of the weights, different for any two checkpoints.
-        config: the tower, with its features.
-        preprocessor: the preprocessor of the tower.
-        computes: dtype, device type and kernel backend.
+    ``weights`` differs for any two checkpoints; ``computes`` is the dtype, the device type and the kernel backend.
     """
     description = json.dumps(config.to_json(), sort_keys=True)
     return framed_digest([weights, description, preprocessing_identity(preprocessor), *map(str, computes)])
@@ -80,12 +65,7 @@ def preprocessing_identity(preprocessor: Preprocessor) -> str:
 
 
 def _to_json(settings: dict[str, Any]) -> str:
-    def convert(value: object) -> dict[str, Any]:
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise TypeError
-
     try:
-        return json.dumps(settings, sort_keys=True, default=convert)
+        return json.dumps(settings, sort_keys=True, default=dict)  # for mappings; dict() rejects all other values
     except (TypeError, ValueError):
         return secrets.token_hex(32)

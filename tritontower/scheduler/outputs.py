@@ -1,6 +1,6 @@
 """Embeddings of a forward pass: split by image, checked, cached, and copied to the caller's device."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -12,17 +12,10 @@ from tritontower.config import TowerConfig
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import NonFiniteOutputError, TowerError, is_out_of_memory
 
-from .cache_keys import CacheKeys
-
 
 @dataclass(frozen=True)
 class ItemError:
-    """Result of an image that could not be encoded, with ``on_error="return"``.
-
-    Attributes:
-        index: position of the image in the caller's list.
-        error: the error.
-    """
+    """Result of an image that could not be encoded, with ``on_error="return"``; ``index`` is its position in the list."""
 
     index: int
     error: TowerError
@@ -33,11 +26,7 @@ def split_embeddings(
 ) -> list[ImageEmbedding]:
     """Splits the outputs of a forward pass by image.
 
-    Args:
-        config: the tower.
-        outputs: name → rows of the whole batch.
-        batch: the batch.
-        bidirectional: whether the language model attends within a tile's rows in both directions.
+    ``bidirectional``: the language model attends within a tile's rows in both directions.
     """
 
     def split(rows: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
@@ -76,28 +65,20 @@ def _count_tile_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[in
 
 @dataclass(frozen=True, kw_only=True)
 class OutputHandler:
-    """Checks, caches and copies the embeddings of one call.
-
-    Attributes:
-        device: device of the tower.
-        output_device: device of the results.
-        check_output: whether to look for NaN and infinity.
-        cache: the tower's cache, if it has one.
-        keys: cache keys of the call; given together with ``cache``.
-    """
+    """Checks, caches and copies the embeddings of one call; ``key`` maps a digest to its key in the cache."""
 
     device: torch.device
     output_device: torch.device
     check_output: bool = False
     cache: EmbeddingCache | None = None
-    keys: CacheKeys | None = None
+    key: Callable[[str], str] = str
 
     def look_up(self, digest: str) -> ImageEmbedding | NonFiniteOutputError | None:
         """Returns the cached embedding of an image; checks it, since the call that cached it may not have."""
-        if self.cache is None or self.keys is None:
+        if self.cache is None:
             return None
         try:
-            found = self.cache.get(self.keys.key(digest), device=self.output_device)
+            found = self.cache.get(self.key(digest), device=self.output_device)
             return None if found is None else self._find_error(found) or self._copy_out(found)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -109,8 +90,8 @@ class OutputHandler:
         """Checks and caches an embedding of a forward pass and moves it to the output device."""
         if error := self._find_error(embedding):
             return error
-        if self.cache is not None and self.keys is not None:
-            self.cache.put(self.keys.key(embedding.content_hash), embedding)
+        if self.cache is not None:
+            self.cache.put(self.key(embedding.content_hash), embedding)
         return self._copy_out(embedding)
 
     def duplicate(self, embedding: ImageEmbedding) -> ImageEmbedding:

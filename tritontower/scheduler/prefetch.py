@@ -80,9 +80,6 @@ def progress_bar(total: int, progress: bool | None) -> Iterator[Callable[[int], 
         yield bar.update
 
 
-# -- decoding ---------------------------------------------------------------------------------------------------------
-
-
 def split_portions(images: Sequence[ImageInput], limits: Limits, max_images: int | None = None) -> Iterator[slice]:
     """Splits a list of images so that each portion fits into ``limits.max_decoded_bytes``; decodes nothing."""
     start = held = 0
@@ -107,13 +104,8 @@ def decode(
 ) -> Iterator[CanonicalImage | ImageError]:
     """Decodes images in order and yields an error in the place of an image that cannot be decoded.
 
-    Args:
-        images: the images; together they should fit into ``limits.max_decoded_bytes``.
-        limits: limits on their sizes.
-        each: a ``map`` that may run in threads; used if an image is large enough to be worth a thread.
-        input_data_format: order of an array's axes, if its shape allows several.
-        first: position of the first image in the caller's list, for messages.
-        take_digests: whether to compute the digests here, in the threads.
+    ``each`` is used if an image is large enough to be worth a thread.  ``first`` is the position of the first image in the
+    caller's list.  ``take_digests`` computes the digests here, in the threads.
     """
 
     def decode_one(index: int, image: ImageInput) -> CanonicalImage | ImageError:
@@ -133,12 +125,7 @@ def decode(
 def decode_all(
     images: Sequence[ImageInput], limits: Limits, each: Each = map, input_data_format: ChannelOrder | None = None
 ) -> list[CanonicalImage]:
-    """Decodes images that are needed at once.
-
-    Raises:
-        ImageTooLargeError: decoded, they would take more than ``limits.max_decoded_bytes``; raised before decoding.
-        ImageError: the first image that cannot be decoded.
-    """
+    """Decodes images that are needed at once, unless they would take more than ``limits.max_decoded_bytes``."""
     portion = next(split_portions(images, limits), slice(0, 0))
     if portion.stop < len(images):
         held = sum(count_decoded_bytes(image, limits) for image in images[: portion.stop + 1])

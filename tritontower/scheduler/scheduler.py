@@ -31,6 +31,7 @@ from tritontower.errors import (
     is_out_of_memory,
 )
 from tritontower.preprocessing import Bounds, Preprocessor
+from tritontower.preprocessing.images.decode import decode_image
 from tritontower.preprocessing.images.image import CanonicalImage, ChannelOrder, ImageInput
 from tritontower.preprocessing.preprocessor import Each
 
@@ -63,7 +64,6 @@ class _Item:
     image: ImageInput
     decoded: CanonicalImage | None = None
     """From decoding until packing."""
-    digest: str = ""
     patches: int = 0
     """Patches that it adds to a batch."""
     first: "_Item | None" = None
@@ -95,27 +95,10 @@ class _Batch:
         """Images that are not known, not duplicates, and not failed."""
         return [item for item in self.items if item.first is None and item.own_result is None]
 
-    def add(self, item: _Item) -> None:
-        self.items.append(item)
-        self.patches += item.patches
-
 
 @dataclass(kw_only=True)
 class Scheduler:
-    """Encodes the images or the video of one call.
-
-    Attributes:
-        config: the tower.
-        runner: runs the batches.
-        preprocessor: makes the batches.
-        outputs: handles the embeddings.
-        bounds: limits on the size of a resized image.
-        raw: whether pixels stay uint8; ``None``: if the preprocessor can.
-        input_data_format: order of an array's axes; ``None``: according to its shape.
-        max_patches: patches of one batch; a larger image gets a batch of its own.  Lowered when memory runs out.
-        raise_errors: whether the first image that cannot be encoded ends the call.
-        bidirectional: as in :func:`.split_embeddings`.
-    """
+    """Encodes the images or the video of one call."""
 
     config: TowerConfig
     runner: ModelRunner
@@ -123,27 +106,18 @@ class Scheduler:
     outputs: OutputHandler
     bounds: Bounds
     raw: bool | None = False
+    """Pixels stay uint8; ``None``: if the preprocessor can."""
     input_data_format: ChannelOrder | None = None
     max_patches: int = 1
+    """Patches of one batch; a larger image gets a batch of its own.  Lowered when memory runs out."""
     raise_errors: bool = True
+    """The first image that cannot be encoded ends the call."""
     bidirectional: bool = False
 
     def encode_images(
         self, images: Sequence[ImageInput], *, progress: bool | None = None
     ) -> list[ImageEmbedding | ItemError]:
-        """Encodes still images in as many batches as they need.
-
-        Args:
-            images: the images.
-            progress: whether to show a bar; ``None``: for long lists, on a terminal.
-
-        Returns:
-            One result per image, in order.
-
-        Raises:
-            TowerError: the call is invalid, or, with ``raise_errors``, an image cannot be encoded.
-            EncodeInterrupted: Ctrl-C.  Like a ``TowerError``, it carries the embeddings completed so far.
-        """
+        """Encodes still images in as many batches as they need; returns one result per image, in order."""
         items = [_Item(index, image) for index, image in enumerate(images)]
         device = self.outputs.device
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -155,7 +129,9 @@ class Scheduler:
             ):
                 for batch in batches:
                     self._run_batch(batch)
-                    self._raise_first_error(batch.items)
+                    for item in batch.items:
+                        if self.raise_errors and isinstance(item.result, TowerError):
+                            raise item.result
                     advance(len(batch.items))
         except (TowerError, KeyboardInterrupt) as error:
             done = takewhile(lambda item: isinstance(item.result, ImageEmbedding), items)
@@ -171,12 +147,7 @@ class Scheduler:
         return self._collect_results(items)
 
     def encode_video(self, batch: PackedBatch) -> ImageEmbedding:
-        """Encodes one packed video, unless the cache has it.
-
-        Raises:
-            TowerOutOfMemoryError: it does not fit into the device's memory.
-            NonFiniteOutputError: with ``check_output``, it contains NaN or infinity.
-        """
+        """Encodes one packed video, unless the cache has it."""
         result: ImageEmbedding | TowerError | None = self.outputs.look_up(batch.images.content_hashes[0])
         if result is None:
             try:
@@ -192,8 +163,6 @@ class Scheduler:
             raise result
         return replace(result, is_video=True)
 
-    # -- images → batches -----------------------------------------------------------------------------------------
-
     def _make_batches(self, items: Sequence[_Item], each: Each) -> Generator[_Batch, None, None]:
         """Decodes and packs the images in order; a batch ends where the next image would exceed ``max_patches``."""
         seen: dict[str, _Item] = {}
@@ -204,12 +173,7 @@ class Scheduler:
         for portion in split_portions(images, limits, PORTION_IMAGES):
             batch = _Batch()
             decoded = decode(
-                images[portion],
-                limits,
-                each,
-                self.input_data_format,
-                first=portion.start,
-                take_digests=take_digests,
+                images[portion], limits, each, self.input_data_format, first=portion.start, take_digests=take_digests
             )
             for item, image in zip(items[portion], decoded, strict=True):
                 self._plan_item(item, image)
@@ -219,7 +183,8 @@ class Scheduler:
                 if batch.patches and batch.patches + item.patches > self.max_patches:
                     yield self._pack_batch(batch, each)
                     batch = _Batch()
-                batch.add(item)
+                batch.items.append(item)
+                batch.patches += item.patches
                 if self.raise_errors and isinstance(item.result, TowerError):
                     yield self._pack_batch(batch, each)
                     return
@@ -233,23 +198,20 @@ class Scheduler:
         try:
             item.patches = self.preprocessor.layout(image.width, image.height, **self.bounds).patches
             item.decoded = image
-        except ImageError as error:
-            named = (
-                error if error.index is not None else type(error)(error.reason, index=item.index, source=image.source)
-            )
-            item.settle(self._detach(named))
-        except ProcessorError as error:
+        except (ImageError, ProcessorError) as error:
+            if isinstance(error, ImageError) and error.index is None:
+                error = type(error)(error.reason, index=item.index, source=image.source)
             item.settle(self._detach(error))
 
     def _find_known(self, item: _Item, seen: dict[str, _Item]) -> None:
         """Links an image to an earlier one with the same pixels, or settles it from the cache."""
         if item.decoded is None:
             return
-        item.digest = item.decoded.digest
-        first = seen.setdefault(item.digest, item)
+        digest = item.decoded.digest
+        first = seen.setdefault(digest, item)
         if first is not item:
             item.first, item.decoded, item.patches = first, None, 0
-        elif (known := self.outputs.look_up(item.digest)) is not None:
+        elif (known := self.outputs.look_up(digest)) is not None:
             item.settle(known)
 
     def _pack_batch(self, batch: _Batch, each: Each) -> _Batch:
@@ -267,20 +229,14 @@ class Scheduler:
 
     def _pack(self, items: Sequence[_Item], each: Each) -> PackedBatch:
         """Packs images; decodes them again if a batch with them failed before."""
-        images = [item.decoded or self._decode_again(item) for item in items]
+        limits, order = self.preprocessor.limits, self.input_data_format
+        images = [
+            item.decoded or decode_image(item.image, index=item.index, limits=limits, input_data_format=order)
+            for item in items
+        ]
         batch = self.preprocessor.preprocess_images(images, each=each, raw=self.raw, **self.bounds)
         # Here, while the device runs the batch before: the thread that starts a forward pass need not copy the pixels.
         return batch.pinned() if self.outputs.device.type == "cuda" else batch
-
-    def _decode_again(self, item: _Item) -> CanonicalImage:
-        (image,) = decode(
-            [item.image], self.preprocessor.limits, input_data_format=self.input_data_format, first=item.index
-        )
-        if isinstance(image, ImageError):
-            raise image
-        return image
-
-    # -- batches → embeddings -------------------------------------------------------------------------------------
 
     def _run_batch(self, batch: _Batch) -> None:
         """Settles all pending images of a batch; halves it as long as it fails."""
@@ -325,8 +281,6 @@ class Scheduler:
         embeddings = split_embeddings(self.config, outputs, packed, bidirectional=self.bidirectional)
         return [self.outputs.finish(embedding) for embedding in embeddings]
 
-    # -- results --------------------------------------------------------------------------------------------------
-
     def _collect_results(self, items: Iterable[_Item]) -> list[ImageEmbedding | ItemError]:
         """Returns the results of finished images, each embedding in memory of its own."""
         results: list[ImageEmbedding | ItemError] = []
@@ -342,11 +296,6 @@ class Scheduler:
             results.append(ItemError(item.index, error))
         self.outputs.synchronize()
         return results
-
-    def _raise_first_error(self, items: Iterable[_Item]) -> None:
-        for item in items:
-            if self.raise_errors and isinstance(item.result, TowerError):
-                raise item.result
 
     def _detach(self, error: TowerError) -> TowerError:
         """Drops the tracebacks of an error that is returned, whose frames keep decoded images alive."""

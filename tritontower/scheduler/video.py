@@ -14,23 +14,14 @@ MIN_FPS, MAX_FPS = 1e-9, 1e9
 
 @dataclass(frozen=True)
 class VideoTimes:
-    """Times of a video's frames.
-
-    Attributes:
-        seconds: time of each frame; empty if unknown.
-        interval: seconds between two frames.
-    """
+    """Time of each frame of a video (empty if unknown), and the interval between two frames, in seconds."""
 
     seconds: tuple[float, ...] = ()
     interval: float | None = None
 
     @classmethod
     def parse(cls, frames: int, fps: float | None, timestamps: Sequence[float] | None) -> "VideoTimes":
-        """Computes the times of ``frames`` frames from a frame rate or from timestamps.
-
-        Raises:
-            UsageError: both are given, or one is invalid.
-        """
+        """Computes the times of ``frames`` frames from a frame rate or from timestamps."""
         if fps is not None and timestamps is not None:
             raise UsageError("fps and timestamps must not be given together; pass one of them")
         if fps is not None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -21,17 +21,7 @@ from .registry import declared_dtype, open_config, read_family
 
 
 class TowerCheckpoint:
-    """A tower's folder and configuration; :meth:`open` gives access to its stored tensors.
-
-    Args:
-        family: the configuration as its family file reads it.
-        folder: the folder of the checkpoint.
-        dtype: the dtype that the configuration declares; ``None`` if it declares none.
-        fetch: downloads the weight files that are missing.
-
-    Attributes:
-        identity: digest that differs for any two sets of weights; final once the checkpoint has been opened.
-    """
+    """A tower's folder, configuration and declared dtype; :meth:`open` gives access to its stored tensors."""
 
     can_prepack = True
     """False if the tensors that are read stay in use elsewhere, in the canonical order."""
@@ -46,6 +36,7 @@ class TowerCheckpoint:
     ) -> None:
         self.family, self.folder, self.dtype, self._fetch = family, folder, dtype, fetch
         self.identity = token_hex(32)
+        """Digest that differs for any two sets of weights; final once the checkpoint has been opened."""
 
     def open(self) -> Checkpoint:
         """Fetches the weight files that are missing and opens all of them."""
@@ -55,26 +46,18 @@ class TowerCheckpoint:
         self.identity = files_identity(self.folder)
         return Checkpoint.open(self.folder, prefixes=family.prefixes, layout=family.layout)
 
-    def settle(self, names: Collection[str]) -> bool:
-        """Completes the family by the stored names, if it needs them; returns whether it changed."""
-        if self.family.settle is None:
-            return False
-        self.family = self.family.settle(self.family, names)
-        return True
-
 
 def open_checkpoint(
     model: str | Path,
     *,
     feature_layer: int | Sequence[int] | None = None,
     feature_select: str | None = None,
-    revision: str | None = None,
     token: str | None = None,
-    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    **download: Any,
 ) -> TowerCheckpoint:
     """Locates a checkpoint and reads its configuration; the arguments are those of ``VisionTower.from_pretrained``."""
-    folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    folder = locate(model, token=token, local_files_only=local_files_only, **download)
     reader = open_config(folder)
     family = with_features(read_family(reader), feature_layer, feature_select)
     fetch = partial(fetch_shards, token=token, local_files_only=local_files_only)

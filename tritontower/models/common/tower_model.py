@@ -9,6 +9,7 @@ from typing import Self, Unpack, overload
 import torch
 
 from tritontower.batch.packed_batch import PackedBatch
+from tritontower.cache import EmbeddingCache
 from tritontower.checkpoint.checkpoint import Progress
 from tritontower.config import TowerConfig
 from tritontower.engine.executor import Executor
@@ -45,29 +46,29 @@ class TowerModel:
         *,
         device: torch.device,
         dtype: torch.dtype | None = None,
+        cache: EmbeddingCache | None = None,
         cuda_graphs: bool | CaptureLimits = True,
     ) -> None:
         self.checkpoint = checkpoint
         self.preprocessor = preprocessor
-        self._device = device
+        self.device = device
         self._dtype = dtype or checkpoint.dtype
+        self.cache = cache
         self._cuda_graphs = cuda_graphs
         self._runner: ModelRunner | None = None
         self._load_lock = Lock()
         self._build_graphs()
 
     def _build_graphs(self) -> None:
-        self._video_graph: Graph = fuse(build(self.config), select_passes(self._device))
+        self._video_graph: Graph = fuse(build(self.config), select_passes(self.device))
         self.graph: Graph = fold_still_images(self._video_graph)
 
     def __repr__(self) -> str:
         config = self.config
-        state = f"{self._dtype} on {self._device}" if self.is_loaded else f"not loaded, for {self._device}"
+        state = f"{self._dtype} on {self.device}" if self.is_loaded else f"not loaded, for {self.device}"
         return (
             f"<VisionTower {config.family}: {config.depth} blocks, {config.width} → {config.hidden_size} wide, {state}>"
         )
-
-    # -- configuration --------------------------------------------------------------------------------------------
 
     @property
     def family(self) -> Family:
@@ -93,11 +94,6 @@ class TowerModel:
     def mrope(self) -> MropeRule | None:
         """The rule for the positions of image and video tokens; ``None`` if they are numbered like text."""
         return self.family.mrope
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the tower."""
-        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,8 +122,6 @@ class TowerModel:
         """Zeros ``[1, hidden_size]`` on the tower's device and in its dtype, for prompts without an image."""
         return torch.zeros(1, self.hidden_size, device=self.device, dtype=self.dtype)
 
-    # -- weights --------------------------------------------------------------------------------------------------
-
     def load(self, progress: Progress | None = None) -> Self:
         """Reads the weights unless they are loaded; returns the tower.  Safe to call from several threads."""
         with self._load_lock:
@@ -148,7 +142,8 @@ class TowerModel:
     def read_weights(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
         """Reads the weights in the layout of :attr:`graph`, for an executor of the caller's own; does not keep them."""
         with self.checkpoint.open() as stored:
-            if self.checkpoint.settle(stored.weights.keys()):
+            if self.family.settle is not None:
+                self.checkpoint.family = self.family.settle(self.family, stored.weights.keys())
                 self._build_graphs()
             tensors = self.family.tensors
             needed = stored_shapes(self.graph, tensors)
@@ -156,7 +151,7 @@ class TowerModel:
             stored.expect(needed, ignored=self.family.ignored, unneeded=known - needed.keys())
             if self._dtype is None:
                 self._dtype = stored.dtype
-            return read_weights(stored, self.graph, tensors, self._dtype, self._device, progress=progress)
+            return read_weights(stored, self.graph, tensors, self._dtype, self.device, progress=progress)
 
     @property
     def is_loaded(self) -> bool:
@@ -165,11 +160,7 @@ class TowerModel:
 
     @property
     def runner(self) -> ModelRunner:
-        """The runner of batches.
-
-        Raises:
-            TowerNotLoadedError: the weights are not loaded.
-        """
+        """The runner of batches; raises ``TowerNotLoadedError`` before :meth:`load`."""
         if self._runner is None:
             raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
         return self._runner
@@ -177,7 +168,7 @@ class TowerModel:
     @property
     def _raw(self) -> bool | None:
         """Pixels stay uint8 for the Triton kernels, if the preprocessor can (``None``)."""
-        return None if backend_on(self._device) == "triton" else False
+        return None if backend_on(self.device) == "triton" else False
 
     @property
     def _graphs(self) -> tuple[Graph, ...]:
@@ -195,8 +186,6 @@ class TowerModel:
         if self._runner is not None:
             return self._runner.weights_bytes
         return estimate_weights_bytes(self._graphs, self.dtype.itemsize)
-
-    # -- forward passes -----------------------------------------------------------------------------------------------
 
     @overload
     def forward(self, batch: PackedBatch | torch.Tensor) -> torch.Tensor: ...
@@ -222,7 +211,13 @@ class TowerModel:
         """
         if isinstance(batch, PackedBatch):
             return self.run(batch)["embeddings"]
-        tiles = _list_tiles(batch)
+        is_scalar = isinstance(batch, torch.Tensor) and batch.ndim == 0
+        if is_scalar or isinstance(batch, str) or not isinstance(batch, Iterable):
+            raise UsageError(
+                "batch must be the result of preprocess(), pixels [B, C, H, W], or a list of [C, H, W], got "
+                f"{shorten(batch)}"
+            )
+        tiles = list(batch)
         packed = pack_tiles(self.config, tiles)
         rows = self.run(packed)["embeddings"]
         parts = rows.split(packed.images.token_counts)
@@ -234,21 +229,15 @@ class TowerModel:
     __call__ = forward
 
     def run(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        """Computes all outputs of a batch, by name.
+        """Computes all outputs of a batch, by name, as far as the tower has them.
 
-        Returns:
-            ``embeddings`` ``[tokens, hidden_size]``; ``deepstack.0`` … of the same shape, which the language model adds
-            after its first layers; ``pooled`` ``[tiles, width]``.  Outputs that the tower does not have are absent.
+        ``embeddings`` ``[tokens, hidden_size]``; ``deepstack.0`` … of the same shape, which the language model adds after its
+        first layers; ``pooled`` ``[tiles, width]``.
         """
         return self.runner.run(batch)
 
     def executor_for(self, batch: PackedBatch) -> Executor:
-        """Returns the executor of ``batch``: stills, videos and uint8 pixels have one each, over the same weights.
-
-        Raises:
-            UsageError: another tower's batch.
-            TowerNotLoadedError: the weights are not loaded.
-        """
+        """Returns the executor of ``batch``: stills, videos and uint8 pixels have one each, over the same weights."""
         return self.runner.executor_for(batch)
 
     @property
@@ -274,13 +263,8 @@ class TowerModel:
         """Plans the memory of one forward pass beside the weights, bytes; needs no weights (but see :attr:`dtype`).
 
         On a GPU the plan includes up to a sixteenth more rows, because similar batch sizes share buffers, and pixels as
-        :meth:`preprocess` makes them by default.
-
-        Args:
-            patches: patches of one still image, or of each of several in one batch; or the result of :meth:`workload`.
-
-        Raises:
-            UsageError: a number of patches that no image of this tower has.
+        :meth:`preprocess` makes them by default.  ``patches`` are those of one still image, or of each of several in one batch;
+        or the result of :meth:`workload`.
         """
         workload = parse_workload(self.config, patches)
         is_raw = self.device.type == "cuda" and self._raw is None and self.preprocessor.normalization is not None
@@ -292,8 +276,8 @@ class TowerModel:
 
         Arguments, requirements and errors are those of :meth:`memory_plan`.
         """
-        by_torch = backend_on(self._device) == "reference"
-        device = None if by_torch else self._device
+        by_torch = backend_on(self.device) == "reference"
+        device = None if by_torch else self.device
         workload = parse_workload(self.config, patches)
         return Description(self.graph, workload, self.dtype.itemsize, device, self.dtype, on_cpu=by_torch)
 
@@ -302,17 +286,3 @@ class TowerModel:
         """The plan of a batch of :data:`SAMPLE_PATCHES`; needs what :meth:`memory_plan` needs."""
         unit = self.config.num_patches or self.config.rows_per_token
         return self.memory_plan(unit * -(-SAMPLE_PATCHES // unit))
-
-
-def _list_tiles(batch: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns preprocessed pixels as a list of tiles.
-
-    Raises:
-        UsageError: neither a tensor of several tiles nor a list of tensors.
-    """
-    is_scalar = isinstance(batch, torch.Tensor) and batch.ndim == 0
-    if is_scalar or isinstance(batch, str) or not isinstance(batch, Iterable):
-        raise UsageError(
-            f"batch must be the result of preprocess(), pixels [B, C, H, W], or a list of [C, H, W], got {shorten(batch)}"
-        )
-    return list(batch)
