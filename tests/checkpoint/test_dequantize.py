@@ -98,9 +98,6 @@ def load(folder: Path, tensors: Tensors, dtype: torch.dtype = torch.float32) -> 
         return dict(checkpoint.iterate(dtype))
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("block", [32, 64, 4096])
 @pytest.mark.parametrize("shape", [(6, 50), (7, 5), (4, 3, 2, 2), (1, 1), (64,)], ids=str)
 def test_four_bits(tmp_path: Path, shape: tuple[int, ...], block: int) -> None:
@@ -176,9 +173,6 @@ def test_scales_may_be_in_another_shard(tmp_path: Path) -> None:
         ((_, tensor),) = checkpoint.iterate(torch.float32)
         assert checkpoint.weights["x.weight"].main.file == "b.safetensors"
     assert tensor.flatten().tolist() == expected
-
-
-# -- headers, progress, dtype -----------------------------------------------------------------------------------------
 
 
 def mixed() -> Tensors:
@@ -257,9 +251,6 @@ def test_dtype_of_plain_recorded_or_unknown_tensors(tmp_path: Path) -> None:
     assert parse_dtype(small) == torch.bfloat16
     assert parse_dtype({**scaled, **packed}) == torch.float16
     assert parse_dtype(scaled) == torch.bfloat16
-
-
-# -- errors -----------------------------------------------------------------------------------------------------------
 
 
 def i32(*shape: int) -> torch.Tensor:
