@@ -1,44 +1,28 @@
 """Settings files: class defaults, precedence of files, and every form of a size."""
 
+import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.preprocessing import write_settings
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from tritontower.errors import ConfigError
 from tritontower.preprocessing.processor_config import CLASS_DEFAULTS, IMAGE_FILES, Settings
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        CLIPImageProcessorPil,
-        LlavaImageProcessorPil,
-        LlavaNextImageProcessorPil,
-        LlavaOnevisionImageProcessorPil,
-        SiglipImageProcessorPil,
-        Gemma3ImageProcessorPil,
-        PixtralImageProcessorPil,
-        Qwen2VLImageProcessorPil,
-    ],
-)
-def test_class_defaults_are_those_of_transformers(kind: Any) -> None:
-    ours = CLASS_DEFAULTS[kind.__name__.removesuffix("Pil")]
+@pytest.mark.parametrize("name", CLASS_DEFAULTS)
+def test_class_defaults_are_those_of_transformers(name: str) -> None:
+    module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.removesuffix("ImageProcessor")).lower()
+    kind = getattr(import_module(f"transformers.models.{module}.image_processing_pil_{module}"), f"{name}Pil")
+    ours = CLASS_DEFAULTS[name]
     deciding = ("size", "crop_size", "do_center_crop", "patch_size", "image_grid_pinpoints", "do_pan_and_scan")
-    for name in deciding:
-        if name == "patch_size" and kind is Qwen2VLImageProcessorPil:
+    for key in deciding:
+        if key == "patch_size" and name == "Qwen2VLImageProcessor":
             continue  # the loaded processor's own attribute is compared with the tower
-        assert ours.get(name) == getattr(kind, name, None), name
-    assert ours.get("do_pad", False) == (kind is LlavaImageProcessorPil and kind.do_pad)
+        assert ours.get(key) == getattr(kind, key, None), key
+    assert ours.get("do_pad", False) == (name == "LlavaImageProcessor" and kind.do_pad)
 
 
 def test_the_nested_section_wins_unless_it_is_empty(tmp_path: Path) -> None:

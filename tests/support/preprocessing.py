@@ -1,16 +1,17 @@
 """Towers, folders, images and resizing rules for the tests of preprocessing."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from support.configs import CONFIG
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from tritontower.config import Normalization, PatchEmbedding, PositionTable, Projector, TowerConfig
+from tritontower.config import PositionTable, TowerConfig
 from tritontower.errors import Limits
 from tritontower.preprocessing import (
     AnyResolution,
@@ -32,26 +33,14 @@ def tower(
     patch: int = 14, merge: int = 1, temporal: int = 1, table_side: int | None = None, **changes: Any
 ) -> TowerConfig:
     """A tower of which only what preprocessing reads is meaningful."""
-    norm = Normalization("layer_norm", 1e-6)
-    table = None if table_side is None else PositionTable(table_side, "exact")
-    return TowerConfig(
-        **{
-            "family": "tested",
-            "patch": PatchEmbedding(channels=3, size=patch, temporal=temporal, bias=False),
-            "width": 64,
-            "depth": 1,
-            "heads": 4,
-            "norm": norm,
-            "qkv_bias": True,
-            "attention_bias": True,
-            "mlp_hidden": 64,
-            "mlp_bias": True,
-            "activation": "gelu",
-            "features": (1,),
-            "position_table": table,
-            "projector": Projector(norm=norm, merge=merge, hidden=None, output=8, activation="gelu", bias=True),
-            **changes,
-        }
+    return replace(
+        CONFIG,
+        family="tested",
+        segments="image",
+        patch=replace(CONFIG.patch, size=patch, temporal=temporal),
+        position_table=None if table_side is None else PositionTable(table_side, "exact"),
+        projector=replace(CONFIG.projector, merge=merge),
+        **changes,
     )
 
 

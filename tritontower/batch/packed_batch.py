@@ -147,22 +147,13 @@ class PackedBatch:
                 f"original_sizes and content_hashes must have one entry per layout, got {len(layouts)} layouts, "
                 f"{len(original_sizes)} original sizes and {len(content_hashes)} content hashes"
             )
-        batch, places = _arrange(config, layouts)
-        fill = PIXEL_CENTER if pixels.dtype == torch.uint8 else 0
-        return replace(
-            batch,
-            pixels=index_maps.scatter_rows(pixels, places, batch.attention.segments.total, fill),
-            images=replace(
-                batch.images,
-                original_sizes=tuple(original_sizes),
-                content_hashes=content_hashes if isinstance(content_hashes, Digests) else tuple(content_hashes),
-            ),
-        )
+        return _arrange(config, pixels, layouts, original_sizes, content_hashes)
 
     @classmethod
     def without_pixels(cls, config: TowerConfig, layouts: Sequence[ImageLayout]) -> "PackedBatch":
         """Makes the metadata alone; used to compute the cost of a forward pass in advance."""
-        return _arrange(config, layouts)[0]
+        pixels = torch.empty(0, config.patch.still_inner, dtype=torch.float32, device="cpu")
+        return _arrange(config, pixels, layouts, [layout.processed_size for layout in layouts], [""] * len(layouts))
 
     def __len__(self) -> int:
         return len(self.images.grids)
@@ -193,8 +184,13 @@ def _list_tensors(record: AttentionIndices | TokenIndices) -> dict[str, torch.Te
     return {name: value for name, value in vars(record).items() if isinstance(value, torch.Tensor)}
 
 
-def _arrange(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[PackedBatch, torch.Tensor]:
-    """Makes a batch without pixels, and the batch row of each patch."""
+def _arrange(
+    config: TowerConfig,
+    pixels: torch.Tensor,
+    layouts: Sequence[ImageLayout],
+    original_sizes: Sequence[tuple[int, int]],
+    content_hashes: Sequence[str],
+) -> PackedBatch:
     grids = [grid for layout in layouts for grid in layout.tiles]
     positions = merge_block_positions(grids, config.merge)
     places, windows = index_maps.order_rows(config, grids)
@@ -208,17 +204,17 @@ def _arrange(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[Packe
         tiles = lengths = [tile + 1 for tile in tiles]
     rows = sum(tiles)
     selection, assembly_index, assembly_weights = index_maps.index_tokens(config, layouts, places)
-    processed_sizes = tuple(layout.processed_size for layout in layouts)
-    batch = PackedBatch(
-        pixels=torch.empty(0, config.patch.still_inner, dtype=torch.float32, device="cpu"),
+    fill = PIXEL_CENTER if pixels.dtype == torch.uint8 else 0
+    return PackedBatch(
+        pixels=index_maps.scatter_rows(pixels, places, rows, fill) if len(pixels) else pixels,
         images=ImageInfo(
             grids=tuple(layout.grid for layout in layouts),
             token_counts=tuple(layout.tokens(config) for layout in layouts),
             tile_grids=tuple(grids),
             tile_counts=tuple(len(layout.tiles) for layout in layouts),
-            original_sizes=processed_sizes,
-            processed_sizes=processed_sizes,
-            content_hashes=("",) * len(layouts),
+            original_sizes=tuple(original_sizes),
+            processed_sizes=tuple(layout.processed_size for layout in layouts),
+            content_hashes=content_hashes if isinstance(content_hashes, Digests) else tuple(content_hashes),
         ),
         attention=AttentionIndices(
             positions=index_maps.scatter_rows(positions, places, rows),
@@ -238,7 +234,6 @@ def _arrange(config: TowerConfig, layouts: Sequence[ImageLayout]) -> tuple[Packe
         ),
         form=config.batch_form,
     )
-    return batch, places
 
 
 def _check_pixels(config: TowerConfig, pixels: torch.Tensor, grids: Sequence[Grid]) -> None:
