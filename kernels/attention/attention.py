@@ -229,12 +229,7 @@ def flash_attention_varlen(
 
 
 def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    segments: Segments,
-    out: torch.Tensor | None,
-    columns: int | None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, out: torch.Tensor | None, columns: int | None
 ) -> None:
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be Segments, got {type(segments).__name__}; use Segments.from_lengths")
@@ -265,11 +260,9 @@ def _check_bound(segments: Segments, length_bound: int | None, config: FlashAtte
             f"length_bound must be at least the longest segment, {segments.longest} rows, got {length_bound}; "
             "raise it or leave it out"
         )
-    if (
-        config is not None
-        and config.variant == "single_block"
-        and (length_bound is None or length_bound > config.block_keys)
-    ):
+    if config is None or config.variant != "single_block":
+        return
+    if length_bound is None or length_bound > config.block_keys:
         raise ValueError(
             f"length_bound must be at most block_keys={config.block_keys} for the variant 'single_block', got "
             f"{length_bound}; set it, or use another variant"

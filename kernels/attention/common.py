@@ -268,19 +268,11 @@ class Heads:
     """Columns of a head of queries, keys and values in memory."""
     main: int
     tail: int
-    has_scaled_queries: bool = False
-    """Whether the queries already contain the scale, so that scores are in units of log 2."""
 
     @classmethod
-    def split(cls, head_dim: int, width: int, dtype: torch.dtype, *, has_scaled_queries: bool = False) -> "Heads":
+    def split(cls, head_dim: int, width: int, dtype: torch.dtype) -> "Heads":
         """Splits heads of ``head_dim`` columns that are padded to ``width``."""
-        return cls(head_dim, width, *split_head_dim(head_dim, dtype), has_scaled_queries)
-
-    @property
-    def text(self) -> str:
-        """The name in a compile specification."""
-        padded = f" in {self.width}" if self.width > self.head_dim else ""
-        return f"head {self.head_dim}{padded} = {self.main}{f' + {self.tail}' if self.tail else ''}"
+        return cls(head_dim, width, *split_head_dim(head_dim, dtype))
 
     def constants(self) -> dict[str, int]:
         """Compile-time arguments that all kernels take."""

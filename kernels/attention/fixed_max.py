@@ -24,15 +24,11 @@ that too (:mod:`..gemm.qkv_projection` scales before its only rounding; scaling 
 fifth of the accuracy of the whole).
 """
 
-from typing import Any
-
 import torch
 
 from ..runtime._triton import tl, triton
 from ..runtime.device_functions import dot
 from .common import (
-    FlashAttentionConfig,
-    Heads,
     LaunchArguments,
     compute_score_factor,
     compute_scores,
@@ -198,18 +194,17 @@ def _attention_fixed_kernel(
         )  # fmt: skip
 
 
-def _constants(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> dict[str, Any]:
-    return {
-        "SPARE": has_spare_column(heads.head_dim, heads.width, dtype),
-        "MIN_SUM": MIN_SUM,
-        "MAX_SUM": max_sum(dtype),
-        "GROUPS": min(GROUPS, config.block_keys),
-        "RECOMPUTE_KEYS": min(RECOMPUTE_KEYS, config.block_keys),
-    }
-
-
 def launch(args: LaunchArguments) -> None:
     """Launches one program per head and query tile."""
-    constants = _constants(args.heads, args.q.dtype, args.config)
-    factor = compute_score_factor(args.scale, is_optional=constants["SPARE"])
-    launch_kernel(_attention_fixed_kernel, args, factor, args.config.block_queries, **constants)
+    spare = has_spare_column(args.heads.head_dim, args.heads.width, args.q.dtype)
+    launch_kernel(
+        _attention_fixed_kernel,
+        args,
+        compute_score_factor(args.scale, is_optional=spare),
+        args.config.block_queries,
+        SPARE=spare,
+        MIN_SUM=MIN_SUM,
+        MAX_SUM=max_sum(args.q.dtype),
+        GROUPS=min(GROUPS, args.config.block_keys),
+        RECOMPUTE_KEYS=min(RECOMPUTE_KEYS, args.config.block_keys),
+    )

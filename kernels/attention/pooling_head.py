@@ -20,7 +20,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import check_float, check_rows, next_power_of_two
+from ..runtime.checks import check_float, check_rows, checked_output, next_power_of_two
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.segments import Segments
 
@@ -111,9 +111,9 @@ def _columns(head_dim: int) -> int:
 
 
 def default_config(head_dim: int, architecture: str) -> AttentionPoolingConfig:
-    """8192 keys and 8192 values at a time.
+    """8192 keys and 8192 values at a time: 32 of each per thread, 16 on AMD.
 
-    That is 32 of each per thread (16 on AMD, whose warps are twice as wide).  The lengths of the segments have no effect: an image's bits must not depend on the rest of the batch.
+    The lengths of the segments have no effect: an image's bits must not depend on the rest of the batch.
     """
     if architecture == "interpreter":
         return AttentionPoolingConfig(block_keys=64, num_warps=4)
@@ -197,8 +197,7 @@ def attention_pooling(
     scale = head_dim**-0.5 if scale is None else scale
     if not torch.finfo(torch.float32).tiny <= scale < math.inf:
         raise ValueError(f"scale must be a positive, finite fp32 number, got {scale}")
-    out = query.new_empty(segments.count, heads, head_dim) if out is None else out
-    check_rows("out", out, (segments.count, heads, head_dim), query)
+    out = checked_output(out, (segments.count, heads, head_dim), query)
     if not out.numel():
         return out
     if not runs_kernel(query):

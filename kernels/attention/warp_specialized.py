@@ -216,7 +216,7 @@ def _launch(args: LaunchArguments) -> None:
     q, config, heads = args.q, args.config, args.heads
     tokens, count, width = q.shape
     overflowed = None if q.dtype == torch.float16 else torch.empty(count, tokens, dtype=torch.int8, device=q.device)
-    constants = _constants(heads, q.dtype, config)
+    spare = heads.head_dim < heads.main + heads.tail
     descriptors = {
         f"{name}_desc": _make_descriptor(tensor, config.block_keys, columns) if columns else None
         for name, tensor, columns in (
@@ -229,23 +229,17 @@ def _launch(args: LaunchArguments) -> None:
     launch_kernel(
         _attention_specialized_kernel,
         args,
-        compute_score_factor(args.scale, is_optional=constants["SPARE"]),
+        compute_score_factor(args.scale, is_optional=spare),
         config.block_queries,
         **descriptors,
         overflowed_ptr=overflowed,
         query_columns=(count - 1) * q.stride(1) + width,
-        **constants,
+        SPARE=spare,
+        # Weights in fp16 leave too little room above the last block's maximum.
+        ONLINE=q.dtype == torch.float16,
+        MIN_SUM=MIN_SUM,
+        MAX_SUM=max_sum(q.dtype),
+        STAGES=config.num_stages,
     )
     if overflowed is not None:
         online_softmax.launch(replace(args, config=RECOMPUTE), overflowed=overflowed)
-
-
-def _constants(heads: Heads, dtype: torch.dtype, config: FlashAttentionConfig) -> dict[str, Any]:
-    return {
-        "SPARE": heads.head_dim < heads.main + heads.tail,
-        # Weights in fp16 leave too little room above the last block's maximum.
-        "ONLINE": dtype == torch.float16,
-        "MIN_SUM": MIN_SUM,
-        "MAX_SUM": max_sum(dtype),
-        "STAGES": config.num_stages,
-    }

@@ -196,8 +196,7 @@ def _check(x: torch.Tensor, **others: torch.Tensor | None) -> None:
     if x.dim() != 2:
         raise ValueError(f"x must be [M, N], got shape {tuple(x.shape)}")
     for name, tensor in {"x": x, **others}.items():
-        if tensor is not None:
-            check_rows(name, tensor, tuple(x.shape), x)
+        check_rows(name, tensor, tuple(x.shape), x)
 
 
 def activation(x: torch.Tensor, kind: str, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor
+from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile, row_chunks
 
@@ -198,12 +198,9 @@ def gather_rows(
     check_rows("source", source, tuple(source.shape), source)
     _check_taps(index, weights, source)
     shape = (len(index), source.shape[1])
-    if fill is not None:
-        check_rows("fill", fill, shape[1:], source)
-    if residual is not None:
-        check_rows("residual", residual, shape, source)
-    out = source.new_empty(shape) if out is None else out
-    check_rows("out", out, shape, source)
+    check_rows("fill", fill, shape[1:], source)
+    check_rows("residual", residual, shape, source)
+    out = checked_output(out, shape, source)
     if not out.numel():
         return out
     check_not_overwritten("source", source, out)

@@ -15,7 +15,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import check_float, check_not_overwritten, check_rows
+from ..runtime.checks import check_float, check_not_overwritten, check_rows, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from .common import INTERPRETER_TILE, TileConfig, locate_tile, row_chunks
 
@@ -94,8 +94,7 @@ def mean_rows(
         raise ValueError(f"count must be positive and divide the {x.shape[0]} rows of x, got {count}")
     check_rows("x", x, tuple(x.shape), x)
     shape = (x.shape[0] // count, x.shape[1])
-    out = x.new_empty(shape) if out is None else out
-    check_rows("out", out, shape, x)
+    out = checked_output(out, shape, x)
     if not out.numel():
         return out
     check_not_overwritten("x", x, out)

@@ -24,7 +24,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, next_power_of_two
+from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, checked_output, next_power_of_two
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
@@ -332,9 +332,7 @@ def norm(
     Returns:
         The normalized rows, or a pair of them and the sum if a ``residual`` was given.
 
-    Raises:
-        ValueError: a shape, stride, kind or rounding does not fit.
-        TypeError: a dtype or device does not fit.
+    Raises ``ValueError`` for a shape or stride that does not fit, ``TypeError`` for a dtype or device.
     """
     _check_choice(kind, rounding, bias)
     check_float("x", x)
@@ -354,12 +352,10 @@ def norm(
             raise ValueError(f"row_index must be a permutation of {count} rows with a residual, got {rows} entries")
         if out is not None and out.numel() and out.data_ptr() == x.data_ptr():
             raise ValueError("out must not be x if rows are gathered: rows would be overwritten before they are read")
-    out = x.new_empty(rows, width) if out is None else out
-    check_rows("out", out, (rows, width), x)
+    out = checked_output(out, (rows, width), x)
     if residual is not None:
         check_rows("residual", residual, (count, width), x)
-        residual_out = x.new_empty(x.shape) if residual_out is None else residual_out
-        check_rows("residual_out", residual_out, (count, width), x)
+        residual_out = checked_output(residual_out, (count, width), x, "residual_out")
         if x.numel() and residual_out.data_ptr() in (x.data_ptr(), residual.data_ptr()):
             raise ValueError("residual_out must be neither x nor residual; pass a tensor of its own")
         if valid_rows is not None and row_index is not None:

@@ -15,13 +15,13 @@ computes the ``side × hd/4`` distinct values of each axis, and one program gath
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import ceil_div, check_rows, check_tensor, next_power_of_two
+from ..runtime.checks import ceil_div, check_tensor, checked_output, next_power_of_two
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 
 FrequencyLayout = Literal["halves", "alternating"]
@@ -30,11 +30,8 @@ FrequencyLayout = Literal["halves", "alternating"]
 def axial_frequencies(head_dim: int, theta: float, layout: FrequencyLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the rotary frequencies of the vertical and the horizontal axis, ``[head_dim/4]`` fp32 on the CPU each.
 
-    Args:
-        head_dim: width of a head, a multiple of 4.
-        theta: base of the geometric series.
-        layout: ``"halves"`` (Qwen-VL): both axes take ``θ^(-2i/(hd/2))``; ``"alternating"`` (Pixtral): of the series
-            ``θ^(-2j/hd)`` the vertical axis takes the even j, the horizontal axis the odd ones.
+    In the layout ``"halves"`` (Qwen-VL) both axes take ``θ^(-2i/(hd/2))``.  In ``"alternating"`` (Pixtral), of the series
+    ``θ^(-2j/hd)`` the vertical axis takes the even j, the horizontal axis the odd ones.
     """
     if head_dim <= 0 or head_dim % 4:
         raise ValueError(f"head_dim must be a positive multiple of 4, got {head_dim}")
@@ -69,9 +66,7 @@ def _check_grids(grids: Sequence[tuple[int, int, int]], merge: int) -> None:
 def merge_block_positions(grids: Sequence[tuple[int, int, int]], merge: int) -> torch.Tensor:
     """Returns row and column of every patch, ``[N, 2]`` int32 on the CPU, in the order of the towers' rows.
 
-    Args:
-        grids: frames, rows and columns of patches of each image or video.
-        merge: side of the square blocks whose patches are consecutive; it divides the sides; 1 is plain raster order.
+    ``grids`` are (frames, rows, columns).  The patches of a square block with sides of ``merge`` are consecutive.
     """
     _check_grids(grids, merge)
     frames = [_frame_positions(height, width, merge).repeat(count, 1) for count, height, width in grids]
@@ -85,14 +80,9 @@ def window_order(grids: Sequence[tuple[int, int, int]], merge: int, side: int) -
     smaller.  The order is that of ``get_vision_window_index`` of transformers, which pads the grid and removes the padding
     again (Qwen2.5-VL).
 
-    Args:
-        grids: frames, rows and columns of patches of each image or video.
-        merge: side of the square blocks whose patches are consecutive; it divides the sides.
-        side: side of a window, in merge blocks.
-
     Returns:
         ``[blocks]`` int64 on the CPU, the old index of each block in the new order; and the number of blocks of each
-        window, none of them 0.
+        window, whose ``side`` is in blocks; none of them 0.
     """
     _check_grids(grids, merge)
     if side < 1:
@@ -125,11 +115,6 @@ def bilinear_taps(
     Every grid is stretched over the table from corner to corner, as ``torch.nn.functional.interpolate`` does with
     ``align_corners=True``; an axis with one patch uses the table's first row.  Coordinates are computed in fp64, so that
     the weights are rounded once.
-
-    Args:
-        positions: ``[N, 2]`` int32 on the CPU, row and column of each patch, image by image.
-        grids: frames, rows and columns of patches of each image or video.
-        side: rows and columns of the table.
 
     Returns:
         ``[N, 4]`` int32, rows of the table (stored row by row), and ``[N, 4]`` fp32, their weights.
@@ -237,14 +222,15 @@ def launch_rotary_table(
     rows, quarter = len(positions), out_cos.shape[1] // 2
     tables = [table for axis in frequencies for table in _axis_table(axis, side, positions.device)]
     strides = (positions.stride(0), out_cos.stride(0), out_sin.stride(0))
-    options = {**_constants(quarter, config), "num_warps": config.num_warps}
+    options = {
+        "QUARTER": quarter,
+        "BLOCK": next_power_of_two(quarter),
+        "ROWS": config.rows,
+        "num_warps": config.num_warps,
+    }
     _rotary_table_kernel[(ceil_div(rows, config.rows),)](
         positions, *tables, out_cos, out_sin, rows, *strides, **options
     )
-
-
-def _constants(quarter: int, config: RotaryTableConfig) -> dict[str, Any]:
-    return {"QUARTER": quarter, "BLOCK": next_power_of_two(quarter), "ROWS": config.rows}
 
 
 def _check_table(positions: torch.Tensor, frequencies: tuple[torch.Tensor, torch.Tensor], side: int) -> None:
@@ -287,9 +273,7 @@ def rotary_table(
     _check_table(positions, frequencies, side)
     shape = (len(positions), 2 * len(frequencies[0]))
     like = positions.new_empty(0, dtype=torch.float32)
-    cos, sin = (like.new_empty(shape) if out is None else out for out in (out_cos, out_sin))
-    check_rows("out_cos", cos, shape, like)
-    check_rows("out_sin", sin, shape, like)
+    cos, sin = (checked_output(out, shape, like, name) for name, out in (("out_cos", out_cos), ("out_sin", out_sin)))
     if cos.numel():
         if runs_kernel(positions):
             config = default_config(configs.architecture(positions.device))

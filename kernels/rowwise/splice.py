@@ -15,7 +15,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor
+from ..runtime.checks import check_float, check_not_overwritten, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile
 
@@ -116,8 +116,7 @@ def splice_rows(
                 f"text and rows must be [rows, width] with equal widths, got {tuple(text.shape)} and {tuple(rows.shape)}"
             )
         check_tensor(name, tensor, tuple(tensor.shape), tensor.dtype, text.device)
-    out = text.new_empty(text.shape) if out is None else out
-    check_rows("out", out, tuple(text.shape), text)
+    out = checked_output(out, tuple(text.shape), text)
     check_tensor("index", index, (len(text),), torch.int32, text.device, contiguous=True)
     check_index_range(index, -1, len(rows), "-1 keeps the text's row")
     if not out.numel():

@@ -62,9 +62,11 @@ def check_rows(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], l
         check_tensor(name, tensor, shape, like.dtype, like.device)
 
 
-def checked_output(out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+def checked_output(
+    out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor, name: str = "out"
+) -> torch.Tensor:
     """Returns ``out`` if :func:`check_rows` accepts it, or a new tensor if it is ``None``."""
-    check_rows("out", out, shape, like)
+    check_rows(name, out, shape, like)
     return like.new_empty(shape) if out is None else out
 
 

@@ -15,7 +15,6 @@ from tritontower.kernels.attention import pooling_head
 from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.gemm import linear, patch_projection, qkv_projection
 from tritontower.kernels.rowwise import activations, gather, mean_pool, norm, positions, rope, splice
-from tritontower.kernels.runtime import dispatch
 from tritontower.kernels.runtime.segments import Segments
 
 pytest.importorskip("triton", reason="launching needs Triton, which ships for Linux only")
@@ -81,12 +80,6 @@ def test_launchers_select_the_device_of_their_tensors(launcher, kernel_device, m
     with pytest.raises(Reached) as reached:
         launcher(first)
     assert reached.value.args[0] is first
-
-
-def test_device_guard_calls_the_launcher():
-    seen = []
-    dispatch.on_device_of_first(lambda first, second: seen.append((first, second)))(torch.empty(1), second=2)
-    assert seen[0][1] == 2
 
 
 def test_tensors_near_2_to_the_31_elements_use_row_strides():

@@ -31,7 +31,7 @@ from tritontower.kernels.runtime.valid_rows import ValidRows
 from tritontower.tuning.compile.recording import install_recorder
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-WIDTH, HEADS, HEAD_DIM = 1280, 16, 80
+WIDTH, HEADS = 1280, 16
 LONG = 2**31 + 16
 """A row stride that does not fit 32 bits."""
 
@@ -132,34 +132,30 @@ def rotate(patches: int, heads: int, head_dim: int, dtype: torch.dtype = BF16, w
     rope_(q, k, cos, sin, rotation_dtype=within)
 
 
-def attend(lengths: list[int], heads: int = HEADS, head_dim: int = HEAD_DIM, dtype: torch.dtype = BF16) -> Any:
-    return flash_attention_varlen(*make_heads(sum(lengths), heads, head_dim, dtype), Segments(lengths))
-
-
-def attend_as(lengths: list[int], head_dim: int, dtype: torch.dtype, **options: Any) -> Any:
+def attend(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = BF16, **options: Any) -> Any:
     """Launches attention with heads of ``head_dim`` columns in memory; the option ``columns`` excludes padding."""
-    qkv = make_heads(sum(lengths), HEADS, head_dim, dtype)
-    return flash_attention_varlen(*qkv, Segments(lengths), **options)
+    return flash_attention_varlen(*make_heads(sum(lengths), heads, head_dim, dtype), Segments(lengths), **options)
 
 
 def attention_variants() -> Iterator[Case]:
     """Variants that defaults or a measured table may select, on one segment, ragged ones and windows."""
     fixed = FlashAttentionConfig(128, 64, 8, 2, "fixed")
     specialized = FlashAttentionConfig(128, 128, 4, 2, "specialized")
+    scaled = {"columns": 72, "queries_scaled": True}
+    variants: tuple[tuple[str, list[int], int, dict[str, Any]], ...] = (
+        ("windows", [64, 1, 0, 33], 80, {"length_bound": 64}),
+        ("padded heads", [1, 200], 80, {"columns": 72}),
+        ("padded heads, scaled queries", [1, 200], 80, scaled),
+        ("padded windows", [1, 64], 80, {**scaled, "length_bound": 64}),
+        ("fixed", [1, 200], 80, {"config": fixed}),
+        ("specialized, padded heads", [200], 80, {**scaled, "config": specialized}),
+        ("specialized, heads of 64", [1, 200], 64, {"config": specialized}),
+        ("specialized, heads of 80", [1, 200], 80, {"config": specialized}),
+    )
     for dtype in (BF16, FP16):
-        yield f"windows {dtype}", partial(attend_as, [64, 1, 0, 33], 80, dtype, length_bound=64)
-        yield f"padded heads {dtype}", partial(attend_as, [1, 200], 80, dtype, columns=72)
-        scaled = {"columns": 72, "queries_scaled": True}
-        yield f"padded heads, scaled queries {dtype}", partial(attend_as, [1, 200], 80, dtype, **scaled)
-        yield f"padded windows {dtype}", partial(attend_as, [1, 64], 80, dtype, **scaled, length_bound=64)
-        yield f"fixed {dtype}", partial(attend_as, [1, 200], 80, dtype, config=fixed)
-        yield f"specialized, padded heads {dtype}", partial(attend_as, [200], 80, dtype, **scaled, config=specialized)
-        for head_dim in (64, 80):
-            yield (
-                f"specialized, heads of {head_dim} {dtype}",
-                partial(attend_as, [1, 200], head_dim, dtype, config=specialized),
-            )
-    yield "padded heads in fp32", partial(attend_as, [1, 20], 80, FP32, columns=72)
+        for name, lengths, head_dim, options in variants:
+            yield f"{name} {dtype}", partial(attend, lengths, HEADS, head_dim, dtype, **options)
+    yield "padded heads in fp32", partial(attend, [1, 20], HEADS, 80, FP32, columns=72)
 
 
 def gather(
@@ -210,10 +206,8 @@ def boundaries() -> Iterator[Case]:
         yield f"pooling {dtype}", partial(pool, [1, 3], 16, 72, dtype)
         yield f"qkv rotated {dtype}", partial(project_heads, 1, 1, 2, 2, dtype)
         for turned in (True, False):
-            yield (
-                f"qkv, rotated {turned}, split {dtype}",
-                partial(project_heads, 1, 1, 18, 20, dtype, turned, config=SPLIT),
-            )
+            split = partial(project_heads, 1, 1, 18, 20, dtype, turned, config=SPLIT)
+            yield f"qkv, rotated {turned}, split {dtype}", split
     for inner in (1280, 1176):
         for kind in (None, GATED):
             described = LinearConfig(64, 64, 64, 8, 4, 3, operands="descriptors")
@@ -234,32 +228,17 @@ def boundaries() -> Iterator[Case]:
     yield "linear, odd rows", partial(linear, make_rows(7, 33), make_rows(17, 33), residual=make_rows(7, 17, gap=2))
     yield "linear, long rows", partial(linear, make_far_rows(3, 64), make_far_rows(64, 64), out=make_far_rows(3, 64))
     yield "patch projection of floats", partial(project_patches, 7, 588, FP32)
-    yield (
-        "patch projection with positions",
-        partial(
-            project_patches,
-            5,
-            768,
-            FP32,
-            position_table=make_rows(9, WIDTH),
-            position_index=torch.zeros(5, dtype=torch.int32),
-        ),
-    )
-    yield (
-        "patch projection, positions in order",
-        partial(project_patches, 5, 768, BF16, position_table=make_rows(5, WIDTH)),
-    )
+    positions = {"position_table": make_rows(9, WIDTH)}
+    index = torch.zeros(5, dtype=torch.int32)
+    yield "patch projection, positions in order", partial(project_patches, 5, 768, BF16, **positions)
+    yield "patch projection of positions", partial(project_patches, 5, 768, FP32, **positions, position_index=index)
     for width in (1, 48, 80, 160, 320, 1000, 1152, 16384):
         yield f"norm of {width}", partial(normalize, 3, width, "rms_norm")
-    yield "norm gathered", partial(normalize, 3, 1280, row_index=torch.zeros(5, dtype=torch.int32))
-    yield (
-        "norm rounded before the weight",
-        partial(normalize, 2, 1280, "rms_norm", rounding="before_weight", residual=make_rows(2, 1280)),
-    )
-    yield (
-        "norm, long rows",
-        partial(norm, make_far_rows(2, 64), make_far_rows(1, 64)[0], kind="gemma_rms_norm", eps=1e-06),
-    )
+    yield "norm gathered", partial(normalize, 3, 1280, row_index=index)
+    rounded = {"rounding": "before_weight", "residual": make_rows(2, 1280)}
+    yield "norm rounded before the weight", partial(normalize, 2, 1280, "rms_norm", **rounded)
+    far = make_far_rows(2, 64), make_far_rows(1, 64)[0]
+    yield "norm, long rows", partial(norm, *far, kind="gemma_rms_norm", eps=1e-06)
     yield "add, long rows", partial(add, make_far_rows(2, 64), make_far_rows(2, 64))
     yield "rows of one element", partial(gather, 1, 1)
     yield "weighed rows of one element", partial(gather, 1, 1, 2, filled=True, added=True)

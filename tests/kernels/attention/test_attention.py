@@ -167,28 +167,19 @@ def test_shorter_tiles_change_no_bit(kernel_device):
     )
 
 
-@pytest.mark.parametrize(
-    ("head_dim", "expected"),
-    [
-        (1, (16, 0)),
-        (16, (16, 0)),
-        (20, (32, 0)),
-        (36, (32, 16)),
-        (64, (64, 0)),
-        (72, (64, 16)),
-        (80, (64, 16)),
-        (88, (64, 32)),
-        (96, (64, 32)),
-        (104, (128, 0)),
-        (128, (128, 0)),
-    ],
-)
-def test_split_head_dim(head_dim, expected):
-    assert split_head_dim(head_dim) == expected
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_split_covers_every_head_dim(dtype):
+    known = {
+        16: (16, 0),
+        20: (32, 0),
+        36: (32, 16),
+        72: (64, 16),
+        80: (64, 16),
+        88: (64, 32),
+        96: (64, 32),
+        104: (128, 0),
+    }
+    assert {head_dim: split_head_dim(head_dim) for head_dim in known} == known
     for head_dim in range(1, 129):
         main, tail = split_head_dim(head_dim, dtype)
         assert head_dim <= main + tail <= max(16, 2 * head_dim)

@@ -9,7 +9,7 @@ import torch
 from support.attention import attention_fp64, make_projection
 from support.numbers import TOLERANCE, relative_error
 
-from tritontower.kernels.attention import common, fixed_max, online_softmax, single_block, warp_specialized
+from tritontower.kernels.attention import fixed_max, online_softmax, single_block, warp_specialized
 from tritontower.kernels.attention.attention import (
     FlashAttentionConfig,
     choose_config,
@@ -458,7 +458,6 @@ class TestConfigurations:
         assert not fixed_max.has_spare_column(72, 72, BF16)
         assert not fixed_max.has_spare_column(64, 80, BF16)
         assert not fixed_max.has_spare_column(72, 80, FP16)
-        assert common.Heads.split(72, 80, BF16).text == "head 72 in 80 = 64 + 16"
 
 
 class TestArguments:

@@ -10,7 +10,7 @@ from support.tuning import CONFIG, LINEAR, make_entry
 from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm.linear_config import LinearConfig
 from tritontower.kernels.runtime import registry
-from tritontower.kernels.runtime.registry import SAME_FOR_ALL_SIZES, TunedTable, bucket, lookup, make_config
+from tritontower.kernels.runtime.registry import SAME_FOR_ALL_SIZES, TunedTable, lookup, make_config
 
 DEVICE = torch.device("cuda", 0)
 
@@ -69,11 +69,6 @@ def test_the_larger_of_two_equally_near_entries_applies():
     assert warps(2048) == 2
 
 
-def test_buckets_are_half_powers_of_two():
-    assert [bucket(size) for size in (0, 1, 4096, 5793, 8192, 2**30)] == [0, 0, 24, 25, 26, 60]
-    assert bucket(4096) == bucket(4300) != bucket(5200)
-
-
 def test_dtype_and_constants_must_be_equal():
     fill([make_entry()])
     assert warps() == 4
@@ -93,13 +88,6 @@ def test_other_devices_use_the_defaults():
     assert lookup(*question) is None
     registry.clear()
     assert warps() is None
-
-
-def test_filling_again_replaces_the_answers():
-    fill([make_entry(warps=2)])
-    assert warps() == 2
-    fill([make_entry(warps=8)])
-    assert warps() == 8
 
 
 def test_values_become_a_frozen_configuration():

@@ -12,12 +12,9 @@ def test_attributes():
     segments = Segments.from_lengths([3, 0, 150, 1])
     assert segments.lengths == (3, 0, 150, 1)
     assert (segments.total, segments.count, segments.longest) == (154, 4, 150)
-
-
-def test_cu_seqlens_are_int32_and_start_at_zero():
-    cu_seqlens = Segments([3, 0, 150, 1]).cu_seqlens
-    assert cu_seqlens.dtype == torch.int32
-    assert cu_seqlens.tolist() == [0, 3, 3, 153, 154]
+    assert segments.cu_seqlens.dtype == torch.int32
+    assert segments.cu_seqlens.tolist() == [0, 3, 3, 153, 154]
+    assert repr(Segments([1] * 1000)) == "Segments([1, 1, 1, 1, 1, 1, 1, 1, …; 1000 in all])"
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
@@ -53,13 +50,10 @@ def test_device_tensors_are_made_once():
 
 
 def test_groups_are_runs_of_equal_neighbors():
+    assert Segments([0, 7, 0, 7, 0]).groups() == (SegmentRun(7, 0, 2),)
     groups = Segments([64, 64, 48, 64, 64, 64]).groups()
     assert groups == (SegmentRun(64, 0, 2), SegmentRun(48, 128, 1), SegmentRun(64, 176, 3))
     assert [run.stop for run in groups] == [128, 176, 368]
-
-
-def test_empty_segments_do_not_interrupt_runs():
-    assert Segments([0, 7, 0, 7, 0]).groups() == (SegmentRun(7, 0, 2),)
 
 
 def test_equal_lengths_make_equal_segments():
@@ -67,11 +61,6 @@ def test_equal_lengths_make_equal_segments():
     assert hash(Segments([1, 2])) == hash(Segments([1, 2]))
     assert Segments([1, 2]) != Segments([2, 1])
     assert Segments([1]) != (1,)
-
-
-def test_repr_stays_short():
-    assert repr(Segments([3, 4])) == "Segments([3, 4])"
-    assert repr(Segments([1] * 1000)) == "Segments([1, 1, 1, 1, 1, 1, 1, 1, …; 1000 in all])"
 
 
 def test_negative_length_is_rejected():
