@@ -21,6 +21,7 @@ from support.vlms import save_wide
 
 from tritontower import VisionTower
 from tritontower.embedding import load_embeddings
+from tritontower.integrations.transformers import load_vlm
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 CHAT_TEMPLATE = (
@@ -45,13 +46,11 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wide("llava", tmp_path_factory.mktemp("examples") / "llava", **TEXT)[0]
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("images")
-    paths = []
-    for index, size in enumerate([(90, 60), (56, 112)]):
-        paths.append(folder / f"image{index}.png")
-        Image.fromarray(noise(*size, seed=index)).save(paths[-1])
+@pytest.fixture
+def images(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / "image0.png", tmp_path / "image1.png"]
+    for path, size in zip(paths, [(90, 60), (56, 112)], strict=True):
+        Image.fromarray(noise(*size)).save(path)
     return paths
 
 
@@ -88,34 +87,14 @@ def test_minimal_encode(run: Run, qwen: Path, images: list[Path], tmp_path: Path
         assert torch.equal(found.embeddings, embedding.embeddings)
 
 
-def generate_by_transformers(folder: Path, image: Path, text: str, tokens: int) -> str:
-    """Generates an answer to the same prompt with transformers alone."""
-    from transformers import AutoModelForImageTextToText, AutoTokenizer
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    pixels = processor(images=[Image.open(image)], return_tensors="pt")
-    count = int(pixels["image_grid_thw"].prod()) // 4
-    ids = tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt")["input_ids"]
-    types = (ids == model.config.image_token_id).int()
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=types,
-        **pixels,
-        max_new_tokens=tokens,
-        do_sample=False,
-    )
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
 @pytest.mark.parametrize("chunk", [5, 256])
 def test_engine_loop(run: Run, images: list[Path], qwen: Path, chunk: int) -> None:
     output = run("engine_loop.py", images[0], "what is", "--model", qwen, "--chunk", chunk)
+    model, processor = load_vlm(qwen)
     text = "user <|vision_start|><|image_pad|><|vision_end|>what is this"
-    expected = generate_by_transformers(qwen, images[0], text, 32)
+    inputs = processor(text=text, images=[Image.open(images[0])], return_tensors="pt")
+    answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.decode(answer, skip_special_tokens=True)
     assert len(set(expected.split())) > 2
     assert output.strip() == expected
 

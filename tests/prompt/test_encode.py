@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.checkpoints import noise
-from support.prompts import KINDS, describe_video, load_processor, make_embedding, make_tokenizer, write_token_ids
+from support.prompts import KINDS, load_processor, make_embedding, make_tokenizer, write_token_ids
 from support.towers import all_cases
 
 from tritontower import VisionTower
@@ -92,7 +92,7 @@ def test_video_tokens_equal_those_of_transformers(name: str, opened: Callable[..
     tower, tokenizer, _ = opened(name)
     lengths = (5, 2)
     videos = [tower.encode_video([noise(64, 96, n + k) for k in range(n)], fps=1.7) for n in lengths]
-    described = [describe_video(video.grid_thw, length, 1.7) for video, length in zip(videos, lengths, strict=True)]
+    described = [(video.grid_thw, length, 1.7) for video, length in zip(videos, lengths, strict=True)]
     tower, tokenizer, processor = opened(name, "bytes", described)
     image = noise(90, 60, 3)
     (embedding,) = tower.encode([image])

@@ -28,22 +28,21 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "paligemma": {"image": "<image>"},
 }
 
-# Tower case → kind of prompt.
-KINDS = {
-    "qwen2_vl": "qwen",
-    "qwen2_5_vl": "qwen",
-    "qwen3_vl": "qwen",
-    "qwen3_5": "qwen",
-    "pixtral": "pixtral",
-    "mistral3": "pixtral",
-    "llava": "llava",
-    "llava_next": "llava",
-    "llava_onevision": "llava",
-    "gemma3": "gemma3",
-    "gemma3-pan-and-scan": "gemma3",
-    "shieldgemma2": "gemma3",
-    "paligemma": "paligemma",
+# Tower case → kind of prompt, and name and module of transformers' processor class.
+PROCESSORS = {
+    "qwen2_vl": ("qwen", "Qwen2VLProcessor", "qwen2_vl"),
+    "qwen2_5_vl": ("qwen", "Qwen2_5_VLProcessor", "qwen2_5_vl"),
+    "qwen3_vl": ("qwen", "Qwen3VLProcessor", "qwen3_vl"),
+    "qwen3_5": ("qwen", "Qwen3VLProcessor", "qwen3_vl"),
+    "mistral3": ("pixtral", "PixtralProcessor", "pixtral"),
+    "pixtral": ("pixtral", "PixtralProcessor", "pixtral"),
+    "llava": ("llava", "LlavaProcessor", "llava"),
+    "llava_next": ("llava", "LlavaNextProcessor", "llava_next"),
+    "llava_onevision": ("llava", "LlavaOnevisionProcessor", "llava_onevision"),
+    **dict.fromkeys(("gemma3", "gemma3-pan-and-scan", "shieldgemma2"), ("gemma3", "Gemma3Processor", "gemma3")),
+    "paligemma": ("paligemma", "PaliGemmaProcessor", "paligemma"),
 }
+KINDS = {case: kind for case, (kind, _, _) in PROCESSORS.items()}
 
 CORPUS = [
     "What is in the image?\n\nA cat,\n and a dog.\n\n\nUser: compare them  twice\n\n\n\n",
@@ -98,40 +97,30 @@ def make_tokenizer(kind: str, style: str = "bytes") -> Any:
 
 def write_token_ids(folder: Path, tokenizer: Any, kind: str) -> None:
     """Writes the tokenizer's ids into the configuration of a checkpoint."""
-    for file, section in (("config.json", None), ("params.json", "vision_encoder")):
-        path = folder / file
-        if not path.is_file():
-            continue
-        config = json.loads(path.read_text("utf-8"))
-        target = config if section is None else config[section]
-        for name, text in NAMES[kind].items():
-            key = f"{name}_token_index" if f"{name}_token_index" in target else f"{name}_token_id"
-            target[key] = tokenizer.convert_tokens_to_ids(text)
-        target["bos_token_id"] = tokenizer.bos_token_id
-        path.write_text(json.dumps(config), "utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text("utf-8"))
+    for name, text in NAMES[kind].items():
+        key = f"{name}_token_index" if f"{name}_token_index" in config else f"{name}_token_id"
+        config[key] = tokenizer.convert_tokens_to_ids(text)
+    config["bos_token_id"] = tokenizer.bos_token_id
+    path.write_text(json.dumps(config), "utf-8")
 
 
 class StubVideoProcessor:
-    """Replaces a video processor, which needs torchvision; returns prepared results for any videos."""
+    """Replaces a video processor, which needs torchvision; returns the given grid, frames and rate for each video."""
 
-    merge_size = 2
-    temporal_patch_size = 2
+    merge_size = temporal_patch_size = 2
     model_input_names: Sequence[str] = ()
 
-    def __init__(self, videos: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, videos: Sequence[tuple[tuple[int, int, int], int, float]]) -> None:
         self.videos = videos
 
     def __call__(self, videos: Any, **options: Any) -> dict[str, Any]:
-        return {
-            "video_grid_thw": torch.tensor([video["grid"] for video in self.videos]),
-            "video_metadata": [video["metadata"] for video in self.videos],
-        }
-
-
-def describe_video(grid: tuple[int, int, int], frames: int, fps: float) -> dict[str, Any]:
-    """Returns the results of a video processor for a video of which every frame is sampled."""
-    metadata = SimpleNamespace(fps=fps, sampled_fps=fps, frames_indices=list(range(frames)))
-    return {"grid": list(grid), "metadata": metadata}
+        metadata = [
+            SimpleNamespace(fps=fps, sampled_fps=fps, frames_indices=list(range(frames)))
+            for _, frames, fps in self.videos
+        ]
+        return {"video_grid_thw": torch.tensor([grid for grid, _, _ in self.videos]), "video_metadata": metadata}
 
 
 def _import_processor(name: str, module: str) -> Any:
@@ -146,23 +135,7 @@ def _import_processor(name: str, module: str) -> Any:
     return type(name, (processor,), {"check_argument_for_proper_class": lambda self, name, part: None})
 
 
-# Tower case → name and module of its processor class.
-PROCESSORS = {
-    "qwen2_vl": ("Qwen2VLProcessor", "qwen2_vl"),
-    "qwen2_5_vl": ("Qwen2_5_VLProcessor", "qwen2_5_vl"),
-    "qwen3_vl": ("Qwen3VLProcessor", "qwen3_vl"),
-    "qwen3_5": ("Qwen3VLProcessor", "qwen3_vl"),
-    "mistral3": ("PixtralProcessor", "pixtral"),
-    "pixtral": ("PixtralProcessor", "pixtral"),
-    "llava": ("LlavaProcessor", "llava"),
-    "llava_next": ("LlavaNextProcessor", "llava_next"),
-    "llava_onevision": ("LlavaOnevisionProcessor", "llava_onevision"),
-    "gemma3": ("Gemma3Processor", "gemma3"),
-    "paligemma": ("PaliGemmaProcessor", "paligemma"),
-}
-
-
-def load_processor(case: str, folder: Path, tokenizer: Any, videos: Sequence[Mapping[str, Any]] = ()) -> Any:
+def load_processor(case: str, folder: Path, tokenizer: Any, videos: Any = ()) -> Any:
     """Loads transformers' processor for a small checkpoint of a tower case."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -186,9 +159,8 @@ def load_processor(case: str, folder: Path, tokenizer: Any, videos: Sequence[Map
         else:
             class_tokens = 1 if "clip" in vision["model_type"] else 0
             options |= {"patch_size": vision["patch_size"], "num_additional_image_tokens": class_tokens}
-    gemma = KINDS[case] == "gemma3"
-    processor = _import_processor(*PROCESSORS["gemma3" if gemma else case])(*parts, **options)
-    if not gemma:
+    processor = _import_processor(*PROCESSORS[case][1:])(*parts, **options)
+    if KINDS[case] != "gemma3":
         return processor
     # The processor's own defaults would override the file's.
     crops = {name: value for name, value in vars(images).items() if "pan_and_scan" in name and value is not None}

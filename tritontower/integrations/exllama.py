@@ -37,17 +37,14 @@ class ExLlamaEmbedding:
     """One image or video, with the attributes of ``ExLlamaV2MMEmbedding`` and of ``MMEmbedding``.
 
     Attributes:
-        embeddings: ``[length, hidden_size]``; ExLlamaV2 converts the whole prompt to their dtype.
+        embeddings, deepstack_embeddings: ``[length, hidden_size]`` each; ExLlamaV2 converts the whole prompt to the dtype.
         text_alias: text that stands for it in a prompt.
         first_index: first of its consecutive ids.
         token_list: its tokens in a prompt: its ids, and the model's own tokens around and between them.
         thw_grid: temporal patches, rows and columns of patches.
         mrope_merge_size: side of the square of patches that one token covers.
-        deepstack_embeddings: ``[length, hidden_size]`` each (ExLlamaV3), or ``None``.
         model: ExLlamaV2's language model, whose ``config.vision_spatial_merge_size`` it reads, or a replacement.
         source: the embedding with its ids; shares the rows.
-        pre_tokens, post_tokens: number of rows that are tokens around the image; always 0.
-        align, align_phase, align_lead: required position in a prompt (ExLlamaV3); none.
         metadata: sizes in pixels; open to the application.
     """
 
@@ -60,6 +57,7 @@ class ExLlamaEmbedding:
     deepstack_embeddings: list[torch.Tensor] | None
     model: Any
     source: ImageEmbedding
+    # No tokens around the image are embedded (ExLlamaV2), and it may be anywhere in a prompt (ExLlamaV3).
     pre_tokens: int = 0
     post_tokens: int = 0
     align: int = 0

@@ -47,16 +47,9 @@ class _Host:
 
 # Model type → input; a name with the tower's type after a slash is looked up before the name without it.
 TAKEN: Mapping[str, _Host] = {
-    "qwen2_vl": _Host(with_grids=True),
+    **dict.fromkeys(("gemma3", "llava/pixtral", "mistral3", "params.json"), _Host()),
+    **dict.fromkeys(("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _Host(with_grids=True)),
     "qwen2_5_vl": _Host(images="precomputed_embedding", with_grids=True, video_seconds=True),
-    "qwen3_vl": _Host(with_grids=True),
-    "qwen3_vl_moe": _Host(with_grids=True),
-    "qwen3_5": _Host(with_grids=True),
-    "qwen3_5_moe": _Host(with_grids=True),
-    "gemma3": _Host(),
-    "llava/pixtral": _Host(),
-    "mistral3": _Host(),
-    "params.json": _Host(),
 }
 
 FALLBACK: Refusal = (
@@ -65,10 +58,8 @@ FALLBACK: Refusal = (
 )
 REFUSED: Mapping[str, Refusal] = {
     **NO_LANGUAGE_MODEL,
+    **dict.fromkeys(("llava_next", "llava_onevision", "paligemma"), FALLBACK),
     "llava": ("its processor passes rows on as pixels, and its model runs the encoder on them", INPUT_EMBEDS),
-    "llava_next": FALLBACK,
-    "llava_onevision": FALLBACK,
-    "paligemma": FALLBACK,
     "shieldgemma2": ("it has no such model", "run the classifier with transformers"),
 }
 
@@ -91,7 +82,7 @@ def to_sglang(
 
     Raises:
         HostRefusalError: SGLang takes no embeddings of this model, or not in that form.
-        UsageError: the embeddings do not fit the tower; images and videos together; a video without times; an unknown form.
+        UsageError: the embeddings do not fit the tower or each other; a video without times; an unknown form.
     """
     model_type = tower.family.model_type
     if form not in (None, *get_args(Form)):

@@ -40,10 +40,7 @@ TAKEN: Mapping[str, Form] = {
     "llava_onevision": "equal rows",
     "qwen2_vl": "grids",
     "qwen2_5_vl": "grids and seconds",
-    "qwen3_vl": "grids and timestamps",
-    "qwen3_vl_moe": "grids and timestamps",
-    "qwen3_5": "grids and timestamps",
-    "qwen3_5_moe": "grids and timestamps",
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), "grids and timestamps"),
 }
 
 REFUSED: Mapping[str, Refusal] = {

@@ -147,16 +147,12 @@ def _check_embedding(index: int, embedding: ImageEmbedding, layout: PromptLayout
     rows, last = sum(embedding.tile_tokens), max((end for _, end in embedding.bidirectional_spans), default=0)
     if rows != count or last > count:
         raise PromptError(
-            f"embedding {index} has {count} rows, but its tiles have {rows} and its bidirectional spans end at {last}; change "
-            "tile_tokens and bidirectional_spans together with the rows"
+            f"embedding {index} has {count} rows, but its tiles have {rows} and its bidirectional spans end at {last}"
         )
     if embedding.is_video and layout.video is None:
         raise PromptError(f"embedding {index} is a video, but this model's prompts take images only")
-    if not embedding.is_video and embedding.grid_thw[0] > 1:
-        raise PromptError(
-            f"embedding {index} has {embedding.grid_thw[0]} temporal patches but is_video is False; make it with "
-            "encode_video, or set is_video"
-        )
+    if not embedding.is_video and (frames := embedding.grid_thw[0]) > 1:
+        raise PromptError(f"embedding {index} has {frames} temporal patches but is_video is False; set is_video")
 
 
 def _place_images(
@@ -185,10 +181,8 @@ def _place_images(
     if unused := [name for name in aliases if waiting[name]]:
         raise PromptError(f"the text must contain the alias of every image; missing: {list_names(unused)}")
     for name in markers.values():
-        if waiting[name]:
-            raise PromptError(
-                f"embedding {waiting[name][0]} has no alias, and the text has no {shorten(name)} left for it"
-            )
+        if left := waiting[name]:
+            raise PromptError(f"embedding {left[0]} has no alias, and the text has no {shorten(name)} left for it")
     parts[after_last_image:after_last_image] = layout.after_images
     return parts
 
@@ -213,9 +207,7 @@ def _queue_images(
         alias = image.text_alias
         if alias is None or alias in markers.values():
             if image.is_video not in markers:
-                raise PromptError(
-                    f"embedding {index} has no alias, and the tokenizer has no marker for it; give it an alias"
-                )
+                raise PromptError(f"embedding {index} has no alias, and the tokenizer has no marker; give it an alias")
             waiting[markers[image.is_video]].append(index)
         elif not alias:
             raise PromptError(f"embedding {index} has an empty alias; give it a text that occurs in the prompt")
@@ -261,8 +253,7 @@ def _lay_out_lines(image: ImageEmbedding, index: int, start: int, count: int, la
     lines, columns = (side // layout.merge for side in image.grid_thw[1:])
     if lines * columns != count:
         raise PromptError(
-            f"embedding {index} has {count} rows, but its grid {image.grid_thw} makes {lines} × {columns}; it must come from "
-            "this model's tower"
+            f"embedding {index} has {count} rows, but its grid makes {lines} × {columns}; encode it with this model's tower"
         )
     parts: list[Part] = []
     for line in range(lines):

@@ -1,11 +1,8 @@
 """Towers in transformers: in place of a loaded model's vision modules, or as a source of embeddings for it.
 
-* :func:`accelerate_vision` replaces the vision modules of a loaded model by a tower; :func:`restore` undoes it.
-* :func:`load_vlm` loads a model with a tower in place of its vision modules, with a quantized language model or not.
-* :func:`encoder_outputs` and :func:`inputs_embeds` pass embeddings to an unchanged model.
-* :func:`register_attention` and :func:`vision_attention` give it only the attention kernel.
-
-transformers is imported when a function is called.
+:func:`accelerate_vision` gives a loaded model a tower, :func:`load_vlm` loads a model with one. :func:`encoder_outputs`
+and :func:`inputs_embeds` pass embeddings to an unchanged model. :func:`vision_attention` gives it only the attention
+kernel. transformers is imported when a function is called.
 """
 
 from .attention import ATTENTION, VARLEN_ATTENTION, register_attention, vision_attention

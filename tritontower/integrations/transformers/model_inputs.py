@@ -26,8 +26,7 @@ def encoder_outputs(model: Any, embeddings: Embeddings, *, videos: Embeddings = 
 
     Args:
         model: of transformers 5.18 or later.
-        embeddings: of the images, in the order of their placeholders.
-        videos: of the videos, likewise.
+        embeddings, videos: of the images, and of the videos, in the order of their placeholders.
 
     Returns:
         ``{"image": …, "video": …}`` for the kinds that were given, with deepstack rows if the model takes them. A call of
@@ -65,8 +64,7 @@ def inputs_embeds(
     Args:
         model: of transformers.
         input_ids: ``[batch, length]`` integers, one placeholder per row; only placeholders may exceed the vocabulary.
-        embeddings: of the images, in the order of their placeholders, prompt by prompt.
-        videos: of the videos, likewise.
+        embeddings, videos: of the images, and of the videos, in the order of their placeholders, prompt by prompt.
 
     Returns:
         ``[batch, length, width]`` in the dtype and on the device of the model's token embeddings.

@@ -86,16 +86,14 @@ def accelerate_vision(
     holder, family = find_vision_holder(model)
     if accelerated(model) is not None:
         raise UsageError("a tower already replaces the model's vision modules; call restore(model) first")
-    shared_parameters: dict[str, torch.nn.Parameter] = {}
-    if tower is None:
-        made = _ModuleTower(model, family, dtype, getattr(processor, "image_processor", processor))
-        made.load()
-        tower = made
-        shared_parameters = {} if release else made.share_weights()
-        made.forget_model()
-    else:
+    if tower is not None:
         _check_tower(tower, family, dtype)
-    return install_tower(holder, tower, family, shared_parameters=shared_parameters, release=release)
+        return install_tower(holder, tower, family, release=release)
+    made = _ModuleTower(model, family, dtype, getattr(processor, "image_processor", processor))
+    made.load()
+    shared = {} if release else made.share_weights()
+    made.forget_model()
+    return install_tower(holder, made, family, shared_parameters=shared, release=release)
 
 
 def install_tower(
@@ -171,7 +169,7 @@ def _prepare_state_dict(holder: torch.nn.Module, state: dict[str, Any], prefix: 
             stacklevel=2,
         )
     for name, tensor in state.items():
-        if name.startswith(prefix) and isinstance(tensor, torch.Tensor) and not tensor.is_contiguous():
+        if name.startswith(prefix) and isinstance(tensor, torch.Tensor):
             state[name] = tensor.contiguous()
 
 
@@ -192,10 +190,7 @@ class _ModuleCheckpoint(TowerCheckpoint):
     """A loaded model in the role of a checkpoint."""
 
     can_prepack = False
-
-    def __init__(self, family: Family, folder: Path, source: ModuleWeights) -> None:
-        super().__init__(family, folder)
-        self.source = source
+    source: ModuleWeights
 
     def open(self) -> Any:
         return nullcontext(self.source)
@@ -205,10 +200,11 @@ class _ModuleTower(VisionTower):
     """A tower whose checkpoint is a loaded model."""
 
     def __init__(self, model: Any, family: Family, dtype: torch.dtype | None, image_processor: Any) -> None:
-        self.source = ModuleWeights(model, family.prefixes)
         folder = _locate_checkpoint(model)
+        checkpoint = _ModuleCheckpoint(family, folder)
+        self.source = checkpoint.source = ModuleWeights(model, family.prefixes)
         super().__init__(
-            _ModuleCheckpoint(family, folder, self.source),
+            checkpoint,
             Preprocessor(ProcessorSource(family.config, folder, given=image_processor), family.resize_rules["hf"]),
             device=self.source.device,
             dtype=dtype or self.source.dtype,

@@ -78,14 +78,14 @@ def make_feature_output(holder: Any, rows: Any, deepstack: Sequence[Any] = ()) -
     """Wraps rows, one tensor per image or a stack, and those of each deepstack level as ``holder`` returns them."""
     # Models with deepstack levels have this class, each in its own module.
     output = getattr(inspect.getmodule(type(holder)), "BaseModelOutputWithDeepstackFeatures", None)
-    if output is not None:
-        if not takes_encoder_outputs(holder):
-            # transformers 5.17 does not split a level into images.
-            deepstack = [torch.cat(list(level)) for level in deepstack]
-        return output(pooler_output=rows, deepstack_features=list(deepstack))
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
+    if output is None:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    return BaseModelOutputWithPooling(pooler_output=rows)
+        return BaseModelOutputWithPooling(pooler_output=rows)
+    if not takes_encoder_outputs(holder):
+        # transformers 5.17 does not split a level into images.
+        deepstack = [torch.cat(list(level)) for level in deepstack]
+    return output(pooler_output=rows, deepstack_features=list(deepstack))
 
 
 def make_replacements(holder: Any, tower: VisionTower) -> dict[str, Callable[..., Any]]:
