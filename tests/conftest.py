@@ -19,7 +19,7 @@ if not HAS_GPU:
 from pathlib import Path
 
 import pytest
-from support.checkpoints import save_qwen2_vl
+from support.towers.qwen import save_qwen2_vl
 
 from tritontower.kernels.runtime import dispatch
 

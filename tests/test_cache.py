@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support.checkpoints import noise, save_qwen2_vl
+from support.checkpoints import noise
+from support.towers.qwen import save_qwen2_vl
 
 from tritontower import VisionTower
 from tritontower.cache import CacheStats, EmbeddingCache

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.checkpoints import noise, rename_tensors, save_qwen2_vl
+from support.checkpoints import noise, rename_tensors
 from support.layers import LEVEL
+from support.towers.qwen import save_qwen2_vl
 from triton.runtime import interpreter
 
 import tritontower

@@ -2,13 +2,14 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from support.towers.qwen3_vl import save_of
-from support.towers.siglip import save_siglip
+from support.towers.encoders import save_siglip
+from support.towers.qwen import save_qwen3
 
 from tritontower import VisionTower, cli
 from tritontower.cli.parity import synthetic_images
@@ -95,7 +96,9 @@ class TestEncode:
             assert report["images"][index]["content_hash"] == embedding.content_hash
             assert report["images"][index]["image"] == str(images[index])
 
-    @pytest.mark.parametrize(("save", "outputs"), [(save_of("qwen3_vl"), "deepstack"), (save_siglip, "pooled")])
+    @pytest.mark.parametrize(
+        ("save", "outputs"), [(partial(save_qwen3, "qwen3_vl"), "deepstack"), (save_siglip, "pooled")]
+    )
     def test_writes_every_output(self, save, outputs, images, tmp_path):
         output = tmp_path / "embeddings.safetensors"
         folder = save(tmp_path / "model")

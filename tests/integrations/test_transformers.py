@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
 from support.mistral_format import to_mistral_format
-from support.towers import TowerCase, all_cases, qwen2_5_vl, qwen3_vl
+from support.towers import TowerCase, all_cases, qwen
 from support.vlms import VOCABULARY, WORDS, save_tokenizer, save_wide, update_json, word_tokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -156,8 +156,8 @@ def question(tmp_path_factory: pytest.TempPathFactory) -> Ask:
         if name not in made:
             with pytest.MonkeyPatch.context() as patch:
                 # As many layers as deepstack levels, so that all levels are used.
-                patch.setitem(qwen3_vl.TINY_TEXT, "num_hidden_layers", 2)
-                patch.setitem(qwen3_vl.HYBRID, "layer_types", ["full_attention", "full_attention"])
+                patch.setitem(qwen.TEXT, "num_hidden_layers", 2)
+                patch.setitem(qwen.HYBRID, "layer_types", ["full_attention", "full_attention"])
                 folder = CASES[name].save(tmp_path_factory.mktemp("models") / name)
             made[name] = make_question(CASES[name], folder)
         return made[name]
@@ -688,7 +688,7 @@ def test_loading_holds_vision_weights_once(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     # Large against the noise of a process's memory.
     sizes = {"hidden_size": 640, "num_heads": 8, "intermediate_size": 1728, "depth": 5}
-    folder = qwen2_5_vl.save_qwen2_5_vl(tmp_path / "model", **sizes)
+    folder = qwen.save_qwen2_5_vl(tmp_path / "model", **sizes)
     save_tokenizer(folder)
     vision = sum(weight.nbytes for name, weight in load_file(folder / "model.safetensors").items() if "visual" in name)
     assert vision > 100e6

@@ -9,9 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
-from support.towers import all_cases
-from support.towers.clip import save_clip_vision
-from support.towers.siglip import save_siglip_vision
+from support.towers.encoders import save_clip_vision, save_siglip_vision
 
 from tritontower import VisionTower
 from tritontower.checkpoint.config_reader import ConfigReader
@@ -20,7 +18,6 @@ from tritontower.errors import UnexpectedTensorError
 from tritontower.graph.builder import build
 from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
-from tritontower.parity.parity import compare
 
 EXAMPLES = {name: read_summary(name).example for name in ("clip", "siglip")}
 
@@ -112,30 +109,3 @@ def test_file_may_hold_the_rest_of_the_contrastive_model(tmp_path: Path, prefix:
     save_file({**weights, "adapter.weight": torch.ones(2)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnexpectedTensorError, match=r"adapter\.weight"):
         load(folder)
-
-
-def test_encoder_with_projection_loads(tmp_path: Path) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    folder = save_clip_vision(tmp_path / "model")
-    (expected,) = load(folder).encode(noise(60, 40))
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig.from_pretrained(folder))
-    model.vision_model.load_state_dict(load_file(folder / "model.safetensors"))
-    model.save_pretrained(folder)
-    tower = load(folder)
-    (projected,) = tower.encode(noise(60, 40))
-    assert torch.equal(projected.embeddings, expected.embeddings)
-    assert projected.pooled is not None
-    assert expected.pooled is not None
-    assert torch.equal(projected.pooled, expected.pooled)
-    assert compare(tower, tower.preprocess(noise(60, 40))).passed
-
-
-def test_pooled_row_is_the_class_token_after_the_post_norm(saved: Any) -> None:
-    folder = saved(next(case for case in all_cases() if case.name == "clip"))
-    (embedding,) = load(folder).encode(noise(60, 40))
-    weights = load_file(folder / "model.safetensors")
-    weight, bias = (weights[f"vision_model.post_layernorm.{role}"] for role in ("weight", "bias"))
-    expected = torch.nn.functional.layer_norm(embedding.embeddings[0], (64,), weight, bias, 1e-5)
-    assert embedding.pooled is not None
-    torch.testing.assert_close(embedding.pooled.flatten(), expected, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalization, Pooling, TowerConfig
+from tritontower.config import Normalization, Pooling, RotaryEmbedding, TowerConfig
 from tritontower.errors import ConfigError, NoVisionTowerError, UnsupportedArchitectureError
 from tritontower.models.common.config_fields import TEXT_WIDTHS, text_width
 from tritontower.models.common.family import FamilySummary, read_summary
@@ -156,6 +156,49 @@ SPARSE: dict[str, dict[str, Any]] = {
 def test_missing_keys_have_the_defaults_of_transformers(name: str) -> None:
     values = {"model_type": name.partition(" ")[0], **SPARSE[name]}
     assert read(fill(values)) == read(values)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_default_canvases_are_those_of_transformers(name: str) -> None:
+    from transformers import AutoConfig
+
+    values = {key: value for key, value in read_summary(name).example.items() if key != "image_grid_pinpoints"}
+    made: Any = read_family(ConfigReader(values)).resize_rules["hf"]
+    assert [list(pair) for pair in made.keywords["pinpoints"]] == AutoConfig.for_model(name).image_grid_pinpoints
+
+
+def test_old_and_new_spelling_of_pixtral_read_the_same() -> None:
+    pixtral, mistral3 = (dict(read_summary(name).example) for name in ("pixtral", "mistral3"))
+
+    def with_vision(values: dict[str, Any], **changes: Any) -> TowerConfig:
+        return read({**values, "vision_config": {**values["vision_config"], **changes}})
+
+    text = {**pixtral["text_config"], "sliding_window": None, "vocab_size": 131072}
+    assert read({**pixtral, "is_composition": True, "text_config": text}) == read(pixtral)
+    for values, kind in ((pixtral, "axial"), (mistral3, "default")):
+        new = {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": kind}}
+        assert with_vision(values, **new) == with_vision(values, model_type=None if kind == "default" else "pixtral")
+        assert with_vision(values, **new) == read(values)
+    assert read({**pixtral, "text_config": None}).hidden_size == 4096
+    assert read(pixtral).rotary == RotaryEmbedding(theta=1e4, layout="alternating", rotation="activation")
+
+
+@pytest.mark.parametrize(("kind", "eps"), [("mistral", 1e-6), ("ministral3", 1e-5), ("mistral4", 1e-6), (None, 1e-6)])
+def test_epsilon_of_mistral3s_projector_is_the_language_models(kind: str | None, eps: float) -> None:
+    values, text = read_summary("mistral3").example, {"model_type": kind, "hidden_size": 64}
+    for said, expected in ((None, eps), (3e-4, 3e-4)):
+        projector = read({**values, "text_config": {**text, "rms_norm_eps": said}}).projector
+        assert projector is not None
+        assert projector.norm == Normalization("rms_norm", expected, "before_weight")
+    with pytest.raises(ConfigError, match=r"text_config\.rms_norm_eps"):
+        read({**values, "text_config": {"model_type": "qwen2", "hidden_size": 64}})
+
+
+def test_width_of_paligemma_is_that_of_the_top_level() -> None:
+    """As in transformers, which overwrites the key in ``vision_config``."""
+    values = read_summary("paligemma").example
+    vision = {**values["vision_config"], "projection_dim": 7}
+    assert read({**values, "projection_dim": 2304, "vision_config": vision}).hidden_size == 2304
 
 
 QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")

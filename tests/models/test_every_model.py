@@ -118,6 +118,14 @@ def test_every_node_agrees_with_its_module(case: TowerCase, saved: Saved) -> Non
     assert [line for line in found if not line.error <= 1e-5] == []
 
 
+def test_single_token_agrees_with_transformers(saved: Saved) -> None:
+    """``get_image_features`` of transformers fails for it, so the reference does not call that."""
+    tower = load(saved(find_case("mistral3")))
+    batch = tower.preprocess(noise(28, 28, 1))
+    assert batch.images.token_counts == (1,)
+    assert compare(tower, batch).passed
+
+
 @each_video
 def test_videos_agree_with_transformers(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
@@ -218,18 +226,6 @@ def test_token_consists_of_its_own_square_of_patches(name: str, saved: Saved) ->
     for row, column in ((0, 0), (1, 1), (2, 5), (height - 1, 0), (height - 3, width - 1)):
         affected = list_affected_tokens(lambda b: executor.run(b)["embeddings"], batch, find_row(batch, (row, column)))
         assert affected == {row // merge * (width // merge) + column // merge}
-
-
-@pytest.mark.parametrize("name", JOINING[:-1])
-def test_patches_joined_in_another_order_differ(name: str, saved: Saved) -> None:
-    tower = load(saved(find_case(name)))
-    weights, batch = tower.read_weights(), tower.preprocess([noise(90, 60, 1)])
-    joining = "projector.merging.weight" if "projector.merging.weight" in weights else "projector.linear_1.weight"
-    rows, columns = weights[joining].shape
-    by_patch = weights[joining].view(rows, tower.config.rows_per_token, -1)
-    for joined in (by_patch.transpose(1, 2), by_patch[:, [0, 2, 1, 3]]):
-        changed = {joining: joined.reshape(rows, columns).contiguous()}
-        assert errors_with(tower, batch, changed)["embeddings"] > 0.1
 
 
 # -- the graph and its kernels ----------------------------------------------------------------------------------------
@@ -338,6 +334,14 @@ def test_image_alone_and_in_a_batch_is_bitwise_equal(case: TowerCase, saved: Sav
         assert torch.equal(alone.embeddings, together[position].embeddings), position
         assert all(map(torch.equal, alone.deepstack, together[position].deepstack)), position
         assert alone.pooled is None or torch.equal(alone.pooled, together[position].pooled), position
+    outputs = tower.run(tower.preprocess(images))
+    for name, rows in outputs.items():
+        if name == "pooled":
+            found = [embedding.pooled for embedding in together]
+        else:
+            level = name.removeprefix("deepstack.")
+            found = [one.deepstack[int(level)] if level.isdigit() else one.embeddings for one in together]
+        assert torch.equal(torch.cat(found), rows), name
     again = tower.encode(images[::-1])[::-1]
     assert all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(together, again, strict=True))
 
@@ -370,17 +374,6 @@ def test_memory_plan_matches_the_allocated_arena(case: TowerCase, saved: Saved) 
     summary = tower.describe(batch.workload).to_json()
     assert sum(node["flops"] for node in summary["nodes"]) == summary["flops"] > 0
     assert json.loads(json.dumps(tower.config.to_json()))["family"] == tower.config.family
-
-
-@each_case
-def test_embeddings_are_ordinary_tensors_without_gradients(case: TowerCase, saved: Saved) -> None:
-    tower = load(saved(case))
-    (embedding,) = tower.encode(make_images(case, 1))
-    assert not embedding.embeddings.requires_grad
-    assert not embedding.embeddings.is_inference()
-    assert embedding.to("cpu").embeddings.device.type == "cpu"
-    assert tower.dummy_feature.shape == (1, tower.hidden_size)
-    assert tower.dummy_feature.dtype == tower.dtype
 
 
 @each_tower

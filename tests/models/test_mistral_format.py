@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
-from support.mistral_format import by_definition, interleaved, to_mistral_format
+from support.mistral_format import by_definition, to_mistral_format
 from support.towers.pixtral import save
 
 from tritontower import VisionTower, has_vision
@@ -21,7 +21,6 @@ from tritontower.errors import (
     ConfigError,
     NoVisionTowerError,
     ReferenceModelError,
-    ShapeMismatchError,
     UsageError,
 )
 from tritontower.models.common.family import MISTRAL_FORMAT, Family, read_summary
@@ -79,15 +78,14 @@ def test_embeddings_agree_with_both_references(kind: str, saved: Saved) -> None:
         assert relative_error(ours, other.embeddings) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), [("llava", torch.bfloat16), ("mistral3", torch.float16)])
 def test_half_precision_error_is_within_the_limit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     theirs = save(kind, tmp_path / "hf", dtype=dtype, depth=6)
     reader, tower = load(theirs), load(to_mistral_format(theirs, tmp_path / "native"))
     assert tower.dtype == dtype
     batch = reader.preprocess(IMAGES)
-    exact = Reference(reader, torch.float32).forward(batch)
-    limit = HALF_TOLERANCE * relative_error(Reference(reader, dtype).forward(batch), exact)
+    exact = Reference(reader, torch.float32).run(batch)["embeddings"]
+    limit = HALF_TOLERANCE * relative_error(Reference(reader, dtype).run(batch)["embeddings"], exact)
     assert relative_error(tower.forward(tower.preprocess(IMAGES)), exact) <= limit
 
 
@@ -100,23 +98,10 @@ def test_rotation_is_fp32_unlike_in_transformers(tmp_path: Path) -> None:
     assert 0.0 < relative_error(first, second) < 0.05
 
 
-def test_wrong_order_of_query_rows_changes_the_result(saved: Saved, tmp_path: Path) -> None:
-    theirs, native = saved("llava")
-    tensors = load_file(native / "consolidated.safetensors")
-    for name, tensor in tensors.items():
-        if name.startswith("vision_encoder") and (".wq." in name or ".wk." in name):
-            tensors[name] = interleaved(tensor, 4)
-    shutil.copytree(native, tmp_path / "twice")
-    save_file(tensors, tmp_path / "twice" / "consolidated.safetensors")
-    wrong, right = load(tmp_path / "twice").encode(IMAGES)[0], load(theirs).encode(IMAGES)[0]
-    assert relative_error(wrong.embeddings, right.embeddings) > 1e-2
-
-
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", ["index", "numbered", "rank"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "files"), [("llava", "index"), ("mistral3", "numbered"), ("llava", "rank")])
 def test_shards_load_with_and_without_an_index(kind: str, files: str, saved: Saved, tmp_path: Path) -> None:
     theirs, native = saved(kind)
     folder = to_mistral_format(theirs, tmp_path / "shards", files=files)
@@ -152,12 +137,9 @@ def test_images_are_prepared_like_by_transformers_without_files(kind: str, saved
     assert not list(native.glob("*processor*"))
     expected, found = load(theirs).preprocess(IMAGES), load(native).preprocess(IMAGES)
     assert torch.equal(found.pixels, expected.pixels)
-    bounds = (
-        load(native, delay_load=True).preprocess(IMAGES, longest_edge=84),
-        load(theirs).preprocess(IMAGES, longest_edge=84),
-    )
-    assert torch.equal(bounds[0].pixels, bounds[1].pixels)
-    assert len(bounds[0].pixels) < len(found.pixels)
+    expected_small, small = (load(folder).preprocess(IMAGES, longest_edge=84).pixels for folder in (theirs, native))
+    assert torch.equal(small, expected_small)
+    assert len(small) < len(found.pixels)
     # A processor file overrides the defaults.
     shutil.copytree(native, tmp_path / "with file")
     processor = json.loads((theirs / "preprocessor_config.json").read_text())
@@ -220,22 +202,12 @@ def test_one_bias_without_the_other_is_incomplete(saved: Saved, tmp_path: Path) 
             load(folder)
 
 
-def test_tensor_of_another_width_is_named(saved: Saved, tmp_path: Path) -> None:
-    theirs, _ = saved("llava")
-    folder = to_mistral_format(theirs, tmp_path / "native", intermediate_size=96)
-    with pytest.raises(ShapeMismatchError, match=r"feed_forward\.w[123]\.weight"):
-        load(folder)
-
-
 # -- configurations ---------------------------------------------------------------------------------------------------
 
 
-def test_empty_projector_keys_mean_no_merging() -> None:
+def test_norm_and_merging_are_separate_options(saved: Saved, tmp_path: Path) -> None:
     empty = read(PIXTRAL, mm_projector_id="", spatial_merge_size=1, add_pre_mm_projector_layer_norm=False)
     assert empty.config == read(PIXTRAL).config
-
-
-def test_norm_and_merging_are_separate_options(saved: Saved, tmp_path: Path) -> None:
     theirs, _ = saved("mistral3")
     folder = to_mistral_format(theirs, tmp_path / "native", add_pre_mm_projector_layer_norm=False)
     tensors = load_file(folder / "consolidated.safetensors")

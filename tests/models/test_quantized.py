@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
-from support.towers.gemma3 import save_gemma3
+from support.towers.gemma import save_gemma3
 from support.towers.llava import save_llava
-from support.towers.qwen2_5_vl import save_qwen2_5_vl
+from support.towers.qwen import save_qwen2_5_vl
 
 from tritontower import VisionTower
 from tritontower.cli import main
@@ -137,9 +138,7 @@ def by_bitsandbytes(stored: Tensors) -> Tensors:
     return plain
 
 
-@pytest.mark.parametrize(
-    ("name", "nested"), [("qwen2_5_vl", True), ("gemma3", False), ("llava", True), ("llava", False)]
-)
+@pytest.mark.parametrize(("name", "nested"), [("qwen2_5_vl", True), ("gemma3", False), ("llava", True)])
 def test_nf4_saved_by_transformers(name: str, nested: bool, plain: dict[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")  # transformers needs it to quantize
@@ -158,58 +157,52 @@ def test_nf4_saved_by_transformers(name: str, nested: bool, plain: dict[str, Pat
 # -- FP8 --------------------------------------------------------------------------------------------------------------
 
 FP8_LARGEST = 448.0
+COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
+FINE_GRAINED = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
 
-def by_tensor(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    scale = weight.abs().max() / FP8_LARGEST
-    codes = (weight / scale).to(torch.float8_e4m3fn)
-    parts = {name: codes, f"{name}_scale": scale.reshape(1), f"{name.removesuffix('weight')}input_scale": scale.clone()}
-    return parts, codes.float() * scale
-
-
-def by_channel(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    scale = (weight.abs().amax(1, keepdim=True) / FP8_LARGEST).to(torch.bfloat16)
-    codes = (weight / scale.float()).clamp(-FP8_LARGEST, FP8_LARGEST).to(torch.float8_e4m3fn)
-    rows = [row * one for row, one in zip(codes.float(), scale.float(), strict=True)]
-    return {name: codes, f"{name}_scale": scale}, torch.stack(rows)
-
-
-def by_block(name: str, weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    codes = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-    numbers = torch.empty_like(weight)
-    scales = torch.empty(-(-weight.shape[0] // 128), -(-weight.shape[1] // 128))
+def to_fp8(name: str, weight: torch.Tensor, block: tuple[int, int]) -> tuple[Tensors, torch.Tensor]:
+    """Returns the stored tensors of a weight with a scale per ``block`` of it, and its rounded numbers."""
+    codes, numbers = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+    scales = torch.empty(-(-weight.shape[0] // block[0]), -(-weight.shape[1] // block[1]))
     for row in range(scales.shape[0]):
         for column in range(scales.shape[1]):
-            place = slice(128 * row, 128 * row + 128), slice(128 * column, 128 * column + 128)
+            place = tuple(slice(i * size, i * size + size) for i, size in zip((row, column), block, strict=True))
             scales[row, column] = weight[place].abs().max() / FP8_LARGEST
             codes[place] = (weight[place] / scales[row, column]).to(torch.float8_e4m3fn)
             numbers[place] = codes[place].float() * scales[row, column]
-    return {name: codes, f"{name}_scale_inv": scales}, numbers
+    if block == (128, 128):
+        return {name: codes, f"{name}_scale_inv": scales}, numbers
+    if scales.numel() > 1:
+        return {name: codes, f"{name}_scale": scales}, numbers
+    return {
+        name: codes,
+        f"{name}_scale": scales[0],
+        f"{name.removesuffix('weight')}input_scale": scales[0, 0].clone(),
+    }, numbers
 
 
-COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
-FINE_GRAINED = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-FP8_FORMS = {
-    "tensor": (by_tensor, COMPRESSED),
-    "channel": (by_channel, COMPRESSED),
-    "block": (by_block, FINE_GRAINED),
+ALL = 10_000
+FP8_FORMS: dict[str, tuple[tuple[int, int], Mapping[str, Any] | None]] = {
+    "tensor": ((ALL, ALL), COMPRESSED),
+    "channel": ((1, ALL), COMPRESSED),
+    "block": ((128, 128), FINE_GRAINED),
     # Some tools do not declare it; transformers would then use the codes as weights.
-    "undeclared": (by_channel, None),
+    "undeclared": ((1, ALL), None),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "form"),
-    [("qwen2_5_vl", "block"), ("gemma3", "channel"), ("llava", "tensor"), ("llava", "block"), ("gemma3", "undeclared")],
+    ("name", "form"), [("qwen2_5_vl", "block"), ("gemma3", "undeclared"), ("llava", "tensor"), ("llava", "channel")]
 )
 def test_fp8(name: str, form: str, plain: dict[str, Path], tmp_path: Path) -> None:
     model, source = MODELS[name], plain[name]
-    quantize, declared = FP8_FORMS[form]
+    block, declared = FP8_FORMS[form]
     original = load_file(source / "model.safetensors")
     stored, numbers = dict(original), dict(original)
     for name, tensor in original.items():
         if model.is_linear(name, tensor):
-            parts, numbers[name] = quantize(name, tensor)
+            parts, numbers[name] = to_fp8(name, tensor, block)
             stored |= parts
     codes = [name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn]
     assert len(codes) >= 3 * 4
@@ -222,114 +215,75 @@ def test_fp8(name: str, form: str, plain: dict[str, Path], tmp_path: Path) -> No
 # -- int4 -------------------------------------------------------------------------------------------------------------
 
 
-def awq(module: str, rows: int, columns: int) -> Tensors:
-    return {
-        f"{module}.qweight": torch.zeros(columns, rows // 8, dtype=torch.int32),
-        f"{module}.qzeros": torch.zeros(max(1, columns // 128), rows // 8, dtype=torch.int32),
-        f"{module}.scales": torch.ones(max(1, columns // 128), rows, dtype=torch.float16),
-    }
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 
 
-def gptq(module: str, rows: int, columns: int) -> Tensors:
-    return {
-        f"{module}.qweight": torch.zeros(columns // 8, rows, dtype=torch.int32),
-        f"{module}.qzeros": torch.zeros(max(1, columns // 128), rows // 8, dtype=torch.int32),
-        f"{module}.scales": torch.ones(max(1, columns // 128), rows, dtype=torch.float16),
-        f"{module}.g_idx": torch.zeros(columns, dtype=torch.int32),
-    }
+def pack_awq(tensors: Tensors, module: str) -> None:
+    """Replaces the weight of a linear layer by the tensors of AWQ."""
+    rows, columns = tensors.pop(f"{module}.weight").shape
+    groups = max(1, columns // 128)
+    tensors[f"{module}.qweight"] = torch.zeros(columns, rows // 8, dtype=torch.int32)
+    tensors[f"{module}.qzeros"] = torch.zeros(groups, rows // 8, dtype=torch.int32)
+    tensors[f"{module}.scales"] = torch.ones(groups, rows, dtype=torch.float16)
 
 
-def pack_quantized(module: str, rows: int, columns: int) -> Tensors:
-    return {
-        f"{module}.weight_packed": torch.zeros(rows, columns // 8, dtype=torch.int32),
-        f"{module}.weight_scale": torch.ones(rows, 1, dtype=torch.bfloat16),
-        f"{module}.weight_shape": torch.tensor([rows, columns]),
-    }
-
-
-PACKED = {
-    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 128}, "AWQ/GPTQ int4"),
-    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 128}, "AWQ/GPTQ int4"),
-    "pack-quantized": (pack_quantized, {**COMPRESSED, "format": "pack-quantized"}, "compressed-tensors pack-quantized"),
-}
-
-
-def replaced(tensors: Tensors, module: str, pack: Callable[[str, int, int], Tensors]) -> Tensors:
-    rows, columns = tensors[f"{module}.weight"].shape
-    rest = {name: tensor for name, tensor in tensors.items() if name != f"{module}.weight"}
-    return rest | pack(module, rows, columns)
-
-
-each_packed = pytest.mark.parametrize(("name", "form"), list(zip(MODELS, PACKED, strict=True)))
-
-
-@each_packed
-def test_plain_tower_with_a_quantized_language_model_loads(
-    name: str, form: str, plain: dict[str, Path], tmp_path: Path
-) -> None:
-    source = plain[name]
-    pack, declared, _ = PACKED[form]
-    original = {name: tensor.half() for name, tensor in load_file(source / "model.safetensors").items()}
+def test_plain_tower_with_an_awq_language_model_loads(plain: dict[str, Path], tmp_path: Path) -> None:
+    original = {name: tensor.half() for name, tensor in load_file(plain["llava"] / "model.safetensors").items()}
     stored = dict(original)
-    for name in original:
-        if "layers.0.self_attn." in name and name.endswith("_proj.weight") and "vision" not in name:
-            stored = replaced(stored, name.removesuffix(".weight"), pack)
-    assert len(stored) > len(original)
-    quantized = rewrite(source, tmp_path / form, stored, declared)
-    half = rewrite(source, tmp_path / "half", original)
+    packed = [name for name in stored if "layers.0.self_attn." in name and "_proj.w" in name and "vision" not in name]
+    assert packed
+    for name in packed:
+        pack_awq(stored, name.removesuffix(".weight"))
+    quantized = rewrite(plain["llava"], tmp_path / "awq", stored, AWQ)
+    half = rewrite(plain["llava"], tmp_path / "half", original)
     assert torch.equal(encode(quantized, dtype="float16"), encode(half, dtype="float16"))
     tower = VisionTower.from_pretrained(quantized, device="cpu", dtype="float16")
     assert compare(tower, tower.preprocess(IMAGES)).passed
 
 
-@each_packed
 def test_packed_vision_weight_is_rejected_by_name_and_scheme(
-    name: str, form: str, plain: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain: dict[str, Path], image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, source = MODELS[name], plain[name]
-    pack, declared, scheme = PACKED[form]
-    stored = replaced(load_file(source / "model.safetensors"), model.a_linear, pack)
-    folder = rewrite(source, tmp_path / form, stored, declared)
+    stored, a_linear = load_file(plain["qwen2_5_vl"] / "model.safetensors"), MODELS["qwen2_5_vl"].a_linear
+    pack_awq(stored, a_linear)
+    folder = rewrite(plain["qwen2_5_vl"], tmp_path / "awq", stored, AWQ)
     with pytest.raises(UnsupportedDtypeError) as caught:
         VisionTower.from_pretrained(folder, device="cpu")
-    for word in (model.a_linear, scheme, str(declared["quant_method"]), "vision tower is not quantized"):
+    for word in (a_linear, "AWQ/GPTQ int4", "awq", "vision tower is not quantized"):
         assert word in str(caught.value)
     out = str(tmp_path / "out.safetensors")
-    for command in (["parity", str(folder)], ["encode", str(folder), str(image(tmp_path)), "-o", out]):
+    for command in (["parity", str(folder)], ["encode", str(folder), image, "-o", out]):
         assert main(command) == 2
-        assert scheme in capsys.readouterr().err
+        assert "AWQ/GPTQ int4" in capsys.readouterr().err
 
 
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
-def image(folder: Path) -> Path:
-    from PIL import Image
-
-    path = folder / "image.png"
-    Image.fromarray(IMAGES[0]).save(path)
-    return path
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    Image.fromarray(IMAGES[0]).save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
 
 
 def test_commands_work_on_a_quantized_checkpoint(
-    plain: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    plain: dict[str, Path], image: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, source = MODELS["llava"], plain["llava"]
     stored = load_file(source / "model.safetensors")
     for name, tensor in list(stored.items()):
         if model.is_linear(name, tensor):
-            stored |= by_channel(name, tensor)[0]
+            stored |= to_fp8(name, tensor, (1, ALL))[0]
     folder = str(rewrite(source, tmp_path / "fp8", stored, COMPRESSED))
     assert main(["inspect", folder, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["dtype"] == "float32"
     unquantized = VisionTower.from_pretrained(source, device="cpu", delay_load=True)
     assert report["weights_bytes"] == unquantized.weights_bytes >= report["graph"]["parameters"] * 4
-    assert main(["encode", folder, str(image(tmp_path)), "-o", str(tmp_path / "out.safetensors")]) == 0
+    assert main(["encode", folder, image, "-o", str(tmp_path / "out.safetensors")]) == 0
     capsys.readouterr()
-    written = load_file(tmp_path / "out.safetensors")
-    assert all(tensor.isfinite().all() for tensor in written.values())
-    assert main(["parity", folder, str(image(tmp_path)), "--per-node", "--json"]) == 0
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "out.safetensors").values())
+    assert main(["parity", folder, image, "--per-node", "--json"]) == 0
     parity = json.loads(capsys.readouterr().out)
     assert parity["passed"]
     assert parity["nodes"]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import noise
 from support.probing import find_row, list_affected_tokens, record_values
-from support.towers.qwen2_5_vl import TINY_VISION, save_qwen2_5_vl
+from support.towers.qwen import TINY_VISION, save_qwen2_5_vl
 
 from tritontower import VisionTower
 from tritontower.checkpoint.config_reader import ConfigReader
@@ -16,7 +16,6 @@ from tritontower.config import TowerConfig
 from tritontower.graph.builder import build
 from tritontower.models.common.family import read_summary
 from tritontower.models.common.registry import read_family
-from tritontower.parity.parity import Reference, relative_error
 
 
 def read(vision: dict, **others: object) -> TowerConfig:
@@ -28,7 +27,7 @@ def load(folder: Path, **options: object) -> VisionTower:
 
 
 def test_full_blocks_out_of_range_are_ignored() -> None:
-    windows = read({**TINY_VISION, "fullatt_block_indexes": [31, 2, 0, 2]}).windows
+    windows = read({**TINY_VISION["Qwen2_5_VL"], "fullatt_block_indexes": [31, 2, 0, 2]}).windows
     assert windows is not None
     assert windows.full_blocks == (0, 2)
 
@@ -62,7 +61,7 @@ def towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., VisionTowe
     return make
 
 
-@pytest.mark.parametrize("place", [(0, 0), (3, 5), (4, 9), (9, 2), (9, 13)], ids=str)
+@pytest.mark.parametrize("place", [(0, 0), (4, 9), (9, 13)], ids=str)
 def test_attention_stays_within_the_window(place: tuple[int, int], towers: Callable[..., VisionTower]) -> None:
     tower = towers(fullatt_block_indexes=[])
     batch = tower.preprocess(noise(GRID[1] * 28, GRID[0] * 28))
@@ -95,20 +94,6 @@ def test_windows_of_a_video_stay_within_a_frame(towers: Callable[..., VisionTowe
     ]
     assert list(batch.attention.windows.lengths) == frame * 2
     assert list(batch.attention.segments.lengths) == [height * width] * 2
-
-
-def test_merged_rows_are_in_the_order_of_the_image(towers: Callable[..., VisionTower]) -> None:
-    tower = towers()
-    batch = tower.preprocess([noise(GRID[1] * 28, GRID[0] * 28), noise(90, 300)])
-    merged: list[torch.Tensor] = []
-    reference = Reference(tower, torch.float32)
-    reference.model.visual.merger.register_forward_hook(lambda module, inputs, output: merged.append(output))
-    reference.run(batch)
-    assert batch.tokens.selection is not None
-    windowed = batch.tokens.selection.view(-1, 4)[:, 0].argsort()
-    assert not torch.equal(windowed, torch.arange(len(windowed)))
-    assert relative_error(tower.forward(batch)[windowed], merged[0]) <= 1e-5
-    assert relative_error(tower.forward(batch), merged[0]) > 0.1
 
 
 def test_norms_round_before_they_multiply_by_the_weight(towers: Callable[..., VisionTower]) -> None:

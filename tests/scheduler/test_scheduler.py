@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.checkpoints import noise
-from support.towers import gemma3
+from support.towers import all_cases
 
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
@@ -461,7 +461,7 @@ def test_embeddings_go_to_the_output_device(tower):
 
 
 def test_tile_tokens_and_spans_follow_the_tiles(tmp_path, tower):
-    (case,) = [case for case in gemma3.CASES if case.name == "gemma3"]
+    (case,) = [case for case in all_cases() if case.name == "gemma3"]
     folder = case.save(tmp_path)
     image = noise(300, 100, 1)
     (one,) = VisionTower.from_pretrained(folder, device="cpu").encode(image)

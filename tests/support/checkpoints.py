@@ -1,52 +1,12 @@
-"""A small random Qwen2-VL checkpoint, changed copies of checkpoints, and images of noise."""
+"""Changed copies of checkpoints, and images of noise."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-
-TINY_VISION: dict[str, Any] = {
-    "depth": 3,
-    "embed_dim": 64,
-    "hidden_size": 48,
-    "num_heads": 4,
-    "mlp_ratio": 2,
-}
-TINY_TEXT: dict[str, Any] = {
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 160_000,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
-}
-
-
-def save_qwen2_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **vision: Any) -> Path:
-    """Saves a whole small Qwen2-VL, with its image processor."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    torch.manual_seed(seed)
-    config = Qwen2VLConfig(vision_config={**TINY_VISION, **vision}, text_config=TINY_TEXT)
-    model = Qwen2VLForConditionalGeneration(config)
-    # Initial norms are exactly one and biases zero: a swapped or missing one would not be noticed.
-    for name, parameter in model.named_parameters():
-        if "visual" in name and parameter.ndim == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.2)
-    model.to(dtype).save_pretrained(folder)
-    sizes = {
-        "patch_size": config.vision_config.patch_size,
-        "merge_size": config.vision_config.spatial_merge_size,
-        "temporal_patch_size": config.vision_config.temporal_patch_size,
-    }
-    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=12845056, **sizes).save_pretrained(folder)
-    return folder
 
 
 def change_tensors(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:

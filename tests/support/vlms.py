@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-from .towers import qwen2_5_vl
-from .towers.gemma3 import save_gemma3
+from .towers.gemma import save_gemma3
 from .towers.llava import save_llava
+from .towers.qwen import save_qwen2_5_vl
 
 SPECIAL = (
     *("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"),
@@ -73,8 +72,7 @@ def save_wide(name: str, folder: Path, chat_template: str | None = None, **text:
         settings = {"image_seq_length": 16}
     else:
         rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-        with mock.patch.dict(qwen2_5_vl.TINY_TEXT, {**text, "rope_parameters": rope}):
-            qwen2_5_vl.save_qwen2_5_vl(folder, out_hidden_size=64, intermediate_size=128)
+        save_qwen2_5_vl(folder, text={**text, "rope_parameters": rope}, out_hidden_size=64, intermediate_size=128)
         tokens = {name: f"<|{name}|>" for name in ("vision_start", "vision_end")}
         tokens |= {"image": "<|image_pad|>", "video": "<|video_pad|>"}
         image = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -18,7 +18,7 @@ from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.errors import ReferenceModelError, UsageError
 from tritontower.graph.cost import estimate_total_cost
-from tritontower.parity.parity import OutputParity, Reference, relative_error
+from tritontower.parity.parity import OutputParity, Reference, compare_outputs, relative_error
 from tritontower.text_table import text_table
 
 from .documents import (
@@ -82,15 +82,7 @@ class CheckedReference(Reference):
         ours = {name: rows.clone() for name, rows in self.tower.run(batch).items()}
         theirs = self.run(batch)
         exact = theirs if self.dtype == torch.float32 else Reference(self.tower, torch.float32).run(batch)
-        if absent := sorted(ours.keys() ^ exact.keys()):
-            raise ReferenceModelError(f"only one of the tower and transformers has the outputs {', '.join(absent)}")
-        return {
-            name: OutputParity(
-                relative_error(rows, exact[name]),
-                None if exact is theirs else relative_error(theirs[name], exact[name]),
-            )
-            for name, rows in ours.items()
-        }
+        return compare_outputs(ours, None if exact is theirs else theirs, exact)
 
 
 def benchmark_towers(

@@ -56,26 +56,26 @@ def run(arguments: argparse.Namespace) -> int:
 def describe(parity: "Parity") -> str:
     """The comparison as a table, with the verdict."""
     name = str(parity.dtype).removeprefix("torch.")
-    rows = [(f"tritontower {name}", f"{parity.error:.2e}", f"{parity.seconds * 1e3:,.0f}")]
-    if parity.reference_error is None:
+    rows = [(f"tritontower {name}", f"{parity.embeddings.error:.2e}", f"{parity.seconds * 1e3:,.0f}")]
+    if parity.embeddings.reference_error is None:
         rows.append(("transformers float32", "0", f"{parity.reference_seconds * 1e3:,.0f}"))
     else:
-        rows.append((f"transformers {name}", f"{parity.reference_error:.2e}", f"{parity.reference_seconds * 1e3:,.0f}"))
+        rows.append((f"transformers {name}", f"{parity.embeddings.reference_error:.2e}", f"{parity.reference_seconds * 1e3:,.0f}"))
     table = text_table(
         "Distance from transformers in float32 (relative L2, all images)", ("tower", "distance", "ms"), rows
     )
     verdict = "pass" if parity.passed else "FAIL"
-    return f"{table}\n\n{verdict}: {parity.error:.2e}, allowed {parity.limit:.2e}; worst image {parity.worst_image:.2e}"
+    return f"{table}\n\n{verdict}: {parity.embeddings.error:.2e}, allowed {parity.embeddings.limit:.2e}; worst image {parity.worst_image:.2e}"
 
 
 def _report(parity: "Parity", nodes: list["NodeParity"]) -> dict[str, object]:
     return {
         "passed": parity.passed,
         "dtype": str(parity.dtype).removeprefix("torch."),
-        "error": _finite(parity.error),
-        "limit": _finite(parity.limit),
+        "error": _finite(parity.embeddings.error),
+        "limit": _finite(parity.embeddings.limit),
         "worst_image": _finite(parity.worst_image),
-        "reference_error": _finite(parity.reference_error),
+        "reference_error": _finite(parity.embeddings.reference_error),
         "seconds": parity.seconds,
         "reference_seconds": parity.reference_seconds,
         "nodes": [

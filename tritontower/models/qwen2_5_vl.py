@@ -8,45 +8,22 @@ Published configurations are flat, later ones nest a ``text_config``.  transform
 ``spatial_patch_size``.
 """
 
-from functools import partial
-
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Stacked, WeightMap
 from tritontower.config import Normalization, TowerConfig, Windows
-from tritontower.preprocessing import SmartResize
 from tritontower.prompt.mrope import MropeRule
 
 from .common.config_fields import positive
 from .common.family import Family
 from .common.prompts import qwen_prompt
-from .common.qwen_encoder import (
-    ATTENTION,
-    IGNORED,
-    NORMS,
-    PREFIXES,
-    QWEN2_MERGER,
-    QwenReference,
-    block_tensors,
-    block_values,
-    merger_tensors,
-    merger_values,
-    read_merger,
-    read_patch,
-    read_tower,
-)
-from .common.weights import BOTH, map_parameters
+from .common.qwen_encoder import QWEN2_MERGER, qwen_family, read_merger, read_patch, read_tower
+from .common.weights import BOTH
 
 MODEL_TYPES = ("qwen2_5_vl",)
 PUBLISHED = ("qwen2_5_vl",)
 
-# Value of the layer graph → module of the reference and side of it.
-BLOCK_VALUES = block_values(down="mlp.down_proj")
-OTHER_VALUES = {
-    # The reference reorders its rows by windows after `patch_embed`, so they are compared as the input of the first block.
-    "patch_rows": ("blocks.0.norm1", "input"),
-    "embeddings": ("merger", "output"),
-    **merger_values("projector", "merger", QWEN2_MERGER),
-}
+# The reference reorders its rows by windows after `patch_embed`, so they are compared as the input of the first block.
+VALUES = {"patch_rows": ("blocks.0.norm1", "input")}
 
 
 def read(reader: ConfigReader) -> Family:
@@ -57,19 +34,13 @@ def read(reader: ConfigReader) -> Family:
     """
     config = _read_config(reader)
     per_second = positive(reader.section("vision_config", optional=True), "tokens_per_second", 4)
-    return Family(
-        config=config,
-        prefixes=PREFIXES,
-        tensors={
-            **map_parameters({"patch_projection": "patch_embed.proj"}, ("weight",)),
-            **block_tensors(config, NORMS, ("weight",)),
-            **block_tensors(config, {**ATTENTION, "mlp_down": "mlp.down_proj"}),
-            **_gate_and_up_tensors(config),
-            **merger_tensors("projector", "merger", QWEN2_MERGER, norm_kinds=("weight",)),
-        },
-        ignored=IGNORED,
-        resize_rules={"hf": partial(SmartResize, frame_budget="per_frame")},
-        reference=QwenReference(BLOCK_VALUES, OTHER_VALUES),
+    return qwen_family(
+        config,
+        {"mlp_down": "mlp.down_proj"},
+        QWEN2_MERGER,
+        norm_kinds=("weight",),
+        tensors=_gate_and_up_tensors(config),
+        values=VALUES,
         prompt=qwen_prompt(reader),
         mrope=MropeRule(config.merge, positions_per_second=per_second),
     )

@@ -7,45 +7,19 @@ Published configurations are flat (old: the language model's keys are at the top
 ``vision_config``).  The tower's part reads the same in both.
 """
 
-from functools import partial
-
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Normalization, TowerConfig
-from tritontower.preprocessing import SmartResize
 from tritontower.prompt.mrope import MropeRule
 
 from .common.config_fields import activation, positive
 from .common.family import Family
 from .common.prompts import qwen_prompt
-from .common.qwen_encoder import (
-    ATTENTION,
-    IGNORED,
-    NORMS,
-    PREFIXES,
-    QWEN2_MERGER,
-    QwenReference,
-    block_tensors,
-    block_values,
-    merger_tensors,
-    merger_values,
-    read_merger,
-    read_patch,
-    read_tower,
-)
-from .common.weights import map_parameters
+from .common.qwen_encoder import QWEN2_MERGER, qwen_family, read_merger, read_patch, read_tower
 
 MODEL_TYPES = ("qwen2_vl",)
 PUBLISHED = ("qwen2_vl",)
 
-MODULES = {**NORMS, **ATTENTION, "mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"}
-
-# Value of the layer graph → module of the reference and side of it.
-BLOCK_VALUES = block_values(up="mlp.fc1", down="mlp.fc2")
-OTHER_VALUES = {
-    "patch_rows": ("patch_embed", "output"),
-    "embeddings": ("merger", "output"),
-    **merger_values("projector", "merger", QWEN2_MERGER),
-}
+MLP = {"mlp_up": "mlp.fc1", "mlp_down": "mlp.fc2"}
 
 
 def read(reader: ConfigReader) -> Family:
@@ -54,20 +28,7 @@ def read(reader: ConfigReader) -> Family:
     Only ``hidden_size`` (the language model's width) is required: its default matches the 7B model alone.
     """
     config = _read_config(reader)
-    return Family(
-        config=config,
-        prefixes=PREFIXES,
-        tensors={
-            **map_parameters({"patch_projection": "patch_embed.proj"}, ("weight",)),
-            **block_tensors(config, MODULES),
-            **merger_tensors("projector", "merger", QWEN2_MERGER),
-        },
-        ignored=IGNORED,
-        resize_rules={"hf": partial(SmartResize, frame_budget="per_frame")},
-        reference=QwenReference(BLOCK_VALUES, OTHER_VALUES),
-        prompt=qwen_prompt(reader),
-        mrope=MropeRule(config.merge),
-    )
+    return qwen_family(config, MLP, QWEN2_MERGER, prompt=qwen_prompt(reader), mrope=MropeRule(config.merge))
 
 
 def _read_config(reader: ConfigReader) -> TowerConfig:

@@ -7,35 +7,19 @@ even if its file lists some.  The references are ``Qwen3VLVisionModel`` and ``Qw
 """
 
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from math import isqrt
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import Stored, WeightMap
+from tritontower.checkpoint.weight_map import Stored
 from tritontower.config import Normalization, PositionTable, TowerConfig
-from tritontower.preprocessing import SmartResize
 from tritontower.prompt.layout import PromptLayout
 from tritontower.prompt.mrope import MropeRule
 
 from .common.config_fields import activation, positive
 from .common.family import Family
 from .common.prompts import QWEN_TOKENS, qwen_prompt
-from .common.qwen_encoder import (
-    ATTENTION,
-    IGNORED,
-    NORMS,
-    PREFIXES,
-    QwenReference,
-    block_tensors,
-    block_values,
-    merger_tensors,
-    merger_values,
-    read_merger,
-    read_patch,
-    read_tower,
-)
-from .common.weights import map_parameters
+from .common.qwen_encoder import qwen_family, read_merger, read_patch, read_tower
 
 WITH_DEEPSTACK = ("qwen3_vl", "qwen3_vl_moe")
 QWEN3_5 = ("qwen3_5", "qwen3_5_moe")
@@ -45,16 +29,8 @@ PUBLISHED = ("qwen3_vl", "qwen3_5")
 QWEN3_5_TOKENS = {"image": 248056, "video": 248057, "vision_start": 248053, "vision_end": 248054}
 """Default token ids of Qwen3.5 in transformers."""
 
-MODULES = {**NORMS, **ATTENTION, "mlp_up": "mlp.linear_fc1", "mlp_down": "mlp.linear_fc2"}
+MLP = {"mlp_up": "mlp.linear_fc1", "mlp_down": "mlp.linear_fc2"}
 MERGER = {"norm": "norm", "linear_1": "linear_fc1", "linear_2": "linear_fc2"}
-
-# Value of the layer graph → module of the reference and side of it.
-BLOCK_VALUES = block_values(up="mlp.linear_fc1", down="mlp.linear_fc2")
-OTHER_VALUES = {
-    "patch_rows": ("patch_embed", "output"),
-    "placed_rows": ("blocks.0.norm1", "input"),
-    "embeddings": ("merger", "output"),
-}
 
 
 def read(reader: ConfigReader) -> Family:
@@ -63,26 +39,13 @@ def read(reader: ConfigReader) -> Family:
     Only ``out_hidden_size`` (the language model's width) is required: its default matches no published model.
     """
     config = _read_config(reader)
-    tensors: dict[str, WeightMap] = {
-        **map_parameters({"patch_projection": "patch_embed.proj"}),
-        "position_table.weight": Stored("pos_embed.weight"),
-        **block_tensors(config, MODULES),
-    }
-    levels = range(len(config.deepstack))
-    mergers = {"projector": "merger", **{f"deepstack.{level}": f"deepstack_merger_list.{level}" for level in levels}}
-    values = dict(OTHER_VALUES)
-    for ours, theirs in mergers.items():
-        tensors |= merger_tensors(ours, theirs, MERGER)
-        values |= merger_values(ours, theirs, MERGER)
-        if ours != "projector":
-            values[ours] = (theirs, "output")
-    return Family(
-        config=config,
-        prefixes=PREFIXES,
-        tensors=tensors,
-        ignored=IGNORED,
-        resize_rules={"hf": partial(SmartResize, frame_budget="per_video")},
-        reference=QwenReference(BLOCK_VALUES, values),
+    return qwen_family(
+        config,
+        MLP,
+        MERGER,
+        frame_budget="per_video",
+        tensors={"position_table.weight": Stored("pos_embed.weight")},
+        values={"placed_rows": ("blocks.0.norm1", "input")},
         prompt=_read_prompt(reader),
         mrope=MropeRule(config.merge, split_videos=True),
     )

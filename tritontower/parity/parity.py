@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.checkpoint import Checkpoint
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.engine.executor import Observer
 from tritontower.errors import ReferenceModelError
 from tritontower.graph.ir import Node
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel
@@ -31,15 +31,11 @@ HALF_TOLERANCE = 1.10
 
 @dataclass(frozen=True)
 class OutputParity:
-    """Error of one output of a tower.
-
-    Attributes:
-        error: relative L2 distance of the tower's rows from transformers' in fp32.
-        reference_error: the same distance of transformers in the tower's dtype; ``None`` for fp32, where it is zero.
-    """
+    """Error of one output of a tower: relative L2 distances from transformers in fp32."""
 
     error: float
     reference_error: float | None
+    """Error of transformers in the tower's dtype; ``None`` for fp32, where it is zero."""
 
     @property
     def limit(self) -> float:
@@ -54,36 +50,19 @@ class OutputParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """Errors of a tower over a batch.
-
-    Attributes:
-        dtype: the tower's.
-        outputs: name of an output (``embeddings`` and others) → its error.
-        worst_image: the largest error of one image's embeddings.
-        seconds: wall time of the tower.
-        reference_seconds: wall time of transformers in the tower's dtype.
-    """
+    """Errors of a tower over a batch, and the wall time of the tower and of transformers in its dtype."""
 
     dtype: torch.dtype
     outputs: Mapping[str, OutputParity]
     worst_image: float
+    """The largest error of one image's embeddings."""
     seconds: float
     reference_seconds: float
 
     @property
-    def error(self) -> float:
+    def embeddings(self) -> OutputParity:
         """Error of the embeddings."""
-        return self.outputs["embeddings"].error
-
-    @property
-    def reference_error(self) -> float | None:
-        """Error of transformers' embeddings in the tower's dtype; ``None`` for fp32."""
-        return self.outputs["embeddings"].reference_error
-
-    @property
-    def limit(self) -> float:
-        """The largest error of the embeddings that passes."""
-        return self.outputs["embeddings"].limit
+        return self.outputs["embeddings"]
 
     @property
     def passed(self) -> bool:
@@ -107,13 +86,6 @@ class Reference:
 
     transformers loads the checkpoint itself.  Only the weights of a quantized checkpoint come from the tower's own reader:
     transformers would compute with the quantized ones, in another precision and with other libraries.
-
-    Args:
-        tower: its checkpoint and preprocessor are used.
-        dtype: of weights and activations.
-
-    Raises:
-        ReferenceModelError: transformers has no such model, cannot load it, or misses tensors.
     """
 
     def __init__(self, tower: VisionTower, dtype: torch.dtype) -> None:
@@ -142,17 +114,9 @@ class Reference:
         """Returns the outputs by name, as :meth:`VisionTower.run`."""
         return self.outputs(self.inputs(batch))
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Returns ``[tokens, hidden_size]``, as :meth:`VisionTower.forward`."""
-        return self.run(batch)["embeddings"]
-
     @contextmanager
     def recorded(self, names: Mapping[str, ModuleValue]) -> Iterator[Callable[[str], torch.Tensor | None]]:
-        """Records inputs and outputs of the modules in ``names`` while the model runs.
-
-        Yields:
-            Function from a value of the graph to its rows inside transformers; ``None`` if the modules did not run.
-        """
+        """Records modules while the model runs; yields the lookup of a value's rows, ``None`` if its modules did not run."""
         found: dict[tuple[str, str], torch.Tensor] = {}
 
         def value(name: str) -> torch.Tensor | None:
@@ -161,18 +125,15 @@ class Reference:
             parts = [found[key] for path in names[name].paths if (key := (path, names[name].side)) in found]
             return torch.cat(parts, dim=1) if len(parts) == len(names[name].paths) else None
 
+        def keep(key: tuple[str, str], _module: Any, inputs: Any, output: Any = None) -> None:
+            rows = inputs if key[1] == "input" else output
+            found[key] = (rows[0] if isinstance(rows, tuple) else rows).detach().flatten(0, -2)
+
         with ExitStack() as hooks:
             for path, side in sorted({(path, value.side) for value in names.values() for path in value.paths}):
                 module = self.model.get_submodule(path)
-
-                def keep_input(_module: Any, inputs: Any, key: tuple[str, str] = (path, side)) -> None:
-                    found[key] = _rows(inputs[0])
-
-                def keep_output(_module: Any, _inputs: Any, output: Any, key: tuple[str, str] = (path, side)) -> None:
-                    found[key] = _rows(output[0] if isinstance(output, tuple) else output)
-
                 hook = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
-                hooks.callback(hook(keep_input if side == "input" else keep_output).remove)
+                hooks.callback(hook(partial(keep, (path, side))).remove)
             yield value
 
 
@@ -184,23 +145,29 @@ def compare(tower: VisionTower, batch: PackedBatch) -> Parity:
     theirs: Mapping[str, torch.Tensor] | None = None
     if tower.dtype != torch.float32:
         theirs, reference_seconds = _reference_timed(tower, tower.dtype, batch)
+    parts = zip(*(rows["embeddings"].split(batch.images.token_counts) for rows in (ours, exact)), strict=True)
+    return Parity(
+        dtype=tower.dtype,
+        outputs=compare_outputs(ours, theirs, exact),
+        worst_image=max((relative_error(mine, true) for mine, true in parts), default=0.0),
+        seconds=seconds,
+        reference_seconds=reference_seconds,
+    )
+
+
+def compare_outputs(
+    ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor] | None, exact: Mapping[str, torch.Tensor]
+) -> dict[str, OutputParity]:
+    """Returns the error of every output against ``exact``; ``theirs`` is transformers in the tower's dtype, if not fp32."""
     if absent := sorted(ours.keys() ^ exact.keys()):
         raise ReferenceModelError(f"only one of the tower and transformers has the outputs {', '.join(absent)}")
-    outputs = {
+    return {
         name: OutputParity(
             relative_error(rows, exact[name]),
             None if theirs is None else relative_error(theirs[name], exact[name]),
         )
         for name, rows in ours.items()
     }
-    parts = zip(*(rows["embeddings"].split(batch.images.token_counts) for rows in (ours, exact)), strict=True)
-    return Parity(
-        dtype=tower.dtype,
-        outputs=outputs,
-        worst_image=max((relative_error(mine, true) for mine, true in parts), default=0.0),
-        seconds=seconds,
-        reference_seconds=reference_seconds,
-    )
 
 
 def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
@@ -234,8 +201,7 @@ def compare_nodes(tower: VisionTower, batch: PackedBatch) -> list[NodeParity]:
             error = relative_error(ours[:, : theirs.shape[1]], theirs)
             found.append(NodeParity(node.name, name, str(names[name]), error))
 
-    watch: Observer = observe
-    executor.run(batch.to(tower.device), watch)
+    executor.run(batch.to(tower.device), observe)
     return found
 
 
@@ -249,10 +215,6 @@ def _dequantized(tower: VisionTower) -> dict[str, torch.Tensor] | None:
             return None
         names = [name for name, weight in weights.items() if weight.is_supported]
         return {weights[name].main.name: tensor for name, tensor in checkpoint.iterate(torch.float32, names=names)}
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().flatten(0, -2)
 
 
 def _window_places(batch: PackedBatch, rows: int) -> torch.Tensor:
@@ -288,10 +250,9 @@ def _reference_timed(
 def _timed(
     function: Callable[[Any], Mapping[str, torch.Tensor]], argument: Any, device: torch.device
 ) -> tuple[Mapping[str, torch.Tensor], float]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     result = function(argument)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize()
     return result, time.perf_counter() - start

@@ -8,20 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from support.tiny_models import TINY_TEXT, load_reference, save_model
 
 from . import TowerCase, in_section
 
-TEXT: dict[str, Any] = {
-    "model_type": "mistral",
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,
-    "vocab_size": 64,
-    "rms_norm_eps": 1e-5,
-}
+TEXT = {"model_type": "mistral", "rms_norm_eps": 1e-5, "head_dim": 12, **TINY_TEXT}
 VISION: dict[str, Any] = {
     "model_type": "pixtral",
     "hidden_size": 64,
@@ -52,73 +43,40 @@ def save(
         kind: ``"llava"`` or ``"mistral3"``.
         **changes: keys of ``text_config`` (with ``text_`` before them), of the top level, or of ``vision_config``.
     """
-    from transformers import (
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        Mistral3Config,
-        Mistral3ForConditionalGeneration,
-    )
-    from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-
-    torch.manual_seed(seed)
     longest_edge = changes.pop("longest_edge", LONGEST_EDGE[kind])
     top = {key: changes.pop(key) for key in (*TOP[kind], "spatial_merge_size") if key in changes}
     text = {key.removeprefix("text_"): changes.pop(key) for key in list(changes) if key.startswith("text_")}
     vision = {**VISION, "patch_size": PATCH[kind], "image_size": longest_edge, "num_hidden_layers": depth, **changes}
-    parts = {"vision_config": vision, "text_config": {**TEXT, **text}}
-    model: Any
-    if kind == "llava":
-        model = LlavaForConditionalGeneration(LlavaConfig(**parts, **{**TOP[kind], **top}))
-    else:
-        model = Mistral3ForConditionalGeneration(Mistral3Config(**parts, **{**TOP[kind], **top}))
-    # Initial matrices this narrow have almost no effect, initial norms are one and biases zero: a swapped or missing one
-    # would not be noticed.
-    for name, parameter in model.named_parameters():
-        if "vision_tower" in name or "multi_modal_projector" in name:
-            if parameter.ndim == 1:
-                parameter.data.add_(torch.randn_like(parameter) * 0.2)
-            else:
-                parameter.data.mul_(5.0)
-    model.to(dtype).save_pretrained(folder)
-    processor = PixtralImageProcessorPil(size={"longest_edge": longest_edge}, patch_size=vision["patch_size"])
-    processor.save_pretrained(folder)
-    return folder
+    sections = {"vision_config": vision, "text_config": {**TEXT, **text}, **TOP[kind], **top}
+    processor = {
+        "image_processor_type": "PixtralImageProcessor",
+        "size": {"longest_edge": longest_edge},
+        "patch_size": {"height": vision["patch_size"], "width": vision["patch_size"]},
+    }
+    return save_model(folder, kind.capitalize(), sections, processor, dtype=dtype, seed=seed)
 
 
-def by_transformers(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Returns the projected rows of each image."""
-    from transformers import AutoModel
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    model = AutoModel.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+def by_pixtral(folder: Path, images: Sequence[np.ndarray], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Returns the projected rows of each image; transformers fails if all images together have a single token."""
+    model, processor = load_reference(folder, dtype)
     # As PixtralProcessor calls it: sides must be multiples of the side of a token.
     side = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
-    inputs = processor(
-        images=[Image.fromarray(image) for image in images],
-        patch_size={"height": side, "width": side},
-        return_tensors="pt",
-    )
+    decoded = [Image.fromarray(image) for image in images]
+    inputs = processor(images=decoded, patch_size={"height": side, "width": side}, return_tensors="pt")
+    layer = model.config.vision_feature_layer
     with torch.inference_mode():
-        features = model.get_image_features(
-            pixel_values=inputs["pixel_values"],
-            image_sizes=inputs["image_sizes"],
-            vision_feature_layer=model.config.vision_feature_layer,
-        )
-    return list(features.pooler_output)
+        return list(model.get_image_features(**inputs, vision_feature_layer=layer).pooler_output)
 
 
 # Unpublished: the graph must follow from the configuration, not from the model's name.
 OTHERS: dict[str, dict[str, Any]] = {
     "one block": {"depth": 1},
     "heads of 72": {"hidden_size": 144, "num_attention_heads": 2},
-    "heads of 104": {"hidden_size": 208, "num_attention_heads": 2},
-    "odd mlp": {"intermediate_size": 77},
+    "heads of 104, odd mlp": {"hidden_size": 208, "num_attention_heads": 2, "intermediate_size": 77},
     "small patches": {"patch_size": 8, "longest_edge": 96},
     "another base": {"rope_parameters": {"rope_type": "axial", "rope_theta": 500.0}},
-    "quick gelu projector": {"projector_hidden_act": "quick_gelu"},
+    "an inner layer, quick gelu projector": {"projector_hidden_act": "quick_gelu", "vision_feature_layer": -2},
     "silu projector": {"projector_hidden_act": "silu", "text_hidden_size": 56},
-    "an inner layer": {"vision_feature_layer": -2},
 }
 
 WRONG: dict[str, Sequence[object]] = {
@@ -151,7 +109,7 @@ CASES = [
     TowerCase(
         name="pixtral",
         save=partial(save, "llava"),
-        reference=by_transformers,
+        reference=by_pixtral,
         others={
             **OTHERS,
             "no biases": {"multimodal_projector_bias": False},
@@ -165,7 +123,7 @@ CASES = [
     TowerCase(
         name="mistral3",
         save=partial(save, "mistral3"),
-        reference=by_transformers,
+        reference=by_pixtral,
         others={
             **OTHERS,
             "biases": {"multimodal_projector_bias": True},

@@ -1,6 +1,6 @@
 """The table of supported models, from the summaries and published examples of the model files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +14,6 @@ from .registry import list_family_files, read_family
 
 COUNTED_SIDES: Final = (448, 1024)
 """Sides of the square images for which tokens are counted, pixels."""
-
-FORMATS: Final = {"hf": "transformers", "mistral": "Mistral"}
-"""``Family.layout`` → column "Format"."""
 
 COLUMNS: Final = (
     "Family",
@@ -32,22 +29,18 @@ COLUMNS: Final = (
 
 @dataclass(frozen=True)
 class CatalogEntry:
-    """One row of the table: a :class:`FamilySummary` with what follows from its example.
-
-    Attributes:
-        format: whose configuration and tensor names the checkpoints have.
-        model_types: ``model_type``, ``model_type/vision_config.model_type``, or ``params.json``.
-        counted: side of a square image, pixels → its tokens in the published example.
-    """
+    """One row of the table: a :class:`FamilySummary` with what follows from its example."""
 
     title: str
     checkpoints: str
     format: str
+    """Whose configuration and tensor names the checkpoints have."""
     model_types: tuple[str, ...]
     images: str
     video: bool
     tokens: str
     counted: Mapping[int, int]
+    """Side of a square image, pixels → its tokens in the published example."""
 
 
 def catalog() -> list[CatalogEntry]:
@@ -61,8 +54,20 @@ def catalog() -> list[CatalogEntry]:
 
 def families_table() -> str:
     """Returns the catalog as a Markdown table, followed by :func:`weight_formats`."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(_format_cells, catalog())]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows = [
+        (
+            entry.title,
+            entry.checkpoints,
+            entry.format,
+            ", ".join(f"`{model_type}`" for model_type in entry.model_types),
+            entry.images,
+            "yes" if entry.video else "–",
+            entry.tokens,
+            *(f"{count:,}" for count in entry.counted.values()),
+        )
+        for entry in catalog()
+    ]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *rows))
     return f"{table}\n\n{weight_formats()}"
 
 
@@ -75,19 +80,6 @@ def weight_formats() -> str:
     )
 
 
-def _format_cells(entry: CatalogEntry) -> Sequence[str]:
-    return (
-        entry.title,
-        entry.checkpoints,
-        entry.format,
-        ", ".join(f"`{model_type}`" for model_type in entry.model_types),
-        entry.images,
-        "yes" if entry.video else "–",
-        entry.tokens,
-        *(f"{count:,}" for count in entry.counted.values()),
-    )
-
-
 def _make_entry(summary: FamilySummary, model_types: tuple[str, ...]) -> CatalogEntry:
     family = read_family(summary.reader)
     with TemporaryDirectory() as name:
@@ -97,7 +89,7 @@ def _make_entry(summary: FamilySummary, model_types: tuple[str, ...]) -> Catalog
     return CatalogEntry(
         title=summary.title,
         checkpoints=summary.checkpoints,
-        format=FORMATS[family.layout],
+        format="Mistral" if family.layout == "mistral" else "transformers",
         model_types=model_types,
         images=summary.images,
         video=summary.video,

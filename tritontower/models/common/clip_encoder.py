@@ -29,8 +29,8 @@ from tritontower.checkpoint.weight_map import (
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
 
 from .config_fields import activation, positive, read_eps, whole_heads
-from .hf_reference import ModuleValue, ReferenceModel, module_values, stack_padded, tile_images
-from .weights import BOTH, map_parameters, prefix_parts
+from .hf_reference import ModuleValue, ReferenceModel, block_values, module_values, stack_padded, tile_images
+from .weights import BOTH, map_parameters
 
 Kind = Literal["clip", "siglip"]
 
@@ -89,18 +89,7 @@ POOLING_MODULES = {
 }
 """The same of SigLIP's attention-pooling head."""
 
-# Value of the layer graph → module of a block of the reference and side of it.
-BLOCK_VALUES = {
-    "norm1_rows": ("layer_norm1", "output"),
-    "mixed": ("self_attn.out_proj", "input"),
-    "attention_output_rows": ("self_attn.out_proj", "output"),
-    "attended": ("layer_norm2", "input"),
-    "norm2_rows": ("layer_norm2", "output"),
-    "mlp_up_rows": ("mlp.fc1", "output"),
-    "mlp_hidden": ("mlp.fc2", "input"),
-    "mlp_down_rows": ("mlp.fc2", "output"),
-    "block_rows": ("", "output"),
-}
+# Value of the layer graph → module of the reference and side of it.
 CLIP_VALUES = {
     "placed_rows": ("embeddings", "output"),
     "input_norm_rows": ("pre_layrnorm", "output"),
@@ -123,14 +112,7 @@ def read_encoder(
 ) -> TowerConfig:
     """Reads the encoder: its features are the rows after the last block, without output norm, pooling and class token.
 
-    Args:
-        vision: the section that describes it; missing keys have the defaults of transformers' class.
-        kind: CLIP or SigLIP.
-        family: for messages.
-        defaults: defaults that differ from those of the class.
-
-    Raises:
-        ConfigError: a value is not supported.
+    Missing keys have ``defaults``, then those of transformers' class.
     """
     usual = {**CLASS_DEFAULTS[kind], **(defaults or {})}
 
@@ -178,35 +160,33 @@ def encoder_tensors(config: TowerConfig) -> dict[str, WeightMap]:
         tensors |= map_parameters({"input_norm": "tower.pre_layrnorm"})
     else:
         tensors["patch_projection.bias"] = Stored(f"{embeddings}.patch_embedding.bias")
-        tensors |= _pooling_tensors()
+        # q, k and v of SigLIP's pooling head are one matrix of `torch.nn.MultiheadAttention`.
+        tensors["pooling.probe"] = WithBatchDimension("tower.head.probe")
+        tensors |= map_parameters(POOLING_MODULES, BOTH, "pooling", "tower.head")
+        for role in BOTH:
+            stacked = f"tower.head.attention.in_proj_{role}"
+            tensors[f"pooling.query.{role}"] = RowSlice(stacked, first=0, taken=1, parts=3)
+            tensors[f"pooling.keys_values.{role}"] = RowSlice(stacked, first=1, taken=2, parts=3)
     for block in range(config.depth):
         ours, theirs = f"blocks.{block}", f"tower.encoder.layers.{block}"
-        tensors |= map_parameters(prefix_parts(ours, theirs, MODULES))
+        tensors |= map_parameters(MODULES, BOTH, ours, theirs)
         for role in BOTH:
             tensors[f"{ours}.qkv.{role}"] = Stacked.of(*(f"{theirs}.{part}.{role}" for part in QKV))
-    return tensors
-
-
-def _pooling_tensors() -> dict[str, WeightMap]:
-    """Maps SigLIP's pooling head, whose q, k and v are one matrix of ``torch.nn.MultiheadAttention``."""
-    tensors: dict[str, WeightMap] = {
-        "pooling.probe": WithBatchDimension("tower.head.probe"),
-        **map_parameters(prefix_parts("pooling", "tower.head", POOLING_MODULES)),
-    }
-    for role in BOTH:
-        stacked = f"tower.head.attention.in_proj_{role}"
-        tensors[f"pooling.query.{role}"] = RowSlice(stacked, first=0, taken=1, parts=3)
-        tensors[f"pooling.keys_values.{role}"] = RowSlice(stacked, first=1, taken=2, parts=3)
     return tensors
 
 
 def encoder_values(config: TowerConfig, path: str) -> dict[str, ModuleValue]:
     """Locates the graph's values in transformers' model, whose encoder is the module at ``path``."""
     values = module_values(CLIP_VALUES if config.class_token else SIGLIP_VALUES, path)
-    for block in range(config.depth):
-        layer = f"{path}.encoder.layers.{block}".lstrip(".")
-        values |= module_values(BLOCK_VALUES, layer, f"blocks.{block}.")
-        values[f"blocks.{block}.qkv_rows"] = ModuleValue.output(*(f"{layer}.{part}" for part in QKV))
+    values |= block_values(
+        config.depth,
+        f"{path}.encoder.layers".lstrip("."),
+        norms=("layer_norm1", "layer_norm2"),
+        qkv=QKV,
+        output="self_attn.out_proj",
+        down="mlp.fc2",
+        up="mlp.fc1",
+    )
     return values if config.pooling is not None else {name: values[name] for name in values if "pool" not in name}
 
 
@@ -221,11 +201,7 @@ def encoder_pixels(encoder: Any, batch: PackedBatch, config: TowerConfig) -> tor
 
 @dataclass(frozen=True)
 class EncoderReference(ReferenceModel):
-    """The encoder alone.
-
-    Attributes:
-        path: its module inside the loaded model; empty if it is the whole model.
-    """
+    """The encoder alone, which is the module at ``path`` of the loaded model."""
 
     path: str
 
@@ -248,5 +224,5 @@ class EncoderReference(ReferenceModel):
         return rows if config.pooling is None else {**rows, "pooled": output.pooler_output}
 
     def values(self, config: TowerConfig) -> Mapping[str, ModuleValue]:
-        """Returns every value with a module boundary on one side."""
+        """Returns every value with a module boundary on both sides."""
         return encoder_values(config, self.path)

@@ -37,9 +37,7 @@ TEXT_WIDTHS: Mapping[str, int] = {
 
 def positive(reader: ConfigReader, key: str, default: int | None = None) -> int:
     """Reads an integer of at least 1; the key is required if there is no default."""
-    if default is None:
-        return reader.get(int, key, minimum=1)
-    return reader.get(int, key, default, minimum=1)
+    return reader.get(int, key, *(() if default is None else (default,)), minimum=1)
 
 
 def activation(reader: ConfigReader, key: str, default: str) -> Activation:
@@ -49,17 +47,11 @@ def activation(reader: ConfigReader, key: str, default: str) -> Activation:
 
 def read_eps(reader: ConfigReader, key: str, default: float | None = None) -> float:
     """Reads the epsilon of a norm; the key is required if there is no default."""
-    if default is None:
-        return reader.get(float, key, minimum=0.0, maximum=1.0)
-    return reader.get(float, key, default, minimum=0.0, maximum=1.0)
+    return reader.get(float, key, *(() if default is None else (default,)), minimum=0.0, maximum=1.0)
 
 
 def whole_heads(reader: ConfigReader, key: str, width: int, default: int | None = None) -> int:
-    """Reads the number of heads that share ``width`` columns.
-
-    Raises:
-        ConfigError: heads do not divide the width, or their width is not a multiple of 4 up to 128, as the kernels need.
-    """
+    """Reads the number of heads that share ``width`` columns, and checks that the kernels support their width."""
     heads = positive(reader, key, default)
     head_dim, left = divmod(width, heads)
     if left or head_dim % HEAD_MULTIPLE or not 0 < head_dim <= LARGEST_HEAD_DIM:
@@ -79,11 +71,7 @@ def rotary_theta(vision: ConfigReader) -> float:
 
 
 def text_width(reader: ConfigReader, default_type: str) -> int:
-    """Reads the language model's width.
-
-    Published files may leave it out; the class of its ``model_type`` then has a default, and ``default_type`` is the class of
-    a ``text_config`` without ``model_type``.
-    """
+    """Reads the language model's width, which published files may leave out to the class of its ``model_type``."""
     text = reader.section("text_config", optional=True)
     return positive(text, "hidden_size", TEXT_WIDTHS.get(text.get(str, "model_type", default=default_type)))
 
@@ -91,15 +79,7 @@ def text_width(reader: ConfigReader, default_type: str) -> int:
 def two_linears(
     reader: ConfigReader, width: int, *, bias: bool = True, merge: int = 1, merging_linear: bool = False
 ) -> Projector:
-    """Reads the projector of LLaVA, Pixtral and Mistral 3: two linears of the language model's ``width``.
-
-    Args:
-        reader: top level of the configuration.
-        width: of the language model.
-        bias: default of ``multimodal_projector_bias``.
-        merge: side of the square of patches that become one token.
-        merging_linear: a linear joins them first.
-    """
+    """Reads the projector of LLaVA, Pixtral and Mistral 3: two linears of the language model's ``width``."""
     return Projector(
         norm=None,
         merge=merge,
@@ -112,14 +92,7 @@ def two_linears(
 
 
 def feature_layers(reader: ConfigReader, key: str, depth: int, default: int) -> tuple[int, ...]:
-    """Reads the blocks after which the features are taken: an index into ``hidden_states``, or a list of them.
-
-    Returns:
-        Number of blocks that precede each feature, 0 … ``depth``.
-
-    Raises:
-        ConfigError: the value is something else, empty, or out of range for ``depth`` blocks.
-    """
+    """Reads one index into ``hidden_states`` or a list of them, as the number of blocks that precede each feature."""
     first, last = -(depth + 1), depth
     try:
         layers: tuple[int, ...] = (reader.get(int, key, default, minimum=first, maximum=last),)

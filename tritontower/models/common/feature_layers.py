@@ -12,16 +12,9 @@ SELECTIONS = ("patch", "cls_patch")
 
 
 def with_features(family: Family, layer: int | Sequence[int] | None, select: str | None) -> Family:
-    """Returns ``family`` with other features; unchanged if both are ``None``.
+    """Returns ``family`` with other features, as in ``VisionTower.from_pretrained``; unchanged if both are ``None``.
 
-    Args:
-        family: the checkpoint's tower.
-        layer: one or several indices into transformers' ``hidden_states``, which has ``depth + 1`` entries.
-        select: ``"patch"`` or ``"cls_patch"``.
-
-    Raises:
-        UsageError: a layer does not exist, the projector takes another number of layers, or the tower cannot keep a class
-            token.
+    ``layer`` holds indices into transformers' ``hidden_states``, which has ``depth + 1`` entries.
     """
     config = family.config
     if layer is not None:

@@ -15,11 +15,7 @@ from .hf_reference import ModuleValue, ReferenceModel, module_values
 
 
 def read_siglip(reader: ConfigReader, *, family: str) -> TowerConfig:
-    """Reads the encoder of ``vision_config``, which is required: transformers' defaults for it match no checkpoint.
-
-    Raises:
-        ConfigError: it is missing, it is not a SigLIP, or a value is not supported.
-    """
+    """Reads the encoder of ``vision_config``, which is required: transformers' defaults for it match no checkpoint."""
     vision = reader.section("vision_config")
     vision.get(str, "model_type", default="siglip_vision_model", choices=("siglip_vision_model",))
     return read_encoder(vision, "siglip", family=family)

@@ -57,15 +57,8 @@ class ReferenceModel(ABC):
     ) -> torch.nn.Module:
         """Loads the model with its vision weights, in evaluation mode, on the CPU.
 
-        Args:
-            folder: the checkpoint.
-            dtype: of weights and activations.
-            weights: stored name → tensor, to use instead of the folder's files; ``config.json``'s quantization is then
-                ignored.
-
-        Raises:
-            ReferenceModelError: transformers cannot load it, or misses vision tensors, which it would otherwise initialize
-                randomly.
+        ``weights`` (stored name → tensor) replace the folder's files, and then the quantization that ``config.json`` declares
+        is ignored.  Missing vision tensors are an error, because transformers would initialize them randomly.
         """
         from transformers.utils import logging
 
@@ -87,15 +80,17 @@ class ReferenceModel(ABC):
         return cast("torch.nn.Module", model)
 
     def _load(self, folder: Path, dtype: torch.dtype, weights: Mapping[str, torch.Tensor] | None) -> tuple[Any, Any]:
-        """Returns the model, and transformers' report of missing weights."""
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         _remove_language_model(config)
         model_class: Any = getattr(transformers, self.auto_class)
         if weights is not None:
-            _remove_quantization(config)
-            model_class = _resolve_class(model_class, config)
+            for holder in (config, getattr(config, "text_config", None)):
+                vars(holder or config).pop("quantization_config", None)
+            # Auto classes need a checkpoint in a folder.
+            with torch.device("meta"):
+                model_class = type(model_class.from_config(config, trust_remote_code=False))
         # `from_pretrained(dtype=…)`, not `.to(dtype)`, which would also round the rotary frequencies.
         return cast(
             "tuple[Any, Any]",
@@ -127,18 +122,47 @@ class ReferenceModel(ABC):
 
 
 def module_values(table: Mapping[str, tuple[str, str]], path: str = "", ours: str = "") -> dict[str, ModuleValue]:
-    """Locates values from a table of graph value → (module, ``"input"`` or ``"output"``).
+    """Locates values from a table of graph value → (module below ``path``, ``"input"`` or ``"output"``).
 
-    Args:
-        table: an empty module stands for the one at ``path``.
-        path: module of the model that holds the table's modules.
-        ours: prefix of the graph's values, with its dot.
+    ``ours`` is the prefix of the graph's values, with its dot.
     """
     found = {}
     for name, (module, side) in table.items():
         place = f"{path}.{module}".strip(".")
         found[f"{ours}{name}"] = ModuleValue.input(place) if side == "input" else ModuleValue.output(place)
     return found
+
+
+def block_values(
+    depth: int,
+    layers: str,
+    *,
+    norms: tuple[str, str] = ("norm1", "norm2"),
+    qkv: Sequence[str],
+    output: str,
+    down: str,
+    up: str | None = None,
+) -> dict[str, ModuleValue]:
+    """Locates the values of all blocks, from the modules' names in a layer of the module list at ``layers``.
+
+    ``up`` is ``None`` if the checkpoint stores two linears there, which the layer graph joins.
+    """
+    values: dict[str, ModuleValue] = {}
+    table = {
+        "norm1_rows": (norms[0], "output"),
+        "mixed": (output, "input"),
+        "attention_output_rows": (output, "output"),
+        "attended": (norms[1], "input"),
+        "norm2_rows": (norms[1], "output"),
+        "mlp_hidden": (down, "input"),
+        "mlp_down_rows": (down, "output"),
+        "block_rows": ("", "output"),
+        **({} if up is None else {"mlp_up_rows": (up, "output")}),
+    }
+    for block in range(depth):
+        values |= module_values(table, f"{layers}.{block}", f"blocks.{block}.")
+        values[f"blocks.{block}.qkv_rows"] = ModuleValue.output(*(f"{layers}.{block}.{part}" for part in qkv))
+    return values
 
 
 def stack_padded(images: Sequence[torch.Tensor], height: int, width: int) -> torch.Tensor:
@@ -179,27 +203,13 @@ def tile_images(batch: PackedBatch, config: TowerConfig) -> list[torch.Tensor]:
 
 
 def _remove_language_model(config: Any) -> None:
-    text = getattr(config, "text_config", None)
-    if text is None:
+    if (text := getattr(config, "text_config", None)) is None:
         return
     text.num_hidden_layers = 0
     text.vocab_size = 1
     text.pad_token_id = None
     if getattr(text, "layer_types", None):
         text.layer_types = []
-
-
-def _resolve_class(auto_class: Any, config: Any) -> Any:
-    """Returns the model class that an auto class would choose; auto classes need a checkpoint in a folder."""
-    with torch.device("meta"):
-        return type(auto_class.from_config(config, trust_remote_code=False))
-
-
-def _remove_quantization(config: Any) -> None:
-    holders: tuple[Any, Any] = (config, getattr(config, "text_config", None))
-    for holder in holders:
-        if hasattr(holder, "quantization_config"):
-            del holder.quantization_config
 
 
 @contextmanager

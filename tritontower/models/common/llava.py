@@ -12,6 +12,7 @@ from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Stored, WeightMap
 from tritontower.config import TowerConfig
 from tritontower.preprocessing import AnyResolution, FixedSize
+from tritontower.prompt.layout import PromptLayout
 
 from .clip_encoder import (
     IGNORED,
@@ -25,7 +26,7 @@ from .clip_encoder import (
 from .config_fields import feature_layers, text_width, two_linears
 from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel
-from .prompts import placeholder_prompt
+from .prompts import token
 from .weights import map_parameters
 
 CLIP_LARGE_336: Mapping[str, int] = {
@@ -44,20 +45,14 @@ LINEARS = {name: name for name in ("projector.linear_1", "projector.linear_2")}
 
 @dataclass(frozen=True)
 class ClassDefaults:
-    """Defaults of transformers' configuration class for keys that a file leaves out.
-
-    Attributes:
-        tower: ``vision_config.model_type``.
-        vision: ``vision_config`` if it is missing; if it is there, its own class completes it.
-        text: ``text_config.model_type``.
-        layer: ``vision_feature_layer``.
-        strategy: ``vision_feature_select_strategy``.
-        image_token: ``image_token_index``.
-    """
+    """Defaults of transformers' configuration class for keys that a file leaves out."""
 
     tower: str
+    """``vision_config.model_type``"""
     vision: Mapping[str, Any]
+    """``vision_config`` if it is missing; if it is there, its own class completes it."""
     text: str
+    """``text_config.model_type``"""
     layer: int
     strategy: str
     image_token: int
@@ -75,11 +70,7 @@ def list_model_types(model_type: str) -> tuple[str, ...]:
 
 
 def read_llava(reader: ConfigReader, family: str, defaults: ClassDefaults) -> Family:
-    """Reads encoder, features and projector of a model without tiles.
-
-    Raises:
-        ConfigError: a value is not supported.
-    """
+    """Reads encoder, features and projector of a model without tiles."""
     vision = reader.section("vision_config", optional=True)
     tower = vision.get(str, "model_type", default=defaults.tower, choices=tuple(TOWER_TYPES))
     usual = {} if reader.has("vision_config") else defaults.vision
@@ -97,7 +88,7 @@ def read_llava(reader: ConfigReader, family: str, defaults: ClassDefaults) -> Fa
         ignored=IGNORED,
         resize_rules={"hf": FixedSize},
         reference=LlavaReference(),
-        prompt=placeholder_prompt(reader, defaults.image_token),
+        prompt=PromptLayout(placeholder=token(reader, "image", defaults.image_token)),
     )
 
 
@@ -111,12 +102,7 @@ def read_tiled(
 ) -> Family:
     """Reads a model that cuts images into tiles, whose rows end with a learned newline embedding.
 
-    Args:
-        reader: of the configuration.
-        family: for messages.
-        defaults: of transformers' class.
-        pinpoints: default of ``image_grid_pinpoints``, the canvases, ``(height, width)``.
-        shrink_limit: largest canvas in tiles' worth of tokens; larger ones are shrunk.
+    ``pinpoints`` are the default canvases, ``(height, width)``; those above ``shrink_limit`` tiles' worth of tokens are shrunk.
     """
     model = read_llava(reader, family, defaults)
     if model.config.keep_class_token:
@@ -154,13 +140,10 @@ class LlavaReference(ReferenceModel):
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> Mapping[str, torch.Tensor]:
         """Returns all tiles in one tensor, and for tiled images their original height and width."""
-        pixels = {"pixel_values": encoder_pixels(model.vision_tower, batch, config)}
-        if not config.newline:
-            return pixels
-        return {
-            **pixels,
-            "image_sizes": torch.tensor([(height, width) for width, height in batch.images.original_sizes]),
-        }
+        inputs = {"pixel_values": encoder_pixels(model.vision_tower, batch, config)}
+        if config.newline:
+            inputs["image_sizes"] = torch.tensor([(height, width) for width, height in batch.images.original_sizes])
+        return inputs
 
     def outputs(
         self, model: Any, inputs: Mapping[str, torch.Tensor], config: TowerConfig

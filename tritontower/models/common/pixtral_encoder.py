@@ -8,7 +8,7 @@ configuration file states.  The reference is ``PixtralVisionModel`` inside the v
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,9 +20,9 @@ from tritontower.preprocessing import LongestEdge, MakeRule, MistralResize
 
 from .config_fields import positive, rotary_theta, whole_heads
 from .family import Family
-from .hf_reference import ModuleValue, ReferenceModel, module_values, stack_padded, tile_images
+from .hf_reference import ModuleValue, ReferenceModel, block_values, module_values, stack_padded, tile_images
 from .prompts import pixtral_prompt
-from .weights import map_parameters, prefix_parts
+from .weights import map_parameters
 
 PREFIXES = {"vision_tower.": "tower.", "multi_modal_projector.": "projector."}
 """Prefixes of tensor names in transformers' models."""
@@ -34,17 +34,7 @@ NORM = Normalization("rms_norm", eps=1e-5, rounding="before_weight")
 
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 
-# Value of the layer graph → module of a block of the reference and side of it.
-BLOCK_VALUES = {
-    "norm1_rows": ("attention_norm", "output"),
-    "mixed": ("attention.o_proj", "input"),
-    "attention_output_rows": ("attention.o_proj", "output"),
-    "attended": ("ffn_norm", "input"),
-    "norm2_rows": ("ffn_norm", "output"),
-    "mlp_hidden": ("feed_forward.down_proj", "input"),
-    "mlp_down_rows": ("feed_forward.down_proj", "output"),
-    "block_rows": ("", "output"),
-}
+# Value of the layer graph → module of the reference and side of it.
 OTHER_VALUES = {
     "patch_rows": ("vision_tower.ln_pre", "input"),
     "input_norm_rows": ("vision_tower.ln_pre", "output"),
@@ -99,15 +89,7 @@ def tower_config(
     features: tuple[int, ...],
     rotation: Literal["float32", "activation"],
 ) -> TowerConfig:
-    """Returns the tower with its projector.
-
-    Args:
-        size: of the tower.
-        projector: turns its rows into tokens.
-        family: for messages.
-        features: blocks after which the rows are taken.
-        rotation: the dtype in which queries and keys are rotated.
-    """
+    """Returns the tower with its projector; queries and keys are rotated in the dtype ``rotation``."""
     return TowerConfig(
         family=family,
         patch=PatchEmbedding(channels=size.channels, size=size.patch, temporal=1, bias=False),
@@ -138,7 +120,7 @@ def block_tensors(config: TowerConfig, *, output: str, gate: str, up: str, down:
     modules = {"norm1": "attention_norm", "attention_output": output, "norm2": "ffn_norm", "mlp_down": down}
     for block in range(config.depth):
         ours, layer = f"blocks.{block}", f"tower.transformer.layers.{block}"
-        tensors |= map_parameters(prefix_parts(ours, layer, modules), ("weight",))
+        tensors |= map_parameters(modules, ("weight",), ours, layer)
         tensors[f"{ours}.mlp_gate_up.weight"] = Stacked.of(f"{layer}.{gate}.weight", f"{layer}.{up}.weight")
     return tensors
 
@@ -154,13 +136,7 @@ def read_hf_family(
 ) -> Family:
     """Returns the family of a checkpoint in transformers' format.
 
-    Args:
-        reader: of the configuration.
-        config: the tower.
-        size: of the tower.
-        reference: for the projector of this model.
-        image_token: default id of the image token.
-        projector_tensors: weights of the projector beyond its two linears.
+    ``image_token`` is the default id of the image token; ``projector_tensors`` are those beyond the two linears.
     """
     tensors = block_tensors(
         config,
@@ -186,11 +162,9 @@ def read_hf_family(
 
 
 def make_resize_rules(longest_edge: int, *, without_file: Mapping[str, Any] | None = None) -> dict[str, MakeRule]:
-    """Returns transformers' way to prepare images and that of Mistral's own library.
+    """Returns transformers' way to prepare images and that of Mistral's own library, with the latter's longest edge.
 
-    Args:
-        longest_edge: largest side of an image, pixels, for Mistral's library.
-        without_file: settings of transformers' processor if the checkpoint has no file for it.
+    ``without_file`` has the settings of transformers' processor for a checkpoint without a file for it.
     """
     return {
         "hf": partial(LongestEdge, without_file=without_file),
@@ -198,21 +172,21 @@ def make_resize_rules(longest_edge: int, *, without_file: Mapping[str, Any] | No
     }
 
 
+@dataclass(frozen=True)
 class PixtralReference(ReferenceModel):
     """``vision_tower`` and ``multi_modal_projector`` of transformers' model.
 
     It does not call ``get_image_features``, which fails if all images together have a single token.
 
-    Args:
+    Attributes:
         projector_values: value of the layer graph → module of the projector and side of it.
         merges: the projector merges patches, and takes the images' sizes.
     """
 
-    row_order: ClassVar[Literal["tower", "raster"]] = "raster"
+    projector_values: Mapping[str, tuple[str, str]]
+    merges: bool
 
-    def __init__(self, projector_values: Mapping[str, tuple[str, str]], *, merges: bool) -> None:
-        self.projector_values = projector_values
-        self.merges = merges
+    row_order = "raster"
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> tuple[torch.Tensor, list[tuple[int, int]]]:
         """Returns all images, padded to one size as transformers' processor does, and the height and width of each."""
@@ -234,8 +208,11 @@ class PixtralReference(ReferenceModel):
     def values(self, config: TowerConfig) -> Mapping[str, ModuleValue]:
         """Returns every value with a module boundary on both sides."""
         values = module_values(OTHER_VALUES) | module_values(self.projector_values, "multi_modal_projector")
-        for block in range(config.depth):
-            layer = f"vision_tower.transformer.layers.{block}"
-            values |= module_values(BLOCK_VALUES, layer, f"blocks.{block}.")
-            values[f"blocks.{block}.qkv_rows"] = ModuleValue.output(*(f"{layer}.{part}" for part in QKV))
-        return values
+        return values | block_values(
+            config.depth,
+            "vision_tower.transformer.layers",
+            norms=("attention_norm", "ffn_norm"),
+            qkv=QKV,
+            output="attention.o_proj",
+            down="feed_forward.down_proj",
+        )

@@ -14,11 +14,6 @@ def token(reader: ConfigReader, name: str, default: int) -> int:
     return reader.get(int, f"{name}_token_id", default=old, minimum=0)
 
 
-def placeholder_prompt(reader: ConfigReader, default: int) -> PromptLayout:
-    """Reads LLaVA's layout: rows without anything around them."""
-    return PromptLayout(placeholder=token(reader, "image", default))
-
-
 def pixtral_prompt(reader: ConfigReader, config: TowerConfig, default: int) -> PromptLayout:
     """Reads Pixtral's layout: each row of patches ends with a token, named as in transformers' processor."""
     return PromptLayout(

@@ -5,7 +5,8 @@ Their blocks differ in the MLP.  Every merger is a norm, a join of neighboring p
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -13,13 +14,14 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import WeightMap
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
+from tritontower.preprocessing import SmartResize
+from tritontower.prompt.layout import PromptLayout
+from tritontower.prompt.mrope import MropeRule
 
 from .config_fields import positive, rotary_theta, whole_heads
-from .hf_reference import ModuleValue, ReferenceModel, flat_patches, module_values
-from .weights import BOTH, map_parameters, prefix_parts
-
-PREFIXES = {"visual.": ""}
-"""Prefixes of tensor names."""
+from .family import Family
+from .hf_reference import ModuleValue, ReferenceModel, block_values, flat_patches, module_values
+from .weights import BOTH, map_parameters
 
 IGNORED = ("rotary_pos_emb.inv_freq",)
 """Stored names that no tower needs: the rotary frequencies follow from the configuration."""
@@ -35,51 +37,47 @@ Values = Mapping[str, tuple[str, str]]
 """Value of the layer graph → module of the reference and side of it."""
 
 
-def block_tensors(config: TowerConfig, parts: Mapping[str, str], kinds: Sequence[str] = BOTH) -> dict[str, WeightMap]:
-    """Maps the parameters of modules, ours → theirs, of every block."""
-    tensors: dict[str, WeightMap] = {}
-    for block in range(config.depth):
-        tensors |= map_parameters(prefix_parts(f"blocks.{block}", f"blocks.{block}", parts), kinds)
-    return tensors
+def qwen_family(
+    config: TowerConfig,
+    mlp: Mapping[str, str],
+    merger: Mapping[str, str],
+    *,
+    prompt: PromptLayout,
+    mrope: MropeRule,
+    frame_budget: Literal["per_frame", "per_video"] = "per_frame",
+    norm_kinds: Sequence[str] = BOTH,
+    tensors: Mapping[str, WeightMap] | None = None,
+    values: Values | None = None,
+) -> Family:
+    """Returns the family of a tower.
 
-
-def merger_tensors(
-    ours: str, theirs: str, parts: Mapping[str, str], norm_kinds: Sequence[str] = BOTH
-) -> dict[str, WeightMap]:
-    """Maps the parameters of one merger, whose norm has the parameters ``norm_kinds``."""
-    names = prefix_parts(ours, theirs, parts)
-    norm = f"{ours}.norm"
-    linears = {name: stored for name, stored in names.items() if name != norm}
-    return map_parameters({norm: names[norm]}, norm_kinds) | map_parameters(linears)
-
-
-def block_values(*, down: str, up: str | None = None) -> dict[str, tuple[str, str]]:
-    """Returns the values of one block.
-
-    Args:
-        down: the second linear of the MLP.
-        up: the first; ``None`` if the checkpoint stores two, which the layer graph joins.
+    ``mlp`` and ``merger`` are modules, ours → theirs; the norms have the parameters ``norm_kinds``.  ``tensors`` and ``values``
+    are those that only this tower has.
     """
-    values = {
-        "norm1_rows": ("norm1", "output"),
-        "qkv_rows": ("attn.qkv", "output"),
-        "mixed": ("attn.proj", "input"),
-        "attention_output_rows": ("attn.proj", "output"),
-        "attended": ("norm2", "input"),
-        "norm2_rows": ("norm2", "output"),
-        "mlp_hidden": (down, "input"),
-        "mlp_down_rows": (down, "output"),
-        "block_rows": ("", "output"),
-    }
-    return values if up is None else values | {"mlp_up_rows": (up, "output")}
-
-
-def merger_values(ours: str, theirs: str, parts: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Returns the values of one merger."""
-    return {
-        f"{ours}.normed": (f"{theirs}.{parts['norm']}", "output"),
-        f"{ours}.hidden": (f"{theirs}.{parts['linear_2']}", "input"),
-    }
+    kinds = BOTH if config.patch.bias else ("weight",)
+    maps = map_parameters({"patch_projection": "patch_embed.proj"}, kinds) | dict(tensors or {})
+    for block in (f"blocks.{number}" for number in range(config.depth)):
+        maps |= map_parameters(NORMS, norm_kinds, block, block)
+        maps |= map_parameters({**ATTENTION, **mlp}, BOTH, block, block)
+    places = {"patch_rows": ("patch_embed", "output"), "embeddings": ("merger", "output"), **(values or {})}
+    mergers = {f"deepstack.{level}": f"deepstack_merger_list.{level}" for level in range(len(config.deepstack))}
+    places |= {ours: (theirs, "output") for ours, theirs in mergers.items()}
+    linears = {ours: theirs for ours, theirs in merger.items() if ours != "norm"}
+    for ours, theirs in {"projector": "merger", **mergers}.items():
+        maps |= map_parameters({"norm": merger["norm"]}, norm_kinds, ours, theirs)
+        maps |= map_parameters(linears, BOTH, ours, theirs)
+        places[f"{ours}.normed"] = (f"{theirs}.{merger['norm']}", "output")
+        places[f"{ours}.hidden"] = (f"{theirs}.{merger['linear_2']}", "input")
+    return Family(
+        config=config,
+        prefixes={"visual.": ""},
+        tensors=maps,
+        ignored=IGNORED,
+        resize_rules={"hf": partial(SmartResize, frame_budget=frame_budget)},
+        reference=QwenReference(mlp, places),
+        prompt=prompt,
+        mrope=mrope,
+    )
 
 
 def read_patch(vision: ConfigReader, size: int, *, bias: bool) -> PatchEmbedding:
@@ -106,14 +104,7 @@ def read_merger(vision: ConfigReader, norm: Normalization, width: int, output_ke
 
 
 def read_tower(vision: ConfigReader, width: int, depth: int, **own: Any) -> TowerConfig:
-    """Reads the common part of a tower: biases, a rotary embedding, attention within one temporal patch.
-
-    Args:
-        vision: ``vision_config``.
-        width: of the rows.
-        depth: number of blocks; the features are taken after the last.
-        **own: the other fields of the tower.
-    """
+    """Reads the common part of a tower: biases, a rotary embedding, attention within one temporal patch."""
     # transformers accepts both names.
     heads = "num_attention_heads" if vision.has("num_attention_heads") else "num_heads"
     return TowerConfig(
@@ -135,11 +126,11 @@ class QwenReference(ReferenceModel):
     """The ``visual`` module of transformers' model.
 
     Attributes:
-        block_values: values of one block.
+        mlp: modules of a block's MLP, ours → theirs.
         other_values: values outside the blocks.
     """
 
-    block_values: Values
+    mlp: Mapping[str, str]
     other_values: Values
 
     def inputs(self, model: Any, batch: PackedBatch, config: TowerConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,7 +149,11 @@ class QwenReference(ReferenceModel):
 
     def values(self, config: TowerConfig) -> Mapping[str, ModuleValue]:
         """Returns every value with a module boundary on both sides."""
-        values = module_values(self.other_values, "visual")
-        for block in range(config.depth):
-            values |= module_values(self.block_values, f"visual.blocks.{block}", f"blocks.{block}.")
-        return values
+        return module_values(self.other_values, "visual") | block_values(
+            config.depth,
+            "visual.blocks",
+            qkv=["attn.qkv"],
+            output="attn.proj",
+            down=self.mlp["mlp_down"],
+            up=self.mlp.get("mlp_up"),
+        )

@@ -69,12 +69,7 @@ def read_family(reader: ConfigReader) -> Family:
 
 
 def open_config(folder: Path) -> ConfigReader:
-    """Opens the checkpoint's ``config.json``, or Mistral's own ``params.json`` if there is none.
-
-    Raises:
-        CheckpointNotFoundError: the folder has neither.
-        ConfigError: the file cannot be read.
-    """
+    """Opens the checkpoint's ``config.json``, or Mistral's own ``params.json`` if there is none."""
     for name in (CONFIG_NAME, MISTRAL_FORMAT):
         if (folder / name).is_file():
             return ConfigReader.from_file(folder / name)
@@ -130,11 +125,9 @@ def _find_file(reader: ConfigReader) -> FamilyFile:
     known = f"supported are {', '.join(model_types())}"
     model_type, _, tower = name.partition("/")
     if not any(reader.has(key) for key in VISION_KEYS):
-        missing = (
-            "there is no `vision_encoder`"
-            if reader.source == MISTRAL_FORMAT
-            else f"model_type {model_type!r} has no `vision_config` or the like"
-        )
+        missing = f"model_type {model_type!r} has no `vision_config` or the like"
+        if reader.source == MISTRAL_FORMAT:
+            missing = "there is no `vision_encoder`"
         raise NoVisionTowerError(f"{reader.source}: {missing}: this checkpoint holds no vision tower; {known}")
     what = f"model_type {model_type!r}" + (f" with a tower {tower!r}" if tower else "")
     raise UnsupportedArchitectureError(f"{reader.source}: {what} is not supported; {known}")
