@@ -60,7 +60,13 @@ def describe(parity: "Parity") -> str:
     if parity.embeddings.reference_error is None:
         rows.append(("transformers float32", "0", f"{parity.reference_seconds * 1e3:,.0f}"))
     else:
-        rows.append((f"transformers {name}", f"{parity.embeddings.reference_error:.2e}", f"{parity.reference_seconds * 1e3:,.0f}"))
+        rows.append(
+            (
+                f"transformers {name}",
+                f"{parity.embeddings.reference_error:.2e}",
+                f"{parity.reference_seconds * 1e3:,.0f}",
+            )
+        )
     table = text_table(
         "Distance from transformers in float32 (relative L2, all images)", ("tower", "distance", "ms"), rows
     )

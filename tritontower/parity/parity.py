@@ -250,7 +250,10 @@ def _reference_timed(
 def _timed(
     function: Callable[[Any], Mapping[str, torch.Tensor]], argument: Any, device: torch.device
 ) -> tuple[Mapping[str, torch.Tensor], float]:
-    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     synchronize()
     start = time.perf_counter()
     result = function(argument)
