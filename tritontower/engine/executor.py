@@ -20,7 +20,7 @@ from tritontower.graph.memory_plan import MemoryPlan, plan_memory
 
 from .cuda_graphs import CudaCapture
 from .graph_cache import CaptureLimits, CudaGraphCache
-from .ops import BINDINGS, BatchMetadata, Step, Tensors, bind_weight
+from .ops import BatchMetadata, Step, Tensors, bind_node, bind_weight
 from .static_buffers import MemorySlot
 
 Observer = Callable[[Node, Tensors], None]
@@ -30,19 +30,8 @@ Observer = Callable[[Node, Tensors], None]
 class Executor:
     """A layer graph with its weights, ready to run.
 
-    Args:
-        graph: the graph.
-        sources: name → tensor as returned by :func:`tritontower.engine.weight_loader.read_weights`, or canonical tensors, all
-            of one dtype and on one device.
-        cuda_graphs: captures CUDA graphs on a GPU, within limits.
-
-    Attributes:
-        weights: name → weight as the nodes use it.
-        dtype, device: of the weights and of every forward pass.
-        graph_cache: static buffers and CUDA graphs; ``None`` on a CPU.
-
-    Raises:
-        KeyError: a tensor is missing.
+    ``sources`` is name → tensor as returned by :func:`tritontower.engine.weight_loader.read_weights`, or canonical tensors,
+    all of one dtype and on one device.  ``graph_cache`` holds static buffers and CUDA graphs; ``None`` on a CPU.
     """
 
     def __init__(
@@ -53,7 +42,7 @@ class Executor:
         first = next(iter(self.weights.values()))
         self.dtype, self.device = first.dtype, first.device
         self.graph_cache: CudaGraphCache | None = None
-        self._steps: list[tuple[Node, Step]] = [(node, BINDINGS[node.kind](node, self.weights)) for node in graph.nodes]
+        self._steps: list[tuple[Node, Step]] = [(node, bind_node(node, self.weights)) for node in graph.nodes]
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._plan: MemoryPlan | None = None
         self._views: Tensors = {}
@@ -70,14 +59,9 @@ class Executor:
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch, observer: Observer | None = None) -> Tensors:
-        """Runs one forward pass.
+        """Runs one forward pass of a batch on the CPU or on the executor's device.
 
-        Args:
-            batch: on the CPU or on the executor's device.
-            observer: called after every node; no CUDA graph is replayed then.
-
-        Returns:
-            Name → newly allocated tensor, of each output.
+        Returns name → newly allocated tensor, of each output.  With an observer, no CUDA graph is replayed.
         """
         outputs = self._allocate_outputs(batch.workload)
         if batch.workload.patches == 0:

@@ -8,14 +8,14 @@ Copies of the batch to the device are not counted.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tritontower.kernels.attention import attention
 from tritontower.kernels.gemm import linear, qkv_projection
-from tritontower.kernels.gemm.linear_config import LinearConfig, count_parts
+from tritontower.kernels.gemm.linear_config import GATED, count_parts
 from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
 from tritontower.kernels.runtime.checks import ceil_div
 from tritontower.kernels.runtime.config import nearest_architecture
@@ -47,7 +47,7 @@ class GraphLaunches:
     """Launches of one forward pass, by node name and by block number."""
 
     nodes: Mapping[str, Launches]
-    blocks: Mapping[int, Launches] = field(default_factory=dict)
+    blocks: Mapping[int, Launches]
 
     @property
     def total(self) -> Launches:
@@ -65,12 +65,8 @@ def count_launches(
 ) -> GraphLaunches:
     """Counts the launches of every node.
 
-    Args:
-        graph: plain or fused.
-        workload: its rows decide the configurations.
-        dtype: of the activations.
-        device: the device whose tuned or default configurations apply, or the name of an architecture such as ``"sm_90"``,
-            whose defaults apply.  ``None``: every matmul and every attention is one launch, as with many rows.
+    ``device`` is the device whose tuned or default configurations apply, or the name of an architecture such as ``"sm_90"``,
+    whose defaults apply.  ``None``: every matmul and every attention is one launch, as with many rows.
     """
     counter = _Counter(graph, workload, dtype, device)
     nodes = {node.name: counter.count(node) for node in graph.nodes}
@@ -89,51 +85,47 @@ class _Counter:
     device: torch.device | str | None
 
     def count(self, node: Node) -> Launches:
-        rows, attributes = self.workload.rows(node.rows), node.attributes
-        is_residual = node.residual is not None
-        if node.kind == "linear":
-            return self._count_linear(node, "", rows, attributes["activation"], residual=is_residual)
-        if node.kind == "qkv_projection":
-            return self._count_qkv(node, rows)
+        attributes = node.attributes
+        if node.kind in ("linear", "qkv_projection"):
+            return self._count_matmul(node, "", attributes.get("activation"), residual=node.residual is not None)
         if node.kind == "attention":
             return self._count_attention(node)
         if node.kind in ("mlp", "projector"):
-            first = self._count_linear(node, "_1", rows, attributes["activation"], residual=False)
-            both = first + self._count_linear(node, "_2", rows, None, residual=is_residual)
+            both = self._count_matmul(node, "_1", attributes["activation"], residual=False)
+            both += self._count_matmul(node, "_2", None, residual=node.residual is not None)
             if node.kind == "mlp":
+                rows = self.workload.rows(node.rows)
                 return both * ceil_div(rows, self.graph.values[node.scratch[0]].most_rows or max(rows, 1))
-            if "norm_weight" in node.weights:
-                return both + Launches(1)
             # Without a norm, which gathers as it reads, torch gathers the selected rows.
-            return both + Launches(library=len(node.inputs) - 1)
+            return both + (Launches(1) if "norm_weight" in node.weights else Launches(library=len(node.inputs) - 1))
         if node.kind == "select":
             features = attributes["features"]
             return Launches(features) if len(node.inputs) > features else Launches(library=features)
         return Launches(1)
 
-    def _count_linear(self, node: Node, role: str, rows: int, activation: str | None, *, residual: bool) -> Launches:
+    def _count_matmul(self, node: Node, role: str, activation: str | None, *, residual: bool) -> Launches:
+        rows, attributes = self.workload.rows(node.rows), node.attributes
         if self.device is None or rows == 0:
             return Launches(1)
-        (columns, inner), has_bias = (
-            self.graph.weights[node.weights[f"weight{role}"]].shape,
-            f"bias{role}" in node.weights,
-        )
-        columns //= 2 if activation in ("silu_gated", "silu_gated_interleaved") else 1
-        config = self._configure(linear, rows, columns, inner, activation=activation, tuned={"residual": residual})
-        if config.vendor and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), activation):
-            return self._count_vendor(activation, bias=has_bias, residual=residual)
-        return _count_split(inner, config)
-
-    def _count_qkv(self, node: Node, rows: int) -> Launches:
-        if self.device is None or rows == 0:
-            return Launches(1)
-        columns, inner = self.graph.weights[node.weights["weight"]].shape
-        tuned = {"head_dim": node.attributes["head_dim"]}
-        config = self._configure(qkv_projection, rows, columns, inner, tuned=tuned)
-        is_plain = len(node.inputs) == 1 and node.attributes["query_scale"] == 1
-        if config.vendor and is_plain and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), None):
-            return self._count_vendor(None, bias="bias" in node.weights, residual=False)
-        return _count_split(inner, config)
+        columns, inner = self.graph.weights[node.weights[f"weight{role}"]].shape
+        is_plain = True
+        if node.kind == "qkv_projection":
+            is_plain = len(node.inputs) == 1 and attributes["query_scale"] == 1
+            tuned = {"head_dim": attributes["head_dim"]}
+            config = self._configure(qkv_projection, rows, columns, inner, tuned=tuned)
+        else:
+            columns //= 2 if activation in GATED else 1
+            tuned = {"residual": residual}
+            config = self._configure(linear, rows, columns, inner, activation=activation, tuned=tuned)
+        if not (is_plain and config.vendor and can_use_vendor_gemm(torch.empty(0, dtype=self.dtype), activation)):
+            return Launches(1 if count_parts(inner, config) == 1 else 2)
+        # A vendor GEMM, and a kernel for each part of the epilogue that it does not support.
+        has_bias = f"bias{role}" in node.weights
+        if residual and not has_bias and activation is None:
+            return Launches(library=1)
+        on_gpu = isinstance(self.device, str) or self.device.type == "cuda"
+        is_fused = activation is None or (has_bias and on_gpu and activation == "gelu_tanh")
+        return Launches(kernels=(not is_fused) + residual, library=1)
 
     def _count_attention(self, node: Node) -> Launches:
         if self.device is None or not self.workload.patches:
@@ -149,21 +141,9 @@ class _Counter:
         )
         return Launches(2 if config.variant == "specialized" and self.dtype == torch.bfloat16 else 1)
 
-    def _count_vendor(self, activation: str | None, *, bias: bool, residual: bool) -> Launches:
-        """Counts the vendor GEMM, and a kernel for each part of the epilogue that it does not support."""
-        if residual and not bias and activation is None:
-            return Launches(library=1)
-        on_gpu = isinstance(self.device, str) or (self.device is not None and self.device.type == "cuda")
-        is_fused = activation is None or (bias and on_gpu and activation == "gelu_tanh")
-        return Launches(kernels=(not is_fused) + residual, library=1)
-
     def _configure(self, module: Any, *shape: int, tuned: Mapping[str, Any], **options: Any) -> Any:
         """Returns the configuration of a launch; ``tuned``: what only the search among tuned ones needs."""
         if isinstance(self.device, str):
             architecture = nearest_architecture(self.device)
             return module.default_config(*shape, dtype=self.dtype, architecture=architecture, **options)
         return module.choose_config(*shape, dtype=self.dtype, device=self.device, **options, **tuned)
-
-
-def _count_split(inner: int, config: LinearConfig) -> Launches:
-    return Launches(1 if count_parts(inner, config) == 1 else 2)

@@ -17,14 +17,11 @@ FOLDER_VARIABLE = "TRITONTOWER_TUNED_CONFIG_FOLDER"
 
 @dataclass(frozen=True)
 class Identity:
-    """Properties of a GPU that its table names."""
+    """Properties of a GPU that its table names; ``capability`` is ``"9.0"``, or AMD's name of the chip."""
 
     gpu: str
-    """Name from the driver."""
     architecture: str
-    """One of :data:`tritontower.kernels.runtime.config.ARCHITECTURES`."""
     capability: str
-    """``"9.0"``, or AMD's name of the chip."""
     multiprocessors: int
 
 
@@ -32,9 +29,8 @@ class Identity:
 def _identify(index: int) -> Identity:
     properties = torch.cuda.get_device_properties(index)
     chip = str(properties.gcnArchName).split(":")[0] if torch.version.hip else f"{properties.major}.{properties.minor}"
-    return Identity(
-        properties.name, architecture(torch.device("cuda", index)), chip, properties.multi_processor_count
-    )  # fmt: skip
+    name = architecture(torch.device("cuda", index))
+    return Identity(properties.name, name, chip, properties.multi_processor_count)
 
 
 def identify(device: torch.device) -> Identity:
@@ -43,11 +39,7 @@ def identify(device: torch.device) -> Identity:
 
 
 def table_name(gpu: str) -> str:
-    """Returns the file name of a GPU's table: ``"NVIDIA H200"`` → ``"NVIDIA_H200.json"``.
-
-    Raises:
-        ValueError: the name has no letter or digit.
-    """
+    """Returns the file name of a GPU's table: ``"NVIDIA H200"`` → ``"NVIDIA_H200.json"``."""
     stem = file_stem(gpu)
     if not stem:
         raise ValueError(f"the name of a GPU must have a letter or digit (a-z, 0-9) to name a table by, got {gpu!r}")

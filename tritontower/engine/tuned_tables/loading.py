@@ -52,9 +52,7 @@ def load_tables(identity: Identity) -> list[LoadedTable]:
             logger.warning("the table of tuned configurations %s is ignored: %s", path, error)
             continue
         current = [entry for entry in entries if is_current(entry)]
-        loaded.append(
-            LoadedTable(path, registry.TunedTable(current), len(current), len(entries) - len(current))
-        )  # fmt: skip
+        loaded.append(LoadedTable(path, registry.TunedTable(current), len(current), len(entries) - len(current)))
     return loaded
 
 

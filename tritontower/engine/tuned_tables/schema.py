@@ -27,16 +27,32 @@ KERNEL_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}\.[a-z][a-z0-9_]{0,62}")
 """Module path of a kernel under ``kernels/``."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-_DIGEST = re.compile(r"[0-9a-f]{12}")
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LIMITS = {"num_warps": (1, 32), "num_stages": (1, 8), "split": (1, 64), "group_rows": (1, 64), "rows": (1, 1024)}
 """Field of a configuration → its smallest and largest value; blocks have a rule of their own."""
-_TABLE = {"schema", "key", "entries"}
-_KEY = {"gpu", "architecture", "capability", "multiprocessors", "triton", "ptxas"}
+_TABLE = {"schema": "any", "key": "any", "entries": "any"}
+_KEY = {
+    "gpu": "text",
+    "architecture": SHARED_MEMORY_LIMIT,
+    "capability": "text",
+    "multiprocessors": (0, 100_000),
+    "triton": "text",
+    "ptxas": "text or null",
+}
 _ENTRY = {
-    "kernel", "source", "triton", "dtype", "constants", "sizes", "config", "microseconds", "runner_up", "verified", "date",
-}  # fmt: skip
+    "kernel": KERNEL_NAME,
+    "source": re.compile(r"[0-9a-f]{12}"),
+    "triton": "text",
+    "dtype": _ITEMSIZES,
+    "constants": "values",
+    "sizes": "values",
+    "config": "values",
+    "microseconds": "number",
+    "runner_up": "any",
+    "verified": "number",
+    "date": re.compile(r"\d{4}-\d{2}-\d{2}"),
+}
+_RUNNER_UP = {"config": "values", "microseconds": "number"}
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,7 @@ def triton_minor(version: str) -> str:
 
 
 def read_table(path: Path) -> Table:
-    """Reads and checks the table in ``path``.
-
-    Raises:
-        OSError: the file is missing or cannot be read.
-        ValueError: it is not a table; the message names the field.
-    """
+    """Reads and checks a table; raises :class:`OSError`, or :class:`ValueError` that names the field and the rule."""
     with path.open("rb") as file:
         data = file.read(LARGEST_FILE + 1)
     if len(data) > LARGEST_FILE:
@@ -79,54 +90,35 @@ def read_table(path: Path) -> Table:
 
 def check_table(content: object) -> None:
     """Checks a table; raises :class:`ValueError` that names the field and the rule."""
-    table = _mapping(content, "the table", _TABLE)
+    table = _check_fields(content, "the table", _TABLE)
     if table["schema"] != SCHEMA or isinstance(table["schema"], bool):
         raise ValueError(f"schema must be {SCHEMA}, got {str(table['schema'])[:20]!r}")
-    key = _mapping(table["key"], "key", _KEY)
-    for name in ("gpu", "architecture", "capability", "triton"):
-        _text(key[name], f"key.{name}")
-    if key["ptxas"] is not None:
-        _text(key["ptxas"], "key.ptxas")
+    key = _check_fields(table["key"], "key", _KEY)
     if not file_stem(key["gpu"]):
         raise ValueError("key.gpu must have a letter or digit (a-z, 0-9) to name a table by")
-    if key["architecture"] not in SHARED_MEMORY_LIMIT:
-        raise ValueError(f"key.architecture must be one of {', '.join(SHARED_MEMORY_LIMIT)}")
-    _integer(key["multiprocessors"], "key.multiprocessors", 0, 100_000)
     entries = table["entries"]
     if not isinstance(entries, list) or len(entries) > LARGEST_TABLE:
         raise ValueError(f"entries must be a list of at most {LARGEST_TABLE}")
     for number, entry in enumerate(entries):
-        _check_entry(_mapping(entry, f"entries[{number}]", _ENTRY), f"entries[{number}]", key["architecture"])
+        where = f"entries[{number}]"
+        _check_fields(entry, where, _ENTRY)
+        for name, value in entry["sizes"].items():
+            _check(value, f"{where}.sizes.{name}", (1, LARGEST_NUMBER))
+        _check_config(entry, entry["config"], f"{where}.config", key["architecture"])
+        if entry["runner_up"] is not None:
+            runner_up = _check_fields(entry["runner_up"], f"{where}.runner_up", _RUNNER_UP)
+            _check_config(entry, runner_up["config"], f"{where}.runner_up.config", key["architecture"])
 
 
-def _check_entry(entry: Mapping[str, Any], where: str, architecture: str) -> None:
-    for name, pattern in (("kernel", KERNEL_NAME), ("source", _DIGEST), ("date", _DATE)):
-        _matches(entry[name], f"{where}.{name}", pattern)
-    _text(entry["triton"], f"{where}.triton")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in _ITEMSIZES:
-        raise ValueError(f"{where}.dtype must be one of {', '.join(sorted(_ITEMSIZES))}")
-    _values(entry["constants"], f"{where}.constants")
-    for name, value in _values(entry["sizes"], f"{where}.sizes").items():
-        _integer(value, f"{where}.sizes.{name}", 1, LARGEST_NUMBER)
-    for name in ("microseconds", "verified"):
-        _number(entry[name], f"{where}.{name}")
-    _check_config(entry, entry["config"], f"{where}.config", architecture)
-    if entry["runner_up"] is not None:
-        runner_up = _mapping(entry["runner_up"], f"{where}.runner_up", {"config", "microseconds"})
-        _check_config(entry, runner_up["config"], f"{where}.runner_up.config", architecture)
-        _number(runner_up["microseconds"], f"{where}.runner_up.microseconds")
-
-
-def _check_config(entry: Mapping[str, Any], config: object, where: str, architecture: str) -> None:
-    """Checks the fields of a configuration, and that a chip of ``architecture`` could launch it.
+def _check_config(entry: Mapping[str, Any], fields: Mapping[str, Any], where: str, architecture: str) -> None:
+    """Checks that a chip of ``architecture`` could launch a configuration.
 
     Missing fields count as the smallest value that they can have.
     """
-    fields = _values(config, where)
     for name, value in fields.items():
         is_block = name.startswith("block_")
         if is_block or name in _LIMITS:
-            _integer(value, f"{where}.{name}", *((16, 4096) if is_block else _LIMITS[name]))
+            _check(value, f"{where}.{name}", (16, 4096) if is_block else _LIMITS[name])
         if (is_block or name in ("num_warps", "rows")) and value & (value - 1):
             raise ValueError(f"{where}.{name} must be a power of two, got {value}")
     constants = entry["constants"]
@@ -153,40 +145,37 @@ def _width(value: object) -> int:
     return value if isinstance(value, int) and value > 0 else 1
 
 
-def _mapping(value: object, where: str, names: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict) or set(value) != names:
-        raise ValueError(f"{where} must be an object with exactly {', '.join(sorted(names))}")
+def _check_fields(value: object, where: str, rules: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks that ``value`` is an object with exactly the fields of ``rules``, and each field by its rule."""
+    if not isinstance(value, dict) or value.keys() != rules.keys():
+        raise ValueError(f"{where} must be an object with exactly {', '.join(sorted(rules))}")
+    for name, rule in rules.items():
+        _check(value[name], f"{where}.{name}", rule)
     return value
 
 
-def _values(value: object, where: str) -> dict[str, Any]:
-    """Checks an object of at most 32 names with numbers, booleans, texts or null."""
-    if not isinstance(value, dict) or len(value) > 32:
-        raise ValueError(f"{where} must be an object of at most 32 names")
-    for name, each in value.items():
-        _matches(name, f"a name in {where}", _NAME)
-        if isinstance(each, str):
-            _text(each, f"{where}.{name}")
-        elif each is not None and not isinstance(each, bool):
-            _number(each, f"{where}.{name}")
-    return value
-
-
-def _matches(value: object, where: str, pattern: re.Pattern[str]) -> None:
-    if not isinstance(value, str) or pattern.fullmatch(value) is None:
-        raise ValueError(f"{where} must have the form {pattern.pattern}")
-
-
-def _text(value: object, where: str) -> None:
-    if not isinstance(value, str) or len(value) > LARGEST_TEXT or not value.isprintable():
-        raise ValueError(f"{where} must be a line of at most {LARGEST_TEXT} characters")
-
-
-def _number(value: object, where: str) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1e15:
-        raise ValueError(f"{where} must be a number from 0 to 1e15")
-
-
-def _integer(value: object, where: str, smallest: int, largest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value <= largest:
-        raise ValueError(f"{where} must be an integer from {smallest} to {largest}")
+def _check(value: Any, where: str, rule: Any) -> None:
+    """Checks a value by its rule: a pattern, the smallest and largest integer, the allowed texts, or a kind."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if rule == "any" or (rule == "text or null" and value is None):
+        return
+    if isinstance(rule, re.Pattern):
+        valid, form = isinstance(value, str) and bool(rule.fullmatch(value)), f"have the form {rule.pattern}"
+    elif isinstance(rule, tuple):
+        valid = is_number and isinstance(value, int) and rule[0] <= value <= rule[1]
+        form = f"be an integer from {rule[0]} to {rule[1]}"
+    elif isinstance(rule, Mapping):
+        valid, form = isinstance(value, str) and value in rule, f"be one of {', '.join(sorted(rule))}"
+    elif rule == "number":
+        valid, form = is_number and 0 <= value <= 1e15, "be a number from 0 to 1e15"
+    elif rule == "values":
+        valid, form = isinstance(value, dict) and len(value) <= 32, "be an object of at most 32 names"
+    else:
+        valid = isinstance(value, str) and len(value) <= LARGEST_TEXT and value.isprintable()
+        form = f"be a line of at most {LARGEST_TEXT} characters"
+    if not valid:
+        raise ValueError(f"{where} must {form}")
+    for name, each in value.items() if rule == "values" else ():
+        _check(name, f"a name in {where}", _NAME)
+        if each is not None and not isinstance(each, bool):
+            _check(each, f"{where}.{name}", "text" if isinstance(each, str) else "number")
