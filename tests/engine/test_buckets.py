@@ -7,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from support.checkpoints import noise
 from support.towers import TowerCase, all_cases
 
 from tritontower import VisionTower
 from tritontower.engine.buckets import STEPS, BucketPlanner, SegmentCapacity, round_up, round_up_workload
 from tritontower.graph.ir import Workload
-from tritontower.kernels.runtime import dispatch
 from tritontower.kernels.runtime.segments import Segments
 
 Load = Callable[[str], VisionTower]
@@ -101,17 +99,6 @@ def test_batches_of_similar_size_share_a_bucket(load: Load) -> None:
     buckets = [planner.bucket(tower.preprocess(np.zeros((h, w, 3), np.uint8))) for w, h in shapes]
     assert buckets[0] == buckets[1] == buckets[2]
     assert buckets[3] != buckets[0], "a side beyond a power of two"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs only on a machine without a GPU")
-def test_backends_have_buckets_of_their_own(load: Load) -> None:
-    tower = load("qwen2_vl")
-    planner, batch = BucketPlanner(tower.graph, tower.device), tower.preprocess(noise(90, 90, 1))
-    with dispatch.use("interpreter"):
-        interpreted = planner.bucket(batch)
-    assert interpreted is not None
-    assert interpreted != planner.bucket(batch)
-    assert replace(interpreted, backend="reference") == planner.bucket(batch)
 
 
 def test_tiles_of_several_sizes_have_no_bucket(load: Load) -> None:

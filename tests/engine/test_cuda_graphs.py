@@ -115,9 +115,6 @@ def poison(executor: Executor) -> None:
             buffers.memory.fill_(255)
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
-
-
 @each_case
 def test_replays_have_the_bits_of_exact_sizes(case: TowerCase, towers: Towers, poisoned_empty: None) -> None:
     tower, recorder = towers(case), StepRecorder()
@@ -152,76 +149,6 @@ def test_repeated_launches_have_the_bits_of_exact_sizes(
     poison(planned)
     assert_same(planned.run(batch), exact.run(batch))
     assert (recorder.captures, recorder.replays) == (1, 2)
-
-
-@each_case
-def test_padding_is_finite_in_every_value(case: TowerCase, towers: Towers, poisoned_empty: None) -> None:
-    tower = towers(case)
-    _, planned = both(tower)
-    batch = batches_of(case, tower)[0]
-    planned.run(batch)
-    poison(planned)
-    (buffers,) = buffers_of(planned)
-    assert buffers.bucket.workload.patches >= batch.workload.patches
-
-    def check(node: Any, _: Any) -> None:
-        for name in node.outputs:
-            assert buffers.tensors[name].isfinite().all(), name
-
-    planned.run(batch, check)
-
-
-def test_values_of_a_batch_do_not_leak_into_the_next(tower: VisionTower) -> None:
-    exact, planned = both(tower)
-    batch = tower.preprocess([noise(300, 300, 1), noise(210, 300, 2)])
-    bad = replace(batch, pixels=torch.full_like(batch.pixels, float("nan")))
-    for _ in range(3):
-        planned.run(bad)
-        assert_same(planned.run(batch), exact.run(batch))
-
-
-def test_one_token_and_no_image_at_all(tower: VisionTower) -> None:
-    exact, planned = both(tower)
-    smallest = tower.preprocess(noise(28, 28, 1), min_pixels=28 * 28)
-    assert smallest.workload.tokens == 1
-    nothing = tower.preprocess([])
-    for _ in range(4):
-        assert_same(planned.run(smallest), exact.run(smallest))
-        assert_same(planned.run(nothing), exact.run(nothing))
-    assert planned.captured == 1
-    assert not planned.warm_up(nothing)
-
-
-def test_inputs_that_are_already_on_the_device(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact, planned = both(tower)
-    monkeypatch.setattr(static_buffers, "are_on_host", lambda tensors: False)
-    for seed in range(4):
-        batch = tower.preprocess([noise(300, 200, seed), noise(90, 90, seed)])
-        expected = exact.run(batch)
-        poison(planned)
-        assert_same(planned.run(batch), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_dtypes_of_pixels_have_buckets_of_their_own(dtype: torch.dtype, qwen2_vl: Path) -> None:
-    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", dtype=dtype)
-    exact, planned = both(tower)
-    for pixels in (torch.float32, dtype):
-        for seed in range(3):
-            batch = tower.preprocess([noise(200, 170, seed), noise(60, 90, seed)])
-            batch = replace(batch, pixels=batch.pixels.to(pixels))
-            assert_same(planned.run(batch), exact.run(batch))
-    assert planned.captured == 2
-
-
-def test_videos_are_replayed_like_images(tower: VisionTower) -> None:
-    recorder = StepRecorder()
-    batches = [tower.preprocess_video([noise(120, 90, seed + frame) for frame in range(5)]) for seed in range(4)]
-    exact = tower.executor_for(batches[0])
-    planned = bucketed(exact, recorder)
-    for batch in batches:
-        assert_same(planned.run(batch), exact.run(batch))
-    assert (recorder.captures, recorder.replays) == (1, 3)
 
 
 def test_observers_see_the_valid_rows_of_eager_steps(tower: VisionTower) -> None:
@@ -265,17 +192,6 @@ def test_threads_share_graphs(tower: VisionTower) -> None:
         thread.join()
     assert wrong == []
     assert planned.captured == 3
-
-
-# -- capturing --------------------------------------------------------------------------------------------------------
-
-
-def test_the_second_use_captures_and_later_ones_replay(tower: VisionTower, small: PackedBatch) -> None:
-    recorder = StepRecorder()
-    _, planned = both(tower, recorder)
-    for use, (captures, replays) in enumerate([(0, 0), (1, 1), (1, 2), (1, 3)]):
-        planned.run(small)
-        assert (recorder.captures, recorder.replays) == (captures, replays), use
 
 
 def test_warming_up_captures_at_once(tower: VisionTower, small: PackedBatch) -> None:
@@ -355,6 +271,30 @@ def test_a_failed_end_of_capture_restores_the_stream(monkeypatch: pytest.MonkeyP
     assert caller not in ran_on
 
 
+@pytest.mark.parametrize("case", ["videos", "on the device", "bfloat16", "float16", "one token", "nothing"])
+def test_other_batches_are_replayed(case: str, qwen2_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = getattr(torch, case) if "float" in case else torch.float32
+    tower, recorder = VisionTower.from_pretrained(qwen2_vl, device="cpu", dtype=dtype), StepRecorder()
+
+    def pack(seed: int) -> PackedBatch:
+        frames = [noise(200, 170, seed), noise(60, 90, seed)]
+        if case == "videos":
+            return tower.preprocess_video([frames[0], frames[0][::-1], frames[0]])
+        if case == "one token":
+            return tower.preprocess(noise(28, 28, seed), min_pixels=28 * 28)
+        batch = tower.preprocess([] if case == "nothing" else frames)
+        return replace(batch, pixels=batch.pixels.to(dtype))
+
+    monkeypatch.setattr(static_buffers, "are_on_host", lambda tensors: case != "on the device")
+    exact = tower.executor_for(pack(0))
+    planned = bucketed(exact, recorder)
+    for seed in range(4):
+        expected = exact.run(pack(seed))
+        poison(planned)
+        assert_same(planned.run(pack(seed)), expected)
+    assert (recorder.captures, recorder.replays) == ((0, 0) if case == "nothing" else (1, 3))
+
+
 @pytest.mark.parametrize("fault", ["does nothing", "one bit"])
 def test_a_replay_that_differs_is_never_used(tower: VisionTower, small: PackedBatch, fault: str) -> None:
     class Faulty(StepRecorder):
@@ -387,9 +327,6 @@ def test_a_table_created_during_a_capture_fails_it(tower: VisionTower, small: Pa
     with pytest.warns(RuntimeWarning, match="48"):
         planned.run(small)
     planned.run(small)
-
-
-# -- limits and memory ------------------------------------------------------------------------------------------------
 
 
 def test_the_least_recently_used_graph_is_evicted(tower: VisionTower) -> None:

@@ -186,32 +186,3 @@ def test_other_threads_may_use_the_device_during_a_capture(tower: VisionTower) -
         stop.set()
         thread.join()
     assert failures == []
-
-
-def test_warm_up_captures_all_buckets(tower: VisionTower) -> None:
-    assert tower.warm_up([(280, 280), [(280, 280), (140, 140)]]) == 2
-    executor = tower.executor_for(tower.preprocess(noise(280, 280, 1)))
-    before = executor.captured
-    for images in ([noise(280, 280, 2)], [noise(280, 280, 3), noise(140, 140, 4)]):
-        assert tower.forward(tower.preprocess(images)).isfinite().all()
-    assert executor.captured == before
-
-
-def test_a_tower_without_graphs_captures_nothing(qwen2_vl: Path, kernel_device: torch.device) -> None:
-    tower = VisionTower.from_pretrained(qwen2_vl, device=kernel_device, cuda_graphs=False)
-    batch = tower.preprocess(noise(280, 280, 1))
-    first = tower.forward(batch)
-    for _ in range(3):
-        assert torch.equal(tower.forward(batch), first)
-    assert (tower.warm_up([(280, 280)]), tower.captured_bytes) == (0, 0)
-
-
-def test_encode_is_the_same_with_and_without_graphs(qwen2_vl: Path, kernel_device: torch.device) -> None:
-    images = [noise(28 * (2 + number % 9), 28 * (2 + number % 5), number) for number in range(60)]
-    found = []
-    for graphs in (False, True):
-        tower = VisionTower.from_pretrained(qwen2_vl, device=kernel_device, cuda_graphs=graphs)
-        for _ in range(3):
-            embeddings = tower.encode(images, max_patches=400)
-        found.append([embedding.embeddings for embedding in embeddings])
-    assert all(map(torch.equal, *found))

@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import noise
-from support.configs import CONFIG
 from support.towers import TowerCase, all_cases
 
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.engine import cuda_graphs
-from tritontower.engine.ops import TRANSFORMS
-from tritontower.engine.runner import ModelRunner, estimate_weights_bytes
+from tritontower.engine.runner import ModelRunner
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
-from tritontower.graph.fusion import KERNEL_PASSES, fold_still_images, fuse
+from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.kernels.gemm import cpu
 
 CASES = {case.name: case for case in all_cases()}
@@ -159,31 +157,3 @@ def test_weights_bytes_are_estimated_up_to_gaps(
     tower.load()
     assert estimate <= tower.weights_bytes < estimate + GAP * len(tower.graph.held_shapes)
     assert estimate >= tower.graph.parameters * 4
-
-
-def test_the_estimate_counts_padding_and_video_weights() -> None:
-    config = replace(
-        CONFIG,
-        width=144,
-        heads=2,
-        depth=1,
-        features=(1,),
-        gated=True,
-        activation="silu",
-        mlp_hidden=70,
-        projector=replace(CONFIG.projector, hidden=576),
-    )
-    videos = fuse(build(config), KERNEL_PASSES)
-    heads = 3 * 2 * (80 - 72) * (144 + 1)
-    gates = (128 - 70) * (3 * 144 + 2)
-    assert estimate_weights_bytes([videos], 2) == 2 * (videos.parameters + heads + gates)
-    folded = 144 * config.patch.still_inner
-    assert estimate_weights_bytes([fold_still_images(videos), videos], 2) == 2 * (
-        videos.parameters + heads + gates + folded
-    )
-
-
-def test_transforms_are_views_except_one() -> None:
-    tensor = torch.zeros(4, 3, 2, 5, 5)
-    copies = {name for name, transform in TRANSFORMS.items() if transform(tensor).data_ptr() != tensor.data_ptr()}
-    assert copies == {"fold_temporal"}

@@ -1,6 +1,6 @@
 """Counted launches are the launches of the executor; configurations decide about second launches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.checkpoints import noise
 from support.configs import CONFIG, PASSES, TOWERS, graph_of
-from support.towers import TowerCase, all_cases
+from support.towers import all_cases
 
 from tritontower import VisionTower
 from tritontower.config import TowerConfig
@@ -23,8 +23,7 @@ from tritontower.kernels.attention import attention
 from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm import linear as linears
 from tritontower.kernels.gemm import qkv_projection
-from tritontower.kernels.gemm.linear_config import LinearConfig, count_parts
-from tritontower.kernels.runtime import registry
+from tritontower.kernels.gemm.linear_config import LinearConfig
 from tritontower.kernels.runtime.config import ARCHITECTURES
 
 CASES = {case.name: case for case in all_cases()}
@@ -57,26 +56,14 @@ def record_launches() -> Iterator[list[str]]:
         yield names
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TowerCase], Path]:
-    """A small checkpoint of a case, made once."""
-    folder = tmp_path_factory.mktemp("towers")
-
-    def save(case: TowerCase) -> Path:
-        path: Path = folder / case.name
-        return path if path.exists() else case.save(path)
-
-    return save
-
-
 @pytest.mark.parametrize(
     ("case", "passes"),
     [*((name, "kernels") for name in CASES), *((name, "plain") for name in ("clip", "qwen2_vl", "siglip"))],
 )
 def test_the_executor_launches_what_is_counted(
-    case: str, passes: str, saved: Callable[[TowerCase], Path], kernel_device: torch.device
+    case: str, passes: str, tmp_path: Path, kernel_device: torch.device
 ) -> None:
-    tower = VisionTower.from_pretrained(saved(CASES[case]), device=kernel_device, delay_load=True)
+    tower = VisionTower.from_pretrained(CASES[case].save(tmp_path / "m"), device=kernel_device, delay_load=True)
     width, height = CASES[case].sizes[0]
     batch = tower.preprocess([noise(width, height, 0)]).to(kernel_device)
     graph = fold_still_images(fuse(build(tower.config), PASSES[passes]))
@@ -126,25 +113,6 @@ def test_few_rows_take_more_launches(architecture: str, monkeypatch: pytest.Monk
     assert [count_launches(graph, workload, device=GPU) for workload in workloads] == counts, "like a device of it"
 
 
-def test_tuned_configurations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table whose MLP down splits K at 1,024 rows adds one launch to each block."""
-    values = {
-        "block_rows": 64, "block_columns": 64, "block_inner": 64, "group_rows": 8, "num_warps": 4, "num_stages": 3
-    }  # fmt: skip
-    down = {"columns": 1280, "inner": 5120, "activation": None, "residual": True}
-    entries = [
-        {"kernel": "gemm.linear", "dtype": "bfloat16", "constants": down, "sizes": {"rows": rows}, "config": config}
-        for rows, config in ((1024, values | {"split": 4}), (4096, values))
-    ]
-    graph = fold_still_images(graph_of("kernels"))
-    monkeypatch.setattr("tritontower.kernels.runtime.config.architecture", lambda _: "sm_90")
-    registry.fill(GPU, [registry.TunedTable(entries)])
-    try:
-        assert [count_launches(graph, one_image(rows), device=GPU).per_block.total for rows in (1024, 4096)] == [8, 7]
-    finally:
-        registry.clear()
-
-
 def test_an_mlp_launches_once_per_chunk_of_rows() -> None:
     longer = replace(MANY, patches=16385, scores=16385**2)
     assert count_block(CONFIG, "kernels", longer) == Launches(9)
@@ -158,11 +126,6 @@ def test_gathers_and_copies_by_torch_are_library_calls() -> None:
     assert several.nodes["features"] == Launches(kernels=3)
     copies = count_launches(graph_of("plain", replace(CONFIG, depth=1, features=(0, 1))), MANY)
     assert copies.nodes["features"] == Launches(library=2)
-
-
-@pytest.mark.parametrize(("inner", "block", "split", "parts"), [(1280, 64, 4, 4), (640, 64, 8, 5), (64, 64, 8, 1)])
-def test_a_short_matmul_has_fewer_parts(inner: int, block: int, split: int, parts: int) -> None:
-    assert count_parts(inner, LinearConfig(64, 64, block, 8, 4, 3, split)) == parts
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, module: Any, config: Any) -> None:

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritontower.text_table import text_table
 
-from .options import (
-    add_bounds,
-    add_device_and_dtype,
-    add_json,
-    add_model,
-    image_size,
-    load_tower,
-    output_file,
-    read_bounds,
-)
+from . import options
 
 if TYPE_CHECKING:
     from tritontower import VisionTower
@@ -32,30 +23,33 @@ _SIZES = [(224, 224), (448, 448), (1024, 768), (1920, 1080)]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL, the image sizes, and the file for the graph."""
-    add_model(parser)
+    options.add_model(parser)
     parser.add_argument(
         "--size",
-        type=image_size,
+        type=options.image_size,
         action="append",
         metavar="WIDTHxHEIGHT",
         help="an image size whose cost is estimated; may be repeated, the first is that of the graph table "
         "(default: 224x224, 448x448, 1024x768 and 1920x1080)",
     )
-    parser.add_argument(
-        "--dot", type=output_file, metavar="FILE", help="write the graph to FILE as Graphviz DOT (dot -Tsvg FILE)"
-    )
-    add_bounds(parser)
-    add_device_and_dtype(parser)
-    add_json(parser)
+    dot_help = "write the graph to FILE as Graphviz DOT (dot -Tsvg FILE)"
+    parser.add_argument("--dot", type=options.output_file, metavar="FILE", help=dot_help)
+    options.add_bounds(parser)
+    options.add_device_and_dtype(parser)
+    options.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the summary and writes the graph if ``--dot`` is given."""
-    tower = load_tower(arguments, delay_load=True)
-    if arguments.dtype == "auto" and not _has_dtype(tower):
+    from tritontower.errors import CheckpointNotFoundError
+
+    tower = options.load_tower(arguments, delay_load=True)
+    try:
+        _dtype_name(tower)
+    except CheckpointNotFoundError:  # neither the configuration nor local weights declare one
         arguments.dtype = "bfloat16"
-        tower = load_tower(arguments, delay_load=True)
-    bounds = read_bounds(arguments)
+        tower = options.load_tower(arguments, delay_load=True)
+    bounds = options.read_bounds(arguments)
     images: list[dict[str, Any]] = []
     descriptions: list[Description] = []
     for width, height in arguments.size or _SIZES:
@@ -75,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
             }
         )
     if arguments.dot is not None:
-        dot = descriptions[0].to_dot(title=f"Vision tower of {arguments.model}")
-        arguments.dot.write_text(dot, encoding="utf-8")
+        title = f"Vision tower of {arguments.model}"
+        arguments.dot.write_text(descriptions[0].to_dot(title), encoding="utf-8")
     if arguments.json:
         report = {
             "config": tower.config.to_json(),
@@ -91,16 +85,6 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.dot is not None:
             print(f"\ngraph: {arguments.dot}")
     return 0
-
-
-def _has_dtype(tower: "VisionTower") -> bool:
-    """Returns whether the configuration or local weights declare a dtype."""
-    from tritontower.errors import CheckpointNotFoundError
-
-    try:
-        return tower.dtype is not None
-    except CheckpointNotFoundError:
-        return False
 
 
 def _dtype_name(tower: "VisionTower") -> str:

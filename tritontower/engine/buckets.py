@@ -38,16 +38,8 @@ def round_up(count: int, steps: int = STEPS) -> int:
 def round_up_workload(workload: Workload, *, rows_per_token: int = 1, tile_rows: int | None = None) -> Workload:
     """Rounds up a workload; no number of rows grows by more than a sixteenth.
 
-    Merged rows stay a multiple of ``rows_per_token``, and if ``tile_rows`` is given, whole tiles are added.  The scores are
-    0, because no memory and no launch depends on them.
-
-    Args:
-        workload: the sizes of a batch.
-        rows_per_token: rows that become one token.
-        tile_rows: rows of every tile, class token included, if all tiles have one size.
-
-    Raises:
-        ValueError: the tiles of ``workload`` do not have ``tile_rows`` rows.
+    Merged rows stay a multiple of ``rows_per_token``.  If all tiles have ``tile_rows`` rows (class token included), whole
+    tiles are added.  The scores are 0, because no memory and no launch depends on them.
     """
     if tile_rows is not None and workload.patches != workload.tiles * tile_rows:
         raise ValueError(
@@ -80,10 +72,7 @@ def round_up_workload(workload: Workload, *, rows_per_token: int = 1, tile_rows:
 
 @dataclass(frozen=True)
 class SegmentCapacity:
-    """The largest division of rows into segments that the tables of a bucket hold.
-
-    ``padding`` is the number of rows of each padding segment except the last, which may be shorter.
-    """
+    """The largest division of rows into segments that a bucket holds; ``padding``: rows of a padding segment."""
 
     total: int
     count: int
@@ -92,10 +81,7 @@ class SegmentCapacity:
 
     @classmethod
     def for_segments(cls, segments: Segments, total: int, bound: int | None) -> "SegmentCapacity":
-        """Returns the capacity for ``segments`` and padding up to ``total`` rows.
-
-        ``bound`` is the largest number of rows of any segment of the tower, if there is one.
-        """
+        """Returns the capacity for ``segments`` and padding to ``total`` rows; ``bound``: rows of the longest possible one."""
         longest = bound or max(1, segments.longest)
         # A power of two, not larger than the other segments.
         padding = min(PADDING_SEGMENT, 1 << (longest.bit_length() - 1))
@@ -116,12 +102,7 @@ class SegmentCapacity:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Everything that decides the launches of a forward pass.
-
-    Attributes:
-        segments, windows, tiles: ``None`` if no node reads them.
-        side: rows and columns of patches that the table of positions covers.
-    """
+    """Everything that decides the launches of a forward pass; ``side``: that of the table of positions, in patches."""
 
     workload: Workload
     segments: SegmentCapacity | None
@@ -133,7 +114,7 @@ class Bucket:
 
     @cached_property
     def capacities(self) -> dict[str, SegmentCapacity]:
-        """The capacities by name, of those that are read."""
+        """The capacities that a node reads."""
         named = {"segments": self.segments, "windows": self.windows, "tiles": self.tiles}
         return {name: capacity for name, capacity in named.items() if capacity is not None}
 

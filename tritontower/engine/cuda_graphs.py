@@ -17,11 +17,9 @@ class CaptureBackend(Protocol):
     @property
     def held_bytes(self) -> int:
         """Device memory that captured launches allocated and that living replays hold."""
-        ...
 
     def capture(self, launch: Callable[[], None]) -> Replay:
         """Captures the launches of ``launch``; after an exception, the device must still be usable."""
-        ...
 
 
 capture_lock = Lock()

@@ -85,19 +85,18 @@ class Executor:
             if buffers is not None and buffers.replay is not None and observer is None:
                 buffers.replay()
             else:
-                for node, step in self._steps:
-                    step(tensors, metadata)
-                    if observer is not None:
-                        observer(node, observed)
+                self._launch(tensors, metadata, None if observer is None else lambda node: observer(node, observed))
             if cache is not None and buffers is not None:
                 buffers.copy_outputs(outputs)
                 if observer is None:
                     cache.capture_if_due(buffers, partial(self._launch, tensors, metadata), outputs)
         return outputs
 
-    def _launch(self, tensors: Tensors, metadata: BatchMetadata) -> None:
-        for _, step in self._steps:
+    def _launch(self, tensors: Tensors, metadata: BatchMetadata, observe: Callable[[Node], None] | None = None) -> None:
+        for node, step in self._steps:
             step(tensors, metadata)
+            if observe is not None:
+                observe(node)
 
     def warm_up(self, batch: PackedBatch) -> bool:
         """Runs one forward pass and captures its bucket; returns whether the bucket has a CUDA graph."""
@@ -162,12 +161,8 @@ class Executor:
         # Results are ordinary tensors: a caller may modify or differentiate them.
         with torch.inference_mode(False):
             values = [self.graph.values[name] for name in self.graph.outputs]
-            return {
-                value.name: torch.empty(
-                    workload.rows(value.rows), value.width, dtype=value.torch_dtype(self.dtype), device=self.device
-                )
-                for value in values
-            }
+            shapes = {value.name: (workload.rows(value.rows), value.width) for value in values}
+            return {name: torch.empty(shape, dtype=self.dtype, device=self.device) for name, shape in shapes.items()}
 
     def _view_arena(self, workload: Workload) -> Tensors:
         """Returns every inner value as a view of the arena; cached for the next batch of this size."""

@@ -27,8 +27,6 @@ from .static_buffers import AddressMap, StaticBuffers
 
 logger = logging.getLogger("tritontower")
 
-USES_BEFORE_CAPTURE = 2
-"""Uses of a bucket before it is captured; after an eviction, at least twice as many."""
 MOST_HISTORIES = 4096
 """Buckets whose uses are counted."""
 MOST_UNCAPTURED = 16
@@ -59,23 +57,15 @@ class CaptureLimits:
 @dataclass
 class _History:
     uses: int = 0
-    due: int = USES_BEFORE_CAPTURE  # uses at which the bucket is captured
+    due: int = 2  # uses at which the bucket is captured; after an eviction, at least twice as many
     eager: bool = False
 
 
 class CudaGraphCache:
     """The static buffers and CUDA graphs of one layer graph; not thread-safe.
 
-    Args:
-        graph: the layer graph.
-        dtype: of the activations.
-        device: where it runs.
-        backend: captures launches; ``None``: nothing is captured.
-        limits: limits of the captured graphs.
-
-    Attributes:
-        buffers: the buffers of each bucket, the least recently used first.
-        memory: the block of memory for new buffers; graphs may hold older, smaller ones.
+    ``buffers`` holds the least recently used bucket first; ``memory`` is the block for new buffers, graphs may hold older,
+    smaller ones.  Without a ``backend``, nothing is captured.
     """
 
     def __init__(
@@ -100,7 +90,7 @@ class CudaGraphCache:
 
     @property
     def captured_bytes(self) -> int:
-        """Device memory of the graphs: buffers, each counted once, and what their launches allocated."""
+        """Device memory of the graphs, as in :class:`CaptureLimits`."""
         held = (self.buffers[bucket].memory for bucket in self.captured)
         blocks = {memory.data_ptr(): memory.numel() for memory in held}
         return sum(blocks.values()) + (0 if self._backend is None else self._backend.held_bytes)
@@ -129,13 +119,7 @@ class CudaGraphCache:
         history.due, history.eager = min(history.due, history.uses + 1), False
 
     def capture_if_due(self, buffers: StaticBuffers, launch: Callable[[], None], outputs: Tensors) -> None:
-        """Captures the bucket of ``buffers`` if it is due.
-
-        Args:
-            buffers: filled, and just used.
-            launch: launches the forward pass on these buffers.
-            outputs: the results that a replay must reproduce.
-        """
+        """Captures ``launch``, which has just used ``buffers``, if it is due; a replay must reproduce ``outputs``."""
         history = self._histories[buffers.bucket]
         if self._backend is None or buffers.replay is not None or history.eager or history.uses < history.due:
             return
@@ -159,11 +143,9 @@ class CudaGraphCache:
             self._warn(buffers.bucket, "the CUDA graph's first replay differs from the eager results")
         elif held > self._limits.max_bytes:
             # Evicting other graphs would not help: the pool that they allocated from lives as long as this graph.
-            self._warn(
-                buffers.bucket,
-                f"its CUDA graph holds {held} bytes, the limit is {self._limits.max_bytes} (CaptureLimits.max_bytes); "
-                "release() frees memory of larger batches",
-            )
+            limit = f"the limit is {self._limits.max_bytes} (CaptureLimits.max_bytes)"
+            reason = f"its CUDA graph holds {held} bytes, {limit}; release() frees memory of larger batches"
+            self._warn(buffers.bucket, reason)
         else:
             history.eager, buffers.replay = False, replay
             logger.debug("captured a CUDA graph for %s", buffers.bucket.workload)

@@ -17,14 +17,10 @@ _MATMULS = {"linear": ("weight",), "mlp": ("weight_1", "weight_2"), "projector":
 
 
 def prepack_weights(graphs: Iterable[Graph], sources: dict[str, torch.Tensor]) -> None:
-    """Replaces weights that only matmuls read by their prepacked form, one after the other.
+    """Replaces weights that only matmuls of ``graphs`` read by their prepacked form, one after the other.
 
-    Nothing changes for tensors on a GPU, with Triton's interpreter, or if torch cannot prepack.
-
-    Args:
-        graphs: all graphs that use these tensors.
-        sources: name → tensor as returned by :func:`.weight_loader.read_weights`.  The caller should hold no other
-            references: a plain tensor that stays alive is a second copy.
+    Nothing changes for tensors on a GPU, with Triton's interpreter, or if torch cannot prepack.  The caller should hold no
+    other references to ``sources``: a plain tensor that stays alive is a second copy.
     """
     for name, is_gated in _find_matmul_weights(graphs).items():
         tensor = sources.get(name)

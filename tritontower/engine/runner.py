@@ -25,15 +25,10 @@ from .uint8_graph import fold_pixel_weights, make_uint8_graph
 
 
 class ModelRunner:
-    """Runs the batches of a tower.
+    """Runs the batches of a tower; its ``graphs`` differ in the number of pixel values per patch.
 
-    Args:
-        config: the tower.
-        graphs: its layer graphs; each takes another number of pixel values per patch.
-        sources: name → tensor as returned by :func:`.weight_loader.read_weights`, of all graphs.
-        normalization: returns how uint8 pixels are normalized, or ``None`` if unknown (uint8 batches are then rejected).
-            Called lazily: the image processor's files may be missing.
-        cuda_graphs: captures CUDA graphs on a GPU, within limits for each executor.
+    ``normalization`` returns how uint8 pixels are normalized, or ``None`` if unknown (uint8 batches are then rejected).  It
+    is called lazily: the image processor's files may be missing.
     """
 
     def __init__(
@@ -58,11 +53,7 @@ class ModelRunner:
         return self.executor_for(batch).run(batch, observer)
 
     def executor_for(self, batch: PackedBatch) -> Executor:
-        """Returns the executor of ``batch``; those for uint8 pixels are created on first use.
-
-        Raises:
-            UsageError: the batch was created for another tower.
-        """
+        """Returns the executor of ``batch``; raises :class:`.UsageError` for a batch of another tower."""
         form, remedy = self._config.batch_form, "create it with this tower's preprocess()"
         if batch.form != form:
             raise UsageError(f"the batch must be this tower's, got one with {form.differences(batch.form)}; {remedy}")
@@ -122,11 +113,9 @@ def estimate_weights_bytes(graphs: Iterable[Graph], itemsize: int) -> int:
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for graph in graphs:
-        shapes |= graph.held_shapes
         # All other transforms are views.
-        shapes |= {
-            weight.name: weight.shape for weight in graph.weights.values() if weight.transform == "fold_temporal"
-        }
+        folded = [weight for weight in graph.weights.values() if weight.transform == "fold_temporal"]
+        shapes |= graph.held_shapes | {weight.name: weight.shape for weight in folded}
     return itemsize * sum(prod(shape) for shape in shapes.values())
 
 

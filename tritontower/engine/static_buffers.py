@@ -47,14 +47,7 @@ class AddressMap:
     """Offsets of a bucket's values and tables in one block of memory.
 
     In order: the arena, the outputs, the pixels, and *words* that one copy fills: numbers of valid rows, tables of segments
-    and all other inputs.
-
-    Attributes:
-        slots: value → its place.
-        words_offset: where the words begin, bytes.
-        words: number of words.
-        tables_end: number of words before the inputs.
-        size: bytes of everything.
+    (up to ``tables_end`` words) and all other inputs.  ``words_offset`` and ``size`` are in bytes.
     """
 
     def __init__(self, graph: Graph, bucket: Bucket, dtype: torch.dtype) -> None:
@@ -91,7 +84,7 @@ def _count_table_words(capacity: SegmentCapacity) -> int:
 class _TableAllocator:
     """Allocates tables of segments from a range of words, and separately when it is full.
 
-    It holds no reference to the buffers: a reference cycle would keep the graph and its memory alive until Python's
+    Holds no reference to the buffers: a reference cycle would keep the graph and its memory alive until Python's
     garbage collection.
     """
 
@@ -107,14 +100,7 @@ class _TableAllocator:
 
 
 class StaticBuffers:
-    """The buffers of all batches of one bucket.
-
-    Attributes:
-        memory: the block that holds everything; it may be larger than needed.
-        tensors: every value of the graph, padded.
-        metadata: what the steps need beside the tensors.
-        replay: the captured CUDA graph; ``None`` before the capture.
-    """
+    """The buffers of all batches of one bucket; ``tensors`` holds every value of the graph, padded."""
 
     def __init__(self, graph: Graph, bucket: Bucket, addresses: AddressMap, memory: torch.Tensor) -> None:
         self.bucket, self.addresses, self.memory = bucket, addresses, memory
@@ -218,11 +204,6 @@ def plan_static_buffers(
     """Plans the memory of a forward pass in static buffers: of the rounded workload, with outputs in both places.
 
     The tables of segments, less than a thousandth of it, are not counted.
-
-    Args:
-        graph, workload, itemsize: as in :func:`~tritontower.graph.memory_plan.plan_memory`.
-        rows_per_token, tile_rows: as in :func:`~tritontower.engine.buckets.round_up_workload`.
-        pixels: dtype of the pixels.
     """
     plan = plan_memory(graph, round_up_workload(workload, rows_per_token=rows_per_token, tile_rows=tile_rows), itemsize)
     outputs = plan_memory(graph, workload, itemsize).output_bytes

@@ -18,14 +18,8 @@ def make_uint8_graph(graph: Graph, *, class_token: bool) -> Graph:
 
     ``(s · byte − m) @ Wᵀ = (byte − 128) @ (s W)ᵀ + (128 s − m) @ Wᵀ``.  The last term is the same for every patch and is
     added to the bias.  A class token is no patch, and its pixels count as zero: in a tower with one, the term is added to
-    the patches' rows of the position table, and the class token's row keeps its bits.
-
-    Args:
-        graph: a graph for normalized pixels.
-        class_token: the first row of each tile and of the position table belongs to a class token.
-
-    Raises:
-        ValueError: there is a class token, and the patch projection adds no positions.
+    the patches' rows of the position table, and the class token's row keeps its bits.  Raises :class:`ValueError` if there
+    is a class token, and the patch projection adds no positions.
     """
     node = _find_projection(graph)
     constant = _constant_role(node, class_token)
@@ -42,20 +36,7 @@ def make_uint8_graph(graph: Graph, *, class_token: bool) -> Graph:
 def fold_pixel_weights(
     graph: Graph, sources: Mapping[str, torch.Tensor], normalization: PixelNormalization, *, class_token: bool
 ) -> dict[str, torch.Tensor]:
-    """Computes the weights that :func:`make_uint8_graph` adds to ``graph``, each rounded once.
-
-    Args:
-        graph: the graph for normalized pixels.
-        sources: name → tensor of that graph.
-        normalization: the normalization of uint8 pixels.
-        class_token: as in :func:`make_uint8_graph`.
-
-    Returns:
-        Name → tensor, with the dtype and on the device of ``sources``.
-
-    Raises:
-        ValueError: as in :func:`make_uint8_graph`.
-    """
+    """Computes the weights that :func:`make_uint8_graph` adds to ``graph``, each rounded once to the sources' dtype."""
     node = _find_projection(graph)
     role = _constant_role(node, class_token)
     weight = graph.weights[node.weights["weight"]]

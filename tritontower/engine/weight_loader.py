@@ -36,7 +36,6 @@ class WeightSource(Protocol):
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, tensor in ``dtype`` on ``device``) one by one."""
-        ...
 
 
 def stored_shapes(graph: Graph, weight_maps: Mapping[str, WeightMap]) -> dict[str, Shape]:
@@ -58,19 +57,8 @@ def read_weights(
 ) -> dict[str, torch.Tensor]:
     """Reads the tensors of ``graph``, padded and with reordered rows, without gradients.
 
-    Args:
-        source: the stored tensors; names and shapes are already checked.
-        graph: lists the tensors with their padding and row order.
-        weight_maps: canonical name → its stored tensors.
-        dtype: of the weights.
-        device: of the weights.
-        progress: called after every stored tensor.
-
-    Returns:
-        :attr:`.Weight.held_name` → tensor, in one allocation except large tensors on a CPU.
-
-    Raises:
-        CheckpointError: a tensor cannot be read.
+    Returns :attr:`.Weight.held_name` → tensor, in one allocation except large tensors on a CPU.  ``weight_maps`` is
+    canonical name → its stored tensors; their names and shapes are already checked.
     """
     shapes = graph.held_shapes
     weights: dict[str, torch.Tensor] = {}

@@ -97,13 +97,7 @@ class _Builder:
         output: str = "",
         output_rows: Rows | None = None,
     ) -> str:
-        """Adds a matmul of rows, or of ``joined`` neighboring rows side by side.
-
-        Args:
-            gated: the weight is ``[gate; up]``, combined in the epilogue.
-            unpadded: shape of the stored weight, if the weight is padded.
-            weights: prefix of the weights' names, if it is not ``name``.
-        """
+        """Adds a matmul of rows, or of ``joined`` neighboring rows side by side; ``unpadded``: the weight's stored shape."""
         value, weights = self.values[rows], weights or name
         columns = 2 * width if gated else width
         named = {"weight": self.weight(f"{weights}.weight", columns, value.width * joined, unpadded=unpadded)}
@@ -132,10 +126,9 @@ def _norm_attributes(norm: Normalization) -> dict[str, Any]:
 def build(config: TowerConfig) -> Graph:
     """Builds the plain graph of a tower.
 
-    Returns:
-        A graph whose inputs have the names of :attr:`.PackedBatch.tensors`: ``pixels`` (a row per patch; columns channel,
-        frame, row, column of the patch), ``positions`` and others that the tower needs.  Its outputs are ``embeddings`` (a
-        row per token) and, if the tower has them, ``deepstack.0``, ``deepstack.1`` … and ``pooled`` (a row per tile).
+    Its inputs have the names of :attr:`.PackedBatch.tensors`: ``pixels`` (a row per patch; columns channel, frame, row,
+    column of the patch), ``positions`` and others that the tower needs.  Its outputs are ``embeddings`` (a row per token)
+    and, if the tower has them, ``deepstack.0``, ``deepstack.1`` … and ``pooled`` (a row per tile).
     """
     builder = _Builder(config)
     rows = _patch_projection(builder)

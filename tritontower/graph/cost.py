@@ -25,7 +25,7 @@ class Cost:
 
 
 def estimate_cost(graph: Graph, node: Node, workload: Workload, itemsize: int) -> Cost:
-    """Returns the cost of one node; ``itemsize`` is that of activations and weights."""
+    """Returns the cost of one node; ``itemsize``: bytes of an activation or weight."""
     touched = (*node.inputs, *node.outputs, *node.scratch)
     moved = sum(graph.values[name].total_size(workload, itemsize) for name in touched)
     moved += sum(prod(graph.weights[name].shape) * itemsize for name in node.weights.values())

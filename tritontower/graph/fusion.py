@@ -106,23 +106,19 @@ def fold_still_images(graph: Graph) -> Graph:
     ``[frame, frame] @ [W₀, W₁]ᵀ = frame @ (W₀ + W₁)ᵀ``: the inner dimension of the patch projection and the pixels shrink by
     the number of frames (1176 → 588 for Qwen2-VL).  A tower whose patches span one frame is returned unchanged.
     """
-    nodes, weights, values = list(graph.nodes), dict(graph.weights), dict(graph.values)
-    for position, node in enumerate(nodes):
-        if node.kind != "patch_projection":
-            continue
-        weight, pixels = weights[node.weights["weight"]], values[node.inputs[0]]
+    nodes = list(graph.nodes)
+    for node in [node for node in nodes if node.kind == "patch_projection"]:
+        weight, pixels = graph.weights[node.weights["weight"]], graph.values[node.inputs[0]]
         temporal = weight.source_shape[2]
         if temporal == 1 or weight.transform == "fold_temporal":
             continue
-        inner = pixels.width // temporal
-        folded = Weight(
-            f"{weight.name}.folded", (weight.shape[0], inner), weight.source, weight.source_shape, "fold_temporal"
-        )
-        del weights[weight.name]
-        weights[folded.name] = folded
-        values[pixels.name] = Value(pixels.name, pixels.rows, inner, pixels.dtype)
-        nodes[position] = replace(node, weights={**node.weights, "weight": folded.name})
-    return replace(graph, nodes=tuple(nodes), weights=weights, values=values)
+        inner, name = pixels.width // temporal, f"{weight.name}.folded"
+        folded = Weight(name, (weight.shape[0], inner), weight.source, weight.source_shape, "fold_temporal")
+        nodes = [
+            each if each is not node else replace(node, weights={**node.weights, "weight": name}) for each in nodes
+        ]
+        return graph.with_nodes(nodes, [replace(pixels, width=inner)], [folded])
+    return graph
 
 
 def chunk_mlp(graph: Graph, rows: int = CHUNK_ROWS) -> Graph:
@@ -134,12 +130,11 @@ def chunk_mlp(graph: Graph, rows: int = CHUNK_ROWS) -> Graph:
     values: list[Value] = []
 
     def fused(first: Node, second: Node) -> Node | None:
-        kinds = (first.kind, second.kind)
-        if kinds != ("linear", "linear") or first.attributes["activation"] is None or len(first.inputs) > 1:
+        if first.kind != "linear" or second.kind != "linear" or second.attributes["activation"] is not None:
             return None
-        if first.attributes["joined"] != 1 or second.attributes["joined"] != 1 or second.inputs[0] != first.outputs[0]:
+        if first.attributes["activation"] is None or len(first.inputs) > 1 or second.inputs[0] != first.outputs[0]:
             return None
-        if second.attributes["activation"] is not None:
+        if first.attributes["joined"] != 1 or second.attributes["joined"] != 1:
             return None
         values.append(replace(graph.values[first.outputs[0]], most_rows=rows))
         roles = {

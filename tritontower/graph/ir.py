@@ -63,13 +63,8 @@ Transform = Literal["as_is", "flatten", "fold_temporal"]
 class Workload:
     """The sizes of one forward pass; every size in a graph is a multiple of one of these.
 
-    Attributes:
-        patches: rows of the blocks; a class token counts as a patch.
-        scores: query–key pairs of one head, the sum of the squared segment lengths.
-        window_scores: the same in a block with window attention.
-        selected: input rows of the projector; ``None``: all.
-        merged: output rows of the projector; ``None``: as many as tokens.
-        tiles: images, or crops of images.
+    A class token counts as a patch.  ``scores`` are query–key pairs of one head, the sum of the squared segment lengths.
+    ``selected`` and ``merged`` are input and output rows of the projector; ``None``: all, and as many as tokens.
     """
 
     patches: int
@@ -91,10 +86,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Value:
-    """A matrix ``[rows, width]`` that a node reads or writes.
-
-    ``most_rows`` limits the rows in memory, for scratch that is reused by one run of rows after the other.
-    """
+    """A matrix ``[rows, width]``; ``most_rows`` limits the rows in memory of scratch that is reused."""
 
     name: str
     rows: Rows
@@ -123,14 +115,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the graph, and the canonical tensor that it is made from.
+    """A weight as the node uses it, and the canonical tensor ``source`` that it is made from, which others may share.
 
-    Attributes:
-        shape: as the node uses it.
-        source: name of the canonical tensor; several weights may share one.
-        source_shape: shape of the canonical tensor, without padding.
-        padded_shape: shape of the tensor in memory, padded with zeros; ``None``: no padding.
-        weight_layout: row order of the tensor in memory; ``None``: the canonical order.
+    In memory, the tensor is padded with zeros to ``padded_shape`` and has its rows in the order ``weight_layout``.
     """
 
     name: str
@@ -174,11 +161,8 @@ class Weight:
 class Node:
     """One step of the graph.
 
-    Attributes:
-        weights: role → name of the weight.
-        scratch: values that live only while the node runs.
-        block: number of the transformer block; ``None`` outside the blocks.
-        rows: dimension of the output rows.
+    ``weights`` is role → name; ``scratch`` names values that live only while the node runs; ``rows`` is the dimension of
+    the output rows.
     """
 
     name: str
@@ -250,17 +234,10 @@ class Graph:
         """Number of parameters in the canonical tensors."""
         return sum(prod(shape) for shape in self.sources.values())
 
-    def readers(self, value: str) -> list[Node]:
-        """Returns the nodes that read ``value``."""
-        return [node for node in self.nodes if value in node.inputs]
-
     def with_nodes(
         self, nodes: Sequence[Node], values: Iterable[Value] = (), weights: Iterable[Weight] = ()
     ) -> "Graph":
-        """Returns this graph with other nodes, and with added or replaced values and weights.
-
-        Unused values and weights are dropped.
-        """
+        """Returns this graph with other nodes and added or replaced values and weights; unused ones are dropped."""
         named = {name for node in nodes for name in (*node.inputs, *node.outputs, *node.scratch)}
         used = {name for node in nodes for name in node.weights.values()}
         known = {**self.values, **{value.name: value for value in values}}

@@ -84,7 +84,7 @@ def interleave_gated(graph: Graph) -> Graph:
 
 def _find_writer(graph: Graph, value: str) -> Node | None:
     """Returns the node that writes ``value``, or ``None`` unless exactly one node reads it."""
-    if len(graph.readers(value)) != 1 or value in graph.outputs:
+    if sum(value in node.inputs for node in graph.nodes) != 1 or value in graph.outputs:
         return None
     return next((node for node in graph.nodes if value in node.outputs), None)
 

@@ -32,11 +32,7 @@ SMALL_WORKSPACE_BYTES = 768 * 2**10
 class MemoryPlan:
     """Memory of one forward pass beside the weights, in bytes.
 
-    Attributes:
-        offsets: value → its offset in the arena.
-        input_bytes: tensors of the batch.
-        output_bytes: results, which belong to the caller.
-        workspace_bytes: upper bound of what torch operations allocate on a CPU; 0 for kernels.
+    ``offsets`` are those of values in the arena; ``workspace_bytes`` bounds what torch operations allocate on a CPU.
     """
 
     workload: Workload
@@ -53,14 +49,7 @@ class MemoryPlan:
 
 
 def plan_memory(graph: Graph, workload: Workload, itemsize: int, *, cpu_dtype: torch.dtype | None = None) -> MemoryPlan:
-    """Plans the memory of ``graph``.
-
-    Args:
-        graph: any layer graph.
-        workload: its sizes.
-        itemsize: bytes of one activation.
-        cpu_dtype: dtype of the activations if torch operations run the graph on a CPU, to add their workspace.
-    """
+    """Plans the memory of ``graph``; ``cpu_dtype``: dtype of the activations if torch operations run it on a CPU."""
     sizes = {name: align_up(value.size(workload, itemsize), ALIGNMENT) for name, value in graph.values.items()}
     outside = (*graph.inputs, *graph.outputs)
     offsets, arena = _place({name: size for name, size in sizes.items() if name not in outside}, graph)

@@ -17,6 +17,7 @@ from .launch_count import GraphLaunches, count_launches
 from .memory_plan import plan_memory
 
 _COLUMNS = ("node", "kind", "reads", "writes", "parameters", "GFLOP", "MB moved", "launches")
+_FUSED = {"patch_projection": "positions", "qkv_projection": "rotation", "linear": "residual", "mlp": "residual"}
 _COLORS = {"attention": "#fde68a", "attention_pooling": "#fde68a", "norm": "#e5e7eb", "input": "#dcfce7"}
 
 
@@ -25,9 +26,7 @@ class Description:
     """A graph with the sizes of one workload.
 
     Attributes:
-        itemsize: bytes of one activation and of one weight.
         device: where kernels run; it decides how many launches a matmul takes.  ``None``: one.
-        dtype: of the activations.
         on_cpu: torch operations run the graph on a CPU; their workspace counts as memory.
     """
 
@@ -69,9 +68,8 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         """Returns every node with its shapes and costs, the totals, and the memory plan."""
-        plan = asdict(
-            plan_memory(self.graph, self.workload, self.itemsize, cpu_dtype=self.dtype if self.on_cpu else None)
-        )
+        cpu_dtype = self.dtype if self.on_cpu else None
+        plan = asdict(plan_memory(self.graph, self.workload, self.itemsize, cpu_dtype=cpu_dtype))
         memory = {name: size for name, size in plan.items() if name.endswith("_bytes")}
         return {
             "workload": asdict(self.workload),
@@ -91,7 +89,7 @@ class Description:
         clusters: dict[int | None, list[str]] = {None: []}
         for name in self.graph.inputs:
             shown[name] = name
-            clusters[None].append(_dot_node(name, "input", [self._shape(name)]))
+            clusters[None].append(_dot_node(name, "input", [self._shapes([name])]))
         for node in self.graph.nodes:
             first = None if node.block is None else first_of[node.block]
             local = node.name.removeprefix(f"blocks.{node.block}.")
@@ -102,9 +100,8 @@ class Description:
                 lines = [*kind, self._shapes(node.outputs), *parameters]
                 clusters.setdefault(first, []).append(_dot_node(node.name, node.kind, lines, local))
         writers = {name: node.name for node in self.graph.nodes for name in node.outputs}
-        order = {
-            name: place for place, name in enumerate([*self.graph.inputs, *(node.name for node in self.graph.nodes)])
-        }
+        names = [*self.graph.inputs, *(node.name for node in self.graph.nodes)]
+        order = {name: place for place, name in enumerate(names)}
         pairs = [(writers.get(name, name), node.name) for node in self.graph.nodes for name in node.inputs]
         edges = dict.fromkeys((shown[source], shown[target]) for source, target in pairs)
         parts = [f"label={_quote(title, self._headline())}", *clusters.pop(None)]
@@ -147,7 +144,8 @@ class Description:
         )
 
     def _node_json(self, node: Node) -> Mapping[str, Any]:
-        shapes = {role: {name: self._dimensions(name) for name in getattr(node, role)} for role in _VALUE_ROLES}
+        roles = ("inputs", "outputs", "scratch")
+        shapes = {role: {name: self._dimensions(name) for name in getattr(node, role)} for role in roles}
         return {
             "name": node.name,
             "kind": node.kind,
@@ -162,40 +160,27 @@ class Description:
 
     def _kind(self, node: Node) -> str:
         """Returns the kind of a node and the operations fused into it."""
-        attributes, is_fused = node.attributes, len(node.inputs) > 1
+        attributes, parts = node.attributes, [str(node.kind)]
         padded = attributes.get("padded_head_dim")
-        parts: list[str] = [node.kind]
         if padded:
             parts.append(f"heads of {attributes['head_dim']} in {padded} columns")
         if node.kind == "attention" and attributes["windows"]:
             parts.append("windows")
         if node.kind in ("linear", "mlp") and attributes["activation"]:
             parts.append(attributes["activation"])
-        if is_fused and node.kind in _FUSED_INPUTS:
-            parts.append(_FUSED_INPUTS[node.kind])
+        if len(node.inputs) > 1 and node.kind in _FUSED:
+            parts.append(_FUSED[node.kind])
         return " + ".join(parts)
 
     def _parameters(self, node: Node) -> int:
         return sum(prod(self.graph.weights[name].useful_shape) for name in node.weights.values())
 
     def _shapes(self, names: Sequence[str]) -> str:
-        return ", ".join(map(self._shape, names))
-
-    def _shape(self, name: str) -> str:
-        return "[{}, {}]".format(*self._dimensions(name))
+        return ", ".join(str(self._dimensions(name)) for name in names)
 
     def _dimensions(self, name: str) -> list[int]:
         value = self.graph.values[name]
         return [value.held_rows(self.workload), value.width]
-
-
-_VALUE_ROLES = ("inputs", "outputs", "scratch")
-_FUSED_INPUTS = {
-    "patch_projection": "positions",
-    "qkv_projection": "rotation",
-    "linear": "residual",
-    "mlp": "residual",
-}
 
 
 def format_ranges(numbers: Iterable[int]) -> list[str]:

@@ -4,7 +4,7 @@ A layout pass sets one on a :class:`~tritontower.graph.ir.Weight`.  Only the reo
 reordered in place after the checkpoint has been read (:mod:`tritontower.engine.weight_loader`).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -17,7 +17,6 @@ class HeadOrder:
     """Row order within each head of ``[q; k; v]``, a weight ``[3·heads·head_dim, K]`` or its bias.
 
     Attributes:
-        padded_head_dim: rows of each head in memory, zeros after its own; ``None``: no padding.
         pairs: the two rows of q and k that a rotation mixes are adjacent instead of half a head apart.
         ones: the first padding row of k and v is one (in a bias), so that this output column is one in every row.
     """
@@ -40,14 +39,7 @@ class HeadOrder:
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns a reordered copy of a canonical tensor."""
-        return reorder_heads(
-            tensor,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            padded_head_dim=self.padded_head_dim,
-            pairs=self.pairs,
-            ones=self.ones,
-        )
+        return reorder_heads(tensor, **asdict(self))
 
 
 @dataclass(frozen=True)
