@@ -215,22 +215,16 @@ def test_a_failed_capture_leaves_its_bucket_eager(tower: VisionTower, small: Pac
         RuntimeWarning, match=r"up to \d+ patches run without .*stream is capturing.*warm_up.*cuda_graphs"
     ):
         assert_same(planned.run(small), exact.run(small))
+    planned.graph_cache.request_capture(planned.graph_cache.bucket(small))  # type: ignore[union-attr]
+    recorder.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        planned.run(small)
     recorder.error = None
     for _ in range(3):
         assert_same(planned.run(small), exact.run(small))
     assert (recorder.captures, planned.captured) == (0, 0)
     assert planned.warm_up(large), "other buckets are not affected"
     assert planned.warm_up(small), "warm_up() tries again"
-
-
-def test_an_interrupted_capture_leaves_the_executor_usable(tower: VisionTower, small: PackedBatch) -> None:
-    recorder = StepRecorder()
-    exact, planned = both(tower, recorder)
-    planned.run(small)
-    recorder.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        planned.run(small)
-    assert_same(planned.run(small), exact.run(small))
 
 
 def test_a_failed_end_of_capture_restores_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,18 +355,8 @@ def test_a_graph_beyond_the_byte_limit_evicts_no_other(
     for _ in range(3):
         assert_same(planned.run(large), exact.run(large))
     assert planned.captured == 1
-    assert planned.warm_up(small)
-
-
-def test_release_makes_room_for_a_graph(tower: VisionTower, small: PackedBatch, large: PackedBatch) -> None:
-    _, free = both(tower)
-    free.warm_up(small)
-    _, planned = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
-    planned.run(large)
-    with pytest.warns(RuntimeWarning, match=r"the limit is .*release\(\)"):
-        assert not planned.warm_up(small)
     planned.release()
-    assert planned.warm_up(small)
+    assert planned.warm_up(small), "there is room after release()"
 
 
 def test_the_pool_counts_until_its_last_graph_is_gone(
@@ -407,13 +391,6 @@ def test_graphs_keep_their_memory_beside_a_larger_one(
     assert recorder.replays == before + 1
     planned.warm_up(large)
     assert planned.captured_bytes == held + memory_of(planned) + 1000
-
-
-def test_smaller_buckets_share_the_memory_of_the_largest(tower: VisionTower) -> None:
-    _, planned = both(tower)
-    for side in (400, 300, 200, 90):
-        planned.warm_up(tower.preprocess(noise(side, side, 1)))
-    assert planned.captured_bytes == memory_of(planned) + 4 * 1000
 
 
 def test_release_frees_everything_at_once(tower: VisionTower, small: PackedBatch) -> None:

@@ -9,7 +9,6 @@ from support.configs import CONFIG
 
 from tritontower.checkpoint.weight_map import Stacked, Stored
 from tritontower.config import TowerConfig
-from tritontower.engine.ops import bind_weight
 from tritontower.engine.weight_loader import read_weights, stored_shapes
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import KERNEL_PASSES, fuse
@@ -100,19 +99,6 @@ def test_weights_are_reordered_in_place() -> None:
     assert torch.equal(gates[1::2], canonical["blocks.1.mlp_gate_up.weight"][128:])
     same = canonical.keys() & weights.keys()
     assert all(torch.equal(canonical[name], weights[name]) for name in same)
-
-
-def test_canonical_weights_are_reordered_in_copies() -> None:
-    plain, weight_maps = fuse(build(SMALL)), map_weights(SMALL)
-    graph = fuse(plain, KERNEL_PASSES)
-    checkpoint = OneAtATime(stored_shapes(plain, weight_maps))
-    canonical = read_weights(checkpoint, plain, weight_maps, torch.float32, torch.device("cpu"))
-    before = {name: tensor.clone() for name, tensor in canonical.items()}
-    held = read_weights(checkpoint, graph, weight_maps, torch.float32, torch.device("cpu"))
-    assert held.keys() != canonical.keys()
-    for weight in graph.weights.values():
-        assert torch.equal(bind_weight(weight, canonical), bind_weight(weight, held)), weight.name
-    assert all(torch.equal(canonical[name], tensor) for name, tensor in before.items())
 
 
 def test_a_stored_tensor_may_serve_two_weights() -> None:

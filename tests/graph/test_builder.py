@@ -58,27 +58,6 @@ def test_blocks_after_the_last_feature_are_not_built() -> None:
     assert [node.kind for node in without_blocks.nodes] == ["patch_projection", "projector"]
 
 
-def test_several_features_are_concatenated() -> None:
-    graph = build(TOWERS["several layers"])
-    node = find_node(graph, "features")
-    assert node.inputs == ("input_norm_rows", "blocks.1.block_rows", "blocks.2.block_rows", "selection")
-    assert node.attributes["features"] == 3
-    assert graph.values["features"].width == 3 * 64
-    assert graph.sources["projector.linear_1.weight"] == (96, 3 * 64)
-
-
-def test_gated_mlps_are_padded_in_memory() -> None:
-    graph = build(TOWERS["gated"])
-    name = "blocks.0.mlp_gate_up.weight"
-    assert (graph.sources[name], graph.held_shapes[name]) == ((2 * 3420, 1280), (2 * 3456, 1280))
-    name = "blocks.0.mlp_down.weight"
-    assert (graph.sources[name], graph.held_shapes[name]) == ((1280, 3420), (1280, 3456))
-    wide = build(replace(TOWERS["gated"], mlp_hidden=3456))
-    assert wide.held_shapes == graph.held_shapes
-    # 36 more columns in two blocks of three matrices, and in the biases of gate and up.
-    assert wide.parameters - graph.parameters == 2 * 36 * (3 * 1280 + 2)
-
-
 def test_attention_has_the_length_bound_of_the_tower() -> None:
     def bounds(config: TowerConfig) -> list[int | None]:
         return [node.attributes["length_bound"] for node in build(config).nodes if node.kind == "attention"]

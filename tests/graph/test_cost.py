@@ -6,11 +6,14 @@ from dataclasses import replace
 import pytest
 from support.configs import CONFIG, DEEP, IMAGE, SIGLIP, TOWERS, WINDOWED, find_node, graph_of
 
+from tritontower.config import TowerConfig
 from tritontower.graph.builder import build
 from tritontower.graph.cost import estimate_cost, estimate_total_cost
 from tritontower.graph.fusion import chunk_mlp, fold_still_images, fuse, fuse_activations, fuse_residual_into_linear
 from tritontower.graph.ir import Workload
-from tritontower.graph.summary import Description, format_ranges
+from tritontower.graph.summary import Description
+
+WINDOWS, TILES = Workload(1024, 256, 1024**2, window_scores=16 * 64**2), Workload(32, 32, 2 * 16**2, tiles=2)
 
 
 def test_flops_are_those_of_the_published_tower() -> None:
@@ -20,25 +23,21 @@ def test_flops_are_those_of_the_published_tower() -> None:
     assert estimate_total_cost(build(CONFIG), large, 2).flops / 1e12 == pytest.approx(101.8, abs=0.1)
 
 
-def test_a_linear_costs_its_matmul_and_its_bytes() -> None:
-    graph = build(CONFIG)
-    cost = estimate_cost(graph, find_node(graph, "blocks.0.mlp_up"), IMAGE, 2)
-    assert cost.flops == 2 * 1024 * 1280 * 5120
-    assert cost.bytes == 2 * (1024 * 1280 + 1024 * 5120 + 5120 * 1280 + 5120)
-
-
-def test_attention_costs_the_scores_of_its_windows() -> None:
-    graph, workload = build(WINDOWED), Workload(1024, 256, scores=1024**2, window_scores=16 * 64**2)
-    costs = [estimate_cost(graph, find_node(graph, f"blocks.{block}.attention"), workload, 2) for block in range(3)]
-    assert [cost.flops for cost in costs] == [4 * scores * 1280 for scores in (16 * 64**2, 1024**2, 16 * 64**2)]
-    assert len({cost.bytes for cost in costs}) == 1
-
-
-def test_attention_pooling_costs_one_query_per_tile() -> None:
-    graph, workload = build(SIGLIP), Workload(32, 32, 2 * 16**2, tiles=2)
-    assert estimate_cost(graph, find_node(graph, "pooling.attention"), workload, 2).flops == 4 * 32 * 64
-    assert estimate_cost(graph, find_node(graph, "pooling.mlp_up"), workload, 2).flops == 2 * 2 * 64 * 96
-    assert estimate_cost(graph, find_node(graph, "pooling.keys_values"), workload, 2).flops == 2 * 32 * 64 * 128
+@pytest.mark.parametrize(
+    ("config", "node", "workload", "flops"),
+    [
+        (CONFIG, "blocks.0.mlp_up", IMAGE, 2 * 1024 * 1280 * 5120),
+        (WINDOWED, "blocks.0.attention", WINDOWS, 4 * 16 * 64**2 * 1280),
+        (WINDOWED, "blocks.1.attention", WINDOWS, 4 * 1024**2 * 1280),
+        # One query per tile.
+        (SIGLIP, "pooling.attention", TILES, 4 * 32 * 64),
+        (SIGLIP, "pooling.mlp_up", TILES, 2 * 2 * 64 * 96),
+        (SIGLIP, "pooling.keys_values", TILES, 2 * 32 * 64 * 128),
+    ],
+)
+def test_a_node_costs_its_matmuls(config: TowerConfig, node: str, workload: Workload, flops: int) -> None:
+    graph = build(config)
+    assert estimate_cost(graph, find_node(graph, node), workload, 2).flops == flops
 
 
 def test_only_selected_rows_are_projected() -> None:
@@ -102,7 +101,3 @@ def test_dot_has_a_cluster_per_kind_of_block() -> None:
     assert '"blocks.2.mlp" -> "blocks.0.norm1" [constraint=false, style=dashed]' in dot
     deep = edges_of(Description(graph_of("default", DEEP), IMAGE, 2).to_dot())
     assert {("blocks.0.mlp", "deepstack.0"), ("blocks.0.mlp", "deepstack.1")} < deep
-
-
-def test_consecutive_numbers_become_ranges() -> None:
-    assert format_ranges([0, 1, 2, 5, 7, 8]) == ["0–2", "5", "7–8"]

@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from support.configs import CLIP, CONFIG, DEEP, IMAGE, PASSES, SIGLIP, TOWERS, WINDOWED, find_node, graph_of
+from support.configs import CONFIG, IMAGE, PASSES, SIGLIP, TOWERS, find_node, graph_of
 
-from tritontower.config import TowerConfig
 from tritontower.graph.builder import build
 from tritontower.graph.cost import estimate_total_cost
 from tritontower.graph.fusion import (
@@ -17,19 +15,50 @@ from tritontower.graph.fusion import (
     KERNEL_PASSES,
     fold_still_images,
     fuse,
-    fuse_positions,
-    fuse_selection,
     select_passes,
 )
-from tritontower.graph.ir import Graph, Node, Value
-from tritontower.graph.layout_passes import interleave_gated, pad_heads
+from tritontower.graph.ir import Graph, Node, Value, Workload
 from tritontower.graph.summary import Description
-from tritontower.graph.weight_layout import HeadOrder, InterleavedGates
+from tritontower.graph.weight_layout import HeadOrder
 from tritontower.kernels.runtime import dispatch
+
+PROJECT, ROTARY = "patch_projection", "rotary_table"
+DEFAULT_TAIL = ["attention", "linear", "norm", "mlp"]
 
 
 def kinds_of(graph: Graph, block: int | None) -> list[str]:
     return [node.kind for node in graph.nodes if node.block == block]
+
+
+@pytest.mark.parametrize(
+    ("tower", "passes", "outside", "block"),
+    [
+        ("plain", "default", [PROJECT, ROTARY, "projector"], ["norm", "linear", "rope", *DEFAULT_TAIL]),
+        ("plain", "kernels", [PROJECT, ROTARY, "projector"], ["norm", "qkv_projection", *DEFAULT_TAIL]),
+        ("gated", "kernels", [PROJECT, ROTARY, "projector"], ["norm", "qkv_projection", *DEFAULT_TAIL]),
+        # A sum of four weighted rows of positions stays a node.
+        ("deepstack", "default", [PROJECT, "add_positions", ROTARY, *3 * ["projector"]], None),
+        ("windows", "default", [PROJECT, ROTARY, "projector"], None),
+        ("class token", "default", [PROJECT, "norm", "projector"], ["norm", "linear", *DEFAULT_TAIL]),
+        # A projector gathers one feature.
+        ("several layers", "default", [PROJECT, "norm", "select", "projector"], None),
+    ],
+)
+def test_passes_leave_few_nodes(tower: str, passes: str, outside: list[str], block: list[str] | None) -> None:
+    graph, plain = graph_of(passes, TOWERS[tower]), build(TOWERS[tower])
+    assert kinds_of(graph, None) == outside
+    assert block is None or kinds_of(graph, 0) == block
+    assert (graph.sources, graph.parameters) == (plain.sources, plain.parameters)
+    workload = Workload(1024, 256, 1024**2, window_scores=1024, selected=1024, merged=256, tiles=1)
+    assert estimate_total_cost(graph, workload, 2).flops == estimate_total_cost(plain, workload, 2).flops
+    mlp = find_node(graph, "blocks.0.mlp")
+    assert mlp.inputs[1] == find_node(plain, "blocks.0.mlp_residual").inputs[1]
+    assert graph.values[mlp.scratch[0]].most_rows == CHUNK_ROWS
+
+
+def test_norms_absorb_every_addition_except_the_last() -> None:
+    graph = graph_of("norms")
+    assert [node.name for node in graph.nodes if node.kind == "add"] == ["blocks.31.mlp_residual"]
 
 
 def test_folding_still_images_halves_the_inner_dimension() -> None:
@@ -38,38 +67,6 @@ def test_folding_still_images_halves_the_inner_dimension() -> None:
     assert folded.values["pixels"].width == 588
     assert (folded.sources, folded.parameters) == (graph.sources, graph.parameters)
     assert fold_still_images(folded) == folded
-    single = replace(CONFIG, patch=replace(CONFIG.patch, temporal=1))
-    assert fold_still_images(build(single)) == build(single)
-
-
-def test_default_passes_leave_seven_nodes_in_a_block() -> None:
-    graph = graph_of("default")
-    assert kinds_of(graph, 7) == ["norm", "linear", "rope", "attention", "linear", "norm", "mlp"]
-    mlp = find_node(graph, "blocks.7.mlp")
-    assert mlp.attributes["activation"] == "quick_gelu"
-    assert mlp.inputs == ("blocks.7.norm2_rows", "blocks.7.attended")
-    assert mlp.outputs == ("blocks.7.block_rows",)
-    assert mlp.weights == {
-        f"{role}_{number}": f"blocks.7.{name}.{role}"
-        for number, name in enumerate(("mlp_up", "mlp_down"), 1)
-        for role in ("weight", "bias")
-    }
-    (hidden,) = mlp.scratch
-    assert graph.values[hidden].most_rows == CHUNK_ROWS
-
-
-def test_kernel_passes_rotate_in_the_projection() -> None:
-    graph = graph_of("kernels")
-    assert kinds_of(graph, 7) == ["norm", "qkv_projection", "attention", "linear", "norm", "mlp"]
-    projection = find_node(graph, "blocks.7.qkv")
-    assert projection.inputs == ("blocks.7.norm1_rows", "cosines", "sines")
-    assert projection.outputs == ("blocks.7.rotated",)
-    weight = graph.weights[projection.weights["weight"]]
-    assert weight.weight_layout == HeadOrder(16, 80, pairs=True)
-    assert weight.held_name not in graph.sources
-    assert weight.held_shape == weight.source_shape == (3840, 1280)
-    assert graph.sources == graph_of("default").sources
-    assert estimate_total_cost(graph, IMAGE, 2).flops == estimate_total_cost(build(CONFIG), IMAGE, 2).flops
 
 
 @pytest.mark.parametrize("rotated", [True, False], ids=["rotary", "no rotary"])
@@ -94,23 +91,6 @@ def test_heads_of_72_are_padded_to_80(rotated: bool) -> None:
     assert "heads of 72 in 80 columns" in Description(graph, IMAGE, 2).text()
 
 
-@pytest.mark.parametrize("change", [{"qkv_bias": False}, {"heads": 18}], ids=["no bias", "heads of 64"])
-def test_other_heads_are_not_padded(change: dict[str, Any]) -> None:
-    graph = fuse(build(replace(SIGLIP, width=1152, pooling=None, **{"heads": 16, **change})))
-    assert pad_heads(graph) == graph
-
-
-def test_gated_mlps_are_interleaved() -> None:
-    interleaved = interleave_gated(graph_of("default", TOWERS["gated"]))
-    mlp = find_node(interleaved, "blocks.1.mlp")
-    assert mlp.attributes["activation"] == "silu_gated_interleaved"
-    weight = interleaved.weights[mlp.weights["weight_1"]]
-    assert isinstance(weight.weight_layout, InterleavedGates)
-    assert weight.held_shape == (2 * 3456, 1280)
-    assert interleaved.weights[mlp.weights["weight_2"]].weight_layout is None
-    assert interleave_gated(graph_of("default")) == graph_of("default")
-
-
 def test_only_kernels_get_reordered_weights() -> None:
     cpu = torch.device("cpu")
     with dispatch.use("reference"):
@@ -122,51 +102,6 @@ def test_only_kernels_get_reordered_weights() -> None:
     else:
         with dispatch.use("interpreter"):
             assert select_passes(cpu) == PASSES["kernels"]
-
-
-def test_norms_absorb_every_addition_except_the_last() -> None:
-    graph = graph_of("norms")
-    assert [node.name for node in graph.nodes if node.kind == "add"] == ["blocks.31.mlp_residual"]
-    assert len([node for node in graph.nodes if node.kind == "norm" and len(node.inputs) == 2]) == 63
-
-
-def test_the_projection_adds_single_rows_of_positions() -> None:
-    plain, graph = build(CLIP), fuse(build(CLIP), (fuse_positions,))
-    first = graph.nodes[0]
-    assert (first.kind, first.inputs) == ("patch_projection", ("pixels", "position_index"))
-    assert first.outputs == ("placed_rows",)
-    assert set(first.weights) == {"weight", "position_table"}
-    assert len(graph.nodes) == len(plain.nodes) - 1
-    assert "patch_rows" not in graph.values
-    assert graph.sources == plain.sources
-    assert fuse(build(DEEP), (fuse_positions,)) == build(DEEP), "a sum of four weighted rows stays a node"
-
-
-@pytest.mark.parametrize("tower", ["windows", "class token"])
-def test_the_projector_gathers_selected_rows(tower: str) -> None:
-    plain, graph = build(TOWERS[tower]), fuse(build(TOWERS[tower]), (fuse_selection,))
-    rows, index = find_node(plain, "features").inputs
-    projector = find_node(graph, "projector")
-    assert projector.inputs == (rows, index)
-    assert "select" not in kinds_of(graph, None)
-    # Without a norm that gathers as it reads, the selected rows need memory.
-    scratch = "features" if tower == "class token" else "projector.normed"
-    assert projector.scratch == ("projector.hidden", scratch)
-    assert graph.values[scratch].rows == "selected"
-    assert ("features" in graph.values) == (tower == "class token")
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        TOWERS["several layers"],
-        replace(WINDOWED, projector=DEEP.deepstack_projector),
-        replace(CONFIG, depth=3, features=(1, 3)),
-    ],
-    ids=["several layers", "norm over tokens", "no selection"],
-)
-def test_a_projector_that_cannot_gather_is_unchanged(config: TowerConfig) -> None:
-    assert fuse(build(config), (fuse_selection,)) == build(config)
 
 
 def test_a_sum_of_two_matmuls_is_fused_once() -> None:

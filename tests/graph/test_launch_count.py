@@ -86,10 +86,6 @@ def count_block(config: TowerConfig, passes: str, workload: Workload = MANY) -> 
     return count_launches(graph_of(passes, config), workload).per_block
 
 
-def one_image(patches: int) -> Workload:
-    return Workload(patches, patches // 4, patches**2, tiles=1)
-
-
 def test_a_block_is_seven_launches_without_split() -> None:
     assert count_block(CONFIG, "plain") == Launches(11)
     assert count_block(CONFIG, "default") == Launches(8)
@@ -105,7 +101,10 @@ def test_a_block_is_seven_launches_without_split() -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_few_rows_take_more_launches(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, a block's four matmuls and the projector's two split K up to 256 of their rows."""
-    graph, workloads = fold_still_images(graph_of("kernels")), [one_image(rows) for rows in (64, 256, 1024, 4096)]
+    graph, workloads = (
+        fold_still_images(graph_of("kernels")),
+        [Workload(rows, rows // 4, rows**2, tiles=1) for rows in (64, 256, 1024, 4096)],
+    )
     counts = [count_launches(graph, workload, device=architecture) for workload in workloads]
     found = [(each.per_block.total, each.total.total) for each in counts]
     assert found == [(11, 32 * 11 + 7), (11, 32 * 11 + 7), (7, 32 * 7 + 7), (7, 32 * 7 + 5)]
@@ -131,18 +130,6 @@ def test_gathers_and_copies_by_torch_are_library_calls() -> None:
 def choose(monkeypatch: pytest.MonkeyPatch, module: Any, config: Any) -> None:
     """Makes ``config`` the configuration of every launch of ``module``."""
     monkeypatch.setattr(module, "choose_config", lambda *_, **__: config)
-
-
-def test_split_matmuls_take_a_second_launch(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(monkeypatch, linears, replace(PLAIN_CONFIG, split=4))
-    counts = count_launches(graph_of("plain"), MANY, device=CPU)
-    assert counts.nodes["blocks.0.mlp_up"] == Launches(2)
-    assert counts.nodes["projector"] == Launches(1 + 2 + 2)
-    choose(monkeypatch, linears, LinearConfig(16, 16, 16, 8, 4, 3, split=3))
-    x, weight = (torch.randn(5, 48, device=kernel_device) for _ in range(2))
-    with record_launches() as names:
-        linears.linear(x, weight)
-    assert len(names) == 2
 
 
 def test_recomputing_attention_takes_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,10 +23,8 @@ def with_config(**changes: Any) -> dict[str, Any]:
 BROKEN = {
     "JSON": "{",
     "JSON (nesting)": "[" * 100_000,
-    "the table must be an object": [1],
     "the table must be an object with": {"key": {}, "entries": []},
     "schema must be 1, got '2'": {**make_table(), "schema": 2},
-    "schema must be 1, got 'True'": {**make_table(), "schema": True},
     "entries must be a list": {**make_table(), "entries": {"a": 1}},
     "entries[0] must be an object": make_table({"kernel": "gemm.linear"}),
     "key.architecture": {**make_table(), "key": {**table_key(GPU), "architecture": "sm_1"}},
@@ -34,19 +32,11 @@ BROKEN = {
     "key.gpu must have a letter": {**make_table(), "key": {**table_key(GPU), "gpu": "///"}},
     "constants must be an object of at most 32": make_table(make_entry(constants={f"n{i}": i for i in range(40)})),
     "kernel must have the form": make_table(make_entry() | {"kernel": "../../etc/passwd"}),
-    "source must have the form": make_table(make_entry(source="xyz")),
-    "date must have the form": make_table(make_entry(date="yesterday")),
-    "microseconds must be": make_table(make_entry(microseconds=-1)),
     "microseconds must be a number": make_table(make_entry(microseconds=float("nan"))),
-    "microseconds must be a number from 0": make_table(make_entry(microseconds=None)),
-    "verified must be": make_table(make_entry(verified=None)),
     "sizes.rows must be an integer from 1": make_table(make_entry(0)),
-    "sizes.rows must be": make_table(make_entry(sizes={"rows": "4096"})),
     "block_rows must be a power of two": with_config(block_rows=96),
     "block_inner must be an integer from 16": with_config(block_inner=8),
-    "block_rows must be an integer": with_config(block_rows=2**21),
     "num_warps must be a power of two": with_config(num_warps=5),
-    "num_warps must be an integer": with_config(num_warps=0),
     "num_warps must be an integer from": with_config(num_warps=True),
     "operands must be a line": with_config(operands="a\nb"),
     "operands must be a number": with_config(operands=["pointers"]),
@@ -65,8 +55,6 @@ BROKEN = {
     "config must have tiles of": make_table(
         make_entry(constants={"head_dim": 64}, config={**ATTENTION, "block_keys": 1024})
     ),
-    "tiles of at most": make_table(make_entry(constants={"width": 1280}, config={"rows": 1024, "num_warps": 4})),
-    "dtype must be": make_table(make_entry(dtype="int8")),
     "dtype must be one of": make_table(make_entry(dtype=["float32"])),
 }
 
