@@ -113,20 +113,17 @@ def find_node(graph: Graph, name: str) -> Node:
     return node
 
 
-FIXED = TowerConfig(
-    family="test",
+FIXED = replace(
+    CLIP,
     patch=PatchEmbedding(channels=3, size=2, temporal=1, bias=False),
-    width=64,
     depth=2,
-    heads=4,
-    norm=CONFIG.norm,
-    qkv_bias=True,
-    attention_bias=True,
     mlp_hidden=64,
-    mlp_bias=True,
     activation="gelu",
     position_table=PositionTable(side=3, sampling="exact"),
-    class_token=True,
+    input_norm=None,
+    output_norm=None,
+    segments="image",
     features=(2,),
+    projector=None,
 )
 TILED = replace(FIXED, newline=True, projector=Projector(None, 1, 8, 8, "gelu", bias=True))

@@ -41,11 +41,9 @@ def round_up_workload(workload: Workload, *, rows_per_token: int = 1, tile_rows:
     Merged rows stay a multiple of ``rows_per_token``.  If all tiles have ``tile_rows`` rows (class token included), whole
     tiles are added.  The scores are 0, because no memory and no launch depends on them.
     """
-    if tile_rows is not None and workload.patches != workload.tiles * tile_rows:
-        raise ValueError(
-            f"{workload.tiles} tiles of {tile_rows} rows have {workload.tiles * tile_rows} rows, not {workload.patches}"
-        )
     tiles = round_up(workload.tiles)
+    if tile_rows is not None and workload.patches != (rows := workload.tiles * tile_rows):
+        raise ValueError(f"{workload.tiles} tiles of {tile_rows} rows have {rows} rows, not {workload.patches}")
     selected, merged = workload.rows("selected"), workload.rows("merged")
     if tile_rows is not None:
         patches = tiles * tile_rows
@@ -60,14 +58,8 @@ def round_up_workload(workload: Workload, *, rows_per_token: int = 1, tile_rows:
     else:
         all_selected = rows_per_token * round_up(selected // rows_per_token)
     all_merged = all_selected // rows_per_token
-    return Workload(
-        patches=patches,
-        tokens=all_merged if workload.tokens == merged else round_up(workload.tokens),
-        scores=0,
-        selected=all_selected,
-        merged=all_merged,
-        tiles=tiles,
-    )
+    tokens = all_merged if workload.tokens == merged else round_up(workload.tokens)
+    return Workload(patches, tokens, scores=0, selected=all_selected, merged=all_merged, tiles=tiles)
 
 
 @dataclass(frozen=True)
@@ -87,12 +79,8 @@ class SegmentCapacity:
         padding = min(PADDING_SEGMENT, 1 << (longest.bit_length() - 1))
         # The largest possible amount of padding, so that the bucket does not depend on the actual amount.
         most = ceil_div(total // STEPS, padding)
-        return cls(
-            total=total,
-            count=round_up(segments.count + most, COARSE_STEPS),
-            longest=bound or next_power_of_two(longest),
-            padding=padding,
-        )
+        count = round_up(segments.count + most, COARSE_STEPS)
+        return cls(total=total, count=count, longest=bound or next_power_of_two(longest), padding=padding)
 
     def pad_lengths(self, segments: Segments) -> tuple[int, ...]:
         """Returns the lengths of ``segments``, followed by those of the padding segments."""

@@ -33,11 +33,10 @@ def empty_cache() -> None:
 
 
 class CudaCapture:
-    """Captures with :class:`torch.cuda.CUDAGraph`.
+    """Captures with :class:`torch.cuda.CUDAGraph`, while other threads may use the device (``thread_local``).
 
-    The launches first run once on the capture stream, to compile kernels and create library workspaces.  Other threads may
-    use the device meanwhile (``thread_local``).  All graphs of an executor allocate from one pool, because no two of them
-    run at once.
+    The launches first run once on the capture stream, to compile kernels and create library workspaces.  All graphs of an
+    executor allocate from one pool, because no two of them run at once.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -207,9 +207,5 @@ def plan_static_buffers(
     """
     plan = plan_memory(graph, round_up_workload(workload, rows_per_token=rows_per_token, tile_rows=tile_rows), itemsize)
     outputs = plan_memory(graph, workload, itemsize).output_bytes
-    excess = torch.float32.itemsize - pixels.itemsize
-    return replace(
-        plan,
-        input_bytes=plan.input_bytes - excess * plan.workload.patches * graph.values["pixels"].width,
-        output_bytes=plan.output_bytes + outputs,
-    )
+    excess = (torch.float32.itemsize - pixels.itemsize) * plan.workload.patches * graph.values["pixels"].width
+    return replace(plan, input_bytes=plan.input_bytes - excess, output_bytes=plan.output_bytes + outputs)

@@ -58,9 +58,8 @@ def _find_projection(graph: Graph) -> Node:
 def _constant_role(node: Node, class_token: bool) -> str:
     """Returns the weight that the constant term is added to."""
     if class_token and "position_table" not in node.weights:
-        raise ValueError(
-            f"node {node.name} must add positions if there is a class token, got none: its row would be normalized"
-        )
+        reason = "its row would be normalized"
+        raise ValueError(f"node {node.name} must add positions if there is a class token, got none: {reason}")
     return "position_table" if class_token else "bias"
 
 

@@ -46,11 +46,9 @@ class _Builder:
         unpadded: tuple[int, ...] | None = None,
     ) -> str:
         name = self.scoped(name)
-        if unpadded is not None and unpadded != shape:
-            self.weights[name] = Weight(name, shape, name, unpadded, padded_shape=shape)
-        else:
-            transform: Transform = "as_is" if source_shape is None else "flatten"
-            self.weights[name] = Weight(name, shape, name, source_shape or shape, transform)
+        transform: Transform = "as_is" if source_shape is None else "flatten"
+        padded = shape if unpadded not in (None, shape) else None
+        self.weights[name] = Weight(name, shape, name, source_shape or unpadded or shape, transform, padded)
         return name
 
     def node(
@@ -333,9 +331,8 @@ def _attention_pooling(builder: _Builder, rows: str, norm: Normalization) -> str
         "bias": builder.weight("pooling.query.bias", width),
     }
     options: dict[str, Any] = {"weights": weights, "heads": config.heads, "head_dim": config.head_dim}
-    mixed = builder.node(
-        "pooling.attention", "attention_pooling", [keys_values], "pooling.mixed", width, rows="tiles", **options
-    )
+    options |= {"width": width, "rows": "tiles"}
+    mixed = builder.node("pooling.attention", "attention_pooling", [keys_values], "pooling.mixed", **options)
     attended = builder.linear("pooling.attention_output", mixed, width, bias=True)
     hidden = builder.norm("pooling.norm", attended, norm)
     hidden = builder.linear("pooling.mlp_up", hidden, config.mlp_hidden, bias=True)

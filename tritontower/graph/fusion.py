@@ -25,10 +25,7 @@ CPU_CHUNK_ROWS = 2048
 
 
 def fuse_activations(graph: Graph) -> Graph:
-    """Fuses ``linear`` → ``activation``: the activation moves into the epilogue.
-
-    The rows before the activation then never reach memory.  In an MLP they are the largest value of the block.
-    """
+    """Fuses ``linear`` → ``activation``: the epilogue applies it, before the largest value of a block is stored."""
 
     def fused(first: Node, second: Node) -> Node | None:
         if first.kind != "linear" or second.kind != "activation" or first.attributes["activation"] is not None:
@@ -51,10 +48,7 @@ def fuse_residual_into_linear(graph: Graph) -> Graph:
 
 
 def fuse_residual_into_norm(graph: Graph) -> Graph:
-    """Fuses ``add`` → ``norm`` into a ``norm`` that also writes the sum, which the next residual needs.
-
-    The sum is rounded as in the ``add``, and the rounded sum is normalized.
-    """
+    """Fuses ``add`` → ``norm`` into a ``norm`` that also writes the rounded sum, which the next residual needs."""
     nodes = list(graph.nodes)
     for add in [node for node in nodes if node.kind == "add"]:
         readers = [node for node in nodes if add.outputs[0] in node.inputs]
@@ -62,17 +56,13 @@ def fuse_residual_into_norm(graph: Graph) -> Graph:
         # If only the norm reads the sum, there is no second output to write.
         if norm is None or readers[0] is not norm or len(readers) == 1:
             continue
-        fused = replace(norm, inputs=add.inputs, outputs=(*norm.outputs, *add.outputs))
-        nodes[nodes.index(norm)] = fused
+        nodes[nodes.index(norm)] = replace(norm, inputs=add.inputs, outputs=(*norm.outputs, *add.outputs))
         nodes.remove(add)
     return graph.with_nodes(nodes)
 
 
 def fuse_positions(graph: Graph) -> Graph:
-    """Fuses ``patch_projection`` → ``add_positions``: the epilogue adds the row of the position table.
-
-    A position that is a weighted sum of several rows stays a node.
-    """
+    """Fuses ``patch_projection`` → ``add_positions``, unless a position is a weighted sum of several rows."""
 
     def fused(first: Node, second: Node) -> Node | None:
         if first.kind != "patch_projection" or second.kind != "add_positions" or len(second.inputs) > 2:
@@ -137,21 +127,16 @@ def chunk_mlp(graph: Graph, rows: int = CHUNK_ROWS) -> Graph:
         if first.attributes["joined"] != 1 or second.attributes["joined"] != 1:
             return None
         values.append(replace(graph.values[first.outputs[0]], most_rows=rows))
-        roles = {
-            f"{role}_{number}": name
-            for number, node in enumerate((first, second), 1)
-            for role, name in node.weights.items()
-        }
-        return Node(
+        return replace(
+            second,
             name=second.name.replace("mlp_down", "mlp"),
             kind="mlp",
             inputs=(*first.inputs, *second.inputs[1:]),
-            outputs=second.outputs,
-            weights=roles,
+            weights={
+                f"{role}_{n}": name for n, node in ((1, first), (2, second)) for role, name in node.weights.items()
+            },
             attributes={"activation": first.attributes["activation"]},
             scratch=first.outputs,
-            block=second.block,
-            rows=second.rows,
         )
 
     merged = _merge_pairs(graph, fused)

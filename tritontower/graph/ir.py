@@ -115,7 +115,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as the node uses it, and the canonical tensor ``source`` that it is made from, which others may share.
+    """A weight as the node uses it, made from the canonical tensor ``source``, which others may share.
 
     In memory, the tensor is padded with zeros to ``padded_shape`` and has its rows in the order ``weight_layout``.
     """
