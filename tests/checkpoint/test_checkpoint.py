@@ -10,13 +10,12 @@ import textwrap
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from tritontower.checkpoint import checkpoint as checkpoint_module
-from tritontower.checkpoint import dequantize
 from tritontower.checkpoint import files as weight_files
 from tritontower.checkpoint.checkpoint import Checkpoint
 from tritontower.checkpoint.files import Layout
@@ -98,36 +97,20 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
 
 
 Files = dict[str, list[str]]
+A, B, C, MODEL = "a.safetensors", "b.safetensors", "c.safetensors", "model.safetensors"
+NATIVE, RANK_0, RANK_1 = "consolidated.safetensors", "consolidated.00.safetensors", "consolidated.01.safetensors"
+ONE_OF_1, A_OF_2 = "consolidated-00001-of-00001.safetensors", "consolidated-00001-of-00002.safetensors"
+THREE_OF_2 = "consolidated-00003-of-00002.safetensors"
 OF_3 = [f"consolidated-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 READ: dict[str, tuple[Layout, Files, str | None, list[str]]] = {
     # layout, files with their tensors, index, opened files
-    "single": ("hf", {"model.safetensors": [NORM, "lm.0", PROJ]}, None, ["model.safetensors"]),
-    "shards": (
-        "hf",
-        {"a.safetensors": ["lm.0", NORM], "b.safetensors": [PROJ], "c.safetensors": ["lm.1"]},
-        INDEX,
-        ["a.safetensors", "b.safetensors"],
-    ),
-    "other layout as well": (
-        "hf",
-        {"consolidated.safetensors": [NORM, PROJ], "a.safetensors": [NORM, PROJ]},
-        INDEX,
-        ["a.safetensors"],
-    ),
-    "native single": (
-        "mistral",
-        {"model.safetensors": ["lm.0"], "consolidated.safetensors": [NORM, PROJ]},
-        None,
-        ["consolidated.safetensors"],
-    ),
+    "single": ("hf", {MODEL: [NORM, "lm.0", PROJ]}, None, [MODEL]),
+    "shards": ("hf", {A: ["lm.0", NORM], B: [PROJ], C: ["lm.1"]}, INDEX, [A, B]),
+    "other layout as well": ("hf", {NATIVE: [NORM, PROJ], A: [NORM, PROJ]}, INDEX, [A]),
+    "native single": ("mistral", {MODEL: ["lm.0"], NATIVE: [NORM, PROJ]}, None, [NATIVE]),
     "native shards": ("mistral", {OF_3[0]: ["lm.0"], OF_3[1]: [NORM, PROJ]}, NATIVE_INDEX, [OF_3[1]]),
     "numbered": ("mistral", {OF_3[0]: [NORM, "lm.0"], OF_3[1]: ["lm.1"], OF_3[2]: [PROJ]}, None, OF_3),
-    "ranks": (
-        "mistral",
-        {"consolidated.00.safetensors": [NORM, "lm.0"], "consolidated.01.safetensors": [PROJ]},
-        None,
-        ["consolidated.00.safetensors", "consolidated.01.safetensors"],
-    ),
+    "ranks": ("mistral", {RANK_0: [NORM, "lm.0"], RANK_1: [PROJ]}, None, [RANK_0, RANK_1]),
 }
 
 
@@ -165,7 +148,7 @@ def test_converts_any_shape_as_torch_does(tmp_path: Path, stored: torch.dtype, w
 
 
 TREE = {"vision_tower.": "tower.", "vision_tower.vision_model.": "tower.", "multi_modal_projector.": "projector."}
-NAMES = {
+NAMES: dict[str, tuple[dict[str, str], str | None]] = {
     # stored name: (prefixes, result)
     "visual.norm.weight": (PREFIXES, "norm.weight"),
     "module.visual.norm.weight": (PREFIXES, "norm.weight"),
@@ -179,9 +162,7 @@ NAMES = {
     "model.vision_model.c": ({"": "", "vision_model.": "tower."}, "tower.c"),
     "model.module.d": ({"": "rest."}, "rest.d"),
     "model.visual.model.e": (PREFIXES, "model.e"),
-    "model.": ({"": ""}, "model."),
     "models.visual.a": (PREFIXES, None),
-    "visually.a": (PREFIXES, None),
     "text.visual.a": (PREFIXES, None),
     "language_model.model.visual.a": (PREFIXES, None),
     "language_model.model.layers.0.a": ({**PREFIXES, "": ""}, None),
@@ -190,12 +171,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "prefixes", "expected"), [(name, *case) for name, case in NAMES.items()], ids=list(NAMES)
-)
-def test_wrappers_are_removed_and_the_longest_prefix_replaced(
-    name: str, prefixes: dict[str, str], expected: str | None
-) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_wrappers_are_removed_and_the_longest_prefix_replaced(name: str) -> None:
+    prefixes, expected = NAMES[name]
     assert weight_files.strip_prefix(name, prefixes) == expected
 
 
@@ -242,15 +220,11 @@ CORRUPT = {
     "empty": (b"", "0 bytes"),
     "header length 2**63": ((2**63).to_bytes(8, "little") + b"{}", "not a safetensors file"),
     "header longer than file": ((1000).to_bytes(8, "little") + b"{}", "incomplete"),
-    "header not UTF-8": (raw_file(b'{"\xff": 1}'), "download it again"),
     "header not JSON": (raw_file(b'{"a": '), "download it again"),
-    "header empty": (raw_file(b""), "download it again"),
     "overlap": (raw_file({"a": entry([1], 0, 4), "b": entry([1], 2, 6)}, b"\0" * 6), "download it again"),
     "hole": (raw_file({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"\0" * 12), "download it again"),
-    "trailing bytes": (raw_file(ONE, b"\0" * 5), "download it again"),
     "shape disagrees with bytes": (raw_file({"visual.a": entry([2], 0, 4)}, b"\0" * 4), "download it again"),
     "unknown dtype": (raw_file({"visual.a": entry([1], 0, 4, "X7")}, b"\0" * 4), "download it again"),
-    "metadata not text": (raw_file({"__metadata__": {"a": 1}, **ONE}, b"\0" * 4), "download it again"),
     "truncated data": (raw_file(ONE, b"\0" * 3), "incomplete"),
     "git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
     "web page": (b"\n<!DOCTYPE html><html><body>404 Not Found</body></html>", "web page"),
@@ -275,16 +249,6 @@ def test_every_truncation_is_an_error(tmp_path: Path) -> None:
         (tmp_path / "model.safetensors").write_bytes(content[:length])
         with pytest.raises(CheckpointCorruptError):
             Checkpoint.open(tmp_path, prefixes=PREFIXES)
-
-
-def test_file_system_errors_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(19, "No such device")
-
-    single(tmp_path, vision_tensors())
-    monkeypatch.setattr(weight_files, "safe_open", refuse)
-    with pytest.raises(CheckpointCorruptError, match="No such device"):
-        Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
 UNSAFE_NAMES = ["../x.safetensors", "\\x.safetensors", "C:x.safetensors", "\0.safetensors", "x.bin", 7]
@@ -328,9 +292,8 @@ def test_links_must_stay_in_the_folder_or_the_hub_cache(tmp_path: Path, link: st
 
 
 BOTH = save(vision_tensors())
-ONLY_NORM = save({NORM: torch.ones(4)})
+ONLY_NORM, TWICE = save({NORM: torch.ones(4)}), save({NORM: torch.ones(4), f"model.{NORM}": torch.ones(4)})
 INCOMPLETE, AMBIGUOUS, NOT_FOUND = CheckpointIncompleteError, CheckpointAmbiguousError, CheckpointNotFoundError
-A_OF_2, ONE_OF_1 = "consolidated-00001-of-00002.safetensors", "consolidated-00001-of-00001.safetensors"
 FOLDERS: dict[str, tuple[Layout, dict[str, bytes], type[TowerError], str]] = {
     "no weights": ("hf", {}, NOT_FOUND, "neither model.safetensors nor"),
     "other layout": ("hf", {"consolidated.safetensors": BOTH}, NOT_FOUND, "consolidated.safetensors, which is another"),
@@ -339,37 +302,13 @@ FOLDERS: dict[str, tuple[Layout, dict[str, bytes], type[TowerError], str]] = {
     "index a list": ("hf", {INDEX: b"[]"}, CheckpointCorruptError, "a list"),
     "index without weight_map": ("hf", {INDEX: b"{}"}, INCOMPLETE, "must have a weight_map"),
     "missing shard": ("hf", {INDEX: index({NORM: "a.safetensors"})}, INCOMPLETE, "a.safetensors"),
-    "index names wrong shard": (
-        "hf",
-        {"a.safetensors": ONLY_NORM, INDEX: index({NORM: "a.safetensors", PROJ: "a.safetensors"})},
-        INCOMPLETE,
-        "lacks 1 tensors that model.safetensors.index.json lists",
-    ),
-    "tensor in two shards": (
-        "hf",
-        {
-            "a.safetensors": BOTH,
-            "b.safetensors": ONLY_NORM,
-            INDEX: index({PROJ: "a.safetensors", NORM: "b.safetensors"}),
-        },
-        AMBIGUOUS,
-        "the same tensor",
-    ),
-    "two generations of names": (
-        "hf",
-        {"model.safetensors": save({NORM: torch.ones(4), f"model.{NORM}": torch.ones(4)})},
-        AMBIGUOUS,
-        "the same tensor",
-    ),
+    "index names wrong shard": ("hf", {A: ONLY_NORM, INDEX: index({NORM: A, PROJ: A})}, INCOMPLETE, "lacks 1 tensors"),
+    "tensor in two shards": ("hf", {A: BOTH, B: ONLY_NORM, INDEX: index({PROJ: A, NORM: B})}, AMBIGUOUS, "the same t"),
+    "two generations of names": ("hf", {MODEL: TWICE}, AMBIGUOUS, "the same tensor"),
     "language model only": ("hf", {"model.safetensors": save({"lm.0": torch.ones(4)})}, INCOMPLETE, "no vision tensor"),
     "last missing": ("mistral", {A_OF_2: BOTH}, INCOMPLETE, "1 of 2 numbered files"),
     "first missing": ("mistral", {"consolidated.01.safetensors": BOTH}, INCOMPLETE, "1 of 2 numbered files"),
-    "after the last": (
-        "mistral",
-        {A_OF_2: BOTH, "consolidated-00003-of-00002.safetensors": BOTH},
-        INCOMPLETE,
-        "2 of 2 numbered files",
-    ),
+    "after the last": ("mistral", {A_OF_2: BOTH, THREE_OF_2: BOTH}, INCOMPLETE, "2 of 2 numbered files"),
     "two sets": ("mistral", {ONE_OF_1: BOTH, A_OF_2: BOTH}, AMBIGUOUS, "of 2 sets"),
     "two spellings": ("mistral", {"consolidated.00.safetensors": BOTH, ONE_OF_1: BOTH}, AMBIGUOUS, "of 2 sets"),
     "layout of transformers": ("mistral", {"model.safetensors": BOTH}, NOT_FOUND, "has neither consolidated.safetens"),
@@ -377,9 +316,9 @@ FOLDERS: dict[str, tuple[Layout, dict[str, bytes], type[TowerError], str]] = {
     "native pickles": ("mistral", {"consolidated.00.pth": b""}, UnsafeFormatError, "consolidated.00.pth"),
     "path in native index": (
         "mistral",
-        {NATIVE_INDEX: index({NORM: "../a.safetensors"})},
+        {NATIVE_INDEX: index({NORM: "../a"})},
         UnsafePathError,
-        "shards in consolidated.safetensors.index.json must be",
+        "shards in consolidated",
     ),
 }
 
@@ -394,38 +333,36 @@ def test_invalid_folder_raises_a_typed_error(
         Checkpoint.open(tmp_path, prefixes=PREFIXES, layout=layout)
 
 
-def test_missing_folder_and_folder_instead_of_a_file(tmp_path: Path) -> None:
+def test_file_system_errors_are_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointNotFoundError, match="not a folder"):
         Checkpoint.open(tmp_path / "nothing", prefixes=PREFIXES)
-    (tmp_path / "model.safetensors").mkdir()
+    (tmp_path / MODEL).mkdir()
     with pytest.raises(CheckpointCorruptError, match="not an ordinary file"):
+        Checkpoint.open(tmp_path, prefixes=PREFIXES)
+    (tmp_path / MODEL).rmdir()
+    (tmp_path / MODEL).write_bytes(BOTH)
+    monkeypatch.setattr(weight_files, "safe_open", Mock(side_effect=OSError(19, "No such device")))
+    with pytest.raises(CheckpointCorruptError, match="No such device"):
         Checkpoint.open(tmp_path, prefixes=PREFIXES)
 
 
-def test_missing_tensors_are_counted_and_ten_listed(tmp_path: Path) -> None:
+def test_missing_tensors_and_shapes_are_found_in_the_header(tmp_path: Path, opened: Opened) -> None:
     checkpoint = single(tmp_path, vision_tensors())
-    specs = {**SHAPES, **{f"blocks.{index}.weight": (4,) for index in range(30)}}
     with pytest.raises(CheckpointIncompleteError) as caught:
-        checkpoint.expect(specs)
+        checkpoint.expect({**SHAPES, **{f"blocks.{index}.weight": (4,) for index in range(30)}})
     assert "lacks 30 of the tower's 32 tensors" in str(caught.value)
     assert "(and 20 more)" in str(caught.value)
-    assert len(caught.value.names) == 30
-    assert str(caught.value).count("blocks.") == 10
-
-
-def test_shape_is_compared_with_the_header(tmp_path: Path, opened: Opened) -> None:
-    checkpoint = single(tmp_path, vision_tensors())
-    with pytest.raises(ShapeMismatchError) as caught:
+    assert (len(caught.value.names), str(caught.value).count("blocks.")) == (30, 10)
+    with pytest.raises(ShapeMismatchError) as mismatch:
         checkpoint.expect({**SHAPES, "proj.weight": (2**40, 2**20)})
-    error = caught.value
+    error = mismatch.value
     assert (error.name, error.expected, error.found) == ("visual.proj.weight", (2**40, 2**20), (3, 4))
     assert opened.read == []
 
 
 def test_unused_vision_tensors_must_be_ignored(tmp_path: Path) -> None:
     extra = {"visual.rotary.inv_freq": torch.ones(2), "visual.position_ids": torch.arange(3)}
-    single(tmp_path, {**vision_tensors(), **extra})
-    checkpoint = Checkpoint.open(tmp_path, prefixes=PREFIXES)
+    checkpoint = single(tmp_path, {**vision_tensors(), **extra})
     with pytest.raises(UnexpectedTensorError, match=r"1 vision tensors .*visual\.rotary\.inv_freq"):
         checkpoint.expect(SHAPES, ignored=["*position_ids"])
     checkpoint.expect(SHAPES, ignored=["*position_ids", "rotary.*"])
@@ -488,11 +425,8 @@ def test_non_finite_weights_are_rejected_by_name(tmp_path: Path, value: float, s
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)])
 def test_overflow_of_the_wanted_dtype_is_rejected(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
     largest = torch.finfo(stored).max
-    single(tmp_path, {"visual.a": torch.tensor([1.0, -largest], dtype=stored)})
-    with (
-        Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint,
-        pytest.raises(NonFiniteWeightsError, match=f"the maximum of {wanted} is"),
-    ):
+    checkpoint = single(tmp_path, {"visual.a": torch.tensor([1.0, -largest], dtype=stored)})
+    with pytest.raises(NonFiniteWeightsError, match=f"the maximum of {wanted} is"):
         list(checkpoint.iterate(wanted))
 
 
@@ -511,10 +445,3 @@ def test_unknown_name_and_closed_checkpoint(tmp_path: Path) -> None:
         assert [name for name, _ in checkpoint.iterate(torch.float32, names=["norm.weight"])] == ["norm.weight"]
     with pytest.raises(UsageError, match="the checkpoint must be open"):
         list(checkpoint.iterate(torch.float32))
-
-
-def test_never_unpickles() -> None:
-    for module in (checkpoint_module, dequantize, weight_files):
-        source = Path(module.__file__).read_text()
-        assert "torch.load" not in source
-        assert "import pickle" not in source

@@ -15,19 +15,15 @@ from tritontower.errors import CheckpointNotFoundError, ConfigError, TowerError
 NOT_JSON_OBJECTS = {
     "empty": b"",
     "garbage": b"hello",
-    "byte order mark": b'\xef\xbb\xbf{"a": 1}',
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "not UTF-8": b'{"a": "\xff"}',
     "list": b"[1, 2]",
-    "null": b"null",
     "NaN": b'{"a": NaN}',
     "infinity": b'{"a": {"b": -Infinity}}',
     "duplicate key": b'{"a": 1, "b": 2, "a": 1}',
     "duplicate key deep inside": b'{"a": {"b": [{"c": 1, "c": 2}]}}',
     "100000 deep lists": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "100000 deep objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     "number of 10000 digits": b'{"a": ' + b"9" * 10_000 + b"}",
-    "comment": b'{"a": 1 /* one */}',
 }
 
 
@@ -44,14 +40,11 @@ def test_only_one_strict_object_is_accepted(tmp_path: Path, data: bytes) -> None
         assert caught.value.key == "a", "the duplicate key"
 
 
-def test_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
-    for path in (tmp_path / "config.json", tmp_path):
-        with pytest.raises(CheckpointNotFoundError, match="does not exist or is not a file"):
-            read_json(path)
-
-
-def test_file_above_the_limit_is_not_parsed(tmp_path: Path) -> None:
+def test_file_must_exist_and_keep_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
+    for missing in (path, tmp_path):
+        with pytest.raises(CheckpointNotFoundError, match="does not exist or is not a file"):
+            read_json(missing)
     path.write_text(json.dumps({"a": "x" * 100}))
     with pytest.raises(ConfigError, match="at most 64 bytes"):
         read_json(path, limit_bytes=64)
@@ -72,21 +65,24 @@ def reader(**values: Any) -> ConfigReader:
     return ConfigReader({"vision_config": values, "model_type": "qwen2_vl"})
 
 
-def test_reads_each_type() -> None:
-    config = reader(depth=32, eps=1e-6, act="gelu", bias=True, scale=2)
+def test_values_lists_and_lists_of_lists_are_read() -> None:
+    config = reader(depth=32, eps=1e-6, act="gelu", bias=True, scale=2, layers=[5, 11], sizes=[[33, 67], [67, 33]])
     assert config.get(int, "vision_config.depth", minimum=1, maximum=64) == 32
     assert config.get(float, "vision_config.eps") == 1e-6
     assert config.get(str, "vision_config.act", choices=("gelu", "silu")) == "gelu"
     assert config.get(bool, "vision_config.bias") is True
     scale = config.get(float, "vision_config.scale")
     assert (scale, type(scale)) == (2.0, float)
+    assert config.get_list(int, "vision_config.layers", length=2, minimum=0, maximum=31) == (5, 11)
+    assert config.get_list(int, "vision_config.missing", (1, 2)) == (1, 2)
+    assert config.get_rows(int, "vision_config.sizes", length=2, minimum=1) == ((33, 67), (67, 33))
+    assert config.get_rows(int, "vision_config.missing", [[1, 2]], length=2) == ((1, 2),)
 
 
 WRONG: dict[str, tuple[type[Any], Any, dict[str, Any]]] = {
     "true for an integer": (int, True, {}),
     "float for an integer": (int, 14.0, {}),
     "text for an integer": (int, "14", {}),
-    "list for an integer": (int, [14], {}),
     "object for an integer": (int, {"a": 1}, {}),
     "one for a truth value": (bool, 1, {}),
     "true for a float": (float, True, {}),
@@ -95,7 +91,6 @@ WRONG: dict[str, tuple[type[Any], Any, dict[str, Any]]] = {
     "integer beyond floats": (float, 10**400, {}),
     "number for a text": (str, 3, {}),
     "layers −3": (int, -3, {"minimum": 1}),
-    "patch 0": (int, 0, {"minimum": 1}),
     "hidden 2**40": (int, 2**40, {"maximum": 2**20}),
     "negative eps": (float, -1e-6, {"minimum": 0.0}),
     "hostile text": (int, "A" * 10_000 + "\x1b[2J\n", {}),
@@ -127,20 +122,16 @@ def test_absent_key_needs_a_default_and_null_is_absent() -> None:
             config.get(int, key, minimum=1)
 
 
-def test_path_through_a_number_is_rejected() -> None:
-    with pytest.raises(ConfigError, match=r"vision_config\.size must be an object, got 3"):
-        reader(size=3).get(int, "vision_config.size.height")
-
-
 def test_section_keeps_the_full_path_in_messages() -> None:
     section = reader(depth="x").section("vision_config")
+    with pytest.raises(ConfigError, match=r"vision_config\.depth must be an object, got 'x'"):
+        reader(depth="x").get(int, "vision_config.depth.height")
     with pytest.raises(ConfigError, match=r"config\.json: vision_config\.depth must be an integer, got 'x'"):
         section.get(int, "depth")
     assert not reader().section("nowhere", optional=True).has("depth")
-    with pytest.raises(ConfigError, match="nowhere"):
-        reader().section("nowhere")
-    with pytest.raises(ConfigError, match="model_type"):
-        reader().section("model_type")
+    for name in ("nowhere", "model_type"):
+        with pytest.raises(ConfigError, match=name):
+            reader().section(name)
 
 
 LISTS: dict[str, tuple[str, object, dict[str, Any], str]] = {
@@ -148,18 +139,16 @@ LISTS: dict[str, tuple[str, object, dict[str, Any], str]] = {
     "element too large": ("get_list", [5, 17], {"maximum": 16}, r"key\[1\] must be .*got 17"),
     "element of another type": ("get_list", [1, True], {}, r"key\[1\] must be .*got True"),
     "length": ("get_list", [1, 2, 3], {"length": 2}, "a list of 2"),
-    "no list": ("get_list", 4, {}, "a list, each element an integer"),
     "no value": ("get_list", None, {}, "a list, each element an integer"),
     "element of a row too small": (
         "get_rows",
         [[336, 1]],
-        {"length": 2, "minimum": 337},
-        r"key\[0\]\[0\] must be .*got 336",
+        {"length": 2, "minimum": 9},
+        r"key\[0\]\[1\] must be .*got 1",
     ),
     "element of a row a text": ("get_rows", [[1, 2], [3, "4"]], {"length": 2}, r"key\[1\]\[1\] must be .*got '4'"),
     "ragged": ("get_rows", [[1, 2], [3]], {"length": 2}, r"key\[1\] must be a list of 2"),
     "flat": ("get_rows", [1, 2], {"length": 2}, r"key\[0\] must be a list of 2.*got 1"),
-    "no rows": ("get_rows", 4, {"length": 2}, "a list of lists of 2, each element an integer"),
     "no value for rows": ("get_rows", None, {"length": 2}, "a list of lists of 2, each element an integer"),
 }
 
@@ -168,14 +157,6 @@ LISTS: dict[str, tuple[str, object, dict[str, Any], str]] = {
 def test_wrong_list_is_named_with_the_place(method: str, value: object, arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         getattr(reader(key=value), method)(int, "vision_config.key", **arguments)
-
-
-def test_lists_and_lists_of_lists_are_read() -> None:
-    config = reader(layers=[5, 11, 17], sizes=[[336, 672], [672, 336]])
-    assert config.get_list(int, "vision_config.layers", length=3, minimum=0, maximum=31) == (5, 11, 17)
-    assert config.get_list(int, "vision_config.missing", (1, 2)) == (1, 2)
-    assert config.get_rows(int, "vision_config.sizes", length=2, minimum=1) == ((336, 672), (672, 336))
-    assert config.get_rows(int, "vision_config.missing", [[1, 2]], length=2) == ((1, 2),)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,46 +254,23 @@ def test_dtype_of_plain_recorded_or_unknown_tensors(tmp_path: Path) -> None:
     assert parse_dtype(scaled) == torch.bfloat16
 
 
-def i32(*shape: int) -> torch.Tensor:
-    return torch.ones(shape, dtype=torch.int32)
-
-
-def u8(*shape: int) -> torch.Tensor:
-    return torch.ones(shape, dtype=torch.uint8)
-
-
-def i8(*shape: int) -> torch.Tensor:
-    return torch.ones(shape, dtype=torch.int8)
-
-
-ONE_SCALE, ROW_SCALES = torch.ones(1), torch.ones(8, 1)
+i32, u8, i8 = (partial(torch.ones, dtype=dtype) for dtype in (torch.int32, torch.uint8, torch.int8))
+ONE, ROWS, FP8 = torch.ones(1), torch.ones(8, 1), float8((8, 8))
 UNSUPPORTED: list[tuple[Tensors, str]] = [
     # tensors of one module, the weight first, and its scheme
     ({"qweight": i32(8, 1), "qzeros": i32(1, 1), "scales": torch.ones(1, 8)}, "AWQ/GPTQ int4"),
     ({"qweight": i32(1, 8), "scales": torch.ones(1, 8), "g_idx": i32(8)}, "AWQ/GPTQ int4"),
-    (
-        {"weight_packed": i32(8, 1), "weight_scale": ROW_SCALES, "weight_shape": i32(2)},
-        "compressed-tensors pack-quantized",
-    ),
-    ({"weight_packed": u8(8, 8), "weight_scale": float8((8, 1)), "weight_global_scale": ONE_SCALE}, "NVFP4"),
-    (
-        {"weight": u8(8, 8), "weight_scale": float8((8, 1)), "weight_scale_2": ONE_SCALE, "input_scale": ONE_SCALE},
-        "NVFP4",
-    ),
+    ({"weight_packed": i32(8, 1), "weight_scale": ROWS, "weight_shape": i32(2)}, "compressed-tensors pack-quantized"),
+    ({"weight_packed": u8(8, 8), "weight_scale": float8((8, 1)), "weight_global_scale": ONE}, "NVFP4"),
+    ({"weight": u8(8, 8), "weight_scale": float8((8, 1)), "weight_scale_2": ONE, "input_scale": ONE}, "NVFP4"),
     ({"weight_packed": u8(8, 16), "weight_scale": u8(8, 1)}, "MXFP4"),
     ({"weight": u8(8, 16), "weight_scale": u8(8, 1)}, "MXFP4"),
-    ({"weight": i8(8, 8), "weight_scale": ROW_SCALES}, "compressed-tensors int-quantized"),
-    (
-        {"weight": float8((8, 8)), "weight_scale": ONE_SCALE, "weight_zero_point": float8((1,))},
-        "FP8 with a zero point",
-    ),
-    ({"weight": float8((8, 8)), "weight_scale": ONE_SCALE, "weight_scale_inv": ONE_SCALE}, "FP8 with both"),
-    ({"weight": float8((8, 8)), "weight_scale": ONE_SCALE, "weight_scale_2": ONE_SCALE}, "FP8 with two levels"),
-    ({"weight": float8((8, 8)), "qscale_weight": ONE_SCALE, "qscale_act": ONE_SCALE}, "Mistral's own FP8"),
-    (
-        {"weight": u8(32, 1), "weight.absmax": ONE_SCALE, "weight.quant_map": torch.ones(16)},
-        "bitsandbytes 4-bit without",
-    ),
+    ({"weight": i8(8, 8), "weight_scale": ROWS}, "compressed-tensors int-quantized"),
+    ({"weight": FP8, "weight_scale": ONE, "weight_zero_point": float8((1,))}, "FP8 with a zero point"),
+    ({"weight": FP8, "weight_scale": ONE, "weight_scale_inv": ONE}, "FP8 with both"),
+    ({"weight": FP8, "weight_scale": ONE, "weight_scale_2": ONE}, "FP8 with two levels"),
+    ({"weight": FP8, "qscale_weight": ONE, "qscale_act": ONE}, "Mistral's own FP8"),
+    ({"weight": u8(32, 1), "weight.absmax": ONE, "weight.quant_map": torch.ones(16)}, "bitsandbytes 4-bit without"),
 ]
 
 
@@ -301,9 +279,7 @@ def test_other_schemes_are_rejected_unless_unneeded(tmp_path: Path, parts: Tenso
     module = {f"visual.fc.{name}": part for name, part in parts.items()}
     write(tmp_path, {"visual.norm.weight": torch.ones(4), **module})
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "some-method"}}')
-    message = (
-        rf"'visual\.fc\.{next(iter(parts))}' in model\.safetensors is stored as \w+, {scheme}.*'some-method'.* can be"
-    )
+    message = rf"'visual\.fc\.{next(iter(parts))}' in .* is stored as \w+, {scheme}.*'some-method'.* can be"
     with Checkpoint.open(tmp_path, prefixes=PREFIXES) as checkpoint:
         assert set(checkpoint.weights) == {"norm.weight", "fc.weight"}
         for needed in ({"norm.weight": (4,)}, {"norm.weight": (4,), "fc.weight": (8, 8)}):
@@ -333,7 +309,7 @@ VARIANTS: dict[str, tuple[Tensors, str]] = {
     "inverse scale per row": ({"weight": float8((8, 6)), "weight_scale_inv": torch.ones(8, 1)}, "128 x 128"),
     "other blocks": ({"weight": float8((128, 128)), "weight_scale_inv": torch.ones(2, 2)}, "128 x 128"),
     "blocks of a convolution": ({"weight": float8((8, 3, 2, 2)), "weight_scale_inv": torch.ones(1, 1)}, "128 x 128"),
-    "another order of rows": ({"weight": i8(4, 4), "SCB": torch.ones(4), "weight_format": u8()}, "row by row"),
+    "another order of rows": ({"weight": i8(4, 4), "SCB": torch.ones(4), "weight_format": u8(())}, "row by row"),
 }
 
 
@@ -349,12 +325,10 @@ def test_unknown_variants_are_rejected(tmp_path: Path, parts: Tensors, text: str
 
 DESCRIPTIONS: dict[str, tuple[object, str | tuple[str, str]]] = {
     "not JSON": (b"{", "not JSON"),
-    "empty": (b"", "not JSON"),
     "too long": (b" " * 70_000, "at most 65536 bytes"),
     "no shape": ({"quant_type": "nf4", "blocksize": 64, "dtype": "float16"}, ("shape must be", "got None")),
     "shape a text": (describe([]) | {"shape": "6, 50"}, "a list"),
     "shape negative": (describe([-6, -50]), ("shape[0] must be", "got -6")),
-    "shape of floats": (describe([6.0, 50.0]), ("shape[0] must be", "got 6.0")),
     "shape astronomic": (describe([2**40, 2**40]), "604462909807314587353088 bytes"),
     "shape beyond": (describe([2**41]), ("shape[0] must be", "got 2199023255552")),
     "shape with many digits": (b'{"shape": [' + b"9" * 5000 + b"]}", "too many digits"),
@@ -387,7 +361,6 @@ def nested_state(**change: object) -> torch.Tensor:
 PARTS: dict[str, tuple[str, torch.Tensor | None, str]] = {
     # part, its replacement, the message
     "codes in two columns": ("", u8(500, 2), "1000 bytes in one column"),
-    "codes too few": ("", u8(999, 1), "1000 bytes in one column"),
     "codes in an odd type": ("", torch.ones(125, 1, dtype=torch.int64), "1000 bytes in one column"),
     "no maxima": (".absmax", None, "its absmax is missing"),
     "maxima not in 8 bits": (".absmax", torch.ones(63), "U8 of shape [63]"),

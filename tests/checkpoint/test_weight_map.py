@@ -34,7 +34,8 @@ def write(weight_map: WeightMap, shape: Shape, tensors: dict[str, torch.Tensor],
 
 
 W, Q, K, TABLE, TOKEN = numbered(9, 4), numbered(8, 3), numbered(8, 3) * 2, numbered(5, 3), torch.tensor([0.5, 0.25, 1])
-HEADS_OF_4 = [0, 2, 1, 3, 4, 6, 5, 7]
+WITH_TOKEN = torch.cat((TABLE[:1] + TOKEN, TABLE[1:]))
+INTERLEAVED, HALVES = (InterleavedRotary("q", 2), InterleavedRotary("k", 2)), [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 @pytest.mark.parametrize(
@@ -47,16 +48,8 @@ HEADS_OF_4 = [0, 2, 1, 3, 4, 6, 5, 7]
         (RowSlice("w", 0, 1, 3), {"w": W}, W[:3]),
         (RowSlice("w", 1, 2, 3), {"w": W}, W[3:]),
         (Stacked.of("q", "k"), {"q": Q, "k": K}, torch.cat((Q, K))),
-        (
-            Stacked((InterleavedRotary("q", 2), InterleavedRotary("k", 2), Stored("v"))),
-            {"q": Q, "k": K, "v": -Q},
-            torch.cat((Q[HEADS_OF_4], K[HEADS_OF_4], -Q)),
-        ),
-        (
-            ClassTokenFirst("table", "token"),
-            {"table": TABLE, "token": TOKEN},
-            torch.cat((TABLE[:1] + TOKEN, TABLE[1:])),
-        ),
+        (Stacked((*INTERLEAVED, Stored("v"))), {"q": Q, "k": K, "v": -Q}, torch.cat((Q[HALVES], K[HALVES], -Q))),
+        (ClassTokenFirst("table", "token"), {"table": TABLE, "token": TOKEN}, WITH_TOKEN),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, WeightMap) else "",
 )
@@ -134,7 +127,7 @@ def test_view_shares_the_memory_of_the_canonical_tensor(weight_map: WeightMap, c
         (ChannelMajor("a", 4), (3, 8)),
         (ClassTokenFirst("a", "b"), (5, 3)),
         (RowSlice("a", 0, 1, 3), (3, 4)),
-        (Stacked((InterleavedRotary("a", 2), InterleavedRotary("b", 2))), (16, 3)),
+        (Stacked(INTERLEAVED), (16, 3)),
         (Stacked.of("a", "a"), (6, 3)),
     ],
 )
