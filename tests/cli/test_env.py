@@ -43,10 +43,6 @@ def _with(environment: env.Environment = GOOD, /, **packages: str | None) -> env
     return replace(environment, packages={**environment.packages, **packages})
 
 
-def _broken(environment: env.Environment) -> list[str]:
-    return [finding.problem for finding in env.find_problems(environment) if finding.broken]
-
-
 @pytest.fixture
 def fake_command(monkeypatch):
     """Registers a command with the given ``run`` and one number as argument."""
@@ -209,61 +205,55 @@ class TestOptions:
             options.output_file(str(tmp_path / "absent" / "new"))
 
 
-class TestProblems:
-    def test_a_good_machine_has_no_problems(self):
-        assert env.find_problems(GOOD) == []
-        assert env.find_problems(replace(GOOD, accelerators=(GPU,), gpu_driver=True)) == []
+OLD_GPU = replace(GPU, architecture="sm_75")
+BROKEN_TORCHVISION = {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}
 
+
+class TestProblems:
     @pytest.mark.parametrize(
-        ("package", "release"),
+        "environment",
         [
-            ("triton", "3.5.1"),
-            ("triton", "3.10.0"),
-            ("torch", "2.10.0+cu130"),
-            ("numpy", "1.25.0"),
-            ("pillow", "12.2.9"),
+            GOOD,
+            replace(GOOD, accelerators=(GPU,), gpu_driver=True),
+            replace(GOOD, accelerators=(replace(GPU, architecture="gfx942"),), gpu_driver=True),
+            _with(torch="2.14.0.dev20261001+cu130", triton="3.8.0+git1234"),
+            _with(triton=None),
+            _with(torchvision="0.28.0"),
+            _with(triton="3.6.0", numpy="2.3.9"),
         ],
     )
-    def test_releases_outside_the_range(self, package, release):
-        (problem,) = _broken(_with(**{package: release}))
-        assert problem == f"{package} {release} is outside {env.SUPPORTED[package]}"
+    def test_supported_environments_have_none(self, environment):
+        assert env.find_problems(environment) == []
 
-    def test_prereleases_and_local_builds_inside_the_range(self):
-        assert env.find_problems(_with(torch="2.14.0.dev20261001+cu130", triton="3.8.0+git1234")) == []
-
-    def test_missing_packages(self):
-        assert _broken(_with(transformers=None)) == ["transformers is not installed"]
-
-    def test_triton_is_only_needed_on_a_gpu(self):
-        assert env.find_problems(_with(triton=None)) == []
-        assert _broken(replace(_with(triton=None), accelerators=(GPU,))) == ["triton is not installed"]
-
-    def test_torchvision_of_another_build(self):
-        environment = replace(
-            _with(torchvision="0.28.0"),
-            import_errors={"torchvision": "RuntimeError: operator torchvision::nms does not exist"},
-        )
+    @pytest.mark.parametrize(
+        ("environment", "problem", "remedy"),
+        [
+            (_with(triton="3.5.1"), "triton 3.5.1 is outside >=3.6,<3.10", "pip install"),
+            (_with(triton="3.10.0"), "triton 3.10.0 is outside >=3.6,<3.10", "pip install"),
+            (_with(torch="2.10.0+cu130"), "torch 2.10.0+cu130 is outside", "pip install"),
+            (_with(numpy="1.25.0"), "numpy 1.25.0 is outside", "pip install"),
+            (_with(pillow="12.2.9"), "pillow 12.2.9 is outside", "pip install"),
+            (_with(transformers=None), "transformers is not installed", "pip install"),
+            (replace(_with(triton=None), accelerators=(GPU,)), "triton is not installed", "pip install"),
+            (
+                replace(_with(torchvision="0.28.0"), import_errors=BROKEN_TORCHVISION),
+                "torchvision 0.28.0 does not import with torch 2.13.0+cpu (RuntimeError: operator torchvision::nms",
+                "pip uninstall torchvision",
+            ),
+            (
+                replace(GOOD, import_errors={"torch": "ImportError: libcudart.so.13"}),
+                "torch 2.13.0+cpu does not import (ImportError: libcudart.so.13)",
+                "reinstall torch",
+            ),
+            (replace(GOOD, gpu_driver=True), "torch 2.13.0+cpu sees no GPU", "install a CUDA or ROCm build"),
+            (replace(GOOD, accelerators=(OLD_GPU,), gpu_driver=True), "is sm_75", "--device cpu"),
+        ],
+    )
+    def test_broken_environments_have_a_remedy(self, environment, problem, remedy):
         (finding,) = env.find_problems(environment)
         assert finding.broken
-        assert "torchvision 0.28.0 does not import with torch 2.13.0+cpu" in finding.problem
-        assert "nms does not exist" in finding.problem
-        assert "pip uninstall torchvision" in finding.remedy
-
-    def test_working_torchvision_is_fine(self):
-        assert env.find_problems(_with(torchvision="0.28.0")) == []
-
-    def test_a_torch_that_does_not_import(self):
-        (problem,) = _broken(replace(GOOD, import_errors={"torch": "ImportError: libcudart.so.13"}))
-        assert problem == "torch 2.13.0+cpu does not import (ImportError: libcudart.so.13)"
-
-    def test_a_gpu_that_torch_does_not_see(self):
-        (problem,) = _broken(replace(GOOD, gpu_driver=True))
-        assert "torch 2.13.0+cpu sees no GPU" in problem
-
-    @pytest.mark.parametrize(("architecture", "count"), [("sm_75", 1), ("sm_80", 0), ("sm_100", 0), ("gfx942", 0)])
-    def test_a_gpu_that_is_too_old(self, architecture, count):
-        gpu = replace(GPU, architecture=architecture)
-        assert len(_broken(replace(GOOD, accelerators=(gpu,), gpu_driver=True))) == count
+        assert problem in finding.problem
+        assert remedy in finding.remedy
 
     @pytest.mark.parametrize("on_gpu", [False, True])
     def test_interpreter_variable_is_broken_only_on_a_gpu(self, on_gpu):
@@ -272,24 +262,16 @@ class TestProblems:
         assert finding.broken == on_gpu
         assert "unset TRITON_INTERPRET" in finding.remedy
 
-    @pytest.mark.parametrize(
-        ("triton", "numpy", "interprets", "expected"),
-        [
-            ("3.6.0", "2.4.6", True, [True]),
-            ("3.6.0", "2.4.6", False, [False]),
-            ("3.6.0", "2.3.9", False, []),
-            ("3.7.1", "2.5.0", False, []),
-        ],
-    )
-    def test_numpy_breaks_the_old_interpreter(self, triton, numpy, interprets, expected):
-        environment = _with(triton=triton, numpy=numpy)
-        if interprets:
-            environment = replace(environment, variables={"TRITON_INTERPRET": "1"})
-        findings = [finding for finding in env.find_problems(environment) if "numpy" in finding.problem]
-        assert [finding.broken for finding in findings] == expected
+    @pytest.mark.parametrize("interprets", [False, True])
+    def test_new_numpy_breaks_only_the_old_interpreter(self, interprets):
+        environment = replace(
+            _with(triton="3.6.0", numpy="2.4.6"), variables={"TRITON_INTERPRET": "1"} if interprets else {}
+        )
+        (finding,) = [finding for finding in env.find_problems(environment) if "numpy" in finding.problem]
+        assert finding.broken == interprets
 
     def test_broken_findings_come_first(self):
-        environment = replace(_with(triton="3.6.0", transformers=None))
+        environment = _with(triton="3.6.0", transformers=None)
         assert [finding.broken for finding in env.find_problems(environment)] == [True, False]
 
 
