@@ -282,4 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Child processes unpickle the runs by the name of this module, which is ``__main__`` here.
+    from tritontower.tuning import static
+
+    sys.exit(static.main())
