@@ -2,7 +2,7 @@
 
 The digest covers every definition and constant of the kernel's module and of the kernel modules that it imports, directly or
 not.  It leaves out statements that cannot change a launch with a given configuration: imports, ``__all__``, references in
-PyTorch, argument checks, default configurations and compile specifications.  Comments, docstrings, layout and f-strings
+PyTorch, argument checks and default configurations.  Comments, docstrings, layout and f-strings
 (messages) have no effect.  Everything else counts: ignoring a valid entry costs time, applying a wrong one is unsafe.
 """
 
