@@ -154,6 +154,11 @@ class TestImporting:
             ("from tritontower.cli import main; assert main(['--help']) == 0", ""),
             # Every public name.
             ("from tritontower import *", "torch triton numpy PIL safetensors huggingface_hub tqdm"),
+            # Imports no engine, and transformers only when it is used.
+            (
+                "from tritontower.integrations import vllm, sglang, exllama, transformers; assert transformers.load_vlm",
+                "torch triton numpy PIL safetensors huggingface_hub tqdm",
+            ),
         ],
     )
     def test_loads_nothing_heavier_than_needed(self, code, allowed):

@@ -106,7 +106,13 @@ def encode_prompt(
     parts = _place_images(text, images, layout, vocabulary)
     special = layout.special_tokens if add_special_tokens is None else add_special_tokens
     tokens, starts = tokenize_parts(parts, vocabulary, special)
-    _check_vocabulary(tokens, images, space)
+    own = [image.token_ids[0] for image in images if image.token_ids]
+    base = min(own, default=DEFAULT_BASE) if space is None else space.base
+    if tokens and max(tokens) >= base:
+        raise PromptError(
+            f"tokens of text must be below {base}, where the ids of images begin, got {max(tokens)}; make the space with a "
+            "base beyond the vocabulary"
+        )
     images = assign_ids(images, space)
     positions: list[list[int]] = [[] for _ in images]
     for run, start in starts:
@@ -120,16 +126,6 @@ def encode_prompt(
     spans = tuple((rows[0], rows[-1] + 1) for rows in positions)
     token_types = _token_types(placeholder_ids, layout)
     return EncodedPrompt(input_ids, placeholder_ids, token_types, images, spans, tuple(bidirectional))
-
-
-def _check_vocabulary(tokens: Sequence[int], images: Sequence[ImageEmbedding], space: TokenSpace | None) -> None:
-    own = [image.token_ids[0] for image in images if image.token_ids]
-    base = min(own, default=DEFAULT_BASE) if space is None else space.base
-    if tokens and max(tokens) >= base:
-        raise PromptError(
-            f"tokens of text must be below {base}, where the ids of images begin, got {max(tokens)}; make the space with a "
-            "base beyond the vocabulary"
-        )
 
 
 def _token_types(tokens: torch.Tensor, layout: PromptLayout) -> torch.Tensor:
