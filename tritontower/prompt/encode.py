@@ -124,16 +124,11 @@ def encode_prompt(
         input_ids[rows] = torch.tensor(image.token_ids, device="cpu")
         bidirectional += [(rows[start], rows[end - 1] + 1) for start, end in image.bidirectional_spans]
     spans = tuple((rows[0], rows[-1] + 1) for rows in positions)
-    token_types = _token_types(placeholder_ids, layout)
-    return EncodedPrompt(input_ids, placeholder_ids, token_types, images, spans, tuple(bidirectional))
-
-
-def _token_types(tokens: torch.Tensor, layout: PromptLayout) -> torch.Tensor:
     image_tokens = [token for token in (layout.placeholder, layout.row_break, layout.row_end) if token is not None]
-    types = torch.isin(tokens, torch.tensor(image_tokens, device="cpu")).long()
+    token_types = torch.isin(placeholder_ids, torch.tensor(image_tokens, device="cpu")).long()
     if layout.video is not None:
-        types[tokens == layout.video.placeholder] = 2
-    return types
+        token_types[placeholder_ids == layout.video.placeholder] = 2
+    return EncodedPrompt(input_ids, placeholder_ids, token_types, images, spans, tuple(bidirectional))
 
 
 def _check_embedding(index: int, embedding: ImageEmbedding, layout: PromptLayout) -> None:

@@ -115,7 +115,8 @@ def _replace(
         return_dict = named.pop("return_dict", None)
         bound = signature.bind(*positional, **named)
         arguments = {**bound.arguments, **bound.arguments.get("kwargs", {})}
-        _check_training(holder, tower)
+        if holder.training and torch.is_grad_enabled():
+            _check_training(holder, tower)
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             given, configured = arguments.get(name), getattr(holder.config, name, None)
             if given is not None and given != configured:
@@ -131,9 +132,7 @@ def _replace(
 
 def _check_training(holder: Any, tower: VisionTower) -> None:
     """Raises if vision weights are being trained, since they would get no gradients."""
-    if not (holder.training and torch.is_grad_enabled()):
-        return
-    modules = (holder.get_submodule(name) for name in list_vision_modules(holder, tower.family.prefixes))
+    modules = map(holder.get_submodule, list_vision_modules(holder, tower.family.prefixes))
     if any(weight.requires_grad for module in modules for weight in module.parameters()):
         raise UsageError(
             "vision weights must not be trained while a tower replaces them, since it computes no gradients; freeze them "
