@@ -41,17 +41,13 @@ def test_put_and_get_copy():
     assert cache.get("a", device="meta").embeddings.device.type == "meta"
 
 
-@pytest.mark.parametrize(
-    ("size", "device", "error", "name"),
-    [
-        *((size, "cpu", UsageError, "max_bytes") for size in (-1, 1.5, "1", None, True)),
-        (1000, "mps", BackendUnavailableError, "device"),
-        (1000, "attic", UsageError, "device"),
-    ],
-)
-def test_invalid_sizes_and_devices_are_rejected(size, device, error, name):
-    with pytest.raises(error, match=name):
-        EmbeddingCache(size, device=device)
+def test_invalid_sizes_and_devices_are_rejected():
+    for size in (-1, 1.5, "1", None, True):
+        with pytest.raises(UsageError, match="max_bytes"):
+            EmbeddingCache(size)
+    for device, error in (("mps", BackendUnavailableError), ("attic", UsageError)):
+        with pytest.raises(error, match="device"):
+            EmbeddingCache(1000, device=device)
 
 
 @settings(max_examples=150, deadline=None)
@@ -84,6 +80,8 @@ def test_cache_matches_a_model(max_bytes, steps):
             model.clear()
         size = sum(one.nbytes for one in model.values())
         assert cache.stats == CacheStats(hits, misses, evictions, size, len(model))
+        assert len(cache) == len(model)
+        assert [number for number in range(9) if str(number) in cache] == sorted(map(int, model))
         assert size <= max_bytes
 
 
@@ -136,10 +134,8 @@ def test_a_repeated_image_or_video_is_not_encoded_again(qwen2_vl, batches):
     assert again.content_hash == first.content_hash
     # Other bounds make other rows; the same in another spelling do not.
     tower.encode(image, max_pixels=4000)
-    assert len(batches) == 3
     tower.encode(image, max_pixels=np.int64(4000), min_pixels=None)
-    assert len(batches) == 3
-    assert cache.stats.entries == 3
+    assert len(batches) == cache.stats.entries == 3
     frames = [image, other]
     video = tower.encode_video(frames, fps=2)
     assert len(batches) == 4
@@ -147,9 +143,7 @@ def test_a_repeated_image_or_video_is_not_encoded_again(qwen2_vl, batches):
     assert len(batches) == 4
     assert torch.equal(known.embeddings, video.embeddings)
     assert (video.timestamps, known.timestamps) == ((0.25,), (4.0,))
-    assert video.is_video
-    assert known.is_video
-    assert not again.is_video
+    assert (video.is_video, known.is_video, again.is_video) == (True, True, False)
     assert (video.text_alias, known.text_alias) == (None, "<b>")
 
 
@@ -157,12 +151,12 @@ def test_cached_embeddings_are_checked_on_request(qwen2_vl, monkeypatch):
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=EmbeddingCache(2**20))
     run = Executor.run
     image, frames = noise(60, 60, 1), [noise(60, 60, 2)] * 2
+
+    def spoil(*arguments):
+        return {name: rows.fill_(float("inf")) for name, rows in run(*arguments).items()}
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Executor,
-            "run",
-            lambda *arguments: {name: rows.fill_(float("inf")) for name, rows in run(*arguments).items()},
-        )
+        patch.setattr(Executor, "run", spoil)
         assert tower.encode(image)[0].embeddings.isinf().all()
         tower.encode_video(frames)
     for encode, argument in ((tower.encode, image), (tower.encode_video, frames)):
@@ -202,12 +196,9 @@ def test_a_cache_without_memory_does_not_stop_a_call(qwen2_vl, monkeypatch, erro
     assert other.num_tokens == first.num_tokens
     assert cache.stats.entries == 2
     error = RuntimeError("an illegal instruction")
-    with pytest.raises(RuntimeError, match="an illegal instruction"):
-        cache.get("known")
-    with pytest.raises(RuntimeError, match="an illegal instruction"):
-        cache.put("new", first)
-    with pytest.raises(RuntimeError, match="an illegal instruction"):
-        tower.encode(image)
+    for call in (lambda: cache.get("known"), lambda: cache.put("new", first), lambda: tower.encode(image)):
+        with pytest.raises(RuntimeError, match="an illegal instruction"):
+            call()
 
 
 def test_towers_that_differ_never_share(qwen2_vl, tmp_path, batches):
@@ -218,13 +209,8 @@ def test_towers_that_differ_never_share(qwen2_vl, tmp_path, batches):
     def tower(folder, **options):
         return VisionTower.from_pretrained(folder, device="cpu", cache=cache, **options)
 
-    towers = [
-        tower(qwen2_vl),
-        tower(qwen2_vl, dtype="bfloat16"),
-        tower(qwen2_vl, processor_options={"image_mean": [0.0, 0.0, 0.0]}),
-        tower(qwen2_vl, feature_layer=-2),
-        tower(tuned),
-    ]
+    options = ({}, {"dtype": "bfloat16"}, {"processor_options": {"image_mean": [0.0] * 3}}, {"feature_layer": -2})
+    towers = [*(tower(qwen2_vl, **changed) for changed in options), tower(tuned)]
     embeddings = [one.encode(image)[0].embeddings.float() for one in towers]
     assert len(batches) == len(towers)
     assert all(not torch.equal(a, b) for i, a in enumerate(embeddings) for b in embeddings[:i])
@@ -237,13 +223,11 @@ def test_images_of_equal_bytes_are_kept_apart(qwen2_vl):
     images = [Image.frombytes(*form) for form in (("RGB", (30, 100), stored), ("RGB", (100, 30), stored))]
     images.append(Image.frombytes("L", (30, 30), stored[:900]))
     for base in (0, 200):
-        palette = Image.frombytes("P", (30, 30), stored[:900])
-        palette.putpalette([channel for index in range(256) for channel in (index, 255 - index, base)])
-        images.append(palette)
+        images.append(Image.frombytes("P", (30, 30), stored[:900]))
+        images[-1].putpalette([channel for index in range(256) for channel in (index, 255 - index, base)])
     for alpha in (0, 128, 255):
-        image = images[0].convert("RGBA")
-        image.putalpha(alpha)
-        images.append(image)
+        images.append(images[0].convert("RGBA"))
+        images[-1].putalpha(alpha)
     cache = EmbeddingCache(2**22)
     cached, plain = (VisionTower.from_pretrained(qwen2_vl, device="cpu", cache=one) for one in (cache, None))
     expected = plain.encode(images)

@@ -101,6 +101,13 @@ class EmbeddingCache:
         with self._lock:
             return CacheStats(self._hits, self._misses, self._evictions, self._bytes, len(self._entries))
 
+    def __len__(self) -> int:
+        return self.stats.entries
+
+    def __contains__(self, key: object) -> bool:
+        with self._lock:
+            return key in self._entries
+
     def _remove(self, key: str) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
