@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,8 @@ from tritontower.errors import BackendUnavailableError, EmbeddingFileError, Usag
 def embedding(tokens=6, width=8, *, dtype=torch.float32, seed=0, **changes):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(tokens, width, generator=generator).to(dtype)
-    plain = {
-        "grid_thw": (1, 4, 6),
-        "original_size": (100, 50),
-        "processed_size": (84, 56),
-        "content_hash": f"{seed:064x}",
-    }
-    return ImageEmbedding(embeddings=rows, **{**plain, **changes})
+    plain = ImageEmbedding(rows, (1, 4, 6), (100, 50), (84, 56), f"{seed:064x}")
+    return replace(plain, **changes)
 
 
 def rich(seed=0):
@@ -55,11 +51,8 @@ def assert_same(first, second):
     for name, tensor in first.tensors.items():
         assert tensor.dtype == second.tensors[name].dtype, name
         assert torch.equal(tensor, second.tensors[name]), name
-    metadata = [
-        {k: v for k, v in vars(one).items() if k not in ("embeddings", "deepstack", "pooled")}
-        for one in (first, second)
-    ]
-    assert metadata[0] == metadata[1]
+    for name in vars(first).keys() - {"embeddings", "deepstack", "pooled"}:
+        assert getattr(first, name) == getattr(second, name), name
 
 
 def test_tensors_have_names_and_sizes():
@@ -80,16 +73,13 @@ def test_ids_and_alias_make_a_new_embedding():
     assert named.with_alias(None).text_alias is None
 
 
-@pytest.mark.parametrize("ids", [range(5), [0, 1, 2, 3, 4, -1], [0.0] * 6, [True] * 6, [2**63] * 6])
-def test_invalid_ids_are_rejected(ids):
-    with pytest.raises(UsageError, match="one integer"):
-        embedding().with_token_ids(ids)
-
-
-@pytest.mark.parametrize("alias", ["", 3, b"a"])
-def test_invalid_aliases_are_rejected(alias):
-    with pytest.raises(UsageError, match="text_alias"):
-        embedding().with_alias(alias)
+def test_invalid_ids_and_aliases_are_rejected():
+    for ids in (range(5), [0, 1, 2, 3, 4, -1], [0.0] * 6, [True] * 6, [2**63] * 6):
+        with pytest.raises(UsageError, match="one integer"):
+            embedding().with_token_ids(ids)
+    for alias in ("", 3, b"a"):
+        with pytest.raises(UsageError, match="text_alias"):
+            embedding().with_alias(alias)
 
 
 def test_moving_takes_all_tensors_and_copies_on_request():
@@ -104,20 +94,11 @@ def test_moving_takes_all_tensors_and_copies_on_request():
     assert moved.timestamps == whole.timestamps
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_one_embedding_comes_back_from_its_file(tmp_path, dtype):
-    for number, one in enumerate((embedding(dtype=dtype), rich(), embedding(tokens=0, tile_tokens=(0,)))):
-        path = tmp_path / f"{number}.safetensors"
-        one.save(path)
-        assert_same(ImageEmbedding.load(path), one)
-        assert_same(ImageEmbedding.load(str(path)), one)
-
-
 def test_several_come_back_in_order(tmp_path):
     path = tmp_path / "all.safetensors"
     rows = torch.randn(12, 8)
     halves = [embedding(seed=seed).with_tensors({"embeddings": part}) for seed, part in enumerate(rows.split(6))]
-    several = [rich(), *halves, halves[0], embedding(tokens=3, width=20)]
+    several = [rich(), *halves, halves[0], embedding(tokens=3, width=20, dtype=torch.float16, tile_tokens=(3,))]
     save_embeddings(path, several)
     again = load_embeddings(path)
     assert len(again) == 5
@@ -126,7 +107,7 @@ def test_several_come_back_in_order(tmp_path):
     save_embeddings(path, [])
     assert load_embeddings(path) == []
     with pytest.raises(EmbeddingFileError, match="must hold one embedding, got 0"):
-        ImageEmbedding.load(path)
+        ImageEmbedding.load(str(path))
     assert list(tmp_path.iterdir()) == [path]
     # A device that is none, or not here, is found even where there is nothing to put on it.
     for device, error in (("meta", BackendUnavailableError), ("attic", UsageError)):
@@ -202,26 +183,15 @@ def test_invalid_metadata_is_rejected_by_name(saved, name, values):
 
 
 @pytest.mark.parametrize(
-    "tensors",
+    ("changes", "message"),
     [
-        {"0.embeddings": torch.zeros(6)},
-        {"0.embeddings": torch.zeros(6, 8, dtype=torch.int8)},
-        {"0.deepstack.0": torch.zeros(5, 8, dtype=torch.bfloat16)},
-        {"0.deepstack.1": torch.zeros(6, 8)},
-        {"0.pooled": torch.zeros(2, 5, 1)},
-        {"extra": torch.zeros(1)},
-        {"0.pooled": None},
-    ],
-)
-def test_tensors_that_do_not_fit_are_rejected(saved, tensors):
-    change_file(saved, tensors=tensors)
-    with pytest.raises(EmbeddingFileError, match=r"rich\.safetensors.*(tensors|only in)"):
-        ImageEmbedding.load(saved)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
+        ({"0.embeddings": torch.zeros(6)}, "tensors"),
+        ({"0.embeddings": torch.zeros(6, 8, dtype=torch.int8)}, "tensors"),
+        ({"0.deepstack.0": torch.zeros(5, 8, dtype=torch.bfloat16)}, "tensors"),
+        ({"0.deepstack.1": torch.zeros(6, 8)}, "tensors"),
+        ({"0.pooled": torch.zeros(2, 5, 1)}, "tensors"),
+        ({"extra": torch.zeros(1)}, "only in"),
+        ({"0.pooled": None}, "only in"),
         ({"format": "pt"}, "must be of format"),
         ({"version": "2"}, "must be of format"),
         *(({"embeddings": text}, "not JSON") for text in ("", "{", "[" * 100_000)),
@@ -231,25 +201,17 @@ def test_tensors_that_do_not_fit_are_rejected(saved, tensors):
         ({"embeddings": "[]"}, "lists 0 tensors"),
     ],
 )
-def test_files_of_other_formats_are_rejected(saved, metadata, message):
-    change_file(saved, metadata)
-    with pytest.raises(EmbeddingFileError, match=message):
+def test_other_tensors_and_formats_are_rejected(saved, changes, message):
+    is_metadata = all(isinstance(value, str) for value in changes.values())
+    change_file(saved, **{"metadata" if is_metadata else "tensors": changes})
+    with pytest.raises(EmbeddingFileError, match=rf"rich\.safetensors.*({message})"):
         load_embeddings(saved)
 
 
 def test_damaged_files_are_rejected(saved, tmp_path):
     whole = saved.read_bytes()
     path = tmp_path / "damaged.safetensors"
-    for data in (
-        b"",
-        b"1234",
-        whole[:20],
-        whole[:-1],
-        whole + b"x",
-        b"\xff" * 64,
-        pickle.dumps({"a": 1}) * 5,
-        b"<html>" * 9,
-    ):
+    for data in (b"", b"1234", whole[:20], whole[:-1], whole + b"x", b"\xff" * 64, pickle.dumps("a" * 99)):
         path.write_bytes(data)
         with pytest.raises(EmbeddingFileError, match="damaged"):
             load_embeddings(path)

@@ -114,7 +114,6 @@ class TestDirection:
         path.write_text("def f():\n    from ..tower import VisionTower\n    from .. import cli\n    import torch.nn\n")
         found = list(list_imports(path, "tritontower.graph.ir"))
         assert found == ["tritontower.tower.VisionTower", "tritontower.cli", "torch.nn"]
-        assert all(LEVEL[top_package(name)] > LEVEL["graph"] for name in found[:2])
 
     def test_no_import_cycles_within_tuning(self):
         # Cycles of packages would point upward somewhere.
@@ -163,17 +162,8 @@ class TestImporting:
     )
     def test_loads_nothing_heavier_than_needed(self, code, allowed):
         loaded = run_python(f"import sys; {code}; print(); print(*sys.modules)").splitlines()[-1].split()
-        heavy = {
-            "torch",
-            "triton",
-            "transformers",
-            "numpy",
-            "PIL",
-            "safetensors",
-            "huggingface_hub",
-            "tqdm",
-            "matplotlib",
-        }
+        heavy = {"torch", "triton", "transformers", "numpy", "PIL", "safetensors"}
+        heavy |= {"huggingface_hub", "tqdm", "matplotlib"}
         assert heavy & {*loaded} <= {*allowed.split()}
         assert allowed or len([name for name in loaded if "tritontower" in name]) < 30
 
