@@ -118,12 +118,7 @@ def attend_by_exponentials(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sc
 def attention_workspace_bytes(rows: int, length: int, heads: int, head_dim: int, dtype: torch.dtype) -> int:
     """Upper bound of the memory that :func:`flash_attention_varlen_reference` allocates, in bytes.
 
-    Args:
-        rows: rows of all segments.
-        length: rows of one segment.
-        heads: number of heads.
-        head_dim: columns of one head.
-        dtype: of q, k and v.
+    ``rows`` counts the rows of all segments, ``length`` those of one.
     """
     by_exponentials, size = cpu.has_onednn_exponential(dtype), dtype.itemsize
     fewest = LENGTH_FOR_EXPONENTIALS if by_exponentials else LENGTH_FOR_MATMULS

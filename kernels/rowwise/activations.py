@@ -16,7 +16,8 @@ elements, and an activation takes about 10 to 25 instructions per element.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -44,23 +45,11 @@ def _quick_gelu(x: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(scaled.mul_(1 / 1.702))
 
 
-def _silu(x: torch.Tensor, out: torch.Tensor) -> None:
-    torch.ops.aten.silu.out(x, out=out)
-
-
-def _gelu(x: torch.Tensor, out: torch.Tensor) -> None:
-    torch.ops.aten.gelu.out(x, approximate="none", out=out)
-
-
-def _gelu_tanh(x: torch.Tensor, out: torch.Tensor) -> None:
-    torch.ops.aten.gelu.out(x, approximate="tanh", out=out)
-
-
-_REFERENCES: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {
+_REFERENCES: dict[str, Callable[..., Any]] = {
     "quick_gelu": _quick_gelu,
-    "gelu": _gelu,
-    "gelu_tanh": _gelu_tanh,
-    "silu": _silu,
+    "gelu": partial(torch.ops.aten.gelu.out, approximate="none"),
+    "gelu_tanh": partial(torch.ops.aten.gelu.out, approximate="tanh"),
+    "silu": torch.ops.aten.silu.out,
 }
 
 
@@ -94,11 +83,11 @@ def activation_reference(x: torch.Tensor, kind: str, out: torch.Tensor | None = 
     source, target = x.view(-1), out.view(-1)
     for start, stop in _cut_into_vectors(x.numel(), kind):
         if (stop - start) % _VECTOR == 0:
-            function(source[start:stop], target[start:stop])
+            function(source[start:stop], out=target[start:stop])
             continue
         padded = source.new_zeros(_VECTOR)
         padded[: stop - start] = source[start:stop]
-        function(padded, padded)
+        function(padded, out=padded)
         target[start:stop] = padded[: stop - start]
     return out
 

@@ -31,6 +31,13 @@ INTERPRETER_TILE = TileConfig(rows=64, columns=2048, num_warps=4)
 """Few, large programs: each is expensive in the interpreter."""
 
 
+def default_config(architecture: str) -> TileConfig:
+    """16 bytes per thread and load (16-bit elements), 256 bytes of each row: most widths are multiples of 128."""
+    if architecture == "interpreter":
+        return INTERPRETER_TILE
+    return TileConfig(rows=16 if architecture.startswith("gfx") else 8, columns=128, num_warps=4)
+
+
 @triton.jit
 def locate_tile(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Returns the rows and columns of this program's tile; neighboring programs own neighboring columns."""

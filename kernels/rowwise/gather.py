@@ -18,7 +18,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile, row_chunks
+from .common import TileConfig, check_index_range, default_config, locate_tile, row_chunks
 
 MAX_TAPS = 16
 """Largest number of taps per row (those of a bicubic interpolation): the kernel is unrolled over them."""
@@ -123,13 +123,6 @@ def _gather_kernel(
         residual = tl.load(residual_ptr + row[:, None] * stride_rm + column[None, :], mask=inside, other=0.0)
         total = total.to(tl.float32) + residual.to(tl.float32)
     tl.store(out_ptr + row[:, None] * stride_om + column[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def default_config(architecture: str) -> TileConfig:
-    """16 bytes per thread and load (16-bit elements), 256 bytes of each row: most widths are multiples of 128."""
-    if architecture == "interpreter":
-        return INTERPRETER_TILE
-    return TileConfig(rows=16 if architecture.startswith("gfx") else 8, columns=128, num_warps=4)
 
 
 @on_device_of_first

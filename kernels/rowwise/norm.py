@@ -39,27 +39,6 @@ CHUNK = 262144
 """fp32 elements per thread and chunk of the reference."""
 
 
-def _normalize_chunk(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    kind: str,
-    eps: float,
-    rounding: str,
-) -> None:
-    # `weight` is fp32 unless the multiplication with it is rounded separately.
-    if kind == "layer_norm":
-        out.copy_(torch.nn.functional.layer_norm(x, (x.shape[1],), weight, bias, eps))
-        return
-    normalized = x.float() if x.dtype != torch.float32 else x.clone()
-    normalized.mul_((normalized * normalized).mean(1, keepdim=True).add_(eps).rsqrt_())
-    if rounding == "before_weight":
-        torch.mul(normalized.to(x.dtype), weight, out=out)
-    else:
-        out.copy_(normalized.mul_(weight))
-
-
 def norm_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -93,7 +72,15 @@ def norm_reference(
             chunk = torch.add(x[run], residual[run], out=residual_out[run])
         else:
             chunk = x[run]
-        _normalize_chunk(chunk, weight, bias, out[run], kind, eps, rounding)
+        if kind == "layer_norm":
+            out[run].copy_(torch.nn.functional.layer_norm(chunk, (width,), weight, bias, eps))
+            continue
+        normalized = chunk.to(torch.float32, copy=True)
+        normalized.mul_((normalized * normalized).mean(1, keepdim=True).add_(eps).rsqrt_())
+        if rounding == "before_weight":
+            torch.mul(normalized.to(chunk.dtype), weight, out=out[run])
+        else:
+            out[run].copy_(normalized.mul_(weight))
 
 
 @triton.jit
@@ -270,20 +257,11 @@ def launch_norm(
     rows, width = out.shape
     tensors = (x, weight, bias, out, residual, residual_out, row_index, valid_count)
     strides = (0 if tensor is None else tensor.stride(0) for tensor in (x, out, residual, residual_out))
-    options = {**_constants(kind, rounding, width, config), "num_warps": config.num_warps}
-    _norm_kernel[(ceil_div(rows, config.rows),)](*tensors, rows, *strides, eps, **options)
-
-
-def _constants(kind: str, rounding: str, width: int, config: NormConfig) -> dict[str, Any]:
     main, tail = split_width(width)
-    return {
-        "KIND": kind,
-        "ROUND_BEFORE_WEIGHT": rounding == "before_weight",
-        "WIDTH": width,
-        "MAIN": main,
-        "TAIL": tail,
-        "ROWS": config.rows,
-    }
+    constants = {"KIND": kind, "ROUND_BEFORE_WEIGHT": rounding == "before_weight", "ROWS": config.rows}
+    _norm_kernel[(ceil_div(rows, config.rows),)](
+        *tensors, rows, *strides, eps, **constants, WIDTH=width, MAIN=main, TAIL=tail, num_warps=config.num_warps
+    )
 
 
 def _check_choice(kind: str, rounding: str, bias: torch.Tensor | None) -> None:
@@ -368,14 +346,8 @@ def norm(
         raise ValueError(f"x must have rows for the {rows} of row_index, got shape {tuple(x.shape)}")
 
     if rows:
-        arguments: dict[str, Any] = {
-            "kind": kind,
-            "eps": eps,
-            "rounding": rounding,
-            "residual": residual,
-            "residual_out": residual_out,
-            "row_index": row_index,
-        }
+        arguments: dict[str, Any] = {"kind": kind, "eps": eps, "rounding": rounding}
+        arguments |= {"residual": residual, "residual_out": residual_out, "row_index": row_index}
         if runs_kernel(x):
             planned = planned_rows(valid_rows, rows)
             config = config or choose_config(

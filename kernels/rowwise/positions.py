@@ -80,9 +80,8 @@ def window_order(grids: Sequence[tuple[int, int, int]], merge: int, side: int) -
     smaller.  The order is that of ``get_vision_window_index`` of transformers, which pads the grid and removes the padding
     again (Qwen2.5-VL).
 
-    Returns:
-        ``[blocks]`` int64 on the CPU, the old index of each block in the new order; and the number of blocks of each
-        window, whose ``side`` is in blocks; none of them 0.
+    Returns ``[blocks]`` int64 on the CPU, the old index of each block in the new order; and the number of blocks of each
+    window, whose ``side`` is in blocks; none of them 0.
     """
     _check_grids(grids, merge)
     if side < 1:
@@ -114,10 +113,8 @@ def bilinear_taps(
 
     Every grid is stretched over the table from corner to corner, as ``torch.nn.functional.interpolate`` does with
     ``align_corners=True``; an axis with one patch uses the table's first row.  Coordinates are computed in fp64, so that
-    the weights are rounded once.
-
-    Returns:
-        ``[N, 4]`` int32, rows of the table (stored row by row), and ``[N, 4]`` fp32, their weights.
+    the weights are rounded once.  Returns ``[N, 4]`` int32, rows of the table (stored row by row), and ``[N, 4]`` fp32,
+    their weights.
     """
     counts = [frames * height * width for frames, height, width in grids]
     if side < 1:
@@ -222,14 +219,9 @@ def launch_rotary_table(
     rows, quarter = len(positions), out_cos.shape[1] // 2
     tables = [table for axis in frequencies for table in _axis_table(axis, side, positions.device)]
     strides = (positions.stride(0), out_cos.stride(0), out_sin.stride(0))
-    options = {
-        "QUARTER": quarter,
-        "BLOCK": next_power_of_two(quarter),
-        "ROWS": config.rows,
-        "num_warps": config.num_warps,
-    }
+    constants = {"QUARTER": quarter, "BLOCK": next_power_of_two(quarter), "ROWS": config.rows}
     _rotary_table_kernel[(ceil_div(rows, config.rows),)](
-        positions, *tables, out_cos, out_sin, rows, *strides, **options
+        positions, *tables, out_cos, out_sin, rows, *strides, **constants, num_warps=config.num_warps
     )
 
 

@@ -15,7 +15,6 @@ Memory bound: reads and writes ``2·T·H·hd`` elements; 3 FLOPs each.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -124,28 +123,21 @@ def launch_rope(
     rows, heads, head_dim = q.shape
     strides = (*q.stride()[:2], *k.stride()[:2], cos.stride(0), sin.stride(0))
     unit = math.gcd(16, head_dim // 2, *strides)
-    options = {**_constants(head_dim, unit, rotation_dtype, config), **_options(rotation_dtype)}
-    grid = (ceil_div(rows, config.rows), ceil_div(heads, config.heads))
-    strides = tuple(stride // unit for stride in strides)
-    _rope_kernel[grid](q, k, cos, sin, rows, heads, *strides, **options, num_warps=config.num_warps)
-
-
-def _options(rotation_dtype: torch.dtype) -> dict[str, Any]:
-    # The compiler would replace a rounded fp32 multiplication of two bf16 values by a bf16 one, and fuse it into the sum:
-    # one rounding fewer than the definition has.
-    return {"enable_fp_fusion": rotation_dtype == torch.float32}
-
-
-def _constants(head_dim: int, unit: int, rotation_dtype: torch.dtype, config: RopeConfig) -> dict[str, Any]:
     half = head_dim // 2
-    return {
+    options = {
         "DTYPE": {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[rotation_dtype],
         "HALF": half,
         "BLOCK": next_power_of_two(half),
         "ROWS": config.rows,
         "HEADS": config.heads,
         "UNIT": unit,
+        # The compiler would replace a rounded fp32 multiplication of two bf16 values by a bf16 one, and fuse it into the
+        # sum: one rounding fewer than the definition has.
+        "enable_fp_fusion": rotation_dtype == torch.float32,
     }
+    grid = (ceil_div(rows, config.rows), ceil_div(heads, config.heads))
+    strides = tuple(stride // unit for stride in strides)
+    _rope_kernel[grid](q, k, cos, sin, rows, heads, *strides, **options, num_warps=config.num_warps)
 
 
 def rope_(

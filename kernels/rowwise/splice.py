@@ -17,7 +17,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
-from .common import INTERPRETER_TILE, TileConfig, check_index_range, locate_tile
+from .common import TileConfig, check_index_range, default_config, locate_tile
 
 
 def splice_rows_reference(
@@ -60,13 +60,6 @@ def _splice_kernel(
     else:
         result = values.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row[:, None] * stride_om + column[None, :], result, mask=wanted & within)
-
-
-def default_config(architecture: str) -> TileConfig:
-    """16 bytes per thread and load (16-bit elements), 256 bytes of each row."""
-    if architecture == "interpreter":
-        return INTERPRETER_TILE
-    return TileConfig(rows=16 if architecture.startswith("gfx") else 8, columns=128, num_warps=4)
 
 
 def _is_in_place(text: torch.Tensor, out: torch.Tensor) -> bool:
