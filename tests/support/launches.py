@@ -36,7 +36,6 @@ LONG = 2**31 + 16
 """A row stride that does not fit 32 bits."""
 
 GATED = "silu_gated_interleaved"
-
 SPLIT = LinearConfig(32, 16, 32, group_rows=2, num_warps=4, num_stages=2, split=2)
 
 Case = tuple[str, Callable[[], Any]]
@@ -219,14 +218,12 @@ def boundaries() -> Iterator[Case]:
     yield "qkv rotated, descriptors", partial(project_heads, 300, 16, 72, 80, config=described, valid_rows=plan(300))
     yield "patch projection, descriptors", partial(project_patches, 5, 1184, torch.uint8, config=described)
     yield "patch projection, planned", partial(project_patches, 5, 588, torch.uint8, valid_rows=plan(5))
-    yield "qkv rotated, long rows", project_heads_far_rows
     for kind in ACTIVATIONS:
         yield f"activation {kind}", partial(activation, make_rows(3, 1280), kind)
     for kind in EPILOGUES:
         yield f"linear {kind}", partial(matmul, 4096, 1280, 2560, kind)
     yield "linear of one element", partial(linear, make_rows(1, 1), make_rows(1, 1))
     yield "linear, odd rows", partial(linear, make_rows(7, 33), make_rows(17, 33), residual=make_rows(7, 17, gap=2))
-    yield "linear, long rows", partial(linear, make_far_rows(3, 64), make_far_rows(64, 64), out=make_far_rows(3, 64))
     yield "patch projection of floats", partial(project_patches, 7, 588, FP32)
     positions = {"position_table": make_rows(9, WIDTH)}
     index = torch.zeros(5, dtype=torch.int32)
@@ -237,66 +234,48 @@ def boundaries() -> Iterator[Case]:
     yield "norm gathered", partial(normalize, 3, 1280, row_index=index)
     rounded = {"rounding": "before_weight", "residual": make_rows(2, 1280)}
     yield "norm rounded before the weight", partial(normalize, 2, 1280, "rms_norm", **rounded)
-    far = make_far_rows(2, 64), make_far_rows(1, 64)[0]
-    yield "norm, long rows", partial(norm, *far, kind="gemma_rms_norm", eps=1e-06)
-    yield "add, long rows", partial(add, make_far_rows(2, 64), make_far_rows(2, 64))
     yield "rows of one element", partial(gather, 1, 1)
     yield "weighed rows of one element", partial(gather, 1, 1, 2, filled=True, added=True)
-    yield "rows, odd and far apart", gather_far_rows
     yield "splice of one element", partial(splice, 1, 1)
-    yield "splice, long rows", splice_far_rows
     yield "mean of one row of one element", partial(mean_rows, make_rows(1, 1), 1)
     yield "mean of many rows", partial(mean_rows, make_rows(729, 48), 729)
-    yield "means, long rows", partial(mean_rows, make_far_rows(8, 64), 4, out=make_far_rows(2, 64))
     yield "pooling of one element", partial(pool, [1], 1, 1)
-    yield "pooling, unaligned tiles", pool_unaligned
-    yield "pooling, long rows", pool_far_rows
     for head_dim in (40, 64, 104, 128):
         yield f"pooling, heads of {head_dim}", partial(pool, [5, 200], 3, head_dim)
         yield f"attention, heads of {head_dim}", partial(attend, [5, 200], 3, head_dim)
         yield f"rotation, heads of {head_dim}", partial(rotate, 5, 3, head_dim)
-    yield "attention, unaligned tiles", attend_unaligned
     yield from attention_variants()
-    yield "attention, long rows", attend_far_rows
+    yield from unaligned_tiles()
+    yield from far_rows()
 
 
-def gather_far_rows() -> Any:
-    index = torch.empty(3, 4, dtype=torch.int32, device="meta")
-    weights = torch.empty(3, 4, device="meta")
-    fill = torch.empty(33, dtype=BF16, device="meta")
-    rows = make_far_rows(3, 33)
-    return gather_rows(make_far_rows(5, 33), index, weights, fill=fill, residual=rows, out=rows)
-
-
-def splice_far_rows() -> Any:
-    text = make_far_rows(3, 33)
-    return splice_rows(text, make_far_rows(5, 33), torch.empty(3, dtype=torch.int32, device="meta"), add=True, out=text)
-
-
-def project_heads_far_rows() -> Any:
-    bias = torch.empty(120, dtype=BF16, device="meta")
-    tables = (make_far_rows(3, 10, FP32) for _ in range(2))
-    return qkv_projection(make_far_rows(3, 64), make_far_rows(120, 64), bias, *tables, heads=2, head_dim=20)
-
-
-def pool_unaligned() -> Any:
-    kv = torch.empty(5, 2 * 3 * 83 + 1, dtype=BF16)[:, 1:].view(5, 2, 3, 83)[..., 2:82]
-    return attention_pooling(torch.empty(3, 83, dtype=BF16)[:, 3:], kv, Segments([4, 1]))
-
-
-def pool_far_rows() -> Any:
+def far_rows() -> Iterator[Case]:
+    """Row strides that do not fit 32 bits."""
+    meta = partial(torch.empty, device="meta")
+    x, rows, text = make_far_rows(2, 64), make_far_rows(5, 33), make_far_rows(3, 33)
+    yield "norm, long rows", partial(norm, x, x[0], kind="gemma_rms_norm", eps=1e-06)
+    yield "add, long rows", partial(add, x, make_far_rows(2, 64))
+    yield "means, long rows", partial(mean_rows, make_far_rows(8, 64), 4, out=x)
+    yield "linear, long rows", partial(linear, make_far_rows(3, 64), make_far_rows(64, 64), out=make_far_rows(3, 64))
+    projection = make_far_rows(3, 64), make_far_rows(120, 64), meta(120, dtype=BF16)
+    tables = make_far_rows(3, 10, FP32), make_far_rows(3, 10, FP32)
+    yield "qkv rotated, long rows", partial(qkv_projection, *projection, *tables, heads=2, head_dim=20)
+    taps = {"index": meta(3, 4, dtype=torch.int32), "weights": meta(3, 4), "fill": meta(33, dtype=BF16)}
+    yield "rows, odd and far apart", partial(gather_rows, rows, **taps, residual=text, out=text)
+    index = meta(3, dtype=torch.int32)
+    yield "splice, long rows", partial(splice_rows, text, rows, index, add=True, out=text)
     kv = torch.empty_strided((3, 2, 2, 72), (LONG, LONG // 2, 72, 1), dtype=BF16, device="meta")
-    return attention_pooling(torch.empty(2, 72, dtype=BF16, device="meta"), kv, Segments([3]))
-
-
-def attend_unaligned() -> Any:
-    q, k, v = (torch.empty(5, 3 * 83 + 1, dtype=BF16)[:, 1:].view(5, 3, 83)[..., 2:82] for _ in range(3))
-    return flash_attention_varlen(q, k, v, Segments([4, 1]))
-
-
-def attend_far_rows() -> Any:
+    yield "pooling, long rows", partial(attention_pooling, meta(2, 72, dtype=BF16), kv, Segments([3]))
     q = torch.empty_strided((3, 2, 80), (LONG, 80, 1), dtype=BF16, device="meta")
-    return flash_attention_varlen(q, q, q, Segments([3]))
+    yield "attention, long rows", partial(flash_attention_varlen, q, q, q, Segments([3]))
+
+
+def unaligned_tiles() -> Iterator[Case]:
+    kv = torch.empty(5, 2 * 3 * 83 + 1, dtype=BF16)[:, 1:].view(5, 2, 3, 83)[..., 2:82]
+    query = torch.empty(3, 83, dtype=BF16)[:, 3:]
+    yield "pooling, unaligned tiles", partial(attention_pooling, query, kv, Segments([4, 1]))
+    q = torch.empty(5, 3 * 83 + 1, dtype=BF16)[:, 1:].view(5, 3, 83)[..., 2:82]
+    yield "attention, unaligned tiles", partial(flash_attention_varlen, q, q, q, Segments([4, 1]))
 
 
 def main(architecture: str) -> None:

@@ -238,19 +238,15 @@ class TestFarApart:
         tolerance = TOLERANCE[BF16] + boost * 2.0**-22
         assert relative_error(out, attention_fp64(*counted, segments, scale)) <= tolerance
 
-    @pytest.mark.parametrize(("boost", "recomputed"), [(0, 0), (60, 0), (140, 97), (400, 97)])
-    def test_recomputed_rows(self, kernel_device, overflowed, boost, recomputed):
-        q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, scale=64**-0.5)
-        flash_attention_varlen(q, k, v, segments, config=SPECIALIZED)
-        assert int(overflowed[0].sum()) == recomputed
-
-    @recent_triton
+    @pytest.mark.parametrize("head_dim", [64, pytest.param(72, marks=recent_triton)])
     @pytest.mark.parametrize(("boost", "recomputed"), [(0, 0), (60, 0), (400, 97)])
-    def test_recomputed_rows_in_padded_heads(self, kernel_device, overflowed, boost, recomputed):
-        scale = math.log(2)
-        q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, head_dim=72, width=80, scale=scale)
-        q[..., 1:72] *= 0.17
-        flash_attention_varlen(q, k, v, segments, config=SPECIALIZED, scale=scale, columns=72)
+    def test_recomputed_rows(self, kernel_device, overflowed, boost, recomputed, head_dim):
+        padded = {"width": 80} if head_dim == 72 else {}
+        how = {"head_dim": head_dim, "scale": math.log(2), **padded}
+        q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, **how)
+        q[..., 1:head_dim] *= 0.17
+        columns = head_dim if padded else None
+        flash_attention_varlen(q, k, v, segments, config=SPECIALIZED, scale=math.log(2), columns=columns)
         assert int(overflowed[0].sum()) == recomputed
 
     @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
@@ -267,11 +263,12 @@ class TestFarApart:
         flash_attention_varlen(q, k, v, segments, config=config, out=q)
         assert relative_error(q, expected) <= TOLERANCE[dtype] + 140 * 2.0**-22
 
-    def test_a_row_does_not_depend_on_its_tile(self, kernel_device):
+    @pytest.mark.parametrize("variant", ["online", "fixed"])
+    def test_a_row_does_not_depend_on_its_tile(self, kernel_device, variant):
         """Only overflowed rows are recomputed: tiles of another height give the same bits."""
         q, k, v, segments = boosted(140, "row by row", BF16, kernel_device, scale=64**-0.5)
-        tall = flash_attention_varlen(q, k, v, segments, config=FlashAttentionConfig(128, 32, 4, 1, "fixed"))
-        short = flash_attention_varlen(q, k, v, segments, config=FlashAttentionConfig(16, 32, 4, 1, "fixed"))
+        tall = flash_attention_varlen(q, k, v, segments, config=FlashAttentionConfig(128, 32, 4, 1, variant))
+        short = flash_attention_varlen(q, k, v, segments, config=FlashAttentionConfig(16, 32, 4, 1, variant))
         assert torch.equal(tall, short)
 
 
@@ -364,13 +361,10 @@ class TestFallback:
         self.launch(kernel_device, gap=8, offset=8)
         assert launches[0] == "specialized"
 
-    def test_other_architectures(self):
+    def test_other_architectures_and_rows_inside_rows(self):
         tensor = torch.empty(4, 2, 64, dtype=BF16)
         reason = warp_specialized.find_obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_100")
         assert reason == "the compiler specializes warps for sm_90, not for sm_100"
-
-    def test_rows_inside_rows(self):
-        tensor = torch.empty(4, 2, 64, dtype=BF16)
         inside = tensor.as_strided((4, 2, 64), (64, 64, 1))
         assert "one after another" in warp_specialized.find_obstacle(inside, tensor, tensor, 64, SPECIALIZED, "sm_90")
         assert warp_specialized.find_obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_90") is None
@@ -402,7 +396,7 @@ class TestConfigurations:
     @pytest.mark.parametrize("architecture", [*configs.ARCHITECTURES, "interpreter"])
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     def test_defaults(self, architecture, dtype):
-        for head_dim in (16, 64, 72, 80, 96, 128):
+        for head_dim in (16, 64, 72, 80, 88, 96, 104, 128):
             for bound in (None, 16, 64, 65, 4096):
                 chosen = default_config(head_dim, dtype, architecture, length_bound=bound)
                 if dtype == FP32 and architecture != "interpreter":
@@ -415,12 +409,7 @@ class TestConfigurations:
                 else:
                     assert chosen.variant == "online"
             assert default_config(head_dim, dtype, architecture).variant in ("online", "fixed")
-
-    @pytest.mark.parametrize("architecture", [*configs.ARCHITECTURES, "interpreter"])
-    @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-    def test_a_batch_changes_only_the_height_of_tiles(self, architecture, dtype):
-        """Another variant or block of keys would change the order of the sums."""
-        for head_dim in (16, 64, 72, 80, 88, 96, 104, 128):
+            # A batch changes only the height of tiles: anything else would change the order of the sums.
             usual = default_config(head_dim, dtype, architecture)
             for longest in (1, 64, 65, 5000):
                 chosen = default_config(head_dim, dtype, architecture, longest=longest)
@@ -448,27 +437,15 @@ class TestConfigurations:
         ):
             FlashAttentionConfig(64, 64, 4, 2, "magic")
 
-    def test_a_limit_for_every_dtype(self):
-        assert fixed_max.max_sum(FP16) < torch.finfo(FP16).max
-        assert fixed_max.max_sum(BF16) < torch.finfo(BF16).max
-        assert fixed_max.RECOMPUTE_KEYS <= 32
 
-    def test_spare_columns(self):
-        assert fixed_max.has_spare_column(72, 80, BF16)
-        assert not fixed_max.has_spare_column(72, 72, BF16)
-        assert not fixed_max.has_spare_column(64, 80, BF16)
-        assert not fixed_max.has_spare_column(72, 80, FP16)
-
-
-class TestArguments:
-    def test_reference_of_padded_heads(self):
-        q, k, v = make_projection(RAGGED, 72, FP32, "cpu", width=80)
-        with dispatch.use("reference"):
-            out = flash_attention_varlen(q, k, v, RAGGED, columns=72)
-            scaled = flash_attention_varlen(q * (72**-0.5 * LOG2_E), k, v, RAGGED, columns=72, queries_scaled=True)
-        counted = [tensor[..., :72] for tensor in (q, k, v)]
-        for result in (out, scaled):
-            assert relative_error(result, attention_fp64(*counted, RAGGED, 72**-0.5)) <= TOLERANCE[FP32]
+def test_reference_of_padded_heads():
+    q, k, v = make_projection(RAGGED, 72, FP32, "cpu", width=80)
+    with dispatch.use("reference"):
+        out = flash_attention_varlen(q, k, v, RAGGED, columns=72)
+        scaled = flash_attention_varlen(q * (72**-0.5 * LOG2_E), k, v, RAGGED, columns=72, queries_scaled=True)
+    for result in (out, scaled):
+        truth = attention_fp64(*(tensor[..., :72] for tensor in (q, k, v)), RAGGED, 72**-0.5)
+        assert relative_error(result, truth) <= TOLERANCE[FP32]
 
 
 @pytest.mark.parametrize(("boost", "again"), [(0, False), (60, False), (140, True)])

@@ -51,14 +51,6 @@ def test_four_taps_interpolate_a_grid_as_torch_does(device):
     torch.testing.assert_close(gather_rows(grid, index.to(device), weights.to(device)), want, rtol=0, atol=1e-6)
 
 
-def test_source_and_out_may_be_halves_of_one_matrix(device):
-    wide = normal(SOURCE_ROWS, 160, device=device)
-    index = torch.arange(SOURCE_ROWS, dtype=torch.int32, device=device).flip(0)
-    want = wide[index.long(), :80]
-    gather_rows(wide[:, :80], index, out=wide[:, 80:])
-    assert torch.equal(wide[:, 80:], want)
-
-
 @pytest.mark.parametrize("taps", [None, 2])
 def test_rows_that_are_not_named_are_not_read(device, taps):
     source = torch.full((SOURCE_ROWS, 72), float("nan"), device=device)
@@ -107,13 +99,8 @@ TAPS = torch.zeros(3, 2, dtype=torch.int32)
         ({"index": TAPS[:, :0]}, ValueError, "1 to 16 taps"),
         ({"index": torch.zeros(3, MAX_TAPS + 1, dtype=torch.int32)}, ValueError, f"1 to {MAX_TAPS} taps"),
         ({"weights": torch.zeros(3, 2)}, ValueError, r"weights must have shape \(3,\), got \(3, 2\)"),
-        ({"index": TAPS, "weights": torch.zeros(2, 3).t()}, ValueError, "weights must be contiguous"),
-        ({"weights": torch.zeros(3).half()}, TypeError, "weights must be torch.float32"),
         ({"fill": torch.zeros(7)}, ValueError, r"fill must have shape \(8,\), got \(7,\)"),
-        ({"fill": torch.zeros(8).half()}, TypeError, "fill must be torch.float32"),
-        ({"fill": torch.zeros(16)[::2]}, ValueError, "fill must have last stride 1"),
         ({"residual": torch.zeros(4, 8)}, ValueError, r"residual must have shape \(3, 8\), got \(4, 8\)"),
-        ({"residual": torch.zeros(3, 8).half()}, TypeError, "residual must be torch.float32"),
         ({"out": SOURCE[:3]}, ValueError, "out must not be source"),
         ({"source": SOURCE[:0]}, ValueError, "source must have rows for the 3 of index"),
         ({"index": INDEX - 1}, ValueError, "index must hold 0 to 3, got -1; -1 needs a fill"),

@@ -13,15 +13,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-6
 
 
-def expected(x, weight, bias, kind):
-    """The formula in fp64."""
-    x, weight = x.double(), weight.double()
-    if kind == "layer_norm":
-        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, None if bias is None else bias.double(), EPS)
-    normalized = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
-    return normalized * (weight + 1 if kind == "gemma_rms_norm" else weight)
-
-
 def inputs(rows, width, dtype, kind, device="cpu", seed=0):
     """x with a mean well away from zero, weights around one, and a bias where the kind has one."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,11 +22,12 @@ def inputs(rows, width, dtype, kind, device="cpu", seed=0):
     return [None if tensor is None else tensor.to(device, dtype) for tensor in (x, weight, bias)]
 
 
-@pytest.mark.parametrize("width", [2048, 5120, MAX_WIDTH])
-def test_wide_rows(kernel_device, width):
-    x, weight, bias = inputs(2, width, torch.float32, "layer_norm", kernel_device)
-    y = norm(x, weight, bias, kind="layer_norm", eps=EPS)
-    assert relative_error(y, expected(x, weight, bias, "layer_norm")) <= TOLERANCE[torch.float32]
+@pytest.mark.parametrize(("width", "rows"), [(768, 1), (768, 2), (768, 8), (5120, None), (MAX_WIDTH, None)])
+def test_widths_and_configurations(kernel_device, width, rows):
+    x, weight, bias = inputs(13 if rows else 2, width, torch.float32, "layer_norm", kernel_device)
+    config = None if rows is None else NormConfig(rows=rows, num_warps=4)
+    want = torch.nn.functional.layer_norm(x.double(), (width,), weight.double(), bias.double(), EPS)
+    assert relative_error(norm(x, weight, bias, kind="layer_norm", eps=EPS, config=config), want) <= TOLERANCE[x.dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,15 +40,8 @@ def test_residual_is_added_rounded_and_returned(device, dtype, gathered, given):
     order = torch.randperm(37, generator=torch.Generator().manual_seed(0)).to(device, torch.int32) if gathered else None
     total = x + residual
     place = torch.empty_like(x) if given else None
-    y, summed = norm(
-        x,
-        weight,
-        kind="rms_norm",
-        eps=EPS,
-        residual=residual,
-        residual_out=place,
-        row_index=order,
-    )
+    how = {"residual": residual, "residual_out": place, "row_index": order}
+    y, summed = norm(x, weight, kind="rms_norm", eps=EPS, **how)
     assert torch.equal(summed, total)
     assert (summed is place) == given
     ordered = total if order is None else total[order.long()]
@@ -93,15 +78,7 @@ def test_variance_survives_a_large_mean(device):
     x = 1e4 + torch.randn(4, 1024, generator=torch.Generator().manual_seed(0)).to(device)
     weight = torch.ones(1024, device=device)
     y = norm(x, weight, kind="layer_norm", eps=EPS)
-    assert relative_error(y, expected(x, weight, None, "layer_norm")) <= 1e-3
-
-
-def test_configuration_does_not_change_what_is_computed(kernel_device):
-    x, weight, bias = inputs(13, 768, torch.float32, "layer_norm", kernel_device)
-    want = expected(x, weight, bias, "layer_norm")
-    for rows in (1, 2, 8):
-        y = norm(x, weight, bias, kind="layer_norm", eps=EPS, config=NormConfig(rows=rows, num_warps=4))
-        assert relative_error(y, want) <= TOLERANCE[torch.float32]
+    assert relative_error(y, torch.nn.functional.layer_norm(x.double(), (1024,), eps=EPS)) <= 1e-3
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 1024, 1152, 1280, 1408, 3584, 4095, 5120, MAX_WIDTH])
@@ -176,7 +153,6 @@ INDEX = torch.zeros(4, dtype=torch.int32)
     [
         ({"x": torch.zeros(4, MAX_WIDTH + 1)}, ValueError, f"D from 1 to {MAX_WIDTH}"),
         ({"weight": torch.zeros(9)}, ValueError, r"weight must have shape \(8,\), got \(9,\)"),
-        ({"weight": torch.zeros(8, dtype=torch.float16)}, TypeError, "weight must be torch.float32"),
         ({"bias": torch.zeros(7)}, ValueError, r"bias must have shape \(8,\)"),
         ({"kind": "batch_norm"}, ValueError, "kind must be one of .* got 'batch_norm'"),
         ({"kind": "rms_norm", "bias": WEIGHT}, ValueError, "bias must be left out for rms_norm"),
@@ -186,7 +162,6 @@ INDEX = torch.zeros(4, dtype=torch.int32)
         ({"residual_out": X}, ValueError, "residual_out must be left out without a residual"),
         ({"residual": torch.zeros(4, 8), "residual_out": X}, ValueError, "residual_out must be neither x nor residual"),
         ({"row_index": INDEX.long()}, TypeError, "row_index must be torch.int32"),
-        ({"row_index": INDEX[None]}, ValueError, r"row_index must have shape \(1,\), got \(1, 4\)"),
         ({"row_index": INDEX[:3], "residual": X}, ValueError, "row_index must be a permutation of 4 rows"),
         ({"row_index": INDEX, "out": X}, ValueError, "out must not be x if rows are gathered"),
         ({"x": X[:0], "row_index": INDEX}, ValueError, "x must have rows for the 4 of row_index"),

@@ -42,11 +42,6 @@ def test_positions_are_those_of_transformers(merge, seed):
     assert torch.equal(positions.long(), get_vision_position_ids(torch.tensor(grids), merge))
 
 
-def test_positions_of_a_small_grid():
-    rows = [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3)]
-    assert merge_block_positions([(2, 2, 4)], 2).tolist() == [list(row) for row in rows * 2]
-
-
 @pytest.mark.parametrize("merge", [1, 2, 3])
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 @pytest.mark.parametrize("seed", range(2))
@@ -57,12 +52,6 @@ def test_windows_are_those_of_transformers(merge, side, seed):
     expected, bounds = get_vision_window_index(torch.tensor(grids), merge, side * merge * 14, 14)
     assert torch.equal(order, expected)
     assert lengths == (bounds.diff() // merge**2).tolist()
-
-
-def test_windows_of_a_small_grid():
-    order, lengths = window_order([(2, 2, 3)], 1, 2)
-    assert order.tolist() == [0, 1, 3, 4, 2, 5, 6, 7, 9, 10, 8, 11]
-    assert lengths == [4, 2, 4, 2]
 
 
 @pytest.mark.parametrize("grids", [[], [(0, 4, 4)], [(1, 0, 4)], [(1, 4, 0)]], ids=str)
@@ -166,16 +155,6 @@ def test_tables_are_those_of_transformers(device, layout, module, head_dim, seed
         assert torch.equal(table.cpu().repeat(1, 2), wanted)
 
 
-def test_tables_are_accurate_for_large_coordinates(device):
-    positions = torch.tensor([[0, 4095], [4095, 1], [2048, 2048]], dtype=torch.int32, device=device)
-    frequencies = axial_frequencies(80, 10000.0, "halves")
-    cos, sin = rotary_table(positions, frequencies, side=4096)
-    # The fp32 angle itself is the definition; this checks its cosine.
-    angles = (positions.cpu()[..., None].float() * frequencies[0]).flatten(1).double()
-    assert relative_error(cos, angles.cos()) <= 1e-7
-    assert relative_error(sin, angles.sin()) <= 1e-7
-
-
 def test_tables_are_written_where_asked(device):
     positions = merge_block_positions([(1, 4, 6)], 2).to(device)
     frequencies = axial_frequencies(24, 10000.0, "halves")
@@ -220,13 +199,11 @@ TABLE = {"positions": POSITIONS, "frequencies": FREQUENCIES, "side": 4}
     ("function", "arguments", "error", "message"),
     [
         (axial_frequencies, {"head_dim": 82}, ValueError, "head_dim must be a positive multiple of 4, got 82"),
-        (axial_frequencies, {"head_dim": 0}, ValueError, "head_dim must be .* got 0"),
         (axial_frequencies, {"layout": "quarters"}, ValueError, "layout must be one of .* got 'quarters'"),
         (merge_block_positions, {"merge": 0}, ValueError, "merge must be at least 1, got 0"),
         (merge_block_positions, {"grids": [(1, 4, 4), (1, 4, 5)]}, ValueError, r"multiples of merge=2, .* \(1, 4, 5\)"),
         (merge_block_positions, {"grids": [(-1, 4, 4)]}, ValueError, r"got .*\(-1, 4, 4\)"),
         (window_order, {"side": 0}, ValueError, "side must be at least 1, got 0"),
-        (window_order, {"merge": 0}, ValueError, "merge must be at least 1, got 0"),
         (window_order, {"grids": [(1, 3, 4)]}, ValueError, r"multiples of merge=2, .* \(1, 3, 4\)"),
         (bilinear_taps, {"side": 0}, ValueError, "side must be at least 1, got 0"),
         (bilinear_taps, {"positions": POSITIONS}, ValueError, r"positions must have shape \(16, 2\), got \(2, 2\)"),
@@ -235,13 +212,7 @@ TABLE = {"positions": POSITIONS, "frequencies": FREQUENCIES, "side": 4}
         (rotary_table, {"positions": POSITIONS.t()}, ValueError, "positions must have last stride 1"),
         (rotary_table, {"positions": -POSITIONS}, ValueError, "positions must be 0 to 3, got -3 to 0"),
         (rotary_table, {"side": 3}, ValueError, "positions must be 0 to 2, got 0 to 3; side is 3"),
-        (rotary_table, {"side": 0}, ValueError, "side must be at least 1, got 0"),
-        (
-            rotary_table,
-            {"frequencies": (torch.ones(4), torch.ones(4).half())},
-            TypeError,
-            "frequencies must be float32",
-        ),
+        (rotary_table, {"frequencies": (torch.ones(4).half(),) * 2}, TypeError, "frequencies must be float32"),
         (rotary_table, {"frequencies": (torch.ones(4), torch.ones(5))}, ValueError, r"two \[hd/4\], got .*\(5,\)"),
         (rotary_table, {"out_cos": torch.zeros(2, 7)}, ValueError, r"out_cos must have shape \(2, 8\), got \(2, 7\)"),
         (rotary_table, {"out_sin": torch.zeros(2, 8).half()}, TypeError, "out_sin must be torch.float32"),
