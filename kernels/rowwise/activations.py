@@ -23,7 +23,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import ceil_div, check_float, check_rows
+from ..runtime.checks import ceil_div, check_float, check_rows, checked_output
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
 
@@ -74,12 +74,12 @@ def _cut_into_vectors(numel: int, kind: str) -> Iterator[tuple[int, int]]:
         start += size
 
 
-def activation_reference(x: torch.Tensor, kind: str, out: torch.Tensor | None = None) -> torch.Tensor:
+def activation_reference(x: torch.Tensor, kind: str, out: torch.Tensor) -> torch.Tensor:
     """Computes ``f(x)`` in fp32, rounded once; ``out`` may be ``x``.  On the CPU a row's bits do not depend on other rows."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     function = _REFERENCES[kind]
     if not x.is_contiguous() or not out.is_contiguous():
-        return out.copy_(activation_reference(x.contiguous(), kind))
+        dense = x.contiguous()
+        return out.copy_(activation_reference(dense, kind, torch.empty_like(dense)))
     source, target = x.view(-1), out.view(-1)
     for start, stop in _cut_into_vectors(x.numel(), kind):
         if (stop - start) % _VECTOR == 0:
@@ -95,11 +95,6 @@ def activation_reference(x: torch.Tensor, kind: str, out: torch.Tensor | None = 
 def activation_workspace_bytes(elements: int, kind: str | None) -> int:
     """Upper bound of the memory that :func:`activation_reference` allocates beside its output on a CPU, in bytes."""
     return min(elements, CHUNK * torch.get_num_threads()) * torch.float32.itemsize if kind == "quick_gelu" else 0
-
-
-def add_reference(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Computes ``x + y`` in fp32, rounded once; ``out`` may be ``x`` or ``y``."""
-    return torch.add(x, y) if out is None else torch.add(x, y, out=out)
 
 
 @triton.jit
@@ -180,12 +175,13 @@ def launch_add(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, config: Elem
     _add_kernel[grid](x, y, out, *strides, columns, BLOCK=config.block, num_warps=config.num_warps)
 
 
-def _check(x: torch.Tensor, **others: torch.Tensor | None) -> None:
+def _check(x: torch.Tensor, out: torch.Tensor | None, **others: torch.Tensor) -> torch.Tensor:
     check_float("x", x)
     if x.dim() != 2:
         raise ValueError(f"x must be [M, N], got shape {tuple(x.shape)}")
     for name, tensor in {"x": x, **others}.items():
         check_rows(name, tensor, tuple(x.shape), x)
+    return checked_output(out, tuple(x.shape), x)
 
 
 def activation(x: torch.Tensor, kind: str, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -202,10 +198,9 @@ def activation(x: torch.Tensor, kind: str, *, out: torch.Tensor | None = None) -
     """
     if kind not in ACTIVATIONS:
         raise ValueError(f"kind must be one of {', '.join(ACTIVATIONS)}, got {kind!r}")
-    _check(x, out=out)
+    out = _check(x, out)
     if not runs_kernel(x):
         return activation_reference(x, kind, out)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if x.numel():
         launch_activation(x, out, kind, default_config(configs.architecture(x.device)))
     return out
@@ -216,10 +211,9 @@ def add(x: torch.Tensor, y: torch.Tensor, *, out: torch.Tensor | None = None) ->
 
     Arguments and errors are those of :func:`activation`; ``y`` is like ``x``, and ``out`` may be either.
     """
-    _check(x, y=y, out=out)
+    out = _check(x, out, y=y)
     if not runs_kernel(x):
-        return add_reference(x, y, out)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+        return torch.add(x, y, out=out)
     if x.numel():
         launch_add(x, y, out, default_config(configs.architecture(x.device)))
     return out
