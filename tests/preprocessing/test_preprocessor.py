@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -116,16 +115,6 @@ def test_every_arithmetic_of_the_pixels(tmp_path: Path, case: RuleCase) -> None:
     assert not any(torch.equal(rows, found[0]) for rows in found[1:])
 
 
-def test_images_of_one_pixel_make_equal_patches(tmp_path: Path) -> None:
-    for preprocessor in make_each(tmp_path):
-        (rows,) = patches_of(preprocessor, [canonical(np.full((1, 1, 3), 200, np.uint8))])
-        assert rows.isfinite().all()
-        # The first tile is the whole image, in one color.
-        tiles = preprocessor.layout(1, 1).tiles
-        first = rows[: tiles[0][1] * tiles[0][2]]
-        assert (first - first[:1]).abs().max() <= 1e-5
-
-
 def test_a_given_processor_replaces_the_file(tmp_path: Path) -> None:
     images = [canonical(noise(157, 93)), canonical(noise(60, 200, 1))]
     for name in ONE_OF_EACH:
@@ -218,14 +207,6 @@ def test_uint8_pixels_of_an_unknown_processor_are_rejected(tmp_path: Path) -> No
         make_rule(FixedSize, SQUARE, tmp_path, given=Own(**given)).normalize(raw)
 
 
-def test_digests_are_not_computed_until_needed(tmp_path: Path) -> None:
-    preprocessor = RULES["area"].make(tmp_path)
-    for images in ([canonical(noise(300, 200))], [canonical(noise(300, 200)), canonical(noise(90, 80))]):
-        batch = preprocessor.preprocess_images(images)
-        assert not any("digest" in vars(image) for image in images)
-        assert batch.images.content_hashes == tuple(image.digest for image in images)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_images_much_larger_than_their_patches_are_not_kept(
     tmp_path: Path, threads: int, restore_threads: None
@@ -238,13 +219,6 @@ def test_images_much_larger_than_their_patches_are_not_kept(
         computed = [size for size, image in zip(sizes, images, strict=True) if "digest" in vars(image)]
         assert computed == [size for size in sizes if size[0] * size[1] > 2 * 56 * 56]
         assert batch.images.content_hashes == tuple(canonical(noise(*size)).digest for size in sizes)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    for name in ONE_OF_EACH:
-        preprocessor = make_rule(RULES[name].rule, RULES[name].config, tmp_path)
-        with pytest.raises(ProcessorError, match=r"preprocessor_config\.json.*`processor`"):
-            preprocessor.layout(100, 100)
 
 
 def test_sizes_are_checked_before_anything_else(tmp_path: Path) -> None:
@@ -263,8 +237,7 @@ def test_sizes_are_checked_before_anything_else(tmp_path: Path) -> None:
 
 
 def test_extreme_ratios_are_rejected_at_once_with_loose_limits(tmp_path: Path) -> None:
-    loose = Limits(max_aspect_ratio=1e9, max_planned_pixels=10**6)
-    for preprocessor in make_each(tmp_path, loose):
+    for preprocessor in make_each(tmp_path, Limits(max_aspect_ratio=1e9, max_planned_pixels=10**6)):
         preprocessor.layout(60, 60)
         for size in ((1, 100_000), (100_000, 1)):
             start = time.perf_counter()
@@ -274,23 +247,20 @@ def test_extreme_ratios_are_rejected_at_once_with_loose_limits(tmp_path: Path) -
             assert time.perf_counter() - start < 0.05
 
 
-@pytest.mark.parametrize(
-    ("number", "bound", "message"),
-    [
-        (0, "longest_edge", "bounds may be min_pixels and max_pixels, got longest_edge"),
-        (1, "max_pixels", "bounds may be longest_edge, got max_pixels"),
-        (2, "max_pixels", "no bounds are allowed, got max_pixels"),
-        (3, "longest_edge", "no bounds are allowed, got longest_edge"),
-        (4, "min_pixels", "bounds may be longest_edge, got min_pixels"),
-    ],
-)
-def test_foreign_bounds_are_rejected_with_a_reason(tmp_path: Path, number: int, bound: Any, message: str) -> None:
-    preprocessor = make_each(tmp_path)[number]
-    with pytest.raises(UsageError, match=message):
-        preprocessor.layout(100, 100, **{bound: 500})
-    with pytest.raises(UsageError, match=message):
-        preprocessor.preprocess_images([], **{bound: 500})
-    assert preprocessor.layout(100, 100, **{bound: None}).tiles == preprocessor.layout(100, 100).tiles
+def test_bounds_that_a_rule_does_not_have_are_rejected(tmp_path: Path) -> None:
+    unknown = {
+        "longest_edge": "bounds may be min_pixels and max_pixels, got longest_edge",
+        "max_pixels": "bounds may be longest_edge, got max_pixels",
+        "min_pixels": "no bounds are allowed, got min_pixels",
+    }
+    names = ("longest_edge", "max_pixels", "min_pixels", "min_pixels", "max_pixels")
+    for preprocessor, name in zip(make_each(tmp_path), names, strict=True):
+        with pytest.raises(UsageError, match=unknown[name]):
+            preprocessor.layout(100, 100, **{name: 500})  # type: ignore[misc]
+        with pytest.raises(UsageError, match=unknown[name]):
+            preprocessor.preprocess_images([], **{name: 500})  # type: ignore[misc]
+        unbounded = preprocessor.layout(100, 100, **{name: None})  # type: ignore[misc]
+        assert unbounded.tiles == preprocessor.layout(100, 100).tiles
 
 
 def test_bounds_that_are_not_sizes_are_rejected(tmp_path: Path) -> None:
@@ -301,20 +271,15 @@ def test_bounds_that_are_not_sizes_are_rejected(tmp_path: Path) -> None:
                 preprocessor.layout(100, 100, **{name: bound})
 
 
-def test_unknown_options_are_rejected(tmp_path: Path) -> None:
-    for preprocessor in make_each(tmp_path):
-        arguments: dict[str, Any] = {}
-        known = "resample, .*"
-        if isinstance(preprocessor.rule, MistralResize):
-            arguments, known = {"longest_edge": 280}, "none"
-        with pytest.raises(UsageError, match=rf"must be among {known}, got do_magic"):
-            make_rule(type(preprocessor.rule), preprocessor.config, tmp_path, options={"do_magic": True}, **arguments)
-
-
-def test_options_of_a_wrong_type_are_the_processors_refusal(tmp_path: Path) -> None:
-    preprocessor = RULES["area"].make(tmp_path, {"rescale_factor": "a lot"})
-    with pytest.raises(ProcessorError, match=r"refused an image of 50 × 40 pixels: .*'rescale_factor'.*got str"):
-        preprocessor.preprocess_images([blank(50, 40)])
+def test_missing_files_and_unknown_options_are_rejected(tmp_path: Path) -> None:
+    for name in ONE_OF_EACH:
+        rule, config = RULES[name].rule, RULES[name].config
+        with pytest.raises(ProcessorError, match=r"preprocessor_config\.json.*`processor`"):
+            make_rule(rule, config, tmp_path).layout(100, 100)
+        with pytest.raises(UsageError, match=r"must be among resample, .*, got do_magic"):
+            make_rule(rule, config, tmp_path, options={"do_magic": True})
+    with pytest.raises(UsageError, match="must be among none, got do_magic"):
+        make_rule(MistralResize, MISTRAL, tmp_path, options={"do_magic": True}, longest_edge=280)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +287,7 @@ def test_options_of_a_wrong_type_are_the_processors_refusal(tmp_path: Path) -> N
     [
         ({"do_resize": False}, r"do_resize .* must be True .* got False"),
         ({"image_processor_type": "Nonsense"}, r"cannot load"),
+        ({"options": {"rescale_factor": "a"}}, r"refused an image of 50 × 40 pixels: .*'rescale_factor'.*got str"),
     ],
 )
 def test_a_processor_that_does_not_fit_is_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -36,7 +36,7 @@ from tritontower.errors import (
     TowerError,
 )
 from tritontower.preprocessing.images.decode import decode_image
-from tritontower.preprocessing.images.image import CanonicalImage, is_large
+from tritontower.preprocessing.images.image import CanonicalImage
 
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
@@ -172,12 +172,15 @@ def test_transparent_color_becomes_white(image: Any, opaque: list[int]) -> None:
     assert decode_image(image).array.tolist() == [[[255, 255, 255], opaque]]
 
 
-def test_array_with_alpha_is_composited_as_pil_images_are() -> None:
-    array = noise(channels=4)
-    expected = decode_image(Image.fromarray(array)).array
-    assert np.array_equal(decode_image(array).array, expected)
-    assert np.array_equal(decode_image(array.transpose(2, 0, 1)).array, expected)
-    assert not np.array_equal(expected, array[..., :3])
+def test_arrays_are_converted_as_pil_images_are() -> None:
+    alpha, gray = noise(channels=4), noise(channels=1)
+    composited = decode_image(Image.fromarray(alpha)).array
+    assert not np.array_equal(composited, alpha[..., :3])
+    for array in (alpha, alpha.transpose(2, 0, 1)):
+        assert np.array_equal(decode_image(array).array, composited)
+    for array in (gray[..., 0], gray, gray.transpose(2, 0, 1)):
+        assert np.array_equal(decode_image(array).array, np.repeat(gray, 3, axis=2))
+    assert pixel(np.ones((2, 2), dtype=bool)) == [255, 255, 255]
 
 
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
@@ -185,16 +188,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     expected = np.rint(ramp / 257).astype(np.uint8)
     file = png(256, 256, 0, 16, ramp.astype(">u2").tobytes())
     for image in (ramp, Image.fromarray(ramp), file, torch.from_numpy(ramp)):
-        array = decode_image(image).array
-        assert np.array_equal(array, np.dstack([expected] * 3))
-
-
-def test_greyscale_arrays() -> None:
-    gray = noise(channels=1)
-    expected = np.repeat(gray, 3, axis=2)
-    for array in (gray[..., 0], gray, gray.transpose(2, 0, 1)):
-        assert np.array_equal(decode_image(array).array, expected)
-    assert pixel(np.ones((2, 2), dtype=bool)) == [255, 255, 255]
+        assert np.array_equal(decode_image(image).array, np.dstack([expected] * 3))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -224,14 +218,12 @@ def test_exif_orientation_turns_files_and_not_pil_images(tmp_path: Path, orienta
             assert decode_image(Image.open(io.BytesIO(data))).array.shape == as_stored.shape
 
 
-@pytest.mark.parametrize(
-    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0", b"Exif\0\0II*\0\xff\xff\xff\xff"]
-)
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_malformed_exif_is_ignored(exif: bytes) -> None:
-    array = noise(16, 16)
-    data = encoded(Image.fromarray(array), "JPEG", exif=exif, quality=100)
-    assert decode_image(data).array.shape == array.shape
+def test_malformed_exif_is_ignored() -> None:
+    image = Image.fromarray(noise(16, 16))
+    for tail in (b"garbage", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\xff\xff\xff\xff"):
+        data = encoded(image, "JPEG", exif=b"Exif\0\0" + tail, quality=100)
+        assert decode_image(data).array.shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -250,16 +242,10 @@ def test_first_frame_only_and_the_position_is_restored(kind: str) -> None:
     assert image.convert("RGB").getpixel((0, 0)) == (0, 0, 255)
 
 
-def in_threads(work: Callable[[], str | list[str]]) -> list[Any]:
+def in_threads(work: Callable[[], Any]) -> list[Any]:
     """Results of eight threads that start at once."""
-    start = threading.Barrier(8)
-
-    def run(_: int) -> str | list[str]:
-        start.wait()
-        return work()
-
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(run, range(8)))
+    with ThreadPoolExecutor(8, initializer=threading.Barrier(8).wait) as pool:
+        return list(pool.map(lambda _: work(), range(8)))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -273,13 +259,11 @@ def test_one_lazy_image_in_many_threads(kind: str) -> None:
 
 def test_digest_depends_on_size_and_every_byte() -> None:
     flat = np.arange(3000, dtype=np.uint32).astype(np.uint8)
-    shapes = [(10, 100, 3), (100, 10, 3), (20, 50, 3), (50, 20, 3)]
-    digests = {decode_image(flat.reshape(shape)).digest for shape in shapes}
     changed = flat.copy()
     changed[-1] ^= 1
-    digests.add(decode_image(changed.reshape(10, 100, 3)).digest)
-    assert len(digests) == 5
-    assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
+    arrays = [flat.reshape(shape) for shape in ((10, 100, 3), (100, 10, 3), (20, 50, 3))]
+    digests = {decode_image(array).digest for array in (*arrays, changed.reshape(10, 100, 3))}
+    assert [len(bytes.fromhex(digest)) for digest in digests] == [32] * 4
 
 
 def test_pixels_cannot_change_under_their_digest() -> None:
@@ -289,8 +273,8 @@ def test_pixels_cannot_change_under_their_digest() -> None:
     expected = decode_image(array.copy()).digest
     array[:] = 0
     image.paste((1, 2, 3), (0, 0, 30, 40))
-    assert {decoded.digest for decoded in images} == {expected}
     for decoded in images:
+        assert decoded.digest == expected
         with pytest.raises(ValueError, match="read-only"):
             decoded.array[0, 0] = 0
 
@@ -316,14 +300,9 @@ def test_digests_are_like_a_tuple_in_every_thread() -> None:
     assert in_threads(lambda: list(digests)) == [list(texts)] * 8
     assert Digests(images()) == texts
     assert Digests(images()) == Digests(images()) != Digests(images()[:2])
-    assert Digests(images()) != list(texts)
     assert hash(Digests(images())) == hash(texts)
     assert Digests(images())[1:] == texts[1:]
-    restored = pickle.loads(pickle.dumps(Digests(images())))
-    assert type(restored) is tuple
-    assert restored == texts
-    with pytest.raises(IndexError):
-        Digests(images())[20]
+    assert pickle.loads(pickle.dumps(Digests(images()))) == texts
 
 
 @pytest.mark.parametrize("size", [(1, 1), (700, 1), (1, 700), (211, 331), (30000, 4), (3, 30000), (1000, 900)])
@@ -335,39 +314,22 @@ def test_pixels_come_out_of_pillow_strip_by_strip(size: tuple[int, int]) -> None
         assert decoded.array.flags.c_contiguous
 
 
-def test_what_is_worth_a_thread() -> None:
-    small, large = noise(20, 30), noise(500, 400)
-    lazy = Image.open(io.BytesIO(encoded(Image.fromarray(small))))
-    for few in (small, torch.from_numpy(small), Image.fromarray(small), decode_image(small), small[..., 0]):
-        assert not is_large(few)
-    for many in (large, torch.from_numpy(large), Image.fromarray(large), decode_image(large), large[..., 0]):
-        assert is_large(many)
-    for to_decode in (lazy, encoded(Image.fromarray(small)), Path("small.png")):
-        assert is_large(to_decode)
-
-
-@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
-def test_zero_area(size: tuple[int, int]) -> None:
-    with pytest.raises(EmptyImageError, match=f"{size[0]} × {size[1]} pixels"):
-        decode_image(Image.new("RGB", size))
-    with pytest.raises(EmptyImageError):
-        decode_image(np.zeros((size[1], size[0], 3), dtype=np.float32))
-
-
-@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (201, 1)])
-def test_extreme_aspect_ratio_is_refused_before_decoding(size: tuple[int, int]) -> None:
-    with pytest.raises(AspectRatioError, match=r"must be at most 200, got .* crop it, or pass Limits") as caught:
-        decode_image(png(*size, 2, 8, b""), index=4)  # the pixels are not even there
-    assert caught.value.index == 4
+def test_sizes_without_pixels_or_too_long_are_refused() -> None:
+    for width, height in ((0, 5), (5, 0), (0, 0)):
+        with pytest.raises(EmptyImageError, match=f"{width} × {height} pixels"):
+            decode_image(Image.new("RGB", (width, height)))
+        with pytest.raises(EmptyImageError):
+            decode_image(np.zeros((height, width, 3), dtype=np.float32))
+    for size in ((1, 10_000), (10_000, 1), (201, 1)):
+        with pytest.raises(AspectRatioError, match=r"must be at most 200, got .* crop it, or pass Limits"):
+            decode_image(png(*size, 2, 8, b""))  # the pixels are not even there
     assert decode_image(Image.new("RGB", (1, 200))).height == 200
 
 
 @pytest.mark.parametrize("size", [(100_000, 100_000), (2**31 - 1, 2**31 - 1), (14_000, 14_000)])
 @pytest.mark.parametrize("pillow_limit", [None, 89_478_485])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_huge_header_is_refused_before_decoding(
-    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int], pillow_limit: int | None
-) -> None:
+def test_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch, size: Any, pillow_limit: Any) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     data = png(*size, 2, 8, b"")
     tracemalloc.start()
@@ -377,84 +339,29 @@ def test_huge_header_is_refused_before_decoding(
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
-    assert pillow_limit == Image.MAX_IMAGE_PIXELS
-
-
-def _bad_checksum() -> bytes:
-    data = bytearray(encoded(Image.fromarray(noise(16, 16))))
-    position = data.index(b"IDAT") + 8
-    data[position] ^= 0xFF
-    return bytes(data)
-
-
-UNDECODABLE = {
-    "empty": b"",
-    "garbage": b"\x13\x37" * 50,
-    "text": b"this is not an image",
-    "PNG signature alone": b"\x89PNG\r\n\x1a\n",
-    "bad checksum": _bad_checksum(),
-    "truncated PNG": encoded(Image.fromarray(noise(64, 64)))[:-3000],
-    "truncated JPEG": encoded(Image.fromarray(noise(64, 64)), "JPEG")[:-800],
-    "truncated WebP": encoded(Image.fromarray(noise(64, 64)), "WEBP")[:-300],
-}
-
-
-@pytest.mark.parametrize("data", UNDECODABLE.values(), ids=UNDECODABLE)
-def test_undecodable_bytes(data: bytes) -> None:
-    with pytest.raises(ImageDecodeError) as caught:
-        decode_image(data, index=2)
-    assert str(caught.value).startswith("image 2 (encoded bytes): ")
-    assert not ADDRESS.search(str(caught.value))
-    assert caught.value.index == 2
-    assert isinstance(caught.value, ValueError)
-
-
-REFUSED = {
-    "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-    "PDF": b"%PDF-1.7\n",
-    "PSD": b"8BPS" + b"\0" * 40,
-    "ICO": encoded(Image.new("RGB", (16, 16)), "ICO"),
-    "HEIF": b"\0\0\0\x18ftypheic" + b"\0" * 20,
-    "SVG": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
-}
-
-
-@pytest.mark.parametrize(("name", "data"), REFUSED.items(), ids=REFUSED)
-def test_format_outside_the_allowed_ones(name: str, data: bytes) -> None:
-    with pytest.raises(ImageFormatError, match=f"must be one of PNG, JPEG.* got {name}"):
-        decode_image(data)
-
-
-def test_formats_can_be_allowed_and_forbidden() -> None:
-    ico, bmp = encoded(Image.new("RGB", (16, 16), "red"), "ICO"), encoded(Image.new("RGB", (2, 2)), "BMP")
-    assert pixel(ico, limits=Limits(image_formats=("PNG", "ICO"))) == [255, 0, 0]
-    with pytest.raises(ImageError):
-        decode_image(bmp, limits=Limits(image_formats=("PNG", "no such format")))
-
-
-@pytest.mark.parametrize(
-    "thing", ["photo.jpg", "https://example.org/a.png", None, 3, [np.zeros((2, 2, 3))], {}, object()], ids=repr
-)
-def test_other_objects_are_refused_without_their_content(thing: Any) -> None:
-    hint = r"; .*pathlib\.Path.*" if isinstance(thing, str) else ""
-    kind = type(thing).__name__
-    with pytest.raises(ImageTypeError, match=f"^image 5: an image must be .* got {kind}{hint}$") as caught:
-        decode_image(thing, index=5)
-    assert isinstance(caught.value, TypeError)
-    assert not isinstance(thing, str) or thing not in str(caught.value)
-    assert not ADDRESS.search(str(caught.value))
-
-
-def test_path_that_is_missing_a_folder_or_a_pipe(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "nothing.png", tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ImageDecodeError, match="no such file, or it is not an ordinary file") as caught:
-            decode_image(path)
-        assert caught.value.source == str(path)
 
 
 FLOAT = np.float32
-WRONG_ARRAYS: dict[str, tuple[Any, type[ImageError], str]] = {
+NOISE = Image.fromarray(noise(64, 64))
+WRONG_IMAGES: dict[str, tuple[Any, type[ImageError], str]] = {
+    "empty": (b"", ImageDecodeError, "encoded bytes"),
+    "garbage": (b"\x13\x37" * 50, ImageDecodeError, "encoded bytes"),
+    "PNG signature alone": (b"\x89PNG\r\n\x1a\n", ImageDecodeError, "encoded bytes"),
+    "bad checksum": (encoded(NOISE).replace(b"IDATx", b"IDATy"), ImageDecodeError, "encoded bytes"),
+    "truncated PNG": (encoded(NOISE)[:-3000], ImageDecodeError, "encoded bytes"),
+    "truncated JPEG": (encoded(NOISE, "JPEG")[:-800], ImageDecodeError, "encoded bytes"),
+    "truncated WebP": (encoded(NOISE, "WEBP")[:-300], ImageDecodeError, "encoded bytes"),
+    "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", ImageFormatError, "got EPS"),
+    "PDF": (b"%PDF-1.7\n", ImageFormatError, "got PDF"),
+    "PSD": (b"8BPS" + b"\0" * 40, ImageFormatError, "got PSD"),
+    "ICO": (encoded(Image.new("RGB", (16, 16)), "ICO"), ImageFormatError, "must be one of PNG, JPEG.* got ICO"),
+    "HEIF": (b"\0\0\0\x18ftypheic" + b"\0" * 20, ImageFormatError, "got HEIF"),
+    "SVG": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', ImageFormatError, "got SVG"),
+    "name": ("photo.jpg", ImageTypeError, r"got str; .*pathlib\.Path"),
+    "URL": ("https://example.org/a.png", ImageTypeError, r"got str; .*pathlib\.Path"),
+    "None": (None, ImageTypeError, "an image must be .* got NoneType$"),
+    "list": ([np.zeros((2, 2, 3))], ImageTypeError, "got list$"),
+    "object": (object(), ImageTypeError, "got object$"),
     "float 0..255": (np.full((8, 8, 3), 200.0), ImageValueError, r"divide by their range.*astype\(uint8\)"),
     "float above 1": (np.full((8, 8), 1.01, FLOAT), ImageValueError, "must lie in 0 … 1, got values from 1.01"),
     "negative float": (np.full((8, 8, 3), -0.1, FLOAT), ImageValueError, "-0.1"),
@@ -462,17 +369,14 @@ WRONG_ARRAYS: dict[str, tuple[Any, type[ImageError], str]] = {
     "infinity": (np.full((8, 8), np.inf, FLOAT), ImageValueError, "inf"),
     "int64": (np.zeros((8, 8, 3), np.int64), ImageValueError, "got int64; convert"),
     "int8": (np.zeros((8, 8, 3), np.int8), ImageValueError, "must be uint8, uint16, bool or float, got int8"),
-    "uint32": (np.zeros((8, 8, 3), np.uint32), ImageValueError, "uint32"),
     "objects": (np.full((8, 8, 3), None), ImageTypeError, "got object"),
     "texts": (np.full((8, 8, 3), "a"), ImageTypeError, "got str"),
-    "complex": (np.zeros((8, 8, 3), complex), ImageTypeError, "complex128"),
     "(3, 8, 3)": (np.zeros((3, 8, 3), np.uint8), ImageValueError, "input_data_format"),
     "(1, 1, 3)": (np.zeros((1, 1, 3), np.uint8), ImageValueError, "input_data_format"),
     "(4, 5, 4)": (np.zeros((4, 5, 4), np.uint8), ImageValueError, "input_data_format"),
     "two channels": (np.zeros((8, 8, 2), np.uint8), ImageValueError, "1, 3 or 4 channels first or last"),
     "channels in the middle": (np.zeros((8, 3, 8), np.uint8), ImageValueError, "1, 3 or 4 channels first or last"),
     "batch": (np.zeros((1, 3, 8, 8), np.uint8), ImageValueError, "one by one"),
-    "one dimension": (np.zeros(8, np.uint8), ImageValueError, "1 dimensions"),
     "no dimension": (np.zeros((), np.uint8), ImageValueError, "0 dimensions"),
     "meta tensor": (torch.zeros(3, 8, 8, device="meta"), ImageTypeError, "dense"),
     "sparse tensor": (torch.zeros(8, 8).to_sparse(), ImageTypeError, "dense"),
@@ -483,10 +387,31 @@ WRONG_ARRAYS: dict[str, tuple[Any, type[ImageError], str]] = {
 }
 
 
-@pytest.mark.parametrize(("array", "error", "text"), WRONG_ARRAYS.values(), ids=WRONG_ARRAYS)
-def test_array_that_cannot_be_read_without_guessing(array: Any, error: type[ImageError], text: str) -> None:
-    with pytest.raises(error, match=text):
-        decode_image(array)
+@pytest.mark.parametrize(("image", "error", "message"), WRONG_IMAGES.values(), ids=WRONG_IMAGES)
+def test_unreadable_images_raise_a_named_error(image: Any, error: type[ImageError], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        decode_image(image, index=2)
+    text = str(caught.value)
+    assert text.startswith("image 2")
+    assert caught.value.index == 2
+    assert isinstance(caught.value, TypeError if error is ImageTypeError else ValueError)
+    assert not ADDRESS.search(text)
+    assert not isinstance(image, str) or image not in text
+
+
+def test_formats_can_be_allowed_and_forbidden() -> None:
+    ico, bmp = encoded(Image.new("RGB", (16, 16), "red"), "ICO"), encoded(Image.new("RGB", (2, 2)), "BMP")
+    assert pixel(ico, limits=Limits(image_formats=("PNG", "ICO"))) == [255, 0, 0]
+    with pytest.raises(ImageError):
+        decode_image(bmp, limits=Limits(image_formats=("PNG", "no such format")))
+
+
+def test_path_that_is_missing_a_folder_or_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "nothing.png", tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ImageDecodeError, match="no such file, or it is not an ordinary file") as caught:
+            decode_image(path)
+        assert caught.value.source == str(path)
 
 
 def test_named_order_of_axes_is_followed() -> None:
@@ -511,15 +436,14 @@ def test_mutated_files_raise_nothing_but_tower_errors(data: st.DataObject) -> No
     for _ in range(data.draw(st.integers(1, 6))):
         position = data.draw(st.integers(0, len(content) - 1))
         content[position : position + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=6))
+    text = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             image = decode_image(bytes(content), limits=Limits(max_image_pixels=10**6))
+            assert image.array.shape == (image.height, image.width, 3)
         except TowerError as error:
             text = str(error)
-        else:
-            text = ""
-            assert image.array.shape == (image.height, image.width, 3)
     assert not ADDRESS.search(text)
     assert "\\x" not in text
 

@@ -99,35 +99,24 @@ def test_the_allowed_area_is_read_in_every_form(tmp_path: Path, old: Any, new: A
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "bounds", "error", "message"),
     [
-        ({"patch_size": 16}, ProcessorError, r"patch_size .* must be 14 for this tower, got 16"),
-        ({"merge_size": 4}, ProcessorError, r"merge_size .* must be 2 .* got 4"),
-        ({"min_pixels": "many"}, ConfigError, r"min_pixels must be .*got 'many'"),
-        ({"size": 224}, ConfigError, r"size must be an object.*, got 224"),
-        ({"min_pixels": 9000, "max_pixels": 8000}, ConfigError, r"must be a least area"),
+        ({"patch_size": 16}, {}, ProcessorError, r"patch_size .* must be 14 for this tower, got 16"),
+        ({"merge_size": 4}, {}, ProcessorError, r"merge_size .* must be 2 .* got 4"),
+        ({"min_pixels": "many"}, {}, ConfigError, r"min_pixels must be .*got 'many'"),
+        ({"size": 224}, {}, ConfigError, r"size must be an object.*, got 224"),
+        ({"min_pixels": 9000, "max_pixels": 8000}, {}, ConfigError, r"must be a least area"),
+        ({}, {"min_pixels": 9000, "max_pixels": 8000}, ProcessorError, r"in order, .* own are 3136 and 1003520"),
+        ({}, {"max_pixels": 783, "min_pixels": 1}, ProcessorError, r"at least 784, one token of 28 × 28 .*, got 783"),
+        ({}, {"min_pixels": 0}, ProcessorError, r"min_pixels = 0"),
     ],
 )
-def test_a_processor_that_does_not_fit_is_refused(
-    tmp_path: Path, change: dict[str, Any], error: type[TowerError], message: str
+def test_settings_and_bounds_that_do_not_fit_are_refused(
+    tmp_path: Path, change: dict[str, Any], bounds: dict[str, int], error: type[TowerError], message: str
 ) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings(**change)})
     with pytest.raises(error, match=message):
-        patches_of(preprocessor, IMAGES)
-
-
-@pytest.mark.parametrize(
-    ("bounds", "message"),
-    [
-        ({"min_pixels": 9000, "max_pixels": 8000}, r"positive and in order, .* own are 3136 and 1003520"),
-        ({"max_pixels": 783, "min_pixels": 1}, r"must be at least 784, one token of 28 × 28 pixels, got 783"),
-        ({"min_pixels": 0}, r"min_pixels = 0"),
-    ],
-)
-def test_bounds_that_allow_nothing_are_refused(tmp_path: Path, bounds: dict[str, int], message: str) -> None:
-    preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
-    with pytest.raises(ProcessorError, match=message):
-        preprocessor.layout(100, 100, **bounds)
+        patches_of(preprocessor, IMAGES, **bounds)
 
 
 def test_ratios_above_200_are_rejected_whatever_the_limits(tmp_path: Path) -> None:
@@ -228,17 +217,7 @@ def test_a_whole_videos_budget_is_shared_by_its_frames(tmp_path: Path) -> None:
     assert video.images.grids == preprocessor.video_layout(5, 200, 150).tiles
 
 
-def test_bounds_of_a_video_must_leave_a_token_per_temporal_patch(tmp_path: Path) -> None:
-    files = {"preprocessor_config.json": settings(patch_size=16)}
-    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget="per_video")
-    assert preprocessor.video_layout(2, 100, 100, min_pixels=1, max_pixels=2048).grid == (1, 2, 2)
-    with pytest.raises(ProcessorError, match=r"at least 2048, one token of 32 × 32 pixels in each of 2 frames"):
-        preprocessor.video_layout(2, 100, 100, min_pixels=1, max_pixels=2047)
-    with pytest.raises(ProcessorError, match=r"at least 2 frames, got 1"):
-        preprocessor.preprocess_video([blank(100, 100)])
-
-
-def test_videos_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_videos_that_cannot_be_encoded_are_refused(tmp_path: Path) -> None:
     preprocessor = rule(tmp_path, {"preprocessor_config.json": settings()})
     with pytest.raises(ProcessorError, match="at least one frame"):
         preprocessor.preprocess_video([])
@@ -246,19 +225,25 @@ def test_videos_that_are_none_are_refused(tmp_path: Path) -> None:
         preprocessor.preprocess_video([blank(20, 20), blank(20, 30)])
     with pytest.raises(AspectRatioError):
         preprocessor.video_layout(4, 1, 300)
+    files = {"preprocessor_config.json": settings(patch_size=16)}
+    whole = rule(tmp_path / "whole", files, config=QWEN3, frame_budget="per_video")
+    assert whole.video_layout(2, 100, 100, min_pixels=1, max_pixels=2048).grid == (1, 2, 2)
+    with pytest.raises(ProcessorError, match=r"at least 2048, one token of 32 × 32 pixels in each of 2 frames"):
+        whole.video_layout(2, 100, 100, min_pixels=1, max_pixels=2047)
+    with pytest.raises(ProcessorError, match=r"at least 2 frames, got 1"):
+        whole.preprocess_video([blank(100, 100)])
 
 
 @pytest.mark.parametrize("budget", ["per_frame", "per_video"])
 def test_the_limit_of_a_video_is_checked_before_any_work(tmp_path: Path, budget: Any) -> None:
-    files = {"preprocessor_config.json": settings(patch_size=16)}
-    preprocessor = rule(tmp_path, files, config=QWEN3, frame_budget=budget)
+    write_settings(tmp_path, settings(patch_size=16))
 
     def limit_video(pixels: int) -> Preprocessor:
         return make_rule(SmartResize, QWEN3, tmp_path, Limits(max_video_pixels=pixels), frame_budget=budget)
 
     for frames in (10**6, 10**18):
         with pytest.raises((ImageTooLargeError, ProcessorError), match=rf"{frames} frames|got {frames}"):
-            preprocessor.video_layout(frames, 1000, 1000)
+            limit_video(2**20).video_layout(frames, 1000, 1000)
     # The last frame of an odd number is repeated, and takes as much.
     area = {"min_pixels": 1, "max_pixels": 64 * 64 * (1 if budget == "per_frame" else 8)}
     limited = limit_video(8 * 64 * 64)
