@@ -418,30 +418,6 @@ def test_vllm_parser_reads_matrices_as_embeddings(name: str, load: Load) -> None
     assert all(torch.equal(items.get(index), e.embeddings) for index, e in enumerate(embeddings))
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5_moe", "gemma3", "pixtral", "mistral3"])
-def test_sglang_scheduler_serves_rows_in_any_chunks(name: str, load: Load) -> None:
-    processors = pytest.importorskip("sglang.srt.multimodal.processors.base_processor")
-    utilities = pytest.importorskip("sglang.srt.managers.mm_utils")
-    schedule = pytest.importorskip("sglang.srt.managers.mm_schedule")
-    tower = load(name)
-    embeddings = tower.encode(two(BY_NAME[name]))
-    item = to_sglang(tower, embeddings, form="processor_output")
-    processor = object.__new__(processors.BaseMultimodalProcessor)
-    processor.FEATURE_NAMES, processor.ATTR_NAME_TO_MODALITY = [], {}
-    processors.BaseMultimodalProcessor.validate_mm_data(image_data=[item])
-    (collected,) = processor.collect_mm_items_from_processor_output(item)
-    ids = torch.tensor([1, *[9] * embeddings[0].num_tokens, 2, 3, *[9] * embeddings[1].num_tokens, 4])
-    collected.offsets = processor.get_mm_items_offset(ids, 9)
-    items = utilities.get_new_expanded_mm_items([collected])
-    offsets = [offset for found in items for offset in found.offsets]
-    rows = torch.cat([side_by_side(embedding) for embedding in embeddings])
-    for start in range(0, len(ids), 7):
-        length = min(11, len(ids) - start)
-        here = (ids[start : start + length] == 9).nonzero().flatten() + start
-        served = schedule._get_precomputed_embedding(items, [0, len(items)], [start], [length], [offsets])
-        assert torch.equal(served, rows[(ids == 9).cumsum(0)[here] - 1])
-
-
 def test_exllamav3_sends_and_receives_views(load: Load) -> None:
     spec = importlib.util.find_spec("exllamav3")
     if spec is None or spec.origin is None:
