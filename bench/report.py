@@ -95,9 +95,6 @@ def rewrite(page: str, sections: Mapping[str, str]) -> str:
     return page
 
 
-# -- sections ---------------------------------------------------------------------------------------------------------
-
-
 def _preamble(contents: Sequence[Found]) -> str:
     versions = {f"torch {each['torch']}, transformers {each['transformers']}" for each in contents}
     commits = {f"`{each['commit']}`" for each in contents}
@@ -134,8 +131,6 @@ def _sections(steps: Steps) -> Iterable[str]:
             failed = sum(row.get("status") == "failed" for row in rows)
             yield f"**{title}**\n\n{table}" + (f"\n\n{failed} cases failed." if failed else "")
 
-
-# -- tables -----------------------------------------------------------------------------------------------------------
 
 Columns = Mapping[str, Callable[[Found], str]]
 """Heading → text of a row's cell; a column that is empty in every row is left out."""

@@ -74,9 +74,6 @@ def assert_agree(ours: list[ImageEmbedding], theirs: list[torch.Tensor]) -> None
         assert relative_error(embedding.embeddings, rows) <= 1e-5, index
 
 
-# -- agreement with transformers --------------------------------------------------------------------------------------
-
-
 @each_case
 def test_mixed_sizes_agree_with_transformers(case: TowerCase, saved: Saved) -> None:
     images = make_images(case)
@@ -143,8 +140,6 @@ def test_towers_without_video_reject_it(case: TowerCase, saved: Saved) -> None:
         with pytest.raises(UsageError, match="no video"):
             load(saved(case), delay_load=True).encode_video(make_images(case, 1))
 
-
-# -- places where implementations differ ------------------------------------------------------------------------------
 
 GELUS: tuple[Activation, ...] = ("quick_gelu", "gelu", "gelu_tanh")
 """x · σ(1.702 x); x · Φ(x); and its approximation by tanh.  They differ by up to 0.02, 0.02 and 0.0005."""
@@ -226,9 +221,6 @@ def test_token_consists_of_its_own_square_of_patches(name: str, saved: Saved) ->
     for row, column in ((0, 0), (1, 1), (2, 5), (height - 1, 0), (height - 3, width - 1)):
         affected = list_affected_tokens(lambda b: executor.run(b)["embeddings"], batch, find_row(batch, (row, column)))
         assert affected == {row // merge * (width // merge) + column // merge}
-
-
-# -- the graph and its kernels ----------------------------------------------------------------------------------------
 
 
 @each_exact_dtype
@@ -321,9 +313,6 @@ def test_bf16_kernels_err_no_more_than_the_plain_graph(
         assert relative_error(actual[name], rows) <= 1.1 * relative_error(expected[name], rows), name
 
 
-# -- encoding ---------------------------------------------------------------------------------------------------------
-
-
 @each_case
 def test_image_alone_and_in_a_batch_is_bitwise_equal(case: TowerCase, saved: Saved) -> None:
     tower = load(saved(case))
@@ -385,9 +374,6 @@ def test_demo_command_runs(case: TowerCase, saved: Saved, tmp_path: Path, capsys
     assert cli.main(["demo", *paths, "--model", str(saved(case)), "--device", "cpu", "--output", str(tmp_path)]) == 0
     assert "bit for bit" in capsys.readouterr().out
     assert (tmp_path / "features.png").is_file()
-
-
-# -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 @each_case

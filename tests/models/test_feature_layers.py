@@ -48,8 +48,6 @@ def hidden_states(folder: Path, pixels: torch.Tensor) -> Sequence[torch.Tensor]:
     return found
 
 
-# -- other features ---------------------------------------------------------------------------------------------------
-
 # With either choice of the class token, from either end, several side by side.
 CHOICES: list[tuple[int | list[int], str]] = [
     (-1, "patch"),
@@ -119,9 +117,6 @@ def test_impossible_features_are_rejected(
         load(folders[name], delay_load=True, **options)
 
 
-# -- only what is needed is built and read ----------------------------------------------------------------------------
-
-
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Path], list[str]]:
     """Weight files opened, and stored names of tensors read, in this test."""
@@ -182,9 +177,6 @@ def test_unneeded_blocks_may_be_missing_or_damaged(kind: str, tmp_path: Path, fo
 
     changed = load(change_tensors(folders["llava"], tmp_path / kind, change))
     assert torch.equal(changed.forward(batch), tower.forward(batch))
-
-
-# -- the interface for engines with their own pixels ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip_vision_model", "llava"])

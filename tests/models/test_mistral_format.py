@@ -64,9 +64,6 @@ def same(first: VisionTower, second: VisionTower) -> bool:
     return all(torch.equal(a.embeddings, b.embeddings) for a, b in zip(found, expected, strict=True))
 
 
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_agree_with_both_references(kind: str, saved: Saved) -> None:
     theirs, native = saved(kind)
@@ -98,9 +95,6 @@ def test_rotation_is_fp32_unlike_in_transformers(tmp_path: Path) -> None:
     assert 0.0 < relative_error(first, second) < 0.05
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("kind", "files"), [("llava", "index"), ("mistral3", "numbered"), ("llava", "rank")])
 def test_shards_load_with_and_without_an_index(kind: str, files: str, saved: Saved, tmp_path: Path) -> None:
     theirs, native = saved(kind)
@@ -126,9 +120,6 @@ def test_parity_reports_that_transformers_cannot_read_it(saved: Saved) -> None:
     tower = load(saved("llava")[1])
     with pytest.raises(ReferenceModelError, match="transformers cannot read the format of"):
         compare(tower, tower.preprocess(IMAGES))
-
-
-# -- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,9 +163,6 @@ def test_max_image_size_overrides_image_size(saved: Saved, tmp_path: Path) -> No
         assert load(folder, delay_load=True, preprocessing=preprocessing).count_tokens(1000, 1000) == 400
 
 
-# -- what the configuration leaves open -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("bias", "said"), [(True, None), (False, None), (True, False), (False, True)])
 def test_checkpoint_decides_whether_the_adapter_has_biases(bias: bool, said: bool | None, tmp_path: Path) -> None:
     theirs = save("llava", tmp_path / "hf", multimodal_projector_bias=bias)
@@ -200,9 +188,6 @@ def test_one_bias_without_the_other_is_incomplete(saved: Saved, tmp_path: Path) 
         save_file(tensors, folder / "consolidated.safetensors")
         with pytest.raises(CheckpointIncompleteError, match=rf"projector\.{name}\.bias"):
             load(folder)
-
-
-# -- configurations ---------------------------------------------------------------------------------------------------
 
 
 def test_norm_and_merging_are_separate_options(saved: Saved, tmp_path: Path) -> None:

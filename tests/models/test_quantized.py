@@ -105,9 +105,6 @@ def assert_behaves(quantized: Path, dequantized: Path, original: Path, between: 
     assert [line for line in found if not line.error <= 1e-5] == []
 
 
-# -- bitsandbytes -----------------------------------------------------------------------------------------------------
-
-
 def save_in_four_bits(source: Path, target: Path, *, nested: bool) -> Path:
     """Quantizes a checkpoint with transformers."""
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
@@ -153,8 +150,6 @@ def test_nf4_saved_by_transformers(name: str, nested: bool, plain: dict[str, Pat
     dequantized = rewrite(source, tmp_path / "dequantized", by_bitsandbytes(stored))
     assert_behaves(quantized, dequantized, source, (0.02, 0.5))
 
-
-# -- FP8 --------------------------------------------------------------------------------------------------------------
 
 FP8_LARGEST = 448.0
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
@@ -212,9 +207,6 @@ def test_fp8(name: str, form: str, plain: dict[str, Path], tmp_path: Path) -> No
     assert_behaves(quantized, dequantized, source, (0.002, 0.2))
 
 
-# -- int4 -------------------------------------------------------------------------------------------------------------
-
-
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128}
 
 
@@ -255,9 +247,6 @@ def test_packed_vision_weight_is_rejected_by_name_and_scheme(
     for command in (["parity", str(folder)], ["encode", str(folder), image, "-o", out]):
         assert main(command) == 2
         assert "AWQ/GPTQ int4" in capsys.readouterr().err
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

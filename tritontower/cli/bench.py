@@ -141,8 +141,6 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--batch must be one of {', '.join(BATCHES)}, got {unknown[0]}")
 
 
-# -- benchmarks -------------------------------------------------------------------------------------------------------
-
 _Measured = tuple["Document", str]
 
 
@@ -232,9 +230,6 @@ _MEASURE: Mapping[str, Callable[[argparse.Namespace], _Measured]] = {
     "launches": _launches,
     "memory": _memory,
 }
-
-
-# -- towers and batches -----------------------------------------------------------------------------------------------
 
 
 def png_file(text: str) -> Path:

@@ -108,9 +108,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-# -- observing --------------------------------------------------------------------------------------------------------
-
-
 def observe() -> Environment:
     """Inspects this machine; imports torch, triton and torchvision, each of which may fail."""
     packages = {name: _installed(name) for name in (*SUPPORTED, *_OPTIONAL)}
@@ -190,9 +187,6 @@ def _cpu_features() -> tuple[str, ...]:
     match = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     flags = set(match[1].split()) if match else set()
     return tuple(flag for flag in (*_VECTOR_FLAGS, *_BFLOAT16_FLAGS) if flag in flags)
-
-
-# -- problems ----------------------------------------------------------------------------------------------------------
 
 
 def find_problems(environment: Environment) -> list[Finding]:
@@ -281,9 +275,6 @@ def _release(text: str) -> tuple[int, int]:
 
     parsed = Version(text)
     return parsed.major, parsed.minor
-
-
-# -- reporting --------------------------------------------------------------------------------------------------------
 
 
 def describe(environment: Environment, findings: Sequence[Finding]) -> str:

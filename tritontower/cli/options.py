@@ -88,9 +88,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-# -- types of arguments -----------------------------------------------------------------------------------------------
-
-
 def dtype_name(text: str) -> str:
     """One of :data:`DTYPES`, with or without ``torch.``."""
     name = text.removeprefix("torch.")
@@ -142,9 +139,6 @@ def output_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be in an existing folder, got {text!r}; create {str(path.parent)!r}")
     return path
-
-
-# -- work -------------------------------------------------------------------------------------------------------------
 
 
 def load_tower(arguments: argparse.Namespace, *, delay_load: bool = False) -> "VisionTower":

@@ -121,9 +121,6 @@ def test_out_may_be_the_residual(device, monkeypatch, activation, with_bias, con
     assert torch.equal(residual, separate)
 
 
-# -- descriptors ------------------------------------------------------------------------------------------------------
-
-
 def test_descriptors_need_aligned_rows():
     matrix = torch.zeros(8, 64, dtype=torch.bfloat16)
     assert can_use_descriptors(matrix, matrix[:, :33])
