@@ -152,7 +152,7 @@ class TestMistakes:
         ("arguments", "message"),
         [
             (["encode", "https://example.org/model", "{image}"], "model must be a local folder"),
-            (["encode", "{folder}/absent", "{image}"], "absent', which does not exist"),
+            (["encode", "{folder}/absent", "{image}"], "model must be a local folder"),
             (["encode", "{model}", "https://example.org/a.png"], "got the URL"),
             (["encode", "{model}", "{folder}/absent.png"], "got no file"),
             (["encode", "{model}", "{folder}/corrupt.png"], "corrupt.png"),

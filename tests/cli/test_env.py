@@ -228,7 +228,7 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("environment", "problem", "remedy"),
         [
-            (_with(triton="3.5.1"), "triton 3.5.1 is outside >=3.6,<3.10", "pip install"),
+            (_with(triton="3.5.1", numpy="2.3.9"), "triton 3.5.1 is outside >=3.6,<3.10", "pip install"),
             (_with(triton="3.10.0"), "triton 3.10.0 is outside >=3.6,<3.10", "pip install"),
             (_with(torch="2.10.0+cu130"), "torch 2.10.0+cu130 is outside", "pip install"),
             (_with(numpy="1.25.0"), "numpy 1.25.0 is outside", "pip install"),

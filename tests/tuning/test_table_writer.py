@@ -41,7 +41,7 @@ def test_entries_merge_by_bucket(path):
 
 
 @pytest.mark.parametrize("stale", [{"source": "0" * 12}, {"triton": "1.0.0"}])
-def test_a_current_entry_replaces_a_stale_one_and_not_the_reverse(path, stale):
+def test_a_current_entry_replaces_a_stale_one(path, stale):
     assert merge(path, KEY, [make_entry(warps=2, **stale)]) == (1, 1, 0)
     assert merge(path, KEY, [make_entry(warps=4)]) == (1, 1, 0)
     assert merge(path, KEY, [make_entry(warps=1, **stale)]) == (1, 0, 0)
@@ -62,7 +62,7 @@ def test_sizes_agree_within_an_import(path):
     assert held(path) == {(64, 128), (16384, 128)}
 
 
-def test_a_stale_entry_removes_no_current_one_of_another_size(path):
+def test_a_stale_entry_removes_only_its_own_size(path):
     merge(path, KEY, [attention(256, keys=64)])
     assert merge(path, KEY, [attention(16384, keys=128, source="0" * 12)]) == (1, 0, 0)
     assert held(path) == {(256, 64)}
