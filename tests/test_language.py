@@ -61,10 +61,10 @@ def _prose(path: Path) -> Iterator[tuple[int, str]]:
     """Line number and text of everything that a person reads: pages whole, of code its strings and comments."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        fence = False
+        fence = False  # tables hold data, such as the name of the family "clip"
         for number, line in enumerate(text.splitlines(), 1):
             fence ^= line.lstrip().startswith("```")
-            if not fence:
+            if not fence and not line.startswith("|"):
                 yield number, re.sub(r"`[^`]*`", "", line)
         return
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
