@@ -17,11 +17,42 @@ It computes all rows, including padding, which stays finite if it was.  Therefor
 configurations, or a caller, selects it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+
 import torch
 
 from ..rowwise.activations import activation as apply_activation
 from ..rowwise.activations import add
 from .linear_config import GATED
+
+_REDUCTIONS = {
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+}
+_reduction_lock = Lock()
+
+
+@contextmanager
+def full_precision_reduction(dtype: torch.dtype) -> Iterator[None]:
+    """Makes cuBLAS sum the parts of a split product of 16-bit matrices in fp32, which torch by default leaves open.
+
+    torch has one flag per dtype and process.  It changes only for the call, and one thread at a time: another thread's own
+    products may meanwhile be summed in fp32 as well, never less precisely.
+    """
+    name = _REDUCTIONS.get(dtype)
+    if name is None:
+        yield
+        return
+    flags = torch.backends.cuda.matmul
+    with _reduction_lock:
+        allowed, split = getattr(flags, name), getattr(flags, f"{name}_split_k")
+        setattr(flags, name, (False, split))
+        try:
+            yield
+        finally:
+            setattr(flags, name, (allowed, split))
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -47,18 +78,19 @@ def launch_vendor_gemm(
 ) -> None:
     """``out = f(x Wᵀ + b) + r`` for validated tensors; allocates only if the residual is ``out`` and added afterwards."""
     transposed = weight.t()
-    if residual is not None and bias is None and activation is None:
-        torch.addmm(residual, x, transposed, out=out)
-        return
     aliased = residual is not None and residual.data_ptr() == out.data_ptr()
-    y = torch.empty(out.shape, dtype=out.dtype, device=out.device) if aliased else out
-    if bias is None:
-        torch.mm(x, transposed, out=y)
-    elif activation == "gelu_tanh" and on_gpu(x):
-        torch.ops.aten._addmm_activation.out(bias, x, transposed, use_gelu=True, out=y)
-        activation = None
-    else:
-        torch.addmm(bias, x, transposed, out=y)
+    with full_precision_reduction(x.dtype):
+        if residual is not None and bias is None and activation is None:
+            torch.addmm(residual, x, transposed, out=out)
+            return
+        y = torch.empty(out.shape, dtype=out.dtype, device=out.device) if aliased else out
+        if bias is None:
+            torch.mm(x, transposed, out=y)
+        elif activation == "gelu_tanh" and on_gpu(x):
+            torch.ops.aten._addmm_activation.out(bias, x, transposed, use_gelu=True, out=y)
+            activation = None
+        else:
+            torch.addmm(bias, x, transposed, out=y)
     if activation is not None:
         apply_activation(y, activation, out=y)
     if residual is not None:

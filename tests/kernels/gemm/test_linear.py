@@ -187,11 +187,13 @@ def test_vendor_operations_on_a_gpu(monkeypatch, with_bias, activation, with_res
             if name in ("mm", "addmm", "_addmm_activation"):
                 seen.append(name)
                 assert options["out"] is y
+                assert not getattr(torch.backends.cuda.matmul, flag)
                 return y
             assert not name.startswith(("empty", "new_empty", "zeros"))
             return function(*arguments, **(options or {}))
 
-    seen = []
+    flag, seen = "allow_bf16_reduced_precision_reduction", []
+    assert getattr(torch.backends.cuda.matmul, flag), "torch's default"
     monkeypatch.setattr(vendor, "apply_activation", lambda x, kind, out: seen.append("activation"))
     monkeypatch.setattr(vendor, "add", lambda x, y, out: seen.append("add"))
     monkeypatch.setattr(vendor, "on_gpu", lambda tensor: True)
@@ -202,6 +204,7 @@ def test_vendor_operations_on_a_gpu(monkeypatch, with_bias, activation, with_res
             x, weight, bias if with_bias else None, residual if with_residual else None, y, activation
         )
     assert seen == operations
+    assert getattr(torch.backends.cuda.matmul, flag), "as before"
 
 
 def test_vendor_rejects_gates_and_tf32():
