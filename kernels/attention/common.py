@@ -15,6 +15,7 @@ import torch
 from ..runtime._triton import tl, triton
 from ..runtime.checks import next_power_of_two
 from ..runtime.device_functions import dot
+from ..runtime.launch import launch
 from ..runtime.segments import Segments
 
 Variant = Literal["online", "fixed", "specialized", "single_block"]
@@ -350,7 +351,9 @@ def launch_kernel(
         "ALIGNMENT": args.alignment,
         **others,
     }
-    kernel[(len(tiles) * heads,)](
+    launch(
+        kernel,
+        (len(tiles) * heads,),
         **{name: arguments[name] for name in kernel.arg_names},
         num_warps=config.num_warps,
         num_stages=config.num_stages,

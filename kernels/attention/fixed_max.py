@@ -102,7 +102,7 @@ def recompute_tile(
     store_rows(out_ptrs, overflowed, accumulator, accumulator_tail, row_sum, HEAD_DIM, MAIN, TAIL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count"])
 def _attention_fixed_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, tiles_ptr,
     tile_count, score_scale,

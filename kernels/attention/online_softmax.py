@@ -21,7 +21,7 @@ from .common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count", "token_count"])
 def _attention_online_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, overflowed_ptr, cu_seqlens_ptr, tiles_ptr,
     tile_count, token_count, score_scale,

@@ -22,6 +22,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_rows, checked_output, next_power_of_two
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from ..runtime.segments import Segments
 
 LARGEST_HEAD_DIM = 128
@@ -132,7 +133,9 @@ def launch_attention_pooling(
 ) -> None:
     """Launches one program per head and segment, for valid, non-empty tensors."""
     heads, head_dim = query.shape
-    _attention_pooling_kernel[(segments.count * heads,)](
+    launch(
+        _attention_pooling_kernel,
+        (segments.count * heads,),
         query,
         kv,
         out,

@@ -20,7 +20,7 @@ from .common import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count"])
 def _attention_single_block_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, tiles_ptr,
     tile_count, score_scale,

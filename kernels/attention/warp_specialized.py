@@ -28,6 +28,7 @@ import torch
 
 from ..runtime._triton import tl, triton
 from ..runtime.device_functions import dot
+from ..runtime.launch import allocate_workspace
 from . import online_softmax
 from .common import (
     FlashAttentionConfig,
@@ -56,7 +57,7 @@ def _scores(query, query_tail, k_desc, k_tail_desc, row, column, TAIL: tl.conste
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tile_count", "token_count"])
 def _attention_specialized_kernel(
     q_ptr, k_desc, k_tail_desc, v_desc, v_tail_desc, out_ptr, overflowed_ptr,
     cu_seqlens_ptr, tiles_ptr, tile_count, token_count, query_columns, score_scale,
@@ -215,7 +216,7 @@ def _launch(args: LaunchArguments) -> None:
     triton.set_allocator(_allocate_scratch)
     q, config, heads = args.q, args.config, args.heads
     tokens, count, width = q.shape
-    overflowed = None if q.dtype == torch.float16 else torch.empty(count, tokens, dtype=torch.int8, device=q.device)
+    overflowed = None if q.dtype == torch.float16 else allocate_workspace((count, tokens), torch.int8, q.device)
     spare = heads.head_dim < heads.main + heads.tail
     descriptors = {
         f"{name}_desc": _make_descriptor(tensor, config.block_keys, columns) if columns else None

@@ -30,6 +30,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows, checked_output
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import allocate_workspace, launch
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear_config import (
@@ -91,7 +92,7 @@ def _finish(
     tl.store(out_ptr + row_offset * stride_om + column[None, :], y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, valid_count_ptr, rows, columns, inner,
     stride_xm, stride_wn, stride_rm, stride_om,
@@ -120,7 +121,7 @@ def _linear_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _partial_kernel(
     x_ptr, weight_ptr, partial_ptr, valid_count_ptr, rows, columns, inner, per_part, stride_xm, stride_wn,
     IS_EVEN_K: tl.constexpr, HAS_DESCRIPTORS: tl.constexpr,
@@ -162,7 +163,7 @@ def add_parts(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _reduce_kernel(
     partial_ptr, bias_ptr, residual_ptr, out_ptr, valid_count_ptr, rows, columns, parts, stride_rm, stride_om,
     ACTIVATION: tl.constexpr, PAIRED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -240,9 +241,9 @@ def compute_partial_sums(
     parts = count_parts(inner, config)
     if parts == 1:
         return None
-    partial = torch.empty(parts, rows, columns, dtype=torch.float32, device=x.device)
+    partial = allocate_workspace((parts, rows, columns), torch.float32, x.device)
     left, right, described = make_operands(x, weight, config)
-    _partial_kernel[(*tile_grid(rows, columns, config), parts)](
+    launch(_partial_kernel, (*tile_grid(rows, columns, config), parts),
         left, right, partial, valid_count, rows, columns, inner, part_length(inner, config), x.stride(0), weight.stride(0),
         HAS_DESCRIPTORS=described, **loop_options(config, inner),
     )  # fmt: skip
@@ -273,13 +274,13 @@ def launch_linear(
         left, right, described = make_operands(x, weight, config, paired)
         architecture = configs.architecture(x.device)
         passes = epilogue_passes(config, activation, architecture, residual=residual is not None)
-        _linear_kernel[tile_grid(rows, columns, config)](
+        launch(_linear_kernel, tile_grid(rows, columns, config),
             left, right, bias, residual, out, valid_count, rows, columns, inner,
             x.stride(0), weight.stride(0), stride_rm, out.stride(0),
             ACTIVATION=kind, HAS_DESCRIPTORS=described, PAIRED=paired, PASSES=passes, **loop_options(config, inner),
         )  # fmt: skip
         return
-    _reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS))](
+    launch(_reduce_kernel, (triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS)),
         partial, bias, residual, out, valid_count, rows, columns, partial.shape[0], stride_rm, out.stride(0),
         ACTIVATION=kind, PAIRED=paired, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLUMNS=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip

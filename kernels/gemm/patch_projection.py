@@ -23,6 +23,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import loop_options, make_operands, tile_grid
@@ -106,7 +107,7 @@ def patch_projection_reference(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _patch_projection_kernel(
     x_ptr, weight_ptr, bias_ptr, position_ptr, position_index_ptr, out_ptr, valid_count_ptr, rows, columns, inner,
     stride_xm, stride_wn, stride_pm, stride_om,
@@ -173,7 +174,7 @@ def launch_patch_projection(
     """``out = cast(pixels) Wᵀ + b (+ position)`` for validated, non-empty tensors; ignores ``split`` and ``vendor``."""
     (rows, inner), columns = patches.shape, weight.shape[0]
     left, right, described = make_operands(patches, weight, config)
-    _patch_projection_kernel[tile_grid(rows, columns, config)](
+    launch(_patch_projection_kernel, tile_grid(rows, columns, config),
         left, right, bias, position_table, position_index, out, valid_count, rows, columns, inner,
         patches.stride(0), weight.stride(0), 0 if position_table is None else position_table.stride(0), out.stride(0),
         HAS_DESCRIPTORS=described, **loop_options(config, inner),

@@ -31,6 +31,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .linear import (
@@ -157,7 +158,7 @@ def _finish(
     tl.store(out_ptr + row_offset * stride_om + column[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _qkv_projection_kernel(
     x_ptr, weight_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr, valid_count_ptr, rows, columns, pairs, inner, query_scale,
     stride_xm, stride_wn, stride_cm, stride_sm, stride_om,
@@ -186,7 +187,7 @@ def _qkv_projection_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _qkv_reduce_kernel(
     partial_ptr, bias_ptr, cos_ptr, sin_ptr, out_ptr, valid_count_ptr, rows, columns, pairs, parts, query_scale,
     stride_cm, stride_sm, stride_om,
@@ -253,13 +254,13 @@ def launch_qkv_projection(
     if partial is None:
         left, right, described = make_operands(x, weight, config)
         passes = epilogue_passes(config, None, configs.architecture(x.device), rotation=rotated)
-        _qkv_projection_kernel[tile_grid(rows, columns, config)](
+        launch(_qkv_projection_kernel, tile_grid(rows, columns, config),
             left, right, bias, cosines, sines, out, valid_count, rows, columns, pairs, inner, scale,
             x.stride(0), weight.stride(0), *strides,
             HAS_DESCRIPTORS=described, PASSES=passes, **heads, **loop_options(config, inner),
         )  # fmt: skip
         return
-    _qkv_reduce_kernel[(triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS))](
+    launch(_qkv_reduce_kernel, (triton.cdiv(rows, REDUCE_ROWS), triton.cdiv(columns, REDUCE_COLUMNS)),
         partial, bias, cosines, sines, out, valid_count, rows, columns, pairs, partial.shape[0], scale, *strides,
         **heads, BLOCK_ROWS=REDUCE_ROWS, BLOCK_COLUMNS=REDUCE_COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -17,14 +17,16 @@ It computes all rows, including padding, which stays finite if it was.  Therefor
 configurations, or a caller, selects it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
+from typing import Any
 
 import torch
 
 from ..rowwise.activations import activation as apply_activation
 from ..rowwise.activations import add
+from ..runtime.launch import allocate_workspace, call_library
 from .linear_config import GATED
 
 _REDUCTIONS = {
@@ -67,6 +69,11 @@ def can_use_vendor_gemm(x: torch.Tensor, activation: str | None) -> bool:
     return x.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision not in ("tf32", "bf16")
 
 
+def _multiply(function: Callable[..., Any], *arguments: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
+    with full_precision_reduction(out.dtype):
+        function(*arguments, out=out, **options)
+
+
 @torch.no_grad()
 def launch_vendor_gemm(
     x: torch.Tensor,
@@ -79,18 +86,18 @@ def launch_vendor_gemm(
     """``out = f(x Wᵀ + b) + r`` for validated tensors; allocates only if the residual is ``out`` and added afterwards."""
     transposed = weight.t()
     aliased = residual is not None and residual.data_ptr() == out.data_ptr()
-    with full_precision_reduction(x.dtype):
-        if residual is not None and bias is None and activation is None:
-            torch.addmm(residual, x, transposed, out=out)
-            return
-        y = torch.empty(out.shape, dtype=out.dtype, device=out.device) if aliased else out
-        if bias is None:
-            torch.mm(x, transposed, out=y)
-        elif activation == "gelu_tanh" and on_gpu(x):
-            torch.ops.aten._addmm_activation.out(bias, x, transposed, use_gelu=True, out=y)
-            activation = None
-        else:
-            torch.addmm(bias, x, transposed, out=y)
+    if residual is not None and bias is None and activation is None:
+        call_library(_multiply, torch.addmm, residual, x, transposed, out=out)
+        return
+    y = allocate_workspace(out.shape, out.dtype, out.device) if aliased else out
+    if bias is None:
+        call_library(_multiply, torch.mm, x, transposed, out=y)
+    elif activation == "gelu_tanh" and on_gpu(x):
+        gelu_tanh = torch.ops.aten._addmm_activation.out
+        call_library(_multiply, gelu_tanh, bias, x, transposed, use_gelu=True, out=y)
+        activation = None
+    else:
+        call_library(_multiply, torch.addmm, bias, x, transposed, out=y)
     if activation is not None:
         apply_activation(y, activation, out=y)
     if residual is not None:

@@ -26,6 +26,7 @@ from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, checked_output
 from ..runtime.device_functions import activate
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -161,8 +162,17 @@ def launch_activation(x: torch.Tensor, out: torch.Tensor, kind: str, config: Ele
     """Launches one program per block of a row, for valid, non-empty tensors."""
     rows, columns = flatten_rows(x, out)
     grid = (rows * ceil_div(columns, config.block),)
-    _activation_kernel[grid](
-        x, out, x.stride(0), out.stride(0), columns, ACTIVATION=kind, BLOCK=config.block, num_warps=config.num_warps
+    launch(
+        _activation_kernel,
+        grid,
+        x,
+        out,
+        x.stride(0),
+        out.stride(0),
+        columns,
+        ACTIVATION=kind,
+        BLOCK=config.block,
+        num_warps=config.num_warps,
     )
 
 
@@ -172,7 +182,7 @@ def launch_add(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, config: Elem
     rows, columns = flatten_rows(x, y, out)
     grid = (rows * ceil_div(columns, config.block),)
     strides = (x.stride(0), y.stride(0), out.stride(0))
-    _add_kernel[grid](x, y, out, *strides, columns, BLOCK=config.block, num_warps=config.num_warps)
+    launch(_add_kernel, grid, x, y, out, *strides, columns, BLOCK=config.block, num_warps=config.num_warps)
 
 
 def _check(x: torch.Tensor, out: torch.Tensor | None, **others: torch.Tensor) -> torch.Tensor:

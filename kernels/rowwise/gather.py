@@ -18,6 +18,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from .common import TileConfig, check_index_range, default_config, locate_tile, row_chunks
 
 MAX_TAPS = 16
@@ -99,7 +100,7 @@ def _load_chosen(source_ptr, fill_ptr, chosen, stride_sm, column, inside, width)
     return values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gather_kernel(
     source_ptr, index_ptr, weights_ptr, fill_ptr, residual_ptr, out_ptr,
     rows, width, stride_sm, stride_rm, stride_om,
@@ -140,7 +141,7 @@ def launch_gather(
     tensors = (source, index, weights, fill, residual, out)
     strides = (0 if tensor is None else tensor.stride(0) for tensor in (source, residual, out))
     options = {"TAPS": index.numel() // rows, **config.constants, "num_warps": config.num_warps}
-    _gather_kernel[config.grid(rows, width)](*tensors, rows, width, *strides, **options)
+    launch(_gather_kernel, config.grid(rows, width), *tensors, rows, width, *strides, **options)
 
 
 def _check_taps(index: torch.Tensor, weights: torch.Tensor | None, source: torch.Tensor) -> None:

@@ -17,6 +17,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from .common import INTERPRETER_TILE, TileConfig, locate_tile, row_chunks
 
 CHUNK = 131072
@@ -39,7 +40,7 @@ def mean_rows_reference(x: torch.Tensor, count: int, out: torch.Tensor) -> torch
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _mean_rows_kernel(
     x_ptr, out_ptr, rows, width, stride_xm, stride_om,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -69,7 +70,7 @@ def launch_mean_rows(x: torch.Tensor, count: int, out: torch.Tensor, config: Til
     """Launches one program per tile of ``out``, for valid, non-empty tensors."""
     rows, width = out.shape
     options = {"COUNT": count, **config.constants, "num_warps": config.num_warps, "num_stages": 1}
-    _mean_rows_kernel[config.grid(rows, width)](x, out, rows, width, x.stride(0), out.stride(0), **options)
+    launch(_mean_rows_kernel, config.grid(rows, width), x, out, rows, width, x.stride(0), out.stride(0), **options)
 
 
 def mean_rows(

@@ -26,6 +26,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, checked_output, next_power_of_two
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
 from .common import row_chunks
@@ -134,7 +135,7 @@ def _clear(out_ptr, row, valid, stride, START: tl.constexpr, BLOCK: tl.constexpr
     tl.store(out_ptr + row[:, None] * stride + column, zeros, mask=valid[:, None] & (column < WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, residual_ptr, sum_ptr, row_index_ptr, valid_rows_ptr, rows, stride_xm, stride_om, stride_rm, stride_sm, eps,
     KIND: tl.constexpr, ROUND_BEFORE_WEIGHT: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr,
@@ -259,8 +260,18 @@ def launch_norm(
     strides = (0 if tensor is None else tensor.stride(0) for tensor in (x, out, residual, residual_out))
     main, tail = split_width(width)
     constants = {"KIND": kind, "ROUND_BEFORE_WEIGHT": rounding == "before_weight", "ROWS": config.rows}
-    _norm_kernel[(ceil_div(rows, config.rows),)](
-        *tensors, rows, *strides, eps, **constants, WIDTH=width, MAIN=main, TAIL=tail, num_warps=config.num_warps
+    launch(
+        _norm_kernel,
+        (ceil_div(rows, config.rows),),
+        *tensors,
+        rows,
+        *strides,
+        eps,
+        **constants,
+        WIDTH=width,
+        MAIN=main,
+        TAIL=tail,
+        num_warps=config.num_warps,
     )
 
 

@@ -23,6 +23,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_tensor, checked_output, next_power_of_two
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 
 FrequencyLayout = Literal["halves", "alternating"]
 
@@ -168,7 +169,7 @@ def rotary_table_reference(
             out[:, columns] = table.index_select(0, positions[:, axis])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rotary_table_kernel(
     positions_ptr, cos_h_ptr, sin_h_ptr, cos_w_ptr, sin_w_ptr, out_cos_ptr, out_sin_ptr,
     rows, stride_pm, stride_cm, stride_sm,
@@ -220,8 +221,17 @@ def launch_rotary_table(
     tables = [table for axis in frequencies for table in _axis_table(axis, side, positions.device)]
     strides = (positions.stride(0), out_cos.stride(0), out_sin.stride(0))
     constants = {"QUARTER": quarter, "BLOCK": next_power_of_two(quarter), "ROWS": config.rows}
-    _rotary_table_kernel[(ceil_div(rows, config.rows),)](
-        positions, *tables, out_cos, out_sin, rows, *strides, **constants, num_warps=config.num_warps
+    launch(
+        _rotary_table_kernel,
+        (ceil_div(rows, config.rows),),
+        positions,
+        *tables,
+        out_cos,
+        out_sin,
+        rows,
+        *strides,
+        **constants,
+        num_warps=config.num_warps,
     )
 
 

@@ -22,6 +22,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, next_power_of_two
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from .common import row_chunks
 
 CHUNK = 262144
@@ -71,7 +72,7 @@ def _rotate(
     tl.store(second_ptrs, rotated_second.to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rope_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, rows, heads, stride_qm, stride_qh, stride_km, stride_kh, stride_cm, stride_sm,
     DTYPE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, UNIT: tl.constexpr,
@@ -137,7 +138,7 @@ def launch_rope(
     }
     grid = (ceil_div(rows, config.rows), ceil_div(heads, config.heads))
     strides = tuple(stride // unit for stride in strides)
-    _rope_kernel[grid](q, k, cos, sin, rows, heads, *strides, **options, num_warps=config.num_warps)
+    launch(_rope_kernel, grid, q, k, cos, sin, rows, heads, *strides, **options, num_warps=config.num_warps)
 
 
 def rope_(

@@ -17,6 +17,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_tensor, checked_output
 from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.launch import launch
 from .common import TileConfig, check_index_range, default_config, locate_tile
 
 
@@ -34,7 +35,7 @@ def splice_rows_reference(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_count"])
 def _splice_kernel(
     text_ptr, rows_ptr, index_ptr, out_ptr, row_count, width, stride_tm, stride_rm, stride_om,
     ADD: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -74,7 +75,7 @@ def launch_splice(
     count, width = out.shape
     strides = (text.stride(0), rows.stride(0), out.stride(0))
     options = {"ADD": add, "IN_PLACE": _is_in_place(text, out), **config.constants, "num_warps": config.num_warps}
-    _splice_kernel[config.grid(count, width)](text, rows, index, out, count, width, *strides, **options)
+    launch(_splice_kernel, config.grid(count, width), text, rows, index, out, count, width, *strides, **options)
 
 
 def splice_rows(

@@ -23,6 +23,7 @@ from tritontower.kernels.rowwise.mean_pool import mean_rows
 from tritontower.kernels.rowwise.norm import norm
 from tritontower.kernels.rowwise.positions import axial_frequencies, rotary_table
 from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.runtime.launch import call_library
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
@@ -204,7 +205,7 @@ def _select(node: Node, tensors: Tensors, metadata: BatchMetadata) -> None:
         if index:
             gather_rows(tensors[feature], tensors[index[0]], out=out)
         else:
-            out.copy_(tensors[feature])
+            call_library(out.copy_, tensors[feature])
 
 
 def _pool(node: Node, tensors: Tensors, metadata: BatchMetadata) -> None:
@@ -231,7 +232,8 @@ def _projector(
         norm(x, norm_weight, norm_bias, **_norm_attributes(node), row_index=selected, out=normed[0])
         x = normed[0]
     elif selected is not None:
-        x = torch.index_select(x, 0, selected, out=normed[0])
+        call_library(torch.index_select, x, 0, selected, out=normed[0])
+        x = normed[0]
     valid_rows, merged = metadata.valid_rows.get(node.rows), x.view(len(between), -1)
     linear(merged, first, first_bias, activation=node.attributes["activation"], valid_rows=valid_rows, out=between)
     linear(between, second, second_bias, valid_rows=valid_rows, out=tensors[node.outputs[0]])
