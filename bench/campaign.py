@@ -12,7 +12,6 @@ repeats it.  Exit codes: 0, 1 (a step failed or ran out of time), 2 (bad usage, 
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from tritontower.benchmarks.documents import machine_slug
+from tritontower.benchmarks.documents import child_environment, machine_slug
 from tritontower.benchmarks.measuring import provenance
 from tritontower.models.common.family import read_summary
 
@@ -41,91 +40,68 @@ class Step:
     Attributes:
         name: also the name of its result.
         summary: the question that it answers.
-        command: arguments of ``python -m``; ``{result}``, ``{threads}`` and ``{config}`` (Qwen2-VL's) are filled in.
+        command: arguments of ``python -m``; ``{result}`` and ``{config}`` (Qwen2-VL's) are filled in.  Benchmarks also get
+            ``--output``, and ``--threads`` on a CPU.
     """
 
     name: str
     summary: str
     command: str
 
-    def arguments(self, result: Path, threads: int) -> list[str]:
-        """The command as a list of words; writes the configuration that it names."""
+    def arguments(self, result: Path, threads: int | None) -> list[str]:
+        """The complete command as a list of words; ``threads`` is ``None`` on a GPU."""
         config = result.with_name("qwen2_vl.config")
-        if "{config}" in self.command:
-            config.write_text(json.dumps(read_summary("qwen2_vl").example), encoding="utf-8")
-        return shlex.split(self.command.format(result=result, threads=threads, config=config))
+        words = [word.format(result=result, config=config) for word in shlex.split(self.command)]
+        if not self.command.startswith(("tritontower bench", "bench.")):
+            return words
+        return [*words, "--output", str(result), *([] if threads is None else ["--threads", str(threads)])]
 
 
+PREPROCESSING = Step(
+    "preprocessing",
+    "images to patches",
+    "tritontower bench preprocessing --family Qwen2-VL --family 'Gemma 3' --family Pixtral --repeats 15",
+)
 GPU_STEPS = (
     Step("tests", "all tests marked gpu", f"{PYTEST} -m gpu --junitxml {{result}} tests"),
     Step(
         "kernel-tests", "compiled kernels against fp64", f"{PYTEST} -m 'not slow' --junitxml {{result}} tests/kernels"
     ),
-    Step(
-        "kernels", "each kernel, torch's equivalent, the peak of today", "tritontower bench kernels --output {result}"
-    ),
-    Step("attention", "attention in every form and configuration", "bench.variants attention --output {result}"),
-    Step("gemm", "GEMMs by pointers, by descriptors, by cuBLAS", "bench.variants linear --output {result}"),
+    Step("kernels", "each kernel, torch's equivalent, the peak of today", "tritontower bench kernels"),
+    Step("attention", "attention in every form and configuration", "bench.variants attention"),
+    Step("gemm", "GEMMs by pointers, by descriptors, by cuBLAS", "bench.variants linear"),
     Step(
         "towers",
         "Qwen2-VL against transformers",
-        f"{TOWERS} --family Qwen2-VL --patches 1024,4096,256,16384 --batch mixed --batch small --repeats 15 "
-        "--output {result}",
+        f"{TOWERS} --family Qwen2-VL --patches 1024,4096,256,16384 --batch mixed --batch small --repeats 15",
     ),
     Step(
         "towers-compiled",
         "Qwen2-VL against compiled transformers",
-        f"{TOWERS} --family Qwen2-VL --patches 1024,4096,256 --against sdpa,compile --repeats 15 --output {{result}}",
+        f"{TOWERS} --family Qwen2-VL --patches 1024,4096,256 --against sdpa,compile --repeats 15",
     ),
-    Step(
-        "preprocessing",
-        "images to patches",
-        "bench.preprocessing --family Qwen2-VL --family 'Gemma 3' --family Pixtral --output {result}",
-    ),
+    PREPROCESSING,
     Step("tune", "the tuner within its budget", "tritontower tune --config {config} --budget 7 --json"),
-    Step("stress", "10,000 launches of each attention form", "bench.stress --output {result}"),
-    Step(
-        "families", "every family at full depth", f"{TOWERS} --family all --batch 448 --batch mixed --output {{result}}"
-    ),
+    Step("stress", "10,000 launches of each attention form", "bench.stress"),
+    Step("families", "every family at full depth", f"{TOWERS} --family all --batch 448 --batch mixed"),
 )
 CPU_STEPS = (
-    Step(
-        "towers",
-        "Qwen2-VL-2B against transformers, bfloat16",
-        f"{TOWERS} --patches 1024,4096 --threads {{threads}} --output {{result}}",
-    ),
-    Step(
-        "towers-float32",
-        "the same in float32",
-        "tritontower bench towers --dtype float32 --patches 1024 --threads {threads} --output {result}",
-    ),
+    Step("towers", "Qwen2-VL-2B against transformers, bfloat16", f"{TOWERS} --patches 1024,4096"),
+    Step("towers-float32", "the same in float32", "tritontower bench towers --dtype float32 --patches 1024"),
     Step(
         "families",
         "every family at its published width, 8 blocks",
-        f"{TOWERS} --family all --depth 8 --batch 448 --threads {{threads}} --output {{result}}",
+        f"{TOWERS} --family all --depth 8 --batch 448",
     ),
     Step(
         "batches",
         "large images, many small ones, mixed sizes",
         f"{TOWERS} --family Qwen2-VL --family Qwen2.5-VL --family Qwen3-VL --family Pixtral --depth 8 "
-        "--batch 1024 --batch 64small --batch mixed --threads {threads} --output {result}",
+        "--batch 1024 --batch 64small --batch mixed",
     ),
-    Step(
-        "preprocessing",
-        "images to patches",
-        "bench.preprocessing --family Qwen2-VL --family 'Gemma 3' --family Pixtral --repeats 15 --threads {threads} "
-        "--output {result}",
-    ),
-    Step(
-        "memory",
-        "peak memory against the plan",
-        "tritontower bench memory --dtype bfloat16 --threads {threads} --output {result}",
-    ),
-    Step(
-        "loading",
-        "time and memory to load Qwen2-VL-2B",
-        "tritontower bench loading --dtype bfloat16 --threads {threads} --output {result}",
-    ),
+    PREPROCESSING,
+    Step("memory", "peak memory against the plan", "tritontower bench memory --dtype bfloat16"),
+    Step("loading", "time and memory to load Qwen2-VL-2B", "tritontower bench loading --dtype bfloat16"),
 )
 
 
@@ -136,7 +112,7 @@ def is_complete(result: Path) -> bool:
     return result.suffix != ".json" or json.loads(result.read_text(encoding="utf-8")).get("complete", True)
 
 
-def run_step(step: Step, folder: Path, *, minutes: float, threads: int) -> bool:
+def run_step(step: Step, folder: Path, *, minutes: float, threads: int | None) -> bool:
     """Runs a step in its own process; returns whether it succeeded within ``minutes``."""
     result = folder / f"{step.name}.{'xml' if 'junitxml' in step.command else 'json'}"
     if is_complete(result):
@@ -145,15 +121,16 @@ def run_step(step: Step, folder: Path, *, minutes: float, threads: int) -> bool:
     print(f"{step.name}: {step.summary} ...", flush=True)
     log_path = folder / "logs" / f"{step.name}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
+    if "{config}" in step.command:
+        example = json.dumps(read_summary("qwen2_vl").example)
+        result.with_name("qwen2_vl.config").write_text(example, encoding="utf-8")
     command = [sys.executable, "-m", *step.arguments(result, threads)]
     with open(log_path, "w", encoding="utf-8") as log:
         try:
             done = subprocess.run(
                 command,
                 cwd=ROOT,
-                env=environment,
+                env=child_environment(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 timeout=60 * minutes,
@@ -180,9 +157,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="repeat complete steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     arguments = parser.parse_args(words)
+    threads = arguments.threads if arguments.cpu else None
     steps = {step.name: step for step in (CPU_STEPS if arguments.cpu else GPU_STEPS)}
     if arguments.list:
-        print("\n".join(f"{step.name}: {step.summary}\n  python -m {step.command}" for step in steps.values()))
+        for step in steps.values():
+            command = shlex.join(step.arguments(Path(f"{step.name}.json"), threads))
+            print(f"{step.name}: {step.summary}\n  python -m {command}")
         return 0
     chosen = arguments.step or list(steps)
     if unknown := sorted(set(chosen) - steps.keys()):
@@ -201,7 +181,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for path in (path for name in chosen for path in folder.glob(f"{name}.*")):
             path.unlink()
     minutes = arguments.minutes or MINUTES["cpu" if arguments.cpu else "gpu"]
-    succeeded = [run_step(steps[name], folder, minutes=minutes, threads=arguments.threads) for name in chosen]
+    succeeded = [run_step(steps[name], folder, minutes=minutes, threads=threads) for name in chosen]
     return 0 if all(succeeded) else 1
 
 

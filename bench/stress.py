@@ -17,6 +17,7 @@ import torch
 from tritontower.benchmarks.cases import Case, check
 from tritontower.benchmarks.documents import Report
 from tritontower.cli.options import output_file
+from tritontower.devices import parse_device
 
 from .variants import Shape, attention_config, replaced_because
 
@@ -106,7 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--variant", action="append", choices=list(SHAPES), help="may be repeated; default: all")
     parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")
     arguments = parser.parse_args(words)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = parse_device(None)
     report = Report("stress", device=device, path=arguments.output)
     for variant in arguments.variant or SHAPES:
         reasons = {heads: unsupported(variant, *heads, device) for heads in HEADS}

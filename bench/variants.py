@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from tritontower.benchmarks.cases import Case, cases
-from tritontower.benchmarks.documents import Report
-from tritontower.benchmarks.kernels import kernel_table, measure
-from tritontower.benchmarks.roofline import measured_roofline, published_roofline
+from tritontower.benchmarks.kernels import measure, start_report, table
 from tritontower.benchmarks.shapes import GRIDS
 from tritontower.cli.options import output_file
+from tritontower.devices import parse_device
 from tritontower.kernels.attention import fixed_max, warp_specialized
 from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm.linear_config import default_config as default_linear_config
@@ -75,14 +74,8 @@ def attention_variants(case: Case) -> Iterator[Case]:
 def linear_variants(case: Case, device: torch.device) -> Iterator[Case]:
     """The case by pointers, by descriptors, by the vendor's GEMM, and with other tiles."""
     sizes, here = case.sizes, architecture(device)
-    base = default_linear_config(
-        sizes["rows"],
-        sizes["columns"],
-        sizes["inner"],
-        dtype=case.dtype,
-        activation=sizes["activation"],
-        architecture=here,
-    )
+    shape = sizes["rows"], sizes["columns"], sizes["inner"]
+    base = default_linear_config(*shape, dtype=case.dtype, activation=sizes["activation"], architecture=here)
     yield case.launched(replace(base, operands="pointers", vendor=False), "pointers")
     if here in ("sm_90", "sm_100", "interpreter"):
         yield case.launched(replace(base, operands="descriptors", vendor=False), "descriptors")
@@ -114,18 +107,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--most", type=int, metavar="N", help="at most so many cases")
     parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")
     arguments = parser.parse_args(words)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = measured_roofline(device, torch.bfloat16, side=None if device.type == "cuda" else 64)
-    published = published_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    roofline = published or measured
-    report = Report(
-        "kernels",
-        device=device,
-        dtype=torch.bfloat16,
-        path=arguments.output,
-        roofline=roofline.as_dict(),
-        measured_roofline=measured.as_dict(),
-    )
+    device = parse_device(None)
+    report, roofline = start_report(device, torch.bfloat16, arguments.output)
     found = list(cases(arguments.grid, torch.bfloat16, [arguments.kernel]))[: arguments.most]
     for case in found:
         report.add(measure(case, device, roofline))
@@ -135,7 +118,7 @@ def main(words: Sequence[str] | None = None) -> int:
             reason = replaced_because(variant, device) if case.kernel == "attention" else None
             row = {"kernel": case.kernel, "case": variant.label, "status": "skipped", "reason": reason}
             report.add(row if reason else measure(variant, device, roofline, baselines=False))
-    print(kernel_table(report.finish()))
+    print(table(report.finish()))
     return int(any(row["status"] == "failed" for row in report.rows))
 
 

@@ -167,7 +167,7 @@ class TestBenchmarks:
         assert not row["checked"]
         assert row["accuracy"]["embeddings"]["error"] < 1e-5
         document = {"dtype": "float32", "gpu": "made up", "rows": [{**row, "family": "F", "batch": "P"}]}
-        assert "unchecked" in towers.tower_table(document)
+        assert "unchecked" in towers.table(document)
 
     @pytest.mark.parametrize("baselines", [["sdpa"], ["compile"]])
     def test_16_bit_results_are_compared_with_fp32(self, model, monkeypatch, baselines):
@@ -227,7 +227,7 @@ class TestBenchmarks:
         assert sum(made) == estimate_total_cost(tower.graph, workload, 4).flops - by_attention
 
     def test_square_batch_repeats_fixed_sizes(self):
-        with images.family_configuration("CLIP", depth=1) as folder:
+        with images.family_checkpoint("CLIP", depth=1) as folder:
             clip = VisionTower.from_pretrained(folder, device="cpu", dtype="float32", delay_load=True)
             batch = images.square_batch(clip, 3 * clip.config.num_patches)
         assert len(batch) == 3
@@ -378,6 +378,12 @@ class TestCommand:
         assert "ratio: fastest transformers ÷ tritontower" in table
         assert "Milliseconds by node kind" in table
 
+    def test_preprocessing_of_several_families(self, run):
+        words = ("--family", "CLIP", "--family", "Qwen2-VL", "--size", "56x56", "--repeats", 1, "--json")
+        code, printed, _ = run("preprocessing", *words)
+        assert code == 0
+        assert [row["label"] for row in json.loads(printed)["rows"]] == ["CLIP: 56 × 56", "Qwen2-VL: 56 × 56"]
+
     def test_a_disagreement_is_not_timed_and_exit_code_1(self, run, model, monkeypatch):
         monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
         monkeypatch.setattr(towers, "AGREEMENT", {"float32": 1e-12})
@@ -432,12 +438,15 @@ class TestCommand:
             (("towers", "some/model", "--family", "CLIP"), "MODEL and --family name different towers"),
             (("launches", "--family", "Qwen9"), "family must be one of CLIP"),
             (("kernels", "--kernel", "attenshun"), "--kernel must be one of attention"),
-            (("kernels", "some/model"), "MODEL must be left out of `bench kernels`"),
+            (("kernels", "some/model"), "MODEL has no effect on kernels; it goes with towers, preprocessing, loading"),
             (("kernels", "--against", "bogus"), "--against of `bench kernels` must be none, got bogus"),
             (("loading", "--against", "sdpa,none"), "--against of `bench loading` must be none, got sdpa,none"),
-            (("memory", "--against", "bogus"), "--against must be left out of `bench memory`"),
-            (("launches", "--split"), "--split must be left out of `bench launches`"),
-            (("towers", "--kernel", "linear"), "--kernel must be left out of"),
+            (
+                ("memory", "--against", "bogus"),
+                "--against has no effect on memory; it goes with kernels, towers, loading",
+            ),
+            (("launches", "--split"), "--split has no effect on launches; it goes with towers"),
+            (("towers", "--kernel", "linear"), "--kernel has no effect on towers"),
             (("towers", "--revision", "main"), "--revision needs a hub id"),
             (("towers", "--family", "CLIP", "--patches", "100000000"), "must be at most 1048576 patches"),
             (("towers", "--batch", "huge"), "--batch must be one of 448"),
@@ -445,7 +454,7 @@ class TestCommand:
             (("towers", "--family", "CLIP", "--depth", "-3"), "must be a positive whole number, got '-3'"),
             (("towers", "--plot", "towers.svg"), "must end in .png"),
             (("towers", "--against", "jax"), "against must be among sdpa, eager, compile, got jax"),
-            (("preprocessing", "--patches", "64"), "--patches must be left out of"),
+            (("preprocessing", "--patches", "64"), "--patches has no effect on preprocessing"),
             (("loading", "--family", "all"), "--family of `bench loading` must be one title"),
             (("everything",), "invalid choice: 'everything'"),
         ],

@@ -85,7 +85,7 @@ def test_measure_returns_times_and_rates():
     assert benchmark.baseline_seconds(row) == {"torch linear": row["seconds"]["torch linear"]}
     # A CPU's caches exceed the rate of a copy, so no share is given.
     assert row["share"] is None
-    assert "%" not in benchmark.kernel_table(document_of(row)).splitlines()[-1]
+    assert "%" not in benchmark.table(document_of(row)).splitlines()[-1]
 
 
 def document_of(*rows: dict) -> dict:
@@ -112,7 +112,7 @@ def test_only_baselines_count_as_best_of_torch(monkeypatch):
     row = benchmark.measure(case, CPU, Roofline(1e12, 1e11, "made up"))
     assert set(row["seconds"]) == {"tritontower", *times}
     assert benchmark.baseline_seconds(row) == {"a": 3e-6}
-    assert "0.75" in benchmark.kernel_table(document_of(row))
+    assert "0.75" in benchmark.table(document_of(row))
 
 
 def test_candidates_share_one_clock(monkeypatch):

@@ -30,13 +30,8 @@ DEPTH_KEYS = ("depth", "num_hidden_layers")
 
 
 def list_families() -> dict[str, FamilySummary]:
-    """Title → summary of every family whose checkpoints transformers reads as well."""
-    return {summary.title: summary for summary in list_summaries() if "model_type" in summary.example}
-
-
-def family_titles() -> Sequence[str]:
-    """The titles of :func:`list_families`."""
-    return sorted(list_families())
+    """Title → summary of every family whose checkpoints transformers reads as well, in the order of their titles."""
+    return dict(sorted((each.title, each) for each in list_summaries() if "model_type" in each.example))
 
 
 def truncate_depth(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
@@ -52,27 +47,17 @@ def truncate_depth(config: Mapping[str, Any], depth: int) -> dict[str, Any]:
 
 
 @contextmanager
-def family_checkpoint(title: str, *, dtype: torch.dtype, depth: int = 0) -> Iterator[Path]:
-    """A temporary checkpoint of a family at its published width, with random weights."""
-    summary = _find_family(title)
-    with TemporaryDirectory() as folder:
-        config = truncate_depth(summary.example, depth)
-        yield write_random_checkpoint(Path(folder), config, summary.processor, dtype=dtype)
-
-
-@contextmanager
-def family_configuration(title: str, *, depth: int = 0) -> Iterator[Path]:
-    """Like :func:`family_checkpoint`, with configuration files only."""
-    summary = _find_family(title)
-    with TemporaryDirectory() as name:
-        yield write_config(Path(name), summary, truncate_depth(summary.example, depth))
-
-
-def _find_family(title: str) -> FamilySummary:
+def family_checkpoint(title: str, *, depth: int = 0, dtype: torch.dtype | None = None) -> Iterator[Path]:
+    """A temporary checkpoint of a family at its published width, with random weights of ``dtype``, or without weights."""
     known = list_families()
     if title not in known:
-        raise UsageError(f"family must be one of {', '.join(sorted(known))}, got {title!r}")
-    return known[title]
+        raise UsageError(f"family must be one of {', '.join(known)}, got {title!r}")
+    summary, config = known[title], truncate_depth(known[title].example, depth)
+    with TemporaryDirectory() as name:
+        if dtype is None:
+            yield write_config(Path(name), summary, config)
+        else:
+            yield write_random_checkpoint(Path(name), config, summary.processor, dtype=dtype)
 
 
 def noise_images(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray[Any, Any]]:

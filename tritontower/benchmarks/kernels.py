@@ -4,6 +4,7 @@ The cases are those of the tests.  Each is checked against fp64 first; one with 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,19 @@ def benchmark_kernels(
 ) -> Document:
     """Times a grid of cases, by default ``gpu`` or ``cpu``, and torch's equivalents."""
     fill_registry(device)
-    measured = measured_roofline(device, dtype)
-    published = published_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    roofline = published if published is not None and dtype != torch.float32 else measured
-    report = Report(
-        "kernels",
-        device=device,
-        dtype=dtype,
-        path=path,
-        roofline=roofline.as_dict(),
-        measured_roofline=measured.as_dict(),
-    )
+    report, roofline = start_report(device, dtype, path)
     for case in cases("gpu" if device.type == "cuda" else "cpu", dtype, kernels):
         report.add(measure(case, device, roofline, baselines=baselines))
     return report.finish()
+
+
+def start_report(device: torch.device, dtype: torch.dtype, path: Path | None) -> tuple[Report, Roofline]:
+    """Starts a report with the rooflines of ``device``; returns it, and the roofline to compare with."""
+    measured = measured_roofline(device, dtype)
+    published = published_roofline(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    roofline = published if published is not None and dtype != torch.float32 else measured
+    fields = {"roofline": asdict(roofline), "measured_roofline": asdict(measured)}
+    return Report("kernels", device=device, dtype=dtype, path=path, **fields), roofline
 
 
 def measure(
@@ -114,7 +114,7 @@ def time_candidates(
     return found, notes
 
 
-def kernel_table(found: Mapping[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
     title = (
         f"Kernels, {found['dtype']}, {describe_machine(found)}\n"

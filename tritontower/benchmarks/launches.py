@@ -61,7 +61,7 @@ def benchmark_launches(
     return report.finish()
 
 
-def launch_table(found: Mapping[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
     columns = (
         "tower", "blocks", "batch", "patches", "a block, plain", "a block, fused", "forward, plain", "forward, fused",

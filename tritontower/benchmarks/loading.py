@@ -39,7 +39,7 @@ def benchmark_loading(
     return report.finish()
 
 
-def loading_table(found: Mapping[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
     columns = (
         "loaded by", "files", "seconds", "peak growth, MB", "weights, MB", "read, MB", "of files, MB", "from disk, MB",

@@ -32,7 +32,7 @@ def benchmark_memory(
     return report.finish()
 
 
-def memory_table(found: Mapping[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
     columns = (
         "patches", "allocated, MB", "planned, MB", "allocated ÷ planned", "process grew, MB", "weights, MB", "beyond, MB"

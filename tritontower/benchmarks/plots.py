@@ -22,21 +22,24 @@ UNITS = {
 """Benchmark → factor from seconds, and unit."""
 
 
-def plot(found: Mapping[str, Any], path: Path) -> None:
-    """Draws a document into ``path``: a group of bars per row, a bar per candidate, shorter is better."""
-    groups = group_times(found)
-    if not groups:
-        raise UsageError(f"plot must be of a report with times, got {found['bench']!r} without any")
+def import_figure() -> Any:
+    """Returns ``matplotlib.figure.Figure``; raises :class:`UsageError` if matplotlib is not installed."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UsageError(
             'plots need matplotlib, which is not installed; run pip install "tritontower[plot]" or drop --plot'
         ) from error
+    return Figure
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
+    """Draws a document into ``path``: a group of bars per row, a bar per candidate, shorter is better."""
+    groups = group_times(found)
+    if not groups:
+        raise UsageError(f"plot must be of a report with times, got {found['bench']!r} without any")
     names = list_names(found, groups)
-    figure = Figure(figsize=(10, 1.9 + 0.25 * len(groups) * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = import_figure()(figsize=(10, 1.9 + 0.25 * len(groups) * len(names)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(names)
     for number, name in enumerate(names):

@@ -12,7 +12,7 @@ Candidates take turns with two calls each.  The first call finds caches and allo
 second is like one of many images in a row, and counts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +74,22 @@ def compare_preprocessing(tower: VisionTower, label: str, sizes: Sizes, *, repea
 
 
 def benchmark_preprocessing(
-    folder: Path, *, sizes: Mapping[str, Sizes] = DEFAULT_SIZES, repeats: int = 5, path: Path | None = None
+    towers: Iterable[tuple[str | None, VisionTower]],
+    *,
+    sizes: Mapping[str, Sizes] = DEFAULT_SIZES,
+    repeats: int = 5,
+    path: Path | None = None,
 ) -> Document:
-    """Measures one row for each entry of ``sizes``, on the CPU."""
-    tower = VisionTower.from_pretrained(folder, device=CPU, delay_load=True)
+    """Measures one row for each of ``towers`` (title and tower) and entry of ``sizes``, on the CPU."""
     report = Report("preprocessing", device=CPU, path=path)
-    for label, each in sizes.items():
-        report.add(compare_preprocessing(tower, label, each, repeats=repeats))
+    for title, tower in towers:
+        for label, each in sizes.items():
+            full = f"{title}: {label}" if title else label
+            report.add({"family": title, **compare_preprocessing(tower, full, each, repeats=repeats)})
     return report.finish()
 
 
-def preprocessing_table(found: Mapping[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table: milliseconds, medians."""
     rows: list[tuple[object, ...]] = []
     for row in found["rows"]:

@@ -4,8 +4,7 @@ Published figures are for dense 16-bit matmuls at the boost clock and the full m
 ones are those of the vendor's library at today's clocks.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -25,10 +24,6 @@ class Roofline:
     def share(self, flops: int, moved: int, seconds: float) -> float:
         """Share of the roofline that was reached; above 1 where the data stay in a cache."""
         return max(flops / self.flops, moved / self.bytes) / seconds if seconds else 0.0
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, for a document."""
-        return asdict(self)
 
 
 PUBLISHED: tuple[tuple[str, float, float, str], ...] = (
@@ -53,10 +48,10 @@ def published_roofline(name: str) -> Roofline | None:
     )
 
 
-def measured_roofline(device: torch.device, dtype: torch.dtype, *, side: int | None = None) -> Roofline:
-    """Measures the vendor library's matmul of two ``side`` × ``side`` matrices, and a copy within device memory."""
+def measured_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Measures the vendor library's matmul of two large square matrices, and a copy within device memory."""
     on_gpu = device.type == "cuda"
-    side = side or (8192 if on_gpu else 1536)
+    side = 8192 if on_gpu else 1536
     copied_bytes = 2 * 2**30 if on_gpu else 256 * 2**20
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     result = torch.empty_like(left)

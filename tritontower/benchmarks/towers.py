@@ -290,7 +290,7 @@ def list_candidates(found: Mapping[str, Any]) -> Sequence[str]:
     return sorted(names, key=lambda name: (name != OURS, name != EAGER, name == MATMUL_ONLY, name))
 
 
-def tower_table(found: Mapping[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table: milliseconds, medians."""
     names = list_candidates(found)
     columns = ("tower", "blocks", "batch", "patches", "tokens", *(f"{name}, ms" for name in names))

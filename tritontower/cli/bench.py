@@ -19,19 +19,30 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritontower.errors import UsageError
 
-from .options import add_dtype, add_json, image_size, output_file, patch_counts, positive_integer
+from .options import (
+    add_device_and_dtype,
+    add_json,
+    add_model,
+    image_size,
+    output_file,
+    patch_counts,
+    positive_integer,
+    refuse_unused,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from tritontower import VisionTower
     from tritontower.benchmarks.documents import Document
     from tritontower.benchmarks.towers import MakeBatch, Source
 
@@ -53,19 +64,20 @@ OPTIONS: Mapping[str, Sequence[str]] = {
 ALL = "all"
 DEMO = "Qwen2-VL-2B"
 """The tower that is measured when none is named."""
-EXIT_NO = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of all benchmarks."""
     parser.add_argument("kind", choices=OPTIONS, metavar="{" + ",".join(OPTIONS) + "}", help="the benchmark")
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a checkpoint: a local folder, or a hub id")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    add_model(parser, required=False)
     parser.add_argument(
         "--family", action="append", metavar="TITLE", help="a family instead of MODEL; may be repeated, or `all`"
     )
     parser.add_argument(
-        "--depth", type=positive_integer_or_zero, metavar="N", help="at most N blocks of --family (0: as published)"
+        "--depth",
+        type=lambda text: 0 if text == "0" else positive_integer(text),
+        metavar="N",
+        help="at most N blocks of --family (0: as published)",
     )
     batches = parser.add_argument_group("batches (towers, preprocessing, launches, memory)")
     batches.add_argument(
@@ -81,8 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", action="store_true", help="towers: also the time of each kind of node")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="kernels: only this one; may be repeated")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
-    add_dtype(parser)
+    add_device_and_dtype(parser)
     parser.add_argument(
         "--repeats", type=positive_integer, metavar="N", help="measured runs (default: 3, short ones 7)"
     )
@@ -97,18 +108,21 @@ def run(arguments: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1" and arguments.kind != "launches":
         raise UsageError("TRITON_INTERPRET must be unset for benchmarks, got 1; the interpreter's times mean nothing")
     _check_options(arguments)
-    if arguments.plot is not None:
-        _require_matplotlib()
     import torch
 
     from tritontower.benchmarks import plots
+    from tritontower.devices import parse_device
 
     from .parity import hide_reference_progress
 
+    if arguments.plot is not None:
+        plots.import_figure()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    arguments.device = parse_device(arguments.device)
     hide_reference_progress()
-    found, table = _MEASURE[arguments.kind](arguments)
+    found = _MEASURE[arguments.kind](arguments)
+    table = import_module(f"tritontower.benchmarks.{arguments.kind}").table(found)
     if arguments.plot is not None:
         plots.plot(found, arguments.plot)
     if arguments.json:
@@ -116,17 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(found))
     else:
         print(table)
-    return EXIT_NO if any(row.get("status") == "failed" for row in found["rows"]) else 0
+    return int(any(row.get("status") == "failed" for row in found["rows"]))
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Refuses options that the benchmark would ignore, and contradictions."""
-    every = {option for options in OPTIONS.values() for option in options}
-    # An option that was not given is None or False, the dtype is "auto".
-    given = {name for name in every if getattr(arguments, name) and getattr(arguments, name) != "auto"}
-    for name in sorted(given - set(OPTIONS[arguments.kind])):
-        option = "MODEL" if name == "model" else f"--{name}"
-        raise UsageError(f"{option} must be left out of `bench {arguments.kind}`, which does not use it")
+    refuse_unused(arguments, OPTIONS, arguments.kind)
     if arguments.family and arguments.model:
         raise UsageError("MODEL and --family name different towers; give one of them")
     if arguments.revision and not arguments.model:
@@ -136,93 +145,81 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.kind != "towers" and arguments.against not in (None, "none"):
         raise UsageError(f"--against of `bench {arguments.kind}` must be none, got {arguments.against}")
     from tritontower.benchmarks.images import BATCHES
-
-    if unknown := sorted(set(arguments.batch or ()) - set(BATCHES)):
-        raise UsageError(f"--batch must be one of {', '.join(BATCHES)}, got {unknown[0]}")
-
-
-_Measured = tuple["Document", str]
-
-
-def _kernels(arguments: argparse.Namespace) -> _Measured:
-    import torch
-
-    from tritontower.benchmarks.kernels import benchmark_kernels, kernel_table
     from tritontower.benchmarks.shapes import KERNELS
 
-    if unknown := sorted(set(arguments.kernel or ()) - set(KERNELS)):
-        raise UsageError(f"--kernel must be one of {', '.join(KERNELS)}, got {unknown[0]}")
-    found = benchmark_kernels(
-        device=_device(arguments),
-        dtype=torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype),
+    for option, known in (("batch", BATCHES), ("kernel", KERNELS)):
+        if unknown := sorted(set(getattr(arguments, option) or ()) - set(known)):
+            raise UsageError(f"--{option} must be one of {', '.join(known)}, got {unknown[0]}")
+
+
+def _kernels(arguments: argparse.Namespace) -> "Document":
+    from tritontower.benchmarks.kernels import benchmark_kernels
+
+    return benchmark_kernels(
+        device=arguments.device,
+        dtype=_dtype(arguments),
         kernels=arguments.kernel,
         baselines=arguments.against != "none",
         path=arguments.output,
     )
-    return found, kernel_table(found)
 
 
-def _towers(arguments: argparse.Namespace) -> _Measured:
-    from tritontower.benchmarks.towers import benchmark_towers, tower_table
+def _dtype(arguments: argparse.Namespace) -> "torch.dtype":
+    """The dtype of tensors that no checkpoint holds."""
+    from tritontower.devices import DTYPES
 
-    found = benchmark_towers(
+    return DTYPES["bfloat16" if arguments.dtype == "auto" else arguments.dtype]
+
+
+def _towers(arguments: argparse.Namespace) -> "Document":
+    from tritontower.benchmarks.towers import benchmark_towers
+
+    return benchmark_towers(
         _sources(arguments),
         _batches(arguments),
-        device=_device(arguments),
+        device=arguments.device,
         dtype=arguments.dtype,
         baselines=[] if arguments.against == "none" else (arguments.against or "sdpa").split(","),
         repeats=arguments.repeats,
         split=arguments.split,
         path=arguments.output,
     )
-    return found, tower_table(found)
 
 
-def _preprocessing(arguments: argparse.Namespace) -> _Measured:
+def _preprocessing(arguments: argparse.Namespace) -> "Document":
     from tritontower.benchmarks.images import BATCHES
-    from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing, preprocessing_table
+    from tritontower.benchmarks.preprocessing import DEFAULT_SIZES, benchmark_preprocessing
 
     sizes = {name: BATCHES[name] for name in arguments.batch or ()}
     if arguments.size:
         sizes[_size_label(arguments)] = arguments.size
-    with _one_source(arguments, weights=False) as folder:
-        found = benchmark_preprocessing(
-            folder, sizes=sizes or DEFAULT_SIZES, repeats=arguments.repeats or 5, path=arguments.output
+    with _unloaded_towers(arguments) as towers:
+        return benchmark_preprocessing(
+            towers, sizes=sizes or DEFAULT_SIZES, repeats=arguments.repeats or 5, path=arguments.output
         )
-    return found, preprocessing_table(found)
 
 
-def _loading(arguments: argparse.Namespace) -> _Measured:
-    from tritontower.benchmarks.loading import benchmark_loading, loading_table
+def _loading(arguments: argparse.Namespace) -> "Document":
+    from tritontower.benchmarks.loading import benchmark_loading
 
-    found = _of_one_checkpoint(
-        arguments,
-        partial(benchmark_loading, repeats=arguments.repeats or 3, transformers=arguments.against != "none"),
-    )
-    return found, loading_table(found)
+    options = {"repeats": arguments.repeats or 3, "transformers": arguments.against != "none"}
+    return _of_one_checkpoint(arguments, benchmark_loading, **options)
 
 
-def _launches(arguments: argparse.Namespace) -> _Measured:
-    from tritontower import VisionTower
-    from tritontower.benchmarks.launches import benchmark_launches, launch_table
+def _launches(arguments: argparse.Namespace) -> "Document":
+    from tritontower.benchmarks.launches import benchmark_launches
 
-    with ExitStack() as stack:
-        towers = []
-        for title, source in _sources(arguments, weights=False):
-            folder = stack.enter_context(source())
-            towers.append((title, VisionTower.from_pretrained(folder, device="cpu", delay_load=True)))
-        found = benchmark_launches(towers, _batches(arguments), path=arguments.output)
-    return found, launch_table(found)
+    with _unloaded_towers(arguments) as towers:
+        return benchmark_launches(towers, _batches(arguments), path=arguments.output)
 
 
-def _memory(arguments: argparse.Namespace) -> _Measured:
-    from tritontower.benchmarks.memory import benchmark_memory, memory_table
+def _memory(arguments: argparse.Namespace) -> "Document":
+    from tritontower.benchmarks.memory import benchmark_memory
 
-    found = _of_one_checkpoint(arguments, partial(benchmark_memory, patches=arguments.patches or [1024, 4096]))
-    return found, memory_table(found)
+    return _of_one_checkpoint(arguments, benchmark_memory, patches=arguments.patches or [1024, 4096])
 
 
-_MEASURE: Mapping[str, Callable[[argparse.Namespace], _Measured]] = {
+_MEASURE: Mapping[str, Callable[[argparse.Namespace], "Document"]] = {
     "kernels": _kernels,
     "towers": _towers,
     "preprocessing": _preprocessing,
@@ -239,35 +236,18 @@ def png_file(text: str) -> Path:
     return output_file(text)
 
 
-def positive_integer_or_zero(text: str) -> int:
-    """A count, or 0."""
-    return 0 if text == "0" else positive_integer(text)
-
-
-def _device(arguments: argparse.Namespace) -> "torch.device":
-    from tritontower.devices import parse_device
-
-    return parse_device(arguments.device)
-
-
 def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequence[Source]":
     """The towers of the command line; without ``weights`` only their configurations are made or fetched."""
-    import torch
-
-    from tritontower.benchmarks.images import family_checkpoint, family_configuration, family_titles
+    from tritontower.benchmarks.images import family_checkpoint, list_families
     from tritontower.checkpoint.hub import locate
     from tritontower.demo.checkpoint import demonstration_checkpoint
 
-    depth = arguments.depth or 0
-    dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    make: Callable[[str], AbstractContextManager[Path]] = partial(family_configuration, depth=depth)
-    if weights:
-        make = partial(family_checkpoint, dtype=dtype, depth=depth)
+    make = partial(family_checkpoint, depth=arguments.depth or 0, dtype=_dtype(arguments) if weights else None)
     if arguments.family:
-        titles = family_titles() if ALL in arguments.family else arguments.family
+        titles = list_families() if ALL in arguments.family else arguments.family
         return [(title, partial(make, title)) for title in titles]
     if arguments.model and weights:
-        return [(None, lambda: nullcontext(_folder_with_weights(arguments)))]
+        return [(None, lambda: nullcontext(_fetch(arguments)))]
     if arguments.model:
         return [(None, lambda: nullcontext(locate(arguments.model, revision=arguments.revision)))]
     if weights:
@@ -275,13 +255,25 @@ def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequenc
     return [(DEMO, partial(make, "Qwen2-VL"))]
 
 
-def _folder_with_weights(arguments: argparse.Namespace) -> Path:
+@contextmanager
+def _unloaded_towers(arguments: argparse.Namespace) -> "Iterator[list[tuple[str | None, VisionTower]]]":
     from tritontower import VisionTower
 
-    if Path(arguments.model).is_dir():
-        return Path(arguments.model)
-    # Loading once fetches the files.
-    return VisionTower.from_pretrained(arguments.model, revision=arguments.revision, device="cpu").folder
+    with ExitStack() as stack:
+        folders = {title: stack.enter_context(source()) for title, source in _sources(arguments, weights=False)}
+        yield [
+            (title, VisionTower.from_pretrained(folder, device="cpu", delay_load=True))
+            for title, folder in folders.items()
+        ]
+
+
+def _fetch(arguments: argparse.Namespace) -> Path:
+    """Returns the folder of MODEL, after fetching the weight files that are missing."""
+    from tritontower.models.common.assembly import open_checkpoint
+
+    checkpoint = open_checkpoint(arguments.model, revision=arguments.revision)
+    with checkpoint.open():
+        return checkpoint.folder
 
 
 def _batches(arguments: argparse.Namespace) -> "Sequence[MakeBatch]":
@@ -300,26 +292,12 @@ def _size_label(arguments: argparse.Namespace) -> str:
     return ", ".join(f"{width} × {height}" for width, height in arguments.size)
 
 
-def _one_source(arguments: argparse.Namespace, *, weights: bool = True) -> AbstractContextManager[Path]:
-    (_, source), *others = _sources(arguments, weights=weights)
-    if others:
-        raise UsageError(f"--family of `bench {arguments.kind}` must be one title, got {len(others) + 1}")
-    return source()
-
-
-def _of_one_checkpoint(arguments: argparse.Namespace, measure: Callable[..., Any]) -> "Document":
+def _of_one_checkpoint(arguments: argparse.Namespace, measure: "Callable[..., Document]", **options: Any) -> "Document":
     from tritontower import VisionTower
 
-    with _one_source(arguments) as folder:
+    (_, source), *others = _sources(arguments)
+    if others:
+        raise UsageError(f"--family of `bench {arguments.kind}` must be one title, got {len(others) + 1}")
+    with source() as folder:
         dtype = VisionTower.from_pretrained(folder, dtype=arguments.dtype, device="cpu", delay_load=True).dtype
-        found: Document = measure(folder, device=_device(arguments), dtype=dtype, path=arguments.output)
-    return found
-
-
-def _require_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise UsageError(
-            'plots need matplotlib, which is not installed; run pip install "tritontower[plot]" or drop --plot'
-        )
+        return measure(folder, device=arguments.device, dtype=dtype, path=arguments.output, **options)

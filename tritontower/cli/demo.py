@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tritontower.text_table import text_table
 
-from .options import add_bounds, add_dtype, add_images, load_tower, read_bounds
+from .options import add_bounds, add_device_and_dtype, add_images, load_tower, read_bounds
 from .parity import describe as describe_parity
 from .parity import hide_reference_progress
 
@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_images(parser, required=False, without="three photographs from scikit-image")
     parser.add_argument("--model", metavar="MODEL", help="a checkpoint with real weights, a local folder or a hub id")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the first GPU, or else the CPU)")
-    add_dtype(parser)
+    add_device_and_dtype(parser)
     add_bounds(parser)
     parser.add_argument(
         "--output",

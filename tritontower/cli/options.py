@@ -3,12 +3,13 @@
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tritontower.config import DTYPE_NAMES
+from tritontower.errors import UsageError
 
 if TYPE_CHECKING:
     from tritontower import VisionTower
@@ -21,9 +22,11 @@ MOST_PATCHES = 2**20
 DTYPES = (*DTYPE_NAMES, "auto")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds ``MODEL`` and ``--revision``."""
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint: a local folder, or a hub id such as owner/name")
+    nargs = None if required else "?"
+    text = "a checkpoint: a local folder, or a hub id such as owner/name"
+    parser.add_argument("model", metavar="MODEL", nargs=nargs, help=text)
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of a hub id (default: its main branch)"
     )
@@ -139,6 +142,17 @@ def output_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"must be in an existing folder, got {text!r}; create {str(path.parent)!r}")
     return path
+
+
+def refuse_unused(arguments: argparse.Namespace, takes: Mapping[str, Sequence[str]], chosen: str) -> None:
+    """Raises :class:`UsageError` for an option without effect on ``chosen``; ``takes``: action → options that it takes."""
+    # An option that was not given is None or False, the dtype is "auto".
+    names = dict.fromkeys(name for names in takes.values() for name in names)
+    for name in names:
+        if getattr(arguments, name) not in (None, False, "auto") and name not in takes[chosen]:
+            option = "MODEL" if name == "model" else f"--{name}"
+            others = ", ".join(action for action in takes if name in takes[action])
+            raise UsageError(f"{option} has no effect on {chosen}; it goes with {others}")
 
 
 def load_tower(arguments: argparse.Namespace, *, delay_load: bool = False) -> "VisionTower":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tritontower.errors import BackendUnavailableError, UsageError
 from tritontower.text_table import text_table
 
-from .options import add_dtype, add_json, output_file, patch_counts, positive_integer
+from .options import add_dtype, add_json, add_model, output_file, patch_counts, positive_integer, refuse_unused
 
 if TYPE_CHECKING:
     from tritontower.engine.tuned_tables import Identity
@@ -40,10 +40,7 @@ _ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a checkpoint: a local folder, or a hub id (its configuration only)"
-    )
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    add_model(parser, required=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="a config.json or params.json instead of MODEL")
     parser.add_argument(
         "--patches",
@@ -91,11 +88,7 @@ def _action(arguments: argparse.Namespace) -> str:
         "--import": arguments.imported is not None,
     }
     action = next((name for name, is_given in chosen.items() if is_given), "measuring")
-    given = {name for names in _TAKES.values() for name in names if getattr(arguments, name) not in (None, "auto")}
-    for name in sorted(given - set(_TAKES[action])):
-        shown = "MODEL" if name == "model" else f"--{name}"
-        others = [other for other, names in _TAKES.items() if name in names]
-        raise UsageError(f"{shown} has no effect on {action}; it goes with {', '.join(others)}")
+    refuse_unused(arguments, _TAKES, action)
     return action
 
 
