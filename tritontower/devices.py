@@ -32,6 +32,12 @@ def parse_device(device: str | torch.device | None) -> torch.device:
     return where
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done its work; a CPU does it at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """Returns the dtype; ``None`` for ``"auto"``."""
     wanted = DTYPES.get(dtype) if isinstance(dtype, str) else dtype

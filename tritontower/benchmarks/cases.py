@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -188,7 +189,6 @@ def _attention(make: RandomTensors, case: Case) -> Prepared:
         baselines=_attention_baselines(q, k, v, lengths),
         flops=4 * scores * heads * head_dim,
         bytes=_size_in_bytes(q, k, v, out),
-        roundings=1,
     )
 
 
@@ -361,11 +361,8 @@ def _norm(make: RandomTensors, case: Case) -> Prepared:
             y = (x[chosen] + residual[chosen]).double()
         return normed(y, torch.float64)
 
-    def call() -> None:
-        norm(x, weight, bias, kind=kind, eps=1e-6, out=out, config=case.config, **kept)
-
     return Prepared(
-        call=call,
+        call=lambda: norm(x, weight, bias, kind=kind, eps=1e-6, out=out, config=case.config, **kept),
         result=lambda: out,
         expected=expected,
         baselines={"torch": lambda: normed(x if residual is None else x + residual, x.dtype)},
@@ -381,9 +378,6 @@ def _rope(make: RandomTensors, case: Case) -> Prepared:
     before = torch.stack([q, k], dim=1)
     cosines, sines = _angles(make, rows, head_dim // 2)
 
-    def call() -> None:
-        rope_(q, k, cosines, sines)
-
     def expected(chosen: Tensor) -> Tensor:
         turned = before[chosen].double().flatten(1, 2)
         turned = _rotated(turned, cosines[chosen].double(), sines[chosen].double())
@@ -394,7 +388,7 @@ def _rope(make: RandomTensors, case: Case) -> Prepared:
         return torch.stack([_rotated(q, *tables), _rotated(k, *tables)], dim=1)
 
     return Prepared(
-        call=call,
+        call=partial(rope_, q, k, cosines, sines),
         result=lambda: torch.stack([q, k], dim=1),
         expected=expected,
         baselines={"torch": by_torch},

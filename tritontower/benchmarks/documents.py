@@ -50,15 +50,15 @@ class Report:
         self.rows.append(row)
         self._save()
 
-    def finish(self, **fields: Any) -> Document:
+    def finish(self) -> Document:
         """Marks the report as complete and returns the document."""
-        self._document |= {"complete": True, **fields}
+        self._document["complete"] = True
         return self._save()
 
     def _save(self) -> Document:
         found = {**self._document, "rows": list(self.rows)}
         if self.path is not None:
-            write_json(self.path, found)
+            replace_file(self.path, json.dumps(found, indent=2) + "\n")
         return found
 
 
@@ -117,11 +117,6 @@ def list_failures(found: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """One line for each row without a result; ``names`` are the fields that name it."""
     failed = [row for row in found["rows"] if row.get("status", "ok") != "ok"]
     return [f"{row['status']}: {', '.join(str(row[name]) for name in names)}: {row['reason']}" for row in failed]
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes ``content`` completely or not at all; creates the folder."""
-    replace_file(path, json.dumps(content, indent=2) + "\n")
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -6,6 +6,7 @@ numbers, with its default configurations.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ import torch
 from tritontower import VisionTower
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse, select_passes
-from tritontower.graph.ir import Graph
-from tritontower.graph.launch_count import GraphLaunches, count_launches
+from tritontower.graph.launch_count import count_launches
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.text_table import text_table
 
@@ -30,12 +30,9 @@ def launch_rows(tower: VisionTower, batches: Sequence[MakeBatch], title: str | N
     fused = fold_still_images(fuse(plain, select_passes(torch.device("cuda"))))
     for name, make in batches:
         workload = make(tower).workload
-
-        def counted(graph: Graph, where: str | None = None, workload: Any = workload) -> GraphLaunches:
-            return count_launches(graph, workload, dtype=torch.bfloat16, device=where)
-
+        counted = partial(count_launches, workload=workload)
         counts = {"plain": counted(plain), "fused": counted(fused)}
-        there = {name: counted(fused, name) for name in ARCHITECTURES}
+        there = {where: counted(fused, device=where) for where in ARCHITECTURES}
         yield {
             "family": title or config.family,
             "batch": name,
@@ -45,7 +42,7 @@ def launch_rows(tower: VisionTower, batches: Sequence[MakeBatch], title: str | N
             **{f"{kind}_forward": found.total.total for kind, found in counts.items()},
             "library_calls": counts["fused"].total.library,
             "architectures": {
-                name: {"block": found.per_block.total, "forward": found.total.total} for name, found in there.items()
+                where: {"block": found.per_block.total, "forward": found.total.total} for where, found in there.items()
             },
         }
 

@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from tritontower.devices import synchronize
+
 CALLS_PER_GRAPH = 10
 """Calls in one captured graph, which share the cost of starting it."""
 
@@ -74,10 +76,10 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_number in range(repeats + 1):
         for name, call in candidates.items():
-            _wait(device)
+            synchronize(device)
             start = time.perf_counter()
             call()
-            _wait(device)
+            synchronize(device)
             if round_number:
                 times[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(seconds)) for name, seconds in times.items()}
@@ -128,7 +130,14 @@ def time_on_device(
                 def difference() -> float:
                     return (_between_events(busy.replay) - _between_events(idle.replay)) / CALLS_PER_GRAPH
 
-                return _above_zero(_samples(difference, budget_seconds, least, most, "graph"))
+                timing = _samples(difference, budget_seconds, least, most, "graph")
+                # A kernel that takes no time would win every ranking.
+                if timing.median <= 0:
+                    raise RuntimeError(
+                        f"the call must take longer than its launch, got a median of {timing.median * 1e6:.2f} µs over "
+                        f"{len(timing.seconds)} differences; time one with more rows"
+                    )
+                return timing
 
         def after_fill() -> float:
             filler.zero_()
@@ -190,16 +199,6 @@ def _samples(sample: Callable[[], float], budget_seconds: float, least: int, mos
     return Timing(tuple(seconds), method)
 
 
-def _above_zero(timing: Timing) -> Timing:
-    """Returns ``timing`` if its median is positive; a kernel that takes no time would win every ranking."""
-    if timing.median <= 0:
-        raise RuntimeError(
-            f"the call must take longer than its launch, got a median of {timing.median * 1e6:.2f} µs over "
-            f"{len(timing.seconds)} differences; time one with more rows"
-        )
-    return timing
-
-
 def can_capture(device: torch.device) -> bool:
     """Tests whether ``device`` can capture CUDA graphs."""
     if device.type != "cuda":
@@ -259,11 +258,6 @@ def _cpu_filler() -> torch.Tensor:
 def _evict_from_cpu() -> None:
     """Reads the filler; writing it would leave write-backs to the timed call."""
     _cpu_filler().sum()
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _commit() -> str | None:

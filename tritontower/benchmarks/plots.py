@@ -1,14 +1,13 @@
 """Draws documents as bar charts (PNG) with matplotlib, an optional dependency."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tritontower.errors import UsageError
 
 from .documents import describe_machine, median_seconds
-from .kernels import OURS
-from .towers import list_candidates
+from .towers import order_candidates
 
 COLORS = ("#1b6ca8", "#e08e36", "#7a9e4b", "#9b5fa5", "#8c8c8c", "#b5473c")
 """This project's color first; distinguishable with common color blindness."""
@@ -38,7 +37,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     groups = group_times(found)
     if not groups:
         raise UsageError(f"plot must be of a report with times, got {found['bench']!r} without any")
-    names = list_names(found, groups)
+    names = order_candidates(name for _, times in groups for name in times)
     figure = import_figure()(figsize=(10, 1.9 + 0.25 * len(groups) * len(names)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / len(names)
@@ -80,11 +79,3 @@ def group_times(found: Mapping[str, Any]) -> list[tuple[str, dict[str, float]]]:
         times = {name: UNITS[bench][0] * value for name, value in seconds.items() if value > 0}
         groups.setdefault(label, {}).update(times)
     return list(groups.items())
-
-
-def list_names(found: Mapping[str, Any], groups: Sequence[tuple[str, Mapping[str, float]]]) -> Sequence[str]:
-    """The candidates of a document, this project's first."""
-    if found["bench"] == "towers":
-        return list_candidates(found)
-    names = dict.fromkeys(name for _, times in groups for name in times)
-    return sorted(names, key=lambda name: (name != OURS, not name.startswith(OURS)))

@@ -2,13 +2,14 @@
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
+from tritontower.devices import synchronize
 from tritontower.graph.ir import Node
 from tritontower.text_table import text_table
 
@@ -22,29 +23,24 @@ def node_seconds(tower: VisionTower, batch: PackedBatch, repeats: int = 3) -> di
     """
     batch = batch.to(tower.device)
     executor = tower.executor_for(batch)
-    runs = [_run_once(executor.run, batch, tower.device) for _ in range(repeats + 1)][1:]
-    medians = {kind: statistics.median(seconds[kind] for seconds in runs) for kind in runs[0]}
-    return dict(sorted(medians.items(), key=lambda item: -item[1]))
-
-
-def _run_once(run: Any, batch: PackedBatch, device: torch.device) -> dict[str, float]:
-    seconds: dict[str, float] = {}
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    last = now()
+    runs: list[dict[str, float]] = []
+    last = 0.0
 
     def observe(node: Node, tensors: Mapping[str, torch.Tensor]) -> None:
         nonlocal last
-        end = now()
-        seconds[node.kind] = seconds.get(node.kind, 0.0) + end - last
+        synchronize(tower.device)
+        end = time.perf_counter()
+        runs[-1][node.kind] += end - last
         last = end
 
-    run(batch, observe)
-    return seconds
+    for _ in range(repeats + 1):
+        runs.append(defaultdict(float))
+        synchronize(tower.device)
+        last = time.perf_counter()
+        executor.run(batch, observe)
+    # The first run is not counted.
+    medians = {kind: statistics.median(seconds[kind] for seconds in runs[1:]) for kind in runs[0]}
+    return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
 
 def split_table(rows: Mapping[str, Mapping[str, float]]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tritontower import VisionTower
+from tritontower.devices import synchronize
 from tritontower.parity.parity import Reference
 
 from .documents import child_environment
@@ -89,8 +90,7 @@ def load(folder: str, dtype: str, device: str, by: str, cold: bool) -> dict[str,
         if by == "tritontower"
         else Reference(tower, tower.dtype)
     )
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
+    synchronize(where)
     seconds = time.perf_counter() - start
     return {
         "by": by,

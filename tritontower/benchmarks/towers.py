@@ -6,7 +6,7 @@ each other.  Without a transformers model to compare with, a row says "unchecked
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +21,12 @@ from tritontower.graph.cost import estimate_total_cost
 from tritontower.parity.parity import OutputParity, Reference, compare_outputs, relative_error
 from tritontower.text_table import text_table
 
-from .documents import (
-    Document,
-    Report,
-    describe_error,
-    describe_machine,
-    list_failures,
-    median_seconds,
-    milliseconds,
-)
+from .documents import Document, Report, describe_error, describe_machine, list_failures, median_seconds, milliseconds
 from .images import noise_batch
 from .kernels import OURS
 from .matmul_only import matmul_only
 from .measuring import interleaved
+from .memory import allocated_peak
 from .split import node_seconds, split_table
 
 AGREEMENT = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.1}
@@ -62,8 +55,6 @@ SHORT_SECONDS = 1.5
 SHORT_REPEATS = 7
 LONG_REPEATS = 3
 """Repeats by default: a single short run says more about other processes than a long one."""
-
-Forward = Callable[[], object]
 
 Source = tuple[str | None, Callable[[], AbstractContextManager[Path]]]
 """Title of a tower, and a context in which its checkpoint exists."""
@@ -177,12 +168,10 @@ def compare_times(
     start = time.perf_counter()
     result = tower.forward(packed).cpu()
     first_seconds = time.perf_counter() - start
-    calls: dict[str, Forward] = {OURS: lambda: tower.forward(packed)}
+    calls: dict[str, Callable[[], Any]] = {OURS: lambda: tower.forward(packed)}
     if eager is not None:
         calls[EAGER] = lambda: eager.forward(packed)
-    distances: dict[str, float] = {}
-    for name, call in calls.items():
-        distances[name] = relative_error(call(), result)  # type: ignore[arg-type]
+    distances = {name: relative_error(call(), result) for name, call in calls.items()}
     for option in baselines if reference is not None else ():
         assert reference is not None
         name = BASELINES[option]
@@ -218,13 +207,9 @@ def compare_times(
 def _measure_memory(tower: VisionTower, packed: PackedBatch) -> dict[str, int]:
     """The allocator's peak and the plan; a captured graph would hold its peak from then on."""
     tower.release()
-    held = torch.cuda.memory_allocated(tower.device)
-    torch.cuda.reset_peak_memory_stats(tower.device)
-    tower.forward(packed)
-    torch.cuda.synchronize(tower.device)
     plan = tower.memory_plan(packed.workload)
     return {
-        "peak_bytes": torch.cuda.max_memory_allocated(tower.device) - held,
+        "peak_bytes": allocated_peak(lambda: tower.forward(packed), tower.device),
         "plan_bytes": plan.arena_bytes + plan.output_bytes,
     }
 
@@ -284,15 +269,14 @@ def _attention(model: Any, implementation: str) -> Iterator[None]:
             config._attn_implementation_internal = before[key]
 
 
-def list_candidates(found: Mapping[str, Any]) -> Sequence[str]:
-    """The candidates of a document, this project's first."""
-    names = dict.fromkeys(name for row in found["rows"] for name in row.get("seconds", ()))
-    return sorted(names, key=lambda name: (name != OURS, name != EAGER, name == MATMUL_ONLY, name))
+def order_candidates(names: Iterable[str]) -> list[str]:
+    """Sorts the distinct names of candidates, this project's first."""
+    return sorted(set(names), key=lambda name: (name != OURS, not name.startswith(OURS), name == MATMUL_ONLY, name))
 
 
 def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table: milliseconds, medians."""
-    names = list_candidates(found)
+    names = order_candidates(name for row in found["rows"] for name in row.get("seconds", ()))
     columns = ("tower", "blocks", "batch", "patches", "tokens", *(f"{name}, ms" for name in names))
     rows = []
     for row in found["rows"]:

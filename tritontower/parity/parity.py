@@ -18,6 +18,7 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.checkpoint import Checkpoint
 from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.devices import synchronize
 from tritontower.errors import ReferenceModelError
 from tritontower.graph.ir import Node
 from tritontower.models.common.hf_reference import ModuleValue, ReferenceModel
@@ -250,12 +251,8 @@ def _reference_timed(
 def _timed(
     function: Callable[[Any], Mapping[str, torch.Tensor]], argument: Any, device: torch.device
 ) -> tuple[Mapping[str, torch.Tensor], float]:
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    synchronize()
+    synchronize(device)
     start = time.perf_counter()
     result = function(argument)
-    synchronize()
+    synchronize(device)
     return result, time.perf_counter() - start
