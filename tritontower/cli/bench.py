@@ -28,16 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from tritontower.errors import UsageError
 
-from .options import (
-    add_device_and_dtype,
-    add_json,
-    add_model,
-    image_size,
-    output_file,
-    patch_counts,
-    positive_integer,
-    refuse_unused,
-)
+from . import options
 
 if TYPE_CHECKING:
     import torch
@@ -69,21 +60,23 @@ DEMO = "Qwen2-VL-2B"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of all benchmarks."""
     parser.add_argument("kind", choices=OPTIONS, metavar="{" + ",".join(OPTIONS) + "}", help="the benchmark")
-    add_model(parser, required=False)
+    options.add_model(parser, required=False)
     parser.add_argument(
         "--family", action="append", metavar="TITLE", help="a family instead of MODEL; may be repeated, or `all`"
     )
     parser.add_argument(
         "--depth",
-        type=lambda text: 0 if text == "0" else positive_integer(text),
+        type=lambda text: 0 if text == "0" else options.positive_integer(text),
         metavar="N",
         help="at most N blocks of --family (0: as published)",
     )
     batches = parser.add_argument_group("batches (towers, preprocessing, launches, memory)")
     batches.add_argument(
-        "--patches", type=patch_counts, metavar="N,N,...", help="one square still image of about N patches each"
+        "--patches", type=options.patch_counts, metavar="N,N,...", help="one square still image of about N patches each"
     )
-    batches.add_argument("--size", type=image_size, action="append", metavar="WIDTHxHEIGHT", help="an image of noise")
+    batches.add_argument(
+        "--size", type=options.image_size, action="append", metavar="WIDTHxHEIGHT", help="an image of noise"
+    )
     batches.add_argument("--batch", action="append", metavar="NAME", help="448, 1024, small, 64small or mixed")
     parser.add_argument(
         "--against",
@@ -93,13 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", action="store_true", help="towers: also the time of each kind of node")
     parser.add_argument("--kernel", action="append", metavar="NAME", help="kernels: only this one; may be repeated")
-    add_device_and_dtype(parser)
+    options.add_device_and_dtype(parser)
     parser.add_argument(
-        "--repeats", type=positive_integer, metavar="N", help="measured runs (default: 3, short ones 7)"
+        "--repeats", type=options.positive_integer, metavar="N", help="measured runs (default: 3, short ones 7)"
     )
-    parser.add_argument("--threads", type=positive_integer, metavar="N", help="threads of the CPU (default: torch's)")
-    add_json(parser)
-    parser.add_argument("--output", type=output_file, metavar="FILE", help="also write the report here, as JSON")
+    parser.add_argument(
+        "--threads", type=options.positive_integer, metavar="N", help="threads of the CPU (default: torch's)"
+    )
+    options.add_json(parser)
+    parser.add_argument(
+        "--output", type=options.output_file, metavar="FILE", help="also write the report here, as JSON"
+    )
     parser.add_argument("--plot", type=png_file, metavar="FILE.png", help="draw the report; needs matplotlib")
 
 
@@ -135,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_options(arguments: argparse.Namespace) -> None:
     """Refuses options that the benchmark would ignore, and contradictions."""
-    refuse_unused(arguments, OPTIONS, arguments.kind)
+    options.refuse_unused(arguments, OPTIONS, arguments.kind)
     if arguments.family and arguments.model:
         raise UsageError("MODEL and --family name different towers; give one of them")
     if arguments.revision and not arguments.model:
@@ -202,8 +199,9 @@ def _preprocessing(arguments: argparse.Namespace) -> "Document":
 def _loading(arguments: argparse.Namespace) -> "Document":
     from tritontower.benchmarks.loading import benchmark_loading
 
-    options = {"repeats": arguments.repeats or 3, "transformers": arguments.against != "none"}
-    return _of_one_checkpoint(arguments, benchmark_loading, **options)
+    return _of_one_checkpoint(
+        arguments, benchmark_loading, repeats=arguments.repeats or 3, transformers=arguments.against != "none"
+    )
 
 
 def _launches(arguments: argparse.Namespace) -> "Document":
@@ -233,7 +231,7 @@ def png_file(text: str) -> Path:
     """A writable path that ends in .png."""
     if not text.lower().endswith(".png"):
         raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
-    return output_file(text)
+    return options.output_file(text)
 
 
 def _sources(arguments: argparse.Namespace, *, weights: bool = True) -> "Sequence[Source]":
@@ -292,7 +290,7 @@ def _size_label(arguments: argparse.Namespace) -> str:
     return ", ".join(f"{width} × {height}" for width, height in arguments.size)
 
 
-def _of_one_checkpoint(arguments: argparse.Namespace, measure: "Callable[..., Document]", **options: Any) -> "Document":
+def _of_one_checkpoint(arguments: argparse.Namespace, measure: "Callable[..., Document]", **given: Any) -> "Document":
     from tritontower import VisionTower
 
     (_, source), *others = _sources(arguments)
@@ -300,4 +298,4 @@ def _of_one_checkpoint(arguments: argparse.Namespace, measure: "Callable[..., Do
         raise UsageError(f"--family of `bench {arguments.kind}` must be one title, got {len(others) + 1}")
     with source() as folder:
         dtype = VisionTower.from_pretrained(folder, dtype=arguments.dtype, device="cpu", delay_load=True).dtype
-        return measure(folder, device=arguments.device, dtype=dtype, path=arguments.output, **options)
+        return measure(folder, device=arguments.device, dtype=dtype, path=arguments.output, **given)

@@ -37,13 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     add_device_and_dtype(parser)
     add_bounds(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("demo-output"),
-        metavar="FOLDER",
-        help="folder of the drawing (default: demo-output)",
-    )
+    folder_help = "folder of the drawing (default: demo-output)"
+    parser.add_argument("--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help=folder_help)
     parser.add_argument(
         "--parity",
         choices=("smallest", "all", "none"),
@@ -54,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demonstration; returns 1 if the parity check fails."""
+    from tritontower.parity.parity import compare, relative_error
+
     names, images = _images(arguments.images)
     if arguments.model is None:
         from tritontower.demo.checkpoint import demonstration_checkpoint
@@ -70,14 +67,13 @@ def run(arguments: argparse.Namespace) -> int:
     alone = [_timed(tower, [image], bounds) for image in images]
     packed, packed_ms = _timed(tower, images, bounds)
     print(_table(names, packed, [milliseconds for _, milliseconds in alone]))
-    difference = max(_difference(one, many) for (ones, _), many in zip(alone, packed, strict=True) for one in ones)
+    pairs = [(one.embeddings, many.embeddings) for ((one,), _), many in zip(alone, packed, strict=True)]
+    difference = max(relative_error(one, many) for one, many in pairs)
     agreement = f"relative distance {difference:.1e} to" if difference else "bit for bit equal to"
     print(f"\nAll {len(images)} in one packed batch: {packed_ms:,.0f} ms, {agreement} each image alone\n")
     # A GPU may split K of matmuls with few rows, and then sums in another order.
     passed = difference == 0.0 or (tower.device.type != "cpu" and difference < BATCH_TOLERANCE)
     if arguments.parity != "none":
-        from tritontower.parity.parity import compare
-
         hide_reference_progress()
         smallest = min(range(len(images)), key=lambda index: packed[index].num_tokens)
         chosen = [smallest] if arguments.parity == "smallest" else range(len(images))
@@ -114,24 +110,11 @@ def _timed(
 
 
 def _table(names: Sequence[str], embeddings: Sequence["ImageEmbedding"], milliseconds: Sequence[float]) -> str:
-    rows = [
-        (
-            name,
-            "{} × {}".format(*embedding.original_size),
-            "{1} × {2}".format(*embedding.grid_thw),
-            embedding.num_tokens,
-            f"{duration:,.0f}",
-        )
-        for name, embedding, duration in zip(names, embeddings, milliseconds, strict=True)
-    ]
+    rows = []
+    for name, embedding, duration in zip(names, embeddings, milliseconds, strict=True):
+        size, grid = "{} × {}".format(*embedding.original_size), "{1} × {2}".format(*embedding.grid_thw)
+        rows.append((name, size, grid, embedding.num_tokens, f"{duration:,.0f}"))
     return text_table("", ("image", "size", "patches", "tokens", "ms alone"), rows)
-
-
-def _difference(first: "ImageEmbedding", second: "ImageEmbedding") -> float:
-    """Relative L2 distance of two embeddings; 0 only if they are equal bit for bit."""
-    from tritontower.parity.parity import relative_error
-
-    return relative_error(first.embeddings, second.embeddings)
 
 
 def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.Tensor"]:
@@ -149,19 +132,12 @@ def _patch_features(tower: "VisionTower", batch: "PackedBatch") -> list["torch.T
     tower.executor_for(batch).run(batch.to(tower.device), keep)
     class_rows = 1 if tower.config.class_token else 0
     lengths = batch.attention.tiles.lengths
-    tiles = list(
-        zip(
-            batch.images.tile_grids,
-            kept[0].split(lengths),
-            batch.attention.positions.long().split(lengths),
-            strict=True,
-        )
-    )
+    tiles, positions = kept[0].split(lengths), batch.attention.positions.long().split(lengths)
     maps, first = [], 0
     for count in batch.images.tile_counts:
-        grid, features, places = tiles[first]
-        in_place = features.new_empty(*grid[1:], features.shape[1])
-        in_place[places[class_rows:, 0], places[class_rows:, 1]] = features[class_rows:]
+        features, (rows, columns) = tiles[first][class_rows:], positions[first][class_rows:].unbind(1)
+        in_place = features.new_empty(*batch.images.tile_grids[first][1:], features.shape[1])
+        in_place[rows, columns] = features
         maps.append(in_place)
         first += count
     return maps
@@ -174,10 +150,7 @@ def _draw(
     from tritontower.demo.pca import principal_component_image, side_by_side
 
     maps = [principal_component_image(part.flatten(0, 1), *part.shape[:2]) for part in features]
-    titles = [
-        f"{name}: {rows} × {columns} patches"
-        for name, (rows, columns, _) in zip(names, [part.shape for part in features], strict=True)
-    ]
+    titles = [f"{name}: {part.shape[0]} × {part.shape[1]} patches" for name, part in zip(names, features, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "features.png"
     side_by_side(images, maps, titles).save(path)

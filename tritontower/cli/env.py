@@ -12,19 +12,15 @@ import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from tritontower import __version__
 from tritontower.text_table import text_table
 
 from .options import add_json
-
-if TYPE_CHECKING:
-    import torch
-
 
 EXAMPLE = "tritontower env --json"
 
@@ -39,7 +35,6 @@ SUPPORTED = {
 }
 """Supported releases; the same as the dependencies of the distribution."""
 
-_OPTIONAL = ("torchvision",)
 _BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16", "bf16", "svebf16")
 _VECTOR_FLAGS = ("avx2", "avx512f", "amx_int8", "sve", "asimd")
 
@@ -110,10 +105,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def observe() -> Environment:
     """Inspects this machine; imports torch, triton and torchvision, each of which may fail."""
-    packages = {name: _installed(name) for name in (*SUPPORTED, *_OPTIONAL)}
+    packages = {name: _installed(name) for name in (*SUPPORTED, "torchvision")}
     errors = {name: error for name in ("torch", "triton", "torchvision") if (error := _import_error(name))}
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = Environment(
+    return Environment(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         packages=packages,
@@ -122,11 +117,11 @@ def observe() -> Environment:
         cpu_cores=cores,
         cpu_features=_cpu_features(),
         variables={name: value for name in ("TRITON_INTERPRET",) if (value := os.environ.get(name)) is not None},
+        **({} if "torch" in errors else _observe_devices()),
     )
-    return environment if "torch" in errors else _with_torch(environment)
 
 
-def _with_torch(environment: Environment) -> Environment:
+def _observe_devices() -> dict[str, Any]:
     import torch
 
     from tritontower.kernels.runtime.dispatch import backend_for
@@ -134,29 +129,13 @@ def _with_torch(environment: Environment) -> Environment:
     accelerators = []
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
-        properties = torch.cuda.get_device_properties(device)
-        accelerators.append(
-            Accelerator(
-                device=str(device),
-                name=properties.name,
-                memory_bytes=properties.total_memory,
-                architecture=_architecture(properties),
-                backend=backend_for(torch.empty(0, device=device)),
-            )
-        )
-    return replace(
-        environment,
-        accelerators=tuple(accelerators),
-        cpu_backend=backend_for(torch.empty(0)),
-        cpu_threads=torch.get_num_threads(),
-    )
-
-
-def _architecture(properties: "torch.cuda._CudaDeviceProperties") -> str:
-    rocm = getattr(properties, "gcnArchName", "")
-    if rocm.startswith("gfx"):
-        return str(rocm.partition(":")[0])
-    return f"sm_{properties.major}{properties.minor}"
+        found = torch.cuda.get_device_properties(device)
+        rocm = str(getattr(found, "gcnArchName", ""))
+        architecture = rocm.partition(":")[0] if rocm.startswith("gfx") else f"sm_{found.major}{found.minor}"
+        backend = backend_for(torch.empty(0, device=device))
+        accelerators.append(Accelerator(str(device), found.name, found.total_memory, architecture, backend))
+    cpu = {"cpu_backend": backend_for(torch.empty(0)), "cpu_threads": torch.get_num_threads()}
+    return {"accelerators": tuple(accelerators), **cpu}
 
 
 def _installed(name: str) -> str | None:
@@ -191,27 +170,26 @@ def _cpu_features() -> tuple[str, ...]:
 
 def find_problems(environment: Environment) -> list[Finding]:
     """Returns the known problems of ``environment``, broken ones first."""
-    findings = [
-        *_check_releases(environment),
-        *_check_imports(environment),
-        *_check_gpus(environment),
-        *_check_interpreter(environment),
-    ]
+    checks = (_check_releases, _check_imports, _check_gpus, _check_interpreter)
+    findings = [finding for check in checks for finding in check(environment)]
     return sorted(findings, key=lambda finding: not finding.broken)
 
 
-def _check_releases(environment: Environment) -> list[Finding]:
+def _is_among(release: str | None, supported: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
+    return release is not None and SpecifierSet(supported, prereleases=True).contains(release.partition("+")[0])
+
+
+def _check_releases(environment: Environment) -> list[Finding]:
     findings = []
     for name, supported in SUPPORTED.items():
         release = environment.packages.get(name)
-        if release is None:
-            if name == "triton" and not environment.accelerators:
-                continue  # the CPU runs the torch reference
-            findings.append(Finding(f"{name} is not installed", f'pip install "{name}{supported}"'))
-        elif not SpecifierSet(supported, prereleases=True).contains(release.partition("+")[0]):
-            findings.append(Finding(f"{name} {release} is outside {supported}", f'pip install "{name}{supported}"'))
+        if name == "triton" and release is None and not environment.accelerators:
+            continue  # the CPU runs the torch reference
+        if not _is_among(release, supported):
+            problem = "is not installed" if release is None else f"{release} is outside {supported}"
+            findings.append(Finding(f"{name} {problem}", f'pip install "{name}{supported}"'))
     return findings
 
 
@@ -259,7 +237,7 @@ def _check_interpreter(environment: Environment) -> list[Finding]:
             )
         )
     triton, numpy = (environment.packages.get(name) for name in ("triton", "numpy"))
-    if triton and numpy and _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+    if _is_among(triton, "<3.7") and _is_among(numpy, ">=2.4.dev0"):
         findings.append(
             Finding(
                 f"the interpreter of triton {triton} fails with numpy {numpy}; compiled kernels are not affected",
@@ -268,13 +246,6 @@ def _check_interpreter(environment: Environment) -> list[Finding]:
             )
         )
     return findings
-
-
-def _release(text: str) -> tuple[int, int]:
-    from packaging.version import Version
-
-    parsed = Version(text)
-    return parsed.major, parsed.minor
 
 
 def describe(environment: Environment, findings: Sequence[Finding]) -> str:

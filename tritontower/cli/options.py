@@ -5,8 +5,9 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tritontower.config import DTYPE_NAMES
 from tritontower.errors import UsageError
@@ -159,27 +160,28 @@ def load_tower(arguments: argparse.Namespace, *, delay_load: bool = False) -> "V
     """Loads the tower of ``MODEL``, ``--revision``, ``--device`` and ``--dtype`` with a progress bar."""
     from tritontower import VisionTower
 
-    with reading_weights() as progress:
+    with progress_bar(unit="B", unit_scale=True) as report:
         return VisionTower.from_pretrained(
             arguments.model,
             device=arguments.device,
             dtype=arguments.dtype,
             revision=arguments.revision,
             delay_load=delay_load,
-            progress=progress,
+            progress=partial(report, "reading weights"),
         )
 
 
 @contextmanager
-def reading_weights() -> Iterator[Callable[[int, int], None]]:
-    """A callback that draws a progress bar on a terminal."""
+def progress_bar(**style: Any) -> Iterator[Callable[[str, int, int], None]]:
+    """A callback that takes activity, steps done and their total, and shows a bar for each activity on a terminal."""
     from tqdm import tqdm
 
-    hidden = not sys.stderr.isatty()
-    with tqdm(desc="reading weights", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
+    with tqdm(leave=False, disable=not sys.stderr.isatty(), **{"unit": "", **style}) as bar:
 
-        def report(done: int, total: int) -> None:
-            bar.total = total
+        def report(activity: str, done: int, total: int) -> None:
+            if not done or bar.total is None:
+                bar.reset(total)
+                bar.set_description(activity)
             bar.update(done - bar.n)
 
         yield report

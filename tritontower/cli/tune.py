@@ -10,27 +10,23 @@ import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tritontower.errors import BackendUnavailableError, UsageError
 from tritontower.text_table import text_table
 
-from .options import add_dtype, add_json, add_model, output_file, patch_counts, positive_integer, refuse_unused
+from . import options
 
 if TYPE_CHECKING:
     from tritontower.engine.tuned_tables import Identity
     from tritontower.tuning.candidate import Candidate, Choice
     from tritontower.tuning.tasks import Task
     from tritontower.tuning.tuner import Progress
-
-__all__ = ["EXAMPLE", "add_arguments", "run"]
 
 EXAMPLE = "tritontower tune Qwen/Qwen2-VL-2B-Instruct --patches 256,1024,4096 --budget 10"
 
@@ -40,32 +36,32 @@ _ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the command."""
-    add_model(parser, required=False)
+    options.add_model(parser, required=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="a config.json or params.json instead of MODEL")
     parser.add_argument(
         "--patches",
-        type=patch_counts,
+        type=options.patch_counts,
         metavar="N,N,...",
         help="patches of a batch to tune for (default: 64,256,1024,4096,16384)",
     )
-    add_dtype(parser)
+    options.add_dtype(parser)
     parser.add_argument("--device", help="the GPU: cuda, cuda:1, ... (default: cuda)")
     parser.add_argument("--arch", choices=_ARCHITECTURES, help="the architecture for --static and --show")
     parser.add_argument(
         "--budget", type=_minutes, metavar="MINUTES", help="stop after this time, and keep what is done"
     )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder of the table (default: the user's cache)")
-    parser.add_argument(
-        "--workers", type=positive_integer, default=None, metavar="N", help="compilers at the same time"
-    )
+    parser.add_argument("--workers", type=options.positive_integer, metavar="N", help="compilers at the same time")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--static", action="store_true", help="compile without measuring; needs --arch, no GPU")
     instead.add_argument(
         "--show", action="store_true", help="tune nothing: show the configurations in use, and their tables"
     )
-    instead.add_argument("--export", type=output_file, metavar="FILE", help="copy the table of this GPU to FILE")
+    instead.add_argument(
+        "--export", type=options.output_file, metavar="FILE", help="copy the table of this GPU to FILE"
+    )
     instead.add_argument("--import", dest="imported", type=Path, metavar="FILE", help="add the entries of a table")
-    add_json(parser)
+    options.add_json(parser)
 
 
 _TOWER = ("model", "revision", "config", "patches", "dtype")
@@ -88,7 +84,7 @@ def _action(arguments: argparse.Namespace) -> str:
         "--import": arguments.imported is not None,
     }
     action = next((name for name, is_given in chosen.items() if is_given), "measuring")
-    refuse_unused(arguments, _TAKES, action)
+    options.refuse_unused(arguments, _TAKES, action)
     return action
 
 
@@ -204,7 +200,7 @@ def _compile(arguments: argparse.Namespace, tasks: "list[Task]") -> dict[str, An
     from tritontower.tuning.tuner import compile_tasks
 
     start = time.monotonic()
-    with _progress_bar() as progress:
+    with options.progress_bar() as progress:
         found = compile_tasks(tasks, arguments.arch, **_options(arguments, progress))
     done = [
         (task, {"candidates": [_compiled(each) for each in candidates if each.compile_result]})
@@ -221,13 +217,7 @@ def _report(
         "seconds": round(time.monotonic() - start, 1),
         "missing": len(tasks) - len(done),
         "tasks": [
-            {
-                "task": task.title,
-                "kernel": task.kernel,
-                "launches": task.launches,
-                **found,
-            }
-            for task, found in done
+            {"task": task.title, "kernel": task.kernel, "launches": task.launches, **found} for task, found in done
         ],
     }
 
@@ -258,9 +248,9 @@ def _tune(arguments: argparse.Namespace, tasks: "list[Task]", identity: "Identit
     device = torch.device(arguments.device or "cuda")
     ptxas = provenance(device)["ptxas"]
     journal = Journal(journal_path, f"{identity.gpu} {triton.__version__} {ptxas}")
-    with _progress_bar() as progress:
-        options = _options(arguments, progress)
-        choices = choose(tasks, Gauge(device), architecture=identity.architecture, journal=journal, **options)
+    with options.progress_bar() as progress:
+        given = _options(arguments, progress)
+        choices = choose(tasks, Gauge(device), architecture=identity.architecture, journal=journal, **given)
     merged = merge(path, table_key(identity, ptxas), make_entries(choices)) if choices else Merged(0, 0, 0)
     if len(choices) == len(tasks):
         # Everything is in the table; the next run measures anew.
@@ -357,22 +347,6 @@ def _export(arguments: argparse.Namespace) -> int:
     text = f"{len(table.entries)} entries of {path} copied: {arguments.export}"
     print(json.dumps(report) if arguments.json else text)
     return 0
-
-
-@contextmanager
-def _progress_bar() -> "Iterator[Progress]":
-    """Shows a bar for each activity on a terminal, and nothing elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(unit="", leave=False, disable=not sys.stderr.isatty()) as bar:
-
-        def report(activity: str, done: int, total: int) -> None:
-            if not done:
-                bar.reset(total)
-                bar.set_description(activity)
-            bar.update(done - bar.n)
-
-        yield report
 
 
 def _config_text(config: Mapping[str, Any]) -> str:
