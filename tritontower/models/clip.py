@@ -11,16 +11,8 @@ from dataclasses import replace
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Pooling
-from tritontower.preprocessing import FixedSize
 
-from .common.clip_encoder import (
-    IGNORED,
-    PREFIXES_IN_CONTRASTIVE_MODEL,
-    PREFIXES_OF_ENCODER,
-    EncoderReference,
-    encoder_tensors,
-    read_encoder,
-)
+from .common.clip_encoder import lone_encoder_family, read_encoder
 from .common.family import Family
 
 MODEL_TYPES = ("clip", "clip_vision_model")
@@ -32,14 +24,7 @@ def read(reader: ConfigReader) -> Family:
     is_alone = reader.get(str, "model_type") == "clip_vision_model"
     config = read_encoder(reader if is_alone else _read_section(reader), "clip", family="clip")
     config = replace(config, keep_class_token=True, pooling=Pooling("class_token"))
-    return Family(
-        config=config,
-        prefixes=PREFIXES_OF_ENCODER if is_alone else PREFIXES_IN_CONTRASTIVE_MODEL,
-        tensors=encoder_tensors(config),
-        ignored=IGNORED,
-        resize_rules={"hf": FixedSize},
-        reference=EncoderReference("" if is_alone else "vision_model"),
-    )
+    return lone_encoder_family(config, is_alone=is_alone)
 
 
 def _read_section(reader: ConfigReader) -> ConfigReader:

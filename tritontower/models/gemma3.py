@@ -17,7 +17,7 @@ from tritontower.config import Normalization, Projector, TowerConfig
 from tritontower.preprocessing import FixedSize
 from tritontower.prompt.layout import PromptLayout
 
-from .common.clip_encoder import IGNORED, PREFIXES_IN_MODEL, encoder_tensors
+from .common.clip_encoder import encoder_family
 from .common.config_fields import positive, text_width
 from .common.family import Family
 from .common.gemma import GemmaReference, read_siglip, with_projector
@@ -51,13 +51,11 @@ def read(reader: ConfigReader) -> Family:
     """
     encoder = read_siglip(reader, family="gemma3")
     config = with_projector(encoder, _read_projector(reader, encoder))
-    return Family(
-        config=config,
-        prefixes=PREFIXES_IN_MODEL,
-        tensors={**encoder_tensors(config), **PROJECTOR_TENSORS},
-        ignored=IGNORED,
-        resize_rules={"hf": partial(FixedSize, pan_and_scan=True)},
-        reference=REFERENCES[reader.get(str, "model_type", choices=MODEL_TYPES)],
+    return encoder_family(
+        config,
+        REFERENCES[reader.get(str, "model_type", choices=MODEL_TYPES)],
+        PROJECTOR_TENSORS,
+        resize_rule=partial(FixedSize, pan_and_scan=True),
         prompt=_read_prompt(reader),
         bidirectional_tiles=True,
     )

@@ -7,10 +7,9 @@ language model multiplied them again; supported releases do neither.
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Projector
-from tritontower.preprocessing import FixedSize
 from tritontower.prompt.layout import PromptLayout
 
-from .common.clip_encoder import IGNORED, PREFIXES_IN_MODEL, encoder_tensors
+from .common.clip_encoder import encoder_family
 from .common.config_fields import positive
 from .common.family import Family
 from .common.gemma import GemmaReference, read_siglip, with_projector
@@ -36,22 +35,13 @@ def read(reader: ConfigReader) -> Family:
         bias=True,
     )
     config = with_projector(read_siglip(reader, family="paligemma"), projector)
-    return Family(
-        config=config,
-        prefixes=PREFIXES_IN_MODEL,
-        tensors={**encoder_tensors(config), **map_parameters({"projector.linear": "projector.linear"})},
-        ignored=IGNORED,
-        resize_rules={"hf": FixedSize},
-        reference=GemmaReference({"embeddings": ("linear", "output")}),
-        prompt=_read_prompt(reader),
-    )
-
-
-def _read_prompt(reader: ConfigReader) -> PromptLayout:
-    """Reads the layout: images first, then the text, which ends in a line break (section 3.2 of the paper)."""
-    return PromptLayout(
+    # Images first, then the text, which ends in a line break (section 3.2 of the paper).
+    prompt = PromptLayout(
         placeholder=token(reader, "image", 256_000),
         after_images=(reader.get(int, "bos_token_id", default=2, minimum=0),),
         ending="\n",
         special_tokens=False,
     )
+    reference = GemmaReference({"embeddings": ("linear", "output")})
+    linear = map_parameters({"projector.linear": "projector.linear"})
+    return encoder_family(config, reference, linear, prompt=prompt)

@@ -12,16 +12,8 @@ from dataclasses import replace
 
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Pooling
-from tritontower.preprocessing import FixedSize
 
-from .common.clip_encoder import (
-    IGNORED,
-    PREFIXES_IN_CONTRASTIVE_MODEL,
-    PREFIXES_OF_ENCODER,
-    EncoderReference,
-    encoder_tensors,
-    read_encoder,
-)
+from .common.clip_encoder import lone_encoder_family, read_encoder
 from .common.family import Family
 
 MODEL_TYPES = ("siglip", "siglip_vision_model")
@@ -36,11 +28,4 @@ def read(reader: ConfigReader) -> Family:
     config = read_encoder(vision, "siglip", family="siglip")
     has_head = vision.get(bool, "vision_use_head", default=True)
     config = replace(config, features_normed=True, pooling=Pooling("attention", norm=config.norm) if has_head else None)
-    return Family(
-        config=config,
-        prefixes=PREFIXES_OF_ENCODER if is_alone else PREFIXES_IN_CONTRASTIVE_MODEL,
-        tensors=encoder_tensors(config),
-        ignored=IGNORED,
-        resize_rules={"hf": FixedSize},
-        reference=EncoderReference("" if is_alone else "vision_model"),
-    )
+    return lone_encoder_family(config, is_alone=is_alone)

@@ -27,8 +27,10 @@ from tritontower.checkpoint.weight_map import (
     WithBatchDimension,
 )
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
+from tritontower.preprocessing import FixedSize, MakeRule
 
 from .config_fields import activation, positive, read_eps, whole_heads
+from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel, block_values, module_values, stack_padded, tile_images
 from .weights import BOTH, map_parameters
 
@@ -173,6 +175,39 @@ def encoder_tensors(config: TowerConfig) -> dict[str, WeightMap]:
         for role in BOTH:
             tensors[f"{ours}.qkv.{role}"] = Stacked.of(*(f"{theirs}.{part}.{role}" for part in QKV))
     return tensors
+
+
+def encoder_family(
+    config: TowerConfig,
+    reference: ReferenceModel,
+    projector: Mapping[str, WeightMap] | None = None,
+    *,
+    prefixes: Mapping[str, str] = PREFIXES_IN_MODEL,
+    resize_rule: MakeRule = FixedSize,
+    **prompt: Any,
+) -> Family:
+    """Returns the family of a tower with this encoder.
+
+    ``projector`` maps the weights after the encoder; ``prompt`` are fields of :class:`Family` about the language model.
+    """
+    return Family(
+        config=config,
+        prefixes=prefixes,
+        tensors={**encoder_tensors(config), **(projector or {})},
+        ignored=IGNORED,
+        resize_rules={"hf": resize_rule},
+        reference=reference,
+        **prompt,
+    )
+
+
+def lone_encoder_family(config: TowerConfig, *, is_alone: bool) -> Family:
+    """Returns the family of an encoder without a language model: the whole model, or half of a contrastive one."""
+    return encoder_family(
+        config,
+        EncoderReference("" if is_alone else "vision_model"),
+        prefixes=PREFIXES_OF_ENCODER if is_alone else PREFIXES_IN_CONTRASTIVE_MODEL,
+    )
 
 
 def encoder_values(config: TowerConfig, path: str) -> dict[str, ModuleValue]:

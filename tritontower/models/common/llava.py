@@ -11,18 +11,10 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Stored, WeightMap
 from tritontower.config import TowerConfig
-from tritontower.preprocessing import AnyResolution, FixedSize
+from tritontower.preprocessing import AnyResolution
 from tritontower.prompt.layout import PromptLayout
 
-from .clip_encoder import (
-    IGNORED,
-    PREFIXES_IN_MODEL,
-    TOWER_TYPES,
-    encoder_pixels,
-    encoder_tensors,
-    encoder_values,
-    read_encoder,
-)
+from .clip_encoder import PREFIXES_IN_MODEL, TOWER_TYPES, encoder_family, encoder_pixels, encoder_values, read_encoder
 from .config_fields import feature_layers, text_width, two_linears
 from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel
@@ -81,15 +73,8 @@ def read_llava(reader: ConfigReader, family: str, defaults: ClassDefaults) -> Fa
         keep_class_token=_keeps_class_token(reader, encoder, defaults.strategy),
         projector=two_linears(reader, text_width(reader, defaults.text)),
     )
-    return Family(
-        config=config,
-        prefixes=PREFIXES_IN_MODEL,
-        tensors={**encoder_tensors(config), **map_parameters(LINEARS)},
-        ignored=IGNORED,
-        resize_rules={"hf": FixedSize},
-        reference=LlavaReference(),
-        prompt=PromptLayout(placeholder=token(reader, "image", defaults.image_token)),
-    )
+    prompt = PromptLayout(placeholder=token(reader, "image", defaults.image_token))
+    return encoder_family(config, LlavaReference(), map_parameters(LINEARS), prompt=prompt)
 
 
 def read_tiled(
@@ -113,13 +98,9 @@ def read_tiled(
     config = replace(model.config, newline=True, assembly_taps=1 if shrink_limit is None else 4)
     canvases = reader.get_rows(int, "image_grid_pinpoints", pinpoints, length=2, minimum=1)
     tensors: dict[str, WeightMap] = {**model.tensors, "newline": Stored("image_newline")}
-    return replace(
-        model,
-        config=config,
-        prefixes={**PREFIXES_IN_MODEL, "image_newline": "image_newline"},
-        tensors=tensors,
-        resize_rules={"hf": partial(AnyResolution, pinpoints=canvases, shrink_limit=shrink_limit)},
-    )
+    prefixes = {**PREFIXES_IN_MODEL, "image_newline": "image_newline"}
+    rules = {"hf": partial(AnyResolution, pinpoints=canvases, shrink_limit=shrink_limit)}
+    return replace(model, config=config, prefixes=prefixes, tensors=tensors, resize_rules=rules)
 
 
 def _keeps_class_token(reader: ConfigReader, encoder: TowerConfig, default: str) -> bool:
