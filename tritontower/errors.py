@@ -129,7 +129,11 @@ class NoVisionTowerError(TowerError, ValueError):
 
 
 class CheckpointError(TowerError):
-    """Base class of the errors about a checkpoint's files."""
+    """Base class of the errors about a checkpoint's files; ``names`` are those of missing or unused tensors or shards."""
+
+    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
+        self.names = tuple(names)
+        super().__init__(message)
 
 
 class CheckpointNotFoundError(CheckpointError, OSError):
@@ -142,10 +146,6 @@ class CheckpointCorruptError(CheckpointError, ValueError):
 
 class CheckpointIncompleteError(CheckpointError, ValueError):
     """Tensors or shards are missing.  Nothing is ever initialized in their place."""
-
-    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
-        self.names = tuple(names)
-        super().__init__(message)
 
 
 class CheckpointAmbiguousError(CheckpointError, ValueError):
@@ -166,10 +166,6 @@ class ShapeMismatchError(CheckpointError, ValueError):
 
 class UnexpectedTensorError(CheckpointError, ValueError):
     """The checkpoint contains vision tensors that the tower would not use."""
-
-    def __init__(self, message: str, names: Sequence[str] = ()) -> None:
-        self.names = tuple(names)
-        super().__init__(message)
 
 
 class UnsupportedDtypeError(CheckpointError, ValueError):

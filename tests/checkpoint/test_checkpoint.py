@@ -419,7 +419,6 @@ def test_non_finite_weights_are_rejected_by_name(tmp_path: Path, value: float, s
         with pytest.raises(NonFiniteWeightsError, match="has NaN or infinity") as caught:
             list(checkpoint.iterate(torch.float32))
         assert caught.value.name == "visual.proj.weight"
-        assert len(list(checkpoint.iterate(torch.float32, check_finite=False))) == 2
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.bfloat16, torch.float16), (torch.float32, torch.bfloat16)])

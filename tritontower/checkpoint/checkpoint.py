@@ -143,14 +143,13 @@ class Checkpoint:
         device: torch.device | str = "cpu",
         *,
         names: Iterable[str] | None = None,
-        check_finite: bool = True,
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (stripped name, tensor in ``dtype`` on ``device``), file by file, in stored order.
 
         Holds at most one tensor at a time.  torch converts (round to nearest even); quantized tensors are computed in fp32
-        and rounded once.  ``names`` defaults to the tensors of :meth:`expect`, or all.  ``check_finite`` rejects NaN and
-        infinity, stored or caused by the conversion.
+        and rounded once.  ``names`` defaults to the tensors of :meth:`expect`, or all.  NaN and infinity, stored or caused
+        by the conversion, raise :class:`NonFiniteWeightsError`.
         """
         wanted = set(names if names is not None else self.weights if self._expected is None else self._expected)
         unknown = sorted(wanted - set(self.weights))
@@ -161,7 +160,7 @@ class Checkpoint:
         total, done = sum(weight.nbytes for weight in weights.values()), 0
         for name, weight in weights.items():
             # Not a local variable: this suspended frame would keep the tensor alive.
-            yield name, self._read_tensor(weight, dtype, torch.device(device), check_finite)
+            yield name, self._read_tensor(weight, dtype, torch.device(device))
             done += weight.nbytes
             if progress is not None:
                 progress(done, total)
@@ -179,16 +178,14 @@ class Checkpoint:
             tensor: torch.Tensor = self._handles[stored.file].get_tensor(stored.name)
         return tensor
 
-    def _read_tensor(
-        self, weight: Weight, dtype: torch.dtype, device: torch.device, check_finite: bool
-    ) -> torch.Tensor:
+    def _read_tensor(self, weight: Weight, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         stored = self._decoder(weight).decode(self._read_stored)
         tensor = stored.to(device=device, dtype=dtype)
-        if not check_finite or _is_finite(tensor):
+        if _is_finite(tensor):
             return tensor
         name, file = weight.main.name, weight.main.file
         if tensor is stored or not _is_finite(stored):
-            raise NonFiniteWeightsError(name, f"in {file} has NaN or infinity; pass check_finite=False to load it")
+            raise NonFiniteWeightsError(name, f"in {file} has NaN or infinity; use another checkpoint")
         raise NonFiniteWeightsError(
             name,
             f"in {file} has values up to {stored.abs().max().item():.6g}, but the maximum of {dtype} is "

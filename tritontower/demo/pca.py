@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tritontower.errors import UsageError
 
@@ -93,25 +93,20 @@ def side_by_side(
             "images, feature_maps and titles must have one common length above 0, got "
             f"{len(images)}, {len(feature_maps)} and {len(titles)}"
         )
-    sizes = [_fit(image.size, cell) for image in images]
-    column = max(width for width, _ in sizes)
+    shown = [ImageOps.contain(image.convert("RGB"), (cell, cell), Image.Resampling.LANCZOS) for image in images]
+    column = max(image.width for image in shown)
     font = ImageFont.load_default(_CAPTION)
-    row_heights = [_CAPTION + _GAP // 2 + height + _GAP for _, height in sizes]
+    row_heights = [_CAPTION + _GAP // 2 + image.height + _GAP for image in shown]
     page = Image.new("RGB", (2 * column + 3 * _GAP, sum(row_heights) + _GAP), _BACKGROUND)
     draw = ImageDraw.Draw(page)
     y = _GAP
-    for image, features, title, size, row_height in zip(images, feature_maps, titles, sizes, row_heights, strict=True):
+    for image, features, title, row_height in zip(shown, feature_maps, titles, row_heights, strict=True):
         draw.text((_GAP, y), _shorten(_in_font(title), font, page.width - 2 * _GAP), fill=_INK, font=font)
         below = y + _CAPTION + _GAP // 2
-        page.paste(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), (_GAP, below))
-        page.paste(Image.fromarray(features).resize(size, Image.Resampling.NEAREST), (column + 2 * _GAP, below))
+        page.paste(image, (_GAP, below))
+        page.paste(Image.fromarray(features).resize(image.size, Image.Resampling.NEAREST), (column + 2 * _GAP, below))
         y += row_height
     return page
-
-
-def _fit(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    scale = longest / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _in_font(text: str) -> str:

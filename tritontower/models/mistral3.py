@@ -40,7 +40,8 @@ def read(reader: ConfigReader) -> Family:
     if len(features) > 1:
         raise reader.error("vision_feature_layer", list(features), "one layer: the projector's norm is as wide as one")
     merge = positive(reader, "spatial_merge_size", 2)
-    eps = _read_text_eps(reader.section("text_config"))
+    text = reader.section("text_config")
+    eps = read_eps(text, "rms_norm_eps", TEXT_EPS.get(text.get(str, "model_type", default="mistral")))
     projector = replace(
         two_linears(reader, text_width(reader, "mistral"), bias=False, merge=merge, merging_linear=True),
         norm=Normalization("rms_norm", eps=eps, rounding="before_weight"),
@@ -51,7 +52,3 @@ def read(reader: ConfigReader) -> Family:
         "projector.merging.weight": ChannelMajor("projector.patch_merger.merging_layer.weight", merge * merge),
     }
     return read_hf_family(reader, config, size, REFERENCE, image_token=10, projector_tensors=merging)
-
-
-def _read_text_eps(text: ConfigReader) -> float:
-    return read_eps(text, "rms_norm_eps", TEXT_EPS.get(text.get(str, "model_type", default="mistral")))

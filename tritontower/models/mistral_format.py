@@ -55,18 +55,14 @@ def read(reader: ConfigReader) -> Family:
         resize_rules=make_resize_rules(size.longest_edge, without_file=processor),
         reference=None,
         layout="mistral",
-        prompt=_read_prompt(vision, config),
+        # transformers' layout; the configuration has the id of every token.
+        prompt=PromptLayout(
+            placeholder=token(vision, "image", 10),
+            merge=config.merge,
+            row_break=token(vision, "image_break", 12),
+            row_end=token(vision, "image_end", 13),
+        ),
         settle=_settle,
-    )
-
-
-def _read_prompt(vision: ConfigReader, config: TowerConfig) -> PromptLayout:
-    """Reads transformers' layout; the configuration has the id of every token."""
-    return PromptLayout(
-        placeholder=token(vision, "image", 10),
-        merge=config.merge,
-        row_break=token(vision, "image_break", 12),
-        row_end=token(vision, "image_end", 13),
     )
 
 

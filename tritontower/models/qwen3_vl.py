@@ -13,7 +13,6 @@ from math import isqrt
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import Stored
 from tritontower.config import Normalization, PositionTable, TowerConfig
-from tritontower.prompt.layout import PromptLayout
 from tritontower.prompt.mrope import MropeRule
 
 from .common.config_fields import activation, positive
@@ -39,6 +38,7 @@ def read(reader: ConfigReader) -> Family:
     Only ``out_hidden_size`` (the language model's width) is required: its default matches no published model.
     """
     config = _read_config(reader)
+    tokens = QWEN3_5_TOKENS if reader.get(str, "model_type") in QWEN3_5 else QWEN_TOKENS
     return qwen_family(
         config,
         MLP,
@@ -46,7 +46,8 @@ def read(reader: ConfigReader) -> Family:
         frame_budget="per_video",
         tensors={"position_table.weight": Stored("pos_embed.weight")},
         values={"placed_rows": ("blocks.0.norm1", "input")},
-        prompt=_read_prompt(reader),
+        # Each temporal patch of a video follows the time at its middle, in seconds.
+        prompt=qwen_prompt(reader, timestamp="<{:.1f} seconds>", defaults=tokens),
         mrope=MropeRule(config.merge, split_videos=True),
     )
 
@@ -73,12 +74,6 @@ def _read_config(reader: ConfigReader) -> TowerConfig:
         deepstack_projector=replace(projector, norm_over="token") if deepstack else None,
         projector=projector,
     )
-
-
-def _read_prompt(reader: ConfigReader) -> PromptLayout:
-    """Reads the layout; each temporal patch of a video follows the time at its middle, in seconds."""
-    tokens = QWEN3_5_TOKENS if reader.get(str, "model_type") in QWEN3_5 else QWEN_TOKENS
-    return qwen_prompt(reader, timestamp="<{:.1f} seconds>", defaults=tokens)
 
 
 def _read_table_side(vision: ConfigReader) -> int:

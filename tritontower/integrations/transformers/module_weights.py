@@ -37,11 +37,6 @@ class ModuleWeights:
                 self.parameters[name], self._full_names[name] = parameter, full
 
     @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Tensors by their name without its prefix."""
-        return self.parameters
-
-    @property
     def dtype(self) -> torch.dtype:
         """Floating dtype of most bytes; raises :class:`UnsupportedDtypeError` if all weights are quantized."""
         sizes: Counter[torch.dtype] = Counter()
@@ -93,17 +88,16 @@ class ModuleWeights:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         *,
-        names: Iterable[str] | None = None,
-        check_finite: bool = True,
+        names: Iterable[str],
         progress: Progress | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields names and tensors one by one; see :meth:`tritontower.checkpoint.checkpoint.Checkpoint.iterate`."""
-        wanted = list(self.parameters if names is None else names)
+        wanted = list(names)
         total, done = sum(self.parameters[name].nbytes for name in wanted), 0
         for name in wanted:
             parameter = self.parameters[name].detach()
             tensor = parameter.to(device, dtype)
-            if check_finite and not bool(tensor.isfinite().all()):
+            if not bool(tensor.isfinite().all()):
                 raise NonFiniteWeightsError(self._full_names[name], f"holds NaN or infinity, or would in {dtype}")
             yield name, tensor
             done += parameter.nbytes
