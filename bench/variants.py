@@ -30,8 +30,8 @@ Shape = tuple[int, int, int, int]
 """Query rows and keys of a block, warps, stages."""
 SHAPES: Sequence[Shape] = ((128, 64, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3))
 SPECIALIZED_SHAPES: Sequence[Shape] = ((128, 128, 4, 2), (128, 64, 4, 2), (128, 128, 4, 3))
+TILE_FIELDS = ("block_rows", "block_columns", "block_inner", "group_rows", "num_warps", "num_stages")
 TILES = ((128, 128, 64, 8, 4, 3), (128, 256, 64, 8, 8, 3), (128, 256, 64, 8, 8, 4), (64, 128, 64, 8, 4, 4))
-"""Rows, columns and K of a tile, group of rows, warps, stages."""
 
 
 def attention_config(shape: Shape, variant: Any) -> FlashAttentionConfig:
@@ -83,20 +83,9 @@ def linear_variants(case: Case, device: torch.device) -> Iterator[Case]:
         yield case.launched(replace(base, vendor=True), "vendor")
     if sizes["activation"] == "silu_gated":
         return
-    for rows, columns, inner, group, warps, stages in TILES:
-        config = replace(
-            base,
-            block_rows=rows,
-            block_columns=columns,
-            block_inner=inner,
-            group_rows=group,
-            num_warps=warps,
-            num_stages=stages,
-            split=1,
-            vendor=False,
-            operands="pointers",
-        )
-        yield case.launched(config, f"{rows} × {columns} × {inner}, {warps} warps, {stages} stages")
+    for tile in TILES:
+        config = replace(base, **dict(zip(TILE_FIELDS, tile, strict=True)), split=1, vendor=False, operands="pointers")
+        yield case.launched(config, "{0} × {1} × {2}, {4} warps, {5} stages".format(*tile))
 
 
 def main(words: Sequence[str] | None = None) -> int:

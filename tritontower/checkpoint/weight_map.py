@@ -7,12 +7,13 @@ written into place one at a time, as they are read, so that no weight ever exist
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 Shape = tuple[int, ...]
+BOTH = ("weight", "bias")
 
 
 class WeightMap(ABC):
@@ -85,6 +86,17 @@ class Stored(SingleTensorMap):
     def view(self, target: torch.Tensor, name: str, shape: Shape) -> torch.Tensor:
         """Removes the padding."""
         return _corner(target, shape)
+
+
+def map_parameters(
+    parts: Mapping[str, str], kinds: Sequence[str] = BOTH, ours: str = "", theirs: str = ""
+) -> dict[str, WeightMap]:
+    """Maps the unchanged parameters of modules, ours → theirs, below the modules ``ours`` and ``theirs``."""
+    return {
+        f"{ours}.{part}.{kind}".lstrip("."): Stored(f"{theirs}.{stored}.{kind}".lstrip("."))
+        for part, stored in parts.items()
+        for kind in kinds
+    }
 
 
 @dataclass(frozen=True)

@@ -110,14 +110,11 @@ def run(arguments: argparse.Namespace) -> int:
     from tritontower.benchmarks import plots
     from tritontower.devices import parse_device
 
-    from .parity import hide_reference_progress
-
     if arguments.plot is not None:
         plots.import_figure()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     arguments.device = parse_device(arguments.device)
-    hide_reference_progress()
     found = _MEASURE[arguments.kind](arguments)
     table = import_module(f"tritontower.benchmarks.{arguments.kind}").table(found)
     if arguments.plot is not None:

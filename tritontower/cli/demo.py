@@ -13,7 +13,6 @@ from tritontower.text_table import text_table
 
 from .options import add_bounds, add_device_and_dtype, add_images, load_tower, read_bounds
 from .parity import describe as describe_parity
-from .parity import hide_reference_progress
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     # A GPU may split K of matmuls with few rows, and then sums in another order.
     passed = difference == 0.0 or (tower.device.type != "cpu" and difference < BATCH_TOLERANCE)
     if arguments.parity != "none":
-        hide_reference_progress()
         smallest = min(range(len(images)), key=lambda index: packed[index].num_tokens)
         chosen = [smallest] if arguments.parity == "smallest" else range(len(images))
         parity = compare(tower, tower.preprocess([images[index] for index in chosen], **bounds))

@@ -38,7 +38,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Compares and prints; returns 1 if the tower exceeds its limit."""
     from tritontower.parity.parity import compare, compare_nodes
 
-    hide_reference_progress()
     tower = load_tower(arguments)
     batch = tower.preprocess(arguments.images or synthetic_images(), **read_bounds(arguments))
     parity = compare(tower, batch)
@@ -88,13 +87,6 @@ def _report(parity: "Parity", nodes: list["NodeParity"]) -> dict[str, object]:
 def _finite(distance: float | None) -> float | None:
     """``distance``, or ``None`` if it is not finite, which JSON cannot express."""
     return distance if distance is not None and math.isfinite(distance) else None
-
-
-def hide_reference_progress() -> None:
-    """Disables transformers' progress bars for reading checkpoints."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def synthetic_images() -> list["Image.Image"]:

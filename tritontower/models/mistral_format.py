@@ -14,7 +14,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import ChannelMajor, InterleavedRotary, Stacked, Stored, WeightMap
+from tritontower.checkpoint.weight_map import (
+    ChannelMajor,
+    InterleavedRotary,
+    Stacked,
+    Stored,
+    WeightMap,
+    map_parameters,
+)
 from tritontower.config import Projector, TowerConfig
 from tritontower.prompt.layout import PromptLayout
 
@@ -22,7 +29,6 @@ from .common.config_fields import positive, whole_heads
 from .common.family import MISTRAL_FORMAT, Family
 from .common.pixtral_encoder import NORM, TowerSize, block_tensors, make_resize_rules, tower_config
 from .common.prompts import token
-from .common.weights import map_parameters
 
 MODEL_TYPES = (MISTRAL_FORMAT,)
 PUBLISHED = ("pixtral_mistral_format", "mistral3_mistral_format")

@@ -6,6 +6,7 @@ language model multiplied them again; supported releases do neither.
 """
 
 from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.checkpoint.weight_map import map_parameters
 from tritontower.config import Projector
 from tritontower.prompt.layout import PromptLayout
 
@@ -14,7 +15,6 @@ from .common.config_fields import positive
 from .common.family import Family
 from .common.gemma import GemmaReference, read_siglip, with_projector
 from .common.prompts import token
-from .common.weights import map_parameters
 
 MODEL_TYPES = ("paligemma",)
 PUBLISHED = ("paligemma",)

@@ -9,7 +9,7 @@ Published configurations are flat, later ones nest a ``text_config``.  transform
 """
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import Stacked, WeightMap
+from tritontower.checkpoint.weight_map import BOTH, Stacked, WeightMap
 from tritontower.config import Normalization, TowerConfig, Windows
 from tritontower.prompt.mrope import MropeRule
 
@@ -17,7 +17,6 @@ from .common.config_fields import positive
 from .common.family import Family
 from .common.prompts import qwen_prompt
 from .common.qwen_encoder import QWEN2_MERGER, qwen_family, read_merger, read_patch, read_tower
-from .common.weights import BOTH
 
 MODEL_TYPES = ("qwen2_5_vl",)
 PUBLISHED = ("qwen2_5_vl",)

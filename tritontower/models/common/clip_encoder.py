@@ -18,6 +18,7 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import (
+    BOTH,
     ClassTokenFirst,
     OneFrame,
     RowSlice,
@@ -25,6 +26,7 @@ from tritontower.checkpoint.weight_map import (
     Stored,
     WeightMap,
     WithBatchDimension,
+    map_parameters,
 )
 from tritontower.config import Normalization, PatchEmbedding, PositionTable, TowerConfig
 from tritontower.preprocessing import FixedSize, MakeRule
@@ -32,7 +34,6 @@ from tritontower.preprocessing import FixedSize, MakeRule
 from .config_fields import activation, positive, read_eps, whole_heads
 from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel, block_values, module_values, stack_padded, tile_images
-from .weights import BOTH, map_parameters
 
 Kind = Literal["clip", "siglip"]
 

@@ -60,9 +60,7 @@ class ReferenceModel(ABC):
         ``weights`` (stored name → tensor) replace the folder's files, and then the quantization that ``config.json`` declares
         is ignored.  Missing vision tensors are an error, because transformers would initialize them randomly.
         """
-        from transformers.utils import logging
-
-        with _quiet(logging):
+        with _quiet():
             try:
                 model, report = self._load(folder, dtype, weights)
             except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
@@ -213,8 +211,10 @@ def _remove_language_model(config: Any) -> None:
 
 
 @contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Silences transformers, which would report every tensor of the language model as unexpected."""
+    from transformers.utils import logging
+
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -9,7 +9,7 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import Stored, WeightMap
+from tritontower.checkpoint.weight_map import Stored, WeightMap, map_parameters
 from tritontower.config import TowerConfig
 from tritontower.preprocessing import AnyResolution
 from tritontower.prompt.layout import PromptLayout
@@ -19,7 +19,6 @@ from .config_fields import feature_layers, text_width, two_linears
 from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel
 from .prompts import token
-from .weights import map_parameters
 
 CLIP_LARGE_336: Mapping[str, int] = {
     "hidden_size": 1024,

@@ -14,15 +14,15 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import OneFrame, Stacked, WeightMap
+from tritontower.checkpoint.weight_map import OneFrame, Stacked, WeightMap, map_parameters
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
 from tritontower.preprocessing import LongestEdge, MakeRule, MistralResize
+from tritontower.prompt.layout import PromptLayout
 
 from .config_fields import positive, rotary_theta, whole_heads
 from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel, block_values, module_values, stack_padded, tile_images
-from .prompts import pixtral_prompt
-from .weights import map_parameters
+from .prompts import token
 
 PREFIXES = {"vision_tower.": "tower.", "multi_modal_projector.": "projector."}
 """Prefixes of tensor names in transformers' models."""
@@ -150,6 +150,9 @@ def read_hf_family(
         tensors[f"blocks.{block}.qkv.weight"] = Stacked.of(*(f"{layer}.{part}.weight" for part in QKV))
     # Biases are listed even if the tower has none.
     tensors |= map_parameters({name: name for name in ("projector.linear_1", "projector.linear_2")})
+    # Each row of patches ends with a token, named as in transformers' processor.
+    placeholder = token(reader, "image", image_token)
+    prompt = PromptLayout(placeholder, merge=config.merge, row_break="[IMG_BREAK]", row_end="[IMG_END]")
     return Family(
         config=config,
         prefixes=PREFIXES,
@@ -157,7 +160,7 @@ def read_hf_family(
         ignored=IGNORED,
         resize_rules=make_resize_rules(size.longest_edge),
         reference=reference,
-        prompt=pixtral_prompt(reader, config, image_token),
+        prompt=prompt,
     )
 
 

@@ -1,7 +1,6 @@
 """Layouts of images in the prompts of several models, read from ``config.json``."""
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import TowerConfig
 from tritontower.prompt.layout import PromptLayout, VideoLayout
 
 QWEN_TOKENS = {"image": 151655, "video": 151656, "vision_start": 151652, "vision_end": 151653}
@@ -12,13 +11,6 @@ def token(reader: ConfigReader, name: str, default: int) -> int:
     """Reads a token id: ``<name>_token_id``, or ``<name>_token_index`` of older configurations."""
     old = reader.get(int, f"{name}_token_index", default=default, minimum=0)
     return reader.get(int, f"{name}_token_id", default=old, minimum=0)
-
-
-def pixtral_prompt(reader: ConfigReader, config: TowerConfig, default: int) -> PromptLayout:
-    """Reads Pixtral's layout: each row of patches ends with a token, named as in transformers' processor."""
-    return PromptLayout(
-        placeholder=token(reader, "image", default), merge=config.merge, row_break="[IMG_BREAK]", row_end="[IMG_END]"
-    )
 
 
 def qwen_prompt(

@@ -12,7 +12,7 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.checkpoint.weight_map import WeightMap
+from tritontower.checkpoint.weight_map import BOTH, WeightMap, map_parameters
 from tritontower.config import Normalization, PatchEmbedding, Projector, RotaryEmbedding, TowerConfig
 from tritontower.preprocessing import SmartResize
 from tritontower.prompt.layout import PromptLayout
@@ -21,7 +21,6 @@ from tritontower.prompt.mrope import MropeRule
 from .config_fields import positive, rotary_theta, whole_heads
 from .family import Family
 from .hf_reference import ModuleValue, ReferenceModel, block_values, flat_patches, module_values
-from .weights import BOTH, map_parameters
 
 IGNORED = ("rotary_pos_emb.inv_freq",)
 """Stored names that no tower needs: the rotary frequencies follow from the configuration."""
