@@ -10,7 +10,7 @@ from tritontower.benchmarks import kernels as benchmark
 from tritontower.benchmarks.cases import Case, Prepared, check
 from tritontower.benchmarks.measuring import Timing
 from tritontower.benchmarks.roofline import PUBLISHED, Roofline, published_roofline
-from tritontower.benchmarks.shapes import KERNELS
+from tritontower.benchmarks.shapes import SIZES
 
 CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float32]
@@ -21,7 +21,7 @@ def identity(case: Case) -> str:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", SIZES)
 @pytest.mark.usefixtures("poisoned_empty")
 def test_small_cases(device, kernel, dtype):
     """Kernel and reference, at sizes for the interpreter."""
@@ -37,7 +37,7 @@ def test_production_cases(kernel_device, case):
     assert outcome.passed, outcome
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", SIZES)
 def test_check_detects_a_wrong_row(monkeypatch, kernel):
     """An error of half a percent in one row of seventy exceeds every limit."""
     (case, *_) = grid.cases("small", torch.float32, [kernel])

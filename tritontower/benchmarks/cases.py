@@ -25,7 +25,7 @@ from tritontower.kernels.rowwise.rope import rope_
 from tritontower.kernels.runtime.dispatch import runs_kernel
 from tritontower.kernels.runtime.segments import Segments
 
-from .shapes import KERNELS, Grid, sizes_of
+from .shapes import SIZES, Grid
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Largest relative distance from fp64 of a result that was rounded once: half a unit in the last place."""
@@ -106,8 +106,8 @@ def check(case: Case, prepared: Prepared, device: torch.device, *, most_rows: in
 
 def cases(grid: Grid, dtype: torch.dtype = torch.bfloat16, kernels: Sequence[str] | None = None) -> Iterator[Case]:
     """The cases of a grid, kernel by kernel."""
-    for kernel in kernels or KERNELS:
-        for label, sizes in sizes_of(kernel, grid):
+    for kernel in kernels or SIZES:
+        for label, sizes in SIZES[kernel](grid):
             yield Case(kernel, label, dtype, sizes)
 
 

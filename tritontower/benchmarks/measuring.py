@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -297,18 +296,14 @@ def ptxas_version(capability: int) -> str | None:
     """Version of the assembler that Triton uses for a compute capability (90 for 9.0)."""
     try:
         from triton.backends.nvidia.compiler import get_ptxas
-    except ImportError:
-        return None
-    try:
+
         return str(get_ptxas(capability).version)
-    except (TypeError, RuntimeError, AttributeError):  # the function's arguments differ between releases
+    except (ImportError, TypeError, RuntimeError, AttributeError):  # the function differs between releases
         return None
 
 
 def _output(*command: str) -> str | None:
     """Standard output of a command, stripped; ``None`` if it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

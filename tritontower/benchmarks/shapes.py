@@ -104,7 +104,7 @@ def _gather_sizes(grid: Grid) -> _Sized:
         yield f"{taps} of each {rows:,} rows of {width:,}", {"rows": rows, "width": width, "taps": taps}
 
 
-_SIZES: Mapping[str, Callable[[Grid], _Sized]] = {
+SIZES: Mapping[str, Callable[[Grid], _Sized]] = {
     "attention": _attention_sizes,
     "linear": _linear_sizes,
     "qkv_projection": _qkv_sizes,
@@ -113,11 +113,4 @@ _SIZES: Mapping[str, Callable[[Grid], _Sized]] = {
     "rope": _rope_sizes,
     "gather": _gather_sizes,
 }
-
-KERNELS: tuple[str, ...] = tuple(_SIZES)
-"""The operations that have cases."""
-
-
-def sizes_of(kernel: str, grid: Grid) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Label and sizes of every case of an operation in a grid."""
-    return _SIZES[kernel](grid)
+"""Operation → label and sizes of each of its cases in a grid."""

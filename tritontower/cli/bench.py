@@ -139,9 +139,9 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.kind != "towers" and arguments.against not in (None, "none"):
         raise UsageError(f"--against of `bench {arguments.kind}` must be none, got {arguments.against}")
     from tritontower.benchmarks.images import BATCHES
-    from tritontower.benchmarks.shapes import KERNELS
+    from tritontower.benchmarks.shapes import SIZES
 
-    for option, known in (("batch", BATCHES), ("kernel", KERNELS)):
+    for option, known in (("batch", BATCHES), ("kernel", SIZES)):
         if unknown := sorted(set(getattr(arguments, option) or ()) - set(known)):
             raise UsageError(f"--{option} must be one of {', '.join(known)}, got {unknown[0]}")
 

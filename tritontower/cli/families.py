@@ -6,13 +6,8 @@ Token counts are those of one published checkpoint per family; `tritontower insp
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from tritontower.text_table import text_table
-
-if TYPE_CHECKING:
-    from tritontower.models.common.catalog import CatalogEntry
-
 
 EXAMPLE = "tritontower families --markdown"
 
@@ -26,21 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the catalog."""
-    from tritontower.models.common.catalog import catalog, families_table, weight_formats
+    from tritontower.models.common.catalog import COUNTED_SIDES, catalog, families_table, weight_formats
 
     if arguments.markdown:
         print(families_table())
     elif arguments.json:
         print(json.dumps([asdict(entry) for entry in catalog()], indent=2))
     else:
-        print(f"{_text(catalog())}\n\n{weight_formats()}")
+        columns = ("family", "checkpoints", "video", *(f"tokens at {side}²" for side in COUNTED_SIDES))
+        rows = [
+            (each.title, each.checkpoints, "yes" if each.video else None, *(f"{n:,}" for n in each.counted.values()))
+            for each in catalog()
+        ]
+        print(f"{text_table('', columns, rows)}\n\n{weight_formats()}")
     return 0
-
-
-def _text(entries: "list[CatalogEntry]") -> str:
-    rows = [
-        (entry.title, entry.checkpoints, "yes" if entry.video else None, *(f"{n:,}" for n in entry.counted.values()))
-        for entry in entries
-    ]
-    counted = [f"tokens at {side}²" for side in entries[0].counted]
-    return text_table("", ("family", "checkpoints", "video", *counted), rows)

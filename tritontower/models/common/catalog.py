@@ -16,15 +16,9 @@ COUNTED_SIDES: Final = (448, 1024)
 """Sides of the square images for which tokens are counted, pixels."""
 
 COLUMNS: Final = (
-    "Family",
-    "Checkpoints",
-    "Format",
-    "`model_type`",
-    "Images",
-    "Video",
-    "Tokens an image",
+    "Family", "Checkpoints", "Format", "`model_type`", "Images", "Video", "Tokens an image",
     *(f"{side}²" for side in COUNTED_SIDES),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,16 +80,9 @@ def _make_entry(summary: FamilySummary, model_types: tuple[str, ...]) -> Catalog
         folder = write_config(Path(name), summary)
         preprocessor = Preprocessor(ProcessorSource(family.config, folder), family.resize_rules["hf"])
         counted = {side: preprocessor.layout(side, side).tokens(family.config) for side in COUNTED_SIDES}
-    return CatalogEntry(
-        title=summary.title,
-        checkpoints=summary.checkpoints,
-        format="Mistral" if family.layout == "mistral" else "transformers",
-        model_types=model_types,
-        images=summary.images,
-        video=summary.video,
-        tokens=summary.tokens,
-        counted=counted,
-    )
+    words = {name: getattr(summary, name) for name in ("title", "checkpoints", "images", "video", "tokens")}
+    layout = "Mistral" if family.layout == "mistral" else "transformers"
+    return CatalogEntry(format=layout, model_types=model_types, counted=counted, **words)
 
 
 def _assign_model_types(file: FamilyFile) -> list[tuple[FamilySummary, tuple[str, ...]]]:
@@ -106,11 +93,11 @@ def _assign_model_types(file: FamilyFile) -> list[tuple[FamilySummary, tuple[str
     """
     summaries = [read_summary(name) for name in file.PUBLISHED]
     own = [str(summary.example.get("model_type", MISTRAL_FORMAT)) for summary in summaries]
-
-    def find_owner(model_type: str) -> str:
-        return max((name for name in own if model_type.startswith(name)), key=len, default=own[0])
-
+    owners = {
+        model_type: max((name for name in own if model_type.startswith(name)), key=len, default=own[0])
+        for model_type in file.MODEL_TYPES
+    }
     return [
-        (summary, tuple(model_type for model_type in file.MODEL_TYPES if find_owner(model_type) == name))
+        (summary, tuple(model_type for model_type in file.MODEL_TYPES if owners[model_type] == name))
         for summary, name in zip(summaries, own, strict=True)
     ]
