@@ -88,11 +88,7 @@ GPU_STEPS = (
 CPU_STEPS = (
     Step("towers", "Qwen2-VL-2B against transformers, bfloat16", f"{TOWERS} --patches 1024,4096"),
     Step("towers-float32", "the same in float32", "tritontower bench towers --dtype float32 --patches 1024"),
-    Step(
-        "families",
-        "every family at its published width, 8 blocks",
-        f"{TOWERS} --family all --depth 8 --batch 448",
-    ),
+    Step("families", "every family at its published width, 8 blocks", f"{TOWERS} --family all --depth 8 --batch 448"),
     Step(
         "batches",
         "large images, many small ones, mixed sizes",

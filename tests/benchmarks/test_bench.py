@@ -15,8 +15,7 @@ from tritontower import VisionTower, cli
 from tritontower.benchmarks import documents, images, matmul_only, measuring, plots, preprocessing, subprocesses, towers
 from tritontower.benchmarks.launches import launch_rows
 from tritontower.benchmarks.measuring import Timing, interleaved, portable_command, provenance, time_on_device
-from tritontower.benchmarks.split import node_seconds, split_table
-from tritontower.benchmarks.towers import CheckedReference
+from tritontower.benchmarks.towers import CheckedReference, node_seconds, split_table
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build

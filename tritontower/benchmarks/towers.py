@@ -5,7 +5,9 @@ compared with transformers in fp32 on a small image (:mod:`tritontower.parity.pa
 each other.  Without a transformers model to compare with, a row says "unchecked".  Preprocessing is not timed here.
 """
 
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -16,8 +18,10 @@ import torch
 
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
+from tritontower.devices import synchronize
 from tritontower.errors import ReferenceModelError, UsageError
 from tritontower.graph.cost import estimate_total_cost
+from tritontower.graph.ir import Node
 from tritontower.parity.parity import OutputParity, Reference, compare_outputs, relative_error
 from tritontower.text_table import text_table
 
@@ -27,7 +31,6 @@ from .kernels import OURS
 from .matmul_only import matmul_only
 from .measuring import interleaved
 from .memory import allocated_peak
-from .split import node_seconds, split_table
 
 AGREEMENT = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.1}
 """Largest relative distance of the two implementations on a timed batch.
@@ -212,6 +215,43 @@ def _measure_memory(tower: VisionTower, packed: PackedBatch) -> dict[str, int]:
         "peak_bytes": allocated_peak(lambda: tower.forward(packed), tower.device),
         "plan_bytes": plan.arena_bytes + plan.output_bytes,
     }
+
+
+def node_seconds(tower: VisionTower, batch: PackedBatch, repeats: int = 3) -> dict[str, float]:
+    """Median seconds of each node kind in one forward pass, the most expensive kind first.
+
+    On a GPU the device is synchronized after every node, so the sum exceeds an ordinary forward pass.
+    """
+    batch = batch.to(tower.device)
+    executor = tower.executor_for(batch)
+    runs: list[dict[str, float]] = []
+    last = 0.0
+
+    def observe(node: Node, tensors: Mapping[str, torch.Tensor]) -> None:
+        nonlocal last
+        synchronize(tower.device)
+        end = time.perf_counter()
+        runs[-1][node.kind] += end - last
+        last = end
+
+    for _ in range(repeats + 1):
+        runs.append(defaultdict(float))
+        synchronize(tower.device)
+        last = time.perf_counter()
+        executor.run(batch, observe)
+    # The first run is not counted.
+    medians = {kind: statistics.median(seconds[kind] for seconds in runs[1:]) for kind in runs[0]}
+    return dict(sorted(medians.items(), key=lambda item: -item[1]))
+
+
+def split_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of :func:`node_seconds`: one line per batch, kinds as columns."""
+    kinds = list(dict.fromkeys(kind for seconds in rows.values() for kind in seconds))
+    cells = [
+        (name, *(milliseconds(seconds.get(kind), 1) for kind in kinds), milliseconds(sum(seconds.values()), 1))
+        for name, seconds in rows.items()
+    ]
+    return text_table("Milliseconds by node kind", ("batch", *kinds, "sum"), cells)
 
 
 def fastest_baseline(row: Mapping[str, Any]) -> tuple[str | None, float | None]:

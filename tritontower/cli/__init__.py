@@ -27,7 +27,6 @@ COMMANDS = ("demo", "env", "families", "inspect", "encode", "parity", "bench", "
 """The commands, in the order of the overview; each is a module of this package."""
 
 EXIT_YES = 0
-EXIT_NO = 1
 EXIT_BAD_INPUT = 2
 EXIT_BROKEN_PIPE = 141
 EXIT_INTERRUPTED = 130

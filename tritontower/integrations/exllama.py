@@ -159,11 +159,10 @@ def to_exllama(  # type: ignore[misc]  # the overloads abbreviate the options
     width = getattr(getattr(model, "config", None), "hidden_size", tower.hidden_size)
     if width != tower.hidden_size:
         raise UsageError(f"model must have hidden_size {tower.hidden_size}, as the tower, got {width}")
-    # ExLlama does not read the pooled vector.
-    unpooled = [replace(embedding, pooled=None) for embedding in given]
     converted = [
-        embedding.with_tensors({name: _convert(tensor, dtype) for name, tensor in embedding.tensors.items()})
-        for embedding in unpooled
+        # ExLlama does not read the pooled vector.
+        each.with_tensors({name: _convert(rows, dtype) for name, rows in each.tensors.items() if name != "pooled"})
+        for each in given
     ]
     assigned = assign_ids(converted, space)
     try:

@@ -126,7 +126,7 @@ def _gemm(task: Task, architecture: str) -> Iterator[Values]:
         tiles, depths, stages, (4, 8), operands, splits
     ):
         memory = stage * (rows + columns) * depth * size
-        accumulators = rows * columns / (warps * _warp_size(architecture))
+        accumulators = rows * columns / (warps * (64 if architecture.startswith("gfx") else 32))
         if columns // factor < 16 or memory > SHARED_MEMORY_LIMIT[architecture]:
             continue
         # Hopper's and Blackwell's tensor cores take at least 64 rows at a time.
@@ -218,10 +218,6 @@ def _load(task: Task, architecture: str, values: Mapping[str, Any]) -> float:
 
 def _head_width(task: Task) -> int:
     return sum(split_head_dim(task.get("width"), getattr(torch, task.dtype)))
-
-
-def _warp_size(architecture: str) -> int:
-    return 64 if architecture.startswith("gfx") else 32
 
 
 def _itemsize(task: Task) -> int:
