@@ -1,6 +1,8 @@
 """Reading of ``config.json``: published files in all generations, defaults of transformers, and unsupported models."""
 
+import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from tritontower.config import Normalization, Pooling, RotaryEmbedding, TowerCon
 from tritontower.errors import ConfigError, NoVisionTowerError, UnsupportedArchitectureError
 from tritontower.models.common.config_fields import TEXT_WIDTHS, text_width
 from tritontower.models.common.family import FamilySummary, read_summary
-from tritontower.models.common.registry import has_tower, list_summaries, read_family
+from tritontower.models.common.registry import has_vision, list_summaries, read_family
 
 SUMMARIES = list_summaries()
 HF_SUMMARIES = [summary for summary in SUMMARIES if summary.config_file == "config.json"]
@@ -273,11 +275,12 @@ def test_text_width_of_an_unknown_class_is_required() -> None:
     ],
     ids=lambda values: values["model_type"],
 )
-def test_unsupported_tower_is_not_reported_as_missing(values: dict[str, Any]) -> None:
+def test_unsupported_tower_is_not_reported_as_missing(values: dict[str, Any], tmp_path: Path) -> None:
     reader = ConfigReader(values)
     with pytest.raises(UnsupportedArchitectureError, match=f"{values['model_type']}.*supported are .*qwen2_vl"):
         read_family(reader)
-    assert not has_tower(reader)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert not has_vision(tmp_path)
 
 
 @pytest.mark.parametrize(

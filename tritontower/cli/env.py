@@ -265,14 +265,9 @@ def describe(environment: Environment, findings: Sequence[Finding]) -> str:
         text_table("", ("package", "installed", "supported"), packages),
         text_table("", ("device", "name", "architecture", "memory", "backend"), where),
         _describe_cpu(environment.cpu_features),
-        *(
-            f"{'PROBLEM' if finding.broken else 'note'}: {finding.problem}\n  → {finding.remedy}"
-            for finding in findings
-        ),
+        *(f"{'PROBLEM' if each.broken else 'note'}: {each.problem}\n  → {each.remedy}" for each in findings),
     ]
-    if not findings:
-        sections.append("No known problems.")
-    return "\n\n".join(sections)
+    return "\n\n".join(sections if findings else [*sections, "No known problems."])
 
 
 def _describe_cpu(features: Sequence[str]) -> str:

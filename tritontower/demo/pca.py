@@ -70,11 +70,7 @@ def _principal_scores(centered: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def side_by_side(
-    images: Sequence[Image.Image],
-    feature_maps: Sequence[NDArray[np.uint8]],
-    titles: Sequence[str],
-    *,
-    cell: int = 360,
+    images: Sequence[Image.Image], feature_maps: Sequence[NDArray[np.uint8]], titles: Sequence[str], *, cell: int = 360
 ) -> Image.Image:
     """Draws images next to their feature maps, one pair per row, under a title.
 

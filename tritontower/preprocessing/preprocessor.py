@@ -83,12 +83,7 @@ class Preprocessor:
         return self.rule.plan_video(int(frames), int(width), int(height), bounds)
 
     def preprocess_images(
-        self,
-        images: Sequence[CanonicalImage],
-        *,
-        each: Each = map,
-        raw: bool | None = False,
-        **bounds: Unpack[Bounds],
+        self, images: Sequence[CanonicalImage], *, each: Each = map, raw: bool | None = False, **bounds: Unpack[Bounds]
     ) -> PackedBatch:
         """Packs still images, in order; raises the errors of :meth:`layout`, which name the image.
 
@@ -113,12 +108,7 @@ class Preprocessor:
         )
 
     def preprocess_video(
-        self,
-        frames: Sequence[CanonicalImage],
-        *,
-        each: Each = map,
-        raw: bool | None = False,
-        **bounds: Unpack[Bounds],
+        self, frames: Sequence[CanonicalImage], *, each: Each = map, raw: bool | None = False, **bounds: Unpack[Bounds]
     ) -> PackedBatch:
         """Packs one video, whose frames all have one size; the arguments are those of :meth:`preprocess_images`."""
         self.check_takes_videos()

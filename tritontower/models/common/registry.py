@@ -79,15 +79,6 @@ def open_config(folder: Path) -> ConfigReader:
     )
 
 
-def has_tower(reader: ConfigReader) -> bool:
-    """Returns True if the configuration names a supported tower; its values are not checked."""
-    try:
-        _find_file(reader)
-    except (NoVisionTowerError, UnsupportedArchitectureError):
-        return False
-    return True
-
-
 def has_vision(
     model: str | Path,
     *,
@@ -96,7 +87,7 @@ def has_vision(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> bool:
-    """Returns True if a checkpoint holds a supported vision tower; only its configuration is read.
+    """Returns True if a checkpoint names a supported vision tower; only its configuration is read, and not checked.
 
     Args:
         model: a local folder or a hub id.
@@ -106,7 +97,11 @@ def has_vision(
         CheckpointError, ConfigError: there is no such checkpoint, or its ``config.json`` cannot be read.
     """
     folder = locate(model, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    return has_tower(open_config(folder))
+    try:
+        _find_file(open_config(folder))
+    except (NoVisionTowerError, UnsupportedArchitectureError):
+        return False
+    return True
 
 
 def declared_dtype(reader: ConfigReader) -> torch.dtype | None:
