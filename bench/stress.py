@@ -114,9 +114,8 @@ def main(words: Sequence[str] | None = None) -> int:
         taken = [heads for heads, reason in reasons.items() if reason is None]
         for (head_dim, padded), reason in reasons.items():
             row: dict[str, Any] = {"variant": variant, "head_dim": head_dim, "padded": padded}
-            if reason is not None:
-                row |= {"status": "skipped", "reason": reason}
-            else:
+            row |= {"status": "skipped", "reason": reason}
+            if reason is None:
                 share = arguments.launches // len(taken) + 1
                 row = stress(variant, head_dim, padded, launches=share, device=device, tiny=device.type == "cpu")
             report.add(row)

@@ -203,7 +203,7 @@ class TestErrors:
             (["{model}", "--budget", "soon"], "not a number of minutes above zero"),
             (["{model}", "--workers", "0"], "'0'"),
             (["{folder}/absent", "--static", *ARCH], "must be a local folder, or a hub id"),
-            (["--config", "{folder}/absent.json", "--static", *ARCH], "--config must be a configuration file, got"),
+            (["--config", "{folder}/absent.json", "--static", *ARCH], "absent.json does not exist or is not a file"),
             (["--import", "{model}/config.json"], "is no table of tuned configurations: "),
             (["--import", "{folder}/absent.json"], "is no table of tuned configurations: No such file"),
         ],

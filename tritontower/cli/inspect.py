@@ -55,19 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
     for width, height in arguments.size or _SIZES:
         layout = tower.preprocessor.layout(width, height, **bounds)
         workload = tower.workload([(width, height)], **bounds)
-        description = tower.describe(workload)
-        descriptions.append(description)
-        images.append(
-            {
-                "width": width,
-                "height": height,
-                "grid": layout.grid[1:],
-                "tiles": len(layout.tiles),
-                "tokens": workload.tokens,
-                "flops": description.total.flops,
-                "peak_bytes": tower.memory_plan(workload).peak_bytes,
-            }
-        )
+        descriptions.append(tower.describe(workload))
+        image = {"width": width, "height": height, "grid": layout.grid[1:], "tiles": len(layout.tiles)}
+        image |= {"tokens": workload.tokens, "flops": descriptions[-1].total.flops}
+        images.append({**image, "peak_bytes": tower.memory_plan(workload).peak_bytes})
     if arguments.dot is not None:
         title = f"Vision tower of {arguments.model}"
         arguments.dot.write_text(descriptions[0].to_dot(title), encoding="utf-8")

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     instead.add_argument(
         "--export", type=options.output_file, metavar="FILE", help="copy the table of this GPU to FILE"
     )
-    instead.add_argument("--import", dest="imported", type=Path, metavar="FILE", help="add the entries of a table")
+    instead.add_argument("--import", type=Path, metavar="FILE", help="add the entries of a table")
     options.add_json(parser)
 
 
@@ -77,13 +77,8 @@ _TAKES = {
 
 def _action(arguments: argparse.Namespace) -> str:
     """Returns a key of :data:`_TAKES`; raises :class:`UsageError` for an option without effect on it."""
-    chosen = {
-        "--static": arguments.static,
-        "--show": arguments.show,
-        "--export": arguments.export is not None,
-        "--import": arguments.imported is not None,
-    }
-    action = next((name for name, is_given in chosen.items() if is_given), "measuring")
+    names = ("static", "show", "export", "import")
+    action = next((f"--{name}" for name in names if getattr(arguments, name)), "measuring")
     options.refuse_unused(arguments, _TAKES, action)
     return action
 
@@ -151,17 +146,13 @@ def _tasks(arguments: argparse.Namespace) -> "list[Task]":
     from tritontower.checkpoint.config_reader import ConfigReader
     from tritontower.checkpoint.hub import locate
     from tritontower.devices import parse_dtype
-    from tritontower.errors import CheckpointNotFoundError
     from tritontower.models.common.registry import declared_dtype, open_config, read_family
     from tritontower.tuning.tasks import PATCHES, list_tasks
 
     if arguments.config is None:
         reader = open_config(locate(arguments.model, revision=arguments.revision))
     else:
-        path = arguments.config.expanduser()
-        if not path.is_file():
-            raise CheckpointNotFoundError(f"--config must be a configuration file, got {str(path)!r}")
-        reader = ConfigReader.from_file(path)
+        reader = ConfigReader.from_file(arguments.config.expanduser())
     dtype = parse_dtype(arguments.dtype) or declared_dtype(reader) or torch.bfloat16
     return list_tasks(read_family(reader).config, arguments.patches or PATCHES, dtype)
 
@@ -316,7 +307,7 @@ def _import(arguments: argparse.Namespace) -> int:
     from tritontower.engine.tuned_tables import table_name
     from tritontower.tuning.table_writer import merge, read_checked
 
-    table = read_checked(arguments.imported.expanduser())
+    table = read_checked(vars(arguments)["import"].expanduser())
     path = _folder(arguments) / table_name(table.key["gpu"])
     merged = merge(path, table.key, table.entries)
     report = {"table": str(path), "read": len(table.entries), "imported": merged.added}

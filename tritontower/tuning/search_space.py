@@ -93,9 +93,7 @@ def list_candidates(task: Task, architecture: str) -> list[Values]:
     first: list[Values] = []
     rest: list[Values] = []
     for values in found:
-        kind = tuple(
-            values.get(name) for name in shared or ("block_rows", "block_columns", "num_warps", "operands")
-        )  # fmt: skip
+        kind = tuple(values.get(name) for name in shared or ("block_rows", "block_columns", "num_warps", "operands"))
         seen[kind] = seen.get(kind, 0) + 1
         (first if seen[kind] <= (2 if shared else 1) else rest).append(values)
     # A vendor GEMM neither rotates nor scales the heads of a projection, and has no gated epilogue.
