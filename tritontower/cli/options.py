@@ -129,9 +129,8 @@ def image_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"must be a local file, got the URL {text!r}; download the image first")
     path = Path(text).expanduser()
     if not path.is_file():
-        raise argparse.ArgumentTypeError(
-            f"must be an image file, got {'the folder' if path.is_dir() else 'no file'} {text!r}"
-        )
+        found = "the folder" if path.is_dir() else "no file"
+        raise argparse.ArgumentTypeError(f"must be an image file, got {found} {text!r}")
     return path
 
 

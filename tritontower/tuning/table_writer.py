@@ -7,6 +7,7 @@ and two writers do not lose each other's entries.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +28,7 @@ def table_key(identity: Identity, ptxas: str | None = None) -> dict[str, Any]:
     """Returns the key of a table: the GPU and the compiler versions."""
     import triton
 
-    return {
-        "gpu": identity.gpu,
-        "architecture": identity.architecture,
-        "capability": identity.capability,
-        "multiprocessors": identity.multiprocessors,
-        "triton": triton.__version__,
-        "ptxas": ptxas,
-    }
+    return {**asdict(identity), "triton": triton.__version__, "ptxas": ptxas}
 
 
 def make_entries(choices: Sequence[Choice]) -> list[dict[str, Any]]:
