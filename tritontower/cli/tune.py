@@ -3,7 +3,7 @@
 Candidate configurations are compiled, checked against fp32 results and timed.  The fastest ones go into a table in the user's
 cache folder, which every tower with the same shapes uses.  With --static nothing is launched: the configurations are compiled
 for an architecture, and the report shows registers, spills, shared memory, occupancy and tensor-core instructions.  An
-interrupted run continues when it is started again.
+interrupted run continues when it is started again.  Of MODEL only the configuration is read.
 """
 
 import argparse

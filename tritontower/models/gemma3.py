@@ -8,6 +8,7 @@ The projection is stored as ``[in, out]``, unlike a linear's weight.  Pan-and-sc
 ``processor_options={"do_pan_and_scan": True}`` turns it on.
 """
 
+from dataclasses import replace
 from functools import partial
 from math import isqrt
 
@@ -20,7 +21,7 @@ from tritontower.prompt.layout import PromptLayout
 from .common.clip_encoder import encoder_family
 from .common.config_fields import positive, text_width
 from .common.family import Family
-from .common.gemma import GemmaReference, read_siglip, with_projector
+from .common.gemma import GemmaReference, read_siglip
 from .common.prompts import token
 
 MODEL_TYPES = ("gemma3", "shieldgemma2")
@@ -50,26 +51,23 @@ def read(reader: ConfigReader) -> Family:
     Missing keys of ``vision_config`` have the defaults of ``SiglipVisionConfig``.
     """
     encoder = read_siglip(reader, family="gemma3")
-    config = with_projector(encoder, _read_projector(reader, encoder))
-    return encoder_family(
-        config,
-        REFERENCES[reader.get(str, "model_type", choices=MODEL_TYPES)],
-        PROJECTOR_TENSORS,
-        resize_rule=partial(FixedSize, pan_and_scan=True),
-        prompt=_read_prompt(reader),
-        bidirectional_tiles=True,
-    )
-
-
-def _read_prompt(reader: ConfigReader) -> PromptLayout:
-    """Reads the layout: empty lines and two tokens around the rows of every tile, and a text before the crops."""
+    config = replace(encoder, features_normed=True, projector=_read_projector(reader, encoder))
+    # Empty lines and two tokens around the rows of every tile, and a text before the crops.
     begin = token(reader, "boi", 255_999)
-    return PromptLayout(
+    prompt = PromptLayout(
         placeholder=token(reader, "image", 262_144),
         marker=begin,
         tile_before=("\n\n", begin),
         tile_after=(token(reader, "eoi", 256_000), "\n\n"),
         between_tiles=("Here is the original image ", " and here are some crops to help you see better ", " "),
+    )
+    return encoder_family(
+        config,
+        REFERENCES[reader.get(str, "model_type", choices=MODEL_TYPES)],
+        PROJECTOR_TENSORS,
+        resize_rule=partial(FixedSize, pan_and_scan=True),
+        prompt=prompt,
+        bidirectional_tiles=True,
     )
 
 

@@ -37,12 +37,8 @@ PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for column
 
 def read(reader: ConfigReader) -> Family:
     """Reads encoder, features, projector and canvases; missing keys have the defaults of ``LlavaOnevisionConfig``."""
-    return read_tiled(reader, "llava_onevision", DEFAULTS, PINPOINTS, shrink_limit=_read_max_tiles(reader))
-
-
-def _read_max_tiles(reader: ConfigReader) -> int:
     aspect = reader.get(str, "vision_aspect_ratio", default="anyres_max_9")
     number = re.fullmatch(r"anyres_max_([1-9][0-9]{0,3})", aspect)
     if number is None:
         raise reader.error("vision_aspect_ratio", aspect, "'anyres_max_N', N the tiles' worth of tokens, such as 9")
-    return int(number[1])
+    return read_tiled(reader, "llava_onevision", DEFAULTS, PINPOINTS, shrink_limit=int(number[1]))

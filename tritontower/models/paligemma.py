@@ -5,6 +5,8 @@ reference is ``PaliGemmaModel``.  Old releases of transformers divided the proje
 language model multiplied them again; supported releases do neither.
 """
 
+from dataclasses import replace
+
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.weight_map import map_parameters
 from tritontower.config import Projector
@@ -13,7 +15,7 @@ from tritontower.prompt.layout import PromptLayout
 from .common.clip_encoder import encoder_family
 from .common.config_fields import positive
 from .common.family import Family
-from .common.gemma import GemmaReference, read_siglip, with_projector
+from .common.gemma import GemmaReference, read_siglip
 from .common.prompts import token
 
 MODEL_TYPES = ("paligemma",)
@@ -34,7 +36,7 @@ def read(reader: ConfigReader) -> Family:
         activation="gelu",
         bias=True,
     )
-    config = with_projector(read_siglip(reader, family="paligemma"), projector)
+    config = replace(read_siglip(reader, family="paligemma"), features_normed=True, projector=projector)
     # Images first, then the text, which ends in a line break (section 3.2 of the paper).
     prompt = PromptLayout(
         placeholder=token(reader, "image", 256_000),

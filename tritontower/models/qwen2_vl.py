@@ -8,7 +8,7 @@ Published configurations are flat (old: the language model's keys are at the top
 """
 
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Normalization, TowerConfig
+from tritontower.config import Normalization
 from tritontower.prompt.mrope import MropeRule
 
 from .common.config_fields import activation, positive
@@ -27,16 +27,11 @@ def read(reader: ConfigReader) -> Family:
 
     Only ``hidden_size`` (the language model's width) is required: its default matches the 7B model alone.
     """
-    config = _read_config(reader)
-    return qwen_family(config, MLP, QWEN2_MERGER, prompt=qwen_prompt(reader), mrope=MropeRule(config.merge))
-
-
-def _read_config(reader: ConfigReader) -> TowerConfig:
     vision = reader.section("vision_config", optional=True)
     vision.get(str, "model_type", default="qwen2_vl", choices=("qwen2_vl", "qwen2_vl_vision"))
     width = positive(vision, "embed_dim", 1280)
     norm = Normalization("layer_norm", eps=1e-6)
-    return read_tower(
+    config = read_tower(
         vision,
         width,
         positive(vision, "depth", 32),
@@ -47,3 +42,4 @@ def _read_config(reader: ConfigReader) -> TowerConfig:
         activation=activation(vision, "hidden_act", "quick_gelu"),
         projector=read_merger(vision, norm, width, "hidden_size"),
     )
+    return qwen_family(config, MLP, QWEN2_MERGER, prompt=qwen_prompt(reader), mrope=MropeRule(config.merge))

@@ -1,14 +1,14 @@
 """Gemma 3 and PaliGemma: a SigLIP encoder with its output norm, and a projector."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import Projector, TowerConfig
+from tritontower.config import TowerConfig
 
 from .clip_encoder import encoder_pixels, encoder_values, read_encoder
 from .hf_reference import ModuleValue, ReferenceModel, module_values
@@ -19,11 +19,6 @@ def read_siglip(reader: ConfigReader, *, family: str) -> TowerConfig:
     vision = reader.section("vision_config")
     vision.get(str, "model_type", default="siglip_vision_model", choices=("siglip_vision_model",))
     return read_encoder(vision, "siglip", family=family)
-
-
-def with_projector(encoder: TowerConfig, projector: Projector) -> TowerConfig:
-    """Returns the tower: all blocks, the norm after them, and ``projector``."""
-    return replace(encoder, features_normed=True, projector=projector)
 
 
 @dataclass(frozen=True)
