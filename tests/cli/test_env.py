@@ -164,10 +164,37 @@ class TestFrame:
 
 
 class TestOptions:
-    @pytest.mark.parametrize("text", ["float32", "float16", "bfloat16", "auto"])
-    def test_dtypes(self, text):
-        assert options.dtype_name(text) == text
-        assert options.dtype_name(f"torch.{text}") == text
+    @pytest.mark.parametrize(
+        ("parse", "text", "value"),
+        [
+            *((options.dtype_name, name, name) for name in ("float32", "float16", "bfloat16", "auto")),
+            (options.dtype_name, "torch.float16", "float16"),
+            (options.image_size, "1024x768", (1024, 768)),
+            (options.image_path, "a.png", Path("a.png")),
+            (options.output_file, "new", Path("new")),
+        ],
+    )
+    def test_accepted_texts(self, parse, text, value, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("a.png").touch()
+        assert parse(text) == value
+
+    @pytest.mark.parametrize(
+        ("parse", "text", "message"),
+        [
+            *((options.positive_integer, text, "whole number") for text in ("0", "-3", "1.5", "", "1e3", "9" * 30)),
+            (options.image_size, "1024", "WIDTHxHEIGHT"),
+            (options.image_path, "https://example.org/a.png", "got the URL"),
+            (options.image_path, "b.png", "got no file"),
+            (options.image_path, ".", "got the folder"),
+            (options.output_file, ".", "got the folder"),
+            (options.output_file, "absent/new", "must be in an existing folder"),
+        ],
+    )
+    def test_refused_texts(self, parse, text, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            parse(text)
 
     @pytest.mark.parametrize("command", ["inspect", "encode", "parity"])
     def test_int8_gets_one_line(self, command, capsys):
@@ -176,34 +203,6 @@ class TestOptions:
         assert line.count("\n") == 1
         assert "--dtype: must be one of float32, float16, bfloat16, auto, got 'int8'" in line
 
-    @pytest.mark.parametrize("text", ["0", "-3", "1.5", "", "1e3", "9" * 30])
-    def test_counts_are_positive_integers(self, text):
-        with pytest.raises(argparse.ArgumentTypeError, match="positive whole number"):
-            options.positive_integer(text)
-
-    def test_sizes(self):
-        assert options.image_size("1024x768") == (1024, 768)
-        with pytest.raises(argparse.ArgumentTypeError, match="WIDTHxHEIGHT"):
-            options.image_size("1024")
-
-    def test_images_are_local_files(self, tmp_path):
-        (tmp_path / "a.png").touch()
-        assert options.image_path(str(tmp_path / "a.png")) == tmp_path / "a.png"
-        for text, message in [
-            ("https://example.org/a.png", "got the URL"),
-            (str(tmp_path / "b.png"), "got no file"),
-            (str(tmp_path), "got the folder"),
-        ]:
-            with pytest.raises(argparse.ArgumentTypeError, match=message):
-                options.image_path(text)
-
-    def test_outputs_are_checked_early(self, tmp_path):
-        assert options.output_file(str(tmp_path / "new")) == tmp_path / "new"
-        with pytest.raises(argparse.ArgumentTypeError, match="got the folder"):
-            options.output_file(str(tmp_path))
-        with pytest.raises(argparse.ArgumentTypeError, match="must be in an existing folder"):
-            options.output_file(str(tmp_path / "absent" / "new"))
-
 
 OLD_GPU = replace(GPU, architecture="sm_75")
 BROKEN_TORCHVISION = {"torchvision": "RuntimeError: operator torchvision::nms does not exist"}
@@ -211,23 +210,15 @@ BROKEN_TORCHVISION = {"torchvision": "RuntimeError: operator torchvision::nms do
 
 class TestProblems:
     @pytest.mark.parametrize(
-        "environment",
-        [
-            GOOD,
-            replace(GOOD, accelerators=(GPU,), gpu_driver=True),
-            replace(GOOD, accelerators=(replace(GPU, architecture="gfx942"),), gpu_driver=True),
-            _with(torch="2.14.0.dev20261001+cu130", triton="3.8.0+git1234"),
-            _with(triton=None),
-            _with(torchvision="0.28.0"),
-            _with(triton="3.6.0", numpy="2.3.9"),
-        ],
-    )
-    def test_supported_environments_have_none(self, environment):
-        assert env.find_problems(environment) == []
-
-    @pytest.mark.parametrize(
         ("environment", "problem", "remedy"),
         [
+            (GOOD, None, None),
+            (replace(GOOD, accelerators=(GPU,), gpu_driver=True), None, None),
+            (replace(GOOD, accelerators=(replace(GPU, architecture="gfx942"),), gpu_driver=True), None, None),
+            (_with(torch="2.14.0.dev20261001+cu130", triton="3.8.0+git1234"), None, None),
+            (_with(triton=None), None, None),
+            (_with(torchvision="0.28.0"), None, None),
+            (_with(triton="3.6.0", numpy="2.3.9"), None, None),
             (_with(triton="3.5.1", numpy="2.3.9"), "triton 3.5.1 is outside >=3.6,<3.10", "pip install"),
             (_with(triton="3.10.0"), "triton 3.10.0 is outside >=3.6,<3.10", "pip install"),
             (_with(torch="2.10.0+cu130"), "torch 2.10.0+cu130 is outside", "pip install"),
@@ -249,11 +240,14 @@ class TestProblems:
             (replace(GOOD, accelerators=(OLD_GPU,), gpu_driver=True), "is sm_75", "--device cpu"),
         ],
     )
-    def test_broken_environments_have_a_remedy(self, environment, problem, remedy):
-        (finding,) = env.find_problems(environment)
-        assert finding.broken
-        assert problem in finding.problem
-        assert remedy in finding.remedy
+    def test_machines(self, environment, problem, remedy):
+        """Good machines have no problem, each broken one has one, with a remedy."""
+        found = env.find_problems(environment)
+        assert len(found) == (problem is not None)
+        for finding in found:
+            assert finding.broken
+            assert problem in finding.problem
+            assert remedy in finding.remedy
 
     @pytest.mark.parametrize("on_gpu", [False, True])
     def test_interpreter_variable_is_broken_only_on_a_gpu(self, on_gpu):
