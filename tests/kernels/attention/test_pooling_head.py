@@ -154,6 +154,14 @@ def test_a_segment_does_not_depend_on_its_neighbors(device, length, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_head_does_not_depend_on_the_others(kernel_device, dtype):
+    query, kv = inputs(RAGGED, 3, 72, dtype, kernel_device)
+    pooled = attention_pooling(query, kv, RAGGED)
+    alone = [attention_pooling(query[head, None], kv[:, :, head, None], RAGGED) for head in range(3)]
+    assert torch.equal(torch.cat(alone, dim=1), pooled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reference_and_kernel_differ_by_less_than_a_rounding(kernel_device, dtype):
     segments = Segments([196, 77, 300])
     query, kv = inputs(segments, 4, 72, dtype, kernel_device)
