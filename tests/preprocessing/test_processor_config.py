@@ -1,7 +1,8 @@
 """Settings files: class defaults, precedence of files, and every form of a size."""
 
 import re
-from importlib.util import find_spec, module_from_spec
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from tritontower.preprocessing.processor_config import CLASS_DEFAULTS, IMAGE_FIL
 
 
 @pytest.mark.parametrize("name", CLASS_DEFAULTS)
-def test_class_defaults_are_those_of_transformers(name: str) -> None:
+def test_class_defaults_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.removesuffix("ImageProcessor")).lower()
-    # A second copy of the module: transformers 5.17 writes the sizes of any instance into the defaults of its class.
-    spec = find_spec(f"transformers.models.{module}.image_processing_pil_{module}")
-    fresh = module_from_spec(spec)
-    spec.loader.exec_module(fresh)
-    kind = getattr(fresh, f"{name}Pil")
+    path = f"transformers.models.{module}.image_processing_pil_{module}"
+    # Imported again: transformers 5.17 writes the sizes of any instance into the defaults of its class.
+    monkeypatch.delitem(sys.modules, path, raising=False)
+    kind = getattr(import_module(path), f"{name}Pil")
     ours = CLASS_DEFAULTS[name]
     deciding = ("size", "crop_size", "do_center_crop", "patch_size", "image_grid_pinpoints", "do_pan_and_scan")
     for key in deciding:
