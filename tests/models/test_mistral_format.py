@@ -233,6 +233,13 @@ def test_wrong_value_is_rejected_by_file_and_key(key: str) -> None:
             read(PIXTRAL, **{name: value}) if section else read({**PIXTRAL, name: value})
 
 
+def test_missing_values_have_the_defaults_of_mistrals_library() -> None:
+    config = read(PIXTRAL, num_channels=None, rope_theta=None, spatial_merge_size=None).config
+    assert (config.patch.channels, config.merge) == (3, 1)
+    assert config.rotary is not None
+    assert config.rotary.theta == 1e4
+
+
 def test_has_vision_needs_the_encoder(tmp_path: Path) -> None:
     for name, values, expected in (
         ("pixtral", PIXTRAL, True),

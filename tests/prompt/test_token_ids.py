@@ -16,6 +16,7 @@ from support.prompts import make_embedding
 from tritontower.embedding import ImageEmbedding
 from tritontower.errors import TokenSpaceExhaustedError, UsageError
 from tritontower.prompt import DEFAULT_BASE, TokenSpace, sanitize_ids, token_ids
+from tritontower.prompt.token_ids import order_by_ids
 
 
 def test_equal_images_share_ids() -> None:
@@ -49,6 +50,15 @@ def test_assigned_image_without_hash_keeps_its_identity(tmp_path: Path) -> None:
         assert space.assign(same).token_ids == named.token_ids
     assert space.assign(plain).token_ids != named.token_ids
     assert plain.content_hash == ""
+
+
+def test_images_with_the_ids_of_others_are_found_by_their_hashes() -> None:
+    first, second, plain = (
+        replace(make_embedding(3, content=content), token_ids=(7, 8, 9)) for content in ("a", "b", "")
+    )
+    assert order_by_ids([first, plain, first]) == [0]
+    with pytest.raises(UsageError, match="embedding 1 has the token ids of another one"):
+        order_by_ids([first, second])
 
 
 @pytest.mark.parametrize("contents", ["abc", ["", "", ""]], ids=["with content hashes", "without content hashes"])

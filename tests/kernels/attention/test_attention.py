@@ -159,6 +159,7 @@ def test_grouping_equal_segments_changes_no_bit(monkeypatch, length, dtype, by_m
 def test_split_covers_every_head_dim(dtype):
     known = {20: (32, 0), 36: (32, 16), 72: (64, 16), 88: (64, 32), 104: (128, 0)}
     assert {head_dim: split_head_dim(head_dim) for head_dim in known} == known
+    assert split_head_dim(104, torch.float32) == (64, 64)
     for head_dim in range(1, 129):
         main, tail = split_head_dim(head_dim, dtype)
         assert head_dim <= main + tail <= max(16, 2 * head_dim)
