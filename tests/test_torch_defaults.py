@@ -16,7 +16,7 @@ from tritontower.kernels.gemm import cpu
 from tritontower.prompt import prompt_positions
 
 CASES = all_cases()
-PROBES = (cpu.has_onednn_matmul, cpu.can_prepack, cpu.has_onednn_exponential)
+PROBES = (cpu.has_onednn_matmul, cpu.can_prepack)
 """Probes that run once per process."""
 
 

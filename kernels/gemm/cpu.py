@@ -1,11 +1,11 @@
 """Matrix multiplication on a CPU by torch's fastest library, with bits that do not depend on the other rows.
 
-torch multiplies fp32 matrices by MKL, which is half as fast as oneDNN on a CPU that is not Intel's.  MKL also sums a few
+torch multiplies fp32 matrices by MKL, which is slower than oneDNN on a CPU that is not Intel's.  MKL also sums a few
 rows in another order than many.  oneDNN's fused linear, which torch keeps for its own compiler, has neither problem and
 includes the epilogue.  Without it, these functions fall back to ``torch.nn.functional.linear``.
 """
 
-import platform
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,6 @@ _POST_OPERATIONS = {
     "silu": ("swish", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
-    "sigmoid": ("sigmoid", ""),
 }
 
 
@@ -152,35 +151,25 @@ def matmul(
 
 
 @lru_cache
-def has_onednn_exponential(dtype: torch.dtype) -> bool:
-    """Probes the matmul with ``sigmoid``: far below zero it must be an exponential, rounded to bf16 only at the store.
-
-    Only bf16 can use it: fp16 has no numbers that small, and fp32 needs the last bits, which a large shift takes away.
-    """
-    if dtype != torch.bfloat16 or not has_onednn_matmul(dtype):
-        return False
-    exponents = -torch.arange(10, 84, 0.5, dtype=torch.float32, device="cpu")
-    # 16 bits of an exponent: a multiple of a half and a small rest, whose sum bf16 could not hold.
-    x = torch.stack([exponents, torch.full_like(exponents, -0.0078125)], dim=1).to(dtype)
-    weight = torch.ones(32, 2, dtype=dtype, device="cpu")
-    expected = torch.exp(x.double().sum(1, keepdim=True)).to(dtype).expand(-1, 32)
+def amd_family() -> int:
+    """The family number of AMD's CPUs (25: Zen 3 and 4, 26: Zen 5); 0 for others, and where the system does not tell."""
     try:
-        weights = matmul(x, weight, None, "sigmoid")
-    except RuntimeError:
-        return False
-    # One unit in the last place of bf16 is at most 2⁻⁷; e^0.0078 is as much, so a sum rounded to bf16 would show.
-    return bool(((weights.double() / expected.double() - 1).abs() < 2**-7.5).all())
-
-
-@lru_cache
-def is_fused_attention_slow() -> bool:
-    """Tells if attention by :func:`matmul` is faster than torch's fused attention on this CPU.
-
-    The fused attention uses MKL for every dtype, which runs at half of oneDNN's speed on AMD's CPUs.  The vendor decides,
-    not a measurement: the two differ in the last bits, and the bits of a machine must not change by chance.
-    """
-    try:
-        vendor = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        found = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
-        vendor = platform.processor()
-    return "AuthenticAMD" in vendor and has_onednn_matmul(torch.float32)
+        return 0
+    family = re.search(r"AuthenticAMD\s+cpu family\s*: (\d+)", found)
+    return int(family[1]) if family else 0
+
+
+def attention_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to attend in: fp32 if that is at least as fast as torch's fused attention in ``dtype``."""
+    return torch.float32 if amd_family() else compute_dtype(dtype)
+
+
+def is_fused_attention_slow() -> bool:
+    """Tells if fp32 attention by :func:`matmul` is faster than torch's fused attention on this CPU.
+
+    oneDNN multiplies twice as fast as MKL from AMD's Zen 5 on, and equally fast before.  The CPU decides, not a
+    measurement: the two differ in the last bits, and the bits of a machine must not change by chance.
+    """
+    return amd_family() >= 26 and has_onednn_matmul(torch.float32)

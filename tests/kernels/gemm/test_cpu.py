@@ -23,11 +23,6 @@ needs_prepacking = pytest.mark.skipif(
 )
 
 
-def test_only_bf16_has_a_matmul_with_exponential():
-    assert not cpu.has_onednn_exponential(torch.float32)
-    assert not cpu.has_onednn_exponential(torch.float16)
-
-
 # One and a few rows, which plain oneDNN computes by other kernels; ragged and whole blocks; a full-size MLP.
 @needs_prepacking
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
