@@ -221,10 +221,7 @@ def flash_attention_varlen(
         and warp_specialized.find_obstacle(q, k, v, head_dim, config, architecture) is not None
     ):
         config = default_config(head_dim, q.dtype, architecture, longest=longest, length_bound=length_bound)
-    # Triton launches on the current device, wherever the tensors are.
-    with torch.cuda.device_of(q):
-        arguments = LaunchArguments(q, k, v, out, segments, None if queries_scaled else scale, config)
-        _MODULES[config.variant].launch(arguments)
+    _MODULES[config.variant].launch(LaunchArguments(q, k, v, out, segments, None if queries_scaled else scale, config))
     return out
 
 

@@ -6,8 +6,9 @@ unless heads are padded (see :func:`.attention.flash_attention_varlen`).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -327,10 +328,10 @@ def compute_score_factor(scale: float | None, *, is_optional: bool = False) -> f
     return scale * math.log2(math.e)
 
 
-def launch_kernel(
+def prepare_launch(
     kernel: Any, args: LaunchArguments, score_scale: float | None, block_rows: int, **others: Any
-) -> None:
-    """Launches one program per head and tile of ``block_rows`` rows; ``others`` are arguments of this kernel alone."""
+) -> Callable[[], None]:
+    """Returns the launch of one program per head and tile of ``block_rows`` rows; ``others`` are this kernel's alone."""
     config, device = args.config, args.q.device
     tiles = args.segments.tiles(block_rows, device)
     tokens, heads, _ = args.q.shape
@@ -351,7 +352,8 @@ def launch_kernel(
         "ALIGNMENT": args.alignment,
         **others,
     }
-    launch(
+    return partial(
+        launch,
         kernel,
         (len(tiles) * heads,),
         **{name: arguments[name] for name in kernel.arg_names},

@@ -33,13 +33,13 @@ from .common import (
     compute_score_factor,
     compute_scores,
     is_in_range,
-    launch_kernel,
     load_keys,
     load_queries,
     load_values,
     locate_tile,
     make_key_value_ptrs,
     online_softmax,
+    prepare_launch,
     scale_to_log2,
     split_head_dim,
     store_rows,
@@ -197,7 +197,7 @@ def _attention_fixed_kernel(
 def launch(args: LaunchArguments) -> None:
     """Launches one program per head and query tile."""
     spare = has_spare_column(args.heads.head_dim, args.heads.width, args.q.dtype)
-    launch_kernel(
+    prepare_launch(
         _attention_fixed_kernel,
         args,
         compute_score_factor(args.scale, is_optional=spare),
@@ -207,4 +207,4 @@ def launch(args: LaunchArguments) -> None:
         MAX_SUM=max_sum(args.q.dtype),
         GROUPS=min(GROUPS, args.config.block_keys),
         RECOMPUTE_KEYS=min(RECOMPUTE_KEYS, args.config.block_keys),
-    )
+    )()

@@ -12,11 +12,11 @@ from ..runtime._triton import tl, triton
 from .common import (
     LaunchArguments,
     compute_score_factor,
-    launch_kernel,
     load_queries,
     locate_tile,
     make_key_value_ptrs,
     online_softmax,
+    prepare_launch,
     store_rows,
 )
 
@@ -65,11 +65,11 @@ def _attention_online_kernel(
 
 def launch(args: LaunchArguments, *, overflowed: torch.Tensor | None = None) -> None:
     """Launches one program per head and query tile; computes only rows marked in ``overflowed`` (``[H, T]`` int8)."""
-    launch_kernel(
+    prepare_launch(
         _attention_online_kernel,
         args,
         compute_score_factor(args.scale),
         args.config.block_queries,
         overflowed_ptr=overflowed,
         RECOMPUTE=overflowed is not None,
-    )
+    )()

@@ -21,7 +21,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_rows, checked_output, next_power_of_two
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from ..runtime.segments import Segments
 
@@ -121,7 +121,6 @@ def default_config(head_dim: int, architecture: str) -> AttentionPoolingConfig:
     return AttentionPoolingConfig(block_keys=8192 // max(64, _columns(head_dim)), num_warps=8)
 
 
-@on_device_of_first
 def launch_attention_pooling(
     query: torch.Tensor,
     kv: torch.Tensor,

@@ -11,11 +11,11 @@ from .common import (
     LaunchArguments,
     compute_score_factor,
     compute_scores,
-    launch_kernel,
     load_keys,
     load_queries,
     load_values,
     locate_tile,
+    prepare_launch,
     store_rows,
 )
 
@@ -64,4 +64,4 @@ def _attention_single_block_kernel(
 def launch(args: LaunchArguments) -> None:
     """Launches one program per head and segment."""
     factor = compute_score_factor(args.scale)
-    launch_kernel(_attention_single_block_kernel, args, factor, args.config.block_keys)
+    prepare_launch(_attention_single_block_kernel, args, factor, args.config.block_keys)()

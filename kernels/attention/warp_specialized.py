@@ -36,8 +36,8 @@ from .common import (
     LaunchArguments,
     compute_score_factor,
     is_in_range,
-    launch_kernel,
     locate_tile,
+    prepare_launch,
     scale_to_log2,
     store_rows,
 )
@@ -227,7 +227,7 @@ def _launch(args: LaunchArguments) -> None:
             ("v_tail", args.v, heads.tail),
         )
     }
-    launch_kernel(
+    prepare_launch(
         _attention_specialized_kernel,
         args,
         compute_score_factor(args.scale, is_optional=spare),
@@ -241,6 +241,6 @@ def _launch(args: LaunchArguments) -> None:
         MIN_SUM=MIN_SUM,
         MAX_SUM=max_sum(q.dtype),
         STAGES=config.num_stages,
-    )
+    )()
     if overflowed is not None:
         online_softmax.launch(replace(args, config=RECOMPUTE), overflowed=overflowed)

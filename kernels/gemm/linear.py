@@ -29,7 +29,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows, checked_output
 from ..runtime.device_functions import activate
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import allocate_workspace, launch
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
@@ -250,7 +250,6 @@ def compute_partial_sums(
     return partial
 
 
-@on_device_of_first
 def launch_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

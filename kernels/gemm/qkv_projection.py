@@ -30,7 +30,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_matrix, check_rows, check_tensor, checked_output
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
@@ -222,7 +222,6 @@ def choose_config(
     return found or default_config(rows, columns, inner, dtype=dtype, architecture=configs.architecture(device))
 
 
-@on_device_of_first
 def launch_qkv_projection(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -38,10 +38,10 @@ _reduction_lock = Lock()
 
 @contextmanager
 def full_precision_reduction(dtype: torch.dtype) -> Iterator[None]:
-    """Makes cuBLAS sum the parts of a split product of 16-bit matrices in fp32, which torch by default leaves open.
+    """Makes cuBLAS sum the parts of a split matmul of 16-bit matrices in fp32, which torch by default leaves open.
 
     torch has one flag per dtype and process.  It changes only for the call, and one thread at a time: another thread's own
-    products may meanwhile be summed in fp32 as well, never less precisely.
+    matmuls may meanwhile be summed in fp32 as well, never less precisely.
     """
     name = _REDUCTIONS.get(dtype)
     if name is None:

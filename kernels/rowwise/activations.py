@@ -25,7 +25,7 @@ from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, checked_output
 from ..runtime.device_functions import activate
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
@@ -157,7 +157,6 @@ def flatten_rows(*tensors: torch.Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-@on_device_of_first
 def launch_activation(x: torch.Tensor, out: torch.Tensor, kind: str, config: ElementwiseConfig) -> None:
     """Launches one program per block of a row, for valid, non-empty tensors."""
     rows, columns = flatten_rows(x, out)
@@ -176,7 +175,6 @@ def launch_activation(x: torch.Tensor, out: torch.Tensor, kind: str, config: Ele
     )
 
 
-@on_device_of_first
 def launch_add(x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, config: ElementwiseConfig) -> None:
     """Launches one program per block of a row, for valid, non-empty tensors."""
     rows, columns = flatten_rows(x, y, out)

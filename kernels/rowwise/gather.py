@@ -17,7 +17,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows, check_tensor, checked_output
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from .common import TileConfig, check_index_range, default_config, locate_tile, row_chunks
 
@@ -126,7 +126,6 @@ def _gather_kernel(
     tl.store(out_ptr + row[:, None] * stride_om + column[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@on_device_of_first
 def launch_gather(
     source: torch.Tensor,
     index: torch.Tensor,

@@ -16,7 +16,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_rows, checked_output
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from .common import INTERPRETER_TILE, TileConfig, locate_tile, row_chunks
 
@@ -65,7 +65,6 @@ def default_config(architecture: str) -> TileConfig:
     return TileConfig(rows=4, columns=128, num_warps=2 if architecture.startswith("gfx") else 4)
 
 
-@on_device_of_first
 def launch_mean_rows(x: torch.Tensor, count: int, out: torch.Tensor, config: TileConfig) -> None:
     """Launches one program per tile of ``out``, for valid, non-empty tensors."""
     rows, width = out.shape

@@ -25,7 +25,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, checked_output, next_power_of_two
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from ..runtime.registry import lookup
 from ..runtime.valid_rows import ValidRows, get_valid_count, planned_rows
@@ -238,7 +238,6 @@ def choose_config(
     return found or default_config(width, configs.architecture(device))
 
 
-@on_device_of_first
 def launch_norm(
     x: torch.Tensor,
     weight: torch.Tensor,

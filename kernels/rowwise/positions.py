@@ -22,7 +22,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_tensor, checked_output, next_power_of_two
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 
 FrequencyLayout = Literal["halves", "alternating"]
@@ -207,7 +207,6 @@ def default_config(architecture: str) -> RotaryTableConfig:
     return RotaryTableConfig(rows=256 if architecture == "interpreter" else 32, num_warps=4)
 
 
-@on_device_of_first
 def launch_rotary_table(
     positions: torch.Tensor,
     frequencies: tuple[torch.Tensor, torch.Tensor],

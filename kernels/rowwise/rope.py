@@ -21,7 +21,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, next_power_of_two
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from .common import row_chunks
 
@@ -111,7 +111,6 @@ def default_config(architecture: str) -> RopeConfig:
     return RopeConfig(rows=32 if architecture.startswith("gfx") else 16, heads=4, num_warps=4)
 
 
-@on_device_of_first
 def launch_rope(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -16,7 +16,7 @@ import torch
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.checks import check_float, check_not_overwritten, check_tensor, checked_output
-from ..runtime.dispatch import on_device_of_first, runs_kernel
+from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from .common import TileConfig, check_index_range, default_config, locate_tile
 
@@ -67,7 +67,6 @@ def _is_in_place(text: torch.Tensor, out: torch.Tensor) -> bool:
     return out.data_ptr() == text.data_ptr() and out.stride() == text.stride()
 
 
-@on_device_of_first
 def launch_splice(
     text: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, add: bool, out: torch.Tensor, config: TileConfig
 ) -> None:

@@ -12,19 +12,16 @@ on the CPU, with          ``"interpreter"``: the kernel, run by Triton's interpr
 :func:`use` overrides the backend for a block of code; tests compare backends with it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
-from typing import Concatenate, Literal, ParamSpec
+from typing import Literal
 
 import torch
 
 from ._triton import HAS_TRITON, INTERPRETED
 
 Backend = Literal["triton", "interpreter", "reference"]
-
-Parameters = ParamSpec("Parameters")
 
 _override: ContextVar[Backend | None] = ContextVar("tritontower_backend", default=None)
 
@@ -53,19 +50,6 @@ def backend_on(device: torch.device) -> Backend:
 def runs_kernel(tensor: torch.Tensor) -> bool:
     """Tells if an operation on ``tensor`` launches its Triton kernel, compiled or interpreted."""
     return backend_for(tensor) != "reference"
-
-
-def on_device_of_first(
-    launcher: Callable[Concatenate[torch.Tensor, Parameters], None],
-) -> Callable[Concatenate[torch.Tensor, Parameters], None]:
-    """Decorates a launcher to run with its first tensor's device as the current one, where Triton launches."""
-
-    @wraps(launcher)
-    def guarded(first: torch.Tensor, /, *arguments: Parameters.args, **options: Parameters.kwargs) -> None:
-        with torch.cuda.device_of(first):
-            launcher(first, *arguments, **options)
-
-    return guarded
 
 
 @contextmanager

@@ -11,8 +11,13 @@ import torch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Launches a jitted ``kernel`` on ``grid``; ``options`` are named arguments, warps and stages."""
-    kernel[grid](*arguments, **options)
+    """Launches a jitted ``kernel`` on ``grid``; ``options`` are named arguments, warps and stages.
+
+    Triton launches on the current device: that of the first tensor becomes it.
+    """
+    first = next(value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor))
+    with torch.cuda.device_of(first):
+        kernel[grid](*arguments, **options)
 
 
 def call_library(function: Callable[..., Any], *arguments: Any, **options: Any) -> None:

@@ -11,35 +11,10 @@ import pytest
 import torch
 
 import tritontower
-from tritontower.kernels.attention import pooling_head
-from tritontower.kernels.attention.attention import flash_attention_varlen
-from tritontower.kernels.gemm import linear, patch_projection, qkv_projection
-from tritontower.kernels.rowwise import activations, gather, mean_pool, norm, positions, rope, splice
-from tritontower.kernels.runtime.segments import Segments
+from tritontower.kernels.rowwise import activations
+from tritontower.kernels.runtime.launch import launch
 
 pytest.importorskip("triton", reason="launching needs Triton, which ships for Linux only")
-
-
-def launch_attention(rows: torch.Tensor) -> None:
-    """Launches attention by its public wrapper, which selects the device itself."""
-    flash_attention_varlen(rows, rows, rows, Segments.from_lengths([1]))
-
-
-LAUNCHERS = [
-    launch_attention,
-    pooling_head.launch_attention_pooling,
-    activations.launch_activation,
-    activations.launch_add,
-    gather.launch_gather,
-    linear.launch_linear,
-    norm.launch_norm,
-    patch_projection.launch_patch_projection,
-    mean_pool.launch_mean_rows,
-    positions.launch_rotary_table,
-    qkv_projection.launch_qkv_projection,
-    rope.launch_rope,
-    splice.launch_splice,
-]
 
 
 def run_launches(architecture: str) -> list[dict[str, Any]]:
@@ -66,8 +41,7 @@ def test_every_boundary_launches(architecture):
     assert len(found) > 80
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.__name__)
-def test_launchers_select_the_device_of_their_tensors(launcher, kernel_device, monkeypatch):
+def test_launches_select_the_device_of_their_first_tensor(monkeypatch):
     # Triton launches on the current device, which may not be that of the tensors.
     class Reached(Exception):
         pass
@@ -76,10 +50,11 @@ def test_launchers_select_the_device_of_their_tensors(launcher, kernel_device, m
         raise Reached(tensor)
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    first = torch.zeros(1, 1, 16, device=kernel_device)
-    with pytest.raises(Reached) as reached:
-        launcher(first)
-    assert reached.value.args[0] is first
+    first, second = torch.zeros(1), torch.zeros(1)
+    for arguments, options in (((1, first, second), {}), ((), {"x_ptr": first, "rows": 1, "out_ptr": second})):
+        with pytest.raises(Reached) as reached:
+            launch(None, (1,), *arguments, **options)
+        assert reached.value.args[0] is first
 
 
 def test_tensors_near_2_to_the_31_elements_use_row_strides():
