@@ -12,10 +12,20 @@ import pytest
 import torch
 
 from tritontower import VisionTower, cli
-from tritontower.benchmarks import documents, images, matmul_only, measuring, plots, preprocessing, subprocesses, towers
+from tritontower.benchmarks import (
+    documents,
+    images,
+    matmul_only,
+    measuring,
+    peers,
+    plots,
+    preprocessing,
+    subprocesses,
+    towers,
+)
 from tritontower.benchmarks.launches import launch_rows
 from tritontower.benchmarks.measuring import Timing, interleaved, portable_command, provenance, time_on_device
-from tritontower.benchmarks.towers import CheckedReference, node_seconds, split_table
+from tritontower.benchmarks.towers import CheckedReference, fastest_baseline, node_seconds, split_table
 from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
@@ -351,6 +361,56 @@ class TestPlots:
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+class FakeOpenVINO:
+    """Runs the model by torch, as OpenVINO would run the compiled one."""
+
+    def __init__(self) -> None:
+        self.Core, self.options = lambda: self, {}
+
+    def convert_model(self, model, example_input=None):
+        return model if example_input else model.module()
+
+    def compile_model(self, model, device, options):
+        self.options = options
+        request = SimpleNamespace(infer=lambda arrays: [model(*map(torch.from_numpy, arrays)).detach().numpy()])
+        return SimpleNamespace(create_infer_request=lambda: request)
+
+
+class TestPeers:
+    def test_openvino_runs_the_model_of_transformers(self, monkeypatch, tower):
+        openvino = FakeOpenVINO()
+        monkeypatch.setitem(sys.modules, "openvino", openvino)
+        row = self.compare(tower, "openvino")
+        assert row["status"] == "ok", row
+        assert row["distances"]["OpenVINO"] <= 1e-5
+        assert openvino.options["INFERENCE_PRECISION_HINT"] == "f32"
+
+    def test_zentorch_is_a_backend_of_torch_compile(self, monkeypatch, tower):
+        monkeypatch.setitem(sys.modules, "zentorch", SimpleNamespace())
+        compiled = []
+        monkeypatch.setattr(torch, "compile", lambda module, **options: compiled.append(options) or module)
+        row = self.compare(tower, "zentorch")
+        assert row["distances"]["torch.compile, zentorch"] <= 1e-5
+        assert row["ratio"] == fastest_baseline(row)[1] > 0
+        assert compiled == [{"backend": "zentorch", "dynamic": False}]
+
+    def test_onnxruntime_takes_fp32_only(self, monkeypatch, tower):
+        monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())
+        with pytest.raises(UsageError, match="set --dtype float32"):
+            peers.onnxruntime(SimpleNamespace(dtype=torch.bfloat16), images.square_batch(tower, 16))
+
+    @pytest.mark.parametrize("name", towers.PEERS)
+    def test_a_missing_package_is_named(self, monkeypatch, run, name):
+        monkeypatch.setattr(peers, "find_spec", lambda package: None)
+        code, _, error = run("towers", "--family", "CLIP", "--against", f"sdpa,{name}")
+        assert code != 0
+        assert f"against {name} needs the package {name}; run pip install {name}" in error
+
+    def compare(self, tower, name):
+        reference = CheckedReference(tower, tower.dtype)
+        return towers.compare_times(tower, reference, images.square_batch(tower, 16), repeats=1, baselines=[name])
+
+
 class TestSplit:
     def test_every_node_kind_is_timed_once(self, tower):
         seconds = node_seconds(tower, images.square_batch(tower, 16), repeats=1)
@@ -375,7 +435,7 @@ class TestCommand:
         assert report == json.loads(output.read_text())
         assert [row["batch"] for row in report["rows"]] == ["16 patches", "64 patches", "84 × 56"]
         assert report["dtype"] == "float32"
-        assert "ratio: fastest transformers ÷ tritontower" in table
+        assert "ratio: fastest baseline ÷ tritontower" in table
         assert "Milliseconds by node kind" in table
 
     def test_preprocessing_of_several_families(self, run):
@@ -453,7 +513,10 @@ class TestCommand:
             (("towers", "--depth", "3"), "--depth needs --family"),
             (("towers", "--family", "CLIP", "--depth", "-3"), "must be a positive whole number, got '-3'"),
             (("towers", "--plot", "towers.svg"), "must end in .png"),
-            (("towers", "--against", "jax"), "against must be among sdpa, eager, compile, got jax"),
+            (
+                ("towers", "--against", "jax"),
+                "against must be among sdpa, eager, compile, openvino, zentorch, onnxruntime, got jax",
+            ),
             (("preprocessing", "--patches", "64"), "--patches has no effect on preprocessing"),
             (("loading", "--family", "all"), "--family of `bench loading` must be one title"),
             (("everything",), "invalid choice: 'everything'"),

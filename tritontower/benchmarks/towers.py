@@ -25,6 +25,7 @@ from tritontower.graph.ir import Node
 from tritontower.parity.parity import OutputParity, Reference, compare_outputs, relative_error
 from tritontower.text_table import text_table
 
+from . import peers
 from .documents import Document, Report, describe_error, describe_machine, list_failures, median_seconds, milliseconds
 from .images import noise_batch
 from .kernels import OURS
@@ -51,8 +52,14 @@ BASELINES: Mapping[str, str] = {
     "sdpa": "transformers sdpa",
     "eager": "transformers eager",
     "compile": "transformers sdpa, torch.compile",
+    "openvino": "OpenVINO",
+    "zentorch": "torch.compile, zentorch",
+    "onnxruntime": "ONNX Runtime",
 }
-"""Option → name of the candidate in the document."""
+"""Option → name of the candidate in the document.  All run transformers' model; the last three need a CPU."""
+
+PEERS = ("openvino", "zentorch", "onnxruntime")
+"""Options of :mod:`.peers`, named as their packages."""
 
 SHORT_SECONDS = 1.5
 SHORT_REPEATS = 7
@@ -96,6 +103,9 @@ def benchmark_towers(
     """
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise UsageError(f"against must be among {', '.join(BASELINES)}, got {', '.join(unknown)}")
+    for name in baselines:
+        if name in PEERS:
+            peers.check_installed(name)
     report: Report | None = None
     for title, source in sources:
         with source() as folder:
@@ -179,7 +189,7 @@ def compare_times(
         assert reference is not None
         name = BASELINES[option]
         try:
-            call = _BUILD_BASELINE[option](reference, reference.inputs(packed))
+            call = _BUILD_BASELINE[option](reference, packed)
             distances[name] = relative_error(result, call()["embeddings"])
         except Exception as error:  # compilers and memory fail in many ways, none of which is this project's
             notes[name] = describe_error(error)
@@ -255,7 +265,7 @@ def split_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def fastest_baseline(row: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """The fastest transformers candidate, and its median ÷ the tower's; ``None`` without one."""
+    """The fastest baseline, and its median ÷ the tower's; ``None`` without one."""
     seconds = median_seconds(row)
     theirs = {name: value for name, value in seconds.items() if name in BASELINES.values()}
     if not theirs:
@@ -264,10 +274,14 @@ def fastest_baseline(row: Mapping[str, Any]) -> tuple[str | None, float | None]:
     return name, theirs[name] / seconds[OURS]
 
 
-Outputs = Callable[[], Mapping[str, torch.Tensor]]
+def _sdpa(reference: Reference, batch: PackedBatch) -> peers.Outputs:
+    inputs = reference.inputs(batch)
+    return lambda: reference.outputs(inputs)
 
 
-def _eager(reference: Reference, inputs: Any) -> Outputs:
+def _eager(reference: Reference, batch: PackedBatch) -> peers.Outputs:
+    inputs = reference.inputs(batch)
+
     def call() -> Mapping[str, torch.Tensor]:
         with _attention(reference.model, "eager"):
             return reference.outputs(inputs)
@@ -275,7 +289,9 @@ def _eager(reference: Reference, inputs: Any) -> Outputs:
     return call
 
 
-def _compiled(reference: Reference, inputs: Any) -> Outputs:
+def _compiled(reference: Reference, batch: PackedBatch) -> peers.Outputs:
+    inputs = reference.inputs(batch)
+
     def outputs() -> Mapping[str, torch.Tensor]:
         return reference.implementation.outputs(reference.model, inputs, reference.tower.config)
 
@@ -288,10 +304,11 @@ def _compiled(reference: Reference, inputs: Any) -> Outputs:
     return call
 
 
-_BUILD_BASELINE: Mapping[str, Callable[[Reference, Any], Outputs]] = {
-    "sdpa": lambda reference, inputs: lambda: reference.outputs(inputs),
+_BUILD_BASELINE: Mapping[str, Callable[[Reference, PackedBatch], peers.Outputs]] = {
+    "sdpa": _sdpa,
     "eager": _eager,
     "compile": _compiled,
+    **{name: getattr(peers, name) for name in PEERS},
 }
 
 
@@ -337,9 +354,7 @@ def table(found: Mapping[str, Any]) -> str:
                 f"{max(row['distances'].values()):.1e}" if row["checked"] else "unchecked",
             )
         )
-    title = (
-        f"Forward pass, {found['dtype']}, {describe_machine(found)}; ratio: fastest transformers ÷ tritontower, medians"
-    )
+    title = f"Forward pass, {found['dtype']}, {describe_machine(found)}; ratio: fastest baseline ÷ tritontower, medians"
     lines = [text_table(title, (*columns, "ratio", "TFLOP/s", "distance"), rows)]
     lines += list_failures(found, ("family", "batch"))
     splits = {f"{row['family']} {row['batch']}": row["node_seconds"] for row in found["rows"] if "node_seconds" in row}

@@ -81,7 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--against",
         metavar="NAMES",
-        help="towers: how transformers runs: sdpa, eager, compile, separated by commas, or none (default: sdpa); "
+        help="towers: how transformers' model runs: sdpa, eager, compile, openvino, zentorch, onnxruntime, separated by "
+        "commas, or none (default: sdpa); "
         "kernels and loading: none drops the baselines",
     )
     parser.add_argument("--split", action="store_true", help="towers: also the time of each kind of node")
