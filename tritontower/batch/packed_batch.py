@@ -12,6 +12,7 @@ import torch
 
 from tritontower.config import BatchForm, TowerConfig
 from tritontower.graph.ir import Workload
+from tritontower.kernels.gemm.aligned_rows import align_rows, include_padding
 from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER
 from tritontower.kernels.rowwise.positions import merge_block_positions
 from tritontower.kernels.runtime.segments import Segments
@@ -164,8 +165,8 @@ class PackedBatch:
         return {"pixels": self.pixels, **_list_tensors(self.attention), **_list_tensors(self.tokens)}
 
     def pinned(self) -> "PackedBatch":
-        """Returns the batch with its pixels in page-locked memory, for asynchronous copies to a GPU; needs a GPU."""
-        return replace(self, pixels=self.pixels.pin_memory())
+        """Returns the batch with its pixels in aligned, page-locked rows, for asynchronous copies to a GPU; needs a GPU."""
+        return replace(self, pixels=align_rows(self.pixels, pinned=True))
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch with its tensors on ``device``; the copies are asynchronous."""
@@ -176,7 +177,7 @@ class PackedBatch:
             tensors = _list_tensors(record).items()
             return replace(record, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors})
 
-        pixels = self.pixels.to(device, non_blocking=True)
+        pixels = include_padding(self.pixels).to(device, non_blocking=True)[:, : self.pixels.shape[1]]
         return replace(self, pixels=pixels, attention=move(self.attention), tokens=move(self.tokens))
 
 

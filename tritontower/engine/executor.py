@@ -17,6 +17,8 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Node, Workload
 from tritontower.graph.memory_plan import MemoryPlan, plan_memory
+from tritontower.kernels.gemm.aligned_rows import align_rows
+from tritontower.kernels.runtime.dispatch import runs_kernel
 
 from .cuda_graphs import CudaCapture
 from .graph_cache import CaptureLimits, CudaGraphCache
@@ -76,6 +78,8 @@ class Executor:
                 sources, attention = batch.tensors, batch.attention
                 tensors = {**self._view_arena(batch.workload), **outputs}
                 tensors |= {name: sources[name] for name in self.graph.inputs}
+                if runs_kernel(batch.pixels):
+                    tensors["pixels"] = align_rows(batch.pixels)
                 metadata = BatchMetadata(attention.segments, attention.windows, attention.tiles, attention.side)
                 observed = tensors
             else:

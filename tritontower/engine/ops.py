@@ -14,6 +14,7 @@ from tritontower.errors import UsageError
 from tritontower.graph.ir import Node, NodeKind, Rows, Weight
 from tritontower.kernels.attention.attention import flash_attention_varlen
 from tritontower.kernels.attention.pooling_head import attention_pooling
+from tritontower.kernels.gemm.aligned_rows import align_rows
 from tritontower.kernels.gemm.linear import linear
 from tritontower.kernels.gemm.patch_projection import fold_temporal, patch_projection
 from tritontower.kernels.gemm.qkv_projection import qkv_projection
@@ -23,6 +24,7 @@ from tritontower.kernels.rowwise.mean_pool import mean_rows
 from tritontower.kernels.rowwise.norm import norm
 from tritontower.kernels.rowwise.positions import axial_frequencies, rotary_table
 from tritontower.kernels.rowwise.rope import rope_
+from tritontower.kernels.runtime.dispatch import runs_kernel
 from tritontower.kernels.runtime.launch import call_library
 from tritontower.kernels.runtime.segments import Segments
 from tritontower.kernels.runtime.valid_rows import ValidRows
@@ -64,11 +66,15 @@ TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def bind_weight(weight: Weight, sources: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns a weight as its node uses it; a reordered tensor that is missing is made from the canonical one."""
+    """Returns a weight as its node uses it; a reordered tensor that is missing is made from the canonical one.
+
+    Where kernels run, the rows of a matrix are aligned.
+    """
     held = sources.get(weight.held_name)
     if held is None and weight.weight_layout is not None:
         held = weight.weight_layout.apply(sources[weight.source])
-    return TRANSFORMS[weight.transform](sources[weight.source] if held is None else held)
+    bound = TRANSFORMS[weight.transform](sources[weight.source] if held is None else held)
+    return align_rows(bound) if bound.ndim == 2 and runs_kernel(bound) else bound
 
 
 def bind_node(node: Node, weights: Weights) -> Step:

@@ -8,6 +8,8 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Rows, Workload
 from tritontower.graph.memory_plan import ALIGNMENT, MemoryPlan, plan_memory
+from tritontower.kernels.gemm.aligned_rows import ALIGNMENT as ROW_ALIGNMENT
+from tritontower.kernels.gemm.aligned_rows import include_padding
 from tritontower.kernels.runtime.checks import align_up
 from tritontower.kernels.runtime.segments import Segments, StaticSegments
 from tritontower.kernels.runtime.valid_rows import ValidRows
@@ -26,21 +28,23 @@ _COUNTERS = {dimension: number * _TABLE_ALIGNMENT for number, dimension in enume
 
 @dataclass(frozen=True)
 class MemorySlot:
-    """A matrix at a fixed offset of a block of memory."""
+    """A matrix at a fixed offset of a block of memory; rows are ``stride`` elements apart (0: as many as are in a row)."""
 
     offset: int
     rows: int
     width: int
     dtype: torch.dtype
+    stride: int = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the matrix."""
-        return self.rows * self.width * self.dtype.itemsize
+        """Bytes of the matrix, with the padding of its rows."""
+        return self.rows * (self.stride or self.width) * self.dtype.itemsize
 
     def view(self, memory: torch.Tensor) -> torch.Tensor:
         """Returns the matrix as a view of a uint8 tensor."""
-        return memory[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.rows, self.width)
+        elements = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
+        return elements.view(self.rows, self.stride or self.width)[:, : self.width]
 
 
 class AddressMap:
@@ -55,8 +59,10 @@ class AddressMap:
 
         def slot(name: str, offset: int) -> MemorySlot:
             value = graph.values[name]
-            kind = bucket.pixels if name == "pixels" else value.torch_dtype(dtype)
-            return MemorySlot(offset, value.held_rows(bucket.workload), value.width, kind)
+            rows = value.held_rows(bucket.workload)
+            if name == "pixels":
+                return MemorySlot(offset, rows, value.width, bucket.pixels, align_up(value.width, ROW_ALIGNMENT))
+            return MemorySlot(offset, rows, value.width, value.torch_dtype(dtype))
 
         self.slots = {name: slot(name, offset) for name, offset in plan.offsets.items()}
         end = plan.arena_bytes
@@ -166,10 +172,18 @@ class StaticBuffers:
 
     def _copy_padded(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies ``source``, followed by zeros."""
-        if target.device.type == "cuda" and source.device.type == "cpu" and not source.is_pinned():
-            source = self._stage(source.numel(), source.dtype).view(source.shape).copy_(source)
-        rows = len(source)
-        target[:rows].copy_(source, non_blocking=True)
+        rows, width = source.shape
+        target = include_padding(target)
+        if target.device.type == "cuda" and source.device.type == "cpu":
+            # Rows with their padding: torch copies other strides through a temporary.
+            whole = include_padding(source)
+            if whole.shape != target[:rows].shape or not source.is_pinned():
+                whole = self._stage(rows * target.shape[1], source.dtype).view(rows, -1)
+                whole[:, :width].copy_(source)
+                whole[:, width:].zero_()
+            target[:rows].copy_(whole, non_blocking=True)
+        else:
+            target[:rows, :width].copy_(source, non_blocking=True)
         target[rows:].zero_()
 
     def _stage(self, count: int, dtype: torch.dtype, *, zeroed: bool = False) -> torch.Tensor:
@@ -207,5 +221,7 @@ def plan_static_buffers(
     """
     plan = plan_memory(graph, round_up_workload(workload, rows_per_token=rows_per_token, tile_rows=tile_rows), itemsize)
     outputs = plan_memory(graph, workload, itemsize).output_bytes
-    excess = (torch.float32.itemsize - pixels.itemsize) * plan.workload.patches * graph.values["pixels"].width
-    return replace(plan, input_bytes=plan.input_bytes - excess, output_bytes=plan.output_bytes + outputs)
+    width = graph.values["pixels"].width
+    added = pixels.itemsize * align_up(width, ROW_ALIGNMENT) - torch.float32.itemsize * width
+    inputs = plan.input_bytes + plan.workload.patches * added
+    return replace(plan, input_bytes=inputs, output_bytes=plan.output_bytes + outputs)

@@ -7,6 +7,7 @@ from support.gemm import make_pixels as pixels
 from support.numbers import TOLERANCE, relative_error, tolerance
 
 from tritontower.kernels.gemm import patch_projection as patch_projection_module
+from tritontower.kernels.gemm.aligned_rows import align_rows, include_padding
 from tritontower.kernels.gemm.patch_projection import fold_normalization, fold_temporal, patch_projection
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -48,6 +49,19 @@ def test_matches_fp64(device, kind, dtype, rows, inner):
     assert relative_error(y, expected_linear(patches, weight, bias, None, table[index.long()])) <= tolerance(
         dtype, y.numel()
     )
+
+
+@pytest.mark.parametrize(("kind", "garbage"), [(torch.uint8, 255), (torch.float32, float("nan"))])
+def test_aligned_rows_have_the_same_bits(device, kind, garbage):
+    weight, bias, _ = weights(20, 588, torch.bfloat16, device)
+    patches = pixels(37, 588, kind, device)
+    aligned = align_rows(patches)
+    assert (aligned.stride(), align_rows(aligned) is aligned) == ((592, 1), True)
+    assert include_padding(aligned).shape == (37, 592)
+    assert include_padding(aligned[:, 1:]).shape == (37, 587)
+    include_padding(aligned)[:, 588:] = garbage
+    y = patch_projection(patches, weight, bias, config=SMALL)
+    assert torch.equal(patch_projection(aligned, align_rows(weight), bias, config=SMALL), y)
 
 
 @pytest.mark.parametrize("inner", [768, 1536])
