@@ -91,9 +91,9 @@ class VisionTower(TowerModel):
                 ``{"do_pan_and_scan": True}``.
             limits: limits on the size of an image.
             cache: caches embeddings of images that come again; by default nothing is cached.  Towers may share one.
-            cuda_graphs: whether a GPU captures a forward pass as a CUDA graph when a batch size comes the second time, and
-                replays it afterwards.  :class:`~tritontower.engine.graph_cache.CaptureLimits` limits their number and
-                memory (by default 32 graphs and 4 GiB).  See :meth:`warm_up`.  It never changes an embedding.
+            cuda_graphs: whether a GPU captures a forward pass as a CUDA graph when a batch size comes for the first time,
+                and replays it afterwards.  :class:`~tritontower.engine.graph_cache.CaptureLimits` limits their memory (by
+                default 4 GiB).  See :meth:`warm_up`.  It never changes an embedding.
             revision, token, cache_dir, local_files_only: as in ``huggingface_hub``.
             progress: called with the bytes read so far and the total.
 
@@ -322,7 +322,7 @@ class VisionTower(TowerModel):
         """Compiles kernels, allocates memory and captures CUDA graphs for batches of these sizes.
 
         Each batch runs once with noise as images.  Without this, a batch size is captured when it comes the second time.
-        Batches whose patches differ by less than a sixteenth may share a graph.  Videos are captured as they come.  On a
+        Batches whose patches differ by less than a sixteenth (an eighth below 1,024) may share a graph.  Videos are captured as they come.  On a
         CPU there is nothing to do.  During a capture, other threads may use the GPU, except torch's random numbers on it.
 
         Args:

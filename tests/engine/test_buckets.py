@@ -11,7 +11,14 @@ from support.checkpoints import noise
 from support.towers import TowerCase, all_cases
 
 from tritontower import VisionTower
-from tritontower.engine.buckets import STEPS, BucketPlanner, SegmentCapacity, round_up, round_up_workload
+from tritontower.engine.buckets import (
+    COARSE_STEPS,
+    BucketPlanner,
+    SegmentCapacity,
+    round_up,
+    round_up_workload,
+    row_steps,
+)
 from tritontower.graph.ir import Workload
 from tritontower.kernels.runtime.segments import Segments
 
@@ -33,12 +40,12 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return load
 
 
-@pytest.mark.parametrize("steps", [4, 16])
+@pytest.mark.parametrize("steps", [4, 8, 16])
 def test_rounding_adds_less_than_one_step(steps: int) -> None:
     before = 0
     for count in range(1, 20_000, 37):
         segments = Segments([count])
-        capacity = SegmentCapacity.for_segments(segments, round_up(count), None)
+        capacity = SegmentCapacity.for_segments(segments, round_up(count, row_steps(count)), None)
         assert len(capacity.pad_lengths(segments)) <= capacity.count
     for count in range(1, 20_000):
         size = round_up(count, steps)
@@ -46,8 +53,8 @@ def test_rounding_adds_less_than_one_step(steps: int) -> None:
         assert size >= before
         assert round_up(size, steps) == size
         before = size
-    assert [round_up(count) for count in (0, 1, 31, 33, 577, 1000, 16384)] == [0, 1, 31, 34, 608, 1024, 16384]
-    assert len({round_up(count) for count in range(2**12, 2**13 + 1)}) == 17
+    assert [round_up(count, 16) for count in (0, 1, 31, 33, 577, 1000, 16384)] == [0, 1, 31, 34, 608, 1024, 16384]
+    assert len({round_up(count, steps) for count in range(2**12, 2**13 + 1)}) == steps + 1
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
@@ -55,13 +62,16 @@ def test_rounded_workloads_stay_consistent(case: TowerCase, load: Load) -> None:
     tower = load(case.name)
     config, per_token = tower.config, tower.config.rows_per_token
     generator = random.Random(0)
-    for images in (1, 2, 17, 33):
+    for images in (1, 2, 17, 33, 150):
         sizes = [(generator.randint(28, 120), generator.randint(28, 120)) for _ in range(images)]
         workload = tower.workload(sizes)
+        most = 1 / 8 if workload.patches < 1024 else 1 / 16
         plan = round_up_workload(workload, rows_per_token=per_token, tile_rows=config.longest_segment)
         for dimension in ("patches", "selected", "merged", "tokens", "tiles"):
             valid, size = workload.rows(dimension), plan.rows(dimension)
-            assert valid <= size <= valid + valid / STEPS, dimension
+            # Tokens that are gathered from several tiles cost little.
+            is_cheap = dimension == "tokens" and workload.tokens != workload.rows("merged")
+            assert valid <= size <= valid * (1 + (1 / COARSE_STEPS if is_cheap else most)), dimension
         assert plan.rows("selected") == plan.rows("merged") * per_token
         if workload.tokens == workload.rows("merged"):
             assert plan.tokens == plan.rows("merged")
@@ -80,7 +90,7 @@ def test_tiles_must_have_the_given_rows() -> None:
 @pytest.mark.parametrize("bound", [None, 4000])
 def test_padding_is_in_short_segments_of_its_own(bound: int | None) -> None:
     segments = Segments([4000, 96, 1])
-    capacity = SegmentCapacity.for_segments(segments, round_up(4097), bound)
+    capacity = SegmentCapacity.for_segments(segments, round_up(4097, 16), bound)
     lengths = capacity.pad_lengths(segments)
     assert lengths == (4000, 96, 1, 64, 64, 64, 63)
     assert sum(lengths) == capacity.total
@@ -92,10 +102,10 @@ def test_padding_is_in_short_segments_of_its_own(bound: int | None) -> None:
 def test_batches_of_similar_size_share_a_bucket(load: Load) -> None:
     tower = load("qwen2_vl")
     planner = BucketPlanner(tower.graph, tower.device)
-    shapes = [(1400, 1400), (1372, 1400), (1400, 1386), (1092, 1820)]
+    shapes = [(1400, 1400), (1372, 1400), (1400, 1386), (3640, 532)]
     buckets = [planner.bucket(tower.preprocess(np.zeros((h, w, 3), np.uint8))) for w, h in shapes]
     assert buckets[0] == buckets[1] == buckets[2]
-    assert buckets[3] != buckets[0], "a side beyond a power of two"
+    assert buckets[3] != buckets[0], "a side of more than 256 patches"
 
 
 def test_tiles_of_several_sizes_have_no_bucket(load: Load) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -108,6 +109,13 @@ def memory_of(executor: Executor) -> int:
     return executor.graph_cache.memory.numel()
 
 
+def room_for(graphs: int, tower: VisionTower) -> CaptureLimits:
+    """Limits that some graphs fit into, with what their launches allocate, and no older block."""
+    _, planned = both(tower)
+    planned.warm_up(tower.preprocess(noise(90, 90, 1)))
+    return CaptureLimits(max_bytes=graphs * planned.captured_bytes + 50_000)
+
+
 def poison(executor: Executor) -> None:
     """Fills all buffers with NaN, or −1 for integers."""
     with torch.inference_mode():
@@ -141,14 +149,14 @@ def test_repeated_launches_have_the_bits_of_exact_sizes(
     exact, planned = both(tower, recorder)
     first, second = (noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:2]))
     planned.run(tower.preprocess([first, second]))
-    # Other pixels in another order, hence other segments: captured now, and replayed once.
-    batch = tower.preprocess([second[::-1], first])
-    assert_same(planned.run(batch), exact.run(batch))
+    # Captured now, and replayed once.
     assert (recorder.captures, recorder.replays) == (1, 1)
-    batch = tower.preprocess([first[::-1], second])
-    poison(planned)
-    assert_same(planned.run(batch), exact.run(batch))
-    assert (recorder.captures, recorder.replays) == (1, 2)
+    # Other pixels in another order, hence other segments.
+    for replays, images in enumerate(([second[::-1], first], [first[::-1], second]), start=2):
+        batch = tower.preprocess(images)
+        poison(planned)
+        assert_same(planned.run(batch), exact.run(batch))
+        assert (recorder.captures, recorder.replays) == (1, replays)
 
 
 def test_observers_see_the_valid_rows_of_eager_steps(tower: VisionTower) -> None:
@@ -169,7 +177,7 @@ def test_observers_see_the_valid_rows_of_eager_steps(tower: VisionTower) -> None
 
 
 def test_threads_share_graphs(tower: VisionTower) -> None:
-    exact, planned = both(tower, limits=CaptureLimits(max_graphs=3))
+    exact, planned = both(tower, limits=room_for(3, tower))
     sizes = [(157, 243), (28, 28), (300, 64), (14, 700), (90, 90)]
     batches = [tower.preprocess([noise(w, h, w + h)] * count) for w, h in sizes for count in (1, 2)]
     expected = [exact.run(batch)["embeddings"] for batch in batches]
@@ -200,7 +208,8 @@ def test_warming_up_captures_at_once(tower: VisionTower, small: PackedBatch) -> 
     assert planned.warm_up(small)
     assert planned.warm_up(small)
     assert (recorder.captures, planned.captured) == (1, 1)
-    assert planned.captured_bytes == memory_of(planned) + 1000
+    (buffers,) = buffers_of(planned)
+    assert planned.captured_bytes == buffers.driver_bytes + 1000 > graph_cache.NODE_BYTES
     assert_same(planned.run(small), exact.run(small))
     assert not exact.warm_up(small)
     assert (exact.captured, exact.captured_bytes) == (0, 0)
@@ -210,7 +219,6 @@ def test_a_failed_capture_leaves_its_bucket_eager(tower: VisionTower, small: Pac
     recorder = StepRecorder()
     exact, planned = both(tower, recorder)
     recorder.error = RuntimeError("operation not permitted when stream is capturing")
-    planned.run(small)
     with pytest.warns(
         RuntimeWarning, match=r"up to \d+ patches run without .*stream is capturing.*warm_up.*cuda_graphs"
     ):
@@ -227,42 +235,36 @@ def test_a_failed_capture_leaves_its_bucket_eager(tower: VisionTower, small: Pac
     assert planned.warm_up(small), "warm_up() tries again"
 
 
-def test_a_failed_end_of_capture_restores_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stream:
-        def __init__(self, device: Any = None) -> None: ...
-        def wait_stream(self, other: Any) -> None: ...
-        def synchronize(self) -> None: ...
-
-    caller = Stream()
-    current: list[Any] = [caller]
-    ran_on: list[Any] = []
+def test_a_failed_capture_is_ended_and_restores_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[object] = ["caller's"]
+    calls: list[str] = []
 
     @contextmanager
-    def on(stream: Any) -> Iterator[None]:
+    def on(stream: object) -> Iterator[None]:
         before, current[0] = current[0], stream
         try:
             yield
         finally:
             current[0] = before
 
-    @contextmanager
-    def graph(graph: Any, *, stream: Any, **options: Any) -> Iterator[None]:
-        """As in torch, nothing is restored if the capture cannot be ended."""
-        current[0] = stream
-        yield
-        raise RuntimeError("operation failed due to a previous error during capture")
+    class Graph:
+        def capture_begin(self, **options: Any) -> None:
+            calls.append(f"begin on the {current[0]} stream")
 
-    fakes = {"Stream": Stream, "stream": on, "graph": graph, "current_stream": lambda device: current[0]}
-    fakes |= {"empty_cache": lambda: None, "memory_reserved": lambda device: 0, "CUDAGraph": object}
+        def capture_end(self) -> None:
+            calls.append("end")
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    fakes = {"Stream": lambda device: "capture", "stream": on, "CUDAGraph": Graph}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     backend = CudaCapture(torch.device("cuda", 0))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="previous error"):
-            backend.capture(lambda: ran_on.append(current[0]))
-        assert current[0] is caller
-    assert len({*ran_on}) == 1, "all on the capture stream"
-    assert caller not in ran_on
+    with pytest.raises(RuntimeError, match="previous error"):
+        backend.capture(lambda: None)
+    with pytest.raises(KeyboardInterrupt):
+        backend.capture(Mock(side_effect=KeyboardInterrupt))
+    assert calls == ["begin on the capture stream", "end"] * 2
+    assert (current, backend.held_bytes) == (["caller's"], 0)
 
 
 @pytest.mark.parametrize("case", ["videos", "on the device", "bfloat16", "float16", "one token", "nothing"])
@@ -286,7 +288,7 @@ def test_other_batches_are_replayed(case: str, qwen2_vl: Path, monkeypatch: pyte
         expected = exact.run(pack(seed))
         poison(planned)
         assert_same(planned.run(pack(seed)), expected)
-    assert (recorder.captures, recorder.replays) == ((0, 0) if case == "nothing" else (1, 3))
+    assert (recorder.captures, recorder.replays) == ((0, 0) if case == "nothing" else (1, 4))
 
 
 @pytest.mark.parametrize("fault", ["does nothing", "one bit"])
@@ -317,7 +319,6 @@ def test_a_table_created_during_a_capture_fails_it(tower: VisionTower, small: Pa
             return launch
 
     _, planned = both(tower, Late())
-    planned.run(small)
     with pytest.warns(RuntimeWarning, match="48"):
         planned.run(small)
     planned.run(small)
@@ -325,37 +326,46 @@ def test_a_table_created_during_a_capture_fails_it(tower: VisionTower, small: Pa
 
 def test_the_least_recently_used_graph_is_evicted(tower: VisionTower) -> None:
     recorder = StepRecorder()
-    exact, planned = both(tower, recorder, CaptureLimits(max_graphs=2))
-    batches = [tower.preprocess(noise(side, side, side)) for side in (56, 140, 280)]
+    exact, planned = both(tower, recorder, room_for(2, tower))
+    batches = [tower.preprocess(noise(side, side, side)) for side in (280, 140, 56)]
+    cache = planned.graph_cache
+    assert cache is not None
+
+    def captured() -> list[bool]:
+        return [cache.bucket(batch) in cache.captured for batch in batches]
+
     for batch in batches[:2]:
         assert planned.warm_up(batch)
     planned.run(batches[0])
     assert planned.warm_up(batches[2])
-    cache = planned.graph_cache
-    assert cache is not None
-    assert [cache.bucket(batch) in cache.captured for batch in batches] == [True, False, True]
-    # An evicted bucket is captured again, each time only after more uses.
-    captures = recorder.captures
-    for _ in range(40):
-        for batch in batches:
-            assert_same(planned.run(batch), exact.run(batch))
-    assert 1 <= recorder.captures - captures <= 12
-    assert planned.captured == 2
+    assert captured() == [True, False, True]
+    # In turn, too many for the limit: none is captured again.
+    for batch in batches * 10:
+        assert_same(planned.run(batch), exact.run(batch))
+    assert recorder.captures == 3
+    # One that comes more often than the least recently used is.
+    for _ in range(2):
+        planned.run(batches[1])
+    assert captured() == [False, True, True]
 
 
 def test_a_graph_beyond_the_byte_limit_evicts_no_other(
     tower: VisionTower, small: PackedBatch, large: PackedBatch
 ) -> None:
-    exact, free = both(tower)
-    free.warm_up(small)
-    _, planned = both(tower, limits=CaptureLimits(max_bytes=free.captured_bytes))
-    assert planned.warm_up(small)
-    with pytest.warns(RuntimeWarning, match=r"the limit is \d+ \(CaptureLimits.max_bytes\); release\(\)"):
-        assert not planned.warm_up(large)
+    recorder = StepRecorder()
+    exact, planned = both(tower, recorder, room_for(3, tower))
+    assert planned.warm_up(large)
+    recorder.allocates = 2**30
+    with pytest.warns(
+        RuntimeWarning, match=r"its CUDA graph holds \d+ bytes, the limit is \d+ \(CaptureLimits.max_bytes"
+    ):
+        assert not planned.warm_up(small)
+    recorder.allocates = 0
     for _ in range(3):
-        assert_same(planned.run(large), exact.run(large))
-    assert planned.captured == 1
+        assert_same(planned.run(small), exact.run(small))
+    assert (planned.captured, recorder.captures) == (1, 2)
     planned.release()
+    gc.collect()  # a recorder's replay refers to its buffers, which a CUDA graph does not
     assert planned.warm_up(small), "there is room after release()"
 
 
@@ -364,17 +374,17 @@ def test_the_pool_counts_until_its_last_graph_is_gone(
 ) -> None:
     """All graphs share one pool, which is freed only with the last of them."""
     recorder = StepRecorder()
-    _, planned = both(tower, recorder, limits=CaptureLimits(max_graphs=1))
+    _, planned = both(tower, recorder, room_for(1, tower))
     planned.warm_up(large)
     recorder.allocates = 0
     planned.warm_up(small)
     assert planned.captured == 1
-    assert planned.captured_bytes == memory_of(planned) + 1000
+    assert planned.captured_bytes == buffers_of(planned)[-1].driver_bytes + 1000
     planned.release()
-    gc.collect()  # a recorder's replay refers to its buffers, which a CUDA graph does not
+    gc.collect()  # as above
     assert planned.captured_bytes == 0
     planned.warm_up(small)
-    assert planned.captured_bytes == memory_of(planned)
+    assert planned.captured_bytes == buffers_of(planned)[0].driver_bytes
 
 
 def test_graphs_keep_their_memory_beside_a_larger_one(
@@ -383,14 +393,17 @@ def test_graphs_keep_their_memory_beside_a_larger_one(
     recorder = StepRecorder()
     exact, planned = both(tower, recorder)
     planned.warm_up(small)
-    held = planned.captured_bytes
+    held, block = planned.captured_bytes, memory_of(planned)
     assert_same(planned.run(large), exact.run(large))
-    assert planned.captured_bytes == held
+    # The smaller block is kept for its graph only.
+    assert planned.captured_bytes == 2 * held + block
+    assert memory_of(planned) > block
     before = recorder.replays
     assert_same(planned.run(small), exact.run(small))
     assert recorder.replays == before + 1
-    planned.warm_up(large)
-    assert planned.captured_bytes == held + memory_of(planned) + 1000
+    # Smaller buckets that come later share the larger block.
+    planned.warm_up(tower.preprocess(noise(60, 60, 3)))
+    assert planned.captured_bytes == 3 * held + block
 
 
 def test_release_frees_everything_at_once(tower: VisionTower, small: PackedBatch) -> None:
@@ -405,36 +418,39 @@ def test_release_frees_everything_at_once(tower: VisionTower, small: PackedBatch
         assert (buffers(), memory()) == (None, None), "without Python's garbage collection"
     finally:
         gc.enable()
-    planned.warm_up(small)
-    planned.release()
-    gc.collect()  # as above
-    assert (planned.captured, planned.captured_bytes, memory_of(planned)) == (0, 0, 0)
+    assert (planned.captured, memory_of(planned)) == (0, 0)
     assert_same(planned.run(small), exact.run(small))
-    assert recorder.captures == 2, "the bucket was used before"
+    assert (planned.captured, recorder.captures) == (1, 2)
 
 
-def test_few_uncaptured_buffers_and_histories_are_kept(tower: VisionTower, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, planned = both(tower)
-    for count in range(1, 20):
+def test_few_uncaptured_buffers_and_histories_are_kept(
+    tower: VisionTower, small: PackedBatch, large: PackedBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = bucketed(both(tower)[0], None)
+    for count in range(60, 0, -1):  # a larger block of memory would drop the buffers
         planned.run(tower.preprocess(np.zeros((28, 28 * count, 3), np.uint8), min_pixels=28 * 28))
-    assert len(buffers_of(planned)) <= graph_cache.MOST_UNCAPTURED
+    assert len(buffers_of(planned)) == graph_cache.MOST_UNCAPTURED
     monkeypatch.setattr(graph_cache, "MOST_HISTORIES", 2)
     recorder = StepRecorder()
     _, planned = both(tower, recorder)
-    batches = [tower.preprocess(noise(side, side, side)) for side in (56, 140, 280)]
-    for batch in batches * 3:
+    recorder.error = RuntimeError("failed")
+    with pytest.warns(RuntimeWarning, match="failed"):
+        planned.run(small)
+    recorder.error = None
+    planned.run(small)
+    assert recorder.captures == 0
+    for batch in (large, tower.preprocess(noise(200, 200, 3)), small):
         planned.run(batch)
-    assert recorder.captures == 0, "each bucket was forgotten before its second use"
+    assert recorder.captures == 3, "the failure was forgotten"
 
 
-def test_limits_must_be_positive() -> None:
-    for wrong in ({"max_graphs": 0}, {"max_bytes": -1}):
-        with pytest.raises(UsageError, match="cuda_graphs=False"):
-            CaptureLimits(**wrong)
+def test_the_limit_must_not_be_negative() -> None:
+    with pytest.raises(UsageError, match="max_bytes must be at least 0, got -1; cuda_graphs=False"):
+        CaptureLimits(max_bytes=-1)
 
 
 def test_a_cpu_has_no_buckets_and_no_graphs(qwen2_vl: Path) -> None:
-    for choice in (True, False, CaptureLimits(max_graphs=1)):
+    for choice in (True, False, CaptureLimits(max_bytes=1)):
         tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", cuda_graphs=choice)
         batch = tower.preprocess(noise(90, 90, 1))
         assert tower.executor_for(batch).graph_cache is None

@@ -98,8 +98,8 @@ class _Tape(TorchDispatchMode):
         return result
 
 
-def bucketed(executor: Executor, recorder: StepRecorder, limits: CaptureLimits | None = None) -> Executor:
-    """A copy of a CPU executor that uses static buffers, as on a GPU, and captures with ``recorder``."""
+def bucketed(executor: Executor, recorder: StepRecorder | None, limits: CaptureLimits | None = None) -> Executor:
+    """A copy of a CPU executor that uses static buffers, as on a GPU, and captures with ``recorder``, if there is one."""
     changed = copy(executor)
     cache = CudaGraphCache(executor.graph, executor.dtype, executor.device, recorder, limits or CaptureLimits())
     changed.graph_cache = cache

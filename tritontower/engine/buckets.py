@@ -1,8 +1,11 @@
 """Buckets of batch sizes: rows are rounded up, so that batches of many sizes share the launches of one CUDA graph.
 
-A CUDA graph replays launches of fixed sizes.  Rows are rounded up to one of sixteen sizes between a power of two and the
-next, so at most one row in sixteen (6.25 %) is padding.  Everything that decides a launch is in the :class:`Bucket`:
-batches of one bucket run the same launches.
+A CUDA graph replays launches of fixed sizes.  Rows are rounded up to one of 16 sizes between a power of two and the next, so
+at most 6.25 % of them are padding.  Below :data:`FEW_ROWS` there are 8 sizes (12.5 %): there, padding costs less than a forward
+pass without a graph.  Everything that decides a launch is in the :class:`Bucket`: batches of one bucket run the same launches.
+
+Sizes that cost next to nothing are coarser, because each distinct value is another graph: numbers of segments, the length of
+the longest one, the tokens that an image is assembled from, and the table of positions.
 
 Padding rows are zeros in short segments of their own.  They cost almost nothing, all their values are finite, and no row
 of an image ever reads them.
@@ -19,29 +22,35 @@ from tritontower.kernels.runtime.checks import ceil_div, next_power_of_two
 from tritontower.kernels.runtime.dispatch import Backend, backend_on
 from tritontower.kernels.runtime.segments import Segments
 
-STEPS = 16
-"""Sizes between a power of two and the next; padding is less than one part in ``STEPS``."""
+FEW_ROWS = 1024
+"""Rows up to which sizes are coarse."""
 COARSE_STEPS = 4
-"""The same for the number of segments, where one more costs a few bytes, or a program that returns at once."""
+"""Sizes between a power of two and the next, of what costs a few bytes or a program that returns at once."""
 PADDING_SEGMENT = 64
 """Largest number of rows of a padding segment: attention within it grows with the square."""
-SMALLEST_SIDE = 64
+SMALLEST_SIDE = 256
 """Rows and columns of patches that every table of positions covers."""
 
 
-def round_up(count: int, steps: int = STEPS) -> int:
+def row_steps(rows: int) -> int:
+    """Returns how many sizes lie between a power of two and the next; padding is less than one part in so many."""
+    return 8 if rows < FEW_ROWS else 16
+
+
+def round_up(count: int, steps: int) -> int:
     """Rounds up to ``m · 2^k`` with ``steps ≤ m < 2 · steps``; smaller counts stay.  ``steps`` is a power of two."""
     shift = max(0, count.bit_length() - steps.bit_length())
     return -(-count >> shift) << shift
 
 
 def round_up_workload(workload: Workload, *, rows_per_token: int = 1, tile_rows: int | None = None) -> Workload:
-    """Rounds up a workload; no number of rows grows by more than a sixteenth.
+    """Rounds up a workload; no number of rows that a block computes grows by more than one part in :func:`row_steps`.
 
     Merged rows stay a multiple of ``rows_per_token``.  If all tiles have ``tile_rows`` rows (class token included), whole
     tiles are added.  The scores are 0, because no memory and no launch depends on them.
     """
-    tiles = round_up(workload.tiles)
+    steps = row_steps(workload.patches)
+    tiles = round_up(workload.tiles, steps)
     if tile_rows is not None and workload.patches != (rows := workload.tiles * tile_rows):
         raise ValueError(f"{workload.tiles} tiles of {tile_rows} rows have {rows} rows, not {workload.patches}")
     selected, merged = workload.rows("selected"), workload.rows("merged")
@@ -49,16 +58,16 @@ def round_up_workload(workload: Workload, *, rows_per_token: int = 1, tile_rows:
         patches = tiles * tile_rows
     else:
         unit = 1 if workload.patches % rows_per_token else rows_per_token
-        patches = unit * round_up(workload.patches // unit)
+        patches = unit * round_up(workload.patches // unit, steps)
     per_tile = selected // max(1, workload.tiles)
     if selected == workload.patches:
         all_selected = patches
     elif tile_rows is not None and selected == per_tile * workload.tiles and per_tile % rows_per_token == 0:
         all_selected = tiles * per_tile
     else:
-        all_selected = rows_per_token * round_up(selected // rows_per_token)
+        all_selected = rows_per_token * round_up(selected // rows_per_token, steps)
     all_merged = all_selected // rows_per_token
-    tokens = all_merged if workload.tokens == merged else round_up(workload.tokens)
+    tokens = all_merged if workload.tokens == merged else round_up(workload.tokens, COARSE_STEPS)
     return Workload(patches, tokens, scores=0, selected=all_selected, merged=all_merged, tiles=tiles)
 
 
@@ -74,13 +83,20 @@ class SegmentCapacity:
     @classmethod
     def for_segments(cls, segments: Segments, total: int, bound: int | None) -> "SegmentCapacity":
         """Returns the capacity for ``segments`` and padding to ``total`` rows; ``bound``: rows of the longest possible one."""
-        longest = bound or max(1, segments.longest)
+        # 64, 256, 1024, ... rows: configurations of attention differ for short segments only.
+        power = max(PADDING_SEGMENT, next_power_of_two(max(1, segments.longest)))
+        longest = bound or power << (power.bit_length() + 1) % 2
         # A power of two, not larger than the other segments.
         padding = min(PADDING_SEGMENT, 1 << (longest.bit_length() - 1))
         # The largest possible amount of padding, so that the bucket does not depend on the actual amount.
-        most = ceil_div(total // STEPS, padding)
-        count = round_up(segments.count + most, COARSE_STEPS)
-        return cls(total=total, count=count, longest=bound or next_power_of_two(longest), padding=padding)
+        most = ceil_div(total // row_steps(8 * total // 9), padding)
+        if bound is None:
+            count = next_power_of_two(segments.count + most)
+        else:
+            # Windows at the edges of images are not full: the usual number of them is one size.
+            usual = ceil_div(5 * total, 4 * bound)
+            count = round_up(max(usual, segments.count) + most, COARSE_STEPS)
+        return cls(total=total, count=count, longest=longest, padding=padding)
 
     def pad_lengths(self, segments: Segments) -> tuple[int, ...]:
         """Returns the lengths of ``segments``, followed by those of the padding segments."""

@@ -1,6 +1,7 @@
 """Captures launches as a CUDA graph and replays them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Protocol
 from weakref import WeakSet
@@ -35,8 +36,9 @@ def empty_cache() -> None:
 class CudaCapture:
     """Captures with :class:`torch.cuda.CUDAGraph`, while other threads may use the device (``thread_local``).
 
-    The launches first run once on the capture stream, to compile kernels and create library workspaces.  All graphs of an
-    executor allocate from one pool, because no two of them run at once.
+    The same launches must have run before, so that all kernels are compiled and loaded.  A capture neither waits for the
+    device nor empties torch's caches, unlike :class:`torch.cuda.graph`.  All graphs of an executor allocate from one pool,
+    because no two of them run at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,24 +54,47 @@ class CudaCapture:
 
     def capture(self, launch: Callable[[], None]) -> Replay:
         """See :class:`CaptureBackend`."""
-        current = torch.cuda.current_stream(self._device)
-        # If ending a capture fails, torch leaves the capture stream current: the outer context restores it.
-        with capture_lock, torch.cuda.stream(current):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(self._device)
-            stream = self._stream
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        # A pool lives as long as a graph that uses it.
+        pool = next((graph.pool() for graph in self._graphs), None)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        with capture_lock, torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
                 launch()
-            stream.synchronize()
-            torch.cuda.empty_cache()
-            before = torch.cuda.memory_reserved(self._device)
-            # A pool lives as long as a graph that uses it.
-            pool = next((graph.pool() for graph in self._graphs), None)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                launch()
-            self._pool_bytes = self.held_bytes + max(0, torch.cuda.memory_reserved(self._device) - before)
-            self._graphs.add(graph)
-            current.wait_stream(stream)
-            return graph.replay
+            except BaseException:
+                with suppress(RuntimeError):  # the failed launch may have ended the capture
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        self._graphs.add(graph)
+        segments = torch.cuda.memory_snapshot(graph.pool(), include_traces=False)
+        self._pool_bytes = sum(segment["total_size"] for segment in segments)
+        return graph.replay
+
+
+class Comparison:
+    """A bitwise comparison of pairs of tensors, computed by their device while the host goes on."""
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        same = torch.stack([(_bits(first) == _bits(second)).all() for first, second in pairs]).all()
+        self._same = torch.empty((), dtype=torch.bool, pin_memory=same.is_cuda)
+        self._same.copy_(same, non_blocking=True)
+        self._copied = torch.cuda.Event() if same.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def is_done(self) -> bool:
+        """Returns whether the result is known; does not wait."""
+        return self._copied is None or self._copied.query()
+
+    def is_equal(self) -> bool:
+        """Returns the result; waits for it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._same)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.itemsize == torch.int32.itemsize else torch.int16)

@@ -111,7 +111,7 @@ class Executor:
             self.graph_cache.request_capture(bucket)
         self.run(batch)
         with self._lock:
-            return bucket in self.graph_cache.captured
+            return self.graph_cache.has_graph(bucket)
 
     @property
     def captured(self) -> int:

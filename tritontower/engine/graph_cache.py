@@ -1,11 +1,14 @@
 """Static buffers and CUDA graphs of all buckets of one layer graph.
 
-The first batch of a bucket runs launch by launch.  After the second, the launches are captured; the graph's first replay
-must reproduce the results bit for bit.  A bucket whose capture fails stays *eager* (launch by launch), with one warning;
-only :meth:`.Executor.warm_up` tries again.
+The first batch of a bucket runs launch by launch; then the launches are captured.  The device compares the graph's first
+replay with the results, bit for bit, while the host goes on; from then on the bucket is replayed.  A bucket whose capture or
+comparison fails stays *eager* (launch by launch), with one warning; only :meth:`.Executor.warm_up` tries again.
 
 All buffers share one block of memory, because forward passes run one after the other.  If a larger bucket needs a larger
 block, graphs keep the old one until they are evicted.
+
+When the graphs reach their limit of bytes, a bucket replaces the least recently used graph only if the bucket's own last use
+is more recent.  So buckets that come round in turn, too many for the limit, do not evict each other before they are replayed.
 """
 
 import logging
@@ -19,46 +22,47 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.errors import UsageError
 from tritontower.graph.ir import Graph
+from tritontower.graph.launch_count import count_launches
 
 from .buckets import Bucket, BucketPlanner
-from .cuda_graphs import CaptureBackend
+from .cuda_graphs import CaptureBackend, Comparison
 from .ops import Tensors
 from .static_buffers import AddressMap, StaticBuffers
 
 logger = logging.getLogger("tritontower")
 
 MOST_HISTORIES = 4096
-"""Buckets whose uses are counted."""
+"""Buckets whose last uses are remembered."""
 MOST_UNCAPTURED = 16
 """Buckets without a graph whose buffers are kept."""
+NODE_BYTES = 64 * 1024
+"""Device memory of a captured launch in the driver, which torch does not report.  Graphs of 500, 1,000 and 2,000 empty kernels
+take 66 and 63 KB for each more (https://forums.developer.nvidia.com/t/244901, driver 470); newer drivers need no more."""
 
 
 @dataclass(frozen=True)
 class CaptureLimits:
-    """Limits of the captured CUDA graphs; the least recently used graph is evicted first.
+    """Limit of the captured CUDA graphs; the least recently used graph is evicted first.
 
     Attributes:
-        max_graphs: graphs of a tower, separately for still images and videos, and for uint8 and float pixels.
-        max_bytes: device memory of these graphs: their buffers, each counted once, and what their launches allocated.
-            Uncaptured buckets use the same buffers.
+        max_bytes: device memory that graphs add to what a forward pass needs anyway: their launches in the driver, what
+            these allocated, and older, smaller blocks of static buffers.  It applies separately to still images and videos,
+            and to uint8 and float pixels.
     """
 
-    max_graphs: int = 32
     max_bytes: int = 4 * 2**30
 
     def __post_init__(self) -> None:
-        if self.max_graphs < 1 or self.max_bytes < 0:
-            raise UsageError(
-                f"max_graphs must be at least 1 and max_bytes at least 0, got {self.max_graphs} and {self.max_bytes}; "
-                "cuda_graphs=False captures nothing"
-            )
+        if self.max_bytes < 0:
+            raise UsageError(f"max_bytes must be at least 0, got {self.max_bytes}; cuda_graphs=False captures nothing")
 
 
 @dataclass
 class _History:
-    uses: int = 0
-    due: int = 2  # uses at which the bucket is captured; after an eviction, at least twice as many
-    eager: bool = False
+    last_use: int = 0
+    previous_use: int = 0
+    is_requested: bool = False
+    is_eager: bool = False
 
 
 class CudaGraphCache:
@@ -77,8 +81,9 @@ class CudaGraphCache:
         limits: CaptureLimits,
     ) -> None:
         self._graph, self._dtype, self._device = graph, dtype, device
-        self._backend, self._limits = backend, limits
+        self._backend, self._max_bytes = backend, limits.max_bytes
         self._histories: OrderedDict[Bucket, _History] = OrderedDict()
+        self._clock = 0
         self.bucket = BucketPlanner(graph, device).bucket
         self.buffers: OrderedDict[Bucket, StaticBuffers] = OrderedDict()
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
@@ -86,19 +91,23 @@ class CudaGraphCache:
     @property
     def captured(self) -> list[Bucket]:
         """The buckets that have a graph, the least recently used first."""
-        return [bucket for bucket, buffers in self.buffers.items() if buffers.replay is not None]
+        return [bucket for bucket, buffers in self.buffers.items() if buffers.graph is not None]
 
     @property
     def captured_bytes(self) -> int:
         """Device memory of the graphs, as in :class:`CaptureLimits`."""
-        held = (self.buffers[bucket].memory for bucket in self.captured)
-        blocks = {memory.data_ptr(): memory.numel() for memory in held}
-        return sum(blocks.values()) + (0 if self._backend is None else self._backend.held_bytes)
+        captured = [self.buffers[bucket] for bucket in self.captured]
+        older = {
+            id(buffers.memory): buffers.memory.numel() for buffers in captured if buffers.memory is not self.memory
+        }
+        pool = 0 if self._backend is None else self._backend.held_bytes
+        return sum(older.values()) + pool + sum(buffers.driver_bytes for buffers in captured)
 
     def fill(self, bucket: Bucket, batch: PackedBatch) -> StaticBuffers:
-        """Returns the buffers of ``bucket``, filled with ``batch``."""
+        """Returns the buffers of ``bucket``, filled with ``batch``; their ``replay`` is set if it may be used."""
+        self._clock += 1
         history = self._histories.setdefault(bucket, _History())
-        history.uses += 1
+        history.previous_use, history.last_use = history.last_use, self._clock
         self._histories.move_to_end(bucket)
         if len(self._histories) > MOST_HISTORIES:
             self._histories.popitem(last=False)
@@ -106,61 +115,99 @@ class CudaGraphCache:
         if buffers is None:
             addresses = AddressMap(self._graph, bucket, self._dtype)
             buffers = StaticBuffers(self._graph, bucket, addresses, self._memory_for(addresses.size))
+            buffers.driver_bytes = NODE_BYTES * count_launches(self._graph, bucket.workload).total.total
             self.buffers[bucket] = buffers
             for idle in self._uncaptured()[:-MOST_UNCAPTURED]:
                 del self.buffers[idle]
         self.buffers.move_to_end(bucket)
+        self._settle(buffers)
         buffers.fill(batch)
         return buffers
 
     def request_capture(self, bucket: Bucket) -> None:
-        """Makes the next use of ``bucket`` capture it, even if an earlier capture failed."""
+        """Makes the next use of ``bucket`` capture it, even if an earlier capture failed or other graphs are evicted."""
         history = self._histories.setdefault(bucket, _History())
-        history.due, history.eager = min(history.due, history.uses + 1), False
+        history.is_requested, history.is_eager = bucket not in self.captured, False
+
+    def has_graph(self, bucket: Bucket) -> bool:
+        """Returns whether ``bucket`` has a graph that may be replayed; waits for the comparison of its first replay."""
+        buffers = self.buffers.get(bucket)
+        if buffers is None:
+            return False
+        self._settle(buffers, wait=True)
+        return buffers.replay is not None
 
     def capture_if_due(self, buffers: StaticBuffers, launch: Callable[[], None], outputs: Tensors) -> None:
-        """Captures ``launch``, which has just used ``buffers``, if it is due; a replay must reproduce ``outputs``."""
+        """Captures ``launch``, which has just used ``buffers``, if it has no graph and there is room for one.
+
+        A replay must reproduce ``outputs``.
+        """
         history = self._histories[buffers.bucket]
-        if self._backend is None or buffers.replay is not None or history.eager or history.uses < history.due:
+        if (
+            self._backend is None
+            or buffers.graph is not None
+            or history.is_eager
+            or not self._has_room(history, buffers)
+        ):
             return
         if self._device.type == "cuda" and buffers.bucket.backend == "reference":
             return  # Python decides between calls of the torch references by the lengths of segments.
-        history.eager = True  # until the replay is verified
+        history.is_requested = False
         buffers.seal(True)
         try:
-            replay = self._backend.capture(launch)
+            graph = self._backend.capture(launch)
             for name in outputs:
                 buffers.tensors[name].fill_(float("nan"))
-            replay()
-            same = all(_has_same_bits(buffers.tensors[name][: len(rows)], rows) for name, rows in outputs.items())
-        except Exception as error:  # torch, Triton and the driver each raise their own
+            graph()
+            comparison = Comparison([(buffers.tensors[name][: len(rows)], rows) for name, rows in outputs.items()])
+        except BaseException as error:  # torch, Triton and the driver each raise their own
+            history.is_eager = True
+            if not isinstance(error, Exception):
+                raise
             self._warn(buffers.bucket, f"the capture failed ({type(error).__name__}: {error})")
             return
         finally:
             buffers.seal(False)
-        held = buffers.memory.numel() + self._backend.held_bytes
-        if not same:
-            self._warn(buffers.bucket, "the CUDA graph's first replay differs from the eager results")
-        elif held > self._limits.max_bytes:
+        held = buffers.driver_bytes + self._backend.held_bytes
+        if held > self._max_bytes:
             # Evicting other graphs would not help: the pool that they allocated from lives as long as this graph.
-            limit = f"the limit is {self._limits.max_bytes} (CaptureLimits.max_bytes)"
-            reason = f"its CUDA graph holds {held} bytes, {limit}; release() frees memory of larger batches"
-            self._warn(buffers.bucket, reason)
+            history.is_eager = True
+            limit = f"the limit is {self._max_bytes} (CaptureLimits.max_bytes)"
+            self._warn(buffers.bucket, f"its CUDA graph holds {held} bytes, {limit}")
+            return
+        buffers.graph, buffers.comparison = graph, comparison
+        logger.debug("captured a CUDA graph for %s", buffers.bucket.workload)
+        self._evict()
+
+    def _settle(self, buffers: StaticBuffers, *, wait: bool = False) -> None:
+        """Takes the graph into use if its first replay had the right bits; does nothing while the device compares them."""
+        comparison = buffers.comparison
+        if comparison is None or not (wait or comparison.is_done()):
+            return
+        buffers.comparison = None
+        if comparison.is_equal():
+            buffers.replay = buffers.graph
         else:
-            history.eager, buffers.replay = False, replay
-            logger.debug("captured a CUDA graph for %s", buffers.bucket.workload)
-            self._evict()
+            buffers.graph = None
+            self._histories.setdefault(buffers.bucket, _History()).is_eager = True
+            self._warn(buffers.bucket, "the CUDA graph's first replay differs from the eager results")
+
+    def _has_room(self, history: _History, buffers: StaticBuffers) -> bool:
+        """Returns whether a graph fits into the limit, or may replace the least recently used one."""
+        captured = self.captured
+        fits = not captured or self.captured_bytes + buffers.driver_bytes <= self._max_bytes
+        if fits or history.is_requested:
+            return True
+        oldest = self._histories.get(captured[0], _History())
+        return oldest.last_use < history.previous_use
 
     def release(self) -> None:
-        """Drops all graphs and buffers; the histories stay.
-
-        A call that runs out of memory also releases, and needs the memory for itself, not for a new capture.
-        """
+        """Drops all graphs and buffers; buckets that failed to be captured stay eager."""
         self.buffers.clear()
         self.memory = self.memory.new_empty(0)
 
     def _uncaptured(self) -> list[Bucket]:
-        return [bucket for bucket, buffers in self.buffers.items() if buffers.replay is None]
+        return [bucket for bucket, buffers in self.buffers.items() if buffers.graph is None]
 
     def _memory_for(self, size: int) -> torch.Tensor:
         if self.memory.numel() < size:
@@ -169,16 +216,15 @@ class CudaGraphCache:
                 del self.buffers[bucket]
             self.memory = self.memory.new_empty(0)
             self.memory = torch.empty(size, dtype=torch.uint8, device=self._device)
+            # Graphs now hold the old block beside it.
+            self._evict()
         return self.memory
 
     def _evict(self) -> None:
-        """Evicts the least recently used graphs until the limits hold; the newest graph is within them."""
-        for bucket in self.captured:
-            if len(self.captured) <= self._limits.max_graphs and self.captured_bytes <= self._limits.max_bytes:
+        """Evicts the least recently used graphs until the limit holds; the newest graph alone is within it."""
+        for bucket in self.captured[:-1]:
+            if self.captured_bytes <= self._max_bytes:
                 return
-            # Buckets that alternate must not be captured again and again.
-            if (history := self._histories.get(bucket)) is not None:
-                history.due = 2 * (history.due + history.uses)
             if self._device.type == "cuda":
                 # The graph may still be running.
                 torch.cuda.current_stream(self._device).synchronize()
@@ -191,8 +237,3 @@ class CudaGraphCache:
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    bits = torch.int32 if first.itemsize == torch.int32.itemsize else torch.int16
-    return torch.equal(first.view(bits), second.view(bits))

@@ -15,7 +15,7 @@ from tritontower.kernels.runtime.segments import Segments, StaticSegments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
 from .buckets import Bucket, SegmentCapacity, round_up_workload
-from .cuda_graphs import Replay
+from .cuda_graphs import Comparison, Replay
 from .ops import BatchMetadata, Tensors
 
 _WORD = 4
@@ -106,10 +106,20 @@ class _TableAllocator:
 
 
 class StaticBuffers:
-    """The buffers of all batches of one bucket; ``tensors`` holds every value of the graph, padded."""
+    """The buffers of all batches of one bucket.
+
+    Attributes:
+        tensors: every value of the layer graph, padded.
+        graph: the captured launches, which hold ``driver_bytes`` of device memory.
+        comparison: of the results of ``graph`` with those of the launches, while it is not known.
+        replay: ``graph``, once its results are known to be right.
+    """
 
     def __init__(self, graph: Graph, bucket: Bucket, addresses: AddressMap, memory: torch.Tensor) -> None:
         self.bucket, self.addresses, self.memory = bucket, addresses, memory
+        self.graph: Replay | None = None
+        self.driver_bytes = 0
+        self.comparison: Comparison | None = None
         self.replay: Replay | None = None
         self._graph = graph
         self.tensors: Tensors = {name: slot.view(memory) for name, slot in addresses.slots.items()}
