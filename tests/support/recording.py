@@ -99,7 +99,7 @@ class _Tape(TorchDispatchMode):
 
 
 def bucketed(executor: Executor, recorder: StepRecorder | None, limits: CaptureLimits | None = None) -> Executor:
-    """A copy of a CPU executor that uses static buffers, as on a GPU, and captures with ``recorder``, if there is one."""
+    """Copies a CPU executor to use static buffers, as on a GPU, and to capture with ``recorder``."""
     changed = copy(executor)
     cache = CudaGraphCache(executor.graph, executor.dtype, executor.device, recorder, limits or CaptureLimits())
     changed.graph_cache = cache
