@@ -4,7 +4,8 @@ Each node becomes a step of :mod:`.ops`, bound to its weights in advance.  Value
 :mod:`tritontower.graph.memory_plan`.
 
 On a CPU a forward pass has exactly the rows of its batch.  On a GPU the rows are rounded up to a *bucket* that many batches
-share; the launches of a bucket are captured and replayed (:mod:`.graph_cache`).
+share.  The launches of a bucket are recorded with their arguments in its first pass, and repeated from then on: by a CUDA
+graph (:mod:`.graph_cache`), or one after the other (:class:`.LaunchList`).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +20,12 @@ from tritontower.graph.ir import Graph, Node, Workload
 from tritontower.graph.memory_plan import MemoryPlan, plan_memory
 from tritontower.kernels.gemm.aligned_rows import align_rows
 from tritontower.kernels.runtime.dispatch import runs_kernel
+from tritontower.kernels.runtime.launch import LaunchList, Workspace
 
 from .cuda_graphs import CudaCapture
 from .graph_cache import CaptureLimits, CudaGraphCache
 from .ops import BatchMetadata, Step, Tensors, bind_node, bind_weight
-from .static_buffers import MemorySlot
+from .static_buffers import MemorySlot, StaticBuffers
 
 Observer = Callable[[Node, Tensors], None]
 """Called after every node with all values computed so far; the tensors are overwritten later."""
@@ -48,6 +50,7 @@ class Executor:
         self._arena = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._plan: MemoryPlan | None = None
         self._views: Tensors = {}
+        self._workspace = Workspace()
         self._lock = Lock()
         self._finished: torch.cuda.Event | None = None
         if self.device.type == "cuda":
@@ -86,15 +89,30 @@ class Executor:
                 buffers = cache.fill(bucket, batch)
                 tensors, metadata = buffers.tensors, buffers.metadata
                 observed = tensors if observer is None else buffers.slice_valid_rows(batch.workload)
-            if buffers is not None and buffers.replay is not None and observer is None:
-                buffers.replay()
-            else:
+            if buffers is None or observer is not None:
                 self._launch(tensors, metadata, None if observer is None else lambda node: observer(node, observed))
+            elif buffers.replay is not None:
+                buffers.replay()
+            elif buffers.launches is not None:
+                buffers.launches.run()
+            else:
+                buffers.launches = self._record(buffers)
             if cache is not None and buffers is not None:
                 buffers.copy_outputs(outputs)
-                if observer is None:
-                    cache.capture_if_due(buffers, partial(self._launch, tensors, metadata), outputs)
+                if observer is None and buffers.launches is not None:
+                    cache.capture_if_due(buffers, buffers.launches.run, outputs)
         return outputs
+
+    def _record(self, buffers: StaticBuffers) -> LaunchList:
+        """Runs the launches over static buffers and returns them."""
+        launches = LaunchList(self._workspace)
+        if buffers.bucket.backend == "reference":
+            # Python decides between calls of the torch references by the lengths of segments: the step is all of them.
+            launches.call(partial(self._launch, buffers.tensors, buffers.metadata))
+        else:
+            with launches.record():
+                self._launch(buffers.tensors, buffers.metadata)
+        return launches
 
     def _launch(self, tensors: Tensors, metadata: BatchMetadata, observe: Callable[[Node], None] | None = None) -> None:
         for node, step in self._steps:
@@ -138,6 +156,7 @@ class Executor:
                 self._finished.synchronize()
             self._arena = self._arena.new_empty(0)
             self._plan, self._views = None, {}
+            self._workspace = Workspace()
             if self.graph_cache is not None:
                 self.graph_cache.release()
 
@@ -155,7 +174,8 @@ class Executor:
                 yield
             finally:
                 # The allocator must not reuse this memory before the stream has finished, whoever frees it.
-                self._arena.record_stream(stream)
+                for block in (self._arena, *self._workspace.blocks):
+                    block.record_stream(stream)
                 if self.graph_cache is not None:
                     self.graph_cache.memory.record_stream(stream)
                 self._finished = torch.cuda.Event()

@@ -11,6 +11,7 @@ from tritontower.graph.memory_plan import ALIGNMENT, MemoryPlan, plan_memory
 from tritontower.kernels.gemm.aligned_rows import ALIGNMENT as ROW_ALIGNMENT
 from tritontower.kernels.gemm.aligned_rows import include_padding
 from tritontower.kernels.runtime.checks import align_up
+from tritontower.kernels.runtime.launch import LaunchList
 from tritontower.kernels.runtime.segments import Segments, StaticSegments
 from tritontower.kernels.runtime.valid_rows import ValidRows
 
@@ -121,6 +122,7 @@ class StaticBuffers:
         self.driver_bytes = 0
         self.comparison: Comparison | None = None
         self.replay: Replay | None = None
+        self.launches: LaunchList | None = None
         self._graph = graph
         self.tensors: Tensors = {name: slot.view(memory) for name, slot in addresses.slots.items()}
         start = addresses.words_offset
