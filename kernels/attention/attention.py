@@ -28,7 +28,7 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime import dispatch
-from ..runtime.checks import check_float, check_rows
+from ..runtime.checks import check_float, check_rows, check_tensor
 from ..runtime.registry import lookup
 from ..runtime.segments import Segments
 from . import fixed_max, online_softmax, single_block, warp_specialized
@@ -162,6 +162,7 @@ def flash_attention_varlen(
     length_bound: int | None = None,
     columns: int | None = None,
     queries_scaled: bool = False,
+    recomputed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes softmax attention of every row to the rows of its own segment, head by head.
 
@@ -184,6 +185,7 @@ def flash_attention_varlen(
         queries_scaled: the queries are already multiplied by ``scale · log2 e`` (``query_scale`` of
             :func:`..gemm.qkv_projection.qkv_projection`), which saves the loop over padded heads a multiplication per
             score; ``scale`` must then be left out.
+        recomputed: ``[1]`` int32, to which the variant ``"fixed"`` adds the number of tiles that it computed twice.
 
     Returns:
         ``out``, or a new contiguous tensor of that shape in the dtype of ``q``.  A segment's rows depend on that segment
@@ -193,7 +195,7 @@ def flash_attention_varlen(
         TypeError: an argument has the wrong type, dtype or device.
         ValueError: a shape, stride or number does not fit, or ``config`` needs a ``length_bound`` and there is none.
     """
-    _check(q, k, v, segments, out, columns)
+    _check(q, k, v, segments, out, columns, recomputed)
     _check_bound(segments, length_bound, config)
     head_dim = q.shape[-1] if columns is None else columns
     if queries_scaled and scale is not None:
@@ -221,12 +223,19 @@ def flash_attention_varlen(
         and warp_specialized.find_obstacle(q, k, v, head_dim, config, architecture) is not None
     ):
         config = default_config(head_dim, q.dtype, architecture, longest=longest, length_bound=length_bound)
-    _MODULES[config.variant].launch(LaunchArguments(q, k, v, out, segments, None if queries_scaled else scale, config))
+    scale = None if queries_scaled else scale
+    _MODULES[config.variant].launch(LaunchArguments(q, k, v, out, segments, scale, config, recomputed))
     return out
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, out: torch.Tensor | None, columns: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    out: torch.Tensor | None,
+    columns: int | None,
+    recomputed: torch.Tensor | None,
 ) -> None:
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be Segments, got {type(segments).__name__}; use Segments.from_lengths")
@@ -247,6 +256,8 @@ def _check(
     for name, tensor in tensors.items():
         shape = q.shape if name != "out" or columns is None else (*q.shape[:2], columns)
         check_rows(name, tensor, shape, q)
+    if recomputed is not None:
+        check_tensor("recomputed", recomputed, (1,), torch.int32, q.device)
     if q.shape[0] != segments.total:
         raise ValueError(f"segments must cover the {q.shape[0]} rows of q, got {segments} with {segments.total}")
 

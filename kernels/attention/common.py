@@ -299,6 +299,7 @@ class LaunchArguments:
     segments: Segments
     scale: float | None
     config: FlashAttentionConfig
+    recomputed: torch.Tensor | None = None
 
     @cached_property
     def heads(self) -> Heads:

@@ -5,14 +5,18 @@ A softmax may subtract any number m from the scores of a row, as long as nothing
     out = Σ_j 2^(s_j - m) v_j / Σ_j 2^(s_j - m)        s_j in units of log 2
 
 The online softmax keeps m at the running maximum.  That costs a comparison for every score, and in every step a
-multiplication for every element of the output.  Here m is the maximum of the *last* block of keys, which needs a mask
-anyway: it is computed first, and m is a constant of the loop over the whole blocks.
+multiplication for every element of the output.  Here m is the maximum of the *last* ``BLOCK_KEYS`` scores: that block needs
+a mask anyway, so it is computed first, and m is a constant of the loop over the whole blocks.  The keys that the loop visits
+too have the weight zero in it.
 
 The result is exact, not approximate.  fp32 and bf16 have the same precision at 2⁹⁰ as at 1, so a score far above m costs
 nothing until it overflows.  The maximum of the last block is one of the terms, so the sum cannot vanish; terms that vanish
 beside it would also vanish beside a greater maximum.  A row whose sum or output leaves the safe range (or is NaN) is *not*
 written: the same program recomputes the tile with the online softmax and writes the overflowed rows then.  Weights in
 fp16 overflow at 2¹⁶, so the safe range ends at 2¹⁵ there.
+
+The sum is that of the *rounded* weights, by which the values are multiplied, so that a rounding of the largest weight
+cancels.  (With the online softmax that weight is 1, which has none.)
 
 *Padded heads* (``HEAD_DIM < WIDTH``) have spare columns.  The first one, which is one in every key and value, does two
 more jobs (``SPARE``): the queries hold -m there, so that their matmul with the keys gives s - m; and the ones of the
@@ -26,6 +30,7 @@ fifth of the accuracy of the whole).
 
 import torch
 
+from ..runtime import config as configs
 from ..runtime._triton import tl, triton
 from ..runtime.device_functions import dot
 from .common import (
@@ -48,7 +53,8 @@ from .common import (
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "gfx942", "gfx950", "interpreter")
 """Architectures where the kernel compiles: Triton 3.6 and 3.7 find no layout for it in the tensor memory of sm_100."""
 GROUPS = 8
-"""Columns of a tile that neighboring threads share: their sums stay apart until the end of the loop."""
+"""Columns that together hold the sum of a row's weights: the fewest that a matmul may have."""
+GROUPS_AMD = 16
 MIN_SUM = 2.0**-60
 """Below it the terms of a sum may have lost digits; only a rounded softmax offset can lead there."""
 RECOMPUTE_KEYS = 32
@@ -66,9 +72,16 @@ def has_spare_column(head_dim: int, width: int, dtype: torch.dtype) -> bool:
 
 
 @triton.jit
-def _sums(weights, GROUPS: tl.constexpr):
-    # Sums every GROUPS-th weight: each thread adds up its own registers; the reduction across threads follows the loop.
-    return tl.sum(tl.reshape(weights, [weights.shape[0], weights.shape[1] // GROUPS, GROUPS]), 1)
+def _add_weights(weights, sums, GROUPS: tl.constexpr):
+    # Adds a block of weights to `sums`, whose GROUPS columns together are the sum of a row.
+    if weights.dtype == tl.float32:
+        # Each thread adds up its own registers; the reduction across threads follows the loop.
+        sums += tl.sum(tl.reshape(weights, [weights.shape[0], weights.shape[1] // GROUPS, GROUPS]), 1)
+    else:
+        # A tensor core adds more numbers per instruction than a vector unit.
+        ones = tl.full([weights.shape[1], GROUPS], 1.0 / GROUPS, tl.float32).to(weights.dtype)
+        sums = dot(weights, ones, sums)
+    return sums
 
 
 @triton.jit
@@ -104,7 +117,7 @@ def recompute_tile(
 
 @triton.jit(do_not_specialize=["tile_count"])
 def _attention_fixed_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, recomputed_ptr, cu_seqlens_ptr, tiles_ptr,
     tile_count, score_scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, SPARE: tl.constexpr,
@@ -129,13 +142,15 @@ def _attention_fixed_kernel(
     )  # fmt: skip
     columns = tl.arange(0, MAIN)
 
-    # The last block, of 1 to BLOCK_KEYS keys, determines the softmax offset.
+    # The last keys of the segment, up to BLOCK_KEYS, determine the softmax offset.  Those before `whole` belong to the loop.
     whole = (length - 1) // BLOCK_KEYS * BLOCK_KEYS
-    keys_left = length - whole
-    last_keys = k_ptrs + whole.to(tl.int64) * stride_kt
+    first_key = tl.maximum(length - BLOCK_KEYS, 0)
+    keys_left = length - first_key
+    keys = tl.arange(0, BLOCK_KEYS)[None, :]
+    last_keys = k_ptrs + first_key.to(tl.int64) * stride_kt
     key, key_tail = load_keys(last_keys, keys_left, WIDTH, MAIN, TAIL, BLOCK_KEYS, True)
     scores = compute_scores(query, query_tail, key, key_tail, TAIL)
-    scores = tl.where(tl.arange(0, BLOCK_KEYS)[None, :] < keys_left, scores, -float("inf"))
+    scores = tl.where(keys < keys_left, scores, -float("inf"))
     if SPARE:
         shift = (-tl.max(scores, 1)).to(query.dtype)
         weights = tl.exp2(scale_to_log2(scores + shift.to(tl.float32)[:, None], score_scale))
@@ -147,10 +162,17 @@ def _attention_fixed_kernel(
     else:
         softmax_offset = tl.max(scores, 1) * score_scale
         weights = tl.exp2(scores * score_scale - softmax_offset[:, None])
-        sums = _sums(weights, GROUPS)
-    last_values = v_ptrs + whole.to(tl.int64) * stride_vt
+    last_values = v_ptrs + first_key.to(tl.int64) * stride_vt
     value, value_tail = load_values(last_values, keys_left, WIDTH, MAIN, TAIL, BLOCK_KEYS, True)
-    weights = weights.to(value.dtype)
+    if SPARE:
+        # Masked values, with their ones, do the same as masked weights, which would cost moves in the loop.
+        left = (tl.arange(0, BLOCK_KEYS) >= whole - first_key)[:, None]
+        value = tl.where(left, value, tl.zeros_like(value))
+        value_tail = tl.where(left, value_tail, tl.zeros_like(value_tail))
+        weights = weights.to(value.dtype)
+    else:
+        weights = tl.where(keys >= whole - first_key, weights, 0.0).to(value.dtype)
+        sums = _add_weights(weights, tl.zeros([BLOCK_QUERIES, GROUPS], tl.float32), GROUPS)
     accumulator = dot(weights, value)
     accumulator_tail = accumulator
     if TAIL > 0:
@@ -164,8 +186,9 @@ def _attention_fixed_kernel(
             weights = tl.exp2(scale_to_log2(scores, score_scale))
         else:
             weights = tl.exp2(scores * score_scale - softmax_offset[:, None])
-            sums += _sums(weights, GROUPS)
         weights = weights.to(value.dtype)
+        if not SPARE:
+            sums = _add_weights(weights, sums, GROUPS)
         accumulator = dot(weights, value, accumulator)
         if TAIL > 0:
             accumulator_tail = dot(weights, value_tail, accumulator_tail)
@@ -185,6 +208,8 @@ def _attention_fixed_kernel(
     store_rows(out_ptrs, row_mask & in_range, accumulator, accumulator_tail, row_sum, HEAD_DIM, MAIN, TAIL)
     overflowed = row_mask & (in_range == 0)
     if tl.max(overflowed.to(tl.int32), 0) != 0:
+        if recomputed_ptr is not None:
+            tl.atomic_add(recomputed_ptr, 1)
         # The queries of overflowed rows are still in memory, even if `out` is `q`.
         recompute_tile(
             overflowed, q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, tiles_ptr,
@@ -197,14 +222,16 @@ def _attention_fixed_kernel(
 def launch(args: LaunchArguments) -> None:
     """Launches one program per head and query tile."""
     spare = has_spare_column(args.heads.head_dim, args.heads.width, args.q.dtype)
+    groups = GROUPS_AMD if configs.architecture(args.q.device).startswith("gfx") else GROUPS
     prepare_launch(
         _attention_fixed_kernel,
         args,
         compute_score_factor(args.scale, is_optional=spare),
         args.config.block_queries,
+        recomputed_ptr=args.recomputed,
         SPARE=spare,
         MIN_SUM=MIN_SUM,
         MAX_SUM=max_sum(args.q.dtype),
-        GROUPS=min(GROUPS, args.config.block_keys),
+        GROUPS=groups,
         RECOMPUTE_KEYS=min(RECOMPUTE_KEYS, args.config.block_keys),
     )()

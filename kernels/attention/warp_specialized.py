@@ -57,6 +57,12 @@ def _scores(query, query_tail, k_desc, k_tail_desc, row, column, TAIL: tl.conste
     return scores
 
 
+@triton.jit
+def _sum_rounded(weights, DTYPE: tl.constexpr):
+    # Values are multiplied by rounded weights; divided by the sum of these, a rounding of the largest one cancels.
+    return tl.sum(weights.to(DTYPE).to(tl.float32), 1)
+
+
 @triton.jit(do_not_specialize=["tile_count", "token_count"])
 def _attention_specialized_kernel(
     q_ptr, k_desc, k_tail_desc, v_desc, v_tail_desc, out_ptr, overflowed_ptr,
@@ -114,14 +120,14 @@ def _attention_specialized_kernel(
                 maximum = tl.maximum(softmax_offset, tl.max(scores, 1) * score_scale)
                 weights = tl.exp2(scores * score_scale - maximum[:, None])
                 correction = tl.exp2(softmax_offset - maximum)
-                row_sum = row_sum * correction + tl.sum(weights, 1)
+                row_sum = row_sum * correction + _sum_rounded(weights, query.dtype)
                 softmax_offset = maximum
                 accumulator = accumulator * correction[:, None]
                 if TAIL > 0:
                     accumulator_tail = accumulator_tail * correction[:, None]
             else:
                 weights = tl.exp2(scores * score_scale - softmax_offset[:, None])
-                row_sum += tl.sum(weights, 1)
+                row_sum += _sum_rounded(weights, query.dtype)
             weights = weights.to(query.dtype)
             accumulator = dot(weights, v_desc.load([start + key, value_column]), accumulator)
             if TAIL > 0:
@@ -133,7 +139,7 @@ def _attention_specialized_kernel(
             weights = tl.exp2(scale_to_log2(scores, score_scale))
         else:
             weights = tl.exp2(scores * score_scale - softmax_offset[:, None])
-            row_sum += tl.sum(weights, 1)
+            row_sum += _sum_rounded(weights, query.dtype)
         weights = weights.to(query.dtype)
         left = (tl.arange(0, BLOCK_KEYS) < length - whole)[:, None]
         value = v_desc.load([start + whole, value_column])

@@ -128,10 +128,7 @@ class TestNumbers:
     )
     @pytest.mark.parametrize("norm", [1, 2, 3])
     def test_padding_costs_no_accuracy(self, kernel_device, launches, config, norm):
-        """Queries are not rounded again before the matmul, which large scores would show.
-
-        (A fixed softmax offset costs a tenth by itself: the online softmax holds a row's largest weight, 1, exactly.)
-        """
+        """Queries are not rounded again before the matmul, which large scores would show."""
         q, k, v = make_projection(RAGGED, 72, BF16, kernel_device, width=80)
         q[..., :72] *= norm
         k[..., :72] *= norm
@@ -140,7 +137,7 @@ class TestNumbers:
         usual = relative_error(flash_attention_varlen(*counted, RAGGED, config=ONLINE), truth)
         launches.clear()
         out = flash_attention_varlen(q, k, v, RAGGED, columns=72, config=config)
-        assert relative_error(out, truth) <= 1.2 * usual
+        assert relative_error(out, truth) <= 1.12 * usual
         assert launches[0] == config.variant
 
     @pytest.mark.parametrize(
@@ -195,7 +192,7 @@ class TestNumbers:
 
 
 def boosted(boost, where, dtype, device, *, head_dim=64, width=None, scale):
-    """Adds ``boost`` (in units of log 2) to scores in a segment of 97 rows: of its last key, of others, or per row."""
+    """Adds ``boost`` (in units of log 2) to scores in a segment of 97 rows: of its last key, of early ones, or per row."""
     segments = Segments([97, 40])
     q, k, v = (t.clone() for t in make_projection(segments, head_dim, dtype, device, heads=1, width=width, seed=3))
     q[..., 0], k[..., 0] = 1, 0
@@ -204,7 +201,7 @@ def boosted(boost, where, dtype, device, *, head_dim=64, width=None, scale):
         k[96, :, 0] = step
     elif where == "before it":
         k[10, :, 0] = step
-        k[70, :, 0] = step
+        k[30, :, 0] = step
     else:
         # One key scores high for some rows, low for others, and equal for the rest.
         q[..., 0] = torch.tensor([1.0, -1.0, 0.0, 0.25])[torch.arange(segments.total) % 4, None].to(q)
@@ -448,25 +445,51 @@ def test_reference_of_padded_heads():
         assert relative_error(result, truth) <= TOLERANCE[FP32]
 
 
-@pytest.mark.parametrize(("boost", "again"), [(0, False), (60, False), (140, True)])
+@pytest.mark.parametrize(("boost", "tiles"), [(0, 0), (60, 0), (140, 4)])
 @pytest.mark.parametrize("width", [64, 80])
-def test_few_tiles_are_recomputed(kernel_device, monkeypatch, boost, again, width):
+def test_few_tiles_are_recomputed(kernel_device, boost, tiles, width):
     """Otherwise the kernel would be right, but no faster than the online softmax."""
-    if kernel_device.type != "cpu":
-        pytest.skip("a compiled kernel cannot be observed")
-    seen = []
-    redo = fixed_max.recompute_tile
-
-    def record(*arguments, **options):
-        seen.append(True)
-        return redo(*arguments, **options)
-
-    monkeypatch.setattr(fixed_max, "recompute_tile", record)
     padded = {"columns": 60} if width == 64 else {}
     head_dim = padded.get("columns", width)
     q, k, v, segments = boosted(
         boost, "before it", BF16, kernel_device, head_dim=head_dim, width=width, scale=math.log(2)
     )
     q[..., 1:head_dim] *= 0.17
-    flash_attention_varlen(q, k, v, segments, config=FIXED, queries_scaled=True, **padded)
-    assert bool(seen) == again
+    recomputed = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    flash_attention_varlen(q, k, v, segments, config=FIXED, queries_scaled=True, recomputed=recomputed, **padded)
+    assert int(recomputed) == tiles
+
+
+def test_the_offset_comes_from_as_many_keys_as_a_block(kernel_device):
+    """In the last block alone, one key left by the length would decide, and recompute nearly everything."""
+    q, k, v, segments = boosted(140, "last block", BF16, kernel_device, scale=64**-0.5)
+    k[96], k[80] = k[80].clone(), k[96].clone()
+    recomputed = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    flash_attention_varlen(q, k, v, segments, config=FIXED, recomputed=recomputed)
+    assert int(recomputed) == 0
+
+
+ROUNDING = [
+    pytest.param(config, dtype, head_dim, marks=() if head_dim == 80 and dtype == BF16 else pytest.mark.slow)
+    for config, dtype in [*(case.values for case in WALKING), (SINGLE_BLOCK, BF16), (SINGLE_BLOCK, FP16)]
+    for head_dim in (64, 72, 80, 88, 104, 128)
+    if dtype != FP32
+]
+
+
+@pytest.mark.parametrize(("config", "dtype", "head_dim"), ROUNDING)
+def test_error_with_the_logits_of_trained_towers(kernel_device, config, dtype, head_dim):
+    """Errs hardly more than torch's attention of the same dtype, whatever the standard deviation of the logits."""
+    segments = Segments([64, 50, 64] if config is SINGLE_BLOCK else [150, 97])
+    attend = torch.nn.functional.scaled_dot_product_attention
+    found = {}
+    for deviation in (1, 3, 6, 12, 20, 40):
+        q, k, v = make_projection(segments, head_dim, dtype, kernel_device, seed=deviation)
+        q = q * deviation
+        truth = attention_fp64(q, k, v, segments)
+        ours = flash_attention_varlen(q, k, v, segments, config=config, length_bound=max(segments.lengths))
+        parts = zip(*(tensor.cpu().split(segments.lengths) for tensor in (q, k, v)), strict=True)
+        # With a batch dimension torch rounds the weights, as on a GPU.
+        theirs = [attend(*(part.transpose(0, 1)[None] for part in each))[0].transpose(0, 1) for each in parts]
+        found[deviation] = relative_error(ours, truth) / relative_error(torch.cat(theirs), truth)
+    assert max(found.values()) <= 1.1, found
