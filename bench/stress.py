@@ -22,7 +22,6 @@ from tritontower.devices import parse_device
 from .variants import Shape, attention_config, replaced_because
 
 SHAPES: Mapping[str, Sequence[Shape]] = {
-    "specialized": [(128, 128, 4, 2), (128, 64, 4, 2)],
     "fixed": [(128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3)],
     "single_block": [(64, 64, 4, 1)],
     "online": [(128, 64, 4, 3), (64, 64, 4, 3)],

@@ -20,7 +20,7 @@ from tritontower.benchmarks.kernels import measure, start_report, table
 from tritontower.benchmarks.shapes import GRIDS
 from tritontower.cli.options import output_file
 from tritontower.devices import parse_device
-from tritontower.kernels.attention import fixed_max, warp_specialized
+from tritontower.kernels.attention import fixed_max
 from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm.linear_config import default_config as default_linear_config
 from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
@@ -29,7 +29,6 @@ from tritontower.kernels.runtime.config import architecture
 Shape = tuple[int, int, int, int]
 """Query rows and keys of a block, warps, stages."""
 SHAPES: Sequence[Shape] = ((128, 64, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3))
-SPECIALIZED_SHAPES: Sequence[Shape] = ((128, 128, 4, 2), (128, 64, 4, 2), (128, 128, 4, 3))
 TILE_FIELDS = ("block_rows", "block_columns", "block_inner", "group_rows", "num_warps", "num_stages")
 TILES = ((128, 128, 64, 8, 4, 3), (128, 256, 64, 8, 8, 3), (128, 256, 64, 8, 8, 4), (64, 128, 64, 8, 4, 4))
 
@@ -45,15 +44,9 @@ def attention_config(shape: Shape, variant: Any) -> FlashAttentionConfig:
 def replaced_because(case: Case, device: torch.device) -> str | None:
     """Returns why the device would run another attention variant; ``None`` if it runs the configured one."""
     here = architecture(device)
-    config: FlashAttentionConfig = case.config
-    if config.variant == "fixed" and here not in fixed_max.ARCHITECTURES:
+    if case.config.variant == "fixed" and here not in fixed_max.ARCHITECTURES:
         return f"the fixed softmax offset is not compiled for {here}"
-    if config.variant != "specialized":
-        return None
-    heads, head_dim = case.sizes["heads"], case.sizes["head_dim"]
-    width = case.sizes.get("padded", head_dim)
-    q, k, v = torch.empty(1, 3, heads, width, dtype=case.dtype, device=device).unbind(1)
-    return warp_specialized.find_obstacle(q, k, v, head_dim, config, here)
+    return None
 
 
 def attention_variants(case: Case) -> Iterator[Case]:
@@ -64,7 +57,6 @@ def attention_variants(case: Case) -> Iterator[Case]:
     bounded = replace(case, sizes={**case.sizes, "length_bound": 64}) if max(lengths) <= 64 else case
     shapes = [*SHAPES, *([(128, 128, 4, 2)] if head_dim <= 64 else [])]
     chosen = [(shape, variant) for shape in shapes for variant in ("online", "fixed")]
-    chosen += [(shape, "specialized") for shape in SPECIALIZED_SHAPES]
     chosen += [((64, 64, 4, 1), "single_block")] if max(lengths) <= 64 else []
     for shape, variant in chosen:
         label = "{4} {0} × {1}, {2} warps, {3} stages".format(*shape, variant)

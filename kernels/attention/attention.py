@@ -7,13 +7,12 @@ and there is no mask: a segment is a range of rows (:class:`..runtime.segments.S
 
 One program owns ``block_queries`` query rows of one segment and one head, and walks that segment's keys in blocks of
 ``block_keys``.  Programs are numbered head by head, long segments first, so that the keys and values of one head stay in
-the L2 cache while all its tiles are computed.  The configuration's ``variant`` selects one of four kernels:
+the L2 cache while all its tiles are computed.  The configuration's ``variant`` selects one of three kernels:
 
 ====================  ==============================================================================================
 ``"online"``          :mod:`.online_softmax`: supports every launch
 ``"fixed"``           :mod:`.fixed_max`: no running maximum in the loop, two thirds of the instructions; tiles that
                       overflow are recomputed in the same program
-``"specialized"``     :mod:`.warp_specialized`: the same with warps that only load (Hopper)
 ``"single_block"``    :mod:`.single_block`: segments that fit one block of keys
 ====================  ==============================================================================================
 
@@ -31,7 +30,7 @@ from ..runtime import dispatch
 from ..runtime.checks import check_float, check_rows, check_tensor
 from ..runtime.registry import lookup
 from ..runtime.segments import Segments
-from . import fixed_max, online_softmax, single_block, warp_specialized
+from . import fixed_max, online_softmax, single_block
 from .common import FlashAttentionConfig, LaunchArguments, Variant
 from .torch_reference import flash_attention_varlen_reference
 
@@ -40,7 +39,6 @@ LARGEST_HEAD_DIM = 128
 _MODULES: dict[Variant, Any] = {
     "online": online_softmax,
     "fixed": fixed_max,
-    "specialized": warp_specialized,
     "single_block": single_block,
 }
 SINGLE_BLOCK_LENGTH = 64
@@ -115,7 +113,7 @@ def default_config(
 
     ``longest``, the rows of the longest segment, may halve ``block_queries``, which changes no bit of the result.
     ``length_bound``, which no segment of any batch exceeds, may choose the variant.  fp16 keeps the online softmax: its
-    weights leave a fixed softmax offset little room.  ``"specialized"`` is never the default until a GPU has proven it.
+    weights leave a fixed softmax offset little room.
     """
     if head_dim > LARGEST_HEAD_DIM:
         raise ValueError(f"head_dim must be at most {LARGEST_HEAD_DIM}, got {head_dim}")
@@ -175,9 +173,8 @@ def flash_attention_varlen(
         scale: positive factor of the scores; ``head_dim ** -0.5`` by default (``columns ** -0.5`` if heads are padded).
         out: output ``[T, H, head_dim]`` (``[T, H, columns]`` if heads are padded), strides as free as those of ``q``.  It
             may be ``q`` itself (or lie in its columns), but not otherwise overlap the inputs.
-        config: launch configuration; :func:`choose_config` by default.  If its variant does not support this launch, the
-            default replaces it: ``"fixed"`` on an architecture whose compiler rejects it; ``"specialized"`` elsewhere than
-            on sm_90, in fp32, for heads that it cannot divide, or for tensors that are not aligned to 16 bytes.
+        config: launch configuration; :func:`choose_config` by default.  The default replaces ``"fixed"`` on an
+            architecture whose compiler rejects it.
         length_bound: upper bound of the length of all segments, as a property of the tower (its windows, its image size)
             and not of this batch; it may decide which kernel runs.
         columns: valid columns of a padded head (72 of 80).  Column ``columns`` of every key and value must hold one and
@@ -218,10 +215,7 @@ def flash_attention_varlen(
             head_dim, q.dtype, q.device, padded=columns is not None, longest=longest, length_bound=length_bound
         )
     architecture = configs.architecture(q.device)
-    if (config.variant == "fixed" and architecture not in fixed_max.ARCHITECTURES) or (
-        config.variant == "specialized"
-        and warp_specialized.find_obstacle(q, k, v, head_dim, config, architecture) is not None
-    ):
+    if config.variant == "fixed" and architecture not in fixed_max.ARCHITECTURES:
         config = default_config(head_dim, q.dtype, architecture, longest=longest, length_bound=length_bound)
     scale = None if queries_scaled else scale
     _MODULES[config.variant].launch(LaunchArguments(q, k, v, out, segments, scale, config, recomputed))

@@ -19,7 +19,7 @@ from ..runtime.device_functions import dot
 from ..runtime.launch import launch
 from ..runtime.segments import Segments
 
-Variant = Literal["online", "fixed", "specialized", "single_block"]
+Variant = Literal["online", "fixed", "single_block"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 

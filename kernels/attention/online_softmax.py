@@ -2,11 +2,8 @@
 
 One program owns ``block_queries`` query rows of one segment and one head.  It walks the segment's keys in blocks of
 ``block_keys`` and keeps the running maximum, the running sum and the output in fp32 registers (Milakov and Gimelshein,
-arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).  The same kernel recomputes the rows that overflowed in
-:mod:`.warp_specialized`: then it computes only the tiles with such a row, and writes only such rows.
+arXiv 1805.02867; FlashAttention-2, arXiv 2307.08691).
 """
-
-import torch
 
 from ..runtime._triton import tl, triton
 from .common import (
@@ -21,13 +18,13 @@ from .common import (
 )
 
 
-@triton.jit(do_not_specialize=["tile_count", "token_count"])
+@triton.jit(do_not_specialize=["tile_count"])
 def _attention_online_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, overflowed_ptr, cu_seqlens_ptr, tiles_ptr,
-    tile_count, token_count, score_scale,
+    q_ptr, k_ptr, v_ptr, out_ptr, cu_seqlens_ptr, tiles_ptr,
+    tile_count, score_scale,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr, RECOMPUTE: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
     # One program owns one tile of query rows (a line of the tile list) of one head, and every key of its segment.
     head, first_row, start, length = locate_tile(tl.program_id(0), tile_count, tiles_ptr, cu_seqlens_ptr, BLOCK_QUERIES)
@@ -40,12 +37,6 @@ def _attention_online_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_QUERIES)
     row_mask = rows < length
-    if RECOMPUTE:
-        overflowed = tl.load(overflowed_ptr + head * token_count + start + rows, mask=row_mask, other=0) != 0
-        if tl.max(overflowed.to(tl.int32), 0) == 0:
-            return
-        row_mask = overflowed
-
     # Triton only infers divisibility by 16.  The hint by 8 lets head_dim=72 use 16-byte loads.
     q_ptrs = q_ptr + tl.multiple_of(head * stride_qh, ALIGNMENT)
     q_ptrs += (start + rows)[:, None] * stride_qt
@@ -63,13 +54,6 @@ def _attention_online_kernel(
     store_rows(out_ptrs, row_mask, accumulator, accumulator_tail, row_sum, HEAD_DIM, MAIN, TAIL)
 
 
-def launch(args: LaunchArguments, *, overflowed: torch.Tensor | None = None) -> None:
-    """Launches one program per head and query tile; computes only rows marked in ``overflowed`` (``[H, T]`` int8)."""
-    prepare_launch(
-        _attention_online_kernel,
-        args,
-        compute_score_factor(args.scale),
-        args.config.block_queries,
-        overflowed_ptr=overflowed,
-        RECOMPUTE=overflowed is not None,
-    )()
+def launch(args: LaunchArguments) -> None:
+    """Launches one program per head and query tile."""
+    prepare_launch(_attention_online_kernel, args, compute_score_factor(args.scale), args.config.block_queries)()

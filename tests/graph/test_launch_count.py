@@ -19,10 +19,7 @@ from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse
 from tritontower.graph.ir import Workload
 from tritontower.graph.launch_count import Launches, count_launches
-from tritontower.kernels.attention import attention
-from tritontower.kernels.attention.common import FlashAttentionConfig
 from tritontower.kernels.gemm import linear as linears
-from tritontower.kernels.gemm import qkv_projection
 from tritontower.kernels.gemm.linear_config import LinearConfig
 from tritontower.kernels.runtime.config import ARCHITECTURES
 
@@ -130,16 +127,6 @@ def test_gathers_and_copies_by_torch_are_library_calls() -> None:
 def choose(monkeypatch: pytest.MonkeyPatch, module: Any, config: Any) -> None:
     """Makes ``config`` the configuration of every launch of ``module``."""
     monkeypatch.setattr(module, "choose_config", lambda *_, **__: config)
-
-
-def test_recomputing_attention_takes_a_second_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose(monkeypatch, attention, FlashAttentionConfig(128, 128, 4, 2, "specialized"))
-    choose(monkeypatch, linears, PLAIN_CONFIG)
-    choose(monkeypatch, qkv_projection, PLAIN_CONFIG)
-    graph = graph_of("kernels")
-    assert count_launches(graph, MANY, device=CPU).per_block == Launches(8)
-    assert count_launches(graph, MANY, device=CPU, dtype=torch.float16).per_block == Launches(7)
-    assert count_launches(graph, MANY).per_block == Launches(7)
 
 
 def test_vendor_gemms_leave_epilogues_to_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,6 @@ def attend(lengths: list[int], heads: int, head_dim: int, dtype: torch.dtype = B
 def attention_variants() -> Iterator[Case]:
     """Variants that defaults or a measured table may select, on one segment, ragged ones and windows."""
     fixed = FlashAttentionConfig(128, 64, 8, 2, "fixed")
-    specialized = FlashAttentionConfig(128, 128, 4, 2, "specialized")
     scaled = {"columns": 72, "queries_scaled": True}
     variants: tuple[tuple[str, list[int], int, dict[str, Any]], ...] = (
         ("windows", [64, 1, 0, 33], 80, {"length_bound": 64}),
@@ -147,9 +146,6 @@ def attention_variants() -> Iterator[Case]:
         ("padded heads, scaled queries", [1, 200], 80, scaled),
         ("padded windows", [1, 64], 80, {**scaled, "length_bound": 64}),
         ("fixed", [1, 200], 80, {"config": fixed}),
-        ("specialized, padded heads", [200], 80, {**scaled, "config": specialized}),
-        ("specialized, heads of 64", [1, 200], 64, {"config": specialized}),
-        ("specialized, heads of 80", [1, 200], 80, {"config": specialized}),
     )
     for dtype in (BF16, FP16):
         for name, lengths, head_dim, options in variants:

@@ -107,13 +107,10 @@ class TestSearchSpace:
                     memory = rows * values["block_inner"] * values["num_stages"] * dtype.itemsize
                     assert memory <= SHARED_MEMORY_LIMIT[architecture]
 
-    def test_only_sm_90_has_specialized_attention(self):
-        for architecture in ("sm_80", "sm_90"):
-            for task in tasks_for(QWEN2):
-                found = list_candidates(task, architecture)
-                assert any(values.get("vendor") for values in found) == (task.kernel == "gemm.linear")
-                special = any(values.get("variant") == "specialized" for values in found)
-                assert special == (task.kernel == "attention.attention" and architecture == "sm_90")
+    def test_only_linears_may_use_the_vendors_gemm(self):
+        for task in tasks_for(QWEN2):
+            found = list_candidates(task, "sm_90")
+            assert any(values.get("vendor") for values in found) == (task.kernel == "gemm.linear")
 
     def test_k_is_split_for_few_rows_only(self):
         few, many = (find_task(tasks_for(QWEN2, (patches,)), "mlp.down") for patches in (64, 16384))

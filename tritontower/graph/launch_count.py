@@ -1,8 +1,8 @@
 """Counts the launches of a layer graph from the kernels' own choice of configurations, without running it.
 
 Counted are launches of Triton kernels, and calls of torch libraries (a matmul by cuBLAS, a gather or copy by torch), each as
-one.  Two launches: a matmul that splits K, for the parts and their sum, if it has few rows; and the one attention variant that
-recomputes overflowed tiles in a second launch.  An MLP launches its matmuls once per chunk of rows.
+one.  A matmul of few rows that splits K takes two launches, for the parts and their sum.  An MLP launches its matmuls once per
+chunk of rows.
 
 Copies of the batch to the device are not counted.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tritontower.kernels.attention import attention
 from tritontower.kernels.gemm import linear, qkv_projection
 from tritontower.kernels.gemm.linear_config import GATED, count_parts
 from tritontower.kernels.gemm.vendor import can_use_vendor_gemm
@@ -66,7 +65,7 @@ def count_launches(
     """Counts the launches of every node.
 
     ``device`` is the device whose tuned or default configurations apply, or the name of an architecture such as ``"sm_90"``,
-    whose defaults apply.  ``None``: every matmul and every attention is one launch, as with many rows.
+    whose defaults apply.  ``None``: every matmul is one launch, as with many rows.
     """
     counter = _Counter(graph, workload, dtype, device)
     nodes = {node.name: counter.count(node) for node in graph.nodes}
@@ -88,8 +87,6 @@ class _Counter:
         attributes = node.attributes
         if node.kind in ("linear", "qkv_projection"):
             return self._count_matmul(node, "", attributes.get("activation"), residual=node.residual is not None)
-        if node.kind == "attention":
-            return self._count_attention(node)
         if node.kind in ("mlp", "projector"):
             both = self._count_matmul(node, "_1", attributes["activation"], residual=False)
             both += self._count_matmul(node, "_2", None, residual=node.residual is not None)
@@ -126,20 +123,6 @@ class _Counter:
         on_gpu = isinstance(self.device, str) or self.device.type == "cuda"
         is_fused = activation is None or (has_bias and on_gpu and activation == "gelu_tanh")
         return Launches(kernels=(not is_fused) + residual, library=1)
-
-    def _count_attention(self, node: Node) -> Launches:
-        if self.device is None or not self.workload.patches:
-            return Launches(1)
-        attributes = node.attributes
-        scores = self.workload.window_scores if attributes["windows"] else self.workload.scores
-        config = self._configure(
-            attention,
-            attributes["head_dim"],
-            longest=round(scores / self.workload.patches),
-            length_bound=attributes["length_bound"],
-            tuned={"padded": attributes.get("padded_head_dim") is not None},
-        )
-        return Launches(2 if config.variant == "specialized" and self.dtype == torch.bfloat16 else 1)
 
     def _configure(self, module: Any, *shape: int, tuned: Mapping[str, Any], **options: Any) -> Any:
         """Returns the configuration of a launch; ``tuned``: what only the search among tuned ones needs."""

@@ -161,15 +161,13 @@ def _attention(task: Task, architecture: str) -> Iterator[Values]:
     variants = ["online"]
     if architecture in fixed_max.ARCHITECTURES:
         variants.insert(0, "fixed")
-    if architecture == "sm_90":
-        variants.insert(0, "specialized")
     if bound and bound <= 128:
         variants.insert(0, "single_block")
     for variant, queries, keys, warps, stages in itertools.product(
         variants, (128, 64), (128, 64, 32), (4, 8), (2, 3, 1) if is_nvidia else (1,)
     ):
         single_block = variant == "single_block"
-        if (queries == 64 and warps == 8) or (variant == "specialized" and (queries, warps) != (128, 4)):
+        if queries == 64 and warps == 8:
             continue
         # A single block of keys has no loop whose loads could run ahead; all other variants need two stages on NVIDIA.
         if (single_block and (keys < bound or stages > 1)) or (not single_block and stages == 1 and is_nvidia):

@@ -38,7 +38,7 @@ MARGIN = 1.02
 """Speedup over the default from which another configuration is chosen: times vary."""
 
 REPEATS = 20
-"""Launches of a check that must give the same bits; ten times as many for warp-specialized kernels, which synchronize."""
+"""Launches of a check that must give the same bits."""
 
 LARGEST_CHECK = 4096
 """Rows of a check: the fp32 scores of more would fill the memory."""
@@ -117,7 +117,6 @@ class Gauge:
         if "rows" in details:
             details["rows"] = min(details["rows"], LARGEST_CHECK)
         smaller = replace(task, sizes=sizes, details=make_pairs(**details))
-        repeats = REPEATS * (10 if config.get("variant") == "specialized" else 1)
         largest = 0.0
         for hard in (False, True) if task.kernel == "attention.attention" else (False,):
             operation = prepare(smaller, self.device, hard=hard)
@@ -128,7 +127,7 @@ class Gauge:
             # A single wrong row hardly changes the norm of thousands, so rows have a limit of their own.
             if not error <= limit or not worst <= 5 * limit:
                 return error, f"wrong by {error:.1e}, in the worst row by {worst:.1e}, the limit is {limit:.0e}"
-            if not all(torch.equal(operation.run(config), first) for _ in range(repeats)):
+            if not all(torch.equal(operation.run(config), first) for _ in range(REPEATS)):
                 return error, "two launches on the same rows differ"
         return largest, ""
 

@@ -1,6 +1,5 @@
 """Every kernel variant of attention: accuracy, rows that overflow, independence, fallbacks and configurations."""
 
-import contextvars
 import math
 from dataclasses import asdict, replace
 
@@ -9,7 +8,7 @@ import torch
 from support.attention import attention_fp64, make_projection
 from support.numbers import TOLERANCE, relative_error
 
-from tritontower.kernels.attention import fixed_max, online_softmax, single_block, warp_specialized
+from tritontower.kernels.attention import fixed_max, online_softmax, single_block
 from tritontower.kernels.attention.attention import (
     FlashAttentionConfig,
     choose_config,
@@ -24,22 +23,17 @@ from tritontower.kernels.runtime.segments import Segments
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ONLINE = FlashAttentionConfig(32, 32, 4, 1)
 FIXED = FlashAttentionConfig(32, 32, 4, 1, "fixed")
-SPECIALIZED = FlashAttentionConfig(128, 32, 4, 2, "specialized")
 SINGLE_BLOCK = FlashAttentionConfig(64, 64, 4, 1, "single_block")
 RAGGED = Segments([1, 32, 45, 0, 64, 97])
 WINDOWS = Segments([64, 1, 0, 33, 64, 16])
 LOG2_E = math.log2(math.e)
 
-recent_triton = pytest.mark.skipif(
-    not warp_specialized.triton_supports_padded_heads(), reason="padded heads with specialized warps need Triton 3.7"
-)
-
 WALKING = [
     pytest.param(config, dtype, id=f"{config.variant}-{str(dtype).removeprefix('torch.')}")
-    for config, dtypes in ((ONLINE, (BF16, FP16, FP32)), (FIXED, (BF16, FP16, FP32)), (SPECIALIZED, (BF16, FP16)))
-    for dtype in dtypes
+    for config in (ONLINE, FIXED)
+    for dtype in (BF16, FP16, FP32)
 ]
-"""Variants that loop over the keys, in the dtypes that they support."""
+"""Variants that loop over the keys."""
 
 
 def turned(qkv, cosines, sines, *, heads, head_dim, padded_head_dim):
@@ -55,35 +49,15 @@ def turned(qkv, cosines, sines, *, heads, head_dim, padded_head_dim):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The variants that were launched, in order, with ``"recompute"`` for the second launch."""
+    """The variants that were launched, in order."""
     seen = []
-    modules = {
-        "online": online_softmax,
-        "fixed": fixed_max,
-        "specialized": warp_specialized,
-        "single_block": single_block,
-    }
-    for name, module in modules.items():
+    for name, module in {"online": online_softmax, "fixed": fixed_max, "single_block": single_block}.items():
 
-        def record(*arguments, _launch=module.launch, _name=name, **options):
-            seen.append("recompute" if options.get("overflowed") is not None else _name)
-            return _launch(*arguments, **options)
+        def record(*arguments, _launch=module.launch, _name=name):
+            seen.append(_name)
+            return _launch(*arguments)
 
         monkeypatch.setattr(module, "launch", record)
-    return seen
-
-
-@pytest.fixture
-def overflowed(monkeypatch):
-    """Rows that the specialized kernel marked as overflowed, launch by launch."""
-    seen = []
-    launch = online_softmax.launch
-
-    def record(*arguments, **options):
-        seen.append(options["overflowed"].clone())
-        return launch(*arguments, **options)
-
-    monkeypatch.setattr(online_softmax, "launch", record)
     return seen
 
 
@@ -94,9 +68,7 @@ class TestNumbers:
         q, k, v = make_projection(RAGGED, head_dim, dtype, kernel_device)
         out = flash_attention_varlen(q, k, v, RAGGED, config=config)
         assert relative_error(out, attention_fp64(q, k, v, RAGGED, head_dim**-0.5)) <= TOLERANCE[dtype]
-        exact = head_dim in (16, 64, 80, 128)
-        assert launches[0] == (config.variant if config.variant != "specialized" or exact else "online")
-        assert launches[1:] == (["recompute"] if launches[0] == "specialized" and dtype == BF16 else [])
+        assert launches == [config.variant]
 
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     @pytest.mark.parametrize("head_dim", [16, 64, 80, 104])
@@ -106,7 +78,7 @@ class TestNumbers:
         assert relative_error(out, attention_fp64(q, k, v, WINDOWS, head_dim**-0.5)) <= TOLERANCE[dtype]
         assert launches == ["single_block"]
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, SINGLE_BLOCK], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SINGLE_BLOCK], ids=lambda config: config.variant)
     @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
     @pytest.mark.parametrize(("head_dim", "width"), [(72, 80), (64, 80), (60, 64), (100, 104)])
     def test_padded_heads(self, kernel_device, poisoned_empty, launches, config, dtype, head_dim, width):
@@ -123,11 +95,8 @@ class TestNumbers:
         # Scores times one, or scores as they are.
         assert torch.equal(flash_attention_varlen(q, k, v, WINDOWS, queries_scaled=True, **how), out)
 
-    @pytest.mark.parametrize(
-        "config", [FIXED, pytest.param(SPECIALIZED, marks=recent_triton)], ids=lambda config: config.variant
-    )
     @pytest.mark.parametrize("norm", [1, 2, 3])
-    def test_padding_costs_no_accuracy(self, kernel_device, launches, config, norm):
+    def test_padding_costs_no_accuracy(self, kernel_device, norm):
         """Queries are not rounded again before the matmul, which large scores would show."""
         q, k, v = make_projection(RAGGED, 72, BF16, kernel_device, width=80)
         q[..., :72] *= norm
@@ -135,10 +104,8 @@ class TestNumbers:
         counted = [tensor[..., :72] for tensor in (q, k, v)]
         truth = attention_fp64(*counted, RAGGED, 72**-0.5)
         usual = relative_error(flash_attention_varlen(*counted, RAGGED, config=ONLINE), truth)
-        launches.clear()
-        out = flash_attention_varlen(q, k, v, RAGGED, columns=72, config=config)
+        out = flash_attention_varlen(q, k, v, RAGGED, columns=72, config=FIXED)
         assert relative_error(out, truth) <= 1.12 * usual
-        assert launches[0] == config.variant
 
     @pytest.mark.parametrize(
         ("rotated", "dtype", "config", "norm"),
@@ -172,7 +139,7 @@ class TestNumbers:
                 wrong[scaled] += float((out.double().cpu() - truth).square().sum())
         assert wrong[True] <= 1.1**2 * wrong[False]
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED], ids=lambda config: config.variant)
     def test_views(self, kernel_device, config):
         """Token-major queries, head-major keys, values with gaps, and a result in the middle of something else."""
         generator = torch.Generator().manual_seed(5)
@@ -224,33 +191,20 @@ class TestFarApart:
 
     @pytest.mark.parametrize("boost", [20, 60, 100, 400])
     @pytest.mark.parametrize("where", ["last block", "before it", "row by row"])
-    @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
-    def test_in_padded_heads(self, kernel_device, config, where, boost):
+    def test_in_padded_heads(self, kernel_device, where, boost):
         """The softmax offset is rounded here, which moves it far from a large maximum."""
         scale = math.log(2)
         q, k, v, segments = boosted(boost, where, BF16, kernel_device, head_dim=72, width=80, scale=scale)
         q[..., 1:72] *= 0.17
-        out = flash_attention_varlen(q, k, v, segments, config=config, queries_scaled=True, columns=72)
+        out = flash_attention_varlen(q, k, v, segments, config=FIXED, queries_scaled=True, columns=72)
         counted = [tensor[..., :72] for tensor in (q, k, v)]
         tolerance = TOLERANCE[BF16] + boost * 2.0**-22
         assert relative_error(out, attention_fp64(*counted, segments, scale)) <= tolerance
 
-    @pytest.mark.parametrize("head_dim", [64, pytest.param(72, marks=recent_triton)])
-    @pytest.mark.parametrize(("boost", "recomputed"), [(0, 0), (60, 0), (400, 97)])
-    def test_recomputed_rows(self, kernel_device, overflowed, boost, recomputed, head_dim):
-        padded = {"width": 80} if head_dim == 72 else {}
-        how = {"head_dim": head_dim, "scale": math.log(2), **padded}
-        q, k, v, segments = boosted(boost, "before it", BF16, kernel_device, **how)
-        q[..., 1:head_dim] *= 0.17
-        columns = head_dim if padded else None
-        flash_attention_varlen(q, k, v, segments, config=SPECIALIZED, scale=math.log(2), columns=columns)
-        assert int(overflowed[0].sum()) == recomputed
-
-    @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
-    def test_values_that_overflow_before_the_sum_does(self, kernel_device, config):
+    def test_values_that_overflow_before_the_sum_does(self, kernel_device):
         q, k, v, segments = boosted(80, "before it", BF16, kernel_device, scale=64**-0.5)
         v *= 1e25
-        out = flash_attention_varlen(q, k, v, segments, config=config)
+        out = flash_attention_varlen(q, k, v, segments, config=FIXED)
         assert relative_error(out, attention_fp64(q, k, v, segments, 64**-0.5)) <= TOLERANCE[BF16] + 80 * 2.0**-22
 
     @pytest.mark.parametrize(("config", "dtype"), WALKING)
@@ -269,8 +223,7 @@ class TestFarApart:
         assert torch.equal(tall, short)
 
 
-NEIGHBORS = [(ONLINE, BF16, 72), (ONLINE, FP32, 80), (FIXED, BF16, 72), (FIXED, FP16, 80), (SPECIALIZED, BF16, 80),
-             (SPECIALIZED, FP16, 64)]  # fmt: skip
+NEIGHBORS = [(ONLINE, BF16, 72), (ONLINE, FP32, 80), (FIXED, BF16, 72), (FIXED, FP16, 80)]
 
 
 class TestNeighbors:
@@ -282,10 +235,9 @@ class TestNeighbors:
         self.check(kernel_device, config, dtype, head_dim, None, length, {})
 
     @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
-    @pytest.mark.parametrize("config", [FIXED, SPECIALIZED], ids=lambda config: config.variant)
     @pytest.mark.parametrize("length", [1, 64, 97])
-    def test_in_padded_heads(self, kernel_device, config, length):
-        self.check(kernel_device, config, BF16, 72, 80, length, {"columns": 72})
+    def test_in_padded_heads(self, kernel_device, length):
+        self.check(kernel_device, FIXED, BF16, 72, 80, length, {"columns": 72})
 
     @pytest.mark.filterwarnings("ignore:All-NaN slice", "ignore:invalid value")
     @pytest.mark.parametrize("length", [1, 33, 64])
@@ -310,7 +262,7 @@ class TestNeighbors:
             assert torch.equal(batch[start : start + length], alone)
         assert bool(torch.isnan(batch[length : length + other]).all())
 
-    @pytest.mark.parametrize("config", [ONLINE, FIXED, SPECIALIZED, SINGLE_BLOCK], ids=lambda config: config.variant)
+    @pytest.mark.parametrize("config", [ONLINE, FIXED, SINGLE_BLOCK], ids=lambda config: config.variant)
     def test_padding_tiles_write_nothing(self, kernel_device, config):
         """Tiles after the end of a segment, and of segments without rows."""
 
@@ -329,64 +281,12 @@ class TestNeighbors:
         assert bool((buffer[q.shape[0] :] == 7.0).all())
 
 
-class TestFallback:
-    def launch(self, device, *, head_dim=64, dtype=BF16, gap=0, offset=0, config=SPECIALIZED):
-        shape = (RAGGED.total, 2, head_dim + gap)
-        q, k, v = (
-            torch.randn(math.prod(shape) + offset).to(device, dtype)[offset:].view(shape)[..., :head_dim]
-            for _ in range(3)
-        )
-        out = flash_attention_varlen(q, k, v, RAGGED, config=config)
-        assert relative_error(out, attention_fp64(q, k, v, RAGGED, head_dim**-0.5)) <= TOLERANCE[dtype]
-
-    @pytest.mark.parametrize(
-        "case",
-        [
-            {"offset": 1},
-            {"gap": 4},
-            {"head_dim": 72},
-            {"dtype": FP32},
-            {"config": FlashAttentionConfig(64, 32, 4, 2, "specialized")},
-        ],
-        ids=str,
-    )
-    def test_launches_that_the_copy_engine_rejects(self, kernel_device, launches, case):
-        self.launch(kernel_device, **case)
-        assert "specialized" not in launches
-
-    def test_aligned_gaps_are_taken(self, kernel_device, launches):
-        self.launch(kernel_device, gap=8, offset=8)
-        assert launches[0] == "specialized"
-
-    def test_other_architectures_and_rows_inside_rows(self):
-        tensor = torch.empty(4, 2, 64, dtype=BF16)
-        reason = warp_specialized.find_obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_100")
-        assert reason == "the compiler specializes warps for sm_90, not for sm_100"
-        inside = tensor.as_strided((4, 2, 64), (64, 64, 1))
-        assert "one after another" in warp_specialized.find_obstacle(inside, tensor, tensor, 64, SPECIALIZED, "sm_90")
-        assert warp_specialized.find_obstacle(tensor, tensor, tensor, 64, SPECIALIZED, "sm_90") is None
-
-    def test_padded_heads_under_an_old_compiler(self, monkeypatch):
-        tensor = torch.empty(4, 2, 80, dtype=BF16)
-        for version, reason in (("3.6.0", "padded heads need Triton 3.7"), ("3.10.1", None)):
-            monkeypatch.setattr(warp_specialized.triton, "__version__", version)
-            assert warp_specialized.find_obstacle(tensor, tensor, tensor, 72, SPECIALIZED, "sm_90") == reason
-            assert warp_specialized.find_obstacle(tensor, tensor, tensor, 80, SPECIALIZED, "sm_90") is None
-
-    def test_the_callers_allocator_stays(self, kernel_device):
-        allocation = pytest.importorskip("triton.runtime._allocation")
-        before = allocation._allocator.get() if hasattr(allocation._allocator, "get") else allocation._allocator
-
-        def launch():
-            self.launch(kernel_device)
-            return allocation._allocator.get()
-
-        assert contextvars.copy_context().run(launch) is before
-
-    def test_fixed_where_its_compiler_rejects_it(self, kernel_device, launches, monkeypatch):
-        monkeypatch.setattr(fixed_max, "ARCHITECTURES", ())
-        self.launch(kernel_device, config=FIXED)
-        assert launches == ["online"]
+def test_fixed_where_its_compiler_rejects_it(kernel_device, launches, monkeypatch):
+    monkeypatch.setattr(fixed_max, "ARCHITECTURES", ())
+    q, k, v = make_projection(RAGGED, 64, BF16, kernel_device)
+    out = flash_attention_varlen(q, k, v, RAGGED, config=FIXED)
+    assert relative_error(out, attention_fp64(q, k, v, RAGGED, 64**-0.5)) <= TOLERANCE[BF16]
+    assert launches == ["online"]
 
 
 class TestConfigurations:
@@ -429,9 +329,7 @@ class TestConfigurations:
         assert unbounded == default_config(72, BF16, "interpreter", longest=0)
 
     def test_an_unknown_variant(self):
-        with pytest.raises(
-            ValueError, match="variant must be one of online, fixed, specialized, single_block, got 'magic'"
-        ):
+        with pytest.raises(ValueError, match="variant must be one of online, fixed, single_block, got 'magic'"):
             FlashAttentionConfig(64, 64, 4, 2, "magic")
 
 
