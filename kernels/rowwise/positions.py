@@ -244,7 +244,7 @@ def _check_table(positions: torch.Tensor, frequencies: tuple[torch.Tensor, torch
         raise ValueError(f"frequencies must be two [hd/4], got {[tuple(axis.shape) for axis in frequencies]}")
     if side < 1:
         raise ValueError(f"side must be at least 1, got {side}")
-    if not positions.is_cuda and positions.numel():
+    if positions.device.type == "cpu" and positions.numel():
         lowest, highest = (int(bound) for bound in positions.aminmax())
         if lowest < 0 or highest >= side:
             raise ValueError(f"positions must be 0 to {side - 1}, got {lowest} to {highest}; side is {side}")

@@ -9,7 +9,7 @@ equal neighboring segments that the torch reference processes in one call.  Each
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -200,6 +200,7 @@ def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return table.pin_memory().to(device, non_blocking=True)
 
 
+@lru_cache(maxsize=1024)  # sizes of images recur, and forward passes wait for this
 def _tile_list(lengths: tuple[int, ...], block_rows: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int32]]":
     rows = np.array(lengths, dtype=np.int64)
     order = np.argsort(-rows, kind="stable")

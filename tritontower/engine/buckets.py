@@ -18,8 +18,8 @@ import torch
 
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.graph.ir import Graph, Workload
+from tritontower.kernels.runtime import dispatch
 from tritontower.kernels.runtime.checks import ceil_div, next_power_of_two
-from tritontower.kernels.runtime.dispatch import Backend, backend_on
 from tritontower.kernels.runtime.segments import Segments
 
 FEW_ROWS = 1024
@@ -114,7 +114,7 @@ class Bucket:
     tiles: SegmentCapacity | None
     side: int
     pixels: torch.dtype
-    backend: Backend
+    backend: dispatch.Backend
 
     @cached_property
     def capacities(self) -> dict[str, SegmentCapacity]:
@@ -157,5 +157,5 @@ class BucketPlanner:
             tiles=SegmentCapacity(rows, workload.tiles, tile_rows or 0, tile_rows or 0) if self._pools else None,
             side=next_power_of_two(max(SMALLEST_SIDE, attention.side)) if self._rotates else 0,
             pixels=batch.pixels.dtype,
-            backend=backend_on(self._device),
+            backend=dispatch.backend_on(self._device),
         )
