@@ -42,17 +42,19 @@ ARCHITECTURE = "sm_90"
 FAMILIES = ("Qwen2-VL", "SigLIP")
 PATCHES = (256, 1024, 4096)
 
-# Handles are any number but zero, and every limit of the chip is 1 MiB.
+# Handles are any number but zero, and every limit of the chip is that of its shared memory, 228 KiB.
 _NOTHING = """
     cuInit cuCtxSetCurrent cuFuncSetCacheConfig cuFuncSetAttribute cuLaunchKernel cuLaunchKernelEx cuTensorMapEncodeTiled
-    cuTensorMapEncodeIm2col cuGetErrorString cuCtxSetLimit cuStreamIsCapturing
+    cuTensorMapEncodeIm2col cuGetErrorString cuCtxSetLimit cuStreamIsCapturing cuModuleUnload
 """
-_NUMBER = "cuDeviceGet cuDeviceGetAttribute cuFuncGetAttribute cuDriverGetVersion cuOccupancyMaxActiveClusters"
+_NUMBER = (
+    "cuCtxGetDevice cuDeviceGet cuDeviceGetAttribute cuFuncGetAttribute cuDriverGetVersion cuOccupancyMaxActiveClusters"
+)
 _HANDLE = "cuCtxGetCurrent cuDevicePrimaryCtxRetain cuModuleLoadData cuModuleGetFunction cuCtxGetLimit"
 LIBRARY = "\n".join(
     (
         *(f"int {name}() {{ return 0; }}" for name in _NOTHING.split()),
-        *(f"int {name}(int *number) {{ *number = 1 << 20; return 0; }}" for name in _NUMBER.split()),
+        *(f"int {name}(int *number) {{ *number = 228 << 10; return 0; }}" for name in _NUMBER.split()),
         *(f"int {name}(long *handle) {{ *handle = 1; return 0; }}" for name in _HANDLE.split()),
         "int cuPointerGetAttribute(long *address, int kind, long pointer) { *address = pointer; return 0; }",
     )
