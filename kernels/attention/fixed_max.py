@@ -50,7 +50,7 @@ from .common import (
     store_rows,
 )
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "gfx942", "gfx950", "interpreter")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942", "gfx950", "interpreter")
 """Architectures where the kernel compiles: Triton 3.6 and 3.7 find no layout for it in the tensor memory of sm_100."""
 GROUPS = 8
 """Columns that together hold the sum of a row's weights: the fewest that a matmul may have."""

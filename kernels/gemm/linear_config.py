@@ -87,7 +87,7 @@ def count_parts(inner: int, config: LinearConfig) -> int:
 
 
 # Programs that fill a GPU: two for each multiprocessor or compute unit of the usual model.
-_PROGRAMS = {"sm_80": 216, "sm_89": 256, "sm_90": 264, "sm_100": 296, "gfx942": 608, "gfx950": 512}
+_PROGRAMS = {"sm_80": 216, "sm_89": 256, "sm_90": 264, "sm_100": 296, "sm_120": 340, "gfx942": 608, "gfx950": 512}
 
 
 def _tile(dtype: torch.dtype, activation: str | None, architecture: str, *, few: bool, wide: bool) -> LinearConfig:
@@ -101,7 +101,7 @@ def _tile(dtype: torch.dtype, activation: str | None, architecture: str, *, few:
     if not nvidia:
         columns = 64 if gated else 128
         return LinearConfig(64 if few else 128, columns, 64, group_rows=8, num_warps=4 if few else 8, num_stages=2)
-    if architecture in ("sm_80", "sm_89"):
+    if architecture in ("sm_80", "sm_89", "sm_120"):
         columns, warps = (64 if gated else 128), (8 if activation == "gelu" and not few else 4)
         return LinearConfig(64 if few else 128, columns, 32, group_rows=8, num_warps=warps, num_stages=3)
     if few:

@@ -147,6 +147,9 @@ def default_config(*, dtype: torch.dtype, architecture: str) -> LinearConfig:
     stages = 3 if architecture.startswith("sm_") else 2
     if dtype == torch.float32:
         return LinearConfig(64, 64, 32, group_rows=8, num_warps=4, num_stages=stages)
+    if architecture == "sm_120":
+        # A tile of 128 × 128 spills.
+        return LinearConfig(64, 128, 32, group_rows=8, num_warps=4, num_stages=stages)
     inner = 64 if architecture in ("sm_90", "sm_100") else 32
     return LinearConfig(128, 128, inner, group_rows=8, num_warps=8, num_stages=stages)
 

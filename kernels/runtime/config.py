@@ -2,27 +2,28 @@
 
 Every kernel file has a frozen ``…Config`` dataclass (block sizes, warps, pipeline stages) and a ``default_config`` that
 maps a shape and an *architecture* to one.  An architecture is the compiler's name of a chip generation: ``sm_80`` (A100),
-``sm_89`` (Ada), ``sm_90`` (Hopper), ``sm_100`` (Blackwell), ``gfx942`` (MI300), ``gfx950`` (MI350), or ``interpreter``.
+``sm_89`` (Ada), ``sm_90`` (Hopper), ``sm_100`` (Blackwell), ``sm_120`` (its workstation cards), ``gfx942`` (MI300), ``gfx950`` (MI350), or ``interpreter``.
 """
 
 from functools import lru_cache
 
 import torch
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 SHARED_MEMORY_LIMIT = {
     "sm_80": 163 * 1024,
     "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
     "gfx950": 160 * 1024,
 }
 """Bytes of shared memory (LDS on AMD) that one program may use."""
 
-# Newer chips that have the shared memory and the tensor cores of an older one.
-_SAME_AS = {"sm_86": "sm_89", "sm_87": "sm_89", "sm_120": "sm_89", "sm_121": "sm_89"}
+# Chips that have the shared memory and the tensor cores of an older one.
+_SAME_AS = {"sm_86": "sm_89", "sm_87": "sm_89"}
 
 
 def nearest_architecture(name: str) -> str:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXAMPLE = "tritontower tune Qwen/Qwen2-VL-2B-Instruct --patches 256,1024,4096 --budget 10"
 
-_ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942", "gfx950")
+_ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 """As ``kernels.runtime.config.ARCHITECTURES``, which is too slow to import for help; a test compares them."""
 
 

@@ -32,7 +32,15 @@ from .tasks import Task
 Values = dict[str, Any]
 """Fields of a configuration."""
 
-_MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
+_MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_89": 142,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+    "gfx950": 256,
+}
 """Of the usual part of each architecture (A100, L40S, H200, B200, MI300X, MI355X)."""
 _HAS_TMA = ("sm_90", "sm_100")
 _ACCUMULATORS = 128
@@ -50,7 +58,7 @@ def shared_fields(kernel: str, architecture: str) -> tuple[str, ...]:
         return ("block_inner", "split")
     if kernel == "attention.attention":
         # Elsewhere the compiler distributes tiles of different heights differently across lanes.
-        layout = () if architecture in ("sm_80", "sm_89", "sm_90") else ("block_queries", "num_warps")
+        layout = () if architecture in ("sm_80", "sm_89", "sm_90", "sm_120") else ("block_queries", "num_warps")
         return ("variant", "block_keys", *layout)
     return ()
 

@@ -301,7 +301,7 @@ class TestConfigurations:
                 elif bound in (16, 64):
                     assert chosen.variant == "single_block"
                     assert chosen.block_keys >= bound
-                elif dtype == BF16 and architecture in ("sm_80", "sm_89", "sm_90"):
+                elif dtype == BF16 and architecture in ("sm_80", "sm_89", "sm_90", "sm_120"):
                     assert chosen.variant == "fixed"
                 else:
                     assert chosen.variant == "online"

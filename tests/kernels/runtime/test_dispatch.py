@@ -84,7 +84,7 @@ torch.save(rows, {str(tmp_path / "rows.pt")!r})
         ("sm_90", "sm_90"),
         ("sm_86", "sm_89"),
         ("sm_103", "sm_100"),
-        ("sm_120", "sm_89"),
+        ("sm_121", "sm_120"),
         ("sm_75", "sm_80"),
         ("gfx1100", "gfx942"),
         ("gfx90a", "gfx942"),

@@ -9,7 +9,7 @@ from .disassembly import hot_loop, read_amd, read_nvidia
 from .recording import Launch
 
 TENSOR_CORE_PREFIX = {
-    "sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma", "gfx950": "v_mfma"
+    "sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma", "gfx950": "v_mfma"
 }  # fmt: skip
 """Prefix of the opcodes that use an architecture's tensor cores at full rate."""
 
@@ -91,8 +91,8 @@ def occupancy(registers: int, shared_memory: int, num_warps: int, architecture: 
         # Four SIMDs of 512 vector registers per lane (allocated in eights) and at most 8 waves each.
         waves = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
         return min(waves // num_warps, SHARED_MEMORY_LIMIT[architecture] // max(1, shared_memory))
-    capacity = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228}[architecture] * 1024
-    warps = 48 if architecture == "sm_89" else 64
+    capacity = {"sm_80": 164, "sm_89": 100, "sm_90": 228, "sm_100": 228, "sm_120": 100}[architecture] * 1024
+    warps = 48 if architecture in ("sm_89", "sm_120") else 64
     registers_per_warp = -(-registers * 32 // 256) * 256
     # The system reserves 1 KB of shared memory for each program.
     return min(65536 // (registers_per_warp * num_warps), capacity // (shared_memory + 1024), warps // num_warps, 32)
