@@ -22,7 +22,8 @@ import torch
 from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.benchmarks.images import family_checkpoint
-from tritontower.engine.graph_cache import CaptureLimits, CudaGraphCache
+from tritontower.engine.graph_cache import NODE_BYTES, CaptureLimits, CudaGraphCache
+from tritontower.engine.launch_count import count_launches
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse, select_passes
 from tritontower.text_table import text_table
@@ -113,6 +114,8 @@ def simulate(tower: VisionTower, kind: str, passes: int, limits: CaptureLimits) 
         if buffers.replay is not None:
             buffers.replay()
         else:
+            launches = count_launches(graph, bucket.workload, device="sm_90")
+            buffers.driver_bytes = NODE_BYTES * launches.total.total
             # No rows to compare: nothing was computed.
             outputs = {name: buffers.tensors[name][:0] for name in graph.outputs}
             cache.capture_if_due(buffers, lambda: None, outputs)

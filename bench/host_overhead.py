@@ -132,7 +132,7 @@ def measure_batch(executor: Executor, batch: PackedBatch, seconds: float) -> dic
     buffers.replay = None  # another batch may have the same buffers
     if compiled:
         raise RuntimeError(f"launches must be compiled once, got {len(compiled)} more: {compiled}")
-    count = len(launches.kernels) + launches.library_calls
+    count = len(launches)
     return {
         "patches": batch.workload.patches,
         "launches": count,

@@ -24,7 +24,15 @@ import torch
 
 from ..runtime import config as configs
 from ..runtime._triton import tl, triton
-from ..runtime.checks import ceil_div, check_float, check_rows, check_tensor, checked_output, next_power_of_two
+from ..runtime.checks import (
+    ceil_div,
+    check_float,
+    check_not_overwritten,
+    check_rows,
+    check_tensor,
+    checked_output,
+    next_power_of_two,
+)
 from ..runtime.dispatch import runs_kernel
 from ..runtime.launch import launch
 from ..runtime.registry import lookup
@@ -338,8 +346,8 @@ def norm(
         if residual is not None and rows != count:
             # Every row of the sum is stored by the program that reads it.
             raise ValueError(f"row_index must be a permutation of {count} rows with a residual, got {rows} entries")
-        if out is not None and out.numel() and out.data_ptr() == x.data_ptr():
-            raise ValueError("out must not be x if rows are gathered: rows would be overwritten before they are read")
+        if out is not None:
+            check_not_overwritten("x if rows are gathered", x, out)
     out = checked_output(out, (rows, width), x)
     if residual is not None:
         check_rows("residual", residual, (count, width), x)

@@ -5,6 +5,9 @@ maps a shape and an *architecture* to one.  An architecture is the compiler's na
 ``sm_89`` (Ada), ``sm_90`` (Hopper), ``sm_100`` (Blackwell), ``sm_120`` (its workstation cards), ``gfx942`` (MI300), ``gfx950`` (MI350), or ``interpreter``.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import torch
@@ -45,6 +48,24 @@ def nearest_architecture(name: str) -> str:
     return older[-1] if older else known[0]
 
 
+_assumed: ContextVar[torch.device | str] = ContextVar("tritontower_assumed_device", default="interpreter")
+
+
+@contextmanager
+def assume(device: torch.device | str) -> Iterator[None]:
+    """Gives tensors without memory the configurations of ``device`` inside the block, or the defaults of an architecture."""
+    token = _assumed.set(device)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def get_assumed_device(device: torch.device) -> torch.device | str:
+    """Returns ``device``, or that of :func:`assume` if tensors on it have no memory."""
+    return _assumed.get() if device.type == "meta" else device
+
+
 @lru_cache
 def _device_architecture(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
@@ -55,6 +76,9 @@ def _device_architecture(index: int) -> str:
 
 def architecture(device: torch.device) -> str:
     """The architecture of ``device`` among :data:`ARCHITECTURES`; ``"interpreter"`` for the CPU."""
-    if device.type != "cuda":
+    assumed = get_assumed_device(device)
+    if isinstance(assumed, str):
+        return nearest_architecture(assumed)
+    if assumed.type != "cuda":
         return "interpreter"
-    return _device_architecture(torch.cuda.current_device() if device.index is None else device.index)
+    return _device_architecture(torch.cuda.current_device() if assumed.index is None else assumed.index)

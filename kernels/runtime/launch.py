@@ -48,6 +48,9 @@ class LaunchList:
         self._steps: list[tuple[Callable[..., Any], tuple[int, ...] | None, tuple[Any, ...]]] = []
         self._tensors: list[Any] = []
 
+    def __len__(self) -> int:
+        return len(self.kernels) + self.library_calls
+
     @contextmanager
     def record(self) -> Iterator[None]:
         """Runs the launches of this thread inside the block as usual, and appends them."""

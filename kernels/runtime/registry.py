@@ -13,6 +13,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
+from .config import get_assumed_device
+
 FARTHEST = 4
 """Largest distance in buckets between an entry and a launch: a factor of four."""
 
@@ -102,8 +104,9 @@ def lookup(
 
     ``constants`` are fixed by the tower, such as widths.  ``sizes`` vary from batch to batch; only their buckets matter.
     """
-    if not _tables:
+    if not _tables or isinstance(assumed := get_assumed_device(device), str):
         return None
+    device = assumed
     if device.index is None and device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     question = (

@@ -27,10 +27,10 @@ from tritontower.benchmarks.launches import launch_rows
 from tritontower.benchmarks.measuring import Timing, interleaved, portable_command, provenance, time_on_device
 from tritontower.benchmarks.towers import CheckedReference, fastest_baseline, node_seconds, split_table
 from tritontower.demo.random_checkpoint import write_random_checkpoint
+from tritontower.engine.launch_count import count_launches
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
 from tritontower.graph.cost import estimate_cost, estimate_total_cost
-from tritontower.graph.launch_count import count_launches
 from tritontower.graph.memory_plan import SMALL_WORKSPACE_BYTES
 from tritontower.models.common.family import read_summary
 
@@ -268,10 +268,10 @@ class TestBenchmarks:
 
     def test_rows_are_the_counts_of_the_graphs(self, tower):
         (row,) = launch_rows(tower, [("64 patches", lambda tower: images.square_batch(tower, 64))], "x")
-        plain = count_launches(build(tower.config), images.square_batch(tower, 64).workload)
+        plain = count_launches(build(tower.config), images.square_batch(tower, 64).workload, device="sm_90")
         assert row["plain_forward"] == plain.total.total
-        assert row["fused_block"] < row["plain_block"]
-        assert row["fused_forward"] < row["plain_forward"]
+        assert row["architectures"]["sm_90"]["block"] < row["plain_block"]
+        assert row["architectures"]["sm_90"]["forward"] < row["plain_forward"]
 
     def test_memory_and_loading_run_in_fresh_processes(self, model):
         options = {"folder": str(model), "dtype": "float32", "device": "cpu"}

@@ -8,7 +8,7 @@ from support.configs import CONFIG, DEEP, IMAGE, SIGLIP, TOWERS, WINDOWED, find_
 
 from tritontower.config import TowerConfig
 from tritontower.graph.builder import build
-from tritontower.graph.cost import estimate_cost, estimate_total_cost
+from tritontower.graph.cost import GraphLaunches, Launches, estimate_cost, estimate_total_cost
 from tritontower.graph.fusion import chunk_mlp, fold_still_images, fuse, fuse_activations, fuse_residual_into_linear
 from tritontower.graph.ir import Workload
 from tritontower.graph.summary import Description
@@ -61,16 +61,24 @@ def test_an_mlp_costs_its_two_matmuls() -> None:
 
 
 def test_the_summary_adds_up() -> None:
-    description = Description(fold_still_images(graph_of("default")), IMAGE, 2)
+    graph = fold_still_images(graph_of("default"))
+    launches = GraphLaunches(graph, {node.name: Launches(1, library=int(node.block is None)) for node in graph.nodes})
+    description = Description(graph, IMAGE, 2, launches)
     document = description.to_json()
     assert sum(node["flops"] for node in document["nodes"]) == document["flops"] == description.total.flops
     assert sum(node["bytes"] for node in document["nodes"]) == document["bytes"]
-    assert sum(node["launches"] for node in document["nodes"]) == 32 * 8 + 5
-    assert document["launches"] == {"kernels": 32 * 8 + 5, "library": 0, "per_block": 8}
+    outside = sum(node.block is None for node in graph.nodes)
+    assert document["launches"] == {"kernels": len(graph.nodes), "library": outside, "per_block": 7}
+    assert Description(graph, IMAGE, 2).to_json()["launches"] is None
     memory = document["memory"]
     assert memory["peak_bytes"] == sum(size for name, size in memory.items() if name != "peak_bytes")
     text = description.text()
-    for part in ("675.8 M parameters", "blocks.*.mlp ×32", "mlp + quick_gelu + residual", "261 launches, 8 a block"):
+    for part in (
+        "675.8 M parameters",
+        "blocks.*.mlp ×32",
+        "mlp + quick_gelu + residual",
+        f"{len(graph.nodes) + outside} launches, 7 a block",
+    ):
         assert part in text
     assert text.count("blocks.*") == 7
 

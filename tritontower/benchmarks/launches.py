@@ -1,26 +1,27 @@
 """Counts the launches of a block and of a forward pass, without weights and without running anything.
 
-*plain* and *fused* count every matmul as one launch (:mod:`tritontower.graph.launch_count`).  With few rows some matmuls
-are split along K, with a second launch for the sum; that depends on the configurations, so each architecture has its own
-numbers, with its default configurations.
+They depend on the configurations (:mod:`tritontower.engine.launch_count`): with few rows some matmuls are split along K, with
+a second launch for the sum.  So each architecture has its own numbers, with its default configurations.  *plain* is the graph
+as defined, on :data:`PLAIN_ARCHITECTURE`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tritontower import VisionTower
+from tritontower.engine.launch_count import count_launches
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse, select_passes
-from tritontower.graph.launch_count import count_launches
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.text_table import text_table
 
 from .documents import Document, Report
 from .towers import MakeBatch
+
+PLAIN_ARCHITECTURE = "sm_90"
 
 
 def launch_rows(tower: VisionTower, batches: Sequence[MakeBatch], title: str | None) -> Iterator[dict[str, Any]]:
@@ -30,19 +31,18 @@ def launch_rows(tower: VisionTower, batches: Sequence[MakeBatch], title: str | N
     fused = fold_still_images(fuse(plain, select_passes(torch.device("cuda"))))
     for name, make in batches:
         workload = make(tower).workload
-        counted = partial(count_launches, workload=workload)
-        counts = {"plain": counted(plain), "fused": counted(fused)}
-        there = {where: counted(fused, device=where) for where in ARCHITECTURES}
+        defined = count_launches(plain, workload, device=PLAIN_ARCHITECTURE)
+        there = {where: count_launches(fused, workload, device=where) for where in ARCHITECTURES}
         yield {
             "family": title or config.family,
             "batch": name,
             "blocks": config.blocks_needed,
             "patches": workload.patches,
-            **{f"{kind}_block": found.per_block.total for kind, found in counts.items()},
-            **{f"{kind}_forward": found.total.total for kind, found in counts.items()},
-            "library_calls": counts["fused"].total.library,
+            "plain_block": defined.per_block,
+            "plain_forward": defined.total.total,
             "architectures": {
-                where: {"block": found.per_block.total, "forward": found.total.total} for where, found in there.items()
+                where: {"block": found.per_block, "forward": found.total.total, "library": found.total.library}
+                for where, found in there.items()
             },
         }
 
@@ -61,21 +61,20 @@ def benchmark_launches(
 def table(found: Mapping[str, Any]) -> str:
     """A document of this benchmark as a table."""
     columns = (
-        "tower", "blocks", "batch", "patches", "a block, plain", "a block, fused", "forward, plain", "forward, fused",
-        "of them library calls", *ARCHITECTURES,
+        "tower", "blocks", "batch", "patches", f"plain, {PLAIN_ARCHITECTURE}", *ARCHITECTURES,
     )  # fmt: skip
     rows = [
         (
             *(row[name] for name in ("family", "blocks", "batch")),
             f"{row['patches']:,}",
-            *(row[name] for name in ("plain_block", "fused_block", "plain_forward", "fused_forward", "library_calls")),
+            "{plain_block} / {plain_forward}".format(**row),
             *("{block} / {forward}".format(**row["architectures"][name]) for name in ARCHITECTURES),
         )
         for row in found["rows"]
     ]
     return text_table(
-        "Launches on a GPU, counted from the graph: as defined (plain) and as run (fused), one launch per matmul;\n"
-        "by architecture: a block / a forward pass with its default configurations, which split matmuls of few rows along K",
+        "Launches of a block / a forward pass on a GPU, recorded with the default configurations of each architecture;\n"
+        "plain: the graph as defined, before fusion",
         columns,
         rows,
     )

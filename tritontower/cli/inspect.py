@@ -83,8 +83,6 @@ def _dtype_name(tower: "VisionTower") -> str:
 
 
 def _format_text(tower: "VisionTower", description: "Description", images: list[dict[str, Any]]) -> str:
-    from tritontower.kernels.runtime.dispatch import backend_on
-
     sizes = [
         (
             "{width} × {height}".format(**image),
@@ -97,7 +95,7 @@ def _format_text(tower: "VisionTower", description: "Description", images: list[
         for image in images
     ]
     graph = description.text()
-    if backend_on(tower.device) == "reference":
+    if description.launches is None:
         # A graph for a CPU is fused differently, and torch runs its nodes.
         graph += "\n(this is the graph for a CPU; `tritontower bench launches MODEL` counts the launches on a GPU)"
     title = f"One image a forward pass, {_dtype_name(tower)}; weights: {tower.weights_bytes / 2**20:,.0f} MiB"

@@ -22,7 +22,6 @@ import torch
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.errors import UsageError
 from tritontower.graph.ir import Graph
-from tritontower.graph.launch_count import count_launches
 
 from .buckets import Bucket, BucketPlanner
 from .cuda_graphs import CaptureBackend, Comparison
@@ -115,7 +114,6 @@ class CudaGraphCache:
         if buffers is None:
             addresses = AddressMap(self._graph, bucket, self._dtype)
             buffers = StaticBuffers(self._graph, bucket, addresses, self._memory_for(addresses.size))
-            buffers.driver_bytes = NODE_BYTES * count_launches(self._graph, bucket.workload).total.total
             self.buffers[bucket] = buffers
             for idle in self._uncaptured()[:-MOST_UNCAPTURED]:
                 del self.buffers[idle]
@@ -143,6 +141,8 @@ class CudaGraphCache:
         A replay must reproduce ``outputs``.
         """
         history = self._histories[buffers.bucket]
+        if buffers.launches is not None:
+            buffers.driver_bytes = NODE_BYTES * len(buffers.launches)
         if (
             self._backend is None
             or buffers.graph is not None

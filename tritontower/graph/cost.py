@@ -1,10 +1,11 @@
-"""Floating-point operations and bytes moved of each node, from the graph alone.
+"""Floating-point operations and bytes moved of each node, from the graph alone; and numbers of launches.
 
 A multiply–add of a matmul or of attention counts as two operations.  Norms, activations and rotations are bound by their
 bytes and count none; padding columns count none.  Every value and weight counts once per node that reads or writes it, as
 if there were no cache between nodes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,6 +23,44 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Launches of Triton kernels and calls of torch libraries; both add."""
+
+    kernels: int = 0
+    library: int = 0
+
+    @property
+    def total(self) -> int:
+        """Sum of both."""
+        return self.kernels + self.library
+
+    def __add__(self, other: "Launches") -> "Launches":
+        return Launches(self.kernels + other.kernels, self.library + other.library)
+
+
+@dataclass(frozen=True)
+class GraphLaunches:
+    """Launches of one forward pass, by node name."""
+
+    graph: Graph
+    nodes: Mapping[str, Launches]
+
+    @property
+    def total(self) -> Launches:
+        """Launches of the forward pass."""
+        return sum(self.nodes.values(), Launches())
+
+    @property
+    def per_block(self) -> int:
+        """Launches of the block that has the most; 0 without blocks."""
+        blocks: dict[int, int] = {}
+        for node in self.graph.nodes:
+            if node.block is not None:
+                blocks[node.block] = blocks.get(node.block, 0) + self.nodes[node.name].total
+        return max(blocks.values(), default=0)
 
 
 def estimate_cost(graph: Graph, node: Node, workload: Workload, itemsize: int) -> Cost:

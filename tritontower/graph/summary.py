@@ -11,12 +11,11 @@ import torch
 
 from tritontower.text_table import text_table
 
-from .cost import Cost, estimate_cost, estimate_total_cost
+from .cost import Cost, GraphLaunches, estimate_cost, estimate_total_cost
 from .ir import Graph, Node, Workload
-from .launch_count import GraphLaunches, count_launches
 from .memory_plan import plan_memory
 
-_COLUMNS = ("node", "kind", "reads", "writes", "parameters", "GFLOP", "MB moved", "launches")
+_COLUMNS = ("node", "kind", "reads", "writes", "parameters", "GFLOP", "MB moved")
 _FUSED = {"patch_projection": "positions", "qkv_projection": "rotation", "linear": "residual", "mlp": "residual"}
 _COLORS = {"attention": "#fde68a", "attention_pooling": "#fde68a", "norm": "#e5e7eb", "input": "#dcfce7"}
 
@@ -26,14 +25,14 @@ class Description:
     """A graph with the sizes of one workload.
 
     Attributes:
-        device: where kernels run; it decides how many launches a matmul takes.  ``None``: one.
+        launches: launches of one forward pass, where kernels run.
         on_cpu: torch operations run the graph on a CPU; their workspace counts as memory.
     """
 
     graph: Graph
     workload: Workload
     itemsize: int
-    device: torch.device | None = None
+    launches: GraphLaunches | None = None
     dtype: torch.dtype = torch.bfloat16
     on_cpu: bool = False
 
@@ -41,11 +40,6 @@ class Description:
     def total(self) -> Cost:
         """FLOPs and bytes of one forward pass."""
         return estimate_total_cost(self.graph, self.workload, self.itemsize)
-
-    @cached_property
-    def launches(self) -> GraphLaunches:
-        """Launches of one forward pass, by node and by block."""
-        return count_launches(self.graph, self.workload, dtype=self.dtype, device=self.device)
 
     @cached_property
     def blocks(self) -> dict[int, list[int]]:
@@ -62,9 +56,12 @@ class Description:
     def text(self) -> str:
         """Formats a table with a line per node; identical blocks are listed once, with the numbers of one block."""
         shown = [node for node in self.graph.nodes if node.block is None or node.block in self.blocks]
-        per_block = f", {self.launches.per_block.total} a block" if self.launches.blocks else ""
-        title = f"{self._headline()}, {self.total.bytes / 1e6:,.0f} MB moved, {self.launches.total.total:,} launches"
-        return text_table(title + per_block, _COLUMNS, [self._row(node) for node in shown])
+        title = f"{self._headline()}, {self.total.bytes / 1e6:,.0f} MB moved"
+        columns: tuple[str, ...] = _COLUMNS
+        if self.launches is not None:
+            title += f", {self.launches.total.total:,} launches, {self.launches.per_block} a block"
+            columns += ("launches",)
+        return text_table(title, columns, [self._row(node) for node in shown])
 
     def to_json(self) -> dict[str, Any]:
         """Returns every node with its shapes and costs, the totals, and the memory plan."""
@@ -78,7 +75,7 @@ class Description:
             "flops": self.total.flops,
             "bytes": self.total.bytes,
             "memory": memory | {"peak_bytes": sum(memory.values())},
-            "launches": {**asdict(self.launches.total), "per_block": self.launches.per_block.total},
+            "launches": self.launches and {**asdict(self.launches.total), "per_block": self.launches.per_block},
             "nodes": [self._node_json(node) for node in self.graph.nodes],
         }
 
@@ -140,7 +137,7 @@ class Description:
             f"{self._parameters(node):,}" if node.weights else None,
             f"{cost.flops / 1e9:,.2f}" if cost.flops else None,
             f"{cost.bytes / 1e6:,.2f}",
-            self.launches.nodes[node.name].total,
+            *(() if self.launches is None else (self.launches.nodes[node.name].total,)),
         )
 
     def _node_json(self, node: Node) -> Mapping[str, Any]:
@@ -155,7 +152,7 @@ class Description:
             "attributes": dict(node.attributes),
             "parameters": self._parameters(node),
             **asdict(estimate_cost(self.graph, node, self.workload, self.itemsize)),
-            "launches": self.launches.nodes[node.name].total,
+            "launches": self.launches and self.launches.nodes[node.name].total,
         }
 
     def _kind(self, node: Node) -> str:

@@ -14,6 +14,7 @@ from tritontower.checkpoint.checkpoint import Progress
 from tritontower.config import TowerConfig
 from tritontower.engine.executor import Executor
 from tritontower.engine.graph_cache import CaptureLimits
+from tritontower.engine.launch_count import count_launches
 from tritontower.engine.onednn_weights import prepack_weights
 from tritontower.engine.planning import parse_workload, plan_forward
 from tritontower.engine.runner import ModelRunner, estimate_weights_bytes
@@ -277,9 +278,9 @@ class TowerModel:
         Arguments, requirements and errors are those of :meth:`memory_plan`.
         """
         by_torch = backend_on(self.device) == "reference"
-        device = None if by_torch else self.device
         workload = parse_workload(self.config, patches)
-        return Description(self.graph, workload, self.dtype.itemsize, device, self.dtype, on_cpu=by_torch)
+        launches = None if by_torch else count_launches(self.graph, workload, device=self.device, dtype=self.dtype)
+        return Description(self.graph, workload, self.dtype.itemsize, launches, self.dtype, on_cpu=by_torch)
 
     @cached_property
     def sample_plan(self) -> MemoryPlan:
