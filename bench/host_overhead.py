@@ -87,9 +87,6 @@ def install_driver(folder: Path) -> None:
             return GPUTarget("cuda", int(ARCHITECTURE.removeprefix("sm_")), 32)
 
     driver.set_active(StandIn())
-    # setattr, because mypy rejects assignments to functions of a module.
-    setattr(configs, "architecture", lambda device: ARCHITECTURE)  # noqa: B010
-    setattr(dispatch, "backend_on", lambda device: "triton")  # noqa: B010
 
 
 def make_executor(tower: VisionTower) -> Executor:
@@ -156,11 +153,12 @@ def main(words: list[str] | None = None) -> int:
         for title in arguments.family or FAMILIES:
             with family_checkpoint(title) as path:
                 tower = VisionTower.from_pretrained(path, device="cpu", dtype="bfloat16", delay_load=True)
-                executor = make_executor(tower)
                 batches = [square_batch(tower, patches) for patches in arguments.patches or PATCHES]
                 # Two may be the same one image, if its size is fixed.
                 distinct = {batch.workload: replace(batch, pixels=batch.pixels.to(torch.uint8)) for batch in batches}
-                found[title] = [measure_batch(executor, each, arguments.seconds) for each in distinct.values()]
+                with dispatch.use("triton"), configs.assume(ARCHITECTURE):
+                    executor = make_executor(tower)
+                    found[title] = [measure_batch(executor, each, arguments.seconds) for each in distinct.values()]
     rows = [
         (title, f"{row['patches']:,}", row["launches"], *(f"{row[name]:.3f}" for name in list(row)[2:]))
         for title, measured in found.items()
