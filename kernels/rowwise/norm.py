@@ -44,6 +44,8 @@ Rounding = Literal["once", "before_weight"]
 
 MAX_WIDTH = 16384
 """The widest row that one program holds in registers."""
+WARP_WIDTHS = (512, 2048)
+"""Rows that one warp normalizes alone: no barrier, half the instructions; wider ones spend over 128 registers."""
 CHUNK = 262144
 """fp32 elements per thread and chunk of the reference."""
 
@@ -222,7 +224,7 @@ def split_width(width: int) -> tuple[int, int]:
 
 
 def default_config(width: int, architecture: str) -> NormConfig:
-    """Some 8 to 32 values per thread.
+    """One warp for a row of :data:`WARP_WIDTHS` values, else some 8 to 32 values per thread.
 
     The number of rows has no effect: the configuration decides the order of a row's sums, so a row's last bit would depend
     on how many others there are.
@@ -230,6 +232,8 @@ def default_config(width: int, architecture: str) -> NormConfig:
     held = sum(split_width(width))
     if architecture == "interpreter":
         return NormConfig(rows=16, num_warps=4)
+    if WARP_WIDTHS[0] <= held <= WARP_WIDTHS[1]:
+        return NormConfig(rows=1, num_warps=1)
     lanes = 64 if architecture.startswith("gfx") else 32
     # A power of two, as every block must be: 1024 // 48 is not.
     rows = 1 << max(0, (1024 // held).bit_length() - 1)

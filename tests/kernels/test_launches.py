@@ -39,6 +39,10 @@ def test_every_boundary_launches(architecture):
     found = run_launches(architecture)
     assert {launch["case"]: launch["error"] for launch in found if "error" in launch} == {}
     assert len(found) > 80
+    # One warp normalizes a row of usual width; wider rows take several, which must wait for each other.
+    waits = {launch["case"]: launch["has_barrier"] for launch in found if launch["kernel"] == "_norm_kernel"}
+    assert not any(waits[case] for case in ("norm torch.bfloat16", "norm torch.float32", "norm gathered"))
+    assert waits["norm of 16384"]
 
 
 def test_launches_select_the_device_of_their_first_tensor(monkeypatch):

@@ -284,7 +284,9 @@ def main(architecture: str) -> None:
         except Exception as error:
             print(json.dumps({"case": name, "error": f"{type(error).__name__}: {error}"[:2000]}), flush=True)
         for launched in recorder.launches:
-            print(json.dumps({"case": name, "kernel": launched.kernel}), flush=True)
+            code = launched.compiled.asm
+            has_barrier = "bar.sync" in code.get("ptx", "") or "s_barrier" in code.get("amdgcn", "")
+            print(json.dumps({"case": name, "kernel": launched.kernel, "has_barrier": has_barrier}), flush=True)
 
 
 if __name__ == "__main__":
