@@ -5,6 +5,7 @@ other.  :class:`Segments` computes cumulative lengths, the list of query tiles f
 equal neighboring segments that the torch reference processes in one call.  Each is computed once.
 
 :class:`StaticSegments` changes in place: its device tables keep their address and size, as a replayed CUDA graph needs.
+:class:`DeviceSegments` leaves boundaries that are on the device there.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -59,6 +60,18 @@ class Segments:
     def from_lengths(cls, lengths: Iterable[int]) -> "Segments":
         """Makes segments of ``lengths`` rows; raises ``ValueError`` for a negative one, or rows that exceed int32."""
         return cls(lengths)
+
+    @staticmethod
+    def from_cu_seqlens(
+        cu_seqlens: torch.Tensor, total: int, max_seqlen: int | torch.Tensor | None = None
+    ) -> "Segments":
+        """Makes segments of the boundaries ``cu_seqlens``, ``[count + 1]`` integers from 0 to ``total``.
+
+        Boundaries on a GPU stay there, and nothing waits for them: a ``max_seqlen`` on a GPU is not read either.
+        """
+        if cu_seqlens.device.type == "cpu":
+            return Segments.from_lengths(cu_seqlens.diff().tolist())
+        return DeviceSegments(cu_seqlens, total, max_seqlen)
 
     def __eq__(self, other: object) -> bool:
         return self.lengths == other.lengths if isinstance(other, Segments) else NotImplemented
@@ -186,6 +199,46 @@ class StaticSegments(Segments):
             rows = next(rows for own, rows in self.list_tables() if own is table)
             table.copy_(on_device(torch.from_numpy(rows), table.device))
         return self._tables_of_tiles[block_rows]
+
+
+class DeviceSegments(Segments):
+    """Division of ``total`` rows at boundaries that only the device reads; ``longest`` is a bound.
+
+    The boundaries are not checked: that they rise from 0 to ``total`` is up to the caller.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, total: int, max_seqlen: int | torch.Tensor | None = None) -> None:
+        super().__init__(())
+        del self.lengths
+        is_known = isinstance(max_seqlen, int) or (max_seqlen is not None and max_seqlen.device.type == "cpu")
+        self.total, self.count = total, len(cu_seqlens) - 1
+        self.longest = min(total, int(max_seqlen)) if is_known and max_seqlen is not None else total
+        self._table = cu_seqlens.to(torch.int32).contiguous()
+
+    # A comparison of lengths would wait for the device.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Rows of each segment, copied from the device; kernels of attention do without."""
+        return tuple(self._table.diff().tolist())
+
+    def cu_seqlens_on(self, device: torch.device) -> torch.Tensor:
+        """The given boundaries in int32."""
+        return self._table
+
+    def tiles(self, block_rows: int, device: torch.device) -> torch.Tensor:
+        """As many tiles as any such division may have; those after the existing ones lie after the last segment's end."""
+        key = (block_rows, self._table.device, _stream(self._table.device))
+        if key not in self._tiles:
+            tiles_each = (self._table.diff() + block_rows - 1) // block_rows
+            ends = tiles_each.cumsum(0)
+            index = torch.arange(self.count + self.total // block_rows, device=ends.device)
+            segment = torch.searchsorted(ends, index, right=True).clamp_(max=self.count - 1)
+            tile = index - (ends - tiles_each)[segment]
+            self._tiles[key] = torch.stack([segment, tile], 1).to(torch.int32)
+        return self._tiles[key]
 
 
 def _stream(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from tritontower.kernels.attention.attention import default_config, flash_attent
 from tritontower.kernels.attention.common import FlashAttentionConfig, split_head_dim
 from tritontower.kernels.gemm import cpu
 from tritontower.kernels.runtime import dispatch
-from tritontower.kernels.runtime.segments import Segments
+from tritontower.kernels.runtime.segments import DeviceSegments, Segments
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RAGGED = Segments([1, 64, 77, 0, 150])
@@ -78,6 +78,21 @@ def test_only_the_segments_own_elements_are_read(kernel_device, backend, head_di
     with backend():
         out = flash_attention_varlen(q, k, v, RAGGED)
     assert relative_error(out, attention_fp64(q, k, v, RAGGED)) <= TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("lengths", [[1, 64, 77, 0, 150], [0, 32, 32], [300], [5] * 40 + [0]])
+@pytest.mark.parametrize("read_length", [max, None])
+def test_boundaries_of_the_device_are_not_read(kernel_device, lengths, read_length):
+    segments = Segments(lengths)
+    q, k, v = make_projection(segments, 72, torch.bfloat16, device=kernel_device)
+    longest = torch.tensor(read_length(lengths)) if read_length else None
+    boundaries = DeviceSegments(segments.cu_seqlens_on(kernel_device).long(), segments.total, longest)
+    out = flash_attention_varlen(q, k, v, boundaries)
+    assert "lengths" not in vars(boundaries)
+    assert torch.equal(out, flash_attention_varlen(q, k, v, segments))
+    with dispatch.use("reference"):
+        out = flash_attention_varlen(q, k, v, boundaries)
+    assert relative_error(out, attention_fp64(q, k, v, segments)) <= TOLERANCE[torch.bfloat16]
 
 
 def test_only_out_is_written(kernel_device, backend):

@@ -82,6 +82,7 @@ def _attend(
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -106,7 +107,7 @@ def _attend(
     if cu_seq_lens_q is not None:
         if not (cu_seq_lens_k is None or cu_seq_lens_k is cu_seq_lens_q or torch.equal(cu_seq_lens_k, cu_seq_lens_q)):
             raise UsageError("cu_seq_lens_q and cu_seq_lens_k must be equal")
-        segments = _cached(cu_seq_lens_q, _split_at_boundaries)
+        segments = _cached(cu_seq_lens_q, lambda starts: Segments.from_cu_seqlens(starts, batch * rows, max_length_q))
     elif attention_mask is not None:
         segments = _cached(attention_mask, _split_by_mask)
     elif position_ids is not None and position_ids.shape == (rows, 2):
@@ -138,14 +139,11 @@ def _cached(description: torch.Tensor, split: Callable[[torch.Tensor], Segments]
     return segments
 
 
-def _split_at_boundaries(boundaries: torch.Tensor) -> Segments:
-    return Segments.from_lengths(boundaries.diff().tolist())
-
-
 def _split_at_origins(positions: torch.Tensor) -> Segments:
     """Every image begins at its only position in row 0 and column 0."""
     starts = (positions == 0).all(-1).nonzero().flatten()
-    return _split_at_boundaries(torch.cat([starts, starts.new_tensor([len(positions)])]))
+    boundaries = torch.cat([starts, starts.new_tensor([len(positions)])])
+    return Segments.from_cu_seqlens(boundaries, len(positions))
 
 
 def _split_by_mask(mask: torch.Tensor) -> Segments:
