@@ -1,13 +1,14 @@
 """Reading of ``config.json``: published files in all generations, defaults of transformers, and unsupported models."""
 
 import json
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tritontower.checkpoint.config_reader import ConfigReader
+from tritontower.checkpoint.config_reader import LARGEST_INTEGERS, ConfigReader
 from tritontower.config import Normalization, Pooling, RotaryEmbedding, TowerConfig
 from tritontower.errors import ConfigError, NoVisionTowerError, UnsupportedArchitectureError
 from tritontower.models.common.config_fields import TEXT_WIDTHS, text_width
@@ -243,6 +244,33 @@ def test_heads_wider_than_the_kernels_support_are_rejected(summary: FamilySummar
     with pytest.raises(ConfigError, match="at most 128") as caught:
         read_family(reader)
     assert (caught.value.key, caught.value.value) == (key, widest // 2)
+
+
+@each_summary
+def test_absurd_integers_are_rejected_before_anything_is_built(summary: FamilySummary) -> None:
+    """Integers above their bound, in lists too, are refused by their key, or belong to no tower and change nothing."""
+    example, source = summary.example, summary.config_file
+
+    def change(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from ((key, {**values, name: inner}) for key, inner in change(value, f"{path}{name}."))
+            elif type(value) is int or (isinstance(value, list) and value and type(value[0]) is int):
+                absurd = LARGEST_INTEGERS.get(name, 10**12) + 1
+                yield path + name, {**values, name: absurd if type(value) is int else [absurd]}
+
+    changed = dict(change(example))
+    expected = read_family(ConfigReader(example, source)).config
+    refused: dict[str, str] = {}
+    for key, values in changed.items():
+        try:
+            found = read_family(ConfigReader(values, source)).config
+        except ConfigError as error:
+            refused[key] = error.key
+        else:
+            assert found == expected
+    assert {key: named for key, named in refused.items() if not named.startswith(key)} == {}
+    assert refused
 
 
 @pytest.mark.parametrize("model_type", TEXT_WIDTHS)

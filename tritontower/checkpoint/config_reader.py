@@ -19,10 +19,23 @@ T = TypeVar("T", int, float, str, bool)
 D = TypeVar("D")
 
 _TYPE_NAMES = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", dict: "an object"}
+_BLOCKS, _SIDE, _WIDTH = 1024, 4096, 65_536
+LARGEST_INTEGERS = {
+    **dict.fromkeys(("depth", "num_hidden_layers", "num_heads", "num_attention_heads"), _BLOCKS),
+    **dict.fromkeys(("fullatt_block_indexes", "deepstack_visual_indexes", "pan_and_scan_max_num_crops"), _BLOCKS),
+    **dict.fromkeys(("patch_size", "temporal_patch_size", "spatial_merge_size", "window_size", "head_dim"), _SIDE),
+    **dict.fromkeys(("num_channels", "in_channels", "mlp_ratio", "tokens_per_second"), _SIDE),
+    **dict.fromkeys(("hidden_size", "out_hidden_size", "embed_dim", "dim", "projection_dim"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "image_size", "max_image_size", "mm_tokens_per_image"), _WIDTH),
+    "num_position_embeddings": _SIDE**2,
+}
+"""Key → the largest integer that a tower may have there, far above any published one; others may have 10¹²."""
+_LARGEST_INTEGER = 10**12
+_LONGEST_LIST = 1024
 _IGNORED_PREFIXES = ("auto_map", "attn_implementation", "_attn_implementation")
 
 
-def read_json(path: Path, limit_bytes: int = 64 * 2**20) -> dict[str, Any]:
+def read_json(path: Path, limit_bytes: int = 2 * 2**20) -> dict[str, Any]:
     """Reads the JSON object in the file ``path``, which may have ``limit_bytes``."""
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path} does not exist or is not a file")
@@ -121,12 +134,12 @@ class ConfigReader:
         """Returns the value under ``key`` as ``kind``: ``int``, ``float``, ``str`` or ``bool``.
 
         ``true`` and ``14.0`` are not integers; an integer is a valid ``float``.  ``default`` is returned unchecked if the
-        key is absent.  Bounds are included.
+        key is absent.  Bounds are included; without ``maximum`` that of an integer is in :data:`LARGEST_INTEGERS`.
         """
         value = self._find(key)
         if value is None and not isinstance(default, EllipsisType):
             return default
-        return self._check(key, value, _Rule(kind, minimum, maximum, choices))
+        return self._check(key, value, _Rule(kind, minimum, _bound(kind, key, maximum), choices))
 
     def get_list(
         self,
@@ -142,7 +155,7 @@ class ConfigReader:
         value = self._find(key)
         if value is None and not isinstance(default, EllipsisType):
             return tuple(default)
-        return self._check_list(key, value, _Rule(kind, minimum, maximum), length)
+        return self._check_list(key, value, _Rule(kind, minimum, _bound(kind, key, maximum)), length)
 
     def get_rows(
         self,
@@ -154,11 +167,12 @@ class ConfigReader:
         minimum: float | None = None,
     ) -> tuple[tuple[T, ...], ...]:
         """Returns the list of lists of ``length`` elements under ``key``, each element checked as in :meth:`get`."""
-        value, rule = self._find(key), _Rule(kind, minimum)
+        value, rule = self._find(key), _Rule(kind, minimum, _bound(kind, key, None))
         if value is None and not isinstance(default, EllipsisType):
             return tuple(map(tuple, default))
-        if not isinstance(value, list):
-            raise self.error(key, value, f"a list of lists of {length}, each element {rule.describe()}")
+        if not isinstance(value, list) or len(value) > _LONGEST_LIST:
+            allowed = f"a list of at most {_LONGEST_LIST} lists of {length}, each element {rule.describe()}"
+            raise self.error(key, value, allowed)
         return tuple(self._check_list(f"{key}[{index}]", row, rule, length) for index, row in enumerate(value))
 
     def error(self, key: str, value: object, allowed: str) -> ConfigError:
@@ -172,8 +186,8 @@ class ConfigReader:
         return result
 
     def _check_list(self, key: str, value: object, rule: "_Rule[T]", length: int | None) -> tuple[T, ...]:
-        if not isinstance(value, list) or length not in (None, len(value)):
-            size = "" if length is None else f" of {length}"
+        if not isinstance(value, list) or length not in (None, len(value)) or len(value) > _LONGEST_LIST:
+            size = f" of at most {_LONGEST_LIST}" if length is None else f" of {length}"
             raise self.error(key, value, f"a list{size}, each element {rule.describe()}")
         return tuple(self._check(f"{key}[{index}]", element, rule) for index, element in enumerate(value))
 
@@ -191,6 +205,12 @@ class ConfigReader:
             value = value[part]
             done.append(part)
         return value
+
+
+def _bound(kind: type, key: str, maximum: float | None) -> float | None:
+    if kind is not int or maximum is not None:
+        return maximum
+    return LARGEST_INTEGERS.get(key.rpartition(".")[2], _LARGEST_INTEGER)
 
 
 @dataclass(frozen=True)

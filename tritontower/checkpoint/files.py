@@ -49,6 +49,7 @@ _SHARD_NAME = re.compile(r"[^/\\:]*\.safetensors")
 _NUMBERED = re.compile(r"consolidated(?:-(?P<part>\d{5})-of-(?P<parts>\d{5})|\.(?P<rank>\d{2}))\.safetensors", re.ASCII)
 
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_MAX_INDEX_BYTES = 32 * 2**20
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CONVERSION_HINT = (
     "Reading a pickle can run code, so it is rejected. Ask the publisher for safetensors, use the repository's "
@@ -86,7 +87,7 @@ def list_shards(folder: Path, prefixes: Prefixes, layout: Layout = "hf") -> dict
     """Maps each shard to its vision tensors' stored names, in the order of the folder's index."""
     index = folder / INDEX_NAMES[layout]
     try:
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
     except ConfigError as error:
         raise CheckpointCorruptError(str(error)) from error
     if not isinstance(weight_map, dict):
