@@ -16,15 +16,17 @@ class Limits:
     """Limits on the size of an image, checked on its header before anything is decoded.
 
     Attributes:
-        max_image_pixels: width × height of one image.  The default is Pillow's own limit.
+        max_image_pixels: width × height of one image.  The default is Pillow's own limit.  Decoding takes up to 8 bytes for
+            each; where a format needs more (WebP 16), an image may have accordingly fewer pixels.
         max_aspect_ratio: longer side ÷ shorter side.
         max_planned_pixels: width × height to which a processor may resize one image.  An image of 1 × 10000 pixels is
             small, but scaled to a shortest edge of 224 it has 500 million pixels.
         max_video_pixels: frames × width × height to which a processor may resize one video.  The default takes 3 GiB as
             fp32, enough for 445 frames of the largest size that Qwen2-VL's processor produces.
         image_formats: encoded formats that are opened, by Pillow's names.  Pillow registers more than forty openers;
-            nearly all of its advisories concern the ones left out here.
-        max_decoded_bytes: memory of the decoded images of one call.  ``encode`` processes longer lists in portions.
+            nearly all of its advisories concern the ones left out here.  TIFF is one of them, because its library writes to
+            standard error; PPM and PGM only if they are binary.
+        max_decoded_bytes: memory that decoding the images of one call takes.  ``encode`` processes longer lists in portions.
             ``encode_video`` and ``preprocess`` need all images at once and raise.  A larger image is decoded alone.
     """
 
@@ -32,7 +34,7 @@ class Limits:
     max_aspect_ratio: float = 200.0
     max_planned_pixels: int = 64 * 2**20
     max_video_pixels: int = 256 * 2**20
-    image_formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+    image_formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "PPM", "AVIF")
     max_decoded_bytes: int = 715_827_880
 
 

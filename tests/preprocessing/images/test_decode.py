@@ -5,6 +5,8 @@ import os
 import pickle
 import re
 import struct
+import subprocess
+import sys
 import threading
 import tracemalloc
 import warnings
@@ -12,6 +14,7 @@ import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from tritontower.errors import (
 from tritontower.preprocessing.images.decode import decode_image
 from tritontower.preprocessing.images.image import CanonicalImage
 
+WITH_TIFF = Limits(image_formats=(*Limits().image_formats, "TIFF"))
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
 
@@ -107,14 +111,14 @@ def disguise(array: np.ndarray, folder: Path) -> dict[str, Any]:
 def test_every_form_of_an_image_has_the_same_pixels(tmp_path: Path) -> None:
     array = noise()
     for name, image in disguise(array, tmp_path).items():
-        decoded = decode_image(image)
+        decoded = decode_image(image, limits=WITH_TIFF)
         assert np.array_equal(decoded.array, array), name
         assert decoded.array.dtype == np.uint8
         assert decoded.array.flags.c_contiguous, name
         assert (decoded.width, decoded.height) == (7, 6)
         assert decoded.digest == decode_image(array).digest
-        with pytest.raises(ImageTooLargeError, match=r"at most 41 pixels, got 7 × 6 = 42"):
-            decode_image(image, limits=Limits(max_image_pixels=41))
+        with pytest.raises(ImageTooLargeError, match=r"at most (41|20) pixels.*, got 7 × 6 = 42"):
+            decode_image(image, limits=replace(WITH_TIFF, max_image_pixels=41))
     rounded = decode_image((torch.from_numpy(array).float() / 255).bfloat16())
     assert np.abs(rounded.array.astype(int) - array).max() <= 1
 
@@ -211,7 +215,7 @@ def test_exif_orientation_turns_files_and_not_pil_images(tmp_path: Path, orienta
     for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
         data = encoded(Image.fromarray(np.ascontiguousarray(as_stored)), kind, exif=exif)
         for image in (data, write(tmp_path / "image", data)):
-            array = decode_image(image).array
+            array = decode_image(image, limits=WITH_TIFF).array
             assert array.shape == upright.shape
             assert np.abs(array.astype(int) - upright).mean() < 3
         if kind != "TIFF":  # Pillow itself turns a TIFF when it loads it
@@ -233,7 +237,7 @@ def test_first_frame_only_and_the_position_is_restored(kind: str) -> None:
     if kind == "WEBP":
         options["lossless"] = True
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
-    assert pixel(data) == [255, 0, 0]
+    assert pixel(data, limits=WITH_TIFF) == [255, 0, 0]
     image = Image.open(io.BytesIO(data))
     for frame in (0, 2):
         image.seek(frame)
@@ -341,6 +345,58 @@ def test_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch,
         tracemalloc.stop()
 
 
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG of 4 million pixels whose last scan is repeated ``count`` times."""
+    data = encoded(Image.new("L", (2000, 2000)), "JPEG", progressive=True)
+    start, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    return data[:end] + count * data[start:end] + data[end:]
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from tritontower.preprocessing.images.decode import count_decoded_bytes, decode_image
+
+def status(key):
+    return 1024 * int(Path("/proc/self/status").read_text().split(key)[1].split()[0])
+
+for path in map(Path, sys.argv[1:]):
+    for is_first in (True, False):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        before = status("VmRSS:")
+        decode_image(path)
+        if not is_first:
+            print(path.name, status("VmHWM:") - before, count_decoded_bytes(path))
+"""
+
+
+def test_decoding_takes_no_more_memory_than_estimated(tmp_path: Path) -> None:
+    side = 2500
+    plain, exif = Image.new("RGB", (side, side)), Image.Exif()
+    exif[0x0112] = 6
+    saved: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        **{f"{mode}.png": (Image.new(mode, plain.size), {}) for mode in ("1", "L", "P", "LA", "RGB", "RGBA", "I;16")},
+        "clear.png": (Image.new("P", plain.size), {"transparency": 0}),
+        "clear.gif": (Image.new("P", plain.size), {"transparency": 0}),
+        "palette.bmp": (Image.new("P", plain.size), {}),
+        "turned.jpg": (plain, {"exif": exif}),
+        "progressive.jpg": (plain, {"progressive": True, "subsampling": 0}),
+        "cmyk.jpg": (Image.new("CMYK", plain.size), {}),
+        **{f"{mode}.webp": (Image.new(mode, plain.size), {"method": 0}) for mode in ("RGB", "RGBA")},
+        "rgb.avif": (plain, {"speed": 10}),
+        "gray.ppm": (Image.new("L", plain.size), {}),
+    }
+    for name, (image, options) in saved.items():
+        image.save(tmp_path / name, **options)
+    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in saved)]
+    # Every large block is returned to the system at once, and shows.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    for name, taken, estimate in map(str.split, done.stdout.splitlines()):
+        assert 0.5 * int(estimate) < int(taken) < int(estimate) + 6 * 2**20, name
+    assert len(done.stdout.splitlines()) == len(saved)
+
+
 FLOAT = np.float32
 NOISE = Image.fromarray(noise(64, 64))
 WRONG_IMAGES: dict[str, tuple[Any, type[ImageError], str]] = {
@@ -356,6 +412,12 @@ WRONG_IMAGES: dict[str, tuple[Any, type[ImageError], str]] = {
     "PSD": (b"8BPS" + b"\0" * 40, ImageFormatError, "got PSD"),
     "ICO": (encoded(Image.new("RGB", (16, 16)), "ICO"), ImageFormatError, "must be one of PNG, JPEG.* got ICO"),
     "HEIF": (b"\0\0\0\x18ftypheic" + b"\0" * 20, ImageFormatError, "got HEIF"),
+    "TIFF": (encoded(NOISE, "TIFF"), ImageFormatError, r"got TIFF; convert it, or pass Limits\(image_formats"),
+    "plain PPM": (b"P3 1 1 255 0 0 0 ", ImageFormatError, "must be binary"),
+    "PPM with a long header": (b"P6 #" + b"x" * 2000 + b"\n1 1 255 abc", ImageFormatError, "must be binary"),
+    "PPM of 7 bits": (b"P5 1 1 127 a", ImageFormatError, "must be binary"),
+    "bitmap": (encoded(Image.new("1", (9, 9)), "PPM"), ImageFormatError, "must be binary"),
+    "JPEG of 606 scans": (many_scans(600), ImageTooLargeError, r"at most 536 scans, got 606; save it again"),
     "SVG": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', ImageFormatError, "got SVG"),
     "name": ("photo.jpg", ImageTypeError, r"got str; .*pathlib\.Path"),
     "URL": ("https://example.org/a.png", ImageTypeError, r"got str; .*pathlib\.Path"),
@@ -440,7 +502,7 @@ def test_mutated_files_raise_nothing_but_tower_errors(data: st.DataObject) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            image = decode_image(bytes(content), limits=Limits(max_image_pixels=10**6))
+            image = decode_image(bytes(content), limits=replace(WITH_TIFF, max_image_pixels=10**6))
             assert image.array.shape == (image.height, image.width, 3)
         except TowerError as error:
             text = str(error)

@@ -1,5 +1,6 @@
 """Converts numpy and torch arrays of any accepted dtype, shape and order of axes to canonical pixels."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from tritontower.errors import ImageTypeError, ImageValueError
 from .buffers import allocate_array
 from .image import ChannelOrder, ImageContext
 
-STRIP_BYTES = 2**16
-"""Bytes that Pillow hands out at once."""
+STRIP_BYTES, CONVERTED_STRIP_BYTES = 2**16, 2**20
+"""Bytes that Pillow hands out at once, and that are converted at once: each conversion has an overhead."""
 CHANNEL_COUNTS = (1, 3, 4)
 
 
@@ -30,29 +31,38 @@ def convert_array(
     array = _move_channels_last(array, context, order)
     height, width, channels = array.shape
     context.check_size(width, height)
-    pixels = _scale_to_bytes(array, context)
-    if channels == 4:
-        return composite_on_white(Image.fromarray(np.ascontiguousarray(pixels)))
-    if channels == 1:
-        pixels = np.broadcast_to(pixels, (height, width, 3))
-    return np.array(pixels, dtype=np.uint8, order="C")
-
-
-def composite_on_white(image: Image.Image) -> NDArray[np.uint8]:
-    """Returns the pixels of an RGBA image on a white background."""
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return copy_rgb_pixels(Image.alpha_composite(white, image).convert("RGB"))
+    _check_values(array, context)
+    pixels: NDArray[np.uint8] = allocate_array((height, width, 3), np.uint8)
+    for rows in split_rows(height, width, CONVERTED_STRIP_BYTES):
+        strip = _scale_to_bytes(array[rows])
+        pixels[rows] = copy_rgb_pixels(Image.fromarray(np.ascontiguousarray(strip))) if channels == 4 else strip
+    return pixels
 
 
 def copy_rgb_pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """Copies the pixels of an RGB image strip by strip, because Pillow would copy a whole image into new memory."""
+    """Copies the pixels of an image as RGB, transparent ones composited on white.
+
+    It goes strip by strip, because Pillow would hold the whole image again for each step.
+    """
     pixels: NDArray[np.uint8] = allocate_array((image.height, image.width, 3), np.uint8)
-    rows = max(1, STRIP_BYTES // (3 * image.width))
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        strip = image.crop((0, top, image.width, bottom)).tobytes()
-        pixels[top:bottom] = np.frombuffer(strip, np.uint8).reshape(bottom - top, image.width, 3)
+    is_plain, is_transparent = image.mode == "RGB", image.has_transparency_data
+    strip_bytes = STRIP_BYTES if is_plain and not is_transparent else CONVERTED_STRIP_BYTES
+    for rows in split_rows(image.height, image.width, strip_bytes):
+        strip = image.crop((0, rows.start, image.width, rows.stop))
+        if is_transparent:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, (255, 255, 255, 255)), strip)
+        if strip.mode != "RGB":
+            strip = strip.convert("RGB")
+        pixels[rows] = np.frombuffer(strip.tobytes(), np.uint8).reshape(-1, image.width, 3)
     return pixels
+
+
+def split_rows(height: int, width: int, strip_bytes: int) -> Iterator[slice]:
+    """Splits the rows of an image so that as many RGB pixels fit into ``strip_bytes``."""
+    rows = max(1, strip_bytes // (3 * width))
+    for top in range(0, height, rows):
+        yield slice(top, min(top + rows, height))
 
 
 def _move_channels_last(array: NDArray[Any], context: ImageContext, order: ChannelOrder | None) -> NDArray[Any]:
@@ -81,16 +91,9 @@ def _move_channels_last(array: NDArray[Any], context: ImageContext, order: Chann
     return np.moveaxis(array, 0, 2) if channels_first else array
 
 
-def _scale_to_bytes(array: NDArray[Any], context: ImageContext) -> NDArray[np.uint8]:
-    """Scales the dtype's range to 0 … 255; a uint8 array is returned as it is."""
+def _check_values(array: NDArray[Any], context: ImageContext) -> None:
+    """Raises unless the values can be scaled to bytes."""
     dtype = array.dtype
-    if dtype == np.uint8:
-        return array.astype(np.uint8, copy=False)
-    if dtype.kind == "b":
-        return array.astype(np.uint8) * np.uint8(255)
-    if dtype.kind == "u" and dtype.itemsize == 2:
-        # round(value / 257), exactly, since 65535 = 255 · 257.
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if dtype.kind == "f":
         lowest, highest = float(array.min()), float(array.max())
         if not (lowest >= 0.0 and highest <= 1.0):  # false for NaN too
@@ -99,7 +102,20 @@ def _scale_to_bytes(array: NDArray[Any], context: ImageContext) -> NDArray[np.ui
                 f"float pixels must lie in 0 … 1, got values from {lowest:g} to {highest:g}; divide by their range, "
                 "or pass .astype(uint8) if they are 0 … 255",
             )
-        scaled: NDArray[np.uint8] = np.rint(array.astype(np.float32) * np.float32(255)).astype(np.uint8)
-        return scaled
-    kind = ImageValueError if dtype.kind in "iu" else ImageTypeError
-    raise context.error(kind, f"pixels must be uint8, uint16, bool or float, got {dtype.name}; convert them")
+    elif dtype.kind != "b" and not (dtype.kind == "u" and dtype.itemsize <= 2):
+        kind = ImageValueError if dtype.kind in "iu" else ImageTypeError
+        raise context.error(kind, f"pixels must be uint8, uint16, bool or float, got {dtype.name}; convert them")
+
+
+def _scale_to_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scales the dtype's range to 0 … 255; a uint8 array is returned as it is."""
+    dtype = array.dtype
+    if dtype == np.uint8:
+        return array.astype(np.uint8, copy=False)
+    if dtype.kind == "b":
+        return array.astype(np.uint8) * np.uint8(255)
+    if dtype.kind == "u":
+        # round(value / 257), exactly, since 65535 = 255 · 257.
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    scaled: NDArray[np.uint8] = np.rint(array.astype(np.float32) * np.float32(255)).astype(np.uint8)
+    return scaled

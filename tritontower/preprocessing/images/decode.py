@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from tritontower.errors import (
     ImageDecodeError,
@@ -35,7 +36,7 @@ from tritontower.errors import (
     Limits,
 )
 
-from .arrays import composite_on_white, convert_array, copy_rgb_pixels
+from .arrays import convert_array, copy_rgb_pixels
 from .image import CanonicalImage, ChannelOrder, ImageContext, ImageInput, count_array_pixels
 
 _ORIENTATION_TAG = 0x0112
@@ -53,11 +54,23 @@ _REFUSED_SIGNATURES = (
     (re.compile(rb"%!PS|\xc5\xd0\xd3\xc6"), "EPS"),
     (re.compile(rb"%PDF"), "PDF"),
     (re.compile(rb"8BPS"), "PSD"),
+    (re.compile(rb"II\*\x00|MM\x00\*|II\+\x00|MM\x00\+"), "TIFF"),
+    (re.compile(rb"P[1-7Ffy]\s"), "PPM"),
     (re.compile(rb"\x00\x00\x01\x00"), "ICO"),
     (re.compile(rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51"), "JPEG2000"),
     (re.compile(rb"....ftyp(?:hei|hev|mif1)", re.DOTALL), "HEIF"),
     (re.compile(rb"\s*(?:<\?xml[^>]*>\s*)?<svg"), "SVG"),
 )
+# Pillow reads the rest of this family, and long headers, in Python, partly in quadratic time.
+_BINARY_PPM = re.compile(rb"P[56](?:(?:\s|#[^\r\n]*[\r\n])+[0-9]+){2}(?:\s|#[^\r\n]*[\r\n])+(?:255|65535)\s")
+_HEADER_BYTES = 1024
+# Bytes per pixel of Pillow's modes; all others have 4.
+_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 6}
+# Further bytes per pixel that decoders of formats take, measured.
+_DECODER_BYTES = {"WEBP": 9, "AVIF": 3}
+_PROGRESSIVE_BYTES = 6
+_MOST_SCANNED_PIXELS = 2**31
+_START_OF_SCAN = b"\xff\xda"
 _PLAIN_SENTENCE = re.compile(r"[A-Za-z0-9 ,.;:()_/-]{1,120}")
 # Loading a lazily opened PIL image moves its file position, so two threads that load it at once silently get wrong
 # pixels.  The same image always takes the same lock; images that share a lock only wait for each other.
@@ -103,9 +116,12 @@ def decode_image(
 
 
 def count_decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
-    """Estimates the bytes of ``image`` in canonical form from its header or shape; 0 for unreadable inputs."""
+    """Estimates the memory that decoding ``image`` takes from its header or shape; 0 for unreadable inputs.
+
+    That is its canonical form, and for files the decoder's own memory.
+    """
     if isinstance(image, Image.Image):
-        return 3 * image.width * image.height
+        return (_count_pixel_bytes(image) if isinstance(image, ImageFile) else 3) * image.width * image.height
     if isinstance(image, (np.ndarray, torch.Tensor)):
         return 3 * count_array_pixels(image)
     if isinstance(image, Path) and not image.is_file():
@@ -116,9 +132,15 @@ def count_decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
             image.open("rb") if isinstance(image, Path) else io.BytesIO(image) as file,
             _open_image(file, context) as opened,
         ):
-            return 3 * opened.width * opened.height
+            return _count_pixel_bytes(opened) * opened.width * opened.height
     except (ImageError, OSError, TypeError):
         return 0
+
+
+def _count_pixel_bytes(image: Image.Image) -> int:
+    """Bytes per pixel of decoding an opened file: Pillow's image, the decoder's memory, and the canonical form."""
+    progressive = _PROGRESSIVE_BYTES if image.info.get("progressive") else 0
+    return _MODE_BYTES.get(image.mode, 4) + _DECODER_BYTES.get(image.format or "", 0) + progressive + 3
 
 
 def _decode_path(path: Path, context: ImageContext) -> NDArray[np.uint8]:
@@ -130,16 +152,32 @@ def _decode_path(path: Path, context: ImageContext) -> NDArray[np.uint8]:
 
 def _decode_file(file: BinaryIO, context: ImageContext) -> NDArray[np.uint8]:
     with _open_image(file, context) as image:
-        context.check_size(*image.size)
+        context.check_size(*image.size, _count_pixel_bytes(image))
+        if image.format in ("JPEG", "MPO"):
+            _check_scans(file, image, context)
         with _wrap_errors(context):
             image.load()
         return _convert_pil(_apply_orientation(image), context)
 
 
+def _check_scans(file: BinaryIO, image: Image.Image, context: ImageContext) -> None:
+    """Raises if a JPEG goes over its pixels too often; a scan may have a few bytes and yet takes as long as any other."""
+    place = file.tell()
+    file.seek(0)
+    # Within a scan this pair of bytes does not occur.
+    scans = file.read().count(_START_OF_SCAN)
+    file.seek(place)
+    most = max(1, _MOST_SCANNED_PIXELS // (image.width * image.height))
+    if scans > most:
+        size = f"{image.width} × {image.height}"
+        reason = f"a JPEG of {size} pixels must have at most {most} scans, got {scans}; save it again, not progressive"
+        raise context.error(ImageTooLargeError, reason)
+
+
 def _open_image(file: BinaryIO, context: ImageContext) -> Image.Image:
     """Reads the header of an image in an allowed format."""
     allowed = context.limits.image_formats
-    start = file.read(64)
+    start = file.read(_HEADER_BYTES)
     file.seek(0)
     if not start:
         raise context.error(ImageDecodeError, "0 bytes: the file is empty")
@@ -147,13 +185,17 @@ def _open_image(file: BinaryIO, context: ImageContext) -> Image.Image:
         # Image.open raises KeyError for a format that this Pillow was built without.
         if not all(name in Image.OPEN for name in allowed):
             Image.init()
+        formats = [name for name in allowed if name in Image.OPEN and (name != "PPM" or _BINARY_PPM.match(start))]
         try:
-            return Image.open(file, formats=[name for name in allowed if name in Image.OPEN])
+            return Image.open(file, formats=formats)
         except Image.DecompressionBombError as error:
             limit = f"PIL.Image.MAX_IMAGE_PIXELS of this process ({Image.MAX_IMAGE_PIXELS} pixels)"
             raise context.error(ImageTooLargeError, f"more than twice the {limit}; scale it down") from error
         except UnidentifiedImageError as error:
             name = next((name for signature, name in _REFUSED_SIGNATURES if signature.match(start)), None)
+            if name == "PPM" and name in allowed:
+                reason = "a PPM or PGM file must be binary (P5 or P6) with 8 or 16 bits and a short header; convert it"
+                raise context.error(ImageFormatError, reason) from error
             if name is None or name in allowed:
                 reason = f"not an image in an allowed format ({', '.join(allowed)}), or damaged at its start"
                 raise context.error(ImageDecodeError, reason) from error
@@ -185,7 +227,11 @@ def _apply_orientation(image: Image.Image) -> Image.Image:
         transposition = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
     except Exception:  # malformed EXIF raises anything, SyntaxError included, and does not affect the pixels
         return image
-    return image if transposition is None else image.transpose(transposition)
+    if transposition is None:
+        return image
+    turned = image.transpose(transposition)
+    image.close()  # frees the pixels before they are copied once more
+    return turned
 
 
 def _decode_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
@@ -210,9 +256,7 @@ def _convert_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _convert_deep_gray(image, context)
     try:
-        if image.has_transparency_data:
-            return composite_on_white(image.convert("RGBA"))
-        return copy_rgb_pixels(image if image.mode == "RGB" else image.convert("RGB"))
+        return copy_rgb_pixels(image)
     except Exception as error:
         reason = f"mode {image.mode} cannot be converted to RGB; convert it first"
         raise context.error(ImageValueError, reason) from error

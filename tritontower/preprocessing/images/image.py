@@ -17,6 +17,9 @@ from tritontower.errors import AspectRatioError, EmptyImageError, ImageError, Im
 ImageInput = Image.Image | NDArray[Any] | torch.Tensor | bytes | bytearray | memoryview | Path
 ChannelOrder = Literal["channels_first", "channels_last"]
 
+MOST_BYTES_PER_PIXEL = 8
+"""Memory for each pixel while an image of ``Limits.max_image_pixels`` is decoded; formats that need more have fewer pixels."""
+
 WORTH_A_THREAD = 2**17
 """Pixels of an image above which a thread of its own does more than wait for Python's lock."""
 
@@ -66,16 +69,21 @@ class ImageContext:
         """Makes an error that names the image."""
         return kind(reason, index=self.index, source=self.source)
 
-    def check_size(self, width: int, height: int) -> None:
-        """Raises unless the size of an image, in pixels, is within the limits."""
+    def check_size(self, width: int, height: int, bytes_per_pixel: int = 0) -> None:
+        """Raises unless the size of an image, in pixels, is within the limits.
+
+        ``bytes_per_pixel`` is what decoding takes; more than :data:`MOST_BYTES_PER_PIXEL` lower the limit of pixels.
+        """
         limits = self.limits
         if width < 1 or height < 1:
             raise self.error(EmptyImageError, f"both sides must be at least 1 pixel, got {width} × {height} pixels")
-        if width * height > limits.max_image_pixels:
+        allowed = limits.max_image_pixels * MOST_BYTES_PER_PIXEL // max(bytes_per_pixel, MOST_BYTES_PER_PIXEL)
+        if width * height > allowed:
+            reason = f" if decoding takes {bytes_per_pixel} bytes for each" if allowed < limits.max_image_pixels else ""
             raise self.error(
                 ImageTooLargeError,
-                f"an image must have at most {limits.max_image_pixels} pixels, got {width} × {height} = "
-                f"{width * height} pixels; scale it down, or pass Limits(max_image_pixels=...)",
+                f"an image must have at most {allowed} pixels{reason}, got {width} × {height} = {width * height} pixels; "
+                "scale it down, or pass Limits(max_image_pixels=...)",
             )
         ratio = max(width, height) / min(width, height)
         if ratio > limits.max_aspect_ratio:
