@@ -9,6 +9,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,12 @@ from tritontower.engine.executor import Executor
 from tritontower.engine.planning import patches_per_batch
 from tritontower.errors import (
     AspectRatioError,
+    EmptyImageError,
     EncodeInterrupted,
     ImageDecodeError,
     ImageTooLargeError,
     ImageTypeError,
+    ImageValueError,
     Limits,
     NonFiniteOutputError,
     ProcessorError,
@@ -306,6 +309,33 @@ def test_a_failing_image_that_comes_twice_fails_in_both_places(tower, monkeypatc
     with pytest.raises(ProcessorError) as caught:
         tower.encode(IMAGES)
     assert (caught.value.index, len(caught.value.completed)) == (3, 3)
+
+
+BAD = [
+    (b"garbage", ImageDecodeError),
+    (Path("/proc/self/mem"), ImageDecodeError),
+    (Path("x" * 5000), ImageDecodeError),
+    (memoryview(b"abcdef")[::2], ImageDecodeError),
+    (torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]), ImageTypeError),
+    ("photo.jpg", ImageTypeError),
+    (None, ImageTypeError),
+    (np.full((28, 28), np.nan), ImageValueError),
+    (np.zeros((0, 28, 3), np.uint8), EmptyImageError),
+    (np.zeros((1, 300, 3), np.uint8), AspectRatioError),
+]
+
+
+def test_fifty_bad_images_of_a_thousand_leave_the_others_alone(tower):
+    generator = random.Random(0)
+    good = [noise(generator.randint(20, 60), generator.randint(20, 60), seed) for seed in range(950)]
+    places = sorted(generator.sample(range(1000), 50))
+    mixed: list[Any] = list(good)
+    for number, place in enumerate(places):
+        mixed.insert(place, BAD[number % len(BAD)][0])
+    found = tower.encode(mixed, on_error="return")
+    assert_equal([one for one in found if not isinstance(one, ItemError)], tower.encode(good))
+    errors = [(one.index, type(one.error)) for one in found if isinstance(one, ItemError)]
+    assert errors == [(place, BAD[number % len(BAD)][1]) for number, place in enumerate(places)]
 
 
 def test_non_finite_outputs_are_found_on_request(tower, expected, monkeypatch):

@@ -34,6 +34,8 @@ from tritontower.errors import (
     ImageTypeError,
     ImageValueError,
     Limits,
+    is_out_of_memory,
+    shorten,
 )
 
 from .arrays import convert_array, copy_rgb_pixels
@@ -90,29 +92,39 @@ def decode_image(
     3 (RGB) or 4 (RGBA).  The image is not changed; a lazily opened ``PIL`` image is loaded.  ``index`` is its position in
     the caller's list, for messages.
     """
-    limits = limits or Limits()
-    if isinstance(image, Image.Image):
-        context = ImageContext(limits, index, f"PIL image {image.mode}")
-        pixels = _decode_pil(image, context)
-    elif isinstance(image, (np.ndarray, torch.Tensor)):
-        kind = "numpy array" if isinstance(image, np.ndarray) else "torch tensor"
-        dtype = str(image.dtype).removeprefix("torch.")
-        context = ImageContext(limits, index, f"{kind} {dtype} {list(image.shape)}")
-        pixels = convert_array(image, context, input_data_format)
-    elif isinstance(image, (bytes, bytearray, memoryview)):
-        context = ImageContext(limits, index, "encoded bytes")
-        pixels = _decode_file(io.BytesIO(image), context)
-    elif isinstance(image, Path):
-        context = ImageContext(limits, index, str(image))
-        pixels = _decode_path(image, context)
-    else:
-        hint = "; a text may be anybody's path or URL: pass pathlib.Path(...) for a local file, or the file's bytes"
-        raise ImageTypeError(
-            "an image must be a PIL image, a numpy or torch array, bytes or a pathlib.Path, "
-            f"got {type(image).__name__}" + (hint if isinstance(image, str) else ""),
-            index=index,
-        )
+    context = ImageContext(limits or Limits(), index, _describe(image))
+    # Whatever one image raises is that image's error: the others of its batch go on.
+    with _wrap_errors(context):
+        if isinstance(image, Image.Image):
+            pixels = _decode_pil(image, context)
+        elif isinstance(image, (np.ndarray, torch.Tensor)):
+            pixels = convert_array(image, context, input_data_format)
+        elif isinstance(image, (bytes, bytearray, memoryview)):
+            pixels = _decode_file(io.BytesIO(image), context)
+        elif isinstance(image, Path):
+            if not image.is_file():
+                raise context.error(ImageDecodeError, "there is no such file, or it is not an ordinary file")
+            with image.open("rb") as file:
+                pixels = _decode_file(file, context)
+        else:
+            hint = "; a text may be anybody's path or URL: pass pathlib.Path(...) for a local file, or the file's bytes"
+            raise ImageTypeError(
+                "an image must be a PIL image, a numpy or torch array, bytes or a pathlib.Path, "
+                f"got {type(image).__name__}" + (hint if isinstance(image, str) else ""),
+                index=index,
+            )
     return CanonicalImage(pixels, context.source or "")
+
+
+def _describe(image: ImageInput) -> str:
+    if isinstance(image, Image.Image):
+        return f"PIL image {image.mode}"
+    if isinstance(image, np.ndarray):
+        return f"numpy array {image.dtype} {list(image.shape)}"
+    if isinstance(image, torch.Tensor):
+        shape = "nested" if image.is_nested else list(image.shape)
+        return f"torch tensor {str(image.dtype).removeprefix('torch.')} {shape}"
+    return shorten(str(image), 200).strip("'\"") if isinstance(image, Path) else "encoded bytes"
 
 
 def count_decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
@@ -120,20 +132,20 @@ def count_decoded_bytes(image: ImageInput, limits: Limits | None = None) -> int:
 
     That is its canonical form, and for files the decoder's own memory.
     """
-    if isinstance(image, Image.Image):
-        return (_count_pixel_bytes(image) if isinstance(image, ImageFile) else 3) * image.width * image.height
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        return 3 * count_array_pixels(image)
-    if isinstance(image, Path) and not image.is_file():
-        return 0
     context = ImageContext(limits or Limits())
     try:
+        if isinstance(image, Image.Image):
+            return (_count_pixel_bytes(image) if isinstance(image, ImageFile) else 3) * image.width * image.height
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            return 3 * count_array_pixels(image)
+        if isinstance(image, Path) and not image.is_file():
+            return 0
         with (
             image.open("rb") if isinstance(image, Path) else io.BytesIO(image) as file,
             _open_image(file, context) as opened,
         ):
             return _count_pixel_bytes(opened) * opened.width * opened.height
-    except (ImageError, OSError, TypeError):
+    except Exception:  # decoding will raise it as this image's error
         return 0
 
 
@@ -143,20 +155,12 @@ def _count_pixel_bytes(image: Image.Image) -> int:
     return _MODE_BYTES.get(image.mode, 4) + _DECODER_BYTES.get(image.format or "", 0) + progressive + 3
 
 
-def _decode_path(path: Path, context: ImageContext) -> NDArray[np.uint8]:
-    if not path.is_file():
-        raise context.error(ImageDecodeError, "there is no such file, or it is not an ordinary file")
-    with _wrap_errors(context), path.open("rb") as file:
-        return _decode_file(file, context)
-
-
 def _decode_file(file: BinaryIO, context: ImageContext) -> NDArray[np.uint8]:
     with _open_image(file, context) as image:
         context.check_size(*image.size, _count_pixel_bytes(image))
         if image.format in ("JPEG", "MPO"):
             _check_scans(file, image, context)
-        with _wrap_errors(context):
-            image.load()
+        image.load()
         return _convert_pil(_apply_orientation(image), context)
 
 
@@ -181,41 +185,42 @@ def _open_image(file: BinaryIO, context: ImageContext) -> Image.Image:
     file.seek(0)
     if not start:
         raise context.error(ImageDecodeError, "0 bytes: the file is empty")
-    with _wrap_errors(context):
-        # Image.open raises KeyError for a format that this Pillow was built without.
-        if not all(name in Image.OPEN for name in allowed):
-            Image.init()
-        formats = [name for name in allowed if name in Image.OPEN and (name != "PPM" or _BINARY_PPM.match(start))]
-        try:
-            return Image.open(file, formats=formats)
-        except Image.DecompressionBombError as error:
-            limit = f"PIL.Image.MAX_IMAGE_PIXELS of this process ({Image.MAX_IMAGE_PIXELS} pixels)"
-            raise context.error(ImageTooLargeError, f"more than twice the {limit}; scale it down") from error
-        except UnidentifiedImageError as error:
-            name = next((name for signature, name in _REFUSED_SIGNATURES if signature.match(start)), None)
-            if name == "PPM" and name in allowed:
-                reason = "a PPM or PGM file must be binary (P5 or P6) with 8 or 16 bits and a short header; convert it"
-                raise context.error(ImageFormatError, reason) from error
-            if name is None or name in allowed:
-                reason = f"not an image in an allowed format ({', '.join(allowed)}), or damaged at its start"
-                raise context.error(ImageDecodeError, reason) from error
-            raise context.error(
-                ImageFormatError,
-                f"the format must be one of {', '.join(allowed)}, got {name}; convert it, "
-                "or pass Limits(image_formats=...) if you trust its origin",
-            ) from error
+    # Image.open raises KeyError for a format that this Pillow was built without.
+    if not all(name in Image.OPEN for name in allowed):
+        Image.init()
+    formats = [name for name in allowed if name in Image.OPEN and (name != "PPM" or _BINARY_PPM.match(start))]
+    try:
+        return Image.open(file, formats=formats)
+    except Image.DecompressionBombError as error:
+        limit = f"PIL.Image.MAX_IMAGE_PIXELS of this process ({Image.MAX_IMAGE_PIXELS} pixels)"
+        raise context.error(ImageTooLargeError, f"more than twice the {limit}; scale it down") from error
+    except UnidentifiedImageError as error:
+        name = next((name for signature, name in _REFUSED_SIGNATURES if signature.match(start)), None)
+        if name == "PPM" and name in allowed:
+            reason = "a PPM or PGM file must be binary (P5 or P6) with 8 or 16 bits and a short header; convert it"
+            raise context.error(ImageFormatError, reason) from error
+        if name is None or name in allowed:
+            reason = f"not an image in an allowed format ({', '.join(allowed)}), or damaged at its start"
+            raise context.error(ImageDecodeError, reason) from error
+        raise context.error(
+            ImageFormatError,
+            f"the format must be one of {', '.join(allowed)}, got {name}; convert it, "
+            "or pass Limits(image_formats=...) if you trust its origin",
+        ) from error
 
 
 @contextmanager
 def _wrap_errors(context: ImageContext) -> Iterator[None]:
-    """Raises :class:`ImageDecodeError` in place of the errors of Pillow's parsers, which are of any class."""
+    """Raises :class:`ImageDecodeError` in place of any error but a lack of memory; those of parsers are of any class."""
     try:
         yield
     except ImageError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # Some of Pillow's messages contain addresses or raw bytes; only plain text is quoted.
-        text = str(error)
+        text = (isinstance(error, OSError) and error.strerror) or str(error)
         is_plain = _PLAIN_SENTENCE.fullmatch(text) and "0x" not in text
         reason = f"cannot be decoded: {text}" if is_plain else f"cannot be decoded ({type(error).__name__})"
         raise context.error(ImageDecodeError, reason) from error
@@ -239,16 +244,14 @@ def _decode_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:
     with _LOCKS[(id(image) >> 4) % len(_LOCKS)]:
         frame = image.tell()
         try:
-            with _wrap_errors(context):
-                if frame:
-                    image.seek(0)
-                    context.check_size(*image.size)
-                image.load()
+            if frame:
+                image.seek(0)
+                context.check_size(*image.size)
+            image.load()
             return _convert_pil(image, context)
         finally:
-            with _wrap_errors(context):
-                if frame:
-                    image.seek(frame)
+            if frame:
+                image.seek(frame)
 
 
 def _convert_pil(image: Image.Image, context: ImageContext) -> NDArray[np.uint8]:

@@ -102,6 +102,8 @@ def is_large(image: ImageInput | CanonicalImage) -> bool:
 
 
 def count_array_pixels(array: NDArray[Any] | torch.Tensor) -> int:
-    """Counts pixels: the two longest axes are height and width, whatever their order."""
+    """Counts pixels: the two longest axes are height and width, whatever their order; a nested tensor has no shape."""
+    if isinstance(array, torch.Tensor) and array.is_nested:
+        return 0
     height, width = sorted(array.shape)[-2:] if len(array.shape) > 1 else (0, 0)
     return int(height) * int(width)
