@@ -256,7 +256,7 @@ class TowerOutOfMemoryError(TowerError, RuntimeError):
 
 
 class NonFiniteOutputError(TowerError, ValueError):
-    """An embedding contains NaN or infinity; checked only with ``check_output``."""
+    """An embedding contains NaN or infinity; checked with ``check_output``, and by default in float16."""
 
 
 class PromptError(TowerError, ValueError):

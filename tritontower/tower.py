@@ -145,7 +145,7 @@ class VisionTower(TowerModel):
         on_error: Literal["raise", "return"] = "raise",
         output_device: str | torch.device | None = None,
         text_alias: str | Sequence[str | None] | None = None,
-        check_output: bool = False,
+        check_output: bool | None = None,
         progress: bool | None = None,
         input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
@@ -166,7 +166,8 @@ class VisionTower(TowerModel):
             output_device: device of the embeddings; by default the tower's.  From a GPU to ``"cpu"`` they are copied to
                 page-locked memory.
             text_alias: the text that stands for the image in a prompt; for several, a list of one, or ``None``, for each.
-            check_output: check the embeddings for NaN and infinity; on a GPU this synchronizes.
+            check_output: check the embeddings for NaN and infinity; on a GPU this synchronizes once per batch.  By default
+                in float16 only, which large activations overflow.
             progress: show a progress bar; by default for 64 images or more, on a terminal.
             input_data_format: ``"channels_first"`` or ``"channels_last"``: axis order of all arrays among the images;
                 needed only if a shape allows both, such as ``[3, 50, 3]``.
@@ -179,7 +180,7 @@ class VisionTower(TowerModel):
         Raises:
             ImageError, ProcessorError: an image cannot be used; the message or ``index`` names it.
             TowerOutOfMemoryError: an image does not fit into the device's memory, even in a batch of its own.
-            NonFiniteOutputError: with ``check_output``, an embedding contains NaN or infinity.
+            NonFiniteOutputError: an embedding contains NaN or infinity, and ``check_output`` looks for them.
             UsageError: an argument is invalid, or the tower's resizing rule does not have a bound.
             TowerNotLoadedError: the tower was made with ``delay_load``, and :meth:`load` was not called.
             EncodeInterrupted: Ctrl-C; it is a ``KeyboardInterrupt``.
@@ -202,7 +203,7 @@ class VisionTower(TowerModel):
         timestamps: Sequence[float] | None = None,
         output_device: str | torch.device | None = None,
         text_alias: str | None = None,
-        check_output: bool = False,
+        check_output: bool | None = None,
         input_data_format: ChannelOrder | None = None,
         **bounds: Unpack[Bounds],
     ) -> ImageEmbedding:
@@ -251,13 +252,15 @@ class VisionTower(TowerModel):
         output_device: str | torch.device | None,
         max_patches: int | None,
         on_error: str,
-        check_output: bool,
+        check_output: bool | None,
         input_data_format: ChannelOrder | None = None,
     ) -> Scheduler:
         runner = self.runner
         self.preprocessor.check_bounds(bounds)
         if on_error not in ("raise", "return"):
             raise UsageError(f"on_error must be 'raise' or 'return', got {shorten(on_error)}")
+        if not isinstance(check_output, (bool, NoneType)):
+            raise UsageError(f"check_output must be True, False or None, got {shorten(check_output)}")
         if max_patches is not None and not (is_integer(max_patches) and max_patches >= 1):
             raise UsageError(f"max_patches must be an integer ≥ 1, or None, got {shorten(max_patches)}")
         return Scheduler(
@@ -267,7 +270,7 @@ class VisionTower(TowerModel):
             outputs=OutputHandler(
                 device=self.device,
                 output_device=self.device if output_device is None else parse_device(output_device),
-                check_output=check_output,
+                check_output=self.dtype == torch.float16 if check_output is None else check_output,
                 cache=self.cache,
                 key=lambda digest: cache_key(self._identity, bounds, digest),
             ),

@@ -69,3 +69,24 @@ def test_meaningless_sizes_are_rejected(value: Any) -> None:
     settings = Settings({"size": value}, "preprocessor_config.json")
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: size"):
         settings.read_size("size", (("height", "width"), ("side",)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_std", [0, 0, 0]),
+        ("image_std", 1e-320),
+        ("image_std", [0.5, -0.5, 0.5]),
+        ("image_mean", [0.5, float("nan"), 0.5]),
+        ("image_mean", "half"),
+        ("rescale_factor", 1e300),
+        ("rescale_factor", 10**400),
+        ("rescale_factor", 0),
+    ],
+)
+def test_arithmetic_that_destroys_pixels_is_rejected(key, value):
+    with pytest.raises(ConfigError, match=f"preprocessor_config.json: {key} must be numbers from") as caught:
+        Settings.with_defaults({key: value}, "preprocessor_config.json")
+    assert caught.value.key == key
+    for usual in (1 / 255, 1, [0.5, 0.5, 0.5], (0.48145466, 0.4578275, 0.40821073)):
+        Settings.with_defaults({key: usual}, "preprocessor_config.json")

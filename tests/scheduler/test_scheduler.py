@@ -4,6 +4,7 @@ import contextvars
 import io
 import math
 import random
+import shutil
 import sys
 import threading
 import weakref
@@ -18,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
 from support.towers.gemma import PAN_AND_SCAN, save_gemma3
 
@@ -311,7 +313,7 @@ def test_a_failing_image_that_comes_twice_fails_in_both_places(tower, monkeypatc
     assert (caught.value.index, len(caught.value.completed)) == (3, 3)
 
 
-BAD = [
+BROKEN = [
     (b"garbage", ImageDecodeError),
     (Path("/proc/self/mem"), ImageDecodeError),
     (Path("x" * 5000), ImageDecodeError),
@@ -321,7 +323,7 @@ BAD = [
     (None, ImageTypeError),
     (np.full((28, 28), np.nan), ImageValueError),
     (np.zeros((0, 28, 3), np.uint8), EmptyImageError),
-    (np.zeros((1, 300, 3), np.uint8), AspectRatioError),
+    (np.zeros((2, 800, 3), np.uint8), AspectRatioError),
 ]
 
 
@@ -331,11 +333,11 @@ def test_fifty_bad_images_of_a_thousand_leave_the_others_alone(tower):
     places = sorted(generator.sample(range(1000), 50))
     mixed: list[Any] = list(good)
     for number, place in enumerate(places):
-        mixed.insert(place, BAD[number % len(BAD)][0])
+        mixed.insert(place, BROKEN[number % len(BROKEN)][0])
     found = tower.encode(mixed, on_error="return")
     assert_equal([one for one in found if not isinstance(one, ItemError)], tower.encode(good))
     errors = [(one.index, type(one.error)) for one in found if isinstance(one, ItemError)]
-    assert errors == [(place, BAD[number % len(BAD)][1]) for number, place in enumerate(places)]
+    assert errors == [(place, BROKEN[number % len(BROKEN)][1]) for number, place in enumerate(places)]
 
 
 def test_non_finite_outputs_are_found_on_request(tower, expected, monkeypatch):
@@ -353,6 +355,22 @@ def test_non_finite_outputs_are_found_on_request(tower, expected, monkeypatch):
         tower.encode(IMAGES, check_output=True)
     assert caught.value.index == 3
     assert_equal(caught.value.completed, expected[:3])
+    with pytest.raises(UsageError, match="check_output must be True, False or None, got 'x'"):
+        tower.encode(IMAGES, check_output="x")
+
+
+def test_overflow_in_float16_is_reported_by_default(qwen2_vl, tmp_path):
+    folder = shutil.copytree(qwen2_vl, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("merger.mlp.2.weight"))
+    weights[name] = weights[name].sign() * 60_000
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tower = VisionTower.from_pretrained(folder, device="cpu", dtype="float16")
+    with pytest.raises(NonFiniteOutputError, match=r"in torch\.float16; .* use bfloat16 or float32"):
+        tower.encode(IMAGES[0])
+    assert not tower.encode(IMAGES[0], check_output=False)[0].embeddings.isfinite().all()
+    tower = VisionTower.from_pretrained(folder, device="cpu", dtype="bfloat16")
+    assert tower.encode(IMAGES[0])[0].embeddings.isfinite().all()
 
 
 @pytest.mark.parametrize("limit", [200, 260, 500])

@@ -8,12 +8,13 @@ in transformers.
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tritontower.checkpoint.config_reader import ConfigReader, read_json
 from tritontower.config import TowerConfig
-from tritontower.errors import Limits, ProcessorError
+from tritontower.errors import ConfigError, Limits, ProcessorError
 
 IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 VIDEO_FILES = ("processor_config.json", "video_preprocessor_config.json", "preprocessor_config.json")
@@ -41,6 +42,10 @@ CLASS_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 """Class of transformers → its default settings; only those that decide about sizes."""
 
 
+_ARITHMETIC = {"rescale_factor": (1e-6, 1e3), "image_mean": (-1e3, 1e3), "image_std": (1e-6, 1e3)}
+"""Setting → its least and greatest value; others make pixels infinite or all the same."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings of an image processor, including the defaults of its class; ``source`` names the file in messages.
@@ -51,6 +56,15 @@ class Settings:
     values: Mapping[str, Any]
     source: str
     kind: str = ""
+
+    def __post_init__(self) -> None:
+        for key, (least, greatest) in _ARITHMETIC.items():
+            value = self.values.get(key)
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if value is not None and not all(
+                isinstance(each, Real) and least <= cast("float", each) <= greatest for each in numbers
+            ):
+                raise ConfigError(key, value, f"numbers from {least:g} to {greatest:g}", source=self.source)
 
     @classmethod
     def from_files(cls, folder: Path, files: Sequence[str], section: str) -> "Settings":

@@ -1,6 +1,6 @@
 """Embeddings of a forward pass: split by image, checked, cached, and copied to the caller's device."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -63,6 +63,11 @@ def _count_tile_tokens(config: TowerConfig, batch: PackedBatch) -> list[tuple[in
     return [tuple(counts[first:last]) for first, last in pairwise(ends)]
 
 
+def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Returns whether no tensor contains NaN or infinity; waits for the device once."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputHandler:
     """Checks, caches and copies the embeddings of one call; ``key`` maps a digest to its key in the cache."""
@@ -86,9 +91,9 @@ class OutputHandler:
             # Encode it again: a batch that does not fit can be halved, a copy cannot.
             return None
 
-    def finish(self, embedding: ImageEmbedding) -> ImageEmbedding | NonFiniteOutputError:
-        """Checks and caches an embedding of a forward pass and moves it to the output device."""
-        if error := self._find_error(embedding):
+    def finish(self, embedding: ImageEmbedding, is_suspect: bool) -> ImageEmbedding | NonFiniteOutputError:
+        """Checks an embedding of a forward pass if it ``is_suspect``, caches it and moves it to the output device."""
+        if is_suspect and (error := self._find_error(embedding)):
             return error
         if self.cache is not None:
             self.cache.put(self.key(embedding.content_hash), embedding)
@@ -118,7 +123,7 @@ class OutputHandler:
         return embedding.with_tensors({name: pin(tensor) for name, tensor in embedding.tensors.items()})
 
     def _find_error(self, embedding: ImageEmbedding) -> NonFiniteOutputError | None:
-        if not self.check_output or all(bool(rows.isfinite().all()) for rows in embedding.tensors.values()):
+        if not self.check_output or are_finite(embedding.tensors.values()):
             return None
         return NonFiniteOutputError(
             f"the embedding of an image of {embedding.original_size[0]} × {embedding.original_size[1]} pixels holds "

@@ -35,7 +35,7 @@ from tritontower.preprocessing.images.decode import decode_image
 from tritontower.preprocessing.images.image import CanonicalImage, ChannelOrder, ImageInput
 from tritontower.preprocessing.preprocessor import Each
 
-from .outputs import ItemError, OutputHandler, split_embeddings
+from .outputs import ItemError, OutputHandler, are_finite, split_embeddings
 from .prefetch import decode, prefetch, progress_bar, split_portions, thread_map
 
 PORTION_IMAGES = 256
@@ -51,7 +51,7 @@ class EncodeOptions(Bounds, total=False):
     max_patches: int | None
     output_device: str | torch.device | None
     text_alias: str | Sequence[str | None] | None
-    check_output: bool
+    check_output: bool | None
     progress: bool | None
     input_data_format: ChannelOrder | None
 
@@ -279,7 +279,9 @@ class Scheduler:
         self, packed: PackedBatch, outputs: Mapping[str, torch.Tensor]
     ) -> list[ImageEmbedding | NonFiniteOutputError]:
         embeddings = split_embeddings(self.config, outputs, packed, bidirectional=self.bidirectional)
-        return [self.outputs.finish(embedding) for embedding in embeddings]
+        # One reduction for the whole batch; which image it was matters only if there is one.
+        is_suspect = self.outputs.check_output and not are_finite(outputs.values())
+        return [self.outputs.finish(embedding, is_suspect) for embedding in embeddings]
 
     def _collect_results(self, items: Iterable[_Item]) -> list[ImageEmbedding | ItemError]:
         """Returns the results of finished images, each embedding in memory of its own."""
