@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import pickle
+import subprocess
 import sys
 import threading
 import time
@@ -168,6 +170,35 @@ def test_calls_go_down_to_a_launch_in_ten_frames(tmp_path, kernel_device, monkey
         assert runs == ["tower", "scheduler", "engine", "kernels"], stack
         assert [LEVEL[package] for package in runs] == sorted((LEVEL[package] for package in runs), reverse=True)
         assert len(stack) <= 10, "\n".join(stack)
+
+
+FORK = """
+import os, sys
+import torch
+from PIL import Image
+from tritontower import VisionTower
+
+torch.set_num_threads(2)
+tower, image = VisionTower.from_pretrained(sys.argv[1], device="cpu"), Image.new("RGB", (600, 400), "red")
+expected = tower.encode(image)[0].embeddings
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(tower.encode(image)[0].embeddings, expected) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_encodes_in_one_thread(qwen2_vl):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", FORK, str(qwen2_vl)], env=environment, timeout=60, check=True)
+
+
+def test_a_forked_process_cannot_use_the_gpu(qwen2_vl, monkeypatch):
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu")
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    monkeypatch.setattr(tower, "device", torch.device("cuda", 0))
+    with pytest.raises(BackendUnavailableError, match='start it with the method "spawn"'):
+        tower.encode(noise(28, 28, 0))
 
 
 def test_delayed_loading_plans_before_it_reads_weights(qwen2_vl, monkeypatch):

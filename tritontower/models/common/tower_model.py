@@ -1,5 +1,6 @@
 """A tower's graphs and weights: runs packed batches, and plans their memory."""
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from tritontower.engine.onednn_weights import prepack_weights
 from tritontower.engine.planning import parse_workload, plan_forward
 from tritontower.engine.runner import ModelRunner, estimate_weights_bytes
 from tritontower.engine.weight_loader import read_weights, stored_shapes
-from tritontower.errors import TowerNotLoadedError, UsageError, shorten
+from tritontower.errors import BackendUnavailableError, TowerNotLoadedError, UsageError, shorten
 from tritontower.graph.builder import build
 from tritontower.graph.fusion import fold_still_images, fuse, select_passes
 from tritontower.graph.ir import Graph, Workload
@@ -138,6 +139,7 @@ class TowerModel:
                     normalization=lambda: preprocessor.normalization,
                     cuda_graphs=self._cuda_graphs,
                 )
+                self._process = os.getpid()
         return self
 
     def read_weights(self, progress: Progress | None = None) -> dict[str, torch.Tensor]:
@@ -164,7 +166,19 @@ class TowerModel:
         """The runner of batches; raises ``TowerNotLoadedError`` before :meth:`load`."""
         if self._runner is None:
             raise TowerNotLoadedError("the tower's weights are not loaded; call load() first")
+        if self._process != os.getpid():
+            self._enter_forked_process()
         return self._runner
+
+    def _enter_forked_process(self) -> None:
+        """Uses a single thread: a fork inherits torch's pool of threads without the threads, and would wait for them."""
+        if self.device.type == "cuda":
+            raise BackendUnavailableError(
+                'a tower on a GPU cannot be used in a forked process; start it with the method "spawn", or load the tower '
+                "there"
+            )
+        torch.set_num_threads(1)
+        self._process = os.getpid()
 
     @property
     def _raw(self) -> bool | None:
