@@ -126,7 +126,7 @@ def test_section_keeps_the_full_path_in_messages() -> None:
     section = reader(depth="x").section("vision_config")
     with pytest.raises(ConfigError, match=r"vision_config\.depth must be an object, got 'x'"):
         reader(depth="x").get(int, "vision_config.depth.height")
-    with pytest.raises(ConfigError, match=r"config\.json: vision_config\.depth must be an integer, got 'x'"):
+    with pytest.raises(ConfigError, match=r"config\.json: vision_config\.depth must be an integer ≤ 1024, got 'x'"):
         section.get(int, "depth")
     assert not reader().section("nowhere", optional=True).has("depth")
     for name in ("nowhere", "model_type"):
@@ -139,7 +139,7 @@ LISTS: dict[str, tuple[str, object, dict[str, Any], str]] = {
     "element too large": ("get_list", [5, 17], {"maximum": 16}, r"key\[1\] must be .*got 17"),
     "element of another type": ("get_list", [1, True], {}, r"key\[1\] must be .*got True"),
     "length": ("get_list", [1, 2, 3], {"length": 2}, "a list of 2"),
-    "no value": ("get_list", None, {}, "a list, each element an integer"),
+    "no value": ("get_list", None, {}, "a list of at most 1024, each element an integer"),
     "element of a row too small": (
         "get_rows",
         [[336, 1]],
@@ -149,7 +149,12 @@ LISTS: dict[str, tuple[str, object, dict[str, Any], str]] = {
     "element of a row a text": ("get_rows", [[1, 2], [3, "4"]], {"length": 2}, r"key\[1\]\[1\] must be .*got '4'"),
     "ragged": ("get_rows", [[1, 2], [3]], {"length": 2}, r"key\[1\] must be a list of 2"),
     "flat": ("get_rows", [1, 2], {"length": 2}, r"key\[0\] must be a list of 2.*got 1"),
-    "no value for rows": ("get_rows", None, {"length": 2}, "a list of lists of 2, each element an integer"),
+    "no value for rows": (
+        "get_rows",
+        None,
+        {"length": 2},
+        "a list of at most 1024 lists of 2, each element an integer",
+    ),
 }
 
 
