@@ -17,6 +17,7 @@ def current(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(each, "index", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     return each
 
 
@@ -38,6 +39,15 @@ def test_a_given_index_is_kept():
     assert parse_device("cpu") == torch.device("cpu")
     with pytest.raises(BackendUnavailableError, match=r"one of 4 GPUs, counted from 0, got 'cuda:4'"):
         parse_device("cuda:4")
+
+
+@pytest.mark.usefixtures("current")
+def test_gpus_that_triton_has_no_tensor_cores_for_are_rejected(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for device in (None, "cuda", "cuda:2"):
+        with pytest.raises(BackendUnavailableError, match=r"8\.0 or higher, got 7\.5 \(Tesla T4\); pass device='cpu'"):
+            parse_device(device)
 
 
 def test_devices_that_are_not_here_are_rejected(monkeypatch):

@@ -28,7 +28,16 @@ def parse_device(device: str | torch.device | None) -> torch.device:
             f"device must be one of {torch.cuda.device_count()} GPUs, counted from 0, got {str(device)!r}"
         )
     if where.type == "cuda" and where.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
+        where = torch.device("cuda", torch.cuda.current_device())
+    if (
+        where.type == "cuda"
+        and torch.version.hip is None
+        and (found := torch.cuda.get_device_capability(where)) < (8, 0)
+    ):
+        name = torch.cuda.get_device_name(where)
+        raise BackendUnavailableError(
+            f"device must have compute capability 8.0 or higher, got {found[0]}.{found[1]} ({name}); pass device='cpu'"
+        )
     return where
 
 
