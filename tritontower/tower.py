@@ -164,7 +164,7 @@ class VisionTower(TowerModel):
             on_error: for an image that cannot be encoded, ``"raise"`` ends the call, ``"return"`` puts an
                 :class:`~tritontower.scheduler.outputs.ItemError` in its place.
             output_device: device of the embeddings; by default the tower's.  From a GPU to ``"cpu"`` they are copied to
-                page-locked memory.
+                ordinary memory while the GPU goes on.
             text_alias: the text that stands for the image in a prompt; for several, a list of one, or ``None``, for each.
             check_output: check the embeddings for NaN and infinity; on a GPU this synchronizes once per batch.  By default
                 in float16 only, which large activations overflow.

@@ -1,8 +1,11 @@
 """Embeddings of a forward pass: split by image, checked, cached, and copied to the caller's device."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from threading import Lock
+from typing import Protocol
 
 import torch
 
@@ -68,6 +71,53 @@ def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())
 
 
+class Event(Protocol):
+    """A point in the work of a device."""
+
+    def synchronize(self) -> None:
+        """Waits until the device has reached it."""
+
+
+def stage(tensor: torch.Tensor) -> tuple[torch.Tensor, Event]:
+    """Starts a copy of a GPU's tensor to page-locked memory; returns that, and the event of its end."""
+    staged = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    return staged, torch.cuda.current_stream(tensor.device).record_event()
+
+
+class HostCopies:
+    """Copies tensors of a GPU to ordinary memory, through at most ``limit`` bytes (or one tensor) of page-locked memory.
+
+    The host goes on while the GPU copies.  What a caller keeps is never page-locked: such memory cannot be swapped, and
+    torch rounds it up to powers of two.
+    """
+
+    def __init__(
+        self, limit: int = 64 * 2**20, stage: Callable[[torch.Tensor], tuple[torch.Tensor, Event]] = stage
+    ) -> None:
+        self._limit, self._stage = limit, stage
+        self._pending: deque[tuple[torch.Tensor, Event, torch.Tensor]] = deque()
+        self._lock = Lock()
+
+    def start(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns a tensor that :meth:`finish` fills."""
+        with self._lock:
+            self._finish(self._limit - tensor.nbytes)
+            target = torch.empty_like(tensor, device="cpu")
+            self._pending.append((*self._stage(tensor), target))
+            return target
+
+    def finish(self) -> None:
+        """Waits for all copies."""
+        with self._lock:
+            self._finish(0)
+
+    def _finish(self, allowed: int) -> None:
+        while self._pending and sum(staged.nbytes for staged, _, _ in self._pending) > allowed:
+            staged, event, target = self._pending.popleft()
+            event.synchronize()
+            target.copy_(staged)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputHandler:
     """Checks, caches and copies the embeddings of one call; ``key`` maps a digest to its key in the cache."""
@@ -77,6 +127,7 @@ class OutputHandler:
     check_output: bool = False
     cache: EmbeddingCache | None = None
     key: Callable[[str], str] = str
+    copies: HostCopies = field(default_factory=HostCopies)
 
     def look_up(self, digest: str) -> ImageEmbedding | NonFiniteOutputError | None:
         """Returns the cached embedding of an image; checks it, since the call that cached it may not have."""
@@ -101,26 +152,17 @@ class OutputHandler:
 
     def duplicate(self, embedding: ImageEmbedding) -> ImageEmbedding:
         """Returns a copy in memory of its own."""
-        return self._copy_out(embedding) if self._is_pinned else embedding.to(self.output_device, copy=True)
+        self.synchronize()
+        return embedding.to(self.output_device, copy=True)
 
     def synchronize(self) -> None:
-        """Waits for the copies to page-locked memory."""
-        if self._is_pinned:
-            torch.cuda.current_stream(self.device).synchronize()
-
-    @property
-    def _is_pinned(self) -> bool:
-        """From a GPU to the CPU, copies are asynchronous and go to page-locked memory."""
-        return self.device.type == "cuda" and self.output_device.type == "cpu"
+        """Waits for the copies to the CPU."""
+        self.copies.finish()
 
     def _copy_out(self, embedding: ImageEmbedding) -> ImageEmbedding:
-        if not self._is_pinned:
+        if not embedding.embeddings.is_cuda or self.output_device.type != "cpu":
             return embedding.to(self.output_device)
-
-        def pin(tensor: torch.Tensor) -> torch.Tensor:
-            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-
-        return embedding.with_tensors({name: pin(tensor) for name, tensor in embedding.tensors.items()})
+        return embedding.with_tensors({name: self.copies.start(rows) for name, rows in embedding.tensors.items()})
 
     def _find_error(self, embedding: ImageEmbedding) -> NonFiniteOutputError | None:
         if not self.check_output or are_finite(embedding.tensors.values()):
