@@ -46,6 +46,7 @@ def gpu(monkeypatch) -> dict[str, Any]:
     state: dict[str, Any] = {"wrong": lambda config: ""}
     monkeypatch.setattr(tuner, "Gauge", lambda device: StandInGauge(wrong=lambda config: state["wrong"](config)))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(tuned_tables, "identify", lambda device: GPU)
