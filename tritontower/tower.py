@@ -16,7 +16,6 @@ from .checkpoint.checkpoint import Progress
 from .devices import parse_device, parse_dtype
 from .embedding import ImageEmbedding, check_alias
 from .engine.graph_cache import CaptureLimits
-from .engine.planning import patches_per_batch
 from .errors import Limits, UsageError, is_integer, shorten
 from .kernels.runtime.dispatch import backend_on
 from .models.common.assembly import make_preprocessor, open_checkpoint
@@ -160,7 +159,8 @@ class VisionTower(TowerModel):
             images: one or several ``PIL.Image``, numpy or torch arrays (uint8, or float in 0 … 1), ``bytes`` of an
                 encoded file, or ``pathlib.Path``.  A plain ``str`` is rejected, and nothing is fetched from a URL.
             max_patches: patches of one batch, without class tokens; a larger image gets a batch of its own.  By default
-                as many as take 1 GiB, or half of a GPU's free memory if that is less.
+                as many as take 1 GiB, or half of a GPU's free memory if that is less (as of the first call, or the first
+                after :meth:`release` or an out-of-memory error).
             on_error: for an image that cannot be encoded, ``"raise"`` ends the call, ``"return"`` puts an
                 :class:`~tritontower.scheduler.outputs.ItemError` in its place.
             output_device: device of the embeddings; by default the tower's.  From a GPU to ``"cpu"`` they are copied to
@@ -277,7 +277,7 @@ class VisionTower(TowerModel):
             bounds=bounds,
             raw=self._raw,
             input_data_format=input_data_format,
-            max_patches=int(max_patches or patches_per_batch(self.sample_plan, self.device)),
+            max_patches=int(max_patches or runner.patches_per_batch(self.sample_plan, self.device)),
             raise_errors=on_error == "raise",
             bidirectional=self.family.bidirectional_tiles,
         )
@@ -324,9 +324,9 @@ class VisionTower(TowerModel):
     def warm_up(self, sizes: Iterable[tuple[int, int] | Sequence[tuple[int, int]]], **bounds: Unpack[Bounds]) -> int:
         """Compiles kernels, allocates memory and captures CUDA graphs for batches of these sizes.
 
-        Each batch runs once with noise as images.  Without this, a batch size is captured when it comes the second time.
-        Batches whose patches differ by less than a sixteenth (an eighth below 1,024) may share a graph.  Videos are captured as they come.  On a
-        CPU there is nothing to do.  During a capture, other threads may use the GPU, except torch's random numbers on it.
+        Each batch runs once with noise as images.  Without this, a batch size is captured when it first comes.  Batches
+        whose patches differ by less than a sixteenth (an eighth below 1,024) may share a graph.  Videos are captured as they
+        come.  On a CPU there is nothing to do.  During a capture, other threads may use the GPU, except torch's random numbers on it.
 
         Args:
             sizes: for each batch, (width, height) of each of its images, pixels; or of its only image.

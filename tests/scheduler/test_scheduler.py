@@ -27,6 +27,7 @@ from tritontower import VisionTower
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.cache import EmbeddingCache
 from tritontower.embedding import ImageEmbedding
+from tritontower.engine import runner
 from tritontower.engine.executor import Executor
 from tritontower.engine.planning import patches_per_batch
 from tritontower.errors import (
@@ -159,6 +160,24 @@ def test_default_batch_size_follows_from_the_memory_plan(tower):
     plan = tower.memory_plan(side * side)
     assert 0.95 * 2**30 < plan.peak_bytes - plan.workspace_bytes <= 2**30
     assert patches_per_batch(tower.memory_plan(4), torch.device("cpu")) > 1
+
+
+def test_free_memory_is_queried_again_only_after_a_release(qwen2_vl, monkeypatch):
+    queries, batches = [], record_batches(monkeypatch)
+
+    def query(plan, device):
+        queries.append(device)
+        return 1 if len(queries) == 1 else 10_000
+
+    monkeypatch.setattr(runner, "patches_per_batch", query)
+    tower = VisionTower.from_pretrained(qwen2_vl, device="cpu")
+    for _ in range(2):
+        tower.encode(IMAGES[:3])
+    assert (len(queries), len(batches)) == (1, 6)
+    tower.release()
+    for _ in range(2):
+        tower.encode(IMAGES[:3])
+    assert (len(queries), len(batches)) == (2, 8)
 
 
 def test_invalid_calls_are_rejected_before_decoding(tower, qwen2_vl):

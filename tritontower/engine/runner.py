@@ -14,12 +14,14 @@ from tritontower.batch.packed_batch import PackedBatch
 from tritontower.config import TowerConfig
 from tritontower.errors import UsageError
 from tritontower.graph.ir import Graph
+from tritontower.graph.memory_plan import MemoryPlan
 
 from .cuda_graphs import empty_cache
 from .executor import Executor, Observer
 from .graph_cache import CaptureLimits
 from .onednn_weights import count_bytes
 from .ops import Tensors
+from .planning import patches_per_batch
 from .tuned_tables import fill_registry
 from .uint8_graph import fold_pixel_weights, make_uint8_graph
 
@@ -47,6 +49,7 @@ class ModelRunner:
         self._executors = {_pixel_width(graph): Executor(graph, sources, cuda_graphs=cuda_graphs) for graph in graphs}
         self._uint8_executors: dict[int, Executor] = {}
         self._lock = Lock()
+        self._batch_patches: int | None = None
 
     def run(self, batch: PackedBatch, observer: Observer | None = None) -> Tensors:
         """Runs ``batch``; see :meth:`.Executor.run` and :meth:`executor_for`."""
@@ -80,8 +83,19 @@ class ModelRunner:
         """Device memory of the CUDA graphs."""
         return sum(executor.captured_bytes for executor in self)
 
+    def patches_per_batch(self, plan: MemoryPlan, device: torch.device) -> int:
+        """Returns the default number of patches of a batch, from the free memory at the first call after :meth:`release`.
+
+        A query of free memory for each call is slow, and batch sizes would vary with other processes on the GPU.
+        """
+        patches = self._batch_patches
+        if patches is None:
+            patches = self._batch_patches = patches_per_batch(plan, device)
+        return patches
+
     def release(self) -> None:
         """Frees all device memory except the weights; the next forward pass allocates it again."""
+        self._batch_patches = None
         for executor in self:
             executor.release()
         if any(executor.device.type == "cuda" for executor in self):

@@ -277,8 +277,8 @@ class TowerModel:
     def memory_plan(self, patches: int | Sequence[int] | Workload) -> MemoryPlan:
         """Plans the memory of one forward pass beside the weights, bytes; needs no weights (but see :attr:`dtype`).
 
-        On a GPU the plan includes up to a sixteenth more rows (an eighth below 1,024), because similar batch sizes share buffers, and pixels as
-        :meth:`preprocess` makes them by default.  ``patches`` are those of one still image, or of each of several in one batch;
+        On a GPU the plan includes up to a sixteenth more rows (an eighth below 1,024), because similar batch sizes share
+        buffers, and pixels as :meth:`preprocess` makes them by default.  ``patches`` are those of one still image, or of each of several in one batch;
         or the result of :meth:`workload`.
         """
         workload = parse_workload(self.config, patches)
