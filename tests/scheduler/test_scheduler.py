@@ -640,6 +640,23 @@ def test_copies_to_the_host_hold_few_bytes_at_a_time():
     assert all(torch.equal(one, source) for one, source in zip(found, sources, strict=True))
 
 
+def test_an_interrupted_copy_to_the_host_is_finished_later():
+    interrupts = [KeyboardInterrupt()]
+
+    class Copied:
+        def synchronize(self):
+            if interrupts:
+                raise interrupts.pop()
+
+    copies = HostCopies(0, lambda tensor: (tensor.clone(), Copied()))
+    source = torch.randn(100)
+    first = copies.start(source).fill_(math.nan)
+    with pytest.raises(KeyboardInterrupt):
+        copies.start(source)
+    copies.finish()
+    assert torch.equal(first, source)
+
+
 @pytest.mark.gpu
 def test_embeddings_leave_a_gpu_in_ordinary_memory(qwen2_vl):
     cache = EmbeddingCache(2**24, device="cuda")

@@ -113,9 +113,11 @@ class HostCopies:
 
     def _finish(self, allowed: int) -> None:
         while self._pending and sum(staged.nbytes for staged, _, _ in self._pending) > allowed:
-            staged, event, target = self._pending.popleft()
+            staged, event, target = self._pending[0]
             event.synchronize()
             target.copy_(staged)
+            # Last: Ctrl-C may come before, and the copy is then repeated.
+            self._pending.popleft()
 
 
 @dataclass(frozen=True, kw_only=True)
