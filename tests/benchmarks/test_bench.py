@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.towers.qwen import save_qwen2_vl
 
 from tritontower import VisionTower, cli
 from tritontower.benchmarks import (
@@ -26,29 +27,26 @@ from tritontower.benchmarks import (
 from tritontower.benchmarks.launches import launch_rows
 from tritontower.benchmarks.measuring import Timing, interleaved, portable_command, provenance, time_on_device
 from tritontower.benchmarks.towers import CheckedReference, fastest_baseline, node_seconds, split_table
-from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.engine.launch_count import count_launches
 from tritontower.errors import UsageError
 from tritontower.graph.builder import build
 from tritontower.graph.cost import estimate_cost, estimate_total_cost
 from tritontower.graph.memory_plan import SMALL_WORKSPACE_BYTES
-from tritontower.models.common.family import read_summary
 
 CPU = torch.device("cpu")
-PUBLISHED = read_summary("qwen2_vl")
-NARROW = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "narrow"
-    config = {**PUBLISHED.example, "vision_config": NARROW}
-    return write_random_checkpoint(folder, config, PUBLISHED.processor, dtype=torch.float32)
+def tower(qwen2_vl) -> VisionTower:
+    return VisionTower.from_pretrained(qwen2_vl, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def tower(model) -> VisionTower:
-    return VisionTower.from_pretrained(model, device="cpu")
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def cannot(reference, inputs):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setitem(towers._BUILD_BASELINE, "compile", cannot)
 
 
 @pytest.fixture
@@ -163,11 +161,8 @@ class TestBenchmarks:
         assert row["checked"]
         assert 0 < row["accuracy"]["embeddings"]["error"] < row["accuracy"]["embeddings"]["limit"] == 1e-5
 
-    def test_a_failing_baseline_becomes_a_note(self, tower, monkeypatch):
-        def cannot(reference, inputs):
-            raise RuntimeError("no compiler\nhere")
-
-        monkeypatch.setitem(towers._BUILD_BASELINE, "compile", cannot)
+    @pytest.mark.usefixtures("no_compiler")
+    def test_a_failing_baseline_becomes_a_note(self, tower):
         reference = CheckedReference(tower, tower.dtype)
         row = towers.compare_times(tower, reference, images.square_batch(tower, 16), repeats=1, baselines=["compile"])
         assert row["notes"] == {"transformers sdpa, torch.compile": "RuntimeError: no compiler here"}
@@ -178,16 +173,12 @@ class TestBenchmarks:
         document = {"dtype": "float32", "gpu": "made up", "rows": [{**row, "family": "F", "batch": "P"}]}
         assert "unchecked" in towers.table(document)
 
+    @pytest.mark.usefixtures("no_compiler")
     @pytest.mark.parametrize("baselines", [["sdpa"], ["compile"]])
-    def test_16_bit_results_are_compared_with_fp32(self, model, monkeypatch, baselines):
+    def test_16_bit_results_are_compared_with_fp32(self, qwen2_vl, monkeypatch, baselines):
         """Off by 4 %: less than the distance of two correct towers, more than transformers' own error."""
-
-        def cannot(reference, inputs):
-            raise RuntimeError("no compiler here")
-
-        monkeypatch.setitem(towers._BUILD_BASELINE, "compile", cannot)
         monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
-        tower = VisionTower.from_pretrained(model, device="cpu", dtype="bfloat16")
+        tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", dtype="bfloat16")
         forward, run = tower.forward, tower.run
         monkeypatch.setattr(tower, "forward", lambda batch: forward(batch) * 1.04)
         monkeypatch.setattr(tower, "run", lambda batch: {name: rows * 1.04 for name, rows in run(batch).items()})
@@ -199,8 +190,8 @@ class TestBenchmarks:
         found = row["accuracy"]["embeddings"]
         assert found["error"] > found["limit"] > 0
 
-    def test_a_correct_tower_in_16_bits_passes(self, model):
-        tower = VisionTower.from_pretrained(model, device="cpu", dtype="bfloat16")
+    def test_a_correct_tower_in_16_bits_passes(self, qwen2_vl):
+        tower = VisionTower.from_pretrained(qwen2_vl, device="cpu", dtype="bfloat16")
         reference = CheckedReference(tower, tower.dtype)
         row = towers.compare_times(tower, reference, images.square_batch(tower, 16), repeats=1)
         assert (row["status"], row["checked"]) == ("ok", True)
@@ -273,8 +264,9 @@ class TestBenchmarks:
         assert row["architectures"]["sm_90"]["block"] < row["plain_block"]
         assert row["architectures"]["sm_90"]["forward"] < row["plain_forward"]
 
-    def test_memory_and_loading_run_in_fresh_processes(self, model):
-        options = {"folder": str(model), "dtype": "float32", "device": "cpu"}
+    def test_memory_and_loading_run_in_fresh_processes(self, tmp_path):
+        folder = str(save_qwen2_vl(tmp_path / "model", depth=2, hidden_size=96, mlp_ratio=4))
+        options = {"folder": folder, "dtype": "float32", "device": "cpu"}
         memory = subprocesses.measure_apart("memory", **options, patches=64)
         assert memory["patches"] == 64
         assert memory["growth_bytes"] > memory["weights_bytes"] > 0
@@ -285,7 +277,7 @@ class TestBenchmarks:
         assert load["kind"] == "Reference"
         assert load["seconds"] > 0
         assert load["files_bytes"] > load["weights_bytes"] > 0
-        load = subprocesses.load(str(model), "float32", "cpu", by="tritontower", cold=False)
+        load = subprocesses.load(folder, "float32", "cpu", by="tritontower", cold=False)
         assert load["kind"] == "VisionTower"
         assert 0 < load["read_bytes"] <= load["files_bytes"]
 
@@ -426,10 +418,10 @@ class TestSplit:
 
 
 class TestCommand:
-    def test_towers(self, run, model, tmp_path):
+    def test_towers(self, run, qwen2_vl, tmp_path):
         output = tmp_path / "report.json"
         words = ("--split", "--patches", "16,64", "--size", "84x56", "--repeats", 1, "--json")
-        code, printed, table = run("towers", model, *words, "--output", output)
+        code, printed, table = run("towers", qwen2_vl, *words, "--output", output)
         assert code == 0
         report = json.loads(printed.splitlines()[-1])
         assert report == json.loads(output.read_text())
@@ -444,10 +436,10 @@ class TestCommand:
         assert code == 0
         assert [row["label"] for row in json.loads(printed)["rows"]] == ["CLIP: 56 × 56", "Qwen2-VL: 56 × 56"]
 
-    def test_a_disagreement_is_not_timed_and_exit_code_1(self, run, model, monkeypatch):
+    def test_a_disagreement_is_not_timed_and_exit_code_1(self, run, qwen2_vl, monkeypatch):
         monkeypatch.setattr(towers, "interleaved", lambda *_, **__: pytest.fail("was timed"))
         monkeypatch.setattr(towers, "AGREEMENT", {"float32": 1e-12})
-        code, printed, _ = run("towers", model, "--patches", 16, "--split")
+        code, printed, _ = run("towers", qwen2_vl, "--patches", 16, "--split")
         assert code == 1
         assert "the embeddings differ: transformers sdpa by" in printed
 
@@ -470,12 +462,12 @@ class TestCommand:
         assert os.listdir(tmp_path) == []
 
     @pytest.mark.parametrize("kind", [("launches",), ("preprocessing", "--size", "56x56", "--repeats", 1)])
-    def test_only_the_configuration_is_fetched_from_a_hub(self, run, model, monkeypatch, kind):
+    def test_only_the_configuration_is_fetched_from_a_hub(self, run, qwen2_vl, monkeypatch, kind):
         asked: list[tuple[str, str | None]] = []
 
         def locate(name, *, revision=None, **_):
             asked.append((name, revision))
-            return model
+            return qwen2_vl
 
         monkeypatch.setattr("tritontower.checkpoint.hub.locate", locate)
         monkeypatch.setattr(VisionTower, "load", lambda *_, **__: pytest.fail("weights were loaded"))

@@ -13,21 +13,9 @@ from support.towers.qwen import save_qwen3
 
 from tritontower import VisionTower, cli
 from tritontower.cli.parity import synthetic_images
-from tritontower.demo.random_checkpoint import write_random_checkpoint
 from tritontower.embedding import load_embeddings
 from tritontower.kernels.runtime import dispatch
-from tritontower.models.common.family import read_summary
 from tritontower.parity import parity as parity_module
-
-PUBLISHED = read_summary("qwen2_vl")
-SMALL = {**PUBLISHED.example["vision_config"], "depth": 2, "embed_dim": 64, "num_heads": 4, "hidden_size": 96}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "small"
-    config = {**PUBLISHED.example, "vision_config": SMALL}
-    return write_random_checkpoint(folder, config, PUBLISHED.processor, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -45,51 +33,51 @@ def _run(*words: object) -> int:
 
 
 class TestInspect:
-    def test_counts_match_encoding(self, model, images, capsys):
-        assert _run("inspect", model, "--json", "--size", "350x120") == 0
+    def test_counts_match_encoding(self, qwen2_vl, images, capsys):
+        assert _run("inspect", qwen2_vl, "--json", "--size", "350x120") == 0
         report = json.loads(capsys.readouterr().out)
-        (embedding,) = VisionTower.from_pretrained(model, device="cpu").encode([images[1]])
+        (embedding,) = VisionTower.from_pretrained(qwen2_vl, device="cpu").encode([images[1]])
         (image,) = report["images"]
         assert image["tokens"] == embedding.num_tokens
         assert image["grid"] == list(embedding.grid_thw[1:])
         assert report["dtype"] == "float32"
-        assert report["config"]["depth"] == 2
+        assert report["config"]["depth"] == 3
 
-    def test_needs_no_weights(self, model, tmp_path, capsys):
-        for file in model.glob("*.json"):
+    def test_needs_no_weights(self, qwen2_vl, tmp_path, capsys):
+        for file in qwen2_vl.glob("*.json"):
             (tmp_path / file.name).write_bytes(file.read_bytes())
-        assert _run("inspect", model, "--json") == 0
+        assert _run("inspect", qwen2_vl, "--json") == 0
         expected = json.loads(capsys.readouterr().out)
         assert _run("inspect", tmp_path, "--json") == 0
         assert json.loads(capsys.readouterr().out) == expected
         config = json.loads((tmp_path / "config.json").read_text())
-        del config["torch_dtype"]
+        del config["dtype"]
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert _run("inspect", tmp_path, "--json") == 0
         assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
 
     @pytest.mark.parametrize(("backend", "said"), [("reference", True), ("interpreter", False)])
-    def test_launches_of_a_cpu_graph_are_not_counted(self, model, backend, said, capsys):
+    def test_launches_of_a_cpu_graph_are_not_counted(self, qwen2_vl, backend, said, capsys):
         with dispatch.use(backend):
-            assert _run("inspect", model, "--device", "cpu") == 0
+            assert _run("inspect", qwen2_vl, "--device", "cpu") == 0
         assert ("this is the graph for a CPU" in capsys.readouterr().out) == said
 
-    def test_text_and_dot(self, model, tmp_path, capsys):
-        assert _run("inspect", model, "--dot", tmp_path / "tower.dot", "--dtype", "bfloat16") == 0
+    def test_text_and_dot(self, qwen2_vl, tmp_path, capsys):
+        assert _run("inspect", qwen2_vl, "--dot", tmp_path / "tower.dot", "--dtype", "bfloat16") == 0
         output = capsys.readouterr().out
         assert "1920 × 1080" in output
         assert "bfloat16" in output
         text = (tmp_path / "tower.dot").read_text(encoding="utf-8")
-        assert 'label="blocks 0–1 × 2"' in text
+        assert 'label="blocks 0–2 × 3"' in text
         assert '"blocks.0.attention" -> ' in text
 
 
 class TestEncode:
-    def test_writes_the_towers_embeddings(self, model, images, tmp_path, capsys):
+    def test_writes_the_towers_embeddings(self, qwen2_vl, images, tmp_path, capsys):
         output = tmp_path / "embeddings.safetensors"
-        assert _run("encode", model, *images, "-o", output, "--json") == 0
+        assert _run("encode", qwen2_vl, *images, "-o", output, "--json") == 0
         report = json.loads(capsys.readouterr().out)
-        expected = VisionTower.from_pretrained(model, device="cpu").encode(images)
+        expected = VisionTower.from_pretrained(qwen2_vl, device="cpu").encode(images)
         for index, (written, embedding) in enumerate(zip(load_embeddings(output), expected, strict=True)):
             assert torch.equal(written.embeddings, embedding.embeddings)
             assert (written.grid_thw, written.content_hash) == (embedding.grid_thw, embedding.content_hash)
@@ -110,30 +98,30 @@ class TestEncode:
         assert written.tensors.keys() == expected.tensors.keys()
         assert all(torch.equal(written.tensors[name], rows) for name, rows in expected.tensors.items())
 
-    def test_pixel_limits(self, model, images, tmp_path, capsys):
-        assert _run("encode", model, images[0], "-o", tmp_path / "e", "--json", "--max-pixels", 112 * 112) == 0
+    def test_pixel_limits(self, qwen2_vl, images, tmp_path, capsys):
+        assert _run("encode", qwen2_vl, images[0], "-o", tmp_path / "e", "--json", "--max-pixels", 112 * 112) == 0
         (image,) = json.loads(capsys.readouterr().out)["images"]
         assert image["processed_size"] == [112, 112]
 
 
 class TestParity:
-    def test_passes(self, model, capsys):
-        assert _run("parity", model, "--per-node", "--json") == 0
+    def test_passes(self, qwen2_vl, capsys):
+        assert _run("parity", qwen2_vl, "--per-node", "--json") == 0
         report = json.loads(capsys.readouterr().out)
         assert report["passed"]
         assert 0 < report["error"] <= report["limit"] == 1e-5
         assert report["nodes"][-1]["value"] == "embeddings"
 
-    def test_a_difference_is_exit_code_1(self, model, images, monkeypatch, capsys):
+    def test_a_difference_is_exit_code_1(self, qwen2_vl, images, monkeypatch, capsys):
         monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
-        assert _run("parity", model, images[0]) == 1
+        assert _run("parity", qwen2_vl, images[0]) == 1
         assert "FAIL" in capsys.readouterr().out
 
 
 class TestDemo:
     @pytest.mark.parametrize(("parity", "compared"), [("smallest", "1.png"), ("all", "0.png, 1.png"), ("none", None)])
-    def test_encodes_compares_and_draws(self, parity, compared, model, images, tmp_path, capsys):
-        assert _run("demo", *images, "--model", model, "--output", tmp_path / "out", "--parity", parity) == 0
+    def test_encodes_compares_and_draws(self, parity, compared, qwen2_vl, images, tmp_path, capsys):
+        assert _run("demo", *images, "--model", qwen2_vl, "--output", tmp_path / "out", "--parity", parity) == 0
         output = capsys.readouterr().out
         assert "0.png" in output
         assert "bit for bit equal to each image alone" in output
@@ -142,9 +130,9 @@ class TestDemo:
         with Image.open(tmp_path / "out" / "features.png") as drawing:
             assert drawing.height > drawing.width / 3
 
-    def test_a_difference_is_exit_code_1(self, model, images, tmp_path, monkeypatch, capsys):
+    def test_a_difference_is_exit_code_1(self, qwen2_vl, images, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(parity_module, "FLOAT32_TOLERANCE", 1e-12)
-        assert _run("demo", images[0], "--model", model, "--output", tmp_path) == 1
+        assert _run("demo", images[0], "--model", qwen2_vl, "--output", tmp_path) == 1
         assert "FAIL" in capsys.readouterr().out
 
 
@@ -163,12 +151,12 @@ class TestMistakes:
             (["inspect", "{folder}/text-only"], "vision"),
         ],
     )
-    def test_bad_input_is_one_line_and_exit_code_2(self, arguments, message, model, images, tmp_path, capsys):
+    def test_bad_input_is_one_line_and_exit_code_2(self, arguments, message, qwen2_vl, images, tmp_path, capsys):
         (tmp_path / "corrupt.png").write_bytes(images[0].read_bytes()[:200])
         (tmp_path / "notes.txt").write_text("no image")
         (tmp_path / "text-only").mkdir()
         (tmp_path / "text-only" / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 8}')
-        words = [word.format(model=model, folder=tmp_path, image=images[0]) for word in arguments]
+        words = [word.format(model=qwen2_vl, folder=tmp_path, image=images[0]) for word in arguments]
         if words[0] == "encode":
             words += ["-o", str(tmp_path / "out.safetensors")]
         assert cli.main(words) == 2
@@ -179,11 +167,11 @@ class TestMistakes:
         assert message in captured.err
         assert not (tmp_path / "out.safetensors").exists()
 
-    def test_unwritable_output_is_refused(self, model, images, capsys):
-        assert _run("encode", model, images[0], "-o", "/proc/embeddings") == 2
+    def test_unwritable_output_is_refused(self, qwen2_vl, images, capsys):
+        assert _run("encode", qwen2_vl, images[0], "-o", "/proc/embeddings") == 2
         assert "/proc/embeddings cannot be written" in capsys.readouterr().err
 
-    def test_an_interrupted_write_keeps_the_old_file(self, model, images, tmp_path, monkeypatch, capsys):
+    def test_an_interrupted_write_keeps_the_old_file(self, qwen2_vl, images, tmp_path, monkeypatch, capsys):
         output = tmp_path / "out.safetensors"
         output.write_bytes(b"before")
 
@@ -192,19 +180,19 @@ class TestMistakes:
             raise KeyboardInterrupt
 
         monkeypatch.setattr("safetensors.torch.save_file", interrupted)
-        assert _run("encode", model, images[0], "-o", output) == 130
+        assert _run("encode", qwen2_vl, images[0], "-o", output) == 130
         assert [path.name for path in tmp_path.iterdir()] == [output.name]
         assert output.read_bytes() == b"before"
 
-    def test_a_pipe_is_no_output(self, model, images, tmp_path, capsys):
+    def test_a_pipe_is_no_output(self, qwen2_vl, images, tmp_path, capsys):
         os.mkfifo(tmp_path / "pipe")
-        assert _run("encode", model, images[0], "-o", tmp_path / "pipe") == 2
+        assert _run("encode", qwen2_vl, images[0], "-o", tmp_path / "pipe") == 2
         assert "not an ordinary file" in capsys.readouterr().err
         assert (tmp_path / "pipe").is_fifo()
 
-    def test_non_finite_distances_are_null_in_json(self, model, images, monkeypatch, capsys):
+    def test_non_finite_distances_are_null_in_json(self, qwen2_vl, images, monkeypatch, capsys):
         monkeypatch.setattr(parity_module, "relative_error", lambda *_: float("nan"))
-        assert _run("parity", model, images[0], "--json") == 1
+        assert _run("parity", qwen2_vl, images[0], "--json") == 1
         report = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
         assert report["error"] is None
         assert not report["passed"]
