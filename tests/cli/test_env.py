@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import types
@@ -143,24 +144,13 @@ class TestFrame:
         assert cli.main(["fake", "3"]) == 130
         assert capsys.readouterr().err == "tritontower: interrupted\n"
 
-    def test_a_closed_pipe_causes_no_traceback(self):
-        command = f"{sys.executable} -m tritontower --help | true; exit ${{PIPESTATUS[0]}}"
-        # The pipe may break before or after the text is written.
-        process = subprocess.run(
-            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert process.returncode in (0, 141)
-        assert process.stderr == ""
-
-    def test_a_broken_pipe_has_its_exit_code(self):
-        code = (
-            "import os, sys\nfrom tritontower.cli import main\n"
-            "read, write = os.pipe(); os.close(read); os.dup2(write, 1)\nsys.exit(main(['--help']))"
-        )
-        process = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert (process.returncode, process.stderr) == (141, "")
+    def test_a_broken_pipe_causes_no_traceback(self):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "tritontower", "--help"]
+        process = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+        os.close(write)
+        assert (process.returncode, process.stderr) == (141, b"")
 
 
 class TestOptions:

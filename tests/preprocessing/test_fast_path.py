@@ -14,7 +14,6 @@ from support.preprocessing import (
     canonical,
     make_rule,
     patches_of,
-    random_sizes,
     write_settings,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -34,17 +33,6 @@ class Darker(CLIPImageProcessorPil):
 
 def fixed(given: Any, folder: Path) -> Preprocessor:
     return make_rule(FixedSize, SQUARE, folder, given=given)
-
-
-@pytest.mark.parametrize("case", RULES.values(), ids=RULES)
-def test_pixels_are_those_of_the_processor_bit_for_bit(tmp_path: Path, case: Any) -> None:
-    preprocessor = case.make(tmp_path)
-    assert preprocessor.fast_path is not None
-    plain = preprocessor.without_fast_path()
-    assert plain.fast_path is None
-    for seed, (width, height) in enumerate([(1, 7), (9, 1), (31, 31), *random_sizes(15, largest=500, seed=1)]):
-        image = canonical(noise(width, height, seed))
-        assert torch.equal(patches_of(preprocessor, [image])[0], patches_of(plain, [image])[0]), (width, height)
 
 
 def test_a_processor_with_methods_of_its_own_is_called(tmp_path: Path) -> None:
