@@ -8,26 +8,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import noise
+from support.checkpoints import load, noise
+from support.configs import read_config
 from support.towers.encoders import save_clip_vision, save_siglip_vision
 
-from tritontower import VisionTower
-from tritontower.checkpoint.config_reader import ConfigReader
-from tritontower.config import TowerConfig
 from tritontower.errors import UnexpectedTensorError
 from tritontower.graph.builder import build
 from tritontower.models.common.family import read_summary
-from tritontower.models.common.registry import read_family
 
 EXAMPLES = {name: read_summary(name).example for name in ("clip", "siglip")}
-
-
-def read(values: dict[str, Any]) -> TowerConfig:
-    return read_family(ConfigReader(values)).config
-
-
-def load(folder: Path) -> VisionTower:
-    return VisionTower.from_pretrained(folder, device="cpu")
 
 
 SIZES: list[tuple[str, dict[str, Any]]] = [
@@ -48,7 +37,7 @@ def test_parameters_are_as_many_as_transformers_counts(kind: str, size: dict[str
         expected = AutoModel.from_config(
             AutoConfig.for_model(**{**size, "model_type": f"{kind}_vision_model"})
         ).num_parameters()
-    config = read({**size, "model_type": f"{kind}_vision_model"})
+    config = read_config({**size, "model_type": f"{kind}_vision_model"})
     # The class embedding is added to the first row of the position table.
     assert build(config).parameters == expected - (config.width if kind == "clip" else 0)
 
@@ -56,9 +45,9 @@ def test_parameters_are_as_many_as_transformers_counts(kind: str, size: dict[str
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_whole_model_and_its_image_half_read_the_same(kind: str) -> None:
     values = EXAMPLES[kind]
-    assert read({**values["vision_config"], "model_type": f"{kind}_vision_model"}) == read(dict(values))
+    assert read_config({**values["vision_config"], "model_type": f"{kind}_vision_model"}) == read_config(dict(values))
     untyped = {key: value for key, value in values["vision_config"].items() if key != "model_type"}
-    assert read({**values, "vision_config": untyped}) == read(dict(values))
+    assert read_config({**values, "vision_config": untyped}) == read_config(dict(values))
 
 
 def test_of_two_sections_the_one_of_transformers_is_used() -> None:
@@ -71,10 +60,10 @@ def test_of_two_sections_the_one_of_transformers_is_used() -> None:
     }
     # transformers modifies its arguments.
     theirs = CLIPConfig(**{key: value for key, value in deepcopy(values).items() if key != "model_type"}).vision_config
-    ours = read(values)
+    ours = read_config(values)
     assert (ours.width, ours.depth, ours.patch.size) == (1024, 12, 32)
     assert (theirs.hidden_size, theirs.num_hidden_layers, theirs.patch_size) == (1024, 12, 32)
-    assert read({**values, "vision_config_dict": None}).patch.size == 16
+    assert read_config({**values, "vision_config_dict": None}).patch.size == 16
 
 
 def test_stored_pooling_head_is_ignored_without_vision_use_head(tmp_path: Path) -> None:

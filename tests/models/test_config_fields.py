@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.configs import read_config
 
 from tritontower.checkpoint.config_reader import LARGEST_INTEGERS, ConfigReader
 from tritontower.config import Normalization, Pooling, RotaryEmbedding, TowerConfig
@@ -123,13 +124,9 @@ def fill(values: dict[str, Any]) -> dict[str, Any]:
     return {**CONFIG_MAPPING[values["model_type"]](**arguments).to_dict(), "model_type": values["model_type"]}
 
 
-def read(values: dict[str, Any]) -> TowerConfig:
-    return read_family(ConfigReader(values)).config
-
-
 @each_hf_summary
 def test_saving_by_transformers_keeps_the_tower(summary: FamilySummary) -> None:
-    assert read(fill(dict(summary.example))) == read(dict(summary.example))
+    assert read_config(fill(dict(summary.example))) == read_config(dict(summary.example))
 
 
 SPARSE: dict[str, dict[str, Any]] = {
@@ -158,7 +155,7 @@ SPARSE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SPARSE)
 def test_missing_keys_have_the_defaults_of_transformers(name: str) -> None:
     values = {"model_type": name.partition(" ")[0], **SPARSE[name]}
-    assert read(fill(values)) == read(values)
+    assert read_config(fill(values)) == read_config(values)
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
@@ -174,34 +171,34 @@ def test_old_and_new_spelling_of_pixtral_read_the_same() -> None:
     pixtral, mistral3 = (dict(read_summary(name).example) for name in ("pixtral", "mistral3"))
 
     def with_vision(values: dict[str, Any], **changes: Any) -> TowerConfig:
-        return read({**values, "vision_config": {**values["vision_config"], **changes}})
+        return read_config({**values, "vision_config": {**values["vision_config"], **changes}})
 
     text = {**pixtral["text_config"], "sliding_window": None, "vocab_size": 131072}
-    assert read({**pixtral, "is_composition": True, "text_config": text}) == read(pixtral)
+    assert read_config({**pixtral, "is_composition": True, "text_config": text}) == read_config(pixtral)
     for values, kind in ((pixtral, "axial"), (mistral3, "default")):
         new = {"rope_theta": None, "rope_parameters": {"rope_theta": 10000.0, "rope_type": kind}}
         assert with_vision(values, **new) == with_vision(values, model_type=None if kind == "default" else "pixtral")
-        assert with_vision(values, **new) == read(values)
-    assert read({**pixtral, "text_config": None}).hidden_size == 4096
-    assert read(pixtral).rotary == RotaryEmbedding(theta=1e4, layout="alternating", rotation="activation")
+        assert with_vision(values, **new) == read_config(values)
+    assert read_config({**pixtral, "text_config": None}).hidden_size == 4096
+    assert read_config(pixtral).rotary == RotaryEmbedding(theta=1e4, layout="alternating", rotation="activation")
 
 
 @pytest.mark.parametrize(("kind", "eps"), [("mistral", 1e-6), ("ministral3", 1e-5), ("mistral4", 1e-6), (None, 1e-6)])
 def test_epsilon_of_mistral3s_projector_is_the_language_models(kind: str | None, eps: float) -> None:
     values, text = read_summary("mistral3").example, {"model_type": kind, "hidden_size": 64}
     for said, expected in ((None, eps), (3e-4, 3e-4)):
-        projector = read({**values, "text_config": {**text, "rms_norm_eps": said}}).projector
+        projector = read_config({**values, "text_config": {**text, "rms_norm_eps": said}}).projector
         assert projector is not None
         assert projector.norm == Normalization("rms_norm", expected, "before_weight")
     with pytest.raises(ConfigError, match=r"text_config\.rms_norm_eps"):
-        read({**values, "text_config": {"model_type": "qwen2", "hidden_size": 64}})
+        read_config({**values, "text_config": {"model_type": "qwen2", "hidden_size": 64}})
 
 
 def test_width_of_paligemma_is_that_of_the_top_level() -> None:
     """As in transformers, which overwrites the key in ``vision_config``."""
     values = read_summary("paligemma").example
     vision = {**values["vision_config"], "projection_dim": 7}
-    assert read({**values, "projection_dim": 2304, "vision_config": vision}).hidden_size == 2304
+    assert read_config({**values, "projection_dim": 2304, "vision_config": vision}).hidden_size == 2304
 
 
 QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
@@ -211,20 +208,20 @@ QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3
 def test_qwen_vision_model_type_may_be_old_new_or_absent(model_type: str) -> None:
     required = {"hidden_size": 1280, "out_hidden_size": 2048}
     towers = [
-        read({"model_type": model_type, "vision_config": {**required, "model_type": name}})
+        read_config({"model_type": model_type, "vision_config": {**required, "model_type": name}})
         for name in (model_type, f"{model_type}_vision", None)
     ]
     assert towers[0] == towers[1] == towers[2]
     # Flat files have the language model's keys at the top level.
     flat = {"model_type": model_type, "hidden_size": 99, "vision_config": required}
-    assert read(flat) == towers[0]
+    assert read_config(flat) == towers[0]
 
 
 @pytest.mark.parametrize("summary", [s for s in SUMMARIES if "Qwen" in s.title], ids=lambda s: s.title)
 def test_qwen_heads_have_two_names(summary: FamilySummary) -> None:
     vision = {name: value for name, value in summary.example["vision_config"].items() if name != "num_heads"}
     values = {**summary.example, "vision_config": {**vision, "num_attention_heads": 32}}
-    assert read(values).heads == fill(values)["vision_config"]["num_heads"] == 32
+    assert read_config(values).heads == fill(values)["vision_config"]["num_heads"] == 32
 
 
 def with_heads(summary: FamilySummary, heads: int) -> tuple[ConfigReader, str]:

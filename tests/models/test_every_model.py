@@ -16,11 +16,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from support.checkpoints import noise, rename_all, shard
+from support.checkpoints import load, noise, rename_all, shard
 from support.probing import errors_with, find_row, list_affected_tokens, list_frequencies, record_values
 from support.towers import TowerCase, all_cases
 
-from tritontower import VisionTower, cli
+from tritontower import cli
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.checkpoint.files import strip_prefix
 from tritontower.config import Activation
@@ -53,10 +53,6 @@ Saved = Callable[[TowerCase], Path]
 
 def make_images(case: TowerCase, count: int | None = None) -> list[np.ndarray]:
     return [noise(width, height, seed) for seed, (width, height) in enumerate(case.sizes[:count])]
-
-
-def load(folder: Path, **options: Any) -> VisionTower:
-    return VisionTower.from_pretrained(folder, **{"device": "cpu", **options})
 
 
 def make_small_images(case: TowerCase) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from safetensors import safe_open
-from support.checkpoints import change_tensors, noise
+from support.checkpoints import change_tensors, load, noise
 from support.towers import all_cases
 
 from tritontower import VisionTower
@@ -25,10 +25,6 @@ each_encoder = pytest.mark.parametrize("name", ENCODERS)
 def folders(saved: Any) -> dict[str, Path]:
     """A small checkpoint of three blocks of each kind."""
     return {case.name: saved(case) for case in all_cases() if case.name in NAMES}
-
-
-def load(folder: Path, **options: Any) -> VisionTower:
-    return VisionTower.from_pretrained(folder, device="cpu", **options)
 
 
 def make_pixels(tower: VisionTower, count: int = 2) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.checkpoints import noise
+from support.checkpoints import load, noise
 from support.mistral_format import by_definition, to_mistral_format
 from support.towers.pixtral import save
 
@@ -48,10 +48,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         return folders[kind]
 
     return made
-
-
-def load(folder: Path, **options: Any) -> VisionTower:
-    return VisionTower.from_pretrained(folder, device="cpu", **options)
 
 
 def read(values: Mapping[str, Any], **vision: Any) -> Family:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.checkpoints import noise
+from support.checkpoints import load, noise
 from support.probing import find_row, list_affected_tokens, record_values
 from support.towers.qwen import TINY_VISION, save_qwen2_5_vl
 
@@ -20,10 +20,6 @@ from tritontower.models.common.registry import read_family
 
 def read(vision: dict, **others: object) -> TowerConfig:
     return read_family(ConfigReader({"model_type": "qwen2_5_vl", "vision_config": vision, **others})).config
-
-
-def load(folder: Path, **options: object) -> VisionTower:
-    return VisionTower.from_pretrained(folder, device="cpu", **options)
 
 
 def test_full_blocks_out_of_range_are_ignored() -> None:

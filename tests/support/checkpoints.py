@@ -1,12 +1,20 @@
-"""Changed copies of checkpoints, and images of noise."""
+"""Loading and changed copies of checkpoints, and images of noise."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+
+from tritontower import VisionTower
+
+
+def load(folder: Path, **options: Any) -> VisionTower:
+    """Loads the tower onto the CPU, unless ``options`` have another device."""
+    return VisionTower.from_pretrained(folder, **{"device": "cpu", **options})
 
 
 def change_tensors(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:

@@ -1,7 +1,10 @@
-"""Small tower configurations that the tests of graph, batch and engine share."""
+"""Small tower configurations that the tests of graph, batch and engine share, and reading of configuration files."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import (
     Normalization,
     PatchEmbedding,
@@ -22,6 +25,7 @@ from tritontower.graph.fusion import (
     fuse_residual_into_norm,
 )
 from tritontower.graph.ir import Graph, Node, Workload
+from tritontower.models.common.registry import read_family
 
 LAYER_NORM = Normalization("layer_norm", 1e-6)
 CONFIG = TowerConfig(
@@ -102,6 +106,10 @@ PASSES = {
     "kernels": (*DEFAULT_PASSES, chunk_mlp, *KERNEL_PASSES),
     "norms": (fuse_activations, fuse_residual_into_norm),
 }
+
+
+def read_config(values: Mapping[str, Any]) -> TowerConfig:
+    return read_family(ConfigReader(values)).config
 
 
 def graph_of(passes: str, config: TowerConfig = CONFIG) -> Graph:
