@@ -19,8 +19,10 @@ if not HAS_GPU:
 from pathlib import Path
 
 import pytest
+from support.checkpoints import Opened
 from support.towers.qwen import save_qwen2_vl
 
+from tritontower.checkpoint import files as weight_files
 from tritontower.kernels.runtime import dispatch
 
 
@@ -95,6 +97,14 @@ def distant_storage(device, tmp_path):
         return torch.from_file(str(path), shared=True, size=elements, dtype=torch.float32)
 
     return make
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Weight files that the test opens, and what it reads from them."""
+    record = Opened()
+    monkeypatch.setattr(weight_files, "safe_open", record)
+    return record
 
 
 @pytest.fixture(scope="session")

@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from safetensors import safe_open
-from support.checkpoints import change_tensors, load, noise
+from support.checkpoints import Opened, change_tensors, load, noise
 from support.towers import all_cases
 
 from tritontower import VisionTower
-from tritontower.checkpoint import checkpoint, files
 from tritontower.errors import CheckpointNotFoundError, TowerNotLoadedError, UsageError
 from tritontower.parity.parity import compare, relative_error
 
@@ -113,23 +111,6 @@ def test_impossible_features_are_rejected(
         load(folders[name], delay_load=True, **options)
 
 
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Path], list[str]]:
-    """Weight files opened, and stored names of tensors read, in this test."""
-    paths: list[Path] = []
-    names: list[str] = []
-    original = files.open_safetensors
-
-    def record(path: Path) -> Any:
-        paths.append(path)
-        handle = mock.Mock(wraps=original(path))
-        handle.get_tensor.side_effect = lambda name: names.append(name) or mock.DEFAULT
-        return handle
-
-    monkeypatch.setattr(checkpoint, "open_safetensors", record)
-    return paths, names
-
-
 UNNEEDED: list[tuple[str, int | None, tuple[str, ...]]] = [
     ("llava", None, ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm.")),
     ("llava", 0, ("vision_tower.encoder.", "vision_tower.post_layernorm.")),
@@ -148,12 +129,12 @@ def test_only_needed_tensors_are_read_and_built(
     layer: int | None,
     unneeded: tuple[str, ...],
     folders: dict[str, Path],
-    opened: tuple[list[Path], list[str]],
+    opened: Opened,
 ) -> None:
     tower = load(folders[name], feature_layer=layer)
     with safe_open(folders[name] / "model.safetensors", "pt") as file:
         stored = {found for found in file.keys() if not found.startswith(("language_model.", "lm_head."))}  # noqa: SIM118
-    assert sorted(opened[1]) == sorted(found for found in stored if not found.startswith(unneeded))
+    assert sorted(opened.read) == sorted(found for found in stored if not found.startswith(unneeded))
     assert {node.block for node in tower.graph.nodes} - {None} == set(range(tower.config.blocks_needed))
     assert all(any(found.startswith(prefix) for found in stored) for prefix in unneeded)
 
@@ -177,7 +158,7 @@ def test_unneeded_blocks_may_be_missing_or_damaged(kind: str, tmp_path: Path, fo
 
 @pytest.mark.parametrize("name", ["clip", "siglip_vision_model", "llava"])
 def test_properties_are_known_before_a_weight_file_is_opened(
-    name: str, tmp_path: Path, folders: dict[str, Path], opened: tuple[list[Path], list[str]]
+    name: str, tmp_path: Path, folders: dict[str, Path], opened: Opened
 ) -> None:
     bare = tmp_path / name
     bare.mkdir()
@@ -197,11 +178,11 @@ def test_properties_are_known_before_a_weight_file_is_opened(
         assert tower.count_tokens(300, 200) == tokens
         with pytest.raises(TowerNotLoadedError, match=r"load\(\)"):
             tower(make_pixels(tower))
-        assert opened[0] == []
+        assert opened.files == []
     with pytest.raises(CheckpointNotFoundError):
         load(bare, delay_load=True).load()
     tower = load(folders[name], delay_load=True).load()
-    assert opened[0] == [folders[name] / "model.safetensors"]
+    assert opened.files == [folders[name] / "model.safetensors"]
     assert tower(make_pixels(tower)).shape == (2, tokens, hidden_size)
 
 

@@ -1,15 +1,46 @@
 """Loading and changed copies of checkpoints, and images of noise."""
 
 import json
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tritontower import VisionTower
+
+
+class Opened:
+    """Replaces ``safe_open``; records opened files, tensors that are read, and handles that still exist."""
+
+    def __init__(self) -> None:
+        self.files: list[Path] = []
+        self.read: list[str] = []
+        self.handles: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+    def __call__(self, path: str, *, backend: str, **options: Any) -> Any:
+        assert backend == "pread"
+        handle = _Handle(safe_open(path, backend=backend, **options), self.read)
+        self.files.append(Path(path))
+        self.handles[Path(path).name] = handle
+        return handle
+
+
+class _Handle:
+    def __init__(self, handle: Any, read: list[str]) -> None:
+        self.handle, self.names = handle, read
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handle, name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        self.names.append(name)
+        tensor: torch.Tensor = self.handle.get_tensor(name)
+        return tensor
 
 
 def load(folder: Path, **options: Any) -> VisionTower:
