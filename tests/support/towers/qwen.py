@@ -74,13 +74,8 @@ def save_qwen(
     return save_model(folder, name, {"vision_config": vision, "text_config": {**TEXT, **text}}, processor, **options)
 
 
-def save_qwen2_vl(folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **vision: Any) -> Path:
-    """Saves a whole small Qwen2-VL, whose vocabulary has the published ids of image tokens."""
-    sections = {**TINY_VISION["Qwen2VL"], **vision}, {"vocab_size": 160_000}
-    return save_qwen("Qwen2VL", folder, *sections, dtype=dtype, seed=seed)
-
-
-def save_qwen2_5_vl(
+def save_qwen2(
+    name: str,
     folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -88,9 +83,13 @@ def save_qwen2_5_vl(
     text: Mapping[str, Any] | None = None,
     **vision: Any,
 ) -> Path:
-    """Saves a whole small Qwen2.5-VL."""
-    sections = {**TINY_VISION["Qwen2_5_VL"], **vision}, text or {}
-    return save_qwen("Qwen2_5_VL", folder, *sections, dtype=dtype, seed=seed)
+    """Saves a whole small Qwen2-VL or Qwen2.5-VL (``name`` is the prefix of its classes)."""
+    return save_qwen(name, folder, {**TINY_VISION[name], **vision}, text or {}, dtype=dtype, seed=seed)
+
+
+# Its vocabulary has the published ids of image tokens.
+save_qwen2_vl = partial(save_qwen2, "Qwen2VL", text={"vocab_size": 160_000})
+save_qwen2_5_vl = partial(save_qwen2, "Qwen2_5_VL")
 
 
 def save_qwen3(
