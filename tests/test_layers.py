@@ -2,15 +2,13 @@
 
 import ast
 import os
-import subprocess
 import sys
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 from support.layers import LEVEL
+from support.processes import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tritontower"
 KERNELS = ROOT / "kernels"
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -59,11 +57,6 @@ def list_private_names(path):
         defines = isinstance(node, (ast.FunctionDef, ast.ClassDef)) or isinstance(getattr(node, "ctx", None), ast.Store)
         if defines and isinstance(name, str) and name.startswith("_") and not name.startswith("__"):
             yield name
-
-
-def run_python(code, **environment):
-    command = [sys.executable, "-c", code]
-    return subprocess.check_output(command, cwd=ROOT, env=os.environ | environment, text=True, timeout=120)
 
 
 class TestKernelFolder:
@@ -161,7 +154,11 @@ class TestImporting:
         ],
     )
     def test_loads_nothing_heavier_than_needed(self, code, allowed):
-        loaded = run_python(f"import sys; {code}; print(); print(*sys.modules)").splitlines()[-1].split()
+        loaded = (
+            run_python("-c", f"import sys; {code}; print(); print(*sys.modules)", environment={}, check=True)
+            .stdout.splitlines()[-1]
+            .split()
+        )
         heavy = {"torch", "triton", "transformers", "numpy", "PIL", "safetensors"}
         heavy |= {"huggingface_hub", "tqdm", "matplotlib"}
         assert heavy & {*loaded} <= {*allowed.split()}
@@ -178,4 +175,4 @@ class TestImporting:
             "assert len(real) == len(set(real)) > 5, real\n"
             "print([n for n in sys.modules if n == 'kernels' or n.startswith('kernels.')])"
         )
-        assert run_python(code, TRITON_INTERPRET="1").strip() == "[]"
+        assert run_python("-c", code, environment={"TRITON_INTERPRET": "1"}).stdout.strip() == "[]"

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,7 @@ import torch
 from PIL import Image
 from support.checkpoints import noise, rename_tensors
 from support.layers import LEVEL
+from support.processes import run_python
 from support.towers.qwen import save_qwen2_vl
 from triton.runtime import interpreter
 
@@ -189,8 +189,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_forked_process_encodes_in_one_thread(qwen2_vl):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", FORK, str(qwen2_vl)], env=environment, timeout=60, check=True)
+    run_python("-c", FORK, qwen2_vl, timeout=60, check=True)
 
 
 def test_a_forked_process_cannot_use_the_gpu(qwen2_vl, monkeypatch):

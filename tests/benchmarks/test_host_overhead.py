@@ -1,11 +1,9 @@
 """Recorded launches take microseconds of the host's time, through Triton's own launcher over a stand-in for the driver."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from support.processes import run_python
 
 from tritontower.kernels.runtime._triton import HAS_TRITON
 
@@ -13,19 +11,7 @@ from tritontower.kernels.runtime._triton import HAS_TRITON
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 def test_launches_and_replays_are_cheap_and_compile_once() -> None:
     # Repeated launches that compile fail the command.
-    command = [
-        sys.executable,
-        "-m",
-        "bench.host_overhead",
-        "--family",
-        "Qwen2-VL",
-        "--patches",
-        "1024",
-        "--seconds",
-        "0.1",
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_python("-m", "bench.host_overhead", "--family", "Qwen2-VL", "--patches", 1024, "--seconds", 0.1)
     assert done.returncode == 0, done.stderr[-2000:]
     ((row,),) = json.loads(done.stdout.splitlines()[-1]).values()
     assert row["patches"] == 1024

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import pickle
 import re
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 from support.checkpoints import Opened
+from support.processes import run_python
 
 from tritontower.checkpoint import files as weight_files
 from tritontower.checkpoint.checkpoint import Checkpoint
@@ -169,10 +167,7 @@ def test_tensors_are_streamed_from_a_file_that_may_shrink(tmp_path: Path) -> Non
             except CheckpointCorruptError as error:
                 print(number + 1, "changed while it was read" in str(error))
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, env=environment, check=False
-    )
+    result = run_python("-c", textwrap.dedent(script), environment={"OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, f"the process died: {result.stderr}"
     grown, *rejected = result.stdout.split()
     assert int(grown) < 20, "40 tensors of 4 MiB were kept"

@@ -4,8 +4,6 @@ import copy
 import gc
 import inspect
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
 from support.mistral_format import to_mistral_format
+from support.processes import run_python
 from support.towers import TowerCase, all_cases, qwen
 from support.vlms import VOCABULARY, WORDS, save_tokenizer, save_wide, update_json, word_tokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -688,7 +687,7 @@ def test_loading_holds_vision_weights_once(tmp_path: Path) -> None:
         f"model, _ = load_vlm({str(folder)!r}, load_in_4bit=True, device='cpu')\n"
         "print(peak() - before)"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    run = run_python("-c", code, environment={}, check=True)
     assert vision <= int(run.stdout.splitlines()[-1]) < 1.5 * vision
 
 

@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import run_python
 
 from tritontower.models.common.registry import model_types
 
@@ -48,16 +48,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*map(str, (checkout, ROOT, ROOT / "tests")), os.environ.get("PYTHONPATH", "")]),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
-    )
+def run(checkout: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    folders = [*map(str, (checkout, ROOT, ROOT / "tests")), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(folders), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return run_python(*arguments, environment=environment, timeout=500)
 
 
 def test_model_passes_the_tests_of_every_model(checkout: Path) -> None:

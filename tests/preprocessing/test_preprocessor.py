@@ -1,8 +1,6 @@
 """Promises of every resizing rule: transformers' pixels bit for bit, limits, options, threads, bytes and digests."""
 
 import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +30,7 @@ from support.preprocessing import (
     tower,
     write_settings,
 )
+from support.processes import run_python
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tritontower.errors import (
@@ -334,6 +333,4 @@ assert "transformers" not in sys.modules
 
 def test_layouts_need_no_transformers_and_little_time(tmp_path: Path) -> None:
     write_settings(tmp_path, RULES["tiles, cropped"].content)
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", LAYOUTS, str(tmp_path)]
-    subprocess.run(command, check=True, cwd=root, input=pickle.dumps(SQUARE))
+    run_python("-c", LAYOUTS, tmp_path, check=True, input=pickle.dumps(SQUARE), text=False)

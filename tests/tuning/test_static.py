@@ -1,13 +1,11 @@
 """Static report: what real towers launch compiles within the limits, and ``kernels/STATIC.md`` is complete."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
+from support.processes import run_python
 
 from tritontower.kernels.runtime.config import ARCHITECTURES
 from tritontower.tuning import static
@@ -118,17 +116,6 @@ def test_the_command_line_rejects_bad_arguments(arguments, capsys):
 
 @pytest.mark.slow
 def test_the_module_runs_as_a_command():
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-m",
-        "tritontower.tuning.static",
-        "--architecture",
-        "sm_80",
-        "--model",
-        "clip",
-        "--json",
-    ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_python("-m", "tritontower.tuning.static", "--architecture", "sm_80", "--model", "clip", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert {report["models"][0] for report in json.loads(done.stdout)} == {"clip"}

@@ -1,17 +1,14 @@
 """Tuner and journal: which candidates are dropped and chosen, and how a run resumes; compilers and the GPU are stand-ins."""
 
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import ROOT, run_python
 from support.tuning import QWEN2, StandInGauge, find_task, small_tasks, stand_in_compiler, tasks_for
 
 from tritontower.benchmarks.measuring import Timing
@@ -172,10 +169,8 @@ task = find_task(tasks_for(QWEN2), "mlp.up")
 (choice,) = tuner.choose([task], gauge, architecture="sm_90", journal=Journal(Path({str(tmp_path / "journal")!r}), ""))
 print([each.dropped for each in choice.dropped], choice.best.config["vendor"])
 """
-        tests = Path(__file__).parents[1]
-        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 300, "check": False}
-        options["env"] = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent}"}
-        runs = [subprocess.run([sys.executable, "-c", script], **options) for _ in range(3)]
+        environment = {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+        runs = [run_python("-c", script, environment=environment, timeout=300) for _ in range(3)]
         assert [each.returncode for each in runs] == [139, 139, 0], runs[-1].stderr
         assert runs[-1].stdout.strip() == "['ended the process 2 times, or was killed while it hung'] False"
 

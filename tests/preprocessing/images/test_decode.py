@@ -5,8 +5,6 @@ import os
 import pickle
 import re
 import struct
-import subprocess
-import sys
 import threading
 import tracemalloc
 import warnings
@@ -24,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.processes import run_python
 
 from tritontower.batch.digests import Digests
 from tritontower.errors import (
@@ -388,10 +387,9 @@ def test_decoding_takes_no_more_memory_than_estimated(tmp_path: Path) -> None:
     }
     for name, (image, options) in saved.items():
         image.save(tmp_path / name, **options)
-    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in saved)]
     # Every large block is returned to the system at once, and shows.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = run_python("-c", MEASURE, *(tmp_path / name for name in saved), environment=environment, check=True)
     for name, taken, estimate in map(str.split, done.stdout.splitlines()):
         assert 0.5 * int(estimate) < int(taken) < int(estimate) + 6 * 2**20, name
     assert len(done.stdout.splitlines()) == len(saved)
