@@ -26,23 +26,7 @@ from support.towers.qwen import save_qwen2_vl
 from triton.runtime import interpreter
 
 import tritontower
-from tritontower import VisionTower, has_vision
-from tritontower.errors import (
-    AspectRatioError,
-    BackendUnavailableError,
-    CheckpointIncompleteError,
-    CheckpointNotFoundError,
-    EmptyImageError,
-    ImageTooLargeError,
-    ImageTypeError,
-    ImageValueError,
-    ProcessorError,
-    ShapeMismatchError,
-    TowerError,
-    TowerNotLoadedError,
-    UnexpectedTensorError,
-    UsageError,
-)
+from tritontower import VisionTower, errors, has_vision
 from tritontower.parity.parity import compare, compare_nodes, relative_error
 
 SIZES = [(157, 243), (28, 28), (300, 64), (14, 700), (90, 90)]
@@ -196,7 +180,7 @@ def test_a_forked_process_cannot_use_the_gpu(qwen2_vl, monkeypatch):
     tower = VisionTower.from_pretrained(qwen2_vl, device="cpu")
     monkeypatch.setattr(os, "getpid", lambda: -1)
     monkeypatch.setattr(tower, "device", torch.device("cuda", 0))
-    with pytest.raises(BackendUnavailableError, match='start it with the method "spawn"'):
+    with pytest.raises(errors.BackendUnavailableError, match='start it with the method "spawn"'):
         tower.encode(noise(28, 28, 0))
 
 
@@ -208,7 +192,7 @@ def test_delayed_loading_plans_before_it_reads_weights(qwen2_vl, opened):
     assert tower.count_tokens(100, 100) == 16
     assert tower.memory_plan(64).peak_bytes > 0
     assert opened.files == []
-    with pytest.raises(TowerNotLoadedError, match="load"):
+    with pytest.raises(errors.TowerNotLoadedError, match="load"):
         tower.encode(IMAGES[0])
     seen: list[tuple[int, int]] = []
     assert tower.load(progress=lambda done, total: seen.append((done, total))).is_loaded
@@ -221,24 +205,30 @@ GRAY = np.zeros((9, 9, 3), np.uint8)
 NOT_BATCHES = (5, "pixels", torch.tensor(5.0))
 FRAMES = (GRAY, torch.from_numpy(GRAY), Image.fromarray(GRAY), Path("video.mp4"), None)
 PLANNED = {"min_pixels": 2**27, "max_pixels": 2**28}
-INVALID_CALLS: list[tuple[type[TowerError], str, Callable[[VisionTower], object]]] = [
-    (AspectRatioError, "5 × 2000", lambda tower: tower.encode(np.zeros((2000, 5, 3), np.uint8))),
-    (EmptyImageError, "0 pixels", lambda tower: tower.encode(np.zeros((0, 5, 3), np.uint8))),
-    (ImageTypeError, "Path", lambda tower: tower.encode(["photo.jpg"])),
-    (ImageTooLargeError, "max_planned_pixels", lambda tower: tower.encode(GRAY, **PLANNED)),
-    (ProcessorError, "at least one frame", lambda tower: tower.encode_video([])),
-    (ProcessorError, "all frames one size", lambda tower: tower.encode_video(IMAGES[:2])),
-    (ProcessorError, "in order", lambda tower: tower.encode(GRAY, min_pixels=5000, max_pixels=4000)),
-    (ProcessorError, "28 × 28", lambda tower: tower.encode(GRAY, min_pixels=1, max_pixels=700)),
-    (ProcessorError, "max_pixels", lambda tower: tower.encode(GRAY, max_pixels="5000")),
-    *((UsageError, "width", partial(VisionTower.count_tokens, width=width, height=2)) for width in ("1", 1.5)),
-    (UsageError, "multiples of 4", lambda tower: tower.memory_plan(1023)),
-    *((UsageError, r"result of preprocess\(\)", partial(VisionTower.forward, batch=batch)) for batch in NOT_BATCHES),
+INVALID_CALLS: list[tuple[type[errors.TowerError], str, Callable[[VisionTower], object]]] = [
+    (errors.AspectRatioError, "5 × 2000", lambda tower: tower.encode(np.zeros((2000, 5, 3), np.uint8))),
+    (errors.EmptyImageError, "0 pixels", lambda tower: tower.encode(np.zeros((0, 5, 3), np.uint8))),
+    (errors.ImageTypeError, "Path", lambda tower: tower.encode(["photo.jpg"])),
+    (errors.ImageTooLargeError, "max_planned_pixels", lambda tower: tower.encode(GRAY, **PLANNED)),
+    (errors.ProcessorError, "at least one frame", lambda tower: tower.encode_video([])),
+    (errors.ProcessorError, "all frames one size", lambda tower: tower.encode_video(IMAGES[:2])),
+    (errors.ProcessorError, "in order", lambda tower: tower.encode(GRAY, min_pixels=5000, max_pixels=4000)),
+    (errors.ProcessorError, "28 × 28", lambda tower: tower.encode(GRAY, min_pixels=1, max_pixels=700)),
+    (errors.ProcessorError, "max_pixels", lambda tower: tower.encode(GRAY, max_pixels="5000")),
+    *((errors.UsageError, "width", partial(VisionTower.count_tokens, width=width, height=2)) for width in ("1", 1.5)),
+    (errors.UsageError, "multiples of 4", lambda tower: tower.memory_plan(1023)),
     *(
-        (UsageError, "patches must be an integer", partial(VisionTower.memory_plan, patches=patches))
+        (errors.UsageError, r"result of preprocess\(\)", partial(VisionTower.forward, batch=batch))
+        for batch in NOT_BATCHES
+    ),
+    *(
+        (errors.UsageError, "patches must be an integer", partial(VisionTower.memory_plan, patches=patches))
         for patches in (4.0, "4", None, True, [4, "a"])
     ),
-    *((UsageError, "list of the video's frames", partial(VisionTower.encode_video, frames=one)) for one in FRAMES),
+    *(
+        (errors.UsageError, "list of the video's frames", partial(VisionTower.encode_video, frames=one))
+        for one in FRAMES
+    ),
 ]
 
 
@@ -251,12 +241,12 @@ def test_invalid_calls_are_rejected(tower, error, message, call):
 @pytest.mark.parametrize(
     ("error", "options"),
     [
-        (BackendUnavailableError, {"device": "mps"}),
-        *((UsageError, {"dtype": value}) for value in ("int8", torch.int8)),
-        *((UsageError, {"device": value}) for value in ("cuba", [])),
-        *((UsageError, {name: 5}) for name in ("limits", "cache")),
-        *((UsageError, {"cuda_graphs": value}) for value in (0, 1, None, "", "yes", {})),
-        *((UsageError, {name: value}) for name, value in (("preprocessing", "mistral"), ("model", None))),
+        (errors.BackendUnavailableError, {"device": "mps"}),
+        *((errors.UsageError, {"dtype": value}) for value in ("int8", torch.int8)),
+        *((errors.UsageError, {"device": value}) for value in ("cuba", [])),
+        *((errors.UsageError, {name: 5}) for name in ("limits", "cache")),
+        *((errors.UsageError, {"cuda_graphs": value}) for value in (0, 1, None, "", "yes", {})),
+        *((errors.UsageError, {name: value}) for name, value in (("preprocessing", "mistral"), ("model", None))),
     ],
     ids=str,
 )
@@ -270,7 +260,7 @@ def test_ambiguous_axis_order_must_be_given(tower):
     assert rows.shape == (3, 50, 3), "three rows of 50 pixels, or three channels of 50 rows of three"
     columns = np.ascontiguousarray(rows.transpose(1, 2, 0))
     for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
-        with pytest.raises(ImageValueError, match="pass input_data_format="):
+        with pytest.raises(errors.ImageValueError, match="pass input_data_format="):
             call([rows])
     for encode in (tower.encode, lambda images, **how: [tower.encode_video(images, **how)]):
         (flat,) = encode([rows], input_data_format="channels_last")
@@ -316,15 +306,15 @@ def test_embeddings_and_batches_are_pickled_alone(tower):
 
 def test_weights_that_do_not_fit_are_rejected(qwen2_vl, tmp_path):
     lacking = rename_tensors(qwen2_vl, tmp_path / "lacking", "visual.blocks.1.", "elsewhere.blocks.1.")
-    with pytest.raises(CheckpointIncompleteError):
+    with pytest.raises(errors.CheckpointIncompleteError):
         VisionTower.from_pretrained(lacking)
     other = rename_tensors(qwen2_vl, tmp_path / "other", "lm_head.", "visual.lm_head.")
-    with pytest.raises(UnexpectedTensorError):
+    with pytest.raises(errors.UnexpectedTensorError):
         VisionTower.from_pretrained(other)
     (other / "config.json").write_text(
         (other / "config.json").read_text().replace('"embed_dim": 64', '"embed_dim": 32')
     )
-    with pytest.raises(ShapeMismatchError):
+    with pytest.raises(errors.ShapeMismatchError):
         VisionTower.from_pretrained(other)
 
 
@@ -332,5 +322,5 @@ def test_has_vision(qwen2_vl, tmp_path):
     assert has_vision(qwen2_vl)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
     assert not has_vision(tmp_path)
-    with pytest.raises(CheckpointNotFoundError):
+    with pytest.raises(errors.CheckpointNotFoundError):
         has_vision(tmp_path / "nowhere")

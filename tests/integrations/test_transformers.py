@@ -25,18 +25,8 @@ from support.towers import TowerCase, all_cases, qwen
 from support.vlms import VOCABULARY, WORDS, save_tokenizer, save_wide, update_json, word_tokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from tritontower import VisionTower
+from tritontower import VisionTower, errors
 from tritontower.embedding import ImageEmbedding
-from tritontower.errors import (
-    BackendUnavailableError,
-    CheckpointIncompleteError,
-    ConfigError,
-    NonFiniteWeightsError,
-    ProcessorError,
-    UnsupportedArchitectureError,
-    UnsupportedDtypeError,
-    UsageError,
-)
 from tritontower.integrations import transformers as integration
 from tritontower.integrations.transformers import attention, loading
 from tritontower.kernels.runtime.segments import Segments
@@ -335,10 +325,10 @@ def test_vision_weights_can_be_released(question: Ask, name: str, given: bool) -
     gc.collect()
     assert [reference() for reference in alive if reference() is not None] == []
     assert_same(generate(model, asked.inputs), asked.answer)
-    with pytest.raises(UsageError, match=r"were released \(release=True"):
+    with pytest.raises(errors.UsageError, match=r"were released \(release=True"):
         integration.restore(model)
     if given:
-        with pytest.raises(UsageError, match="since a tower replaced it"):
+        with pytest.raises(errors.UsageError, match="since a tower replaced it"):
             model.model.visual(torch.zeros(1))
 
 
@@ -386,7 +376,7 @@ def test_tower_of_a_model_finds_its_image_processor(
     model.name_or_path = model.config.name_or_path = name
     tower = integration.accelerate_vision(model, processor=processor).tower
     if source == "nothing":
-        with pytest.raises(ProcessorError, match=r"Gemma3ForConditionalGeneration in memory>"):
+        with pytest.raises(errors.ProcessorError, match=r"Gemma3ForConditionalGeneration in memory>"):
             tower.encode(asked.images)
         return
     assert source != "hub" or tower.folder == snapshot
@@ -467,19 +457,19 @@ def test_invalid_swaps_are_rejected(question: Ask) -> None:
         (own, None, r"call its load\(\)"),
         (own, torch.float16, "pass only one of them"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(errors.UsageError, match=message):
             integration.accelerate_vision(model, tower=tower, dtype=dtype)
     assert integration.accelerated(model) is None
-    with swapped(model), pytest.raises(UsageError, match="already"):
+    with swapped(model), pytest.raises(errors.UsageError, match="already"):
         integration.accelerate_vision(model)
-    with pytest.raises(UsageError, match="model must have a tower"):
+    with pytest.raises(errors.UsageError, match="model must have a tower"):
         integration.restore(model)
 
 
 def test_fixed_arguments_and_training_are_checked(question: Ask) -> None:
     model, pixels = question("llava").model, question("llava").pixel_inputs["pixel_values"]
     with swapped(model):
-        with pytest.raises(UsageError, match=r"vision_feature_layer must be -2, .* got -1"):
+        with pytest.raises(errors.UsageError, match=r"vision_feature_layer must be -2, .* got -1"):
             model.get_image_features(pixels, vision_feature_layer=-1)
         configured = model.get_image_features(pixels, vision_feature_layer=model.config.vision_feature_layer)
         in_order = model.get_image_features(pixels, return_dict=False)
@@ -487,7 +477,7 @@ def test_fixed_arguments_and_training_are_checked(question: Ask) -> None:
         assert all(map(torch.equal, in_order[-1], configured.pooler_output))
         model.train()
         try:
-            with pytest.raises(UsageError, match=r"freeze them \(requires_grad_\(False\)\)"):
+            with pytest.raises(errors.UsageError, match=r"freeze them \(requires_grad_\(False\)\)"):
                 model.get_image_features(pixels)
         finally:
             model.eval()
@@ -496,15 +486,15 @@ def test_fixed_arguments_and_training_are_checked(question: Ask) -> None:
 def test_unusable_models_are_rejected(question: Ask, tmp_path: Path) -> None:
     model = load_model(question("llava").folder)
     next(iter(vision_parameters(model).values())).data.fill_(float("nan"))
-    with pytest.raises(NonFiniteWeightsError, match="vision_tower"):
+    with pytest.raises(errors.NonFiniteWeightsError, match="vision_tower"):
         integration.accelerate_vision(model)
     assert integration.accelerated(model) is None
     with torch.device("meta"):
         model = type(model)(model.config)
-    with pytest.raises(CheckpointIncompleteError, match="meta device"):
+    with pytest.raises(errors.CheckpointIncompleteError, match="meta device"):
         integration.accelerate_vision(model)
     model = transformers.AutoModel.from_pretrained(CASES["siglip"].save(tmp_path / "model"))
-    with pytest.raises(UnsupportedArchitectureError, match="feed a language model"):
+    with pytest.raises(errors.UnsupportedArchitectureError, match="feed a language model"):
         integration.accelerate_vision(model)
 
 
@@ -517,7 +507,7 @@ def test_embeddings_give_the_same_answer(question: Ask, name: str) -> None:
         assert list(outputs) == ["image"]
         assert_same(asked.ask(**asked.inputs_without_pixels, mm_encoder_outputs=outputs), asked.answer)
     else:
-        with pytest.raises(UsageError, match=r"5\.18.*pass inputs_embeds instead"):
+        with pytest.raises(errors.UsageError, match=r"5\.18.*pass inputs_embeds instead"):
             integration.encoder_outputs(asked.model, asked.embeddings)
     rows = integration.inputs_embeds(asked.model, asked.input_ids, asked.embeddings)
     text = {key: value for key, value in asked.inputs_without_pixels.items() if key != "image_sizes"}
@@ -556,7 +546,7 @@ def test_deepstack_rows_matter(question: Ask) -> None:
     asked = question("qwen3_vl")
     rows = integration.inputs_embeds(asked.model, asked.input_ids, asked.embeddings)
     context = integration.added_deepstack(asked.model, asked.input_ids, asked.embeddings)
-    with pytest.raises(UsageError, match=r"within added_deepstack, got \[1, 3\]"), context:
+    with pytest.raises(errors.UsageError, match=r"within added_deepstack, got \[1, 3\]"), context:
         asked.model(input_ids=torch.tensor([[1, 2, 3]]))
     # After the context, even after an error in it, they are missing.
     without = asked.ask(**asked.inputs_without_pixels, inputs_embeds=rows)
@@ -574,7 +564,7 @@ def test_mismatched_embeddings_are_rejected(question: Ask) -> None:
         (deep.model, {"embeddings": question("qwen3_5").embeddings}, "and 2 deepstack levels, .* and 0"),
         (deep.model, {"embeddings": [wide]}, "of width 48 .* got 5 and"),
     ):
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(errors.UsageError, match=message):
             integration.inputs_embeds(model, ids, **given)
 
 
@@ -622,7 +612,7 @@ def test_four_bits_are_for_the_language_model_only(wide: tuple[Path, str]) -> No
     inputs, answer = ask_wide(model, processor, image)
     # Some CPUs round the input of a linear to bfloat16 in bitsandbytes, which amplifies the last bit of an embedding.
     assert relative_error(answer.logits[0], generate(theirs, inputs).logits[0]) <= 1e-2
-    with pytest.raises(UsageError, match="were released"):
+    with pytest.raises(errors.UsageError, match="were released"):
         integration.restore(model)
 
 
@@ -656,7 +646,7 @@ def test_quantized_checkpoints_load_with_a_tower(tmp_path: Path) -> None:
     quantized = tmp_path / "quantized"
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     whole = transformers.AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config).eval()
-    with pytest.raises(UnsupportedDtypeError, match=r"visual.*load_vlm"):
+    with pytest.raises(errors.UnsupportedDtypeError, match=r"visual.*load_vlm"):
         integration.accelerate_vision(whole)
     shutil.copytree(folder, quantized)
     whole.save_pretrained(quantized)
@@ -703,31 +693,31 @@ def test_quantization_needs_a_working_bitsandbytes(question: Ask, monkeypatch: p
     ):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, value)
-            with pytest.raises(BackendUnavailableError, match=message):
+            with pytest.raises(errors.BackendUnavailableError, match=message):
                 integration.load_vlm(folder, load_in_4bit=True, device="cpu")
 
 
 def test_unusable_checkpoints_are_rejected(question: Ask, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedArchitectureError, match=r"language model that generates text, got siglip"):
+    with pytest.raises(errors.UnsupportedArchitectureError, match=r"language model that generates text, got siglip"):
         integration.load_vlm(CASES["siglip"].save(tmp_path / "siglip"), device="cpu")
     native = to_mistral_format(CASES["pixtral"].save(tmp_path / "pixtral"), tmp_path / "native")
-    with pytest.raises(UnsupportedArchitectureError, match="a format that transformers reads"):
+    with pytest.raises(errors.UnsupportedArchitectureError, match="a format that transformers reads"):
         integration.load_vlm(native, device="cpu")
-    with pytest.raises(ProcessorError, match="must contain a tokenizer"):
+    with pytest.raises(errors.ProcessorError, match="must contain a tokenizer"):
         integration.load_vlm(question("qwen2_5_vl").folder, device="cpu")
     llava = question("llava").folder
-    with pytest.raises(UsageError, match="must not both be given"):
+    with pytest.raises(errors.UsageError, match="must not both be given"):
         integration.load_vlm(llava, load_in_4bit=True, quantization_config=transformers.BitsAndBytesConfig())
     shutil.copytree(llava, tmp_path, dirs_exist_ok=True)
     tensors = load_file(llava / "model.safetensors")
     del tensors[next(name for name in tensors if name.endswith("mlp.up_proj.weight"))]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(tmp_path)
-    with pytest.raises(CheckpointIncompleteError, match=r"mlp\.up_proj\.weight"):
+    with pytest.raises(errors.CheckpointIncompleteError, match=r"mlp\.up_proj\.weight"):
         integration.load_vlm(tmp_path, device="cpu")
     # transformers would download a kernel from this repository.
     update_json(tmp_path / "config.json", _attn_implementation="somebody/kernel")
-    with pytest.raises(ConfigError, match="somebody/kernel"):
+    with pytest.raises(errors.ConfigError, match="somebody/kernel"):
         integration.load_vlm(tmp_path, device="cpu")
 
 
@@ -758,11 +748,11 @@ def test_processor_ends_rows_of_tokens(name: str, tmp_path: Path) -> None:
     assert both["input_ids"].shape == (2, 3)
     assert "pixel_values" not in both
     image = Image.fromarray(images[0])
-    with pytest.raises(UsageError, match="tokenize must be False"):
+    with pytest.raises(errors.UsageError, match="tokenize must be False"):
         processor.apply_chat_template(conversation, tokenize=True)
-    with pytest.raises(UsageError, match="for each of 1 images, got 2"):
+    with pytest.raises(errors.UsageError, match="for each of 1 images, got 2"):
         processor(images=[image], text=["[IMG] what", "[IMG] is"], padding=True)
-    with pytest.raises(UsageError, match="text must be given"):
+    with pytest.raises(errors.UsageError, match="text must be given"):
         processor(images=[image])
 
 
@@ -779,7 +769,7 @@ def test_encoders_call_the_kernel_once_per_layer(question: Ask, name: str, monke
     assert kernel.call_count == (getattr(config, "depth", None) or config.num_hidden_layers)
     assert len(kernel.call_args.args[3].lengths) >= 2
     with (
-        pytest.raises(UsageError, match="must have a vision encoder"),
+        pytest.raises(errors.UsageError, match="must have a vision encoder"),
         integration.vision_attention(asked.model.model.language_model),
     ):
         pass
@@ -836,7 +826,7 @@ def test_images_do_not_attend_to_each_other(attend: Callable[..., Any], descript
 )
 def test_other_attention_is_rejected(attend: Callable[..., Any], options: dict[str, Any], message: str) -> None:
     arguments = dict.fromkeys(("query", "key", "value"), torch.randn(1, 2, 6, 16)) | {"attention_mask": None} | options
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(errors.UsageError, match=message):
         attend(**arguments)
 
 

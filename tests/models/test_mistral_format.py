@@ -13,16 +13,9 @@ from support.checkpoints import load, noise
 from support.mistral_format import by_definition, to_mistral_format
 from support.towers.pixtral import save
 
-from tritontower import VisionTower, has_vision
+from tritontower import VisionTower, errors, has_vision
 from tritontower.checkpoint.config_reader import ConfigReader
 from tritontower.config import Normalization
-from tritontower.errors import (
-    CheckpointIncompleteError,
-    ConfigError,
-    NoVisionTowerError,
-    ReferenceModelError,
-    UsageError,
-)
 from tritontower.models.common.family import MISTRAL_FORMAT, Family, read_summary
 from tritontower.models.common.hf_reference import tile_images
 from tritontower.models.common.registry import read_family
@@ -114,7 +107,7 @@ def test_folder_with_both_formats_is_read_like_transformers_does(saved: Saved, t
 
 def test_parity_reports_that_transformers_cannot_read_it(saved: Saved) -> None:
     tower = load(saved("llava")[1])
-    with pytest.raises(ReferenceModelError, match="transformers cannot read the format of"):
+    with pytest.raises(errors.ReferenceModelError, match="transformers cannot read the format of"):
         compare(tower, tower.preprocess(IMAGES))
 
 
@@ -141,7 +134,7 @@ def test_options_work_without_files(saved: Saved) -> None:
     assert smaller.count_tokens(300, 300) == 9
     plain = load(native, delay_load=True, processor_options={"do_normalize": False}).preprocess(IMAGES)
     assert 0.0 <= plain.pixels.min() < plain.pixels.max() <= 1.0
-    with pytest.raises(UsageError, match=r"must be among .* got crop"):
+    with pytest.raises(errors.UsageError, match=r"must be among .* got crop"):
         load(native, delay_load=True, processor_options={"crop": 3})
 
 
@@ -182,7 +175,7 @@ def test_one_bias_without_the_other_is_incomplete(saved: Saved, tmp_path: Path) 
         tensors = load_file(native / "consolidated.safetensors")
         del tensors[f"vision_language_adapter.{name}.bias"]
         save_file(tensors, folder / "consolidated.safetensors")
-        with pytest.raises(CheckpointIncompleteError, match=rf"projector\.{name}\.bias"):
+        with pytest.raises(errors.CheckpointIncompleteError, match=rf"projector\.{name}\.bias"):
             load(folder)
 
 
@@ -225,7 +218,7 @@ WRONG: dict[str, list[object]] = {
 def test_wrong_value_is_rejected_by_file_and_key(key: str) -> None:
     section, _, name = key.rpartition(".")
     for value in WRONG[key]:
-        with pytest.raises(ConfigError, match=rf"^params\.json: {key} must be "):
+        with pytest.raises(errors.ConfigError, match=rf"^params\.json: {key} must be "):
             read(PIXTRAL, **{name: value}) if section else read({**PIXTRAL, name: value})
 
 
@@ -247,7 +240,7 @@ def test_has_vision_needs_the_encoder(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "params.json").write_text(json.dumps(values))
         assert has_vision(folder) == expected, name
-    with pytest.raises(NoVisionTowerError, match=r"params\.json: there is no `vision_encoder`"):
+    with pytest.raises(errors.NoVisionTowerError, match=r"params\.json: there is no `vision_encoder`"):
         load(tmp_path / "text")
     # The key has no meaning in another file.
     (tmp_path / "text" / "config.json").write_text(json.dumps({"vision_encoder": {}}))

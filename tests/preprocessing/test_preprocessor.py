@@ -33,14 +33,7 @@ from support.preprocessing import (
 from support.processes import run_python
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tritontower.errors import (
-    AspectRatioError,
-    EmptyImageError,
-    ImageTooLargeError,
-    Limits,
-    ProcessorError,
-    UsageError,
-)
+from tritontower import errors
 from tritontower.kernels.gemm.patch_projection import PIXEL_CENTER
 from tritontower.preprocessing import FixedSize, LongestEdge, MistralResize, Preprocessor, SmartResize
 from tritontower.preprocessing.images.image import CanonicalImage
@@ -50,13 +43,13 @@ FIRST_SIZES = ((1, 1), (1, 7), (9, 1), (31, 31), (56, 56), (90, 40))
 ONE_OF_EACH = ("area", "edge, merged", "cropped", "tiles, cropped")
 
 
-def make_each(folder: Path, limits: Limits | None = None) -> list[Preprocessor]:
+def make_each(folder: Path, limits: errors.Limits | None = None) -> list[Preprocessor]:
     """One preprocessor of every rule."""
     found = [
-        make_rule(RULES[name].rule, RULES[name].config, write_settings(folder / name, RULES[name].content), limits or Limits())
+        make_rule(RULES[name].rule, RULES[name].config, write_settings(folder / name, RULES[name].content), limits or errors.Limits())
         for name in ONE_OF_EACH
     ]  # fmt: skip
-    return [*found, make_rule(MistralResize, MISTRAL, folder, limits or Limits(), longest_edge=280)]
+    return [*found, make_rule(MistralResize, MISTRAL, folder, limits or errors.Limits(), longest_edge=280)]
 
 
 def by_transformers(reference: Any, image: CanonicalImage, case: RuleCase) -> list[torch.Tensor]:
@@ -125,7 +118,7 @@ def test_a_given_processor_replaces_the_file(tmp_path: Path) -> None:
         explicit = make_rule(case.rule, case.config, tmp_path / "nothing", given=usual.processor)
         for ours, theirs in zip(patches_of(explicit, images), patches_of(usual, images), strict=True):
             assert torch.equal(ours, theirs)
-        with pytest.raises(ProcessorError, match="must be an image processor of transformers, got list"):
+        with pytest.raises(errors.ProcessorError, match="must be an image processor of transformers, got list"):
             make_rule(case.rule, case.config, tmp_path, given=[]).layout(100, 100)
 
 
@@ -199,13 +192,13 @@ def test_uint8_pixels_of_an_unknown_processor_are_rejected(tmp_path: Path) -> No
     mistral = make_rule(MistralResize, MISTRAL, tmp_path, longest_edge=280)
     for preprocessor in (make_rule(FixedSize, SQUARE, tmp_path, given=Own(**given)), mistral):
         assert preprocessor.fast_path is None
-        with pytest.raises(UsageError, match="cannot be packed as bytes"):
+        with pytest.raises(errors.UsageError, match="cannot be packed as bytes"):
             preprocessor.preprocess_images(images, raw=True)
         assert preprocessor.preprocess_images(images, raw=None).pixels.dtype == torch.float32
     raw = make_rule(FixedSize, SQUARE, tmp_path, given=CLIPImageProcessorPil(**given)).preprocess_images(
         images, raw=True
     )
-    with pytest.raises(UsageError, match="cannot be packed as bytes"):
+    with pytest.raises(errors.UsageError, match="cannot be packed as bytes"):
         make_rule(FixedSize, SQUARE, tmp_path, given=Own(**given)).normalize(raw)
 
 
@@ -224,27 +217,27 @@ def test_images_much_larger_than_their_patches_are_not_kept(
 
 
 def test_sizes_are_checked_before_anything_else(tmp_path: Path) -> None:
-    for preprocessor in make_each(tmp_path, Limits(max_planned_pixels=3000)):
-        with pytest.raises(EmptyImageError):
+    for preprocessor in make_each(tmp_path, errors.Limits(max_planned_pixels=3000)):
+        with pytest.raises(errors.EmptyImageError):
             preprocessor.layout(0, 5)
-        with pytest.raises(UsageError, match=r"must be whole numbers, got width 5\.0, height 5"):
+        with pytest.raises(errors.UsageError, match=r"must be whole numbers, got width 5\.0, height 5"):
             preprocessor.layout(5.0, 5)  # type: ignore[arg-type]
-        with pytest.raises(AspectRatioError):
+        with pytest.raises(errors.AspectRatioError):
             preprocessor.layout(1, 10000)
-        with pytest.raises(ImageTooLargeError, match=r"limit is 3000 pixels.*Limits\(max_planned_pixels"):
+        with pytest.raises(errors.ImageTooLargeError, match=r"limit is 3000 pixels.*Limits\(max_planned_pixels"):
             preprocessor.layout(500, 500)
-        with pytest.raises(ImageTooLargeError, match=r"image 0 \(black\): .* would be resized") as caught:
+        with pytest.raises(errors.ImageTooLargeError, match=r"image 0 \(black\): .* would be resized") as caught:
             preprocessor.preprocess_images([blank(500, 500)])
         assert caught.value.index == 0
 
 
 def test_extreme_ratios_are_rejected_at_once_with_loose_limits(tmp_path: Path) -> None:
-    for preprocessor in make_each(tmp_path, Limits(max_aspect_ratio=1e9, max_planned_pixels=10**6)):
+    for preprocessor in make_each(tmp_path, errors.Limits(max_aspect_ratio=1e9, max_planned_pixels=10**6)):
         preprocessor.layout(60, 60)
         for size in ((1, 100_000), (100_000, 1)):
             start = time.perf_counter()
             # If such an image has a size after all, it is a small one.
-            with suppress(AspectRatioError, ImageTooLargeError):
+            with suppress(errors.AspectRatioError, errors.ImageTooLargeError):
                 assert preprocessor.layout(*size).patches * 14 * 14 <= 10**6
             assert time.perf_counter() - start < 0.05
 
@@ -257,9 +250,9 @@ def test_bounds_that_a_rule_does_not_have_are_rejected(tmp_path: Path) -> None:
     }
     names = ("longest_edge", "max_pixels", "min_pixels", "min_pixels", "max_pixels")
     for preprocessor, name in zip(make_each(tmp_path), names, strict=True):
-        with pytest.raises(UsageError, match=unknown[name]):
+        with pytest.raises(errors.UsageError, match=unknown[name]):
             preprocessor.layout(100, 100, **{name: 500})  # type: ignore[misc]
-        with pytest.raises(UsageError, match=unknown[name]):
+        with pytest.raises(errors.UsageError, match=unknown[name]):
             preprocessor.preprocess_images([], **{name: 500})  # type: ignore[misc]
         unbounded = preprocessor.layout(100, 100, **{name: None})  # type: ignore[misc]
         assert unbounded.tiles == preprocessor.layout(100, 100).tiles
@@ -269,18 +262,18 @@ def test_bounds_that_are_not_sizes_are_rejected(tmp_path: Path) -> None:
     smart, edge, *_, mistral = make_each(tmp_path)
     for preprocessor, name in ((smart, "max_pixels"), (edge, "longest_edge"), (mistral, "longest_edge")):
         for bound in (0, -5, 1.5, "many", True):
-            with pytest.raises(ProcessorError, match=name):
+            with pytest.raises(errors.ProcessorError, match=name):
                 preprocessor.layout(100, 100, **{name: bound})
 
 
 def test_missing_files_and_unknown_options_are_rejected(tmp_path: Path) -> None:
     for name in ONE_OF_EACH:
         rule, config = RULES[name].rule, RULES[name].config
-        with pytest.raises(ProcessorError, match=r"preprocessor_config\.json.*`processor`"):
+        with pytest.raises(errors.ProcessorError, match=r"preprocessor_config\.json.*`processor`"):
             make_rule(rule, config, tmp_path).layout(100, 100)
-        with pytest.raises(UsageError, match=r"must be among resample, .*, got do_magic"):
+        with pytest.raises(errors.UsageError, match=r"must be among resample, .*, got do_magic"):
             make_rule(rule, config, tmp_path, options={"do_magic": True})
-    with pytest.raises(UsageError, match="must be among none, got do_magic"):
+    with pytest.raises(errors.UsageError, match="must be among none, got do_magic"):
         make_rule(MistralResize, MISTRAL, tmp_path, options={"do_magic": True}, longest_edge=280)
 
 
@@ -294,7 +287,7 @@ def test_missing_files_and_unknown_options_are_rejected(tmp_path: Path) -> None:
 )
 def test_a_processor_that_does_not_fit_is_rejected(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     for name in ONE_OF_EACH:
-        with pytest.raises(ProcessorError, match=message):
+        with pytest.raises(errors.ProcessorError, match=message):
             RULES[name].make(tmp_path / name, **change).preprocess_images([blank(50, 40)])
 
 
@@ -303,7 +296,7 @@ def test_a_tower_of_other_channels_is_rejected(tmp_path: Path, rule: Any) -> Non
     case = next(case for case in RULES.values() if case.rule is rule)
     config = replace(case.config, patch=replace(case.config.patch, channels=1))
     preprocessor = make_rule(rule, config, write_settings(tmp_path, case.content))
-    with pytest.raises(ProcessorError, match="must make images of 1 channels for this tower, got 3"):
+    with pytest.raises(errors.ProcessorError, match="must make images of 1 channels for this tower, got 3"):
         preprocessor.preprocess_images([canonical(noise(56, 84))])
 
 
@@ -312,7 +305,7 @@ def test_only_rules_with_videos_take_them(tmp_path: Path) -> None:
     smart.check_takes_videos()
     for preprocessor in others:
         for call in (preprocessor.check_takes_videos, lambda p=preprocessor: p.preprocess_video([blank(50, 50)])):
-            with pytest.raises(UsageError, match="this tower takes no video: the tested family"):
+            with pytest.raises(errors.UsageError, match="this tower takes no video: the tested family"):
                 call()
 
 

@@ -23,29 +23,13 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import noise
 from support.towers.gemma import PAN_AND_SCAN, save_gemma3
 
-from tritontower import VisionTower
+from tritontower import VisionTower, errors
 from tritontower.batch.packed_batch import PackedBatch
 from tritontower.cache import EmbeddingCache
 from tritontower.embedding import ImageEmbedding
 from tritontower.engine import runner
 from tritontower.engine.executor import Executor
 from tritontower.engine.planning import patches_per_batch
-from tritontower.errors import (
-    AspectRatioError,
-    EmptyImageError,
-    EncodeInterrupted,
-    ImageDecodeError,
-    ImageTooLargeError,
-    ImageTypeError,
-    ImageValueError,
-    Limits,
-    NonFiniteOutputError,
-    ProcessorError,
-    TowerError,
-    TowerNotLoadedError,
-    TowerOutOfMemoryError,
-    UsageError,
-)
 from tritontower.preprocessing import Preprocessor
 from tritontower.preprocessing.images import decode as images
 from tritontower.scheduler import prefetch, scheduler
@@ -188,16 +172,16 @@ def test_invalid_calls_are_rejected_before_decoding(tower, qwen2_vl):
         {"max_patches": True},
         {"on_error": "ignore"},
     ):
-        with pytest.raises(UsageError, match=next(iter(arguments)).removeprefix("output_")):
+        with pytest.raises(errors.UsageError, match=next(iter(arguments)).removeprefix("output_")):
             tower.encode([b"no image"], **arguments)
     for call in (tower.preprocess, tower.encode, tower.preprocess_video, tower.encode_video):
-        with pytest.raises(UsageError, match="got longest_edge"):
+        with pytest.raises(errors.UsageError, match="got longest_edge"):
             call([b"no image"], longest_edge=100)
-    with pytest.raises(UsageError, match="aliases"):
+    with pytest.raises(errors.UsageError, match="aliases"):
         tower.encode(IMAGES, on_error="return", text_alias=["<a>"])
     unloaded = VisionTower.from_pretrained(qwen2_vl, device="cpu", delay_load=True)
     for encode in (unloaded.encode, unloaded.encode_video):
-        with pytest.raises(TowerNotLoadedError):
+        with pytest.raises(errors.TowerNotLoadedError):
             encode([b"no image"])
 
 
@@ -225,7 +209,7 @@ class Held:
 def test_decoded_images_keep_within_their_budget(qwen2_vl, expected, monkeypatch, tmp_path):
     largest = max(image.nbytes for image in IMAGES)
     budget = 2 * largest
-    limited = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=budget))
+    limited = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=errors.Limits(max_decoded_bytes=budget))
     paths = [tmp_path / f"{number}.png" for number in range(len(IMAGES))]
     for path, image in zip(paths, IMAGES, strict=True):
         path.write_bytes(png(image))
@@ -235,7 +219,7 @@ def test_decoded_images_keep_within_their_budget(qwen2_vl, expected, monkeypatch
         assert largest <= held.most <= budget
         monkeypatch.undo()
     # An image larger than the budget is decoded alone.
-    tiny = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=1))
+    tiny = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=errors.Limits(max_decoded_bytes=1))
     held = Held(monkeypatch)
     assert_equal(tiny.encode(IMAGES), expected)
     assert held.most == largest
@@ -243,17 +227,17 @@ def test_decoded_images_keep_within_their_budget(qwen2_vl, expected, monkeypatch
 
 def test_images_needed_at_once_must_fit_into_the_budget(qwen2_vl, monkeypatch):
     frames: list[Any] = [noise(60, 40, seed) for seed in range(4)]
-    limited = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=3 * 7200))
+    limited = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=errors.Limits(max_decoded_bytes=3 * 7200))
     held = Held(monkeypatch)
     message = rf"image 3: .* would take {4 * 7200} bytes, and all 4 .* limit is {3 * 7200} bytes.*max_decoded_bytes"
     for rejects in (limited.encode_video, limited.preprocess, limited.preprocess_video):
-        with pytest.raises(ImageTooLargeError, match=message) as caught:
+        with pytest.raises(errors.ImageTooLargeError, match=message) as caught:
             rejects(frames)
         assert caught.value.index == 3
     assert held.most == 0
     assert limited.encode_video(frames[:3]).grid_thw[0] == 2
     assert len(limited.preprocess(frames[:3])) == 3
-    single = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=Limits(max_decoded_bytes=1))
+    single = VisionTower.from_pretrained(qwen2_vl, device="cpu", limits=errors.Limits(max_decoded_bytes=1))
     assert len(single.preprocess(frames[:1])) == 1
 
 
@@ -288,7 +272,7 @@ def test_next_batch_is_prepared_while_the_device_works(tower, expected, monkeypa
 
 
 BAD = {1: b"garbage", 3: np.zeros((2000, 5, 3), np.uint8), 4: "photo.jpg", 7: np.zeros((0, 5, 3), np.uint8)}
-KINDS = {1: ImageDecodeError, 3: AspectRatioError, 4: ImageTypeError}
+KINDS = {1: errors.ImageDecodeError, 3: errors.AspectRatioError, 4: errors.ImageTypeError}
 
 
 @pytest.mark.parametrize("limit", [None, 1, 300])
@@ -301,15 +285,15 @@ def test_a_failing_image_keeps_its_place_and_harms_no_other(tower, expected, lim
         if index in BAD:
             assert isinstance(one, ItemError)
             assert one.index == one.error.index == index
-            assert isinstance(one.error, KINDS.get(index, TowerError))
+            assert isinstance(one.error, KINDS.get(index, errors.TowerError))
             assert f"image {index}" in str(one.error)
         else:
             assert_equal([one], [expected[index]])
-    with pytest.raises(ImageDecodeError, match="image 1") as caught:
+    with pytest.raises(errors.ImageDecodeError, match="image 1") as caught:
         tower.encode(mixed, max_patches=limit)
     assert caught.value.index == 1
     assert_equal(caught.value.completed, expected[:1])
-    with pytest.raises(AspectRatioError, match=r"image 3 \(numpy") as caught_later:
+    with pytest.raises(errors.AspectRatioError, match=r"image 3 \(numpy") as caught_later:
         tower.encode([*IMAGES[:3], BAD[3], IMAGES[0]], max_patches=limit)
     assert_equal(caught_later.value.completed, expected[:3])
     assert threading.active_count() == threads
@@ -320,29 +304,29 @@ def test_a_failing_image_that_comes_twice_fails_in_both_places(tower, monkeypatc
 
     def rejecting(self, decoded, **options):
         if any((image.width, image.height) == (90, 90) for image in decoded):
-            raise ProcessorError("rejected")
+            raise errors.ProcessorError("rejected")
         return pack(self, decoded, **options)
 
     monkeypatch.setattr(Preprocessor, "preprocess_images", rejecting)
     found = tower.encode([*IMAGES[:5], IMAGES[3]], on_error="return")
     failed = [(one.index, one.error.index, str(one.error)) for one in found if isinstance(one, ItemError)]
     assert failed == [(3, 3, "rejected"), (5, 5, "rejected")]
-    with pytest.raises(ProcessorError) as caught:
+    with pytest.raises(errors.ProcessorError) as caught:
         tower.encode(IMAGES)
     assert (caught.value.index, len(caught.value.completed)) == (3, 3)
 
 
 BROKEN = [
-    (b"garbage", ImageDecodeError),
-    (Path("/proc/self/mem"), ImageDecodeError),
-    (Path("x" * 5000), ImageDecodeError),
-    (memoryview(b"abcdef")[::2], ImageDecodeError),
-    (torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]), ImageTypeError),
-    ("photo.jpg", ImageTypeError),
-    (None, ImageTypeError),
-    (np.full((28, 28), np.nan), ImageValueError),
-    (np.zeros((0, 28, 3), np.uint8), EmptyImageError),
-    (np.zeros((2, 800, 3), np.uint8), AspectRatioError),
+    (b"garbage", errors.ImageDecodeError),
+    (Path("/proc/self/mem"), errors.ImageDecodeError),
+    (Path("x" * 5000), errors.ImageDecodeError),
+    (memoryview(b"abcdef")[::2], errors.ImageDecodeError),
+    (torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]), errors.ImageTypeError),
+    ("photo.jpg", errors.ImageTypeError),
+    (None, errors.ImageTypeError),
+    (np.full((28, 28), np.nan), errors.ImageValueError),
+    (np.zeros((0, 28, 3), np.uint8), errors.EmptyImageError),
+    (np.zeros((2, 800, 3), np.uint8), errors.AspectRatioError),
 ]
 
 
@@ -355,8 +339,8 @@ def test_fifty_bad_images_of_a_thousand_leave_the_others_alone(tower):
         mixed.insert(place, BROKEN[number % len(BROKEN)][0])
     found = tower.encode(mixed, on_error="return")
     assert_equal([one for one in found if not isinstance(one, ItemError)], tower.encode(good))
-    errors = [(one.index, type(one.error)) for one in found if isinstance(one, ItemError)]
-    assert errors == [(place, BROKEN[number % len(BROKEN)][1]) for number, place in enumerate(places)]
+    failed = [(one.index, type(one.error)) for one in found if isinstance(one, ItemError)]
+    assert failed == [(place, BROKEN[number % len(BROKEN)][1]) for number, place in enumerate(places)]
 
 
 def test_non_finite_outputs_are_found_on_request(tower, expected, monkeypatch):
@@ -368,13 +352,13 @@ def test_non_finite_outputs_are_found_on_request(tower, expected, monkeypatch):
     record_batches(monkeypatch, after=spoil)
     assert tower.encode(IMAGES)[3].embeddings.isnan().any()
     found = tower.encode(IMAGES, check_output=True, on_error="return")
-    assert isinstance(found.pop(3).error, NonFiniteOutputError)
+    assert isinstance(found.pop(3).error, errors.NonFiniteOutputError)
     assert_equal(found, expected[:3] + expected[4:])
-    with pytest.raises(NonFiniteOutputError, match="NaN") as caught:
+    with pytest.raises(errors.NonFiniteOutputError, match="NaN") as caught:
         tower.encode(IMAGES, check_output=True)
     assert caught.value.index == 3
     assert_equal(caught.value.completed, expected[:3])
-    with pytest.raises(UsageError, match="check_output must be True, False or None, got 'x'"):
+    with pytest.raises(errors.UsageError, match="check_output must be True, False or None, got 'x'"):
         tower.encode(IMAGES, check_output="x")
 
 
@@ -385,7 +369,7 @@ def test_overflow_in_float16_is_reported_by_default(qwen2_vl, tmp_path):
     weights[name] = weights[name].sign() * 60_000
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tower = VisionTower.from_pretrained(folder, device="cpu", dtype="float16")
-    with pytest.raises(NonFiniteOutputError, match=r"in torch\.float16; .* use bfloat16 or float32"):
+    with pytest.raises(errors.NonFiniteOutputError, match=r"in torch\.float16; .* use bfloat16 or float32"):
         tower.encode(IMAGES[0])
     assert not tower.encode(IMAGES[0], check_output=False)[0].embeddings.isfinite().all()
     tower = VisionTower.from_pretrained(folder, device="cpu", dtype="bfloat16")
@@ -412,14 +396,14 @@ def test_an_image_that_never_fits_is_the_only_one_that_fails(tower, expected, mo
     patches = [4 * expected[index].num_tokens for index in order]
     record_batches(monkeypatch, limit_memory(patches[1] - 1, allocate))
     found = tower.encode([IMAGES[index] for index in order], on_error="return")
-    assert isinstance(found.pop(1).error, TowerOutOfMemoryError)
+    assert isinstance(found.pop(1).error, errors.TowerOutOfMemoryError)
     assert_equal(found, expected[1:4])
-    with pytest.raises(TowerOutOfMemoryError, match=rf"image 1 .*{patches[1]} patches") as caught:
+    with pytest.raises(errors.TowerOutOfMemoryError, match=rf"image 1 .*{patches[1]} patches") as caught:
         tower.encode([IMAGES[index] for index in order])
     assert_equal(caught.value.completed, [expected[1]])
     assert [number in caught.value.remaining for number in (0, 1)] == [False, True]
     assert caught.value.__cause__ is None
-    with pytest.raises(TowerOutOfMemoryError, match="the video"):
+    with pytest.raises(errors.TowerOutOfMemoryError, match="the video"):
         tower.encode_video([IMAGES[0]] * 2)
 
 
@@ -476,7 +460,7 @@ def test_an_interruption_keeps_completed_embeddings(tower, expected, monkeypatch
             raise KeyboardInterrupt
 
     record_batches(monkeypatch, interrupt)
-    with pytest.raises(EncodeInterrupted) as caught:
+    with pytest.raises(errors.EncodeInterrupted) as caught:
         tower.encode(IMAGES, max_patches=1)
     assert isinstance(caught.value, KeyboardInterrupt)
     assert not isinstance(caught.value, Exception)
@@ -537,12 +521,12 @@ def test_images_get_their_aliases(tower):
     assert aliases([IMAGES[0]] * 2, ["<a>", "<b>"]) == ["<a>", "<b>"]
     assert aliases([b"garbage", IMAGES[0]], ["<a>", "<b>"], on_error="return") == ["<b>"]
     for neither in (3, {"<a>": 1, "<b>": 2}):
-        with pytest.raises(UsageError, match="a list with one for each"):
+        with pytest.raises(errors.UsageError, match="a list with one for each"):
             aliases(IMAGES[:2], neither)
-    with pytest.raises(UsageError, match="1 aliases for 2 images"):
+    with pytest.raises(errors.UsageError, match="1 aliases for 2 images"):
         aliases(IMAGES[:2], "<a>")
     for encode in (tower.encode, tower.encode_video):
-        with pytest.raises(UsageError, match="at least one character"):
+        with pytest.raises(errors.UsageError, match="at least one character"):
             encode([b"garbage"], text_alias="")
 
 
@@ -608,7 +592,7 @@ def test_times_are_those_of_the_processor_of_qwen3_vl():
     ],
 )
 def test_invalid_times_are_rejected(tower, times):
-    with pytest.raises(UsageError, match=r"fps|timestamps"):
+    with pytest.raises(errors.UsageError, match=r"fps|timestamps"):
         tower.encode_video(IMAGES[:2], **times)
 
 
