@@ -81,18 +81,16 @@ def _varied(
     return PublishedTower(name, config, summary, millions, projector, images)
 
 
-def _qwen2_vl(size: str, output: int, millions: str, images: Sequence[PublishedImage] = ()) -> PublishedTower:
-    vision = {"hidden_size": output}
-    name = f"Qwen2-VL-{size}-Instruct"
-    return _varied(name, QWEN2, millions, "", images, hidden_size=output, vision_config=vision)
+def _two_sizes(small: int, small_tera: str, large: int, large_tera: str) -> list[PublishedImage]:
+    """Returns images of 448 and 1,024 pixels with these numbers of patches, four of which make a token."""
+    return [PublishedImage(448, small, small // 4, small_tera), PublishedImage(1024, large, large // 4, large_tera)]
 
 
-def _qwen2_5_vl(
-    size: str, output: int, mlp: int, millions: str, images: Sequence[PublishedImage] = ()
+def _qwen2(
+    name: str, summary: FamilySummary, output: int, millions: str, images: Sequence[PublishedImage] = (), **vision: Any
 ) -> PublishedTower:
-    vision = {"intermediate_size": mlp, "out_hidden_size": output}
-    name = f"Qwen2.5-VL-{size}-Instruct"
-    return _varied(name, QWEN2_5, millions, "", images, hidden_size=output, vision_config=vision)
+    vision["hidden_size" if summary is QWEN2 else "out_hidden_size"] = output
+    return _varied(f"{name}-Instruct", summary, millions, "", images, hidden_size=output, vision_config=vision)
 
 
 def _qwen3_vl(
@@ -123,33 +121,20 @@ def _llava(size: str, text: Mapping[str, Any], projector: str, tera: str) -> Pub
 
 
 PUBLISHED = (
-    _qwen2_vl("2B", 1536, "665.3"),
-    _qwen2_vl("7B", 3584, "675.8", [PublishedImage(448, 1024, 256, "1.49"), PublishedImage(1024, 5476, 1369, "11.94")]),
-    _qwen2_vl("72B", 8192, "699.4"),
-    _qwen2_5_vl("3B", 2048, 3420, "668.7"),
-    _qwen2_5_vl(
-        "7B", 3584, 3420, "676.6", [PublishedImage(448, 1024, 256, "1.35"), PublishedImage(1024, 5476, 1369, "7.70")]
-    ),
-    _qwen2_5_vl("32B", 5120, 3456, "688.8"),
-    _qwen2_5_vl("72B", 8192, 3456, "704.6"),
+    _qwen2("Qwen2-VL-2B", QWEN2, 1536, "665.3"),
+    _qwen2("Qwen2-VL-7B", QWEN2, 3584, "675.8", _two_sizes(1024, "1.49", 5476, "11.94")),
+    _qwen2("Qwen2-VL-72B", QWEN2, 8192, "699.4"),
+    _qwen2("Qwen2.5-VL-3B", QWEN2_5, 2048, "668.7", intermediate_size=3420),
+    _qwen2("Qwen2.5-VL-7B", QWEN2_5, 3584, "676.6", _two_sizes(1024, "1.35", 5476, "7.70"), intermediate_size=3420),
+    _qwen2("Qwen2.5-VL-32B", QWEN2_5, 5120, "688.8", intermediate_size=3456),
+    _qwen2("Qwen2.5-VL-72B", QWEN2_5, 8192, "704.6", intermediate_size=3456),
     _qwen3_vl("2B", 2048, "407.0", vision=SMALL_QWEN3),
-    _qwen3_vl(
-        "4B",
-        2560,
-        "415.3",
-        [PublishedImage(448, 784, 196, "0.58"), PublishedImage(1024, 4096, 1024, "4.36")],
-        vision=SMALL_QWEN3,
-    ),
-    _qwen3_vl("8B", 4096, "576.4", [PublishedImage(448, 784, 196, "0.79"), PublishedImage(1024, 4096, 1024, "5.80")]),
+    _qwen3_vl("4B", 2560, "415.3", _two_sizes(784, "0.58", 4096, "4.36"), vision=SMALL_QWEN3),
+    _qwen3_vl("8B", 4096, "576.4", _two_sizes(784, "0.79", 4096, "5.80")),
     _qwen3_vl("32B", 5120, "595.3"),
     _qwen3_vl("30B-A3B", 2048, "538.6", model_type="qwen3_vl_moe"),
     _qwen3_vl("235B-A22B", 4096, "576.4", model_type="qwen3_vl_moe"),
-    _varied(
-        "Qwen3.5-27B",
-        QWEN3_5,
-        "460.7",
-        images=[PublishedImage(448, 784, 196, "0.74"), PublishedImage(1024, 4096, 1024, "5.56")],
-    ),
+    _varied("Qwen3.5-27B", QWEN3_5, "460.7", images=_two_sizes(784, "0.74", 4096, "5.56")),
     # Without the class embedding, which is added to the position table.
     _varied("clip-vit-large-patch14", read_summary("clip"), "303.2"),
     _varied("siglip-so400m-patch14-384", read_summary("siglip"), "428.2"),
@@ -161,7 +146,7 @@ PUBLISHED = (
         MISTRAL3,
         "403.3",
         "35.7",
-        [PublishedImage(448, 1024, 256, "0.95"), PublishedImage(1024, 5476, 1369, "7.46")],
+        _two_sizes(1024, "0.95", 5476, "7.46"),
     ),
     _varied(
         "Mistral-Large-class",
